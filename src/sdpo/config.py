@@ -1,0 +1,436 @@
+"""A run, typed: every setting, its default, its range and its meaning, in one place.
+
+The dataclasses below are at once the schema of a run file, the validation, and the source of
+``docs/configuration.md``. Nothing here imports torch, so that the command line starts fast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sdpo.errors import UserError
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    choices: Sequence[str] | None = None,
+) -> Any:
+    """A dataclass field with its documentation and its range beside its default."""
+    metadata = {"help": help, "ge": ge, "gt": gt, "le": le, "choices": tuple(choices) if choices else None}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def describe_range(metadata: Mapping[str, Any]) -> str:
+    """The range of a setting as text, for error messages and the documentation; empty if there is none."""
+    if metadata.get("choices"):
+        return "one of " + ", ".join(metadata["choices"])
+    ge, gt, le = metadata.get("ge"), metadata.get("gt"), metadata.get("le")
+    low = f"[{ge:g}" if ge is not None else f"({gt:g}" if gt is not None else None
+    if low is None and le is None:
+        return ""
+    return f"in {low or '(-inf'}, {f'{le:g}]' if le is not None else 'inf)'}"
+
+
+def _in_range(value: Any, metadata: Mapping[str, Any]) -> bool:
+    if metadata.get("choices"):
+        values = value if isinstance(value, (list, tuple)) else [value]
+        return all(v in metadata["choices"] for v in values)
+    ge, gt, le = metadata.get("ge"), metadata.get("gt"), metadata.get("le")
+    if ge is None and gt is None and le is None:
+        return True
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and (ge is None or value >= ge)
+        and (gt is None or value > gt)
+        and (le is None or value <= le)
+    )
+
+
+@dataclass(frozen=True)
+class Section:
+    """Base of all sections: checks every setting against the range that stands beside it."""
+
+    section: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if value is None or value == MISSING or _in_range(value, f.metadata):
+                continue
+            raise UserError(f"{self._key(f.name)} must be {describe_range(f.metadata)}, got {value!r}")
+
+    def _key(self, name: str) -> str:
+        return f"{self.section}.{name}" if self.section else name
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    section: ClassVar[str] = "model"
+
+    path: str = setting(MISSING, "Folder or hub name of the model, in the Hugging Face format.")
+    dtype: str = setting("float32", "Data type of the student's weights.", choices=["float32", "bfloat16"])
+    attn_implementation: str = setting(
+        "sdpa", "Attention kernel of transformers.", choices=["sdpa", "eager", "flash_attention_2"]
+    )
+    trust_remote_code: bool = setting(False, "Run code that comes with the model.")
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    section: ClassVar[str] = "data"
+
+    task: str = setting(
+        MISSING,
+        "What grades a response: the name of a built-in task, or a Python file or module that defines `grade(row, "
+        "response)`.",
+    )
+    task_args: dict[str, Any] = setting({}, "Arguments of the task, by name.")
+    train_files: list[str] = setting([], "Parquet files of training rows, in verl's schema.")
+    val_files: list[str] = setting([], "Parquet files of held-out rows, in verl's schema.")
+    train_batch_size: int = setting(32, "Prompts a step.", ge=1)
+    max_prompt_length: int = setting(2048, "Longest prompt, in tokens.", ge=1)
+    filter_overlong_prompts: bool = setting(False, "Skip and count longer prompts; otherwise they are an error.")
+    shuffle: bool = setting(True, "Draw the training rows in an order given by the seed, anew each epoch.")
+
+
+@dataclass(frozen=True)
+class SamplerConfig(Section):
+    section: ClassVar[str] = "sampler"
+
+    device: str = setting("auto", "Where rollouts are sampled: auto, cpu, cuda, cuda:0, mps, ...")
+    n: int = setting(8, "Rollouts a prompt.", ge=1)
+    temperature: float = setting(1.0, "Sampling temperature; student and teacher logits are divided by it too.", gt=0)
+    top_p: float = setting(1.0, "Nucleus sampling: keep the likeliest tokens that reach this mass.", gt=0, le=1)
+    max_response_length: int = setting(1024, "Longest response, in tokens.", ge=1)
+    batch_size: int = setting(256, "Sequences decoded side by side.", ge=1)
+    num_threads: int | None = setting(None, "CPU threads of the sampler's own process (staleness 1).", ge=1)
+
+
+@dataclass(frozen=True)
+class LearnerConfig(Section):
+    section: ClassVar[str] = "learner"
+
+    device: str = setting("auto", "Where student and teacher are trained: auto, cpu, cuda, cuda:1, mps, ...")
+    mini_batch_size: int | None = setting(None, "Prompts an optimizer step; all prompts of the step if not set.", ge=1)
+    micro_batch_tokens: int = setting(
+        16384, "Most tokens (padding and the teacher's included) in one forward pass; one sample is always let in.", ge=1
+    )
+    loss_agg_mode: str = setting(
+        "token-mean",
+        "How token losses become one number.",
+        choices=["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"],
+    )
+    rollout_is: str = setting(
+        "token",
+        "Importance weight old policy / sampler, by token, by the product over the sequence, or none.",
+        choices=["none", "token", "sequence"],
+    )
+    rollout_is_threshold: float = setting(2.0, "Those weights are truncated above this.", gt=0)
+    autocast: bool = setting(False, "Run forward and backward in bfloat16 autocast; weights keep model.dtype.")
+    gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
+    num_threads: int | None = setting(None, "CPU threads of the learner's process; torch's choice if not set.", ge=1)
+
+
+@dataclass(frozen=True)
+class OptimConfig(Section):
+    section: ClassVar[str] = "optim"
+
+    lr: float = setting(1e-5, "Peak learning rate of AdamW.", gt=0)
+    weight_decay: float = setting(0.01, "Decoupled weight decay.", ge=0)
+    beta1: float = setting(0.9, "AdamW's first-moment decay.", ge=0, le=1)
+    beta2: float = setting(0.999, "AdamW's second-moment decay.", ge=0, le=1)
+    warmup_steps: int = setting(10, "Optimizer steps of linear warm-up.", ge=0)
+    schedule: str = setting(
+        "constant", "Learning rate after warm-up, over the whole run.", choices=["constant", "linear", "cosine"]
+    )
+    grad_clip: float = setting(1.0, "Largest global gradient norm.", gt=0)
+
+
+@dataclass(frozen=True)
+class SelfDistillationConfig(Section):
+    """What the SDPO loss is and what the teacher is and sees. Used by both engines."""
+
+    section: ClassVar[str] = "self_distillation"
+
+    # The divergence
+    full_logit_distillation: bool = setting(
+        True, "Compare whole next-token distributions; if false, the sampled token alone (needs alpha=1)."
+    )
+    alpha: float = setting(
+        0.0, "0 forward KL(teacher||student), 1 reverse KL(student||teacher), between: Jensen-Shannon.", ge=0, le=1
+    )
+    distillation_topk: int | None = setting(
+        None, "Keep the student's k likeliest tokens instead of the vocabulary.", ge=1
+    )
+    distillation_add_tail: bool = setting(
+        True, "With top-k: one more bucket holds the rest of the mass; if false, both sides are renormalised."
+    )
+    divergence_clip: float | None = setting(
+        None, "A token whose divergence exceeds this many nats is scaled down to it.", gt=0
+    )
+    teacher_entropy_beta: float = setting(
+        0.0, "Weight tokens by exp(-beta * teacher entropy in nats): an unsure teacher counts less.", ge=0
+    )
+
+    # Importance ratio, weights
+    is_clip: float | None = setting(
+        2.0, "Truncate the ratio student / old policy at this, by token; null leaves the ratio out.", gt=0
+    )
+    weight_by_prompt_difficulty: bool = setting(
+        False, "Weight a sample by sqrt(p(1-p)), p being the share of its prompt's rollouts that succeeded."
+    )
+    distillation_weight_start: float = setting(1.0, "Weight of the distillation loss at the first step.", ge=0)
+    distillation_weight_end: float = setting(1.0, "... and at the last step; linear between.", ge=0)
+
+    # The blend with GRPO
+    grpo_coef: float = setting(
+        0.0, "grpo_coef * GRPO + (1 - grpo_coef) * SDPO; 1 is plain GRPO, without a teacher.", ge=0, le=1
+    )
+    clip_ratio_low: float = setting(0.2, "PPO clipping of the ratio below 1, in the GRPO part.", ge=0, le=1)
+    clip_ratio_high: float = setting(0.2, "PPO clipping of the ratio above 1, in the GRPO part.", ge=0)
+    norm_adv_by_std_in_grpo: bool = setting(True, "Divide group-relative advantages by the group's deviation.")
+
+    # The teacher's weights
+    teacher_regularization: str = setting(
+        "ema",
+        "ema: moving average of the student; trust-region: logits between the initial model and the student; frozen: "
+        "the initial model; live: the student itself; snapshot: the student of some steps ago.",
+        choices=["ema", "trust-region", "frozen", "live", "snapshot"],
+    )
+    ema_update_rate: float = setting(
+        0.05, "Share of the student in the teacher: of the weights a step (ema), of the logits (trust-region).", ge=0, le=1
+    )
+    teacher_snapshot_every: int = setting(50, "Steps between snapshots (snapshot).", ge=1)
+
+    # What the teacher is shown
+    demonstration_source: str = setting(
+        "ground_truth",
+        "Whose solution the teacher sees: the row's ground truth, a random successful rollout of the same prompt, such a "
+        "peer and else the ground truth, or none.",
+        choices=["ground_truth", "peer", "peer_then_ground_truth", "none"],
+    )
+    success_reward_threshold: float = setting(1.0, "A rollout with at least this score is a success.")
+    dont_reprompt_on_self_success: bool = setting(
+        True, "A rollout is never its own demonstration (another success of the same prompt may be)."
+    )
+    distill_only_failed: bool = setting(False, "Distil only the rollouts that did not succeed.")
+    include_environment_feedback: bool = setting(False, "Show the grader's feedback on the rollout, if there is any.")
+    environment_feedback_only_without_solution: bool = setting(
+        False, "Show feedback only where there is no demonstration."
+    )
+    remove_thinking_from_demonstration: bool = setting(True, "Cut the reasoning out of demonstrations.")
+    max_reprompt_len: int = setting(
+        10240, "Longest teacher prompt, in tokens; only demonstration and feedback are trimmed to fit.", ge=1
+    )
+    reprompt_template: str = setting(
+        "{prompt}{solution}{feedback}\n\nCorrectly solve the original question.\n",
+        "The teacher's user message. Placeholders: prompt, solution, feedback.",
+    )
+    solution_template: str = setting(
+        "\nCorrect solution:\n\n{successful_previous_attempt}\n\n",
+        "The part with the demonstration. Placeholder: successful_previous_attempt.",
+    )
+    feedback_template: str = setting(
+        "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback_raw}\n\n",
+        "The part with the feedback. Placeholder: feedback_raw.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.full_logit_distillation:
+            if self.alpha != 1.0:
+                raise UserError(
+                    f"self_distillation.alpha must be 1 when full_logit_distillation is false (the sampled token alone "
+                    f"gives an estimate of the reverse KL only), got {self.alpha!r}"
+                )
+            if self.distillation_topk is not None:
+                raise UserError("self_distillation.distillation_topk needs full_logit_distillation=true; remove one")
+            if self.teacher_entropy_beta:
+                raise UserError("self_distillation.teacher_entropy_beta needs full_logit_distillation=true; set it to 0")
+        if self.distills and self.demonstration_source == "none" and not self.include_environment_feedback:
+            raise UserError(
+                "self_distillation.demonstration_source is none and include_environment_feedback is false: the teacher "
+                "would see nothing; set one of them, or grpo_coef=1"
+            )
+        for name, placeholders in _TEMPLATE_PLACEHOLDERS.items():
+            missing = [p for p in placeholders if f"{{{p}}}" not in getattr(self, name)]
+            if missing:
+                raise UserError(f"self_distillation.{name} lacks the placeholder {{{missing[0]}}}")
+
+    @property
+    def distills(self) -> bool:
+        """Whether the loss has a distillation part at all, and so a teacher."""
+        return self.grpo_coef < 1.0
+
+
+_TEMPLATE_PLACEHOLDERS = {
+    "reprompt_template": ("prompt", "solution", "feedback"),
+    "solution_template": ("successful_previous_attempt",),
+    "feedback_template": ("feedback_raw",),
+}
+
+
+@dataclass(frozen=True)
+class EvalConfig(Section):
+    section: ClassVar[str] = "eval"
+
+    before_training: bool = setting(True, "Also evaluate before the first step.")
+    max_prompts: int | None = setting(None, "Held-out rows used, from the first; all if not set.", ge=1)
+    n: int = setting(0, "Sampled responses a held-out prompt for mean@n and best@n (pass@n); 0: greedy only.", ge=0)
+    temperature: float = setting(1.0, "Temperature of those samples.", gt=0)
+    top_p: float = setting(1.0, "Nucleus of those samples.", gt=0, le=1)
+    teacher: bool = setting(True, "Also grade the teacher, prompted as it is in training.")
+
+
+@dataclass(frozen=True)
+class TrackingConfig(Section):
+    section: ClassVar[str] = "tracking"
+
+    backends: list[str] = setting(
+        [], "Where metrics go besides metrics.jsonl.", choices=["tensorboard", "wandb", "trackio"]
+    )
+    project: str = setting("sdpo", "Project name shown by wandb and trackio.")
+    name: str | None = setting(None, "Run name shown by the trackers; the run folder's name if not set.")
+    rollouts_every: int = setting(10, "Write sampled rollouts as readable text every so many steps; 0: never.", ge=0)
+    rollouts_per_save: int = setting(8, "Rollouts written each time.", ge=1)
+
+
+@dataclass(frozen=True)
+class Run(Section):
+    """A whole run: what one YAML file says."""
+
+    seed: int = setting(0, "Seed of everything that is random.", ge=0)
+    run_dir: str = setting(MISSING, "Folder of the run; everything it writes stands directly under it.")
+    total_steps: int = setting(100, "Training steps (rollout batches).", ge=1)
+    eval_every: int = setting(10, "Steps between evaluations; 0: only before the first and after the last step.", ge=0)
+    save_every: int = setting(0, "Steps between checkpoints; 0: only after the last step.", ge=0)
+    staleness: int = setting(
+        0, "0: sample, then learn. 1: batch k+1 is sampled in another process while batch k is learned.", ge=0, le=1
+    )
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    self_distillation: SelfDistillationConfig = field(default_factory=SelfDistillationConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        mini = self.learner.mini_batch_size
+        if mini is not None and self.data.train_batch_size % mini:
+            raise UserError(
+                f"learner.mini_batch_size={mini} must divide data.train_batch_size={self.data.train_batch_size}"
+            )
+
+
+_SECTIONS = tuple(f.name for f in dataclasses.fields(Run) if f.default_factory is not dataclasses.MISSING)
+
+
+def iterate_settings(section: type[Section] = Run, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """Every setting as (dotted key, dataclass field), in the order in which it is written."""
+    defaults = section()
+    for f in dataclasses.fields(section):
+        value = getattr(defaults, f.name)
+        if isinstance(value, Section):
+            yield from iterate_settings(type(value), f"{f.name}.")
+        else:
+            yield prefix + f.name, f
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
+    """Read a run file and apply ``key=value`` overrides.
+
+    Raises:
+        UserError: the file is missing or not YAML, a key is unknown (the nearest known one is named), a value has the
+            wrong type or is out of range, or a mandatory key is not set. One line each.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such run file; shipped ones are in configs/")
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:  # yaml raises its own family of errors
+        raise UserError(f"{path}: not a YAML file: {_one_line(error)}") from error
+    if isinstance(loaded, ListConfig) or not isinstance(loaded, DictConfig):
+        raise UserError(f"{path}: must be a mapping of settings at the top level")
+    for override in overrides:
+        if "=" not in override or override.startswith("="):
+            raise UserError(f"override {override!r} is not of the form key=value")
+    try:
+        changes = OmegaConf.from_dotlist(list(overrides))
+    except Exception as error:
+        raise UserError(f"overrides {' '.join(overrides)}: {_one_line(error)}") from error
+    return _build_run([(str(path), loaded), ("command line", changes)])
+
+
+def _build_run(sources: Sequence[tuple[str, DictConfig]]) -> Run:
+    merged = OmegaConf.structured(Run)
+    for node in [merged, *(merged[name] for name in _SECTIONS)]:
+        OmegaConf.set_readonly(node, None)  # frozen dataclasses become read-only nodes, which cannot be merged into
+    for origin, source in sources:
+        _refuse_unknown_keys(origin, OmegaConf.to_container(source, resolve=False))
+        try:
+            merged = OmegaConf.merge(merged, source)
+        except OmegaConfBaseException as error:
+            raise UserError(f"{origin}: {_explain(error)}") from error
+    try:
+        OmegaConf.resolve(merged)
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise UserError(f"{missing[0]} is not set; add it to the file or as {missing[0]}=...")
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise UserError(f"{sources[0][0]}: {_explain(error)}") from error
+    except UserError as error:
+        raise UserError(f"{sources[0][0]}: {error}") from None
+
+
+def save_run(run: Run, path: str | Path) -> None:
+    """Write the resolved run as YAML; ``load_run`` of it gives an equal run."""
+    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(run)))
+
+
+def _refuse_unknown_keys(origin: str, values: Any, schema: Any = None, prefix: str = "") -> None:
+    schema = Run() if schema is None else schema
+    known = {f.name: getattr(schema, f.name) for f in dataclasses.fields(schema)}
+    if not isinstance(values, Mapping):
+        raise UserError(f"{origin}: {prefix.rstrip('.')} must be a section with settings in it, got {values!r}")
+    for key, value in values.items():
+        if key not in known:
+            every = [k for k, _ in iterate_settings()] + [f.name for f in dataclasses.fields(Run)]
+            near = difflib.get_close_matches(f"{prefix}{key}", every, n=1, cutoff=0.5)
+            near = near or [k for k in every if k.split(".")[-1] == str(key)][:1]
+            hint = f"; did you mean {near[0]}?" if near else "; docs/configuration.md lists all keys"
+            raise UserError(f"{origin}: unknown key {prefix}{key}{hint}")
+        if isinstance(known[key], Section):
+            _refuse_unknown_keys(origin, value, known[key], f"{key}.")
+
+
+def _explain(error: OmegaConfBaseException) -> str:
+    key = getattr(error, "full_key", None) or ""
+    message = _one_line(str(error).splitlines()[0])
+    return f"{key}: {message}" if key and not message.startswith(key) else message
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())

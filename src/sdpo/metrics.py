@@ -1,0 +1,122 @@
+"""The name and meaning of every metric, in one place; ``docs/metrics.md`` is made from it.
+
+Names after verl where verl has the quantity, ``self_distillation/`` where it does not.
+"""
+
+from __future__ import annotations
+
+STEP = "training/global_step"
+EPOCH = "training/epoch"
+
+SCORE_MEAN = "critic/score/mean"
+SCORE_MAX = "critic/score/max"
+SCORE_MIN = "critic/score/min"
+ADVANTAGES_MEAN = "critic/advantages/mean"
+
+LOSS = "actor/loss"
+PG_LOSS = "actor/pg_loss"
+PG_CLIPFRAC = "actor/pg_clipfrac"
+PPO_KL = "actor/ppo_kl"
+ENTROPY = "actor/entropy"
+GRAD_NORM = "actor/grad_norm"
+LR = "actor/lr"
+SKIPPED_UPDATES = "actor/skipped_updates"
+
+RESPONSE_LENGTH_MEAN = "response_length/mean"
+RESPONSE_LENGTH_MAX = "response_length/max"
+RESPONSE_LENGTH_CLIP_RATIO = "response_length/clip_ratio"
+PROMPT_LENGTH_MEAN = "prompt_length/mean"
+PROMPT_LENGTH_MAX = "prompt_length/max"
+
+ROLLOUT_IS_MEAN = "rollout_corr/rollout_is_mean"
+ROLLOUT_IS_MAX = "rollout_corr/rollout_is_max"
+ROLLOUT_IS_CLIP_FRACTION = "rollout_corr/rollout_is_clip_fraction"
+ROLLOUT_KL = "rollout_corr/kl"
+
+DISTILLATION_LOSS = "self_distillation/loss"
+DIVERGENCE = "self_distillation/divergence"
+DISTILLATION_WEIGHT = "self_distillation/weight"
+DISTILLED_FRACTION = "self_distillation/distilled_sample_fraction"
+SUCCESS_FRACTION = "self_distillation/success_sample_fraction"
+SUCCESS_GROUP_FRACTION = "self_distillation/success_group_fraction"
+DEMONSTRATION_FRACTION = "self_distillation/demonstration_used_fraction"
+FEEDBACK_FRACTION = "self_distillation/feedback_used_fraction"
+TRUNCATED_FRACTION = "self_distillation/reprompt_truncated_fraction"
+OVERLONG_FRACTION = "self_distillation/reprompt_overlong_fraction"
+TEACHER_GAP = "self_distillation/teacher_student_log_prob_gap"
+TEACHER_ENTROPY = "self_distillation/teacher_entropy"
+IS_RATIO_MEAN = "self_distillation/is_ratio_mean"
+IS_CLIP_FRACTION = "self_distillation/is_clip_fraction"
+NONFINITE_SAMPLES = "self_distillation/nonfinite_samples"
+STALENESS = "self_distillation/staleness"
+
+TIME_SAMPLE = "timing_s/gen"
+TIME_WAIT = "timing_s/wait_for_rollouts"
+TIME_LEARN = "timing_s/update_actor"
+TIME_WEIGHTS = "timing_s/update_weights"
+TIME_EVAL = "timing_s/testing"
+TIME_SAVE = "timing_s/save_checkpoint"
+TIME_STEP = "timing_s/step"
+TOKENS = "perf/total_num_tokens"
+THROUGHPUT = "perf/throughput"
+
+DESCRIPTIONS: dict[str, str] = {
+    STEP: "Number of the step, from 1; 0 is the evaluation before training.",
+    EPOCH: "Passes over the training rows so far, as a fraction.",
+    SCORE_MEAN: "Mean score of the step's rollouts.",
+    SCORE_MAX: "Highest score of the step's rollouts.",
+    SCORE_MIN: "Lowest score of the step's rollouts.",
+    ADVANTAGES_MEAN: "Mean group-relative advantage over response tokens (only if grpo_coef > 0).",
+    LOSS: "The loss that was differentiated, summed over the micro-batches of a mini-batch, mean over mini-batches.",
+    PG_LOSS: "Its GRPO part, before grpo_coef (only if grpo_coef > 0).",
+    PG_CLIPFRAC: "Share of response tokens where PPO's clip took the gradient away (only if grpo_coef > 0).",
+    PPO_KL: "Estimate of KL(old policy || student), mean of log old - log student over response tokens.",
+    ENTROPY: "Entropy of the student's next-token distribution, in nats, mean over response tokens.",
+    GRAD_NORM: "Global gradient norm before clipping, mean over mini-batches.",
+    LR: "Learning rate of the step's last optimizer step.",
+    SKIPPED_UPDATES: "Optimizer steps left out because the gradient was not finite.",
+    RESPONSE_LENGTH_MEAN: "Mean response length in tokens, end-of-sequence included.",
+    RESPONSE_LENGTH_MAX: "Longest response.",
+    RESPONSE_LENGTH_CLIP_RATIO: "Share of responses cut off at sampler.max_response_length.",
+    PROMPT_LENGTH_MEAN: "Mean prompt length in tokens.",
+    PROMPT_LENGTH_MAX: "Longest prompt.",
+    ROLLOUT_IS_MEAN: "Mean truncated importance weight old policy / sampler over response tokens.",
+    ROLLOUT_IS_MAX: "Largest such weight before truncation.",
+    ROLLOUT_IS_CLIP_FRACTION: "Share of weights that were truncated.",
+    ROLLOUT_KL: "Estimate of KL(sampler || old policy), mean of log sampler - log old over response tokens.",
+    DISTILLATION_LOSS: "The distillation part of the loss, before its weight and the blend (only if grpo_coef < 1).",
+    DIVERGENCE: "Mean divergence of a distilled token in nats, before ratios and weights.",
+    DISTILLATION_WEIGHT: "The scheduled weight of the distillation part.",
+    DISTILLED_FRACTION: "Share of samples that were distilled (their teacher was shown something).",
+    SUCCESS_FRACTION: "Share of samples that reached success_reward_threshold.",
+    SUCCESS_GROUP_FRACTION: "Share of prompts with at least one success.",
+    DEMONSTRATION_FRACTION: "Share of samples whose teacher was shown a solution.",
+    FEEDBACK_FRACTION: "Share of samples whose teacher was shown feedback.",
+    TRUNCATED_FRACTION: "Share of samples whose demonstration or feedback was trimmed to fit max_reprompt_len.",
+    OVERLONG_FRACTION: "Share of samples left out because even an empty demonstration did not fit.",
+    TEACHER_GAP: "Mean of teacher minus student log-probability of the sampled tokens, over distilled tokens.",
+    TEACHER_ENTROPY: "Entropy of the teacher's next-token distribution in nats, mean over distilled tokens.",
+    IS_RATIO_MEAN: "Mean truncated ratio student / old policy over distilled tokens.",
+    IS_CLIP_FRACTION: "Share of distilled tokens whose ratio was truncated at is_clip.",
+    NONFINITE_SAMPLES: "Samples dropped because a number of theirs was not finite.",
+    STALENESS: "Weight updates between the weights that sampled and the weights that learn.",
+    TIME_SAMPLE: "Seconds the sampler spent on the step's rollouts.",
+    TIME_WAIT: "Seconds the learner waited for them.",
+    TIME_LEARN: "Seconds of forward, backward, optimizer and teacher update.",
+    TIME_WEIGHTS: "Seconds to hand the weights to the sampler.",
+    TIME_EVAL: "Seconds of evaluation.",
+    TIME_SAVE: "Seconds to write a checkpoint.",
+    TIME_STEP: "Seconds of the whole step.",
+    TOKENS: "Prompt and response tokens of the step's rollouts.",
+    THROUGHPUT: "Those tokens a second.",
+}
+
+
+def val_name(data_source: str, statistic: str) -> str:
+    """Name of a held-out accuracy of the student, e.g. ``val-core/hidden_rule/acc/mean@1`` (greedy)."""
+    return f"val-core/{data_source}/acc/{statistic}"
+
+
+def teacher_val_name(data_source: str, statistic: str) -> str:
+    """The same for the teacher, prompted as it is in training."""
+    return f"val-teacher/{data_source}/acc/{statistic}"
