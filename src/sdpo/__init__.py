@@ -1,0 +1,41 @@
+"""SDPO: self-distillation policy optimization (arXiv 2601.20802).
+
+The names below are the public interface; they are imported on first use, so that ``import sdpo`` costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdpo.algorithm.loss import compute_self_distillation_loss as compute_self_distillation_loss
+    from sdpo.algorithm.teacher import update_teacher_ema as update_teacher_ema
+    from sdpo.config import Run as Run
+    from sdpo.config import SelfDistillationConfig as SelfDistillationConfig
+    from sdpo.config import load_run as load_run
+    from sdpo.embedded.trainer import Result as Result
+    from sdpo.embedded.trainer import train as train
+    from sdpo.errors import UserError as UserError
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "compute_self_distillation_loss": "sdpo.algorithm.loss",
+    "update_teacher_ema": "sdpo.algorithm.teacher",
+    "Run": "sdpo.config",
+    "SelfDistillationConfig": "sdpo.config",
+    "load_run": "sdpo.config",
+    "Result": "sdpo.embedded.trainer",
+    "train": "sdpo.embedded.trainer",
+    "UserError": "sdpo.errors",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sdpo' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

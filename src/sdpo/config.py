@@ -380,7 +380,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
         changes = OmegaConf.from_dotlist(list(overrides))
     except Exception as error:
         raise UserError(f"overrides {' '.join(overrides)}: {_one_line(error)}") from error
-    return _build_run([(str(path), loaded), ("command line", changes)])
+    return _build_run([(str(path), loaded), *([("command line", changes)] if overrides else [])])
 
 
 def _build_run(sources: Sequence[tuple[str, DictConfig]]) -> Run:
@@ -393,16 +393,19 @@ def _build_run(sources: Sequence[tuple[str, DictConfig]]) -> Run:
             merged = OmegaConf.merge(merged, source)
         except OmegaConfBaseException as error:
             raise UserError(f"{origin}: {_explain(error)}") from error
+    origin = " + ".join(name for name, _ in sources)
     try:
+        for key, _ in iterate_settings():
+            OmegaConf.select(merged, key)  # unlike resolve, it names the key whose interpolation fails
         OmegaConf.resolve(merged)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise UserError(f"{missing[0]} is not set; add it to the file or as {missing[0]}=...")
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        raise UserError(f"{sources[0][0]}: {_explain(error)}") from error
+        raise UserError(f"{origin}: {_explain(error)}") from error
     except UserError as error:
-        raise UserError(f"{sources[0][0]}: {error}") from None
+        raise UserError(f"{origin}: {error}") from None
 
 
 def save_run(run: Run, path: str | Path) -> None:
@@ -424,6 +427,8 @@ def _refuse_unknown_keys(origin: str, values: Any, schema: Any = None, prefix: s
             raise UserError(f"{origin}: unknown key {prefix}{key}{hint}")
         if isinstance(known[key], Section):
             _refuse_unknown_keys(origin, value, known[key], f"{key}.")
+        elif isinstance(known[key], list) and not isinstance(value, list) and "${" not in str(value):
+            raise UserError(f"{origin}: {prefix}{key} must be a list, in brackets, got {value!r}")
 
 
 def _explain(error: OmegaConfBaseException) -> str:

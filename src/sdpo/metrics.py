@@ -29,7 +29,6 @@ PROMPT_LENGTH_MEAN = "prompt_length/mean"
 PROMPT_LENGTH_MAX = "prompt_length/max"
 
 ROLLOUT_IS_MEAN = "rollout_corr/rollout_is_mean"
-ROLLOUT_IS_MAX = "rollout_corr/rollout_is_max"
 ROLLOUT_IS_CLIP_FRACTION = "rollout_corr/rollout_is_clip_fraction"
 ROLLOUT_KL = "rollout_corr/kl"
 
@@ -81,7 +80,6 @@ DESCRIPTIONS: dict[str, str] = {
     PROMPT_LENGTH_MEAN: "Mean prompt length in tokens.",
     PROMPT_LENGTH_MAX: "Longest prompt.",
     ROLLOUT_IS_MEAN: "Mean truncated importance weight old policy / sampler over response tokens.",
-    ROLLOUT_IS_MAX: "Largest such weight before truncation.",
     ROLLOUT_IS_CLIP_FRACTION: "Share of weights that were truncated.",
     ROLLOUT_KL: "Estimate of KL(sampler || old policy), mean of log sampler - log old over response tokens.",
     DISTILLATION_LOSS: "The distillation part of the loss, before its weight and the blend (only if grpo_coef < 1).",
@@ -115,6 +113,11 @@ DESCRIPTIONS: dict[str, str] = {
 def val_name(data_source: str, statistic: str) -> str:
     """Name of a held-out accuracy of the student, e.g. ``val-core/hidden_rule/acc/mean@1`` (greedy)."""
     return f"val-core/{data_source}/acc/{statistic}"
+
+
+def teacher_prompted_name(data_source: str) -> str:
+    """Share of held-out prompts whose teacher had something to be shown; the teacher's accuracy is over those."""
+    return f"val-teacher/{data_source}/prompted_fraction"
 
 
 def teacher_val_name(data_source: str, statistic: str) -> str:

@@ -1,0 +1,40 @@
+"""Group-relative advantages: what GRPO calls credit, one number a response."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def compute_group_advantages(
+    scores: Tensor, group_index: Tensor, *, norm_by_std: bool = True, epsilon: float = 1e-6
+) -> Tensor:
+    """Score minus the mean score of its group, on request over the group's standard deviation.
+
+    Args:
+        scores: [B], the responses' scores.
+        group_index: [B], integers; responses to one prompt share one.
+        norm_by_std: divide by the group's sample standard deviation (Bessel-corrected, as verl does) plus ``epsilon``;
+            without it the advantages are those of Dr. GRPO.
+
+    Returns:
+        [B]. A group of a single response has advantage 0 (departure from verl, which keeps its raw score: there is
+        nothing to compare with). A score that is not finite gets 0 and is left out of its group's statistics.
+
+    Source: DeepSeekMath (arXiv 2402.03300), section 4.1; verl ``compute_grpo_outcome_advantage``.
+    """
+    finite = torch.isfinite(scores)
+    clean = scores.masked_fill(~finite, 0.0)
+    _, index = torch.unique(group_index, return_inverse=True)
+    num_groups = int(index.max()) + 1 if index.numel() else 0
+
+    def sum_over_group(values: Tensor) -> Tensor:
+        return values.new_zeros(num_groups).index_add(0, index, values)
+
+    count = sum_over_group(finite.to(clean.dtype))
+    mean = sum_over_group(clean) / count.clamp(min=1)
+    advantages = (clean - mean[index]).masked_fill(~finite, 0.0)
+    if norm_by_std:
+        variance = sum_over_group(advantages.square()) / (count - 1).clamp(min=1)
+        advantages = advantages / (variance.sqrt()[index] + epsilon)
+    return advantages

@@ -1,0 +1,88 @@
+"""How far the student's next-token distribution is from the teacher's: one number a token.
+
+Sign convention of the official code and TRL: ``alpha=0`` is the forward KL(teacher || student), ``alpha=1`` the reverse
+KL(student || teacher), and between them the generalised Jensen-Shannon divergence
+
+    (1 - alpha) KL(student || m) + alpha KL(teacher || m),   m = (1 - alpha) student + alpha teacher.
+
+The interpolation tends to 0 at both ends, so the end points are the KLs themselves and not its limits.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# log(1 - sum p) of the tail bucket: sum p is held below 1 by this much, as in the official code.
+TAIL_LOG_SUM_MAX = -1e-7
+# Stands for log 0 where -inf on both sides would make the gradient of a logarithmic sum undefined; exp() of it is 0.
+LOG_ZERO = -1e4
+
+
+def compute_kl(p_log_probs: Tensor, q_log_probs: Tensor) -> Tensor:
+    """KL(p || q) of distributions [..., V], giving [...]; gradients reach both.
+
+    An entry that p rules out (log-probability ``-inf``) contributes 0, whatever q says, and no gradient; an entry that q
+    alone rules out makes the divergence infinite.
+    """
+    ruled_out = torch.isneginf(p_log_probs)
+    difference = p_log_probs.masked_fill(ruled_out, 0.0) - q_log_probs.masked_fill(ruled_out, 0.0)
+    return (p_log_probs.exp() * difference).sum(-1)
+
+
+def compute_jensen_shannon(student_log_probs: Tensor, teacher_log_probs: Tensor, alpha: float) -> Tensor:
+    """Generalised Jensen-Shannon divergence for 0 < alpha < 1 of distributions [..., V], giving [...].
+
+    Range: [0, H(alpha)] with H the binary entropy, so at most log 2 (at alpha = 0.5).
+    """
+    mixture_log_probs = torch.logaddexp(
+        student_log_probs.clamp(min=LOG_ZERO) + math.log1p(-alpha),
+        teacher_log_probs.clamp(min=LOG_ZERO) + math.log(alpha),
+    )
+    student_part = compute_kl(student_log_probs, mixture_log_probs)
+    teacher_part = compute_kl(teacher_log_probs, mixture_log_probs)
+    return (1.0 - alpha) * student_part + alpha * teacher_part
+
+
+def compute_divergence(student_log_probs: Tensor, teacher_log_probs: Tensor, alpha: float) -> Tensor:
+    """The divergence that ``alpha`` names, of distributions [..., V] (or [..., K], with a tail or renormalised).
+
+    Source: SDPO (arXiv 2601.20802), section 3 and appendix; official function ``compute_self_distillation_loss``.
+
+    Raises:
+        ValueError: ``alpha`` is not in [0, 1].
+    """
+    if alpha == 0.0:
+        return compute_kl(teacher_log_probs, student_log_probs)
+    if alpha == 1.0:
+        return compute_kl(student_log_probs, teacher_log_probs)
+    if not 0.0 < alpha < 1.0:
+        raise ValueError(f"alpha must be in [0, 1], got {alpha!r}")
+    return compute_jensen_shannon(student_log_probs, teacher_log_probs, alpha)
+
+
+def add_tail(topk_log_probs: Tensor) -> Tensor:
+    """Append the bucket that holds the rest of the mass, log(1 - sum p): [..., K] -> [..., K + 1]."""
+    log_sum = torch.logsumexp(topk_log_probs, dim=-1, keepdim=True).clamp(max=TAIL_LOG_SUM_MAX)
+    return torch.cat([topk_log_probs, torch.log(-torch.expm1(log_sum))], dim=-1)
+
+
+def renormalize(topk_log_probs: Tensor) -> Tensor:
+    """Make the kept entries [..., K] a distribution of their own."""
+    return topk_log_probs - torch.logsumexp(topk_log_probs, dim=-1, keepdim=True)
+
+
+def compute_sampled_token_surrogate(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+    """A loss [...] from the sampled token's log-probabilities [...] alone, whose expected gradient is the reverse KL's.
+
+    stopgrad(log student - log teacher) * log student: the score-function form (Prop. 2.1 for the sampled entry). Its
+    *value* is not a divergence and may be negative.
+    """
+    return (student_log_probs - teacher_log_probs).detach() * student_log_probs
+
+
+def compute_entropy(log_probs: Tensor) -> Tensor:
+    """Entropy in nats of distributions [..., V], giving [...]; an entry of probability 0 contributes 0."""
+    return -(log_probs.exp() * log_probs.masked_fill(torch.isneginf(log_probs), 0.0)).sum(-1)

@@ -1,0 +1,297 @@
+"""The SDPO loss: what each response token costs, and how those costs become one number.
+
+    loss = grpo_coef * GRPO + (1 - grpo_coef) * weight * SDPO
+
+SDPO: the divergence between student and teacher at each distilled token, times the truncated ratio student / old policy,
+times the truncated rollout weight. GRPO: PPO's clipped surrogate with group-relative advantages, at every response token.
+
+The core works on packed tokens [N]; ``compute_self_distillation_loss`` is the official function's signature on top of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdpo import metrics
+from sdpo.algorithm.correction import compute_ratio
+from sdpo.algorithm.divergence import (
+    add_tail,
+    compute_divergence,
+    compute_entropy,
+    compute_sampled_token_surrogate,
+    renormalize,
+)
+from sdpo.config import SelfDistillationConfig
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """Packed response tokens of several samples. Gradients flow through the student's tensors only.
+
+    Weights say how much a token counts in the aggregate (``compute_token_weights``), so a loss summed over micro-batches
+    is the loss of the mini-batch, however it is cut.
+    """
+
+    student_log_probs: Tensor  # [N] log-probabilities of the sampled tokens
+    old_log_probs: Tensor  # [N]
+    policy_weights: Tensor | None = None  # [N] weights in the GRPO part
+    advantages: Tensor | None = None  # [N]
+    rollout_is_weights: Tensor | None = None  # [N] truncated, detached
+
+    distilled: Tensor | None = None  # [N] bool, M of them set
+    distillation_weights: Tensor | None = None  # [M]
+    teacher_log_probs: Tensor | None = None  # [M]
+    student_distribution: Tensor | None = None  # [M, V] or [M, K] log-probabilities (K: the student's top k)
+    teacher_distribution: Tensor | None = None  # [M, V] or [M, K], same entries
+    distillation_coef: float = 1.0  # the scheduled weight, >= 0
+
+
+@dataclass(frozen=True)
+class LossOutputs:
+    """The loss to differentiate, its terms by token, and sums for metrics."""
+
+    loss: Tensor  # scalar
+    token_losses: Tensor  # [N] weighted contribution of each token to the loss; its sum is the loss
+    sums: Mapping[str, tuple[Tensor, Tensor]]  # metric -> (sum, count), to be added over micro-batches; count 0: a total
+
+
+def compute_token_weights(num_tokens: Tensor, loss_agg_mode: str, horizon: int | None = None) -> Tensor:
+    """What one token of each sample counts in the aggregated loss.
+
+    Args:
+        num_tokens: [B], counted tokens of each sample; a sample with 0 does not exist for the mean over sequences.
+        loss_agg_mode: ``token-mean`` 1 / all tokens; ``seq-mean-token-sum`` 1 / sequences; ``seq-mean-token-mean``
+            1 / (sequences * the sample's tokens); ``seq-mean-token-sum-norm`` 1 / (sequences * horizon).
+        horizon: constant of the last mode, in tokens; needed there.
+
+    Returns:
+        [B] float, at least float32.
+
+    Raises:
+        ValueError: unknown mode, or no horizon where one is needed.
+
+    Source: verl ``agg_loss``. ``token-mean`` counts distilled tokens, as the official code does.
+    """
+    counts = num_tokens.to(torch.float64 if num_tokens.dtype == torch.float64 else torch.float32)
+    present = (counts > 0).to(counts.dtype)
+    num_sequences = present.sum().clamp(min=1)
+    if loss_agg_mode == "token-mean":
+        return present / counts.sum().clamp(min=1)
+    if loss_agg_mode == "seq-mean-token-sum":
+        return present / num_sequences
+    if loss_agg_mode == "seq-mean-token-mean":
+        return present / (num_sequences * counts.clamp(min=1))
+    if loss_agg_mode == "seq-mean-token-sum-norm":
+        if horizon is None:
+            raise ValueError("loss_agg_mode seq-mean-token-sum-norm needs a horizon")
+        return present / (num_sequences * horizon)
+    raise ValueError(f"unknown loss_agg_mode {loss_agg_mode!r}")
+
+
+def compute_distillation_coef(config: SelfDistillationConfig, step: int, total_steps: int) -> float:
+    """The scheduled weight of the distillation loss at step 1 ... total_steps: linear from start to end."""
+    progress = 0.0 if total_steps <= 1 else (step - 1) / (total_steps - 1)
+    return config.distillation_weight_start + progress * (
+        config.distillation_weight_end - config.distillation_weight_start
+    )
+
+
+def compute_prompt_weights(success_rates: Tensor) -> Tensor:
+    """sqrt(p (1 - p)) of each sample's prompt, [B] in [0, 0.5]: nothing to learn where all or none succeed."""
+    return (success_rates * (1.0 - success_rates)).clamp(min=0).sqrt()
+
+
+def compute_token_divergence(inputs: LossInputs, config: SelfDistillationConfig) -> Tensor:
+    """Divergence of each distilled token in nats, [M]; for the sampled-token level its surrogate."""
+    if not config.full_logit_distillation:
+        assert inputs.distilled is not None and inputs.teacher_log_probs is not None
+        return compute_sampled_token_surrogate(inputs.student_log_probs[inputs.distilled], inputs.teacher_log_probs)
+    assert inputs.student_distribution is not None and inputs.teacher_distribution is not None
+    student, teacher = inputs.student_distribution, inputs.teacher_distribution.detach()
+    if config.distillation_topk is not None:
+        complete = add_tail if config.distillation_add_tail else renormalize
+        student, teacher = complete(student), complete(teacher)
+    return compute_divergence(student, teacher, config.alpha)
+
+
+def _clip_divergence(divergence: Tensor, limit: float) -> Tensor:
+    # Scaled, not clamped: a clamp would take the gradient away from the tokens where the teacher disagrees most.
+    return divergence * (limit / divergence.detach().clamp(min=limit))
+
+
+def compute_distillation_token_losses(
+    inputs: LossInputs, config: SelfDistillationConfig
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """Loss of each distilled token [M] before aggregation, and the sums for its metrics."""
+    assert inputs.distilled is not None and inputs.teacher_log_probs is not None
+    student_log_probs = inputs.student_log_probs[inputs.distilled]
+    divergence = compute_token_divergence(inputs, config)
+    losses = divergence
+    if config.divergence_clip is not None:
+        losses = _clip_divergence(losses, config.divergence_clip)
+    sums = {
+        metrics.DIVERGENCE: _mean(divergence),
+        metrics.TEACHER_GAP: _mean(inputs.teacher_log_probs - student_log_probs),
+    }
+    if config.teacher_entropy_beta:
+        teacher = inputs.teacher_distribution
+        assert teacher is not None
+        if config.distillation_topk is not None:
+            teacher = add_tail(teacher) if config.distillation_add_tail else renormalize(teacher)
+        losses = losses * torch.exp(-config.teacher_entropy_beta * compute_entropy(teacher.detach()))
+    if config.is_clip is not None:
+        ratio = compute_ratio(student_log_probs.detach(), inputs.old_log_probs[inputs.distilled])
+        sums[metrics.IS_CLIP_FRACTION] = _mean((ratio > config.is_clip).to(losses.dtype))
+        ratio = ratio.clamp(max=config.is_clip)
+        sums[metrics.IS_RATIO_MEAN] = _mean(ratio)
+        losses = losses * ratio
+    if inputs.rollout_is_weights is not None:
+        losses = losses * inputs.rollout_is_weights[inputs.distilled]
+    return losses, sums
+
+
+def compute_policy_token_losses(
+    inputs: LossInputs, config: SelfDistillationConfig
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """PPO's clipped surrogate of each response token [N], before aggregation, and the sums for its metrics.
+
+    Source: PPO (arXiv 1707.06347) eq. 7 with separate bounds (DAPO, arXiv 2503.14476). Departure from verl: no dual clip.
+    """
+    assert inputs.advantages is not None
+    ratio = compute_ratio(inputs.student_log_probs, inputs.old_log_probs)
+    clipped = ratio.clamp(1.0 - config.clip_ratio_low, 1.0 + config.clip_ratio_high)
+    losses = torch.maximum(-inputs.advantages * ratio, -inputs.advantages * clipped)
+    clip_active = (-inputs.advantages * clipped > -inputs.advantages * ratio).to(losses.dtype)
+    sums = {metrics.PG_CLIPFRAC: _mean(clip_active), metrics.ADVANTAGES_MEAN: _mean(inputs.advantages)}
+    if inputs.rollout_is_weights is not None:
+        losses = losses * inputs.rollout_is_weights
+    return losses, sums
+
+
+def compute_loss(inputs: LossInputs, config: SelfDistillationConfig) -> LossOutputs:
+    """The blended loss of packed tokens.
+
+    A token whose contribution is not finite stands in ``token_losses`` as it is: the caller drops its sample and calls
+    again, because a masked NaN still reaches the weights through the backward pass of what made it.
+    """
+    contributions = torch.zeros_like(inputs.student_log_probs)
+    sums: dict[str, tuple[Tensor, Tensor]] = {
+        metrics.PPO_KL: _mean(inputs.old_log_probs - inputs.student_log_probs),
+    }
+    if config.grpo_coef > 0.0:
+        assert inputs.policy_weights is not None
+        policy_losses, policy_sums = compute_policy_token_losses(inputs, config)
+        policy_losses = policy_losses * inputs.policy_weights
+        contributions = contributions + config.grpo_coef * policy_losses
+        sums |= policy_sums | {metrics.PG_LOSS: _total(policy_losses)}
+    if config.distills and inputs.distilled is not None and bool(inputs.distilled.any()):
+        assert inputs.distillation_weights is not None
+        losses, distillation_sums = compute_distillation_token_losses(inputs, config)
+        losses = losses * inputs.distillation_weights
+        scaled = (1.0 - config.grpo_coef) * inputs.distillation_coef * losses
+        contributions = contributions.masked_scatter(
+            inputs.distilled, contributions[inputs.distilled] + scaled.to(contributions.dtype)
+        )
+        sums |= distillation_sums | {metrics.DISTILLATION_LOSS: _total(losses)}
+    loss = contributions.sum()
+    return LossOutputs(loss, contributions, sums | {metrics.LOSS: _total(contributions)})
+
+
+def compute_self_distillation_loss(
+    student_log_probs: Tensor,
+    teacher_log_probs: Tensor,
+    response_mask: Tensor,
+    self_distillation_config: SelfDistillationConfig,
+    old_log_probs: Tensor | None = None,
+    student_all_log_probs: Tensor | None = None,
+    teacher_all_log_probs: Tensor | None = None,
+    student_topk_log_probs: Tensor | None = None,
+    teacher_topk_log_probs: Tensor | None = None,
+    self_distillation_mask: Tensor | None = None,
+    loss_agg_mode: str = "token-mean",
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """The distillation loss of a padded batch, with the signature of the official function (lasgroup/SDPO).
+
+    Args:
+        student_log_probs: [B, T], log-probabilities of the sampled tokens, with gradient.
+        teacher_log_probs: [B, T], the teacher's for the same tokens; never receives a gradient.
+        response_mask: [B, T], 1 at response tokens.
+        self_distillation_config: which divergence, which level, which clips. ``grpo_coef`` is not applied here: this is
+            the distillation part alone.
+        old_log_probs: [B, T], needed unless ``is_clip`` is None.
+        student_all_log_probs, teacher_all_log_probs: [B, T, V], for the full vocabulary.
+        student_topk_log_probs, teacher_topk_log_probs: [B, T, K], both at the student's top k, for top-k.
+        self_distillation_mask: [B], 1 for samples whose teacher was shown something.
+        loss_agg_mode: see ``compute_token_weights``; the horizon of the last mode is T.
+        rollout_is_weights: [B, T], truncated importance weights old policy / sampler.
+
+    Returns:
+        The scalar loss and its metrics. No distilled token at all gives a loss of exactly 0 with a zero gradient.
+
+    Raises:
+        ValueError: a tensor that the settings need is missing.
+
+    Departures from the official function: a sample with a number that is not finite is left out as if it were not in the
+    batch, and counted in ``self_distillation/nonfinite_samples``; what stands at masked positions never matters, not even
+    NaN; the added options of the configuration apply.
+    """
+    config = self_distillation_config
+    _require_tensors(config, locals())
+    mask = response_mask.bool()
+    if self_distillation_mask is not None:
+        mask = mask & self_distillation_mask.bool().unsqueeze(-1)
+    student_distribution, teacher_distribution = (
+        (student_topk_log_probs, teacher_topk_log_probs)
+        if config.distillation_topk is not None
+        else (student_all_log_probs, teacher_all_log_probs)
+    )
+    num_dropped = 0
+    while True:
+        weights = compute_token_weights(mask.sum(-1), loss_agg_mode, horizon=mask.shape[-1])
+        inputs = LossInputs(
+            student_log_probs=student_log_probs[mask],
+            old_log_probs=(student_log_probs if old_log_probs is None else old_log_probs)[mask].detach(),
+            rollout_is_weights=None if rollout_is_weights is None else rollout_is_weights[mask].detach(),
+            distilled=torch.ones_like(student_log_probs[mask], dtype=torch.bool),
+            distillation_weights=weights.unsqueeze(-1).expand(mask.shape)[mask],
+            teacher_log_probs=teacher_log_probs[mask].detach(),
+            student_distribution=None if student_distribution is None else student_distribution[mask],
+            teacher_distribution=None if teacher_distribution is None else teacher_distribution[mask].detach(),
+        )
+        losses, sums = compute_distillation_token_losses(inputs, config)
+        nonfinite = torch.zeros_like(mask).masked_scatter(mask, ~torch.isfinite(losses)).any(-1)
+        if not bool(nonfinite.any()):
+            break
+        num_dropped += int(nonfinite.sum())
+        mask = mask & ~nonfinite.unsqueeze(-1)
+    # The sum over no tokens keeps the graph, so that an empty batch can be differentiated like any other.
+    loss = (losses * inputs.distillation_weights).sum() + 0.0 * student_log_probs[mask].sum()
+    values = {name: float(total / count.clamp(min=1)) for name, (total, count) in sums.items()}
+    return loss, values | {metrics.DISTILLATION_LOSS: float(loss), metrics.NONFINITE_SAMPLES: float(num_dropped)}
+
+
+def _require_tensors(config: SelfDistillationConfig, given: Mapping[str, object]) -> None:
+    needed: list[str] = []
+    if config.full_logit_distillation:
+        kept = "topk" if config.distillation_topk is not None else "all"
+        needed = [f"student_{kept}_log_probs", f"teacher_{kept}_log_probs"]
+    if config.is_clip is not None:
+        needed.append("old_log_probs")
+    for name in needed:
+        if given[name] is None:
+            raise ValueError(f"{name} is needed by these settings (full_logit_distillation, distillation_topk, is_clip)")
+
+
+def _mean(values: Tensor) -> tuple[Tensor, Tensor]:
+    values = values.detach()
+    return values.sum(), torch.tensor(values.numel(), device=values.device)
+
+
+def _total(values: Tensor) -> tuple[Tensor, Tensor]:
+    # Already weighted: micro-batches add up to the aggregate, so there is nothing to divide by.
+    return values.detach().sum(), torch.tensor(0, device=values.device)

@@ -1,0 +1,98 @@
+"""The teacher's weights: the student's, held back.
+
+An average kept in bfloat16 does not move: at rate 0.05 the change is below half a unit in the last place. So the
+averaged copy is float32 whatever the model's dtype, and what the forward pass uses is cast from it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sdpo.config import SelfDistillationConfig
+
+# Modules and the coefficients with which their logits are added; one module with 1 is that model's own distribution.
+Policy = Sequence[tuple[nn.Module, float]]
+
+
+@torch.no_grad()
+def update_teacher_ema(teacher_params: Iterable[Tensor], student_params: Iterable[Tensor], ema_rate: float) -> None:
+    """teacher <- (1 - ema_rate) * teacher + ema_rate * student, in place.
+
+    Args:
+        teacher_params: float32 or float64 tensors.
+        student_params: tensors of the same shapes in the same order, of any floating-point type.
+        ema_rate: in [0, 1]; 0 keeps the teacher, 1 copies the student.
+
+    Raises:
+        ValueError: a teacher tensor in half precision, shapes or numbers of tensors that differ, a rate out of range.
+
+    Source: SDPO (arXiv 2601.20802), section 3: once a rollout batch, after all of its optimizer steps.
+    """
+    if not 0.0 <= ema_rate <= 1.0:
+        raise ValueError(f"ema_rate must be in [0, 1], got {ema_rate!r}")
+    teachers, students = list(teacher_params), list(student_params)
+    if [t.shape for t in teachers] != [s.shape for s in students]:
+        raise ValueError("teacher_params and student_params must be the same tensors, in the same order")
+    half = [t.dtype for t in teachers if t.dtype not in (torch.float32, torch.float64)]
+    if half:
+        raise ValueError(f"teacher_params must be float32 (an average in {half[0]} does not move); keep a float32 copy")
+    if teachers:
+        casted = [s.detach().to(device=t.device, dtype=t.dtype) for t, s in zip(teachers, students, strict=True)]
+        torch._foreach_lerp_(teachers, casted, ema_rate)
+
+
+class Teacher:
+    """The teacher that ``teacher_regularization`` names, for a student that is an ``nn.Module``.
+
+    It holds one frozen module (none for the live teacher, which is the student itself), says by ``policy`` whose logits
+    make the teacher's distribution, and follows the student in ``step``, once a rollout batch.
+    """
+
+    def __init__(self, student: nn.Module, config: SelfDistillationConfig) -> None:
+        self.kind = config.teacher_regularization
+        self.rate = config.ema_update_rate
+        self.snapshot_every = config.teacher_snapshot_every
+        self.num_steps = 0
+        self.module: nn.Module | None = None
+        self._average: list[Tensor] = []
+        if self.kind != "live":
+            self.module = copy.deepcopy(student).requires_grad_(False).eval()
+        if self.kind == "ema":
+            self._average = [
+                p.data if p.dtype in (torch.float32, torch.float64) else p.detach().float().clone()
+                for p in self._module_params()
+            ]
+
+    def policy(self, student: nn.Module) -> Policy:
+        """Whose logits to add up: one module, or two for the trust region.
+
+        Trust region: lerp(initial model's logits, student's logits, rate), a geometric mixture of both distributions.
+        Source: SDPO (arXiv 2601.20802), the regularised teacher.
+        """
+        if self.module is None:
+            return [(student, 1.0)]
+        if self.kind == "trust-region":
+            return [(self.module, 1.0 - self.rate), (student, self.rate)]
+        return [(self.module, 1.0)]
+
+    def step(self, student: nn.Module) -> None:
+        """Follow the student after all optimizer steps of a rollout batch."""
+        self.num_steps += 1
+        if self.kind == "ema":
+            update_teacher_ema(self._average, student.parameters(), self.rate)
+            self._copy_into_module(self._average)
+        elif self.kind == "snapshot" and self.num_steps % self.snapshot_every == 0:
+            self._copy_into_module(student.parameters())
+
+    def _module_params(self) -> list[nn.Parameter]:
+        return list(self.module.parameters()) if self.module is not None else []
+
+    @torch.no_grad()
+    def _copy_into_module(self, source: Iterable[Tensor]) -> None:
+        for param, value in zip(self._module_params(), source, strict=True):
+            if param.data_ptr() != value.data_ptr():
+                param.copy_(value)

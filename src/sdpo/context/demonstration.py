@@ -1,0 +1,118 @@
+"""Which ground truth, successful peer response or feedback the teacher of a sample is shown."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sdpo.config import SelfDistillationConfig
+from sdpo.context.thinking import remove_thinking
+
+
+@dataclass(frozen=True)
+class GradedResponse:
+    """One rollout and what is known about it.
+
+    Attributes:
+        group: the same for all rollouts of one prompt.
+        response: the decoded response.
+        score: the grader's score; NaN is never a success.
+        feedback: what the grader says about this response, if anything.
+        ground_truth: the solution in the data row, if it has one.
+    """
+
+    group: int | str
+    response: str
+    score: float
+    feedback: str | None = None
+    ground_truth: str | None = None
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """What the teacher of one sample is shown besides the prompt; a blank text counts as none."""
+
+    solution: str | None = None
+    feedback: str | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the teacher knows no more than the student, so that the sample is not distilled."""
+        return is_blank(self.solution) and is_blank(self.feedback)
+
+
+def is_blank(text: str | None) -> bool:
+    """Whether there is nothing to show: no text, or white space only."""
+    return text is None or not text.strip()
+
+
+def select_demonstrations(
+    samples: Sequence[GradedResponse], config: SelfDistillationConfig, rng: random.Random
+) -> list[Demonstration]:
+    """Choose what each sample's teacher is shown, in the order of the samples.
+
+    A peer is drawn uniformly from the successes (score >= ``success_reward_threshold``) of the sample's group that
+    have text left after the removal of reasoning; the sample itself is among them only if
+    ``dont_reprompt_on_self_success`` is false. A missing or blank ground truth is no solution. Reasoning is removed
+    from peers and ground truths alike, since both may hold worked solutions; feedback is shown as it is.
+
+    The same samples, config and state of ``rng`` give the same choice. Numbers are drawn from ``rng`` for samples with
+    a peer to choose only.
+
+    After the official code (lasgroup/SDPO), which departs in this: it shows the first success of the group rather than
+    a random one, so that all rollouts of a prompt are pulled towards one response, and it lets a success be its own
+    demonstration unless told otherwise.
+    """
+    peers: dict[int | str, list[tuple[int, str]]] = defaultdict(list)
+    if config.demonstration_source in ("peer", "peer_then_ground_truth"):
+        for index, sample in enumerate(samples):
+            text = _solution_text(sample.response, config)
+            if text is not None and sample.score >= config.success_reward_threshold:
+                peers[sample.group].append((index, text))
+    return [_select(index, sample, peers[sample.group], config, rng) for index, sample in enumerate(samples)]
+
+
+def compute_success_rates(samples: Sequence[GradedResponse], threshold: float) -> list[float]:
+    """The share of successes (score >= threshold) in each sample's group, in [0, 1], in the order of the samples."""
+    num_samples = Counter(sample.group for sample in samples)
+    num_successes = Counter(sample.group for sample in samples if sample.score >= threshold)
+    return [num_successes[sample.group] / num_samples[sample.group] for sample in samples]
+
+
+def _select(
+    index: int,
+    sample: GradedResponse,
+    peers: Sequence[tuple[int, str]],
+    config: SelfDistillationConfig,
+    rng: random.Random,
+) -> Demonstration:
+    if config.distill_only_failed and sample.score >= config.success_reward_threshold:
+        return Demonstration()
+    solution = _select_solution(index, sample, peers, config, rng)
+    shows_feedback = config.include_environment_feedback and not is_blank(sample.feedback)
+    if config.environment_feedback_only_without_solution and solution is not None:
+        shows_feedback = False
+    return Demonstration(solution, sample.feedback if shows_feedback else None)
+
+
+def _select_solution(
+    index: int,
+    sample: GradedResponse,
+    peers: Sequence[tuple[int, str]],
+    config: SelfDistillationConfig,
+    rng: random.Random,
+) -> str | None:
+    candidates = [text for peer, text in peers if peer != index or not config.dont_reprompt_on_self_success]
+    if candidates:
+        return rng.choice(candidates)
+    if config.demonstration_source in ("ground_truth", "peer_then_ground_truth"):
+        return _solution_text(sample.ground_truth, config)
+    return None
+
+
+def _solution_text(text: str | None, config: SelfDistillationConfig) -> str | None:
+    if text is not None and config.remove_thinking_from_demonstration:
+        text = remove_thinking(text)
+    return None if is_blank(text) else text

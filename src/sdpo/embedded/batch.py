@@ -1,0 +1,130 @@
+"""Samples as padded tensors: micro-batches under a token budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdpo.algorithm.teacher import Policy
+from sdpo.embedded.samples import Sample
+
+
+@dataclass(frozen=True)
+class PaddedSequences:
+    """Prompts padded on the left, responses on the right, so that all responses start at the same place."""
+
+    token_ids: Tensor  # [B, L]
+    attention_mask: Tensor  # [B, L]
+    position_ids: Tensor  # [B, L]
+    response_mask: Tensor  # [B, T] bool, T the longest response
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass of student and teacher reads. Packed tensors go response by response."""
+
+    student: PaddedSequences
+    teacher: PaddedSequences | None  # of the distilled samples only
+    sampled_ids: Tensor  # [N]
+    rollout_log_probs: Tensor  # [N]
+    advantages: Tensor  # [N]
+    distilled: Tensor  # [N] bool
+    sample_index: Tensor  # [N] place of the token's sample in the micro-batch
+
+
+def split_by_tokens(samples: Sequence[Sample], max_tokens: int) -> list[list[int]]:
+    """Cut samples into micro-batches of at most ``max_tokens`` padded tokens, the teacher's included.
+
+    Samples of similar length go together; a sample longer than the budget stands alone.
+
+    Returns:
+        Places in ``samples``, each exactly once.
+    """
+
+    def lengths(i: int) -> tuple[int, int, int]:
+        sample = samples[i]
+        teacher = len(sample.teacher_prompt.token_ids or ())
+        return len(sample.prompt.token_ids), teacher, len(sample.response.token_ids)
+
+    pieces: list[list[int]] = []
+    longest = (0, 0, 0)
+    for i in sorted(range(len(samples)), key=lambda i: sum(lengths(i))):
+        grown = tuple(map(max, longest, lengths(i)))
+        prompt, teacher, response = grown
+        padded = prompt + response + (teacher + response if teacher else 0)
+        if pieces and (len(pieces[-1]) + 1) * padded <= max_tokens:
+            pieces[-1].append(i)
+            longest = (prompt, teacher, response)
+        else:
+            pieces.append([i])
+            longest = lengths(i)
+    return pieces
+
+
+def build_micro_batch(samples: Sequence[Sample], pad_token_id: int, device: torch.device) -> MicroBatch:
+    """Tensors of a few samples."""
+    lengths = [len(s.response.token_ids) for s in samples]
+    distilled = [s for s in samples if s.is_distilled]
+    teacher = None
+    if distilled:
+        prompts = [s.teacher_prompt.token_ids or [] for s in distilled]
+        teacher = pad_sequences(prompts, [s.response.token_ids for s in distilled], pad_token_id, device)
+
+    def repeat_by_token(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values).repeat_interleave(torch.tensor(lengths)).to(device)
+
+    def flatten(lists: Sequence[Sequence[float]]) -> Tensor:
+        return torch.tensor([value for values in lists for value in values], device=device)
+
+    return MicroBatch(
+        student=pad_sequences(
+            [s.prompt.token_ids for s in samples], [s.response.token_ids for s in samples], pad_token_id, device
+        ),
+        teacher=teacher,
+        sampled_ids=flatten([s.response.token_ids for s in samples]),
+        rollout_log_probs=flatten([s.response.log_probs for s in samples]),
+        advantages=repeat_by_token([s.advantage for s in samples]),
+        distilled=repeat_by_token([s.is_distilled for s in samples]),
+        sample_index=repeat_by_token(range(len(samples))),
+    )
+
+
+def pad_sequences(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_token_id: int, device: torch.device
+) -> PaddedSequences:
+    """Lay prompt and response of each sample side by side in one row."""
+    prompt_length, response_length = max(map(len, prompts)), max(map(len, responses))
+    token_ids = torch.full((len(prompts), prompt_length + response_length), pad_token_id)
+    mask = torch.zeros_like(token_ids)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        start, end = prompt_length - len(prompt), prompt_length + len(response)
+        token_ids[row, start:end] = torch.tensor([*prompt, *response])
+        mask[row, start:end] = 1
+    return PaddedSequences(
+        token_ids=token_ids.to(device),
+        attention_mask=mask.to(device),
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(device),
+        response_mask=mask[:, prompt_length:].bool().to(device),
+    )
+
+
+def compute_response_logits(policy: Policy, sequences: PaddedSequences, temperature: float) -> Tensor:
+    """Logits [N, V] (float32) that predict each response token, over the sampling temperature."""
+    keep = sequences.response_mask.shape[1] + 1
+    total: Tensor | None = None
+    for module, coefficient in policy:
+        output = module(
+            input_ids=sequences.token_ids,
+            attention_mask=sequences.attention_mask,
+            position_ids=sequences.position_ids,
+            use_cache=False,
+            logits_to_keep=keep,
+        )
+        # A model that ignores logits_to_keep gives all positions; the last ones are the same in both cases.
+        logits = output.logits[:, -keep:-1][sequences.response_mask].float() * (coefficient / temperature)
+        total = logits if total is None else total + logits
+    assert total is not None
+    return total

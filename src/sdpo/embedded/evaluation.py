@@ -1,0 +1,99 @@
+"""Held-out accuracy of the student, and of the teacher as it is prompted in training."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from sdpo.algorithm.teacher import Policy, Teacher
+from sdpo.config import Run
+from sdpo.context.demonstration import GradedResponse, select_demonstrations
+from sdpo.context.encode import encode_teacher_prompt
+from sdpo.embedded.data import Prompt
+from sdpo.embedded.decoding import Decoding, sample_responses
+from sdpo.embedded.samples import grade_responses
+from sdpo.metrics import teacher_prompted_name, teacher_val_name, val_name
+from sdpo.tasks.interface import Task
+
+# Evaluation draws the same noise every time, so that two of them differ by the weights alone.
+SEED = 20_601_20_802
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Grades greedy and sampled responses to held-out prompts."""
+
+    run: Run
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    prompts: Sequence[Prompt]
+    decoding: Decoding
+    window: int | None
+
+    def evaluate(self, student: nn.Module, teacher: Teacher | None) -> dict[str, float]:
+        """Accuracy by data source: ``mean@1`` greedy, ``mean@n`` and ``best@n/mean`` (pass@n) of ``eval.n`` samples."""
+        config = self.run.eval
+        policy: Policy = [(student, 1.0)]
+        greedy = self._respond(policy, n=1, temperature=0.0)
+        values = _mean_by_source(self.prompts, greedy, lambda source: val_name(source, "mean@1"))
+        shown = greedy
+        if config.n > 0:
+            shown = self._respond(policy, n=config.n, temperature=config.temperature)
+            best = _best_of_groups(shown, config.n)
+            values |= _mean_by_source(self.prompts, shown, lambda source: val_name(source, f"mean@{config.n}"))
+            values |= _mean_by_source(self.prompts, best, lambda source: val_name(source, f"best@{config.n}/mean"))
+        if teacher is not None and config.teacher:
+            values |= self._evaluate_teacher(teacher.policy(student), shown)
+        return values
+
+    def _respond(self, policy: Policy, n: int, temperature: float) -> list[GradedResponse]:
+        decoding = replace(self.decoding, n=n, temperature=temperature, top_p=self.run.eval.top_p)
+        responses = sample_responses(policy, [p.token_ids for p in self.prompts], decoding, SEED)
+        return grade_responses(self.task, self.tokenizer, self.prompts, responses)
+
+    def _evaluate_teacher(self, policy: Policy, shown: Sequence[GradedResponse]) -> dict[str, float]:
+        """Greedy accuracy of the teacher, shown what training would show it of the student's responses.
+
+        The first response of each prompt that gets a demonstration or feedback speaks for its prompt.
+        """
+        config = self.run.self_distillation
+        demonstrations = select_demonstrations(shown, config, random.Random(SEED))
+        contexts: dict[int, list[int]] = {}
+        for response, demonstration in zip(shown, demonstrations, strict=True):
+            group = int(response.group)
+            if group in contexts or demonstration.is_empty:
+                continue
+            room = None if self.window is None else self.window - self.decoding.max_new_tokens
+            encoded = encode_teacher_prompt(
+                self.tokenizer, self.prompts[group].row.prompt, demonstration, config, max_length=room
+            )
+            if encoded.token_ids is not None:
+                contexts[group] = encoded.token_ids
+        sources = [p.row.data_source for p in self.prompts]
+        prompted = [self.prompts[group] for group in contexts]
+        values = {
+            teacher_prompted_name(source): sum(sources[group] == source for group in contexts) / sources.count(source)
+            for source in dict.fromkeys(sources)
+        }
+        if prompted:
+            decoding = replace(self.decoding, n=1, temperature=0.0)
+            responses = sample_responses(policy, list(contexts.values()), decoding, SEED)
+            graded = grade_responses(self.task, self.tokenizer, prompted, responses)
+            values |= _mean_by_source(prompted, graded, lambda source: teacher_val_name(source, "mean@1"))
+        return values
+
+
+def _mean_by_source(prompts: Sequence[Prompt], graded: Sequence[GradedResponse], name) -> dict[str, float]:  # type: ignore[no-untyped-def]
+    scores = defaultdict(list)
+    for response in graded:
+        scores[prompts[int(response.group)].row.data_source].append(response.score)
+    return {name(source): sum(values) / len(values) for source, values in scores.items()}
+
+
+def _best_of_groups(graded: Sequence[GradedResponse], n: int) -> list[GradedResponse]:
+    return [max(graded[i : i + n], key=lambda g: g.score) for i in range(0, len(graded), n)]

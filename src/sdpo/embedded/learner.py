@@ -1,0 +1,259 @@
+"""The learner's role: student, teacher, optimizer; one call a step."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, get_scheduler
+
+from sdpo import metrics
+from sdpo.algorithm.correction import compute_rollout_ratio
+from sdpo.algorithm.divergence import compute_entropy
+from sdpo.algorithm.loss import LossInputs, compute_distillation_coef, compute_loss, compute_token_weights
+from sdpo.algorithm.teacher import Teacher
+from sdpo.config import Run
+from sdpo.embedded.batch import MicroBatch, PaddedSequences, build_micro_batch, compute_response_logits, split_by_tokens
+from sdpo.embedded.samples import Sample
+from sdpo.errors import UserError
+
+# metric -> (sum, count); count 0 marks a total
+Sums = dict[str, tuple[Tensor, Tensor]]
+
+
+class Learner:
+    """Trains the student on graded samples.
+
+    Attributes:
+        student: the model that learns.
+        teacher: its teacher; None where nothing is distilled (``grpo_coef=1``).
+        version: how many steps' updates the student has had.
+    """
+
+    def __init__(self, student: PreTrainedModel, run: Run, pad_token_id: int) -> None:
+        self.run = run
+        self.config = run.self_distillation
+        self.student = student
+        self.device = student.device
+        self.pad_token_id = pad_token_id
+        self.version = 0
+        self._check_topk()
+        if run.learner.gradient_checkpointing:
+            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.teacher = Teacher(student, self.config) if self.config.distills else None
+        self.optimizer = torch.optim.AdamW(
+            student.parameters(),
+            lr=run.optim.lr,
+            betas=(run.optim.beta1, run.optim.beta2),
+            weight_decay=run.optim.weight_decay,
+        )
+        minis = run.data.train_batch_size // (run.learner.mini_batch_size or run.data.train_batch_size)
+        self.scheduler = get_scheduler(
+            "constant_with_warmup" if run.optim.schedule == "constant" else run.optim.schedule,
+            self.optimizer,
+            num_warmup_steps=run.optim.warmup_steps,
+            num_training_steps=run.total_steps * minis,
+        )
+
+    def learn(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """One step: every sample once, an optimizer step a mini-batch, then the teacher follows.
+
+        Args:
+            samples: ``n`` consecutive ones a prompt.
+
+        Returns:
+            The step's metrics.
+        """
+        step = self.version + 1
+        mini_size = (self.run.learner.mini_batch_size or self.run.data.train_batch_size) * self.run.sampler.n
+        minis = [list(range(i, min(i + mini_size, len(samples)))) for i in range(0, len(samples), mini_size)]
+        # With a single optimizer step the student still is the old policy, and its own forward pass tells.
+        old_log_probs = self.compute_log_probs(samples) if len(minis) > 1 else None
+        coef = compute_distillation_coef(self.config, step, self.run.total_steps)
+        results = [
+            self._learn_mini_batch(
+                [samples[i] for i in mini], [old_log_probs[i] for i in mini] if old_log_probs else None, coef
+            )
+            for mini in minis
+        ]
+        if self.teacher is not None:
+            self.teacher.step(self.student)
+        self.version = step
+        values = _average(results)
+        if self.config.distills:
+            values[metrics.DISTILLATION_WEIGHT] = coef
+        return values
+
+    @torch.no_grad()
+    def compute_log_probs(self, samples: Sequence[Sample]) -> list[Tensor]:
+        """Log-probabilities of each sample's response tokens under the student as it is now."""
+        result: list[Tensor] = [torch.empty(0)] * len(samples)
+        for piece in split_by_tokens(samples, self.run.learner.micro_batch_tokens):
+            batch = build_micro_batch([samples[i] for i in piece], self.pad_token_id, self.device)
+            log_probs = _gather(self._student_log_probs(batch), batch.sampled_ids)
+            for i, values in zip(piece, log_probs.split([len(samples[i].response.token_ids) for i in piece]), strict=True):
+                result[i] = values
+        return result
+
+    def _learn_mini_batch(
+        self, samples: list[Sample], old_log_probs: list[Tensor] | None, coef: float
+    ) -> dict[str, float]:
+        num_dropped = 0
+        while True:
+            self.optimizer.zero_grad(set_to_none=True)
+            sums, nonfinite = self._accumulate_gradients(samples, old_log_probs, coef)
+            if not nonfinite:
+                break
+            # A NaN that is only masked still comes back through the backward pass: begin again without its sample.
+            num_dropped += len(nonfinite)
+            kept = [i for i in range(len(samples)) if i not in nonfinite]
+            samples = [samples[i] for i in kept]
+            old_log_probs = [old_log_probs[i] for i in kept] if old_log_probs else None
+        values = {name: float(total) / max(int(count), 1) for name, (total, count) in sums.items()}
+        values |= {metrics.NONFINITE_SAMPLES: float(num_dropped), metrics.LR: self.scheduler.get_last_lr()[0]}
+        return values | self._update()
+
+    def _accumulate_gradients(
+        self, samples: Sequence[Sample], old_log_probs: Sequence[Tensor] | None, coef: float
+    ) -> tuple[Sums, set[int]]:
+        """Gradients of the mini-batch's loss; stops at the first micro-batch with samples that are not finite."""
+        mode, horizon = self.run.learner.loss_agg_mode, self.run.sampler.max_response_length
+        lengths = torch.tensor([len(s.response.token_ids) for s in samples])
+        distilled = torch.tensor([s.is_distilled for s in samples], dtype=torch.bool)
+        policy_weights = compute_token_weights(lengths, mode, horizon)
+        distillation_weights = compute_token_weights(lengths * distilled, mode, horizon)
+        distillation_weights = distillation_weights * torch.tensor([s.distillation_weight for s in samples])
+        sums: Sums = {}
+        for piece in split_by_tokens(samples, self.run.learner.micro_batch_tokens):
+            batch = build_micro_batch([samples[i] for i in piece], self.pad_token_id, self.device)
+            old = torch.cat([old_log_probs[i] for i in piece]) if old_log_probs else None
+            weights = [w[piece].to(self.device)[batch.sample_index] for w in (policy_weights, distillation_weights)]
+            inputs, more = self._forward(batch, old, weights[0], weights[1], coef)
+            outputs = compute_loss(inputs, self.config)
+            broken = ~torch.isfinite(outputs.token_losses) | ~torch.isfinite(inputs.student_log_probs)
+            if bool(broken.any()):
+                return sums, {piece[i] for i in batch.sample_index[broken].unique().tolist()}
+            outputs.loss.backward()  # type: ignore[no-untyped-call]
+            _add(sums, {**outputs.sums, **more})
+        return sums, set()
+
+    def _forward(
+        self, batch: MicroBatch, old: Tensor | None, policy_weights: Tensor, distillation_weights: Tensor, coef: float
+    ) -> tuple[LossInputs, Sums]:
+        student = self._student_log_probs(batch)
+        student_log_probs = _gather(student, batch.sampled_ids)
+        old = student_log_probs.detach() if old is None else old
+        rollout_weights, sums = self._rollout_weights(old, batch)
+        with torch.no_grad():
+            entropy = compute_entropy(student)
+            sums[metrics.ENTROPY] = (entropy.sum(), _count(entropy))
+        inputs = LossInputs(
+            student_log_probs=student_log_probs,
+            old_log_probs=old,
+            policy_weights=policy_weights,
+            advantages=batch.advantages,
+            rollout_is_weights=rollout_weights,
+            distillation_coef=coef,
+        )
+        if batch.teacher is None:
+            return inputs, sums
+        assert self.teacher is not None
+        with torch.no_grad():
+            teacher = self._log_probs(self.teacher.policy(self.student), batch.teacher)
+            entropy = compute_entropy(teacher)
+            sums[metrics.TEACHER_ENTROPY] = (entropy.sum(), _count(entropy))
+        distilled = batch.distilled
+        student_rows = student if bool(distilled.all()) else student[distilled]
+        teacher_log_probs = _gather(teacher, batch.sampled_ids[distilled])
+        if self.config.distillation_topk is not None:
+            student_rows, indices = student_rows.topk(self.config.distillation_topk, dim=-1)
+            teacher = teacher.gather(-1, indices)
+        return (
+            LossInputs(
+                student_log_probs=student_log_probs,
+                old_log_probs=old,
+                policy_weights=policy_weights,
+                advantages=batch.advantages,
+                rollout_is_weights=rollout_weights,
+                distilled=distilled,
+                distillation_weights=distillation_weights[distilled],
+                teacher_log_probs=teacher_log_probs,
+                student_distribution=student_rows,
+                teacher_distribution=teacher,
+                distillation_coef=coef,
+            ),
+            sums,
+        )
+
+    def _student_log_probs(self, batch: MicroBatch) -> Tensor:
+        # Only this mode lets transformers checkpoint; everything else runs without dropout, as sampling does.
+        self.student.train(self.run.learner.gradient_checkpointing and torch.is_grad_enabled())
+        return self._log_probs([(self.student, 1.0)], batch.student)
+
+    def _log_probs(self, policy: Sequence[tuple[torch.nn.Module, float]], sequences: PaddedSequences) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.learner.autocast):
+            logits = compute_response_logits(policy, sequences, self.run.sampler.temperature)
+        return torch.log_softmax(logits, dim=-1)
+
+    def _rollout_weights(self, old: Tensor, batch: MicroBatch) -> tuple[Tensor | None, Sums]:
+        mask = batch.student.response_mask
+
+        def unpack(packed: Tensor) -> Tensor:
+            return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, packed)
+
+        kl = batch.rollout_log_probs - old
+        sums: Sums = {metrics.ROLLOUT_KL: (kl.sum(), _count(kl))}
+        level, threshold = self.run.learner.rollout_is, self.run.learner.rollout_is_threshold
+        padded = compute_rollout_ratio(unpack(old), unpack(batch.rollout_log_probs), mask, level)
+        if padded is None:
+            return None, sums
+        ratio = padded[mask]
+        weights = ratio.clamp(max=threshold)
+        sums[metrics.ROLLOUT_IS_MEAN] = (weights.sum(), _count(weights))
+        sums[metrics.ROLLOUT_IS_CLIP_FRACTION] = ((ratio > threshold).sum(), _count(weights))
+        return weights, sums
+
+    def _update(self) -> dict[str, float]:
+        norm = float(torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.run.optim.grad_clip))
+        finite = math.isfinite(norm)
+        if finite:
+            self.optimizer.step()
+        self.scheduler.step()
+        return {metrics.GRAD_NORM: norm, metrics.SKIPPED_UPDATES: float(not finite)}
+
+    def _check_topk(self) -> None:
+        vocab_size = self.student.config.get_text_config().vocab_size
+        if self.config.distillation_topk is not None and self.config.distillation_topk > vocab_size:
+            raise UserError(
+                f"self_distillation.distillation_topk={self.config.distillation_topk} is more than the model's vocabulary "
+                f"of {vocab_size}; lower it or remove it"
+            )
+
+
+def _gather(log_probs: Tensor, token_ids: Tensor) -> Tensor:
+    return log_probs.gather(-1, token_ids[:, None])[:, 0]
+
+
+def _count(values: Tensor) -> Tensor:
+    return torch.tensor(values.numel(), device=values.device)
+
+
+def _add(sums: Sums, more: Sums) -> None:
+    for name, (total, count) in more.items():
+        before = sums.get(name)
+        sums[name] = (total, count) if before is None else (before[0] + total, before[1] + count)
+
+
+def _average(results: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Mean over mini-batches; counters add up, and the learning rate is the last one."""
+    collected: dict[str, list[float]] = defaultdict(list)
+    for result in results:
+        for name, value in result.items():
+            collected[name].append(value)
+    values = {name: sum(many) / len(many) for name, many in collected.items()}
+    for name in (metrics.NONFINITE_SAMPLES, metrics.SKIPPED_UPDATES):
+        values[name] = sum(collected[name])
+    return values | {metrics.LR: results[-1][metrics.LR]}

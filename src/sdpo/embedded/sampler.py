@@ -1,0 +1,161 @@
+"""The sampler's role: rollouts of a batch of prompts, with weights whose version is known.
+
+Both kinds have the same five calls. ``LocalSampler`` works when it is asked to collect, in the learner's process;
+``ProcessSampler`` works in a process of its own, on a device of its own, from submit to collect.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+
+from sdpo.config import ModelConfig
+from sdpo.embedded.decoding import Decoding, Response, sample_responses
+from sdpo.embedded.model import load_model
+from sdpo.embedded.weights import SharedWeights, copy_parameters
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """``n`` responses to each prompt of a step.
+
+    Attributes:
+        responses: one list a prompt.
+        version: how often the weights that sampled them had been updated.
+        seconds: what sampling took.
+    """
+
+    responses: list[list[Response]]
+    version: int
+    seconds: float
+
+
+class Sampler(Protocol):
+    def submit(self, prompts: Sequence[Sequence[int]], seed: int) -> None:
+        """Ask for rollouts of these prompts, with the weights loaded last."""
+
+    def collect(self) -> Rollouts:
+        """The rollouts asked for, once they are there."""
+
+    def load_weights(self, student: nn.Module, version: int) -> None:
+        """Sample with these weights from now on; never called between submit and collect."""
+
+    def close(self) -> None:
+        """Let go of processes and memory."""
+
+
+class LocalSampler:
+    """Samples in the learner's process: with the student itself on the learner's device, else with a copy of it."""
+
+    def __init__(self, student: nn.Module, decoding: Decoding, copy_of_student: nn.Module | None = None) -> None:
+        self._model = student if copy_of_student is None else copy_of_student
+        self._is_copy = copy_of_student is not None
+        self._decoding = decoding
+        self._version = 0
+        self._request: tuple[Sequence[Sequence[int]], int] | None = None
+
+    def submit(self, prompts: Sequence[Sequence[int]], seed: int) -> None:
+        self._request = (prompts, seed)
+
+    def collect(self) -> Rollouts:
+        assert self._request is not None, "collect before submit"
+        started = time.perf_counter()
+        responses = sample_responses([(self._model, 1.0)], self._request[0], self._decoding, self._request[1])
+        self._request = None
+        return Rollouts(responses, self._version, time.perf_counter() - started)
+
+    def load_weights(self, student: nn.Module, version: int) -> None:
+        if self._is_copy:
+            copy_parameters(dict(student.named_parameters()), self._model)
+        self._version = version
+
+    def close(self) -> None:
+        pass
+
+
+class ProcessSampler:
+    """Samples in a process of its own while the learner learns."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        model_config: ModelConfig,
+        decoding: Decoding,
+        device: torch.device,
+        num_threads: int | None,
+    ) -> None:
+        context = mp.get_context("spawn")
+        self._weights = SharedWeights(student)
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve,
+            args=(theirs, self._weights, model_config, decoding, device, num_threads),
+            name="sdpo-sampler",
+            daemon=True,
+        )
+        self._process.start()
+        theirs.close()
+
+    def submit(self, prompts: Sequence[Sequence[int]], seed: int) -> None:
+        self._connection.send(("sample", prompts, seed))
+
+    def collect(self) -> Rollouts:
+        try:
+            outcome = self._connection.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join(timeout=5)
+            raise RuntimeError(f"the sampler's process ended with exit code {self._process.exitcode}") from None
+        if isinstance(outcome, str):
+            raise RuntimeError(f"the sampler failed:\n{outcome}")
+        return outcome  # type: ignore[no-any-return]
+
+    def load_weights(self, student: nn.Module, version: int) -> None:
+        self._weights.write(student)
+        self._connection.send(("weights", version))
+
+    def close(self) -> None:
+        self._connection.close()
+        self._process.join(timeout=10)
+        if self._process.is_alive():
+            self._process.terminate()
+            self._process.join()
+
+
+def _serve(
+    connection: Connection,
+    weights: SharedWeights,
+    model_config: ModelConfig,
+    decoding: Decoding,
+    device: torch.device,
+    num_threads: int | None,
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the learner's to handle; it closes the connection
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    version = 0
+    try:
+        model = load_model(model_config, device)
+        weights.read(model)
+        while True:
+            try:
+                request: tuple[Any, ...] = connection.recv()
+            except (EOFError, ConnectionResetError):
+                return
+            if request[0] == "weights":
+                weights.read(model)
+                version = request[1]
+                continue
+            started = time.perf_counter()
+            responses = sample_responses([(model, 1.0)], request[1], decoding, request[2])
+            connection.send(Rollouts(responses, version, time.perf_counter() - started))
+    except Exception:  # whatever it is, the learner's process reports it
+        connection.send(traceback.format_exc())

@@ -1,0 +1,133 @@
+"""From rollouts to training samples: grade, choose what the teacher is shown, encode the teacher's prompt, advantages."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from sdpo import metrics
+from sdpo.algorithm.advantage import compute_group_advantages
+from sdpo.algorithm.loss import compute_prompt_weights
+from sdpo.config import SelfDistillationConfig
+from sdpo.context.demonstration import Demonstration, GradedResponse, compute_success_rates, select_demonstrations
+from sdpo.context.encode import TeacherPrompt, encode_teacher_prompt
+from sdpo.embedded.data import Prompt
+from sdpo.embedded.decoding import Response
+from sdpo.tasks.interface import Grade, Task, grade_response
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One graded rollout with all that the loss needs of it."""
+
+    prompt: Prompt
+    response: Response
+    text: str
+    grade: Grade
+    demonstration: Demonstration
+    teacher_prompt: TeacherPrompt
+    advantage: float
+    distillation_weight: float
+
+    @property
+    def is_distilled(self) -> bool:
+        return self.teacher_prompt.token_ids is not None
+
+
+def grade_responses(
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    responses: Sequence[Sequence[Response]],
+) -> list[GradedResponse]:
+    """Grade every response, in the order prompt by prompt; a response's group is its prompt's place in the batch."""
+    graded = []
+    for group, (prompt, of_prompt) in enumerate(zip(prompts, responses, strict=True)):
+        for response in of_prompt:
+            text = tokenizer.decode(response.token_ids, skip_special_tokens=True)
+            grade = grade_response(task, prompt.row, text)
+            graded.append(GradedResponse(group, text, grade.score, grade.feedback, prompt.row.ground_truth))
+    return graded
+
+
+def build_samples(
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    responses: Sequence[Sequence[Response]],
+    config: SelfDistillationConfig,
+    window: int | None,
+    rng: random.Random,
+) -> list[Sample]:
+    """Training samples of one step, prompt by prompt."""
+    graded = grade_responses(task, tokenizer, prompts, responses)
+    nothing = [Demonstration()] * len(graded)
+    demonstrations = select_demonstrations(graded, config, rng) if config.distills else nothing
+    scores = torch.tensor([g.score for g in graded])
+    groups = torch.tensor([int(g.group) for g in graded])
+    advantages = compute_group_advantages(scores, groups, norm_by_std=config.norm_adv_by_std_in_grpo).tolist()
+    weights = [1.0] * len(graded)
+    if config.weight_by_prompt_difficulty:
+        rates = compute_success_rates(graded, config.success_reward_threshold)
+        weights = compute_prompt_weights(torch.tensor(rates)).tolist()
+    flat = [response for of_prompt in responses for response in of_prompt]
+    samples = []
+    for i, (g, response, demonstration) in enumerate(zip(graded, flat, demonstrations, strict=True)):
+        prompt = prompts[int(g.group)]
+        room = None if window is None else window - len(response.token_ids)
+        samples.append(
+            Sample(
+                prompt=prompt,
+                response=response,
+                text=g.response,
+                grade=Grade(g.score, g.feedback),
+                demonstration=demonstration,
+                teacher_prompt=encode_teacher_prompt(tokenizer, prompt.row.prompt, demonstration, config, max_length=room),
+                advantage=advantages[i],
+                distillation_weight=weights[i],
+            )
+        )
+    return samples
+
+
+def summarize_samples(samples: Sequence[Sample], config: SelfDistillationConfig) -> dict[str, float]:
+    """The metrics of a step that the rollouts alone determine."""
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(values) / len(values)
+
+    scores = [s.grade.score for s in samples]
+    lengths = [len(s.response.token_ids) for s in samples]
+    prompt_lengths = [len(s.prompt.token_ids) for s in samples]
+    values = {
+        metrics.SCORE_MEAN: mean(scores),
+        metrics.SCORE_MAX: max(scores),
+        metrics.SCORE_MIN: min(scores),
+        metrics.RESPONSE_LENGTH_MEAN: mean(lengths),
+        metrics.RESPONSE_LENGTH_MAX: max(lengths),
+        metrics.RESPONSE_LENGTH_CLIP_RATIO: mean([not s.response.finished for s in samples]),
+        metrics.PROMPT_LENGTH_MEAN: mean(prompt_lengths),
+        metrics.PROMPT_LENGTH_MAX: max(prompt_lengths),
+        metrics.TOKENS: sum(lengths) + sum(prompt_lengths),
+    }
+    succeeded = [score >= config.success_reward_threshold for score in scores]
+    groups = {id(s.prompt) for s in samples}
+    values |= {
+        metrics.SUCCESS_FRACTION: mean(succeeded),
+        metrics.SUCCESS_GROUP_FRACTION: len({id(s.prompt) for s, ok in zip(samples, succeeded, strict=True) if ok})
+        / len(groups),
+    }
+    if config.distills:
+        shown = [s for s in samples if s.is_distilled]
+        values |= {
+            metrics.DISTILLED_FRACTION: len(shown) / len(samples),
+            metrics.DEMONSTRATION_FRACTION: sum(s.demonstration.solution is not None for s in shown) / len(samples),
+            metrics.FEEDBACK_FRACTION: sum(s.demonstration.feedback is not None for s in shown) / len(samples),
+            metrics.TRUNCATED_FRACTION: mean([s.teacher_prompt.truncated for s in samples]),
+            metrics.OVERLONG_FRACTION: mean([s.teacher_prompt.overlong for s in samples]),
+        }
+    return values

@@ -1,0 +1,87 @@
+"""From a run to the parts that the loop works with. Everything that can be refused is refused here, before training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from sdpo.config import Run
+from sdpo.embedded.data import Prompt, PromptOrder, load_prompts
+from sdpo.embedded.decoding import Decoding
+from sdpo.embedded.evaluation import Evaluator
+from sdpo.embedded.learner import Learner
+from sdpo.embedded.model import get_stop_token_ids, get_window, load_model, load_tokenizer, resolve_device
+from sdpo.embedded.run_folder import RunFolder
+from sdpo.embedded.sampler import LocalSampler, ProcessSampler, Sampler
+from sdpo.observer import Observer
+from sdpo.tasks.interface import Task, load_task
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a run, built and checked."""
+
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[Prompt]
+    order: PromptOrder
+    learner: Learner
+    sampler: Sampler
+    evaluator: Evaluator
+    folder: RunFolder
+    window: int | None
+
+    def prompts_of(self, step: int) -> list[Prompt]:
+        return [self.prompts[i] for i in self.order.batch(step)]
+
+
+def build_parts(run: Run, observer: Observer) -> Parts:
+    """Prepare the task's files if it makes its own, load everything, open the run folder.
+
+    Raises:
+        UserError: see the functions called here.
+    """
+    if run.learner.num_threads is not None:
+        torch.set_num_threads(run.learner.num_threads)
+    torch.manual_seed(run.seed)
+    learner_device = resolve_device(run.learner.device, "learner.device")
+    sampler_device = resolve_device(run.sampler.device, "sampler.device")
+    task = load_task(run.data.task, run.data.task_args)
+    prepare = getattr(task, "prepare", None)
+    if prepare is not None:
+        prepare(observer)
+    tokenizer = load_tokenizer(run.model)
+    student = load_model(run.model, learner_device)
+    window = get_window(student)
+    prompts = load_prompts(run.data.train_files, "data.train_files", run, tokenizer, window, observer)
+    held_out = load_prompts(run.data.val_files, "data.val_files", run, tokenizer, window, observer)
+    decoding = Decoding(
+        n=run.sampler.n,
+        max_new_tokens=run.sampler.max_response_length,
+        temperature=run.sampler.temperature,
+        top_p=run.sampler.top_p,
+        batch_size=run.sampler.batch_size,
+        stop_token_ids=get_stop_token_ids(student, tokenizer),
+        pad_token_id=int(tokenizer.pad_token_id),
+    )
+    learner = Learner(student, run, decoding.pad_token_id)
+    folder = RunFolder(run, observer)
+    sampler: Sampler
+    if run.staleness == 1:
+        sampler = ProcessSampler(student, run.model, decoding, sampler_device, run.sampler.num_threads)
+    else:
+        on_other_device = sampler_device != learner_device
+        sampler = LocalSampler(student, decoding, load_model(run.model, sampler_device) if on_other_device else None)
+    return Parts(
+        task=task,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        order=PromptOrder(len(prompts), run.data.train_batch_size, shuffle=run.data.shuffle, seed=run.seed),
+        learner=learner,
+        sampler=sampler,
+        evaluator=Evaluator(run, task, tokenizer, held_out[: run.eval.max_prompts], decoding, window),
+        folder=folder,
+        window=window,
+    )

@@ -1,0 +1,67 @@
+"""Metrics to TensorBoard, Weights & Biases and Trackio, each by its own library, imported only where asked for."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from sdpo.config import Run
+from sdpo.errors import UserError
+
+
+class Tracker(Protocol):
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in ``RUN_DIR/tensorboard``."""
+
+    def __init__(self, run: Run) -> None:
+        module = _require("torch.utils.tensorboard", "tensorboard")
+        self._writer: Any = module.SummaryWriter(str(Path(run.run_dir) / "tensorboard"))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbLike:
+    """Weights & Biases, and Trackio, which has the same interface."""
+
+    def __init__(self, run: Run, library: str) -> None:
+        self._module = _require(library, library)
+        name = run.tracking.name or Path(run.run_dir).name
+        self._module.init(project=run.tracking.project, name=name, config=asdict(run))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._module.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._module.finish()
+
+
+def build_trackers(run: Run) -> list[Tracker]:
+    """The trackers that ``tracking.backends`` names.
+
+    Raises:
+        UserError: a library is not installed.
+    """
+    return [
+        TensorBoard(run) if backend == "tensorboard" else WandbLike(run, backend) for backend in run.tracking.backends
+    ]
+
+
+def _require(module: str, extra: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"tracking.backends: {extra} is not installed; pip install 'sdpo[{extra}]'") from error

@@ -1,0 +1,190 @@
+"""A run on the console: a progress bar while it trains, a table when it is done.
+
+Where the output is not a terminal, the same numbers come as plain lines: one for each evaluation and each tenth of
+the run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.padding import Padding
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from sdpo.metrics import DIVERGENCE, RESPONSE_LENGTH_MEAN, SCORE_MEAN, teacher_val_name, val_name
+from sdpo.report.run_folder import RunRecord, find_accuracies
+from sdpo.report.summary import HEADINGS, summarize
+
+
+class ConsoleObserver:
+    """Shows a run to the person who started it. Use it as a context manager: leaving it gives the terminal back."""
+
+    def __init__(self, total_steps: int, console: Console | None = None) -> None:
+        self._console = console or Console()
+        self._total_steps = total_steps
+        self._clock = _Clock(total_steps)
+        self._preparation_tenths = _Tenths()
+        self._run_tenths = _Tenths()
+        # FORCE_COLOR makes rich take a file for a terminal; a bar in a file is of no use to anybody.
+        is_terminal = self._console.is_interactive and self._console.file.isatty()
+        self._bars = _Bars(self._console, total_steps) if is_terminal else None
+
+    def __enter__(self) -> ConsoleObserver:
+        if self._bars:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars:
+            self._bars.stop()
+
+    def message(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def progress(self, description: str, done: int, total: int) -> None:
+        if self._bars:
+            self._bars.show_preparation(description, done, total)
+        elif self._preparation_tenths.is_new(done, total):
+            self.message(f"{description}  {done}/{total}")
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        left = self._clock.time_left(step)
+        accuracies = list(_describe_accuracies(values))
+        if self._bars:
+            self._bars.show_step(step, values, left)
+            if accuracies:
+                self._print_step(step, accuracies)
+        elif self._run_tenths.is_new(step, self._total_steps) or accuracies:
+            self._print_step(step, [*_describe_training(values), *accuracies, left])
+
+    def _print_step(self, step: int, parts: Iterable[str]) -> None:
+        width = len(str(self._total_steps))
+        self.message("  ".join(filter(None, [f"step {step:>{width}}/{self._total_steps}", *parts])))
+
+
+def print_result_table(records: Sequence[RunRecord], console: Console | None = None) -> None:
+    """Print one row a run, or a run and data source where there are several."""
+    summaries = summarize(records)
+    several_sources = len({summary.source for summary in summaries}) > 1
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
+    table.add_column("run", overflow="fold", min_width=8)
+    if several_sources:
+        table.add_column("data", overflow="fold", min_width=8)
+    for heading in HEADINGS:
+        # What the accuracies have in common stands above the first two of them.
+        above = {"before": "held-out\n", "final": "accuracy\n"}.get(heading, "")
+        table.add_column(above + heading, justify="right", no_wrap=True)
+    for summary in summaries:
+        source = [Text(summary.source or "-")] if several_sources else []
+        table.add_row(Text(summary.run.name), *source, *summary.cells())
+    if console is None:
+        console = Console()
+        # Rather lines that a narrow terminal wraps, or that are long in a file, than columns without their numbers.
+        console.width = max(console.width, 100 if several_sources or not console.is_terminal else 80)
+    console.print(Padding(table, (1, 0), expand=False))
+
+
+def _describe_training(values: Mapping[str, float]) -> Iterator[str]:
+    for name, metric, spec in (
+        ("score", SCORE_MEAN, ".3f"),
+        ("divergence", DIVERGENCE, ".3f"),
+        ("length", RESPONSE_LENGTH_MEAN, ".1f"),
+    ):
+        if metric in values:
+            yield f"{name} {values[metric]:{spec}}"
+
+
+def _describe_accuracies(values: Mapping[str, float]) -> Iterator[str]:
+    accuracies = find_accuracies(values)
+    for source, statistic in accuracies.items():
+        label = f"held-out {source}" if len(accuracies) > 1 else "held-out"
+        yield f"{label} {values[val_name(source, statistic)]:.3f}"
+        if (teacher := teacher_val_name(source, statistic)) in values:
+            yield f"teacher {values[teacher]:.3f}"
+
+
+class _Tenths:
+    """Thins reports out to the first one and one each tenth of the way."""
+
+    def __init__(self) -> None:
+        self._last: int | None = None
+
+    def is_new(self, done: int, total: int) -> bool:
+        tenth = 10 * done // max(total, 1)
+        is_new = tenth != self._last
+        self._last = tenth if done < total else None
+        return is_new
+
+
+class _Clock:
+    """Foretells the end of a run from the steps that it made here, not from those before it was resumed."""
+
+    def __init__(self, total_steps: int) -> None:
+        self._total_steps = total_steps
+        self._first: tuple[int, float] | None = None
+
+    def time_left(self, step: int) -> str:
+        now = time.monotonic()
+        self._first = self._first or (step, now)
+        first_step, began = self._first
+        if not first_step < step < self._total_steps:
+            return ""
+        seconds = round((now - began) / (step - first_step) * (self._total_steps - step))
+        minutes, seconds = divmod(seconds, 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02}:{seconds:02} left" if hours else f"{minutes}:{seconds:02} left"
+
+
+class _Bars:
+    """One bar for the run with its latest numbers below, and one for preparation while there is any."""
+
+    def __init__(self, console: Console, total_steps: int) -> None:
+        self._progress = _ProgressWithNumbers(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[left]}", style="dim"),
+            console=console,
+            expand=True,
+            refresh_per_second=4,
+        )
+        self._total_steps = total_steps
+        self._preparation: TaskID | None = None
+        self._run: TaskID | None = None
+        self._latest: dict[str, float] = {}
+
+    def start(self) -> None:
+        self._progress.start()
+
+    def stop(self) -> None:
+        self._progress.stop()
+
+    def show_preparation(self, description: str, done: int, total: int) -> None:
+        if self._preparation is None:
+            self._preparation = self._progress.add_task(description, left="")
+        self._progress.update(self._preparation, description=description, completed=done, total=total)
+        if done >= total:
+            self._progress.remove_task(self._preparation)
+            self._preparation = None
+
+    def show_step(self, step: int, values: Mapping[str, float], left: str) -> None:
+        if self._run is None:
+            self._run = self._progress.add_task("step", total=self._total_steps, left="")
+        self._latest.update(values)
+        numbers = [*_describe_training(self._latest), *_describe_accuracies(self._latest)]
+        self._progress.numbers = Text("  ".join(numbers), style="dim")
+        self._progress.update(self._run, completed=step, left=left)
+
+
+class _ProgressWithNumbers(Progress):
+    numbers: RenderableType = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        if self.numbers:
+            yield self.numbers

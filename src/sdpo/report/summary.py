@@ -1,0 +1,88 @@
+"""The headline numbers of runs: one row a run and data source, for the console and the page alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from sdpo.metrics import RESPONSE_LENGTH_MEAN, TIME_EVAL, TIME_STEP, teacher_val_name, val_name
+from sdpo.report.run_folder import RunRecord
+
+HEADINGS = {
+    "steps": "Training steps done.",
+    "before": "Held-out accuracy before training.",
+    "final": "Held-out accuracy at the last evaluation.",
+    "best": "Highest held-out accuracy of all evaluations.",
+    "teacher": "Held-out accuracy of the teacher, prompted as in training, at the last evaluation.",
+    "length": "Mean response length of the last step, in tokens.",
+    "s/step": "Median seconds of a step.",
+    "minutes": "Minutes of all steps and evaluations together.",
+}
+ACCURACY_HEADINGS = ("before", "final", "best", "teacher")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Numbers of one run on one held-out data source; None where the run has none."""
+
+    run: RunRecord
+    source: str | None
+    steps: int
+    before: float | None
+    final: float | None
+    best: float | None
+    teacher: float | None
+    response_length: float | None
+    seconds_per_step: float | None
+    minutes: float | None
+
+    def cells(self) -> tuple[str, ...]:
+        """The numbers as text, under ``HEADINGS``."""
+        return (
+            str(self.steps),
+            *(format_number(value, ".3f") for value in (self.before, self.final, self.best, self.teacher)),
+            format_number(self.response_length, ".1f"),
+            format_number(self.seconds_per_step, ".2f"),
+            format_number(self.minutes, ".1f"),
+        )
+
+
+def summarize(records: Sequence[RunRecord]) -> list[Summary]:
+    return [summary for record in records for summary in _summaries(record)]
+
+
+def format_number(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
+
+
+def _summaries(record: RunRecord) -> Iterator[Summary]:
+    # A run that was never evaluated has a row too; no metric has an empty name.
+    for source, statistic in (record.accuracies() or {"": ""}).items():
+        student = val_name(source, statistic) if source else ""
+        teacher = teacher_val_name(source, statistic) if source else ""
+        yield Summary(
+            run=record,
+            source=source or None,
+            steps=record.last_step,
+            before=_before_training(record, student),
+            final=record.final(student),
+            best=record.best(student),
+            teacher=record.final(teacher),
+            response_length=record.final(RESPONSE_LENGTH_MEAN),
+            # The median: a step with an evaluation or a checkpoint in it is not a typical one.
+            seconds_per_step=median(times) if (times := record.series(TIME_STEP)[1]) else None,
+            minutes=_minutes(record),
+        )
+
+
+def _before_training(record: RunRecord, metric: str) -> float | None:
+    steps, values = record.series(metric)
+    return values[0] if steps and steps[0] == 0 else None
+
+
+def _minutes(record: RunRecord) -> float | None:
+    # A row without a step in it is the evaluation before training.
+    seconds = [row.get(TIME_STEP, row.get(TIME_EVAL)) for row in record.rows]
+    known = [s for s in seconds if s is not None]
+    return sum(known) / 60 if known else None

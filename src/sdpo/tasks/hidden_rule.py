@@ -1,0 +1,315 @@
+"""A task that a laptop learns offline: answer a string of digits by a permutation that nobody states.
+
+A tiny model is made that can copy a solution out of its context, but that, without one, applies a rule at random. Then it
+is to learn one rule, which is only ever seen through the grader:
+
+mode ``feedback`` (B): the rule was never seen in pretraining, so no rollout succeeds and the score alone teaches nothing;
+    the grader's feedback on a failure shows the expected answer, as a failing unit test does.
+mode ``peers`` (A): the rule is one of those pretrained, so some rollouts succeed and can be shown to their peers. The
+    study of which teachers stay stable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdpo.config import SelfDistillationConfig
+from sdpo.context.demonstration import Demonstration
+from sdpo.context.encode import encode_prompt, encode_teacher_prompt
+from sdpo.errors import UserError
+from sdpo.observer import Observer, Silent
+from sdpo.tasks.interface import Grade, Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+DATA_SOURCE = "hidden_rule"
+NUM_DIGITS = 10
+FEEDBACK_TEXT = "Expected: "
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Mode:
+    """Size of the problem: digits in a prompt, permutations in the world, whether the target is among the pretrained."""
+
+    length: int
+    num_rules: int
+    target_is_pretrained: bool
+    pretrain_steps: int
+
+
+MODES = {
+    "feedback": Mode(length=8, num_rules=9, target_is_pretrained=False, pretrain_steps=600),
+    "peers": Mode(length=5, num_rules=8, target_is_pretrained=True, pretrain_steps=1500),
+}
+
+
+@dataclass(frozen=True)
+class HiddenRule:
+    """The task, and the maker of its files.
+
+    Args:
+        dir: folder that holds, or will hold, ``model/``, ``train.parquet`` and ``test.parquet``.
+        mode: ``feedback`` or ``peers``.
+        seed: of the rules, the rows and the pretraining.
+        pretrain_steps: of the tiny model; the mode's own number if not given.
+        num_train, num_test: rows; no prompt is in both files.
+    """
+
+    dir: str
+    mode: str = "feedback"
+    seed: int = 0
+    pretrain_steps: int | None = None
+    num_train: int = 3000
+    num_test: int = 500
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise UserError(f"data.task_args.mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        for name in ("num_train", "num_test"):
+            if getattr(self, name) < 1:
+                raise UserError(f"data.task_args.{name} must be at least 1, got {getattr(self, name)}")
+
+    def grade(self, row: Row, response: str) -> Grade:
+        """1 for exactly the expected digits, else 0 with the expected digits as feedback."""
+        expected = row.ground_truth or ""
+        if response.strip() == expected:
+            return Grade(1.0)
+        return Grade(0.0, FEEDBACK_TEXT + expected)
+
+    def prepare(self, observer: Observer | None = None) -> None:
+        """Make model and data unless the folder already holds those of the same arguments.
+
+        Everything is made beside the folder and renamed into place, so that an interruption leaves nothing half-made.
+
+        Raises:
+            UserError: the folder holds something else.
+        """
+        target = Path(self.dir)
+        recipe = {k: v for k, v in asdict(self).items() if k != "dir"}
+        if target.exists():
+            made_with = target / "recipe.json"
+            if not made_with.is_file():
+                raise UserError(f"{target}: exists and holds no hidden-rule data; name another folder")
+            if json.loads(made_with.read_text()) != recipe:
+                raise UserError(f"{target}: was made with {made_with.read_text()}; delete it or name another folder")
+            return
+        partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+        partial.mkdir(parents=True)
+        try:
+            self._write_rows(partial)
+            self._pretrain(observer or Silent(), partial / "model")
+            (partial / "recipe.json").write_text(json.dumps(recipe))
+            partial.rename(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _write_rows(self, folder: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        length, target = MODES[self.mode].length, build_rules(self.mode, self.seed)[0]
+        rng = random.Random(f"rows {self.seed}")
+        seen: set[tuple[int, ...]] = set()
+        while len(seen) < self.num_train + self.num_test:
+            seen.add(tuple(rng.randrange(NUM_DIGITS) for _ in range(length)))
+        prompts = sorted(seen)
+        rng.shuffle(prompts)
+        for split, chosen in (("train", prompts[: self.num_train]), ("test", prompts[self.num_train :])):
+            rows = [
+                {
+                    "data_source": DATA_SOURCE,
+                    "prompt": [{"role": "user", "content": _text(digits)}],
+                    "ability": "hidden_rule",
+                    "reward_model": {"style": "rule", "ground_truth": _text([digits[i] for i in target])},
+                    "extra_info": {"split": split, "index": index},
+                }
+                for index, digits in enumerate(chosen)
+            ]
+            pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}.parquet")
+
+    def _pretrain(self, observer: Observer, folder: Path) -> None:
+        mode = MODES[self.mode]
+        steps = mode.pretrain_steps if self.pretrain_steps is None else self.pretrain_steps
+        rules = build_rules(self.mode, self.seed)
+        rules = rules if mode.target_is_pretrained else rules[1:]
+        tokenizer = build_tokenizer()
+        with _reproducible(self.seed):
+            model = build_model(len(tokenizer))
+            _pretrain(model, tokenizer, self.mode, rules, steps, observer)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+build_task = HiddenRule
+
+
+def build_rules(mode: str, seed: int) -> list[list[int]]:
+    """The permutations of a mode; the first, reversal, is the one to be learned."""
+    size = MODES[mode]
+    rng = random.Random(f"rules {seed}")
+    rules = [list(reversed(range(size.length)))]
+    while len(rules) < size.num_rules:
+        rule = rng.sample(range(size.length), size.length)
+        if rule not in rules and rule != sorted(rule):
+            rules.append(rule)
+    return rules
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level Qwen2 tokenizer that knows digits and the words of the default templates.
+
+    So the real templates cost few tokens, and any other text still has a tokenization.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *sorted(ByteLevel.alphabet())])}
+    split = Qwen2Tokenizer(vocab=vocabulary, merges=[]).backend_tokenizer.pre_tokenizer.pre_tokenize_str
+    defaults = SelfDistillationConfig()
+    texts = [
+        defaults.reprompt_template.format(prompt="0", solution="0", feedback="0"),
+        defaults.solution_template.format(successful_previous_attempt="0"),
+        defaults.feedback_template.format(feedback_raw="0"),
+        FEEDBACK_TEXT,
+        *("system\n", "user\n", "assistant\n"),
+    ]
+    merges: dict[tuple[str, str], None] = {}
+    for piece in dict.fromkeys(piece for text in texts for piece, _ in split(text)):
+        for end in range(1, len(piece)):
+            merges[piece[:end], piece[end]] = None
+            vocabulary.setdefault(piece[: end + 1], len(vocabulary))
+    return Qwen2Tokenizer(
+        vocab=vocabulary,
+        merges=list(merges),
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_model(vocab_size: int) -> PreTrainedModel:
+    """An untrained Qwen2 of about 90,000 parameters."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def _pretrain(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    mode: str,
+    rules: Sequence[Sequence[int]],
+    steps: int,
+    observer: Observer,
+    *,
+    batch_size: int = 64,
+    peak_lr: float = 2e-3,
+    warmup: int = 100,
+) -> None:
+    """Teach two things: after a bare prompt, any rule; after a context with an answer, that answer, right or wrong."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    length = MODES[mode].length
+    bare, shown = _build_skeletons(tokenizer, mode)
+    rule_table = torch.tensor([list(rule) for rule in rules])
+    digit_ids = torch.tensor(tokenizer.convert_tokens_to_ids([str(d) for d in range(NUM_DIGITS)]))
+    eos = torch.full((batch_size, 1), tokenizer.eos_token_id)
+    optimizer = torch.optim.AdamW(model.parameters(), peak_lr, weight_decay=0.01)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / warmup) * max(0.05, 1 - step / steps)
+    )
+    for step in range(steps):
+        prompt = torch.randint(NUM_DIGITS, (batch_size, length))
+        by_rule = prompt.gather(1, rule_table[torch.randint(len(rules), (batch_size,))])
+        copied = torch.where(torch.rand(batch_size, 1) < 0.5, by_rule, torch.randint(NUM_DIGITS, (batch_size, length)))
+        loss = torch.zeros(())
+        for skeleton, answer in ((bare, by_rule), (shown, copied)):
+            target = torch.cat([digit_ids[answer], eos], dim=1)
+            context = skeleton.fill(digit_ids[prompt], digit_ids[answer])
+            logits = model(torch.cat([context, target], dim=1), logits_to_keep=length + 2).logits[:, :-1]
+            loss = loss + cross_entropy(logits.flatten(0, 1), target.flatten())
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        observer.progress("pretraining the tiny model", step + 1, steps)
+
+
+@dataclass(frozen=True)
+class _Skeleton:
+    """Token ids of a context made by the real templates, with the places of the prompt's and the answer's digits."""
+
+    token_ids: Any  # tensor [tokens]
+    is_prompt: Any  # bool tensor [tokens]
+    is_answer: Any  # bool tensor [tokens]
+
+    def fill(self, prompt: Any, answer: Any) -> Any:
+        batch = self.token_ids.expand(len(prompt), -1).clone()
+        batch[:, self.is_prompt] = prompt
+        batch[:, self.is_answer] = answer[:, : int(self.is_answer.sum())]
+        return batch
+
+
+def _build_skeletons(tokenizer: PreTrainedTokenizerFast, mode: str) -> tuple[_Skeleton, _Skeleton]:
+    import torch
+
+    length = MODES[mode].length
+    messages = [{"role": "user", "content": _text([0] * length)}]
+    answer = _text([1] * length)
+    shown = Demonstration(feedback=FEEDBACK_TEXT + answer) if mode == "feedback" else Demonstration(solution=answer)
+    teacher = encode_teacher_prompt(tokenizer, messages, shown, SelfDistillationConfig()).token_ids
+    assert teacher is not None
+    skeletons = []
+    for token_ids in (encode_prompt(tokenizer, messages), teacher):
+        ids = torch.tensor(token_ids)
+        zero, one = (tokenizer.convert_tokens_to_ids(str(d)) for d in (0, 1))
+        skeletons.append(_Skeleton(ids, ids == zero, ids == one))
+    return skeletons[0], skeletons[1]
+
+
+@contextlib.contextmanager
+def _reproducible(seed: int) -> Iterator[None]:
+    """One thread and a seeded generator, given back afterwards: sums in another order give another model."""
+    import torch
+
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _text(digits: Sequence[int]) -> str:
+    return "".join(map(str, digits))

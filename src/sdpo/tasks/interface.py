@@ -1,0 +1,162 @@
+"""What a task is: rows in verl's parquet schema, and something that grades a response to one.
+
+A task of your own is a Python file or module with ``grade(row, response)``, named by ``data.task``; with arguments, define
+``build_task(**task_args)`` that returns an object with that method.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from sdpo.errors import UserError
+
+BUILT_IN = {"hidden_rule": "sdpo.tasks.hidden_rule"}
+REQUIRED_COLUMNS = ("data_source", "prompt", "reward_model")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt with what is needed to grade its responses, as in verl's parquet files."""
+
+    data_source: str
+    prompt: list[dict[str, Any]]  # chat messages
+    reward_model: Mapping[str, Any]  # {"style": "rule", "ground_truth": ...}
+    ability: str = ""
+    extra_info: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def ground_truth(self) -> str | None:
+        value = self.reward_model.get("ground_truth")
+        return None if value is None else str(value)
+
+
+@dataclass(frozen=True)
+class Grade:
+    """What a grader says of one response: a score, and in words what was wrong, if it can tell."""
+
+    score: float
+    feedback: str | None = None
+
+
+class Task(Protocol):
+    """Grades responses; a built-in task may also make its own files (``prepare``)."""
+
+    def grade(self, row: Row, response: str) -> Any:
+        """A ``Grade``, a number, or a mapping with ``score`` and on request ``feedback`` (as verl's scorers return)."""
+
+
+def load_rows(files: Sequence[str], setting: str) -> list[Row]:
+    """Read parquet files in verl's schema.
+
+    Raises:
+        UserError: no file given, a file that is missing, unreadable or empty, a column that is missing, or a row whose
+            prompt is not a list of messages; names the file, and the row or the column.
+    """
+    import pyarrow.parquet as pq
+    from pyarrow import ArrowException
+
+    if not files:
+        raise UserError(f"{setting} is empty; name at least one parquet file")
+    rows: list[Row] = []
+    for name in files:
+        if not Path(name).is_file():
+            raise UserError(f"{setting}: {name}: no such file")
+        try:
+            table = pq.read_table(name)
+        except (ArrowException, OSError) as error:
+            raise UserError(f"{setting}: {name}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+        missing = [column for column in REQUIRED_COLUMNS if column not in table.column_names]
+        if missing:
+            raise UserError(
+                f"{setting}: {name}: column {missing[0]!r} is missing; it has {', '.join(table.column_names) or 'none'}"
+            )
+        rows.extend(_parse_row(record, f"{setting}: {name}: row {i}") for i, record in enumerate(table.to_pylist()))
+    if not rows:
+        raise UserError(f"{setting}: {', '.join(files)}: no rows")
+    return rows
+
+
+def _parse_row(record: Mapping[str, Any], where: str) -> Row:
+    prompt = record["prompt"]
+    if not isinstance(prompt, list) or not prompt:
+        raise UserError(f"{where}: prompt must be a list of messages with role and content, got {prompt!r:.80}")
+    for message in prompt:
+        if not isinstance(message, dict) or not message.get("role") or message.get("content") is None:
+            raise UserError(f"{where}: a message of the prompt needs role and content, got {message!r:.80}")
+    if not any(message["role"] == "user" for message in prompt):
+        raise UserError(f"{where}: the prompt has no user message")
+    if not isinstance(record["reward_model"], Mapping):
+        raise UserError(f"{where}: reward_model must have ground_truth in it, got {record['reward_model']!r:.80}")
+    return Row(
+        data_source=str(record["data_source"]),
+        prompt=prompt,
+        reward_model=record["reward_model"],
+        ability=record.get("ability") or "",
+        extra_info=record.get("extra_info") or {},
+    )
+
+
+def load_task(name: str, args: Mapping[str, Any]) -> Task:
+    """Find a task by built-in name, Python file or module, and build it with its arguments.
+
+    Raises:
+        UserError: there is no such task, it has neither ``build_task`` nor ``grade``, or it does not take the arguments.
+    """
+    module = _import_task(name)
+    if hasattr(module, "build_task"):
+        try:
+            return module.build_task(**args)  # type: ignore[no-any-return]
+        except TypeError as error:
+            raise UserError(f"data.task_args: {name}: {error}") from error
+    if not hasattr(module, "grade"):
+        raise UserError(f"data.task: {name} defines neither grade(row, response) nor build_task(**task_args)")
+    if args:
+        raise UserError(f"data.task_args: {name} takes no arguments; define build_task(**task_args) in it")
+    return module  # type: ignore[return-value]
+
+
+def _import_task(name: str) -> ModuleType:
+    if name in BUILT_IN:
+        return importlib.import_module(BUILT_IN[name])
+    if name.endswith(".py"):
+        if not Path(name).is_file():
+            raise UserError(f"data.task: {name}: no such file")
+        spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not name.startswith(error.name):
+            raise
+        known = ", ".join(BUILT_IN)
+        raise UserError(f"data.task: no task {name!r}; built in: {known}; or a Python file or module") from error
+
+
+def grade_response(task: Task, row: Row, response: str) -> Grade:
+    """Grade one response and check what the grader returned.
+
+    Raises:
+        UserError: the grader returned something that is no score.
+    """
+    value = task.grade(row, response)
+    if isinstance(value, Mapping):
+        value = Grade(value.get("score"), value.get("feedback"))  # type: ignore[arg-type]
+    if not isinstance(value, Grade):
+        value = Grade(value)
+    try:
+        score = float(value.score)
+    except (TypeError, ValueError):
+        score = math.nan
+    if not math.isfinite(score):
+        raise UserError(f"data.task: the grader returned {value.score!r} for a response to a {row.data_source} row")
+    return Grade(score, value.feedback)

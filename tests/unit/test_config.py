@@ -1,0 +1,358 @@
+"""The run file: what it takes, what it refuses, and that it says so in one line that helps."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdpo.config import (
+    Run,
+    SelfDistillationConfig,
+    describe_range,
+    iterate_settings,
+    load_run,
+    save_run,
+)
+from sdpo.errors import UserError
+
+SMALLEST = "run_dir: runs/a\nmodel: {path: m}\ndata: {task: hidden_rule}\n"
+
+SETTINGS = dict(iterate_settings())
+NUMERIC = {key: f for key, f in SETTINGS.items() if str(f.type).startswith(("int", "float"))}
+CHOICES = {key: f for key, f in SETTINGS.items() if f.metadata["choices"]}
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[..., Run]:
+    def load(*overrides: str, text: str = SMALLEST) -> Run:
+        path = tmp_path / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return load_run(path, overrides)
+
+    return load
+
+
+@pytest.fixture
+def refusal(load: Callable[..., Run]) -> Callable[..., str]:
+    """The message that the given run file is refused with."""
+
+    def refusal(*overrides: str, text: str = SMALLEST) -> str:
+        with pytest.raises(UserError) as caught:
+            load(*overrides, text=text)
+        message = str(caught.value)
+        assert message
+        assert "\n" not in message
+        return message
+
+    return refusal
+
+
+def value_of(run: Run, key: str) -> Any:
+    value: Any = run
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def test_the_defaults_are_those_of_the_paper(load: Callable[..., Run]) -> None:
+    config = load().self_distillation
+    assert config == SelfDistillationConfig()
+    assert config.full_logit_distillation is True
+    assert config.alpha == 0.0
+    assert config.ema_update_rate == 0.05
+    assert config.is_clip == 2.0
+    assert config.grpo_coef == 0.0
+    assert config.teacher_regularization == "ema"
+
+
+def test_every_follow_up_option_is_off_by_default() -> None:
+    config = SelfDistillationConfig()
+    assert config.distillation_topk is None
+    assert config.divergence_clip is None
+    assert config.teacher_entropy_beta == 0.0
+    assert not config.weight_by_prompt_difficulty
+    assert not config.distill_only_failed
+    assert config.distillation_weight_start == config.distillation_weight_end == 1.0
+
+
+@pytest.mark.parametrize("key", SETTINGS)
+def test_every_setting_says_what_it_means(key: str) -> None:
+    assert SETTINGS[key].metadata["help"].endswith((".", "..."))
+
+
+def test_every_number_has_a_range_but_a_reward_which_may_be_any() -> None:
+    unbounded = {key for key, f in NUMERIC.items() if not describe_range(f.metadata)}
+    assert unbounded == {"self_distillation.success_reward_threshold"}
+
+
+# --- values ---------------------------------------------------------------------------------------------------------
+
+
+def outside(metadata: Any) -> list[float]:
+    """One number beyond each end of the range."""
+    ge, gt, le = metadata["ge"], metadata["gt"], metadata["le"]
+    return [
+        *([ge - 1] if ge is not None else []),
+        *([gt] if gt is not None else []),
+        *([le + 1] if le is not None else []),
+    ]
+
+
+def build(key: str, value: Any) -> Any:
+    """The section of a setting, made with this value; the file is left out, since reading it takes 100 times longer."""
+    section, _, name = key.rpartition(".")
+    kind = type(getattr(Run(), section)) if section else Run
+    return getattr(kind(**{name: value}), name)
+
+
+BEYOND = [(key, value) for key, f in NUMERIC.items() for value in outside(f.metadata)]
+
+
+@pytest.mark.parametrize(("key", "value"), BEYOND, ids=[f"{key}={value}" for key, value in BEYOND])
+def test_a_number_out_of_range_is_refused(key: str, value: float) -> None:
+    with pytest.raises(UserError) as caught:
+        build(key, value)
+    assert str(caught.value) == f"{key} must be {describe_range(NUMERIC[key].metadata)}, got {value!r}"
+
+
+ENDS = [(key, f.metadata[end]) for key, f in NUMERIC.items() for end in ("ge", "le") if f.metadata[end] is not None]
+
+
+@pytest.mark.parametrize(("key", "value"), ENDS, ids=[f"{key}={value}" for key, value in ENDS])
+def test_the_ends_of_a_closed_range_are_in_it(key: str, value: float) -> None:
+    assert build(key, value) == value
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("key", sorted({key for key, _ in BEYOND}))
+def test_a_number_is_finite(key: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"{key} must be in"):
+        build(key, value)
+
+
+def test_the_ranges_hold_for_files_and_overrides(refusal: Callable[..., str]) -> None:
+    said = "self_distillation.alpha must be in [0, 1], got 1.5"
+    assert said in refusal("self_distillation.alpha=1.5")
+    assert said in refusal(text=SMALLEST + "self_distillation: {alpha: 1.5}\n")
+
+
+@pytest.mark.parametrize("key", NUMERIC)
+def test_a_word_is_not_a_number(refusal: Callable[..., str], key: str) -> None:
+    message = refusal(f"{key}=many")
+    assert key in message
+    assert "'many'" in message
+
+
+@pytest.mark.parametrize("key", [key for key, f in NUMERIC.items() if str(f.type).startswith("int")])
+def test_a_fraction_is_not_a_count(refusal: Callable[..., str], key: str) -> None:
+    assert key in refusal(f"{key}=1.5")
+
+
+@pytest.mark.parametrize("key", [key for key, f in SETTINGS.items() if "None" not in str(f.type)])
+def test_null_only_where_it_means_something(refusal: Callable[..., str], key: str) -> None:
+    assert key in refusal(f"{key}=null")
+
+
+@pytest.mark.parametrize("key", [key for key, f in SETTINGS.items() if "None" in str(f.type)])
+def test_null_leaves_out_what_is_optional(load: Callable[..., Run], key: str) -> None:
+    assert value_of(load(f"{key}=null"), key) is None
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_a_choice_is_one_of_those_listed(load: Callable[..., Run], refusal: Callable[..., str], key: str) -> None:
+    several = str(CHOICES[key].type).startswith("list")
+    form = "{}=[{}]" if several else "{}={}"
+    message = refusal(form.format(key, "nonsense"))
+    assert f"{key} must be {describe_range(CHOICES[key].metadata)}, got" in message
+    assert "nonsense" in message
+    for choice in CHOICES[key].metadata["choices"]:
+        extra = ["self_distillation.include_environment_feedback=true"] if choice == "none" else []
+        chosen = value_of(load(form.format(key, choice), *extra), key)
+        assert chosen == ([choice] if several else choice)
+
+
+@pytest.mark.parametrize("key", ["data.train_files", "tracking.backends"])
+def test_a_list_is_written_in_brackets(load: Callable[..., Run], refusal: Callable[..., str], key: str) -> None:
+    assert f"{key} must be a list" in refusal(f"{key}=wandb")
+    assert value_of(load(f"{key}=[wandb]"), key) == ["wandb"]
+
+
+def test_python_gets_the_same_refusals() -> None:
+    with pytest.raises(ValueError, match=r"self_distillation\.alpha must be in \[0, 1\], got 1\.5"):
+        SelfDistillationConfig(alpha=1.5)
+    with pytest.raises(ValueError, match=r"self_distillation\.is_clip must be in \(0, inf\), got nan"):
+        SelfDistillationConfig(is_clip=math.nan)
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\], got True"):
+        SelfDistillationConfig(grpo_coef=True)
+
+
+# --- settings that depend on each other -----------------------------------------------------------------------------
+
+SAMPLED = "self_distillation.full_logit_distillation=false"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ([SAMPLED], "self_distillation.alpha"),
+        ([SAMPLED, "self_distillation.alpha=0.5"], "self_distillation.alpha"),
+        (
+            [SAMPLED, "self_distillation.alpha=1", "self_distillation.distillation_topk=5"],
+            "self_distillation.distillation_topk",
+        ),
+        (
+            [SAMPLED, "self_distillation.alpha=1", "self_distillation.teacher_entropy_beta=1"],
+            "self_distillation.teacher_entropy_beta",
+        ),
+        (["self_distillation.demonstration_source=none"], "self_distillation.demonstration_source"),
+        (["self_distillation.reprompt_template='{prompt}{solution}'"], "{feedback}"),
+        (["self_distillation.solution_template=Look"], "{successful_previous_attempt}"),
+        (["self_distillation.feedback_template=Look"], "{feedback_raw}"),
+        (["learner.mini_batch_size=5"], "learner.mini_batch_size=5 must divide data.train_batch_size=32"),
+    ],
+)
+def test_settings_that_contradict_each_other(refusal: Callable[..., str], overrides: list[str], named: str) -> None:
+    assert named in refusal(*overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [SAMPLED, "self_distillation.alpha=1"],
+        ["self_distillation.demonstration_source=none", "self_distillation.include_environment_feedback=true"],
+        ["self_distillation.demonstration_source=none", "self_distillation.grpo_coef=1"],
+        ["learner.mini_batch_size=8"],
+    ],
+)
+def test_settings_that_go_together(load: Callable[..., Run], overrides: list[str]) -> None:
+    load(*overrides)
+
+
+def test_plain_grpo_has_no_distillation(load: Callable[..., Run]) -> None:
+    assert not load("self_distillation.grpo_coef=1").self_distillation.distills
+    assert load("self_distillation.grpo_coef=0.9").self_distillation.distills
+
+
+# --- keys -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("optim.rl", "optim.lr"),
+        ("self_distillation.ema_rate", "self_distillation.ema_update_rate"),
+        ("sampler.temprature", "sampler.temperature"),
+        ("optim.temperature", "eval.temperature"),
+        ("total_step", "total_steps"),
+        ("otpim.lr", "optim"),
+        ("lr", "optim.lr"),
+        ("alpha", "self_distillation.alpha"),
+        ("+seed", "seed"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(refusal: Callable[..., str], wrong: str, meant: str) -> None:
+    unknown = wrong.split(".")[0] if meant == "optim" else wrong
+    assert f"command line: unknown key {unknown}; did you mean {meant}?" in refusal(f"{wrong}=1")
+
+
+def test_an_unknown_key_of_the_file_names_the_file(refusal: Callable[..., str], tmp_path: Path) -> None:
+    assert f"{tmp_path / 'run.yaml'}: unknown key optim.rl" in refusal(text=SMALLEST + "optim: {rl: 1}\n")
+
+
+def test_a_key_like_no_other_leads_to_the_list(refusal: Callable[..., str]) -> None:
+    assert "docs/configuration.md" in refusal("zzqq=1")
+
+
+@pytest.mark.parametrize("value", ["3", "null", "[1]", "a"])
+def test_a_section_is_not_a_value(refusal: Callable[..., str], value: str) -> None:
+    assert "optim must be a section" in refusal(f"optim={value}")
+    assert "optim must be a section" in refusal(text=f"{SMALLEST}optim: {value}\n")
+
+
+@pytest.mark.parametrize("key", ["run_dir", "model.path", "data.task"])
+def test_what_is_mandatory_is_asked_for(refusal: Callable[..., str], key: str) -> None:
+    mandatory = {"run_dir": "a", "model.path": "m", "data.task": "t"}
+    del mandatory[key]
+    message = refusal(*(f"{k}={v}" for k, v in mandatory.items()), text="")
+    assert f"{key} is not set" in message
+
+
+# --- files and overrides --------------------------------------------------------------------------------------------
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"absent\.yaml: no such run file"):
+        load_run(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("optim: {lr: [1\nseed: {", "not a YAML file"),
+        ("seed: 1\nseed: 2\n", "duplicate key seed"),
+        ("\x00", "not a YAML file"),
+        ("- seed\n- 1\n", "must be a mapping of settings at the top level"),
+        ("just words", "unknown key just words"),
+    ],
+)
+def test_a_file_that_is_no_run(refusal: Callable[..., str], tmp_path: Path, text: str, said: str) -> None:
+    message = refusal(text=text)
+    assert message.startswith(f"{tmp_path / 'run.yaml'}: ")
+    assert said in message
+
+
+@pytest.mark.parametrize("override", ["optim.lr", "=3", "", "optim.lr=[1,"])
+def test_an_override_that_is_none(refusal: Callable[..., str], override: str) -> None:
+    assert f"override {override!r}" in refusal(override) or f"overrides {override}" in refusal(override)
+
+
+def test_an_override_beats_the_file_and_the_last_one_the_others(load: Callable[..., Run]) -> None:
+    run = load(
+        "optim.lr=2e-3", "optim.lr=3e-3", "run_dir=a=b", text=SMALLEST + "optim: {lr: 1e-3, beta1: 0.5}\nseed: 7\n"
+    )
+    assert run.optim.lr == 3e-3
+    assert run.optim.beta1 == 0.5
+    assert run.run_dir == "a=b"
+    assert run.seed == 7
+
+
+def test_what_the_command_line_breaks_is_not_blamed_on_the_file_alone(refusal: Callable[..., str]) -> None:
+    assert "run.yaml + command line: optim.lr must be" in refusal("optim.lr=-1")
+    assert "run.yaml: optim.lr must be" in refusal(text=SMALLEST + "optim: {lr: -1}\n")
+
+
+def test_interpolation(load: Callable[..., Run], refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDPO_TEST_MODEL", "here")
+    run = load("run_dir=runs/${seed}/${optim.lr}", "model.path=${oc.env:SDPO_TEST_MODEL}", "seed=3")
+    assert run.run_dir == "runs/3/1e-05"
+    assert run.model.path == "here"
+    assert "optim.lr: " in refusal("optim.lr=${absent}")
+    assert "data.train_batch_size: " in refusal("data.train_batch_size=${oc.env:SDPO_TEST_ABSENT}")
+    assert "optim.lr must be in (0, inf), got -1" in refusal("optim.lr=${optim.weight_decay}", "optim.weight_decay=-1")
+
+
+def test_a_saved_run_is_the_same_run(load: Callable[..., Run], tmp_path: Path) -> None:
+    run = load(
+        "seed=5",
+        "optim.lr=3e-7",
+        "data.train_files=[a.parquet, b.parquet]",
+        "data.task_args={length: 8, names: [x, y], deep: {k: null}}",
+        "self_distillation.is_clip=null",
+        "self_distillation.distillation_topk=20",
+        "tracking.name=ünï",
+        "run_dir=runs/${seed}",
+    )
+    save_run(run, tmp_path / "saved.yaml")
+    assert load_run(tmp_path / "saved.yaml") == run
+    assert run.run_dir == "runs/5"
+    assert run.data.task_args == {"length": 8, "names": ["x", "y"], "deep": {"k": None}}
+
+
+def test_a_run_cannot_be_changed_under_way(load: Callable[..., Run]) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load().optim.lr = 1.0  # type: ignore[misc]

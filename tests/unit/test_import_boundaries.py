@@ -1,0 +1,129 @@
+"""The floors of the package: an import only ever points down, wherever in a file it stands."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "src" / "sdpo"
+
+GROUND = {"config", "errors", "metrics", "observer"}
+BELOW_ENGINES = GROUND | {"algorithm", "context", "tasks"}
+ENGINES = {"embedded", "verl_backend"}
+EVERYTHING = BELOW_ENGINES | ENGINES | {"report", "cli"}
+
+MAY_IMPORT = {
+    **dict.fromkeys(GROUND, GROUND),
+    "algorithm": GROUND,
+    "context": GROUND,
+    "tasks": GROUND | {"context"},
+    **dict.fromkeys(ENGINES, BELOW_ENGINES),
+    "report": BELOW_ENGINES | ENGINES,
+    "cli": EVERYTHING,
+    "__init__": EVERYTHING,
+}
+
+ENGINE_LIBRARIES = {"torch", "transformers", "ray", "verl", "vllm"}
+
+
+class Import(NamedTuple):
+    floor: str
+    where: str
+    module: str
+
+
+def imports_of(source: str, floor: str, where: str, package: str) -> Iterator[Import]:
+    for node in ast.walk(ast.parse(source)):
+        place = f"{where}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.Import):
+            yield from (Import(floor, place, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            # `from sdpo import metrics` names a floor only in its second half.
+            names = [f"sdpo.{alias.name}" for alias in node.names] if module == "sdpo" else [module]
+            yield from (Import(floor, place, name) for name in names)
+
+
+def all_imports() -> list[Import]:
+    found: list[Import] = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        relative = path.relative_to(PACKAGE)
+        floor = relative.with_suffix("").parts[0]
+        package = ".".join(["sdpo", *relative.parts[:-1]])
+        found += imports_of(path.read_text(encoding="utf-8"), floor, str(relative), package)
+    return found
+
+
+def target_floor(module: str) -> str | None:
+    root, _, rest = module.partition(".")
+    if root != "sdpo":
+        return None
+    name = rest.split(".")[0]
+    return name if name in MAY_IMPORT else "__init__"
+
+
+def upward(imports: list[Import]) -> list[str]:
+    return [
+        f"{where} imports {module}"
+        for floor, where, module in imports
+        if (target := target_floor(module)) and target != floor and target not in MAY_IMPORT[floor]
+    ]
+
+
+def libraries(imports: list[Import]) -> list[tuple[Import, str]]:
+    roots = [(found, found.module.split(".")[0]) for found in imports]
+    return [(found, root) for found, root in roots if root != "sdpo" and root not in sys.stdlib_module_names]
+
+
+IMPORTS = all_imports()
+
+
+def test_every_file_has_its_floor() -> None:
+    floors = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert floors <= MAY_IMPORT.keys(), "say in MAY_IMPORT where the new folder stands"
+
+
+def test_imports_point_down() -> None:
+    assert upward(IMPORTS) == []
+
+
+@pytest.mark.parametrize(
+    ("floor", "source"),
+    [
+        ("config", "import sdpo.algorithm.loss"),
+        ("algorithm", "from sdpo.context.encode import encode_prompt"),
+        ("context", "from sdpo import algorithm"),
+        ("context", "from ..tasks import hidden_rule"),
+        ("tasks", "def f():\n    from sdpo.embedded.trainer import train"),
+        ("tasks", "from sdpo import train"),
+        ("embedded", "import sdpo.verl_backend"),
+        ("verl_backend", "if True:\n    from ..embedded.trainer import train"),
+        ("embedded", "from sdpo.report import write_report"),
+        ("report", "from sdpo.cli import app"),
+    ],
+)
+def test_an_import_that_points_up_is_found(floor: str, source: str) -> None:
+    assert upward(list(imports_of(source, floor, "a.py", f"sdpo.{floor}")))
+
+
+def test_the_ground_and_the_context_know_no_engine_library() -> None:
+    quiet = GROUND | {"context", "report", "__init__"}
+    assert [found for found, root in libraries(IMPORTS) if found.floor in quiet and root in ENGINE_LIBRARIES] == []
+
+
+def test_the_algorithm_imports_torch_alone() -> None:
+    assert [found for found, root in libraries(IMPORTS) if found.floor == "algorithm" and root != "torch"] == []
+
+
+@pytest.mark.parametrize("module", ["sdpo", "sdpo.config", "sdpo.cli"])
+def test_the_command_line_starts_without_torch(module: str) -> None:
+    code = f"import sys, {module}; print(sorted({ENGINE_LIBRARIES!r} & sys.modules.keys()))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
