@@ -50,6 +50,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(if $(call python_can,import ensurepip),,$(error $(PYTHON) cannot make a virtual environment: apt install python3-venv))
 	@echo "Installing into .venv with $$($(PYTHON) --version); the first time takes a few minutes ..."
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 -c constraints.txt \
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --use-pep517 -c constraints.txt \
 		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[dev]'
 	@touch $@

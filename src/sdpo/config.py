@@ -131,7 +131,9 @@ class LearnerConfig(Section):
     device: str = setting("auto", "Where student and teacher are trained: auto, cpu, cuda, cuda:1, mps, ...")
     mini_batch_size: int | None = setting(None, "Prompts an optimizer step; all prompts of the step if not set.", ge=1)
     micro_batch_tokens: int = setting(
-        16384, "Most tokens (padding and the teacher's included) in one forward pass; one sample is always let in.", ge=1
+        16384,
+        "Most tokens (padding and the teacher's included) in one forward pass; one sample is always let in.",
+        ge=1,
     )
     loss_agg_mode: str = setting(
         "token-mean",
@@ -216,15 +218,18 @@ class SelfDistillationConfig(Section):
         choices=["ema", "trust-region", "frozen", "live", "snapshot"],
     )
     ema_update_rate: float = setting(
-        0.05, "Share of the student in the teacher: of the weights a step (ema), of the logits (trust-region).", ge=0, le=1
+        0.05,
+        "Share of the student in the teacher: of the weights a step (ema), of the logits (trust-region).",
+        ge=0,
+        le=1,
     )
     teacher_snapshot_every: int = setting(50, "Steps between snapshots (snapshot).", ge=1)
 
     # What the teacher is shown
     demonstration_source: str = setting(
         "ground_truth",
-        "Whose solution the teacher sees: the row's ground truth, a random successful rollout of the same prompt, such a "
-        "peer and else the ground truth, or none.",
+        "Whose solution the teacher sees: the row's ground truth, a random successful rollout of the same prompt, such "
+        "a peer and else the ground truth, or none.",
         choices=["ground_truth", "peer", "peer_then_ground_truth", "none"],
     )
     success_reward_threshold: float = setting(1.0, "A rollout with at least this score is a success.")
@@ -264,7 +269,9 @@ class SelfDistillationConfig(Section):
             if self.distillation_topk is not None:
                 raise UserError("self_distillation.distillation_topk needs full_logit_distillation=true; remove one")
             if self.teacher_entropy_beta:
-                raise UserError("self_distillation.teacher_entropy_beta needs full_logit_distillation=true; set it to 0")
+                raise UserError(
+                    "self_distillation.teacher_entropy_beta needs full_logit_distillation=true; set it to 0"
+                )
         if self.distills and self.demonstration_source == "none" and not self.include_environment_feedback:
             raise UserError(
                 "self_distillation.demonstration_source is none and include_environment_feedback is false: the teacher "
@@ -410,7 +417,12 @@ def _build_run(sources: Sequence[tuple[str, DictConfig]]) -> Run:
 
 def save_run(run: Run, path: str | Path) -> None:
     """Write the resolved run as YAML; ``load_run`` of it gives an equal run."""
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(run)))
+    Path(path).write_text(format_run(run))
+
+
+def format_run(run: Run) -> str:
+    """The resolved run as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(run))
 
 
 def _refuse_unknown_keys(origin: str, values: Any, schema: Any = None, prefix: str = "") -> None:

@@ -103,7 +103,9 @@ def test_what_a_page_names_exists(page: Path) -> None:
 
 def test_what_a_page_names_in_vain_is_found() -> None:
     page = "[a](absent.md) [b](https://example.org) [c](#here) [d](README.md#part)\n\n"
-    page += "```bash\n$ OMP_NUM_THREADS=1 .venv/bin/sdpo train configs/a.yaml \\\n  seed=1  # twice\nls\n```\nsdpo prose\n"
+    page += (
+        "```bash\n$ OMP_NUM_THREADS=1 .venv/bin/sdpo train configs/a.yaml \\\n  seed=1  # twice\nls\n```\nsdpo prose\n"
+    )
     assert broken_links(ROOT / "page.md", page) == ["absent.md"]
     assert list(commands(page)) == [["train", "configs/a.yaml", "seed=1"]]
     assert unknown_command(["trian", "configs/a.yaml"]) == "trian"

@@ -28,7 +28,7 @@ def compute_rollout_ratio(
     Args:
         old_log_probs, rollout_log_probs: [B, T].
         response_mask: [B, T].
-        level: ``"token"``; ``"sequence"``, the product over the response, the same for all of its tokens; or ``"none"``.
+        level: ``"token"``; ``"sequence"``, the product over the response, for all of its tokens; or ``"none"``.
 
     Returns:
         [B, T], positive, without gradient, 1 outside the mask; None for ``"none"``.

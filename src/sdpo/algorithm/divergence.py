@@ -24,8 +24,8 @@ LOG_ZERO = -1e4
 def compute_kl(p_log_probs: Tensor, q_log_probs: Tensor) -> Tensor:
     """KL(p || q) of distributions [..., V], giving [...]; gradients reach both.
 
-    An entry that p rules out (log-probability ``-inf``) contributes 0, whatever q says, and no gradient; an entry that q
-    alone rules out makes the divergence infinite.
+    An entry that p rules out (log-probability ``-inf``) contributes 0, whatever q says, and no gradient; an entry that
+    q alone rules out makes the divergence infinite.
     """
     ruled_out = torch.isneginf(p_log_probs)
     difference = p_log_probs.masked_fill(ruled_out, 0.0) - q_log_probs.masked_fill(ruled_out, 0.0)

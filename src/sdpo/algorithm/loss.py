@@ -2,10 +2,11 @@
 
     loss = grpo_coef * GRPO + (1 - grpo_coef) * weight * SDPO
 
-SDPO: the divergence between student and teacher at each distilled token, times the truncated ratio student / old policy,
-times the truncated rollout weight. GRPO: PPO's clipped surrogate with group-relative advantages, at every response token.
+SDPO: the divergence between student and teacher at each distilled token, times the truncated ratio student / old
+policy, times the truncated rollout weight. GRPO: PPO's clipped surrogate with group-relative advantages, at every
+response token.
 
-The core works on packed tokens [N]; ``compute_self_distillation_loss`` is the official function's signature on top of it.
+The core works on packed tokens [N]; ``compute_self_distillation_loss`` is the official signature on top of it.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from sdpo.config import SelfDistillationConfig
 class LossInputs:
     """Packed response tokens of several samples. Gradients flow through the student's tensors only.
 
-    Weights say how much a token counts in the aggregate (``compute_token_weights``), so a loss summed over micro-batches
-    is the loss of the mini-batch, however it is cut.
+    Weights say how much a token counts in the aggregate (``compute_token_weights``), so a loss summed over
+    micro-batches is the loss of the mini-batch, however it is cut.
     """
 
     student_log_probs: Tensor  # [N] log-probabilities of the sampled tokens
@@ -56,7 +57,9 @@ class LossOutputs:
 
     loss: Tensor  # scalar
     token_losses: Tensor  # [N] weighted contribution of each token to the loss; its sum is the loss
-    sums: Mapping[str, tuple[Tensor, Tensor]]  # metric -> (sum, count), to be added over micro-batches; count 0: a total
+    sums: Mapping[
+        str, tuple[Tensor, Tensor]
+    ]  # metric -> (sum, count), to be added over micro-batches; count 0: a total
 
 
 def compute_token_weights(num_tokens: Tensor, loss_agg_mode: str, horizon: int | None = None) -> Tensor:
@@ -159,7 +162,8 @@ def compute_policy_token_losses(
 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
     """PPO's clipped surrogate of each response token [N], before aggregation, and the sums for its metrics.
 
-    Source: PPO (arXiv 1707.06347) eq. 7 with separate bounds (DAPO, arXiv 2503.14476). Departure from verl: no dual clip.
+    Source: PPO (arXiv 1707.06347) eq. 7 with separate bounds (DAPO, arXiv 2503.14476). Departure from verl: no dual
+    clip.
     """
     assert inputs.advantages is not None
     ratio = compute_ratio(inputs.student_log_probs, inputs.old_log_probs)
@@ -236,9 +240,9 @@ def compute_self_distillation_loss(
     Raises:
         ValueError: a tensor that the settings need is missing.
 
-    Departures from the official function: a sample with a number that is not finite is left out as if it were not in the
-    batch, and counted in ``self_distillation/nonfinite_samples``; what stands at masked positions never matters, not even
-    NaN; the added options of the configuration apply.
+    Departures from the official function: a sample with a number that is not finite is left out as if it were not in
+    the batch, and counted in ``self_distillation/nonfinite_samples``; what stands at masked positions never matters,
+    not even NaN; the added options of the configuration apply.
     """
     config = self_distillation_config
     _require_tensors(config, locals())
@@ -270,6 +274,7 @@ def compute_self_distillation_loss(
         num_dropped += int(nonfinite.sum())
         mask = mask & ~nonfinite.unsqueeze(-1)
     # The sum over no tokens keeps the graph, so that an empty batch can be differentiated like any other.
+    assert inputs.distillation_weights is not None
     loss = (losses * inputs.distillation_weights).sum() + 0.0 * student_log_probs[mask].sum()
     values = {name: float(total / count.clamp(min=1)) for name, (total, count) in sums.items()}
     return loss, values | {metrics.DISTILLATION_LOSS: float(loss), metrics.NONFINITE_SAMPLES: float(num_dropped)}
@@ -284,7 +289,9 @@ def _require_tensors(config: SelfDistillationConfig, given: Mapping[str, object]
         needed.append("old_log_probs")
     for name in needed:
         if given[name] is None:
-            raise ValueError(f"{name} is needed by these settings (full_logit_distillation, distillation_topk, is_clip)")
+            raise ValueError(
+                f"{name} is needed by these settings (full_logit_distillation, distillation_topk, is_clip)"
+            )
 
 
 def _mean(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,9 @@ def load_prompts(
         limit = window - run.sampler.max_response_length
         reason = f"the model's window of {window} minus sampler.max_response_length={run.sampler.max_response_length}"
     if limit < 1:
-        raise UserError(f"sampler.max_response_length leaves no room for a prompt in the model's window of {window} tokens")
+        raise UserError(
+            f"sampler.max_response_length leaves no room for a prompt in the model's window of {window} tokens"
+        )
     prompts = [Prompt(row, encode_prompt(tokenizer, row.prompt)) for row in load_rows(files, setting)]
     kept = [prompt for prompt in prompts if len(prompt.token_ids) <= limit]
     if len(kept) < len(prompts):

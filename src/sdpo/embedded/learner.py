@@ -94,7 +94,9 @@ class Learner:
         for piece in split_by_tokens(samples, self.run.learner.micro_batch_tokens):
             batch = build_micro_batch([samples[i] for i in piece], self.pad_token_id, self.device)
             log_probs = _gather(self._student_log_probs(batch), batch.sampled_ids)
-            for i, values in zip(piece, log_probs.split([len(samples[i].response.token_ids) for i in piece]), strict=True):
+            for i, values in zip(
+                piece, log_probs.split([len(samples[i].response.token_ids) for i in piece]), strict=True
+            ):
                 result[i] = values
         return result
 
@@ -136,7 +138,7 @@ class Learner:
             broken = ~torch.isfinite(outputs.token_losses) | ~torch.isfinite(inputs.student_log_probs)
             if bool(broken.any()):
                 return sums, {piece[i] for i in batch.sample_index[broken].unique().tolist()}
-            outputs.loss.backward()  # type: ignore[no-untyped-call]
+            outputs.loss.backward()
             _add(sums, {**outputs.sums, **more})
         return sums, set()
 
@@ -225,11 +227,11 @@ class Learner:
         return {metrics.GRAD_NORM: norm, metrics.SKIPPED_UPDATES: float(not finite)}
 
     def _check_topk(self) -> None:
-        vocab_size = self.student.config.get_text_config().vocab_size
-        if self.config.distillation_topk is not None and self.config.distillation_topk > vocab_size:
+        topk, vocab_size = self.config.distillation_topk, self.student.config.get_text_config().vocab_size
+        if topk is not None and topk > vocab_size:
             raise UserError(
-                f"self_distillation.distillation_topk={self.config.distillation_topk} is more than the model's vocabulary "
-                f"of {vocab_size}; lower it or remove it"
+                f"self_distillation.distillation_topk={topk} is more than the model's vocabulary of {vocab_size}; lower it "
+                "or remove it"
             )
 
 

@@ -11,7 +11,6 @@ from transformers.utils import logging as transformers_logging
 from sdpo.config import ModelConfig
 from sdpo.errors import UserError
 
-
 # Its bars for loading and writing shards would break the run's own.
 transformers_logging.disable_progress_bar()
 
@@ -56,7 +55,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model.path: {config.path}: its tokenizer cannot be loaded ({_first_line(error)})") from error
     if tokenizer.eos_token_id is None:
-        raise UserError(f"model.path: {config.path}: the tokenizer has no end-of-sequence token; responses could not end")
+        raise UserError(
+            f"model.path: {config.path}: the tokenizer has no end-of-sequence token; responses could not end"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -91,7 +92,9 @@ def _require_model(config: ModelConfig) -> None:
     if not Path(config.path).exists() and looks_local:
         raise UserError(f"model.path: {config.path}: no such folder")
     if Path(config.path).exists() and not (Path(config.path) / "config.json").is_file():
-        raise UserError(f"model.path: {config.path}: holds no config.json; a model folder in the Hugging Face format does")
+        raise UserError(
+            f"model.path: {config.path}: holds no config.json; a model folder in the Hugging Face format does"
+        )
 
 
 def _first_line(error: Exception) -> str:

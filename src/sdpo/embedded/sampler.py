@@ -116,7 +116,7 @@ class ProcessSampler:
             raise RuntimeError(f"the sampler's process ended with exit code {self._process.exitcode}") from None
         if isinstance(outcome, str):
             raise RuntimeError(f"the sampler failed:\n{outcome}")
-        return outcome  # type: ignore[no-any-return]
+        return outcome
 
     def load_weights(self, student: nn.Module, version: int) -> None:
         self._weights.write(student)

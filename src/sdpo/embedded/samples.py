@@ -1,4 +1,4 @@
-"""From rollouts to training samples: grade, choose what the teacher is shown, encode the teacher's prompt, advantages."""
+"""From rollouts to training samples: grade, choose what the teacher is shown, encode it, compare within the group."""
 
 from __future__ import annotations
 
@@ -86,7 +86,9 @@ def build_samples(
                 text=g.response,
                 grade=Grade(g.score, g.feedback),
                 demonstration=demonstration,
-                teacher_prompt=encode_teacher_prompt(tokenizer, prompt.row.prompt, demonstration, config, max_length=room),
+                teacher_prompt=encode_teacher_prompt(
+                    tokenizer, prompt.row.prompt, demonstration, config, max_length=room
+                ),
                 advantage=advantages[i],
                 distillation_weight=weights[i],
             )

@@ -4,7 +4,8 @@
     staleness 1     sample k | sample k+1 | sample k+2 | ...            the sampler's process
                              | learn k    | learn k+1  | ...            the learner's process
 
-With staleness 1, batch k+1 is sampled by the weights that batch k is learned with: one update behind when it is learned.
+With staleness 1, batch k+1 is sampled by the weights that batch k is learned with: one update behind, once it is
+learned itself.
 """
 
 from __future__ import annotations

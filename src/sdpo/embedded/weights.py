@@ -1,8 +1,8 @@
 """The student's weights on their way to a sampler in another process.
 
-They travel through shared memory that both processes map once: nothing is pickled, and a hand-over costs one copy on each
-side. Who writes and who reads is decided by the protocol in ``sampler.py``: the learner writes only while the sampler is
-idle, and the sampler reads before it samples again.
+They travel through shared memory that both processes map once: nothing is pickled, and a hand-over costs one copy on
+each side. Who writes and who reads is decided by the protocol in ``sampler.py``: the learner writes only while the
+sampler is idle, and the sampler reads before it samples again.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from sdpo.metrics import RESPONSE_LENGTH_MEAN, TIME_EVAL, TIME_STEP, teacher_val_name, val_name
+from sdpo.metrics import RESPONSE_LENGTH_MEAN, TIME_EVAL, TIME_SAVE, TIME_STEP, teacher_val_name, val_name
 from sdpo.report.run_folder import RunRecord
 
 HEADINGS = {
@@ -17,7 +17,7 @@ HEADINGS = {
     "teacher": "Held-out accuracy of the teacher, prompted as in training, at the last evaluation.",
     "length": "Mean response length of the last step, in tokens.",
     "s/step": "Median seconds of a step.",
-    "minutes": "Minutes of all steps and evaluations together.",
+    "minutes": "Minutes of all steps, evaluations and checkpoints together.",
 }
 ACCURACY_HEADINGS = ("before", "final", "best", "teacher")
 
@@ -70,7 +70,7 @@ def _summaries(record: RunRecord) -> Iterator[Summary]:
             best=record.best(student),
             teacher=record.final(teacher),
             response_length=record.final(RESPONSE_LENGTH_MEAN),
-            # The median: a step with an evaluation or a checkpoint in it is not a typical one.
+            # The median: the first step, which warms everything up, is not a typical one.
             seconds_per_step=median(times) if (times := record.series(TIME_STEP)[1]) else None,
             minutes=_minutes(record),
         )
@@ -82,7 +82,5 @@ def _before_training(record: RunRecord, metric: str) -> float | None:
 
 
 def _minutes(record: RunRecord) -> float | None:
-    # A row without a step in it is the evaluation before training.
-    seconds = [row.get(TIME_STEP, row.get(TIME_EVAL)) for row in record.rows]
-    known = [s for s in seconds if s is not None]
-    return sum(known) / 60 if known else None
+    seconds = [row[name] for row in record.rows for name in (TIME_STEP, TIME_EVAL, TIME_SAVE) if name in row]
+    return sum(seconds) / 60 if seconds else None

@@ -1,10 +1,10 @@
 """A task that a laptop learns offline: answer a string of digits by a permutation that nobody states.
 
-A tiny model is made that can copy a solution out of its context, but that, without one, applies a rule at random. Then it
-is to learn one rule, which is only ever seen through the grader:
+A tiny model is made that can copy a solution out of its context, but that, without one, applies a rule at random.
+Then it is to learn one rule, which is only ever seen through the grader:
 
-mode ``feedback`` (B): the rule was never seen in pretraining, so no rollout succeeds and the score alone teaches nothing;
-    the grader's feedback on a failure shows the expected answer, as a failing unit test does.
+mode ``feedback`` (B): the rule was never seen in pretraining, so no rollout succeeds and the score alone teaches
+    nothing; the grader's feedback on a failure shows the expected answer, as a failing unit test does.
 mode ``peers`` (A): the rule is one of those pretrained, so some rollouts succeed and can be shown to their peers. The
     study of which teachers stay stable.
 """
@@ -42,7 +42,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Mode:
-    """Size of the problem: digits in a prompt, permutations in the world, whether the target is among the pretrained."""
+    """Size of the problem: digits a prompt, permutations in the world, whether the target is among the pretrained."""
 
     length: int
     num_rules: int
@@ -244,7 +244,7 @@ def _pretrain(
     eos = torch.full((batch_size, 1), tokenizer.eos_token_id)
     optimizer = torch.optim.AdamW(model.parameters(), peak_lr, weight_decay=0.01)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / warmup) * max(0.05, 1 - step / steps)
+        optimizer, lambda step: min(1.0, (step + 1) / warmup) * max(0.05, 1 - step / max(1, steps))
     )
     for step in range(steps):
         prompt = torch.randint(NUM_DIGITS, (batch_size, length))
@@ -257,7 +257,7 @@ def _pretrain(
             logits = model(torch.cat([context, target], dim=1), logits_to_keep=length + 2).logits[:, :-1]
             loss = loss + cross_entropy(logits.flatten(0, 1), target.flatten())
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()

@@ -1,7 +1,7 @@
 """What a task is: rows in verl's parquet schema, and something that grades a response to one.
 
-A task of your own is a Python file or module with ``grade(row, response)``, named by ``data.task``; with arguments, define
-``build_task(**task_args)`` that returns an object with that method.
+A task of your own is a Python file or module with ``grade(row, response)``, named by ``data.task``; with arguments,
+define ``build_task(**task_args)`` that returns an object with that method.
 """
 
 from __future__ import annotations
@@ -107,19 +107,19 @@ def load_task(name: str, args: Mapping[str, Any]) -> Task:
     """Find a task by built-in name, Python file or module, and build it with its arguments.
 
     Raises:
-        UserError: there is no such task, it has neither ``build_task`` nor ``grade``, or it does not take the arguments.
+        UserError: there is no such task, it has neither ``build_task`` nor ``grade``, or does not take the arguments.
     """
     module = _import_task(name)
     if hasattr(module, "build_task"):
         try:
-            return module.build_task(**args)  # type: ignore[no-any-return]
+            return module.build_task(**args)
         except TypeError as error:
             raise UserError(f"data.task_args: {name}: {error}") from error
     if not hasattr(module, "grade"):
         raise UserError(f"data.task: {name} defines neither grade(row, response) nor build_task(**task_args)")
     if args:
         raise UserError(f"data.task_args: {name} takes no arguments; define build_task(**task_args) in it")
-    return module  # type: ignore[return-value]
+    return module
 
 
 def _import_task(name: str) -> ModuleType:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -37,6 +37,11 @@ def encode(
 ) -> TeacherPrompt:
     config = SelfDistillationConfig(max_reprompt_len=limit)
     return encode_teacher_prompt(tokenizer, chat(question), demonstration, config, **kwargs)
+
+
+def num_tokens(prompt: TeacherPrompt) -> int:
+    assert prompt.token_ids is not None
+    return len(prompt.token_ids)
 
 
 def shown_texts(tokenizer: Any, prompt: TeacherPrompt, question: str = "What is 2+2?") -> tuple[str, str]:
@@ -125,16 +130,16 @@ def test_an_empty_demonstration_is_not_encoded(tokenizer_without_chat_template: 
 def test_the_limit_is_reached_exactly(tokenizer: PreTrainedTokenizerFast) -> None:
     demonstration = Demonstration("It is 4.", "5 is wrong.")
     whole = encode(tokenizer, demonstration, 10_000)
-    length = len(whole.token_ids)
+    length = num_tokens(whole)
     assert encode(tokenizer, demonstration, length) == whole
     trimmed = encode(tokenizer, demonstration, length - 1)
-    assert trimmed.truncated and len(trimmed.token_ids) < length
+    assert trimmed.truncated and num_tokens(trimmed) < length
 
 
 def test_the_smaller_limit_counts(tokenizer: PreTrainedTokenizerFast) -> None:
     demonstration = Demonstration("7" * 400)
     for limit, max_length, expected in ((200, None, 200), (200, 300, 200), (300, 200, 200), (300, 300, 300)):
-        assert len(encode(tokenizer, demonstration, limit, max_length=max_length).token_ids) == expected
+        assert num_tokens(encode(tokenizer, demonstration, limit, max_length=max_length)) == expected
     assert encode(tokenizer, demonstration, 300, max_length=-5).overlong
 
 
@@ -144,13 +149,13 @@ def test_only_the_end_of_the_demonstration_is_trimmed(tokenizer: PreTrainedToken
     shown, _ = shown_texts(tokenizer, prompt)
     assert prompt.truncated and not prompt.overlong
     assert solution.startswith(shown) and len(shown) > 100
-    assert 195 <= len(prompt.token_ids) <= 200
+    assert 195 <= num_tokens(prompt) <= 200
     assert prompt.token_ids == encode_prompt(tokenizer, prompt.messages)
 
 
 def test_earlier_turns_and_images_are_never_trimmed(tokenizer: PreTrainedTokenizerFast) -> None:
-    content = [{"type": "image"}, {"type": "text", "text": "What is shown?"}]
-    messages = [
+    content: list[dict[str, Any]] = [{"type": "image"}, {"type": "text", "text": "What is shown?"}]
+    messages: list[dict[str, Any]] = [
         {"role": "user", "content": "A long question. " * 10},
         {"role": "assistant", "content": "A long answer. " * 10},
         {"role": "user", "content": content},
@@ -165,7 +170,7 @@ def test_earlier_turns_and_images_are_never_trimmed(tokenizer: PreTrainedTokeniz
     )
     assert text.endswith("44\n\n" + ENDING)
     assert prompt.messages[:2] == messages[:2] and prompt.messages[2]["content"][:2] == content
-    assert len(prompt.token_ids) == 350
+    assert num_tokens(prompt) == 350
 
 
 def test_a_text_that_the_template_shows_twice_is_trimmed_no_more_than_needed(
@@ -174,7 +179,7 @@ def test_a_text_that_the_template_shows_twice_is_trimmed_no_more_than_needed(
     config = SelfDistillationConfig(max_reprompt_len=600, reprompt_template="{solution}{prompt}{solution}{feedback}")
     prompt = encode_teacher_prompt(tokenizer, chat("What is 2+2?"), Demonstration("7" * 1000), config)
     text = tokenizer.decode(prompt.token_ids)
-    assert 595 <= len(prompt.token_ids) <= 600
+    assert 595 <= num_tokens(prompt) <= 600
     assert text.count(SOLUTION_HEADING) == 2 and text.count("7") % 2 == 0
 
 
@@ -193,16 +198,16 @@ def test_texts_share_the_room(
     tokenizer: PreTrainedTokenizerFast, num_solution: int, num_feedback: int, room: int, expected: tuple[int, int]
 ) -> None:
     # digits that no merge of the tokenizer joins: a token each
-    frame = len(encode(tokenizer, Demonstration("7", "8"), 10_000).token_ids) - 2
+    frame = num_tokens(encode(tokenizer, Demonstration("7", "8"), 10_000)) - 2
     prompt = encode(tokenizer, Demonstration("7" * num_solution, "8" * num_feedback), frame + room)
     solution, feedback = shown_texts(tokenizer, prompt)
     assert (solution, feedback) == ("7" * expected[0], "8" * expected[1])
-    assert len(prompt.token_ids) == frame + room
+    assert num_tokens(prompt) == frame + room
 
 
 def test_feedback_is_left_out_where_there_is_no_room_for_both(tokenizer: PreTrainedTokenizerFast) -> None:
-    both = len(encode(tokenizer, Demonstration("7", "8"), 10_000).token_ids)
-    one = len(encode(tokenizer, Demonstration("7"), 10_000).token_ids)
+    both = num_tokens(encode(tokenizer, Demonstration("7", "8"), 10_000))
+    one = num_tokens(encode(tokenizer, Demonstration("7"), 10_000))
     prompt = encode(tokenizer, Demonstration("7" * 500, "8" * 500), both - 1)
     assert shown_texts(tokenizer, prompt) == ("7" * (both - one), "")
     assert prompt.truncated
@@ -213,7 +218,7 @@ def test_feedback_is_left_out_where_there_is_no_room_for_both(tokenizer: PreTrai
 
 
 def test_overlong_where_no_token_of_the_demonstration_fits(tokenizer: PreTrainedTokenizerFast) -> None:
-    one = len(encode(tokenizer, Demonstration("7"), 10_000).token_ids)
+    one = num_tokens(encode(tokenizer, Demonstration("7"), 10_000))
     assert shown_texts(tokenizer, encode(tokenizer, Demonstration("7" * 50, "8" * 50), one)) == ("7", "")
     for demonstration in (Demonstration("7" * 50, "8" * 50), Demonstration("7" * 50), Demonstration("7")):
         for limit in (one - 1, 1):
@@ -237,7 +242,7 @@ def test_trimming_keeps_everything_but_the_ends_of_the_texts(
         assert prompt.messages == chat(question)
         assert prompt.overlong is not demonstration.is_empty
         return
-    assert len(prompt.token_ids) <= limit
+    assert num_tokens(prompt) <= limit
     shown_solution, shown_feedback = shown_texts(tokenizer, prompt, question)
     assert solution.startswith(shown_solution) and feedback.startswith(shown_feedback)
     assert shown_solution.strip() or shown_feedback.strip()
@@ -255,14 +260,14 @@ def test_no_character_is_cut_in_half(tokenizer: PreTrainedTokenizerFast, solutio
     assert "\ufffd" not in tokenizer.decode(prompt.token_ids)
     assert ("x" + solution).startswith(shown)
     # four bytes are the longest character; a few tokens more where the text merges otherwise in its place
-    assert prompt.truncated and limit - len(prompt.token_ids) <= 12
+    assert prompt.truncated and limit - num_tokens(prompt) <= 12
 
 
 @pytest.mark.parametrize("limit", [200, 201, 202, 203])
 def test_half_a_character_does_not_count(tokenizer: PreTrainedTokenizerFast, limit: int) -> None:
     counting = Counting(tokenizer)
     prompt = encode(counting, Demonstration("x" + "👩" * 200), limit)
-    assert 0 <= limit - len(prompt.token_ids) < 4  # a token a byte
+    assert 0 <= limit - num_tokens(prompt) < 4  # a token a byte
     assert counting.num_prompts == 3
 
 
@@ -273,16 +278,16 @@ def test_a_replacement_character_of_the_text_survives(tokenizer: PreTrainedToken
 
 
 class Unaccountable:
-    """A tokenizer whose counts do not add up: a character of the demonstration is many tokens in its place."""
+    """A tokenizer of one token a character, whose prompts have another length: a function of the characters shown."""
 
     chat_template = "a template"
 
-    def __init__(self, tokens_per_character: int, header: int) -> None:
-        self.tokens_per_character, self.header, self.num_prompts = tokens_per_character, header, 0
+    def __init__(self, length: Callable[[int], int]) -> None:
+        self.length, self.num_prompts = length, 0
 
     def apply_chat_template(self, conversation: Any, **_: Any) -> list[int]:
         self.num_prompts += 1
-        return [0] * (self.header + self.tokens_per_character * conversation[-1]["content"].count("7"))
+        return [0] * self.length(conversation[-1]["content"].count("7"))
 
     def __call__(self, text: str, **_: Any) -> Mapping[str, Any]:
         return {"input_ids": list(range(len(text)))}
@@ -292,11 +297,23 @@ class Unaccountable:
 
 
 @pytest.mark.parametrize("tokens_per_character", [1, 2, 7, 50])
-def test_few_encodings_even_where_counts_do_not_add_up(tokens_per_character: int) -> None:
-    tokenizer = Unaccountable(tokens_per_character, header=10)
-    prompt = encode(tokenizer, Demonstration("7" * 100_000, "7" * 100_000), 5_000)
-    assert 5_000 - 10 * tokens_per_character <= len(prompt.token_ids) <= 5_000
+def test_few_encodings_where_a_character_is_many_tokens_in_its_place(tokens_per_character: int) -> None:
+    tokenizer = Unaccountable(lambda shown: 10 + tokens_per_character * shown)
+    prompt = encode(tokenizer, Demonstration("7" * 10_000, "7" * 10_000), 5_000)
+    assert 5_000 - 10 * tokens_per_character <= num_tokens(prompt) <= 5_000
     assert tokenizer.num_prompts <= 8
-    hopeless = Unaccountable(0, header=6_000)
-    assert encode(hopeless, Demonstration("7" * 100_000, "7" * 100_000), 5_000).overlong
-    assert hopeless.num_prompts <= 4
+
+
+@pytest.mark.parametrize("num_fitting", [2, 3, 100])
+def test_logarithmically_many_encodings_where_lengths_make_no_sense(num_fitting: int) -> None:
+    tokenizer = Unaccountable(lambda shown: 5_001 if shown > num_fitting else 10)
+    prompt = encode(tokenizer, Demonstration("7" * 10_000, "7" * 10_000), 5_000)
+    assert num_tokens(prompt) == 10
+    assert 2 <= prompt.messages[-1]["content"].count("7") <= num_fitting
+    assert tokenizer.num_prompts <= 20
+
+
+def test_few_encodings_where_nothing_fits() -> None:
+    tokenizer = Unaccountable(lambda shown: 5_001)
+    assert encode(tokenizer, Demonstration("7" * 10_000, "7" * 10_000), 5_000).overlong
+    assert tokenizer.num_prompts == 4

@@ -150,6 +150,6 @@ def test_content_of_another_kind() -> None:
         ("feedback_template", "{feedback_raw}"),
     ],
 )
-def test_every_template_changes_the_prompt(name: str, value: str) -> None:
+def test_every_template_changes_the_prompt(name: str, value: Any) -> None:
     demonstration = Demonstration("4", "no")
     assert rewritten("Q", demonstration) != rewritten("Q", demonstration, SelfDistillationConfig(**{name: value}))

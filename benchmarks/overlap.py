@@ -1,0 +1,77 @@
+"""Does staleness 1 overlap? Time a step over max(sampling, learning), for both staleness values, in one run each.
+
+    python benchmarks/overlap.py
+
+Perfect overlap is 1.0 with staleness 1; without overlap it is (sampling + learning) / max. Sampler and learner get one
+thread each, and the sizes are chosen so that both take about as long, where overlap is worth most. The two runs
+alternate in slices, so that a machine that is busy for a while is so for both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from record import print_table, save
+
+CONFIG = Path(__file__).parent.parent / "configs" / "hidden_rule.yaml"
+WARM_UP = 3  # steps left out: first calls allocate, and the first batch has nothing to overlap with
+
+
+def measure(folder: str, staleness: int, steps: int, overrides: list[str]) -> list[dict[str, float]]:
+    """Rows of metrics of one run."""
+    from sdpo import load_run, train
+    from sdpo.report import read_run
+
+    run = load_run(
+        CONFIG,
+        [
+            f"data.task_args.dir={folder}/data",
+            "data.task_args.pretrain_steps=0",
+            f"run_dir={folder}/run",
+            f"staleness={staleness}",
+            f"total_steps={steps + WARM_UP}",
+            "sampler.num_threads=1",
+            "eval_every=0",
+            "eval.before_training=false",
+            "eval.max_prompts=1",
+            *overrides,
+        ],
+    )
+    return list(read_run(train(run).run_dir).rows)[WARM_UP:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=15, help="measured steps a slice")
+    parser.add_argument("--slices", type=int, default=3)
+    parser.add_argument("--response", type=int, default=64, help="tokens a response at most")
+    options = parser.parse_args()
+    overrides = [f"sampler.max_response_length={options.response}", "sampler.n=8", "data.train_batch_size=16"]
+    rows: dict[int, list[dict[str, float]]] = {0: [], 1: []}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(options.slices):
+            for staleness in rows:
+                rows[staleness] += measure(folder, staleness, options.steps, overrides)
+    table: list[list[Any]] = []
+    results: dict[str, Any] = {}
+    for staleness, measured in rows.items():
+        step, sampling, learning = (
+            statistics.median(row[f"timing_s/{name}"] for row in measured) for name in ("step", "gen", "update_actor")
+        )
+        ratio = statistics.median(
+            row["timing_s/step"] / max(row["timing_s/gen"], row["timing_s/update_actor"]) for row in measured
+        )
+        table.append([f"staleness {staleness}", step, sampling, learning, ratio])
+        results[f"staleness_{staleness}"] = dict(step=step, sampling=sampling, learning=learning, ratio=ratio)
+    speedup = results["staleness_0"]["step"] / results["staleness_1"]["step"]
+    print_table("Seconds a step (medians)", ["", "step", "sampling", "learning", "step / max"], table)
+    print(f"a step with staleness 0 takes {speedup:.2f} times as long as one with staleness 1")
+    save("overlap", results | {"speedup": speedup, "steps": options.steps * options.slices})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""The command line. Heavy imports wait until a command runs, so that ``sdpo --help`` is instant."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdpo.errors import UserError
+
+app = typer.Typer(
+    help="Self-Distillation Policy Optimization: train a model against its own, better informed self.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+data_app = typer.Typer(help="Make a task's data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Run file; shipped ones are in configs/.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override the file's, e.g. optim.lr=1e-5."),
+]
+
+
+@app.command()
+def train(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved run and what it would cost.")] = False,
+) -> None:
+    """Train on the embedded engine: torch and transformers, nothing else."""
+    from sdpo.config import load_run
+
+    run = load_run(run_file, overrides or [])
+    if dry_run:
+        from sdpo.embedded.cost import estimate_cost
+        from sdpo.report.dry_run import print_dry_run
+
+        print_dry_run(run, estimate_cost(run))
+        return
+
+    from sdpo.embedded.trainer import train as run_training
+    from sdpo.report import read_run
+    from sdpo.report.console import ConsoleObserver, print_result_table
+
+    with ConsoleObserver(run.total_steps) as observer:
+        result = run_training(run, observer)
+    print_result_table([read_run(result.run_dir)])
+    print(f"run folder: {result.run_dir}")
+    if result.interrupted:
+        print("stopped by Ctrl-C after saving a checkpoint", file=sys.stderr)
+        raise typer.Exit(130)
+
+
+@data_app.command("hidden-rule")
+def data_hidden_rule(
+    out: Annotated[Path, typer.Option(help="Folder to make: model/, train.parquet, test.parquet.")],
+    mode: Annotated[str, typer.Option(help="feedback (rule never seen) or peers (rule seen).")] = "feedback",
+    seed: Annotated[int, typer.Option(help="Seed of rules, rows and pretraining.")] = 0,
+) -> None:
+    """A tiny pretrained model and the digit strings that it is to learn a hidden rule on; about a minute."""
+    from sdpo.report.console import ConsoleObserver
+    from sdpo.tasks.hidden_rule import HiddenRule
+
+    with ConsoleObserver(0) as observer:
+        HiddenRule(dir=str(out), mode=mode, seed=seed).prepare(observer)
+    print(f"made {out}/model, {out}/train.parquet, {out}/test.parquet")
+
+
+@app.command()
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Folders of one or more runs.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write; the first run's folder if not given.")] = None,
+) -> None:
+    """Draw learning curves (PNG) and one self-contained page (HTML), several runs overlaid."""
+    from sdpo.report import read_runs, write_report
+    from sdpo.report.console import print_result_table
+
+    paths = write_report(run_dirs, out)
+    print_result_table(read_runs(run_dirs))
+    print(f"plot: {paths.plot}\npage: {paths.page}")
+
+
+def main() -> None:
+    """Entry point: a person's mistake is one line and exit code 2; a programming error keeps its traceback."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

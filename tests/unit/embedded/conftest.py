@@ -1,0 +1,186 @@
+"""A tiny model with sharp distributions, runs and samples made by hand: most tests here need no file at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from sdpo import config as sections
+from sdpo.config import Run
+from sdpo.context.demonstration import Demonstration
+from sdpo.context.encode import TeacherPrompt
+from sdpo.embedded.data import Prompt
+from sdpo.embedded.decoding import Response
+from sdpo.embedded.samples import Sample
+from sdpo.tasks.hidden_rule import HiddenRule
+from sdpo.tasks.interface import Grade, Row
+
+VOCABULARY = 12
+PAD, STOP = 0, 2
+SECTIONS = {
+    "model": sections.ModelConfig,
+    "data": sections.DataConfig,
+    "sampler": sections.SamplerConfig,
+    "learner": sections.LearnerConfig,
+    "optim": sections.OptimConfig,
+    "self_distillation": sections.SelfDistillationConfig,
+    "eval": sections.EvalConfig,
+    "tracking": sections.TrackingConfig,
+}
+
+MakeModel = Callable[..., PreTrainedModel]
+MakeRun = Callable[..., Run]
+MakeSample = Callable[..., Sample]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def make_model() -> MakeModel:
+    """A random Qwen2 with 12 tokens, whose next-token distribution depends sharply on all that it has read."""
+
+    def make(seed: int = 0, dtype: torch.dtype = torch.float32, **settings: Any) -> PreTrainedModel:
+        shape = {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 64,
+            "tie_word_embeddings": False,
+            "bos_token_id": None,
+            "eos_token_id": STOP,
+            "pad_token_id": PAD,
+        }
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = Qwen2ForCausalLM(Qwen2Config(**{**shape, **settings}))
+            with torch.no_grad():
+                for name, param in model.named_parameters():
+                    if "norm" not in name:
+                        param.normal_(std=0.4 if "lm_head" in name else 0.6)
+        return model.to(dtype).eval()
+
+    return make
+
+
+@pytest.fixture
+def model(make_model: MakeModel) -> PreTrainedModel:
+    return make_model()
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> MakeRun:
+    """A run from settings by dotted name, dots written as two underscores; what is not named is small and plain."""
+
+    def make(**settings: Any) -> Run:
+        plain: dict[str, Any] = {
+            "run_dir": str(tmp_path / "run"),
+            "total_steps": 4,
+            "model__path": str(tmp_path / "model"),
+            "data__task": "hidden_rule",
+            "data__train_batch_size": 2,
+            "sampler__n": 3,
+            "sampler__max_response_length": 8,
+            "optim__warmup_steps": 0,
+            "optim__lr": 1e-2,
+        }
+        by_section: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+        top: dict[str, Any] = {}
+        for key, value in {**plain, **settings}.items():
+            section, _, name = key.partition("__")
+            if name:
+                by_section[section][name] = value
+            else:
+                top[key] = value
+        return Run(**top, **{name: SECTIONS[name](**values) for name, values in by_section.items()})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_sample() -> MakeSample:
+    """A sample of given token ids; ``teacher=None`` is one that is not distilled."""
+
+    def make(
+        prompt: Sequence[int],
+        response: Sequence[int],
+        teacher: Sequence[int] | None = None,
+        *,
+        log_probs: Sequence[float] | None = None,
+        advantage: float = 0.0,
+        weight: float = 1.0,
+        score: float = 0.0,
+    ) -> Sample:
+        row = Row("tiny", [{"role": "user", "content": "?"}], {"ground_truth": "!"})
+        return Sample(
+            prompt=Prompt(row, list(prompt)),
+            response=Response(list(response), list(log_probs or [-2.0] * len(response)), finished=True),
+            text="",
+            grade=Grade(score),
+            demonstration=Demonstration(solution=None if teacher is None else "!"),
+            teacher_prompt=TeacherPrompt(None if teacher is None else list(teacher), [], truncated=False),
+            advantage=advantage,
+            distillation_weight=weight,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_samples(make_sample: MakeSample) -> Callable[..., list[Sample]]:
+    """Random samples of all lengths, some of them not distilled, none with token 11 in it."""
+
+    def make(num_samples: int = 6, seed: int = 0, undistilled: Sequence[int] = (1,)) -> list[Sample]:
+        generator = torch.Generator().manual_seed(seed)
+
+        def ids(low: int, high: int) -> list[int]:
+            length = int(torch.randint(low, high + 1, (1,), generator=generator))
+            return torch.randint(3, VOCABULARY - 1, (length,), generator=generator).tolist()
+
+        samples = []
+        for i in range(num_samples):
+            response = [*ids(1, 7), STOP]
+            samples.append(
+                make_sample(
+                    ids(2, 9),
+                    response,
+                    None if i in undistilled else ids(4, 20),
+                    log_probs=(-3 * torch.rand(len(response), generator=generator)).tolist(),
+                    advantage=float(torch.randn(1, generator=generator)),
+                    weight=0.5 + 0.1 * i,
+                )
+            )
+        return samples
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def plain_logits() -> Callable[..., Tensor]:
+    """What predicts each response token by one forward pass of one sample: no cache, no padding, no mask."""
+
+    @torch.no_grad()
+    def compute(model: nn.Module, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
+        logits = model(input_ids=torch.tensor([[*prompt, *response]])).logits[0]
+        return logits[len(prompt) - 1 : -1].float()
+
+    return compute
+
+
+@pytest.fixture(scope="session")
+def hidden_rule_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The offline task with an untrained model and few rows."""
+    folder = tmp_path_factory.mktemp("task") / "hidden_rule"
+    HiddenRule(str(folder), pretrain_steps=0, num_train=40, num_test=8).prepare()
+    return folder

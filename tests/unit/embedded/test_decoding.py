@@ -1,0 +1,193 @@
+"""Sampled tokens and their log-probabilities against plain forward passes of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from sdpo.embedded import decoding as decoding_module
+from sdpo.embedded.decoding import Decoding, Response, compute_sampling_log_probs, sample_responses
+
+PROMPTS = [[5, 6, 7, 8, 9, 3, 4], [4, 4, 5], [9], [3, 8, 3, 8, 5], [10, 3], [7, 7, 7, 6, 3, 3, 9, 10, 4]]
+DECODING = Decoding(
+    n=4, max_new_tokens=12, temperature=0.7, top_p=1.0, batch_size=12, stop_token_ids=[2], pad_token_id=0
+)
+
+PlainLogits = Callable[[nn.Module, Sequence[int], Sequence[int]], Tensor]
+
+
+def pairs(responses: list[list[Response]]) -> list[tuple[list[int], Response]]:
+    return [(prompt, one) for prompt, many in zip(PROMPTS, responses, strict=True) for one in many]
+
+
+def log_probs_of(logits: Tensor, token_ids: list[int], temperature: float) -> Tensor:
+    return (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(token_ids)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("batch_size", [1, 12, 1000])
+def test_log_probs_are_those_of_a_plain_forward_pass(
+    model: Any, plain_logits: PlainLogits, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compactions = []
+    select = decoding_module._DecodingState.select
+    monkeypatch.setattr(
+        decoding_module._DecodingState, "select", lambda self, rows: (compactions.append(rows), select(self, rows))
+    )
+    responses = sample_responses([(model, 1.0)], PROMPTS, replace(DECODING, batch_size=batch_size), seed=1)
+
+    assert len(responses) == len(PROMPTS)
+    assert all(len(many) == DECODING.n for many in responses)
+    assert compactions, "no response left the batch early: the test does not reach that code"
+    assert len({len(one.token_ids) for _, one in pairs(responses)}) > 3
+    for prompt, one in pairs(responses):
+        expected = log_probs_of(plain_logits(model, prompt, one.token_ids), one.token_ids, DECODING.temperature)
+        torch.testing.assert_close(torch.tensor(one.log_probs), expected, atol=1e-5, rtol=0)
+
+
+def test_a_response_belongs_to_its_prompt(model: Any, plain_logits: PlainLogits) -> None:
+    """The check above would not notice swapped prompts if the model did not read them."""
+    responses = sample_responses([(model, 1.0)], PROMPTS, DECODING, seed=1)
+    for i, many in enumerate(responses):
+        for one in many:
+            elsewhere = log_probs_of(plain_logits(model, PROMPTS[i - 1], one.token_ids), one.token_ids, 0.7)
+            assert (torch.tensor(one.log_probs) - elsewhere).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, [[9], [10]]])
+def test_a_model_with_absolute_positions(prompts: list[list[int]], plain_logits: PlainLogits) -> None:
+    """Rotary embeddings forgive positions that are all shifted; learned ones do not."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=12, n_positions=32, n_embd=16, n_layer=1, n_head=2)).eval()
+    torch.nn.init.normal_(model.transformer.wpe.weight, std=1.0)
+    responses = sample_responses([(model, 1.0)], prompts, DECODING, seed=3)
+    for prompt, many in zip(prompts, responses, strict=True):
+        for one in many:
+            expected = log_probs_of(plain_logits(model, prompt, one.token_ids), one.token_ids, DECODING.temperature)
+            torch.testing.assert_close(torch.tensor(one.log_probs), expected, atol=1e-5, rtol=0)
+
+
+def test_ends_at_the_stop_token_or_at_the_limit(model: Any) -> None:
+    decoding = replace(DECODING, n=16, max_new_tokens=6, stop_token_ids=[2, 5])
+    responses = [one for _, one in pairs(sample_responses([(model, 1.0)], PROMPTS, decoding, seed=0))]
+    for one in responses:
+        assert len(one.token_ids) == len(one.log_probs)
+        assert one.finished == (one.token_ids[-1] in (2, 5))
+        assert not {2, 5} & set(one.token_ids[:-1])
+        assert len(one.token_ids) == 6 or one.finished
+    assert {one.token_ids[-1] for one in responses if one.finished} == {2, 5}
+    assert any(not one.finished for one in responses)
+    assert any(one.finished and len(one.token_ids) == 6 for one in responses), "the last place may stop, too"
+
+
+def test_the_seed_decides(model: Any) -> None:
+    first, same, other = (sample_responses([(model, 1.0)], PROMPTS, DECODING, seed) for seed in (1, 1, 2))
+    assert first == same
+    assert first != other
+
+
+def test_responses_to_one_prompt_differ(model: Any) -> None:
+    for many in sample_responses([(model, 1.0)], PROMPTS, DECODING, seed=1):
+        assert len({tuple(one.token_ids) for one in many}) > 1
+
+
+def test_greedy_is_the_argmax_and_what_generate_gives(model: Any, plain_logits: PlainLogits) -> None:
+    decoding = replace(DECODING, n=1, temperature=0.0)
+    for prompt, one in pairs(sample_responses([(model, 1.0)], PROMPTS, decoding, seed=0)):
+        looped: list[int] = []
+        while len(looped) < decoding.max_new_tokens and looped[-1:] != [2]:
+            looped.append(int(plain_logits(model, prompt, [*looped, 0])[-1].argmax()))
+        generated = model.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=2, pad_token_id=0
+        )
+        assert one.token_ids == looped == generated[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_frequencies_are_the_probabilities(model: Any, plain_logits: PlainLogits, temperature: float) -> None:
+    num_samples = 4000
+    decoding = replace(DECODING, n=num_samples, max_new_tokens=2, temperature=temperature, stop_token_ids=[])
+    [responses] = sample_responses([(model, 1.0)], PROMPTS[:1], decoding, seed=0)
+
+    def chi_square(tokens: list[int], probabilities: Tensor) -> float:
+        expected = probabilities * len(tokens)
+        counts = torch.bincount(torch.tensor(tokens), minlength=12)
+        common = expected >= 5
+        rare = torch.stack([expected[~common].sum(), counts[~common].sum()])
+        statistic = ((counts - expected).square() / expected)[common].sum()
+        return float(statistic + ((rare[1] - rare[0]).square() / rare[0] if rare[0] >= 5 else 0))
+
+    first = (plain_logits(model, PROMPTS[0], [0])[0] / temperature).softmax(-1)
+    assert first.max() > 2 / 12, "too flat to tell apart from uniform sampling"
+    # 11 degrees of freedom: beyond 38 once in ten thousand.
+    assert chi_square([one.token_ids[0] for one in responses], first) < 38
+    likely = int(first.argmax())
+    followers = [one.token_ids[1] for one in responses if one.token_ids[0] == likely]
+    second = (plain_logits(model, PROMPTS[0], [likely, 0])[1] / temperature).softmax(-1)
+    assert chi_square(followers, second) < 38
+
+
+HAND_MADE = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2]).log()
+
+
+@pytest.mark.parametrize(
+    ("top_p", "nucleus"),
+    [
+        (0.01, [1]),
+        (0.39, [1]),
+        (0.41, [1, 3]),
+        (0.64, [1, 3]),
+        (0.66, [1, 3, 4]),
+        (0.94, [0, 1, 3, 4]),
+        (0.96, [0, 1, 2, 3, 4]),
+        (1.0, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(top_p: float, nucleus: list[int]) -> None:
+    shifted = HAND_MADE + 3.0
+    log_probs = compute_sampling_log_probs(torch.stack([shifted, shifted.flip(0)]), 1.0, top_p)
+    expected = torch.zeros(5)
+    expected[nucleus] = HAND_MADE.exp()[nucleus] / HAND_MADE.exp()[nucleus].sum()
+    torch.testing.assert_close(log_probs.exp(), torch.stack([expected, expected.flip(0)]))
+
+
+def test_the_temperature_comes_before_the_nucleus() -> None:
+    hot = compute_sampling_log_probs(HAND_MADE, 100.0, 0.5)
+    cold = compute_sampling_log_probs(HAND_MADE, 0.1, 0.5)
+    assert torch.isfinite(hot).sum() == 3
+    assert torch.isfinite(cold).sum() == 1
+
+
+def test_nucleus_samples_carry_renormalised_log_probs(model: Any, plain_logits: PlainLogits) -> None:
+    decoding = replace(DECODING, top_p=0.6)
+    for prompt, one in pairs(sample_responses([(model, 1.0)], PROMPTS, decoding, seed=1)):
+        probs = (plain_logits(model, prompt, one.token_ids) / decoding.temperature).softmax(-1)
+        for row, token, log_prob in zip(probs, one.token_ids, one.log_probs, strict=True):
+            ordered = sorted(range(12), key=lambda t, row=row: -row[t])
+            nucleus = next(ordered[:k] for k in range(1, 13) if row[ordered[:k]].sum() >= decoding.top_p)
+            assert token in nucleus
+            assert log_prob == pytest.approx(float((row[token] / row[nucleus].sum()).log()), abs=1e-5)
+
+
+def test_two_modules_answer_as_their_added_logits(make_model: Any, plain_logits: PlainLogits) -> None:
+    first, second = make_model(seed=0), make_model(seed=1)
+    responses = sample_responses([(first, 0.7), (second, 0.3)], PROMPTS, DECODING, seed=1)
+    for prompt, one in pairs(responses):
+        logits = torch.lerp(
+            plain_logits(first, prompt, one.token_ids), plain_logits(second, prompt, one.token_ids), 0.3
+        )
+        expected = log_probs_of(logits, one.token_ids, DECODING.temperature)
+        torch.testing.assert_close(torch.tensor(one.log_probs), expected, atol=1e-5, rtol=0)
+
+
+def test_dropout_is_off_and_the_mode_is_given_back(make_model: Any) -> None:
+    model = make_model(attention_dropout=0.9)
+    expected = sample_responses([(model, 1.0)], PROMPTS, DECODING, seed=1)
+    model.train()
+    assert sample_responses([(model, 1.0)], PROMPTS, DECODING, seed=1) == expected
+    assert model.training

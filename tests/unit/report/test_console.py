@@ -1,0 +1,150 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from sdpo.report.console import ConsoleObserver, print_result_table
+from sdpo.report.run_folder import read_run
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    class Clock:
+        now = 0.0
+
+    monkeypatch.setattr("sdpo.report.console.time.monotonic", lambda: Clock.now)
+    return Clock
+
+
+def run_and_read(total_steps, rows, clock, file=None, **console):
+    file = file or io.StringIO()
+    with ConsoleObserver(total_steps, Console(file=file, width=80, **console)) as observer:
+        for step, values in rows:
+            clock.now = 10.0 * step
+            observer.metrics(step, values)
+    return file.getvalue()
+
+
+def training(step):
+    return {"critic/score/mean": step / 100, "self_distillation/divergence": 2.5, "response_length/mean": 12.34}
+
+
+def test_lines_where_output_is_not_a_terminal(clock):
+    rows = [(0, {"val-core/t/acc/mean@1": 0.0, "val-teacher/t/acc/mean@1": 0.9})]
+    rows += [(step, training(step)) for step in range(1, 41)]
+    rows[25][1]["val-core/t/acc/mean@1"] = 0.5
+    lines = run_and_read(40, rows, clock).splitlines()
+    assert lines[:3] == [
+        "step  0/40  held-out 0.000  teacher 0.900",
+        "step  4/40  score 0.040  divergence 2.500  length 12.3  6:00 left",
+        "step  8/40  score 0.080  divergence 2.500  length 12.3  5:20 left",
+    ]
+    assert "step 25/40  score 0.250  divergence 2.500  length 12.3  held-out 0.500  2:30 left" in lines
+    assert lines[-1] == "step 40/40  score 0.400  divergence 2.500  length 12.3"
+    assert len(lines) == 12  # the first evaluation, ten tenths, the second evaluation
+
+
+def test_no_control_codes_and_no_bar_in_a_file_even_if_colours_are_forced(clock):
+    rows = [(step, training(step)) for step in range(1, 11)]
+    text = run_and_read(10, rows, clock, _environ={"FORCE_COLOR": "1"})
+    assert "\x1b" not in text
+    assert len(text.splitlines()) == 10
+
+
+def test_time_left_of_a_resumed_run_counts_its_own_steps_only(clock):
+    rows = [(90, training(90)), (91, training(91)), (100, training(100))]
+    first, second = run_and_read(1000, rows, clock).splitlines()
+    assert first.endswith("length 12.3")
+    assert second.endswith("2:30:00 left")  # 900 steps of 10 s each
+
+
+def test_several_data_sources_are_named(clock):
+    (line,) = run_and_read(9, [(0, {"val-core/b/acc/mean@1": 0.25, "val-core/a/acc/mean@1": 1.0})], clock).splitlines()
+    assert line == "step 0/9  held-out a 1.000  held-out b 0.250"
+
+
+def test_preparation_is_reported_each_tenth_and_anew_for_the_next():
+    file = io.StringIO()
+    with ConsoleObserver(5, Console(file=file)) as observer:
+        for done in range(0, 101):
+            observer.progress("pretraining", done, 100)
+        observer.progress("pretraining", 0, 100)
+    expected = [f"pretraining  {done}/100" for done in range(0, 101, 10)]
+    assert file.getvalue().splitlines() == [*expected, "pretraining  0/100"]
+
+
+def test_messages_are_printed_as_they_are():
+    file = io.StringIO()
+    text = "saved [bold]x[/bold] to " + "long/" * 40
+    ConsoleObserver(5, Console(file=file, width=40)).message(text)
+    assert file.getvalue() == text + "\n"
+
+
+def test_a_terminal_gets_bars_the_latest_numbers_and_lines_of_evaluations(clock):
+    file = Terminal()
+    console = Console(file=file, width=80, _environ={"TERM": "xterm"})
+    with ConsoleObserver(4, console) as observer:
+        observer.progress("pretraining", 50, 200)
+        observer._bars._progress.refresh()
+        observer.progress("pretraining", 200, 200)
+        observer.metrics(0, {"val-core/t/acc/mean@1": 0.125, "val-teacher/t/acc/mean@1": 0.9})
+        clock.now = 30.0
+        observer.metrics(1, training(1))
+        observer.message("a word")
+    text = file.getvalue()
+    assert "pretraining" in text and "50/200" in text
+    assert "step 0/4  held-out 0.125  teacher 0.900" in text
+    assert "a word" in text
+    last_frame = text.rsplit("step", 1)[1]
+    assert "1/4" in last_frame and "1:30 left" in last_frame
+    assert "score 0.010  divergence 2.500  length 12.3  held-out 0.125  teacher 0.900" in last_frame
+
+
+def test_bars_give_the_terminal_back_when_the_run_breaks():
+    file = Terminal()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        ConsoleObserver(4, Console(file=file, width=80, _environ={"TERM": "xterm"})) as observer,
+    ):
+        observer.metrics(1, training(1))
+        raise KeyboardInterrupt
+    hidden, shown = "\x1b[?25l", "\x1b[?25h"
+    assert file.getvalue().rindex(shown) > file.getvalue().rindex(hidden)
+
+
+def test_result_table(write_run):
+    sdpo = read_run(
+        write_run(
+            "sdpo",
+            {
+                0: {"val-core/t/acc/mean@1": 0.0, "timing_s/testing": 30.0},
+                9: {
+                    "val-core/t/acc/mean@1": 0.98,
+                    "val-teacher/t/acc/mean@1": 0.99,
+                    "timing_s/step": 90.0,
+                    "response_length/mean": 9,
+                },
+            },
+        )
+    )
+    grpo = read_run(write_run("grpo[x]", {0: {"val-core/t/acc/mean@1": 0.0}, 9: {"val-core/t/acc/mean@1": 0.01}}))
+    file = io.StringIO()
+    print_result_table([sdpo, grpo], Console(file=file, width=80))
+    lines = [line.split() for line in file.getvalue().splitlines()]
+    assert lines[1] == ["held-out", "accuracy"]
+    assert lines[2] == ["run", "steps", "before", "final", "best", "teacher", "length", "s/step", "minutes"]
+    assert lines[4] == ["sdpo", "9", "0.000", "0.980", "0.980", "0.990", "9.0", "90.00", "2.0"]
+    assert lines[5] == ["grpo[x]", "9", "0.000", "0.010", "0.010", "-", "-", "-", "-"]
+
+
+def test_result_table_has_a_row_for_each_data_source(write_run, capsys):
+    run = read_run(write_run("run", {0: {"val-core/a/acc/mean@1": 0.1, "val-core/b/acc/mean@1": 0.2}}))
+    print_result_table([run])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[2][:3] == ["run", "data", "steps"] and lines[2][-1] == "minutes"
+    assert [line[:4] for line in lines[4:6]] == [["run", "a", "0", "0.100"], ["run", "b", "0", "0.200"]]

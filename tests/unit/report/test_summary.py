@@ -1,0 +1,43 @@
+from sdpo.report.run_folder import read_run
+from sdpo.report.summary import HEADINGS, summarize
+
+
+def test_headline_numbers(write_run):
+    rows = {
+        0: {"val-core/t/acc/mean@1": 0.0, "val-teacher/t/acc/mean@1": 0.5, "timing_s/testing": 6.0},
+        1: {"timing_s/step": 2.0, "response_length/mean": 20.0},
+        2: {"timing_s/step": 3.0, "val-core/t/acc/mean@1": 0.9, "timing_s/testing": 6.0},
+        3: {
+            "timing_s/step": 13.0,
+            "response_length/mean": 12.25,
+            "val-core/t/acc/mean@1": 0.75,
+            "val-teacher/t/acc/mean@1": 0.875,
+            "timing_s/testing": 6.0,
+            "timing_s/save_checkpoint": 9.0,
+        },
+    }
+    (summary,) = summarize([read_run(write_run("a", rows))])
+    assert summary.source == "t"
+    assert dict(zip(HEADINGS, summary.cells(), strict=True)) == {
+        "steps": "3",
+        "before": "0.000",
+        "final": "0.750",
+        "best": "0.900",
+        "teacher": "0.875",
+        "length": "12.2",
+        "s/step": "3.00",
+        "minutes": "0.8",  # 2 + 3 + 13 s of steps, three evaluations of 6 s, a checkpoint of 9 s
+    }
+
+
+def test_a_row_for_each_data_source_and_one_for_a_run_never_evaluated(write_run):
+    two = read_run(write_run("two", {5: {"val-core/b/acc/mean@1": 0.2, "val-core/a/acc/mean@1": 0.1}}))
+    none = read_run(write_run("none", {1: {"critic/score/mean": 1.0}}))
+    summaries = summarize([two, none])
+    assert [(s.run.name, s.source, s.final) for s in summaries] == [
+        ("two", "a", 0.1),
+        ("two", "b", 0.2),
+        ("none", None, None),
+    ]
+    assert summaries[0].before is None  # its first evaluation came after training had begun
+    assert summaries[2].cells() == ("1", *["-"] * 7)
