@@ -50,7 +50,8 @@ def train(
 
     with ConsoleObserver(run.total_steps) as observer:
         result = run_training(run, observer)
-    print_result_table([read_run(result.run_dir)])
+    if result.metrics:  # none if it was stopped before the first
+        print_result_table([read_run(result.run_dir)])
     print(f"run folder: {result.run_dir}")
     if result.interrupted:
         print("stopped by Ctrl-C after saving a checkpoint", file=sys.stderr)
@@ -93,3 +94,7 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

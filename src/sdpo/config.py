@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,9 +29,17 @@ def setting(
     gt: float | None = None,
     le: float | None = None,
     choices: Sequence[str] | None = None,
+    is_path: bool = False,
 ) -> Any:
     """A dataclass field with its documentation and its range beside its default."""
-    metadata = {"help": help, "ge": ge, "gt": gt, "le": le, "choices": tuple(choices) if choices else None}
+    metadata = {
+        "help": help,
+        "ge": ge,
+        "gt": gt,
+        "le": le,
+        "choices": tuple(choices) if choices else None,
+        "is_path": is_path,
+    }
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -53,7 +62,7 @@ def _in_range(value: Any, metadata: Mapping[str, Any]) -> bool:
         return all(v in metadata["choices"] for v in values)
     ge, gt, le = metadata.get("ge"), metadata.get("gt"), metadata.get("le")
     if ge is None and gt is None and le is None:
-        return True
+        return not isinstance(value, float) or math.isfinite(value)
     return (
         isinstance(value, (int, float))
         and not isinstance(value, bool)
@@ -75,7 +84,7 @@ class Section:
             value = getattr(self, f.name)
             if value is None or value == MISSING or _in_range(value, f.metadata):
                 continue
-            raise UserError(f"{self._key(f.name)} must be {describe_range(f.metadata)}, got {value!r}")
+            raise UserError(f"{self._key(f.name)} must be {describe_range(f.metadata) or 'finite'}, got {value!r}")
 
     def _key(self, name: str) -> str:
         return f"{self.section}.{name}" if self.section else name
@@ -85,7 +94,7 @@ class Section:
 class ModelConfig(Section):
     section: ClassVar[str] = "model"
 
-    path: str = setting(MISSING, "Folder or hub name of the model, in the Hugging Face format.")
+    path: str = setting(MISSING, "Folder or hub name of the model, in the Hugging Face format.", is_path=True)
     dtype: str = setting("float32", "Data type of the student's weights.", choices=["float32", "bfloat16"])
     attn_implementation: str = setting(
         "sdpa", "Attention kernel of transformers.", choices=["sdpa", "eager", "flash_attention_2"]
@@ -101,10 +110,11 @@ class DataConfig(Section):
         MISSING,
         "What grades a response: the name of a built-in task, or a Python file or module that defines `grade(row, "
         "response)`.",
+        is_path=True,
     )
     task_args: dict[str, Any] = setting({}, "Arguments of the task, by name.")
-    train_files: list[str] = setting([], "Parquet files of training rows, in verl's schema.")
-    val_files: list[str] = setting([], "Parquet files of held-out rows, in verl's schema.")
+    train_files: list[str] = setting([], "Parquet files of training rows, in verl's schema.", is_path=True)
+    val_files: list[str] = setting([], "Parquet files of held-out rows, in verl's schema.", is_path=True)
     train_batch_size: int = setting(32, "Prompts a step.", ge=1)
     max_prompt_length: int = setting(2048, "Longest prompt, in tokens.", ge=1)
     filter_overlong_prompts: bool = setting(False, "Skip and count longer prompts; otherwise they are an error.")
@@ -301,10 +311,17 @@ class EvalConfig(Section):
 
     before_training: bool = setting(True, "Also evaluate before the first step.")
     max_prompts: int | None = setting(None, "Held-out rows used, from the first; all if not set.", ge=1)
-    n: int = setting(0, "Sampled responses a held-out prompt for mean@n and best@n (pass@n); 0: greedy only.", ge=0)
+    n: int = setting(
+        0, "Sampled responses a held-out prompt for mean@n and best@n (pass@n), at least 2; 0: greedy only.", ge=0
+    )
     temperature: float = setting(1.0, "Temperature of those samples.", gt=0)
     top_p: float = setting(1.0, "Nucleus of those samples.", gt=0, le=1)
     teacher: bool = setting(True, "Also grade the teacher, prompted as it is in training.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n == 1:
+            raise UserError("eval.n must be 0 or at least 2, got 1: mean@1 is the name of the greedy accuracy")
 
 
 @dataclass(frozen=True)
@@ -325,7 +342,7 @@ class Run(Section):
     """A whole run: what one YAML file says."""
 
     seed: int = setting(0, "Seed of everything that is random.", ge=0)
-    run_dir: str = setting(MISSING, "Folder of the run; everything it writes stands directly under it.")
+    run_dir: str = setting(MISSING, "Folder of the run; everything it writes stands directly under it.", is_path=True)
     total_steps: int = setting(100, "Training steps (rollout batches).", ge=1)
     eval_every: int = setting(10, "Steps between evaluations; 0: only before the first and after the last step.", ge=0)
     save_every: int = setting(0, "Steps between checkpoints; 0: only after the last step.", ge=0)
@@ -405,6 +422,7 @@ def _build_run(sources: Sequence[tuple[str, DictConfig]]) -> Run:
         for key, _ in iterate_settings():
             OmegaConf.select(merged, key)  # unlike resolve, it names the key whose interpolation fails
         OmegaConf.resolve(merged)
+        _expand_home(merged)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise UserError(f"{missing[0]} is not set; add it to the file or as {missing[0]}=...")
@@ -413,6 +431,15 @@ def _build_run(sources: Sequence[tuple[str, DictConfig]]) -> Run:
         raise UserError(f"{origin}: {_explain(error)}") from error
     except UserError as error:
         raise UserError(f"{origin}: {error}") from None
+
+
+def _expand_home(merged: DictConfig) -> None:
+    for key, f in iterate_settings():
+        value = OmegaConf.select(merged, key) if f.metadata["is_path"] else None
+        if isinstance(value, str):
+            OmegaConf.update(merged, key, os.path.expanduser(value))
+        elif value is not None:
+            OmegaConf.update(merged, key, [os.path.expanduser(each) for each in value])
 
 
 def save_run(run: Run, path: str | Path) -> None:

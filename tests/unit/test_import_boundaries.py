@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ MAY_IMPORT = {
 }
 
 ENGINE_LIBRARIES = {"torch", "transformers", "ray", "verl", "vllm"}
+OF_TRANSFORMERS = {"huggingface_hub", "safetensors", "tokenizers"}  # they are part of its interface
 
 
 class Import(NamedTuple):
@@ -120,6 +122,14 @@ def test_the_ground_and_the_context_know_no_engine_library() -> None:
 
 def test_the_algorithm_imports_torch_alone() -> None:
     assert [found for found, root in libraries(IMPORTS) if found.floor == "algorithm" and root != "torch"] == []
+
+
+def test_the_core_imports_only_what_its_installation_brings() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")
+    project = tomllib.loads((PACKAGE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {re.split(r"[^\w-]", dependency)[0] for dependency in project["dependencies"]}
+    brought = declared | OF_TRANSFORMERS | set(project["optional-dependencies"])
+    assert [found for found, root in libraries(IMPORTS) if found.floor != "verl_backend" and root not in brought] == []
 
 
 @pytest.mark.parametrize("module", ["sdpo", "sdpo.config", "sdpo.cli"])

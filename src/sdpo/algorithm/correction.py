@@ -16,8 +16,8 @@ MAX_LOG_RATIO = 20.0
 
 
 def compute_ratio(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
-    """exp(log_probs - reference), the exponent held in [-20, 20]; any shape, positive."""
-    return (log_probs - reference_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    """exp(log_probs - reference), the exponent held in [-20, 20]; any shape, positive; the reference is a constant."""
+    return (log_probs - reference_log_probs.detach()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def compute_rollout_ratio(

@@ -11,7 +11,7 @@ The core works on packed tokens [N]; ``compute_self_distillation_loss`` is the o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -121,9 +121,9 @@ def compute_token_divergence(inputs: LossInputs, config: SelfDistillationConfig)
     return compute_divergence(student, teacher, config.alpha)
 
 
-def _clip_divergence(divergence: Tensor, limit: float) -> Tensor:
+def _compute_clip_factor(divergence: Tensor, limit: float) -> Tensor:
     # Scaled, not clamped: a clamp would take the gradient away from the tokens where the teacher disagrees most.
-    return divergence * (limit / divergence.detach().clamp(min=limit))
+    return limit / divergence.detach().abs().clamp(min=limit)
 
 
 def compute_distillation_token_losses(
@@ -132,10 +132,11 @@ def compute_distillation_token_losses(
     """Loss of each distilled token [M] before aggregation, and the sums for its metrics."""
     assert inputs.distilled is not None and inputs.teacher_log_probs is not None
     student_log_probs = inputs.student_log_probs[inputs.distilled]
-    divergence = compute_token_divergence(inputs, config)
-    losses = divergence
+    losses = compute_token_divergence(inputs, config)
+    # The sampled token's surrogate is no divergence; the log-ratio, of either sign, estimates it.
+    divergence = losses if config.full_logit_distillation else student_log_probs - inputs.teacher_log_probs
     if config.divergence_clip is not None:
-        losses = _clip_divergence(losses, config.divergence_clip)
+        losses = losses * _compute_clip_factor(divergence, config.divergence_clip)
     sums = {
         metrics.DIVERGENCE: _mean(divergence),
         metrics.TEACHER_GAP: _mean(inputs.teacher_log_probs - student_log_probs),
@@ -182,7 +183,8 @@ def compute_loss(inputs: LossInputs, config: SelfDistillationConfig) -> LossOutp
     A token whose contribution is not finite stands in ``token_losses`` as it is: the caller drops its sample and calls
     again, because a masked NaN still reaches the weights through the backward pass of what made it.
     """
-    contributions = torch.zeros_like(inputs.student_log_probs)
+    # Zeros with a graph: tokens of which none is distilled can be differentiated like any others.
+    contributions = 0.0 * inputs.student_log_probs
     sums: dict[str, tuple[Tensor, Tensor]] = {
         metrics.PPO_KL: _mean(inputs.old_log_probs - inputs.student_log_probs),
     }
@@ -242,21 +244,30 @@ def compute_self_distillation_loss(
 
     Departures from the official function: a sample with a number that is not finite is left out as if it were not in
     the batch, and counted in ``self_distillation/nonfinite_samples``; what stands at masked positions never matters,
-    not even NaN; the added options of the configuration apply.
+    not even NaN; ``seq-mean-token-sum-norm`` divides by the number of sequences too, as verl itself does by now; the
+    added options of the configuration apply.
     """
     config = self_distillation_config
     _require_tensors(config, locals())
     mask = response_mask.bool()
     if self_distillation_mask is not None:
         mask = mask & self_distillation_mask.bool().unsqueeze(-1)
-    student_distribution, teacher_distribution = (
-        (student_topk_log_probs, teacher_topk_log_probs)
-        if config.distillation_topk is not None
-        else (student_all_log_probs, teacher_all_log_probs)
-    )
+    student_distribution = teacher_distribution = None
+    if config.full_logit_distillation:
+        student_distribution, teacher_distribution = (
+            (student_topk_log_probs, teacher_topk_log_probs)
+            if config.distillation_topk is not None
+            else (student_all_log_probs, teacher_all_log_probs)
+        )
+    token_values = (student_log_probs, teacher_log_probs, old_log_probs, rollout_is_weights)
+    broken = _find_nonfinite_tokens(mask, token_values, (student_distribution, teacher_distribution))
     num_dropped = 0
     while True:
-        weights = compute_token_weights(mask.sum(-1), loss_agg_mode, horizon=mask.shape[-1])
+        nonfinite = (mask & broken).any(-1)
+        num_dropped += int(nonfinite.sum())
+        mask = mask & ~nonfinite.unsqueeze(-1)
+        counts = mask.sum(-1).to(torch.promote_types(student_log_probs.dtype, torch.float32))
+        weights = compute_token_weights(counts, loss_agg_mode, horizon=mask.shape[-1])
         inputs = LossInputs(
             student_log_probs=student_log_probs[mask],
             old_log_probs=(student_log_probs if old_log_probs is None else old_log_probs)[mask].detach(),
@@ -268,16 +279,29 @@ def compute_self_distillation_loss(
             teacher_distribution=None if teacher_distribution is None else teacher_distribution[mask].detach(),
         )
         losses, sums = compute_distillation_token_losses(inputs, config)
-        nonfinite = torch.zeros_like(mask).masked_scatter(mask, ~torch.isfinite(losses)).any(-1)
-        if not bool(nonfinite.any()):
+        broken = torch.zeros_like(mask).masked_scatter(mask, ~torch.isfinite(losses))
+        if not bool(broken.any()):
             break
-        num_dropped += int(nonfinite.sum())
-        mask = mask & ~nonfinite.unsqueeze(-1)
     # The sum over no tokens keeps the graph, so that an empty batch can be differentiated like any other.
     assert inputs.distillation_weights is not None
     loss = (losses * inputs.distillation_weights).sum() + 0.0 * student_log_probs[mask].sum()
     values = {name: float(total / count.clamp(min=1)) for name, (total, count) in sums.items()}
-    return loss, values | {metrics.DISTILLATION_LOSS: float(loss), metrics.NONFINITE_SAMPLES: float(num_dropped)}
+    values |= {metrics.DISTILLATION_LOSS: float(loss.detach()), metrics.NONFINITE_SAMPLES: float(num_dropped)}
+    return loss, values
+
+
+def _find_nonfinite_tokens(
+    mask: Tensor, token_values: Sequence[Tensor | None], distributions: Sequence[Tensor | None]
+) -> Tensor:
+    """Tokens [B, T] with a number that is not finite; ``-inf`` in a distribution rules an entry out and is none."""
+    broken = torch.zeros_like(mask)
+    for values in token_values:
+        if values is not None:
+            broken = broken | ~torch.isfinite(values.detach())
+    for log_probs in distributions:
+        if log_probs is not None:
+            broken = broken | ~(log_probs.detach().amax(-1) < torch.inf)  # the maximum hands NaN on
+    return broken
 
 
 def _require_tensors(config: SelfDistillationConfig, given: Mapping[str, object]) -> None:

@@ -74,8 +74,8 @@ def _sample_batch(
 ) -> list[Response]:
     device = generator.device
     token_ids, mask = _pad_left(prompts, decoding.pad_token_id, device)
-    state = _DecodingState(policy, mask)
-    logits = state.forward(token_ids)
+    state = _DecodingState(policy, mask[:, :0])
+    logits = state.forward(token_ids, mask)
     state.repeat(decoding.n)
     logits = logits.repeat_interleave(decoding.n, dim=0)
 
@@ -101,7 +101,7 @@ def _sample_batch(
         if num_active <= len(rows) // 2:
             state.select(active.nonzero()[:, 0])
             rows, token = rows[active], token[active]
-        logits = state.forward(token[:, None])
+        logits = state.forward(token[:, None], mask.new_ones(len(token), 1))
     return [
         Response(tokens[i, :length].tolist(), log_probs[i, :length].tolist(), bool(done))
         for i, (length, done) in enumerate(zip(lengths.tolist(), finished.tolist(), strict=True))
@@ -116,10 +116,9 @@ class _DecodingState:
         self.mask = mask
         self.caches: list[Any] = [DynamicCache(config=module.config) for module, _ in policy]
 
-    def forward(self, token_ids: Tensor) -> Tensor:
-        """Read tokens [rows, t]; give the logits [rows, V] after the last."""
-        if token_ids.shape[1] == 1:
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(token_ids), 1)], dim=1)
+    def forward(self, token_ids: Tensor, mask: Tensor) -> Tensor:
+        """Read tokens [rows, t] and their mask; give the logits [rows, V] after the last."""
+        self.mask = torch.cat([self.mask, mask], dim=1)
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -token_ids.shape[1] :]
         total: Tensor | None = None
         for (module, coefficient), cache in zip(self.policy, self.caches, strict=True):

@@ -135,7 +135,8 @@ class Learner:
             weights = [w[piece].to(self.device)[batch.sample_index] for w in (policy_weights, distillation_weights)]
             inputs, more = self._forward(batch, old, weights[0], weights[1], coef)
             outputs = compute_loss(inputs, self.config)
-            broken = ~torch.isfinite(outputs.token_losses) | ~torch.isfinite(inputs.student_log_probs)
+            checked = (outputs.token_losses, inputs.student_log_probs, inputs.old_log_probs, batch.rollout_log_probs)
+            broken = ~torch.stack([torch.isfinite(values) for values in checked]).all(0)
             if bool(broken.any()):
                 return sums, {piece[i] for i in batch.sample_index[broken].unique().tolist()}
             outputs.loss.backward()
@@ -223,15 +224,15 @@ class Learner:
         finite = math.isfinite(norm)
         if finite:
             self.optimizer.step()
-        self.scheduler.step()
+            self.scheduler.step()
         return {metrics.GRAD_NORM: norm, metrics.SKIPPED_UPDATES: float(not finite)}
 
     def _check_topk(self) -> None:
         topk, vocab_size = self.config.distillation_topk, self.student.config.get_text_config().vocab_size
         if topk is not None and topk > vocab_size:
             raise UserError(
-                f"self_distillation.distillation_topk={topk} is more than the model's vocabulary of {vocab_size}; lower it "
-                "or remove it"
+                f"self_distillation.distillation_topk={topk} is more than the model's vocabulary of {vocab_size}; "
+                "lower it or remove it"
             )
 
 

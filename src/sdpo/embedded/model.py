@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -22,14 +23,12 @@ def resolve_device(name: str, setting: str) -> torch.device:
         UserError: the device does not exist here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        return torch.empty(1, device=name).device  # with its index: cuda and cuda:0 are the same
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{setting}: no device {name!r} here ({reason}); use auto or cpu") from error
-    return device
 
 
 def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
@@ -42,7 +41,7 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"model.path: {config.path}: cannot be loaded ({_first_line(error)})") from error
     return model.to(device).eval()
 
@@ -88,7 +87,7 @@ def get_window(model: PreTrainedModel) -> int | None:
 
 
 def _require_model(config: ModelConfig) -> None:
-    looks_local = config.path.startswith(("/", ".", "~")) or config.path.count("/") != 1
+    looks_local = config.path.startswith(("/", ".")) or config.path.count("/") > 1
     if not Path(config.path).exists() and looks_local:
         raise UserError(f"model.path: {config.path}: no such folder")
     if Path(config.path).exists() and not (Path(config.path) / "config.json").is_file():

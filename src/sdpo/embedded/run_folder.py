@@ -11,7 +11,7 @@ from pathlib import Path
 from sdpo import metrics
 from sdpo.config import Run, save_run
 from sdpo.embedded.samples import Sample
-from sdpo.embedded.tracking import Tracker, build_trackers
+from sdpo.embedded.tracking import Tracker, build_trackers, require_trackers
 from sdpo.errors import UserError
 from sdpo.observer import Observer
 
@@ -25,6 +25,7 @@ class RunFolder:
         self.path = Path(run.run_dir)
         self._run = run
         self._observer = observer
+        require_trackers(run)
         _make_room(self.path, observer)
         try:
             self.path.mkdir(parents=True, exist_ok=True)

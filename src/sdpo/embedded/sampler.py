@@ -1,15 +1,17 @@
 """The sampler's role: rollouts of a batch of prompts, with weights whose version is known.
 
-Both kinds have the same five calls. ``LocalSampler`` works when it is asked to collect, in the learner's process;
+Both kinds have the same calls. ``LocalSampler`` works when it is asked to collect, in the learner's process;
 ``ProcessSampler`` works in a process of its own, on a device of its own, from submit to collect.
 """
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
@@ -102,32 +104,62 @@ class ProcessSampler:
             name="sdpo-sampler",
             daemon=True,
         )
-        self._process.start()
+        with _deaf_to_ctrl_c():
+            self._process.start()
         theirs.close()
 
     def submit(self, prompts: Sequence[Sequence[int]], seed: int) -> None:
-        self._connection.send(("sample", prompts, seed))
+        self._send(("sample", prompts, seed))
 
     def collect(self) -> Rollouts:
+        outcome = self._receive()
+        assert isinstance(outcome, Rollouts)
+        return outcome
+
+    def load_weights(self, student: nn.Module, version: int) -> None:
+        self._weights.write(student)
+        self._send(("weights", version))
+
+    def close(self) -> None:
+        self._connection.close()
+        self._process.join(timeout=1)
+        if self._process.is_alive():  # sampling or starting, which nobody waits for any more
+            self._process.terminate()
+            self._process.join()
+
+    def _send(self, request: tuple[Any, ...]) -> None:
+        try:
+            self._connection.send(request)
+        except _GONE:
+            while True:  # what it sent last tells why it is gone
+                self._receive()
+
+    def _receive(self) -> Any:
         try:
             outcome = self._connection.recv()
-        except (EOFError, ConnectionResetError):
+        except _GONE:
             self._process.join(timeout=5)
             raise RuntimeError(f"the sampler's process ended with exit code {self._process.exitcode}") from None
         if isinstance(outcome, str):
             raise RuntimeError(f"the sampler failed:\n{outcome}")
         return outcome
 
-    def load_weights(self, student: nn.Module, version: int) -> None:
-        self._weights.write(student)
-        self._connection.send(("weights", version))
 
-    def close(self) -> None:
-        self._connection.close()
-        self._process.join(timeout=10)
-        if self._process.is_alive():
-            self._process.terminate()
-            self._process.join()
+# What a connection raises once the process at its other end is gone.
+_GONE = (EOFError, BrokenPipeError, ConnectionResetError)
+
+
+@contextlib.contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """A process started in here never hears Ctrl-C, which a terminal sends to every process, even while it starts."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may say
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _serve(
@@ -148,7 +180,7 @@ def _serve(
         while True:
             try:
                 request: tuple[Any, ...] = connection.recv()
-            except (EOFError, ConnectionResetError):
+            except _GONE:
                 return
             if request[0] == "weights":
                 weights.read(model)
@@ -156,6 +188,9 @@ def _serve(
                 continue
             started = time.perf_counter()
             responses = sample_responses([(model, 1.0)], request[1], decoding, request[2])
-            connection.send(Rollouts(responses, version, time.perf_counter() - started))
+            rollouts = Rollouts(responses, version, time.perf_counter() - started)
+            with contextlib.suppress(*_GONE):  # recv will say so
+                connection.send(rollouts)
     except Exception:  # whatever it is, the learner's process reports it
-        connection.send(traceback.format_exc())
+        with contextlib.suppress(*_GONE):
+            connection.send(traceback.format_exc())

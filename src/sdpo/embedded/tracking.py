@@ -19,11 +19,14 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
+LIBRARIES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
+
+
 class TensorBoard:
     """Event files in ``RUN_DIR/tensorboard``."""
 
     def __init__(self, run: Run) -> None:
-        module = _require("torch.utils.tensorboard", "tensorboard")
+        module = _require("tensorboard")
         self._writer: Any = module.SummaryWriter(str(Path(run.run_dir) / "tensorboard"))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -37,8 +40,8 @@ class TensorBoard:
 class WandbLike:
     """Weights & Biases, and Trackio, which has the same interface."""
 
-    def __init__(self, run: Run, library: str) -> None:
-        self._module = _require(library, library)
+    def __init__(self, run: Run, backend: str) -> None:
+        self._module = _require(backend)
         name = run.tracking.name or Path(run.run_dir).name
         self._module.init(project=run.tracking.project, name=name, config=asdict(run))
 
@@ -49,8 +52,18 @@ class WandbLike:
         self._module.finish()
 
 
+def require_trackers(run: Run) -> None:
+    """Check that the libraries of ``tracking.backends`` are there.
+
+    Raises:
+        UserError: one is not installed.
+    """
+    for backend in run.tracking.backends:
+        _require(backend)
+
+
 def build_trackers(run: Run) -> list[Tracker]:
-    """The trackers that ``tracking.backends`` names.
+    """The trackers that ``tracking.backends`` names; they may write into the run's folder at once.
 
     Raises:
         UserError: a library is not installed.
@@ -60,8 +73,8 @@ def build_trackers(run: Run) -> list[Tracker]:
     ]
 
 
-def _require(module: str, extra: str) -> ModuleType:
+def _require(backend: str) -> ModuleType:
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(LIBRARIES[backend])
     except ImportError as error:
-        raise UserError(f"tracking.backends: {extra} is not installed; pip install 'sdpo[{extra}]'") from error
+        raise UserError(f"tracking.backends: {backend} is not installed; pip install 'sdpo[{backend}]'") from error

@@ -46,7 +46,8 @@ def train(run: Run, observer: Observer | None = None) -> Result:
         _train(run, parts)
     except KeyboardInterrupt:
         interrupted = True
-        save_checkpoint(parts.folder.checkpoints, parts.learner, parts.tokenizer)
+        if not (parts.folder.checkpoints / f"step_{parts.learner.version}").exists():  # it may be half a step ahead
+            save_checkpoint(parts.folder.checkpoints, parts.learner, parts.tokenizer)
     finally:
         parts.sampler.close()
         parts.folder.close()

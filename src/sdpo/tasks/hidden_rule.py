@@ -78,9 +78,17 @@ class HiddenRule:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise UserError(f"data.task_args.mode must be one of {', '.join(MODES)}, got {self.mode!r}")
-        for name in ("num_train", "num_test"):
-            if getattr(self, name) < 1:
-                raise UserError(f"data.task_args.{name} must be at least 1, got {getattr(self, name)}")
+        if not isinstance(self.dir, str) or not self.dir:
+            raise UserError(f"data.task_args.dir must be a folder's name, got {self.dir!r}")
+        for name, least in (("seed", 0), ("pretrain_steps", 0), ("num_train", 1), ("num_test", 1)):
+            value = getattr(self, name)
+            if value is None and name == "pretrain_steps":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise UserError(f"data.task_args.{name} must be a whole number of at least {least}, got {value!r}")
+        possible = NUM_DIGITS ** MODES[self.mode].length
+        if self.num_train + self.num_test > possible:
+            raise UserError(f"data.task_args: num_train + num_test exceeds the {possible} prompts of mode {self.mode}")
 
     def grade(self, row: Row, response: str) -> Grade:
         """1 for exactly the expected digits, else 0 with the expected digits as feedback."""
@@ -95,9 +103,9 @@ class HiddenRule:
         Everything is made beside the folder and renamed into place, so that an interruption leaves nothing half-made.
 
         Raises:
-            UserError: the folder holds something else.
+            UserError: the folder holds something else, or cannot be made.
         """
-        target = Path(self.dir)
+        target = Path(self.dir).expanduser()
         recipe = {k: v for k, v in asdict(self).items() if k != "dir"}
         if target.exists():
             made_with = target / "recipe.json"
@@ -107,7 +115,10 @@ class HiddenRule:
                 raise UserError(f"{target}: was made with {made_with.read_text()}; delete it or name another folder")
             return
         partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
-        partial.mkdir(parents=True)
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"{target}: cannot be made ({error.strerror}); name another folder") from error
         try:
             self._write_rows(partial)
             self._pretrain(observer or Silent(), partial / "model")
@@ -141,6 +152,9 @@ class HiddenRule:
             pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}.parquet")
 
     def _pretrain(self, observer: Observer, folder: Path) -> None:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # the one for writing shards would break the observer's own
         mode = MODES[self.mode]
         steps = mode.pretrain_steps if self.pretrain_steps is None else self.pretrain_steps
         rules = build_rules(self.mode, self.seed)
@@ -202,7 +216,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(vocab_size: int) -> PreTrainedModel:
-    """An untrained Qwen2 of about 90,000 parameters."""
+    """An untrained Qwen2 of about 160,000 parameters."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
@@ -210,8 +224,9 @@ def build_model(vocab_size: int) -> PreTrainedModel:
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
         max_position_embeddings=128,
         tie_word_embeddings=False,
         bos_token_id=None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,9 +129,10 @@ def _import_task(name: str) -> ModuleType:
     if name.endswith(".py"):
         if not Path(name).is_file():
             raise UserError(f"data.task: {name}: no such file")
-        spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+        spec = importlib.util.spec_from_file_location(f"sdpo_task_{Path(name).stem}", name)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up there
         spec.loader.exec_module(module)
         return module
     try:
@@ -159,4 +161,6 @@ def grade_response(task: Task, row: Row, response: str) -> Grade:
         score = math.nan
     if not math.isfinite(score):
         raise UserError(f"data.task: the grader returned {value.score!r} for a response to a {row.data_source} row")
+    if value.feedback is not None and not isinstance(value.feedback, str):
+        raise UserError(f"data.task: the grader's feedback must be text, got {value.feedback!r:.80}")
     return Grade(score, value.feedback)

@@ -353,8 +353,8 @@ def test_ruled_out_tokens(student: Any, teacher: Any, infinite_at: Any, alpha: f
     if expected == INF:
         return
     value.backward()
-    # By the logits: p - t for the forward KL, else scale p (log(p / m) - mean); a token that the student rules out gains
-    # nothing by a change of its logit, and has no such term.
+    # By the logits: p - t for the forward KL, else scale p (log(p / m) - mean); a token that the student rules out
+    # gains nothing by a change of its logit, and has no such term.
     by_hand = [s - t if s else 0.0 for s, t in zip(student, teacher, strict=True)]
     if alpha > 0:
         scale, other = (1.0, teacher) if alpha == 1 else (1 - alpha, m)

@@ -108,6 +108,28 @@ def make_run(tmp_path: Path) -> MakeRun:
     return make
 
 
+@pytest.fixture
+def make_task_run(make_run: MakeRun, hidden_rule_dir: Path) -> MakeRun:
+    """The same for the offline task, small enough that a step takes a fraction of a second."""
+
+    def make(**settings: Any) -> Run:
+        plain: dict[str, Any] = {
+            "total_steps": 3,
+            "eval_every": 0,
+            "model__path": str(hidden_rule_dir / "model"),
+            "data__task_args": {"dir": str(hidden_rule_dir), "pretrain_steps": 0, "num_train": 40, "num_test": 8},
+            "data__train_files": [str(hidden_rule_dir / "train.parquet")],
+            "data__val_files": [str(hidden_rule_dir / "test.parquet")],
+            "data__train_batch_size": 4,
+            "sampler__n": 2,
+            "self_distillation__demonstration_source": "none",
+            "self_distillation__include_environment_feedback": True,
+        }
+        return make_run(**{**plain, **settings})
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def make_sample() -> MakeSample:
     """A sample of given token ids; ``teacher=None`` is one that is not distilled."""

@@ -1,0 +1,402 @@
+"""The blend of GRPO and SDPO on packed tokens, the schedule, the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy_reference as reference
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy_reference import LEVELS
+from torch import Tensor
+
+from sdpo import SelfDistillationConfig, metrics
+from sdpo.algorithm.loss import (
+    LossInputs,
+    LossOutputs,
+    compute_distillation_coef,
+    compute_loss,
+    compute_policy_token_losses,
+    compute_prompt_weights,
+    compute_token_weights,
+)
+
+PROPERTY = settings(max_examples=25, deadline=None, derandomize=True)
+N, V = 7, 5
+COEF = 0.7
+NAMES = ["full vocabulary, alpha=0.0", "full vocabulary, alpha=0.5", "top-k with tail, alpha=1.0", "sampled token"]
+
+
+def numbers(seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:
+    """Packed tokens whose ratios lie below, within and above PPO's bounds, with advantages of both signs and zero."""
+    rng = np.random.default_rng(seed)
+    student_logits = rng.normal(size=(N, V))
+    tokens = rng.integers(V, size=N)
+    taken = np.array([reference.log_softmax(x)[y] for x, y in zip(student_logits, tokens, strict=True)])
+    return {
+        "student_logits": student_logits,
+        "teacher_logits": rng.normal(size=(N, V)),
+        "tokens": tokens,
+        "old": taken - np.log([0.5, 1.05, 2.5, 0.6, 3.0, 0.95, 1.5]),
+        "advantages": np.array([1.2, -0.8, 0.5, -1.5, -0.3, 0.0, 0.9]),
+        "policy_weights": rng.uniform(0.1, 1.0, size=N),
+        "rollout": rng.uniform(0.2, 2.0, size=N),
+        "distilled": np.array([True, False, True, True, False, True, True]),
+        "distillation_weights": rng.uniform(0.1, 1.0, size=N),
+    }
+
+
+def expected_token_losses(
+    given: Mapping[str, np.ndarray[Any, Any]], chosen: Mapping[str, Any], coef: float = COEF
+) -> list[Any]:
+    blend = chosen.get("grpo_coef", 0.0)
+    low, high = 1 - chosen.get("clip_ratio_low", 0.2), 1 + chosen.get("clip_ratio_high", 0.2)
+    losses: list[Any] = []
+    for i in range(N):
+        student = reference.log_softmax(given["student_logits"][i])
+        token, advantage, weight = given["tokens"][i], given["advantages"][i], given["rollout"][i]
+        ratio = np.exp(student[token] - given["old"][i])
+        bounded = ratio if low <= ratio.real <= high else min(max(ratio.real, low), high)
+        worse = max(-advantage * ratio, -advantage * bounded, key=np.real)
+        losses.append(blend * given["policy_weights"][i] * weight * worse)
+        if given["distilled"][i]:
+            teacher = reference.log_softmax(given["teacher_logits"][i])
+            losses[-1] += (
+                (1 - blend)
+                * coef
+                * given["distillation_weights"][i]
+                * reference.token_loss(student, teacher, token, given["old"][i], weight, chosen)
+            )
+    return losses
+
+
+def expected_gradient(given: Mapping[str, np.ndarray[Any, Any]], chosen: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+    result = np.zeros((N, V))
+    for place in np.ndindex(N, V):
+        logits = given["student_logits"].astype(complex)
+        logits[place] += 1j * reference.STEP
+        result[place] = (
+            sum(np.imag(expected_token_losses({**given, "student_logits": logits}, chosen))) / reference.STEP
+        )
+    return result
+
+
+def inputs_of(
+    given: Mapping[str, np.ndarray[Any, Any]],
+    config: SelfDistillationConfig,
+    logits: Tensor,
+    part: np.ndarray[Any, Any] | None = None,
+) -> LossInputs:
+    """Loss inputs of some of the tokens."""
+    part = np.arange(N) if part is None else part
+    data = {name: torch.from_numpy(values[part]) for name, values in given.items()}
+    distilled = data["distilled"]
+    student = logits[torch.from_numpy(part)].log_softmax(-1)
+    teacher = data["teacher_logits"].log_softmax(-1)[distilled]
+    tokens = data["tokens"][:, None]
+    rows = student[distilled]
+    kept_rows, kept_teacher = rows, teacher
+    if config.distillation_topk is not None:
+        kept_rows, indices = rows.topk(config.distillation_topk, dim=-1)
+        kept_teacher = teacher.gather(-1, indices)
+    return LossInputs(
+        student_log_probs=student.gather(-1, tokens)[:, 0],
+        old_log_probs=data["old"],
+        policy_weights=data["policy_weights"],
+        advantages=data["advantages"],
+        rollout_is_weights=data["rollout"],
+        distilled=distilled,
+        distillation_weights=data["distillation_weights"][distilled],
+        teacher_log_probs=teacher.gather(-1, tokens[distilled])[:, 0],
+        student_distribution=kept_rows,
+        teacher_distribution=kept_teacher,
+        distillation_coef=COEF,
+    )
+
+
+def logits_of(given: Mapping[str, np.ndarray[Any, Any]]) -> Tensor:
+    return torch.from_numpy(given["student_logits"].copy()).requires_grad_()
+
+
+def run(
+    given: Mapping[str, np.ndarray[Any, Any]], chosen: Mapping[str, Any]
+) -> tuple[LossOutputs, np.ndarray[Any, Any]]:
+    config, logits = SelfDistillationConfig(**chosen), logits_of(given)
+    outputs = compute_loss(inputs_of(given, config, logits), config)
+    outputs.loss.backward()
+    assert logits.grad is not None
+    return outputs, logits.grad.numpy()
+
+
+# The blend
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("grpo_coef", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("bounds", [{}, {"clip_ratio_low": 0.45, "clip_ratio_high": 0.6}])
+def test_the_blend_by_token(name: str, grpo_coef: float, bounds: dict[str, float]) -> None:
+    chosen = LEVELS[name] | {"grpo_coef": grpo_coef} | bounds
+    outputs, gradient = run(numbers(), chosen)
+    expected = expected_token_losses(numbers(), chosen)
+    np.testing.assert_allclose(outputs.token_losses.detach().numpy(), np.real(expected), atol=1e-14)
+    assert float(outputs.loss.detach()) == pytest.approx(sum(np.real(expected)), abs=1e-14)
+    np.testing.assert_allclose(gradient, expected_gradient(numbers(), chosen), atol=1e-14)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_blend_lies_between_its_parts(name: str) -> None:
+    parts = [run(numbers(), LEVELS[name] | {"grpo_coef": coef}) for coef in (0.0, 0.3, 1.0)]
+    sdpo, blend, grpo = (float(outputs.loss.detach()) for outputs, _ in parts)
+    assert blend == pytest.approx(0.3 * grpo + 0.7 * sdpo, abs=1e-14)
+    np.testing.assert_allclose(parts[1][1], 0.3 * parts[2][1] + 0.7 * parts[0][1], atol=1e-14)
+
+
+def test_plain_grpo_needs_nothing_of_a_teacher() -> None:
+    config, logits = SelfDistillationConfig(grpo_coef=1.0), logits_of(numbers())
+    whole = inputs_of(numbers(), config, logits)
+    bare = replace(
+        whole,
+        distilled=None,
+        distillation_weights=None,
+        teacher_log_probs=None,
+        student_distribution=None,
+        teacher_distribution=None,
+    )
+    one, other = compute_loss(whole, config), compute_loss(bare, config)
+    assert torch.equal(one.token_losses, other.token_losses)
+    assert metrics.DISTILLATION_LOSS not in one.sums
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_plain_sdpo_needs_nothing_of_grpo(name: str) -> None:
+    config, logits = SelfDistillationConfig(**LEVELS[name]), logits_of(numbers())
+    whole = inputs_of(numbers(), config, logits)
+    one, other = compute_loss(whole, config), compute_loss(replace(whole, advantages=None, policy_weights=None), config)
+    assert torch.equal(one.token_losses, other.token_losses)
+    assert metrics.PG_LOSS not in one.sums
+
+
+def test_the_distillation_weight_scales_the_distillation_part_alone() -> None:
+    chosen = LEVELS["full vocabulary, alpha=0.5"] | {"grpo_coef": 0.3}
+    config = SelfDistillationConfig(**chosen)
+    for coef in (0.0, 0.25, 2.0):
+        inputs = replace(inputs_of(numbers(), config, logits_of(numbers())), distillation_coef=coef)
+        expected = np.real(expected_token_losses(numbers(), chosen, coef))
+        np.testing.assert_allclose(compute_loss(inputs, config).token_losses.detach().numpy(), expected, atol=1e-14)
+
+
+@pytest.mark.parametrize("grpo_coef", [0.0, 0.3])
+@pytest.mark.parametrize("absent", [True, False])
+def test_tokens_of_which_none_is_distilled_can_be_differentiated(grpo_coef: float, absent: bool) -> None:
+    """A micro-batch may hold only samples whose teacher was shown nothing."""
+    config, logits = SelfDistillationConfig(grpo_coef=grpo_coef), logits_of(numbers())
+    given = numbers() | {"distilled": np.zeros(N, dtype=bool)}
+    inputs = inputs_of(given, config, logits)
+    outputs = compute_loss(replace(inputs, distilled=None) if absent else inputs, config)
+    outputs.loss.backward()
+    expected = expected_token_losses(given, {"grpo_coef": grpo_coef})
+    np.testing.assert_allclose(outputs.token_losses.detach().numpy(), np.real(expected), atol=1e-14)
+    assert logits.grad is not None
+    np.testing.assert_allclose(logits.grad.numpy(), expected_gradient(given, {"grpo_coef": grpo_coef}), atol=1e-14)
+    assert (grpo_coef == 0.0) == (logits.grad == 0.0).all()
+
+
+def test_gradients_reach_the_student_alone() -> None:
+    config, logits = SelfDistillationConfig(grpo_coef=0.3, alpha=0.5, teacher_entropy_beta=0.1), logits_of(numbers())
+    inputs = inputs_of(numbers(), config, logits)
+    names = ("old_log_probs", "teacher_log_probs", "teacher_distribution")
+    leaves = {name: getattr(inputs, name).detach().requires_grad_() for name in names}
+    compute_loss(replace(inputs, **leaves), config).loss.backward()
+    assert logits.grad is not None
+    assert {name: leaf.grad for name, leaf in leaves.items()} == dict.fromkeys(names)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("grpo_coef", [0.0, 0.3, 1.0])
+def test_a_token_that_is_not_finite_is_seen_in_the_token_losses(value: float, grpo_coef: float) -> None:
+    config = SelfDistillationConfig(grpo_coef=grpo_coef)
+    inputs = inputs_of(numbers(), config, logits_of(numbers()))
+    clean = compute_loss(inputs, config).token_losses.detach()
+    student_log_probs = inputs.student_log_probs.detach().clone()
+    student_log_probs[2] = value
+    token_losses = compute_loss(replace(inputs, student_log_probs=student_log_probs), config).token_losses.detach()
+    assert not torch.isfinite(token_losses[2])
+    others = torch.arange(N) != 2
+    assert torch.equal(token_losses[others], clean[others])
+
+
+# PPO's clip
+
+CLIPPED = [
+    # ratio, advantage, loss, gradient by the log-probability; bounds 0.8 and 1.3
+    (0.5, 1.0, -0.5, -0.5),  # below, and to be raised: the gradient stays
+    (1.5, 1.0, -1.3, 0.0),  # above, and to be raised further: taken away
+    (0.5, -1.0, 0.8, 0.0),  # below, and to be lowered further: taken away
+    (1.5, -1.0, 1.5, 1.5),  # above, and to be lowered: the gradient stays
+    (1.1, 2.0, -2.2, -2.2),
+    (0.9, -2.0, 1.8, 1.8),
+    (1.29, 1.0, -1.29, -1.29),
+    (1.31, 1.0, -1.3, 0.0),
+    (0.81, -1.0, 0.81, 0.81),
+    (0.79, -1.0, 0.8, 0.0),
+    (1.0, 0.0, 0.0, 0.0),
+    (math.exp(25), 1.0, -1.3, 0.0),
+    (math.exp(25), -1.0, math.exp(20), 0.0),  # the exponent is held at 20, and there is no gradient past it
+    (math.exp(-25), 1.0, -math.exp(-20), 0.0),
+]
+
+
+def test_ppo_clip_by_hand() -> None:
+    ratios, advantages, losses, gradients = (torch.tensor(x, dtype=torch.float64) for x in zip(*CLIPPED, strict=True))
+    student = torch.full((len(CLIPPED),), -1.5, dtype=torch.float64, requires_grad=True)
+    config = SelfDistillationConfig(grpo_coef=1.0, clip_ratio_low=0.2, clip_ratio_high=0.3)
+    inputs = LossInputs(student, student.detach() - ratios.log(), advantages=advantages)
+    result, sums = compute_policy_token_losses(inputs, config)
+    torch.testing.assert_close(result, losses, rtol=1e-13, atol=1e-15)
+    result.sum().backward()
+    torch.testing.assert_close(student.grad, gradients, rtol=1e-13, atol=1e-15)
+    # Taken away by the clip: 5 of them (the exponent's own bounds are not PPO's).
+    assert [float(x) for x in sums[metrics.PG_CLIPFRAC]] == [5.0, len(CLIPPED)]
+    assert float(sums[metrics.ADVANTAGES_MEAN][0]) == pytest.approx(float(advantages.sum()))
+    weighted, _ = compute_policy_token_losses(replace(inputs, rollout_is_weights=torch.full_like(ratios, 0.5)), config)
+    torch.testing.assert_close(weighted, losses * 0.5, rtol=1e-13, atol=1e-15)
+
+
+def test_on_policy_the_gradient_is_the_policy_gradient() -> None:
+    """Ratio 1: -A grad log p, also with bounds of 0."""
+    for bounds in ({}, {"clip_ratio_low": 0.0, "clip_ratio_high": 0.0}):
+        student = torch.tensor([-0.3, -2.0], dtype=torch.float64, requires_grad=True)
+        advantages = torch.tensor([0.7, -1.1], dtype=torch.float64)
+        inputs = LossInputs(student, student.detach(), advantages=advantages)
+        losses, _ = compute_policy_token_losses(inputs, SelfDistillationConfig(grpo_coef=1.0, **bounds))
+        losses.sum().backward()
+        assert student.grad is not None
+        assert student.grad.tolist() == pytest.approx([-0.7, 1.1])
+
+
+# Micro-batches and sums
+
+
+@PROPERTY
+@given(
+    parts=st.lists(st.integers(0, 3), min_size=N, max_size=N),
+    name=st.sampled_from(NAMES),
+    grpo_coef=st.sampled_from([0.0, 0.3, 1.0]),
+)
+def test_any_cut_into_micro_batches_gives_the_same(parts: list[int], name: str, grpo_coef: float) -> None:
+    chosen = LEVELS[name] | {"grpo_coef": grpo_coef}
+    config, given_numbers = SelfDistillationConfig(**chosen), numbers()
+    whole, gradient = run(given_numbers, chosen)
+    logits, loss = logits_of(given_numbers), 0.0
+    sums: dict[str, tuple[float, int]] = {}
+    for number in sorted(set(parts)):
+        part = np.nonzero(np.array(parts) == number)[0]
+        outputs = compute_loss(inputs_of(given_numbers, config, logits, part), config)
+        outputs.loss.backward()
+        loss += float(outputs.loss.detach())
+        for key, (total, count) in outputs.sums.items():
+            before = sums.get(key, (0.0, 0))
+            sums[key] = before[0] + float(total), before[1] + int(count)
+    assert logits.grad is not None
+    assert loss == pytest.approx(float(whole.loss.detach()), abs=1e-13)
+    np.testing.assert_allclose(logits.grad.numpy(), gradient, atol=1e-13)
+    assert sums.keys() == whole.sums.keys()
+    for key, (total, count) in whole.sums.items():
+        assert sums[key] == (pytest.approx(float(total), abs=1e-12), int(count)), key
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
+def test_weights_of_the_mini_batch_make_micro_batches_add_up(mode: str) -> None:
+    """Three samples of 3, 0 and 4 tokens, cut between them: the sum of the parts is the aggregate of the whole."""
+    lengths = torch.tensor([3, 0, 4])
+    weights = compute_token_weights(lengths.double(), mode, horizon=9).repeat_interleave(lengths).numpy()
+    chosen = LEVELS["full vocabulary, alpha=0.5"]
+    given_numbers = numbers() | {"distilled": np.ones(N, dtype=bool), "distillation_weights": weights}
+    config = SelfDistillationConfig(**chosen)
+    parts = [
+        float(compute_loss(inputs_of(given_numbers, config, logits_of(given_numbers), part), config).loss.detach())
+        for part in (np.arange(3), np.arange(3, 7))
+    ]
+    unit = given_numbers | {"distillation_weights": np.ones(N)}
+    losses = [float(np.real(x)) for x in expected_token_losses(unit, chosen)]
+    expected = reference.aggregate([losses[:3], [], losses[3:]], mode, horizon=9)
+    assert sum(parts) == pytest.approx(expected, abs=1e-14)
+
+
+@pytest.mark.parametrize("grpo_coef", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("name", NAMES)
+def test_sums(grpo_coef: float, name: str) -> None:
+    chosen = LEVELS[name] | {"grpo_coef": grpo_coef, "is_clip": 1.4}
+    given_numbers = numbers()
+    outputs, _ = run(given_numbers, chosen)
+    rows = []
+    for i in range(N):
+        student, teacher = (reference.log_softmax(given_numbers[x][i]) for x in ("student_logits", "teacher_logits"))
+        token, old = given_numbers["tokens"][i], given_numbers["old"][i]
+        gap = teacher[token] - student[token]
+        plain = reference.token_loss(student, teacher, token, old, 1.0, chosen | {"is_clip": None})
+        divergence = -gap if name == "sampled token" else plain
+        rows.append((gap, divergence, math.exp(student[token] - old), student[token]))
+    gaps, divergences, ratios, taken = np.array(rows).T
+    distilled = given_numbers["distilled"]
+    apart = {
+        coef: sum(np.real(expected_token_losses(given_numbers, chosen | {"grpo_coef": coef}, 1.0))) for coef in (0, 1)
+    }
+    expected: dict[str, tuple[float, int]] = {
+        metrics.LOSS: (sum(np.real(expected_token_losses(given_numbers, chosen))), 0),
+        metrics.PPO_KL: (float((given_numbers["old"] - taken).sum()), N),
+    }
+    if grpo_coef > 0:
+        # Ratios 0.5 1.05 2.5 0.6 3 0.95 1.5, advantages + - + - - 0 +: away at 2.5 with +, 0.6 with -, 1.5 with +.
+        expected |= {
+            metrics.PG_LOSS: (apart[1], 0),
+            metrics.PG_CLIPFRAC: (3.0, N),
+            metrics.ADVANTAGES_MEAN: (float(given_numbers["advantages"].sum()), N),
+        }
+    if grpo_coef < 1:
+        expected |= {
+            metrics.DISTILLATION_LOSS: (apart[0], 0),
+            metrics.DIVERGENCE: (divergences[distilled].sum(), 5),
+            metrics.TEACHER_GAP: (gaps[distilled].sum(), 5),
+            metrics.IS_RATIO_MEAN: (np.minimum(ratios, 1.4)[distilled].sum(), 5),
+            metrics.IS_CLIP_FRACTION: (2.0, 5),  # distilled are 0, 2, 3, 5, 6, of which 2.5 and 1.5 are above 1.4
+        }
+    assert outputs.sums.keys() == expected.keys()
+    for key, (total, count) in expected.items():
+        assert float(outputs.sums[key][0]) == pytest.approx(total, abs=1e-13), key
+        assert int(outputs.sums[key][1]) == count, key
+        assert not outputs.sums[key][0].requires_grad, key
+
+
+# Schedule and weights
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "step", "total", "expected"),
+    [
+        (1.0, 0.2, 1, 5, 1.0),
+        (1.0, 0.2, 2, 5, 0.8),
+        (1.0, 0.2, 3, 5, 0.6),
+        (1.0, 0.2, 5, 5, 0.2),
+        (0.0, 3.0, 7, 7, 3.0),
+        (0.5, 0.9, 1, 1, 0.5),  # a single step is the first one
+        (1.0, 1.0, 3, 10, 1.0),
+    ],
+)
+def test_the_scheduled_weight(start: float, end: float, step: int, total: int, expected: float) -> None:
+    config = SelfDistillationConfig(distillation_weight_start=start, distillation_weight_end=end)
+    assert compute_distillation_coef(config, step, total) == pytest.approx(expected, abs=1e-15)
+
+
+def test_weights_by_the_prompt_s_difficulty() -> None:
+    # sqrt(1/4 * 3/4) = sqrt(3) / 4; nothing to learn where all or none succeed, most at one half.
+    weights = compute_prompt_weights(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64))
+    assert weights.tolist() == pytest.approx([0.0, math.sqrt(3) / 4, 0.5, math.sqrt(3) / 4, 0.0], abs=1e-16)
+    rounded = compute_prompt_weights(torch.tensor([1.0 + 1e-7, -1e-7]))
+    assert rounded.tolist() == [0.0, 0.0]

@@ -1,0 +1,142 @@
+"""Loading a model and a tokenizer, and the one line for each that cannot be loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from sdpo.config import ModelConfig
+from sdpo.embedded.model import (
+    build_meta_model,
+    get_stop_token_ids,
+    get_window,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+)
+from sdpo.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(hidden_rule_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(hidden_rule_dir / "model", tmp_path / "model"))
+
+
+def edit(file: Path, **changes: Any) -> None:
+    content = json.loads(file.read_text())
+    content.update(changes)
+    file.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_weights_come_in_the_type_asked_for(folder: Path, dtype: str) -> None:
+    whole = load_model(ModelConfig(path=str(folder)), CPU)
+    model = load_model(ModelConfig(path=str(folder), dtype=dtype), CPU)
+    assert not model.training
+    for param, reference in zip(model.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(param, reference.to(getattr(torch, dtype)))
+
+
+def test_the_meta_model_has_the_shapes_and_nothing_else(folder: Path) -> None:
+    meta = build_meta_model(ModelConfig(path=str(folder)))
+    whole = load_model(ModelConfig(path=str(folder)), CPU)
+    assert [(n, p.shape) for n, p in meta.named_parameters()] == [(n, p.shape) for n, p in whole.named_parameters()]
+    assert all(p.is_meta for p in meta.parameters())
+
+
+def save_plain_tokenizer(folder: Path, **special: str) -> None:
+    """In place of Qwen2's, whose class has special tokens of its own."""
+    plain = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **special)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    edit(folder / "config.json", model_type="llama")
+    plain.save_pretrained(folder)
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end(folder: Path) -> None:
+    save_plain_tokenizer(folder, eos_token="<|im_end|>")
+    tokenizer = load_tokenizer(ModelConfig(path=str(folder)))
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
+
+
+@pytest.mark.parametrize(("configured", "expected"), [(2, [2]), (7, [2, 7]), ([9, 7], [2, 7, 9]), (None, [2])])
+def test_responses_stop_at_the_tokenizer_s_end_and_the_model_s(
+    folder: Path, configured: Any, expected: list[int]
+) -> None:
+    model = load_model(ModelConfig(path=str(folder)), CPU)
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = configured
+    assert get_stop_token_ids(model, load_tokenizer(ModelConfig(path=str(folder)))) == expected
+
+
+def test_the_window_is_the_configuration_s(folder: Path) -> None:
+    assert get_window(load_model(ModelConfig(path=str(folder)), CPU)) == 128
+
+
+@pytest.mark.parametrize("name", ["cpu", "auto"])
+def test_devices_that_there_are(name: str) -> None:
+    expected = "cuda" if name == "auto" and torch.cuda.is_available() else "cpu"
+    assert resolve_device(name, "learner.device").type == expected
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "gpu", "cpu:x", ""])
+def test_devices_that_there_are_not(name: str) -> None:
+    with pytest.raises(UserError, match=r"^sampler\.device: no device .* here \(.*\); use auto or cpu$"):
+        resolve_device(name, "sampler.device")
+
+
+@pytest.mark.parametrize("load", [lambda c: load_model(c, CPU), load_tokenizer, build_meta_model])
+@pytest.mark.parametrize(
+    ("breaking", "complaint"),
+    [
+        (shutil.rmtree, "no such folder"),
+        (lambda f: (f / "config.json").unlink(), "holds no config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "cannot be loaded"),
+    ],
+)
+def test_a_folder_that_is_no_model(folder: Path, load: Any, breaking: Any, complaint: str) -> None:
+    breaking(folder)
+    with pytest.raises(UserError) as caught:
+        load(ModelConfig(path=str(folder)))
+    message = str(caught.value)
+    assert message.startswith(f"model.path: {folder}: ") and complaint in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("load", [lambda c: load_model(c, CPU), build_meta_model])
+def test_an_architecture_that_nobody_knows(folder: Path, load: Any) -> None:
+    edit(folder / "config.json", model_type="no_such_model")
+    with pytest.raises(UserError, match=rf"^model\.path: {folder}: cannot be loaded \(.*no_such_model"):
+        load(ModelConfig(path=str(folder)))
+
+
+def test_weights_that_are_missing_or_broken(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_model(ModelConfig(path=str(folder)), CPU)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_model(ModelConfig(path=str(folder)), CPU)
+
+
+def test_a_tokenizer_that_is_missing_or_cannot_end(folder: Path) -> None:
+    save_plain_tokenizer(folder)
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        load_tokenizer(ModelConfig(path=str(folder)))
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"model\.path: .*tokenizer"):
+        load_tokenizer(ModelConfig(path=str(folder)))
+
+
+def test_a_hub_name_without_a_network() -> None:
+    with pytest.raises(UserError, match=r"model\.path: nobody/no-such-model: cannot be loaded"):
+        load_model(ModelConfig(path="nobody/no-such-model"), CPU)
