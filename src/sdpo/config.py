@@ -444,7 +444,7 @@ def _expand_home(merged: DictConfig) -> None:
 
 def save_run(run: Run, path: str | Path) -> None:
     """Write the resolved run as YAML; ``load_run`` of it gives an equal run."""
-    Path(path).write_text(format_run(run))
+    Path(path).write_text(format_run(run), encoding="utf-8")
 
 
 def format_run(run: Run) -> str:

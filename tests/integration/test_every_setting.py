@@ -386,6 +386,7 @@ def calls(name: str) -> Callable[[Ran], int]:
     return lambda ran: ran.calls[name]
 
 
+ONE_STEP = {"total_steps": 1}
 THREE = {"total_steps": 3}
 GRPO = {"self_distillation.grpo_coef": 1.0}
 MINIS = {"learner.mini_batch_size": 1}
@@ -428,7 +429,7 @@ CASES = {
     "learner.rollout_is_threshold": Case([0.4], NUCLEUS),
     "learner.autocast": Case([True]),
     "learner.gradient_checkpointing": Case([True], observe=calls("layer with gradient"), keeps=Ran.outcome),
-    "learner.num_threads": Case([2], observe=lambda ran: ran.num_threads),
+    "learner.num_threads": Case([2], ONE_STEP, observe=lambda ran: ran.num_threads),
     "optim.lr": Case([2e-2]),
     "optim.weight_decay": Case([10.0]),
     "optim.beta1": Case([0.1], THREE),
@@ -496,6 +497,8 @@ def test_setting_changes_the_result(key: str, ran: Runner) -> None:
     case = CASES[key]
     looked = [case.look(ran, case.where), *(case.look(ran, {**case.where, key: value}) for value in case.values)]
     named = list(zip([f"the {key} of the base run", *map(repr, case.values)], looked, strict=True))
+    for name, one in named[1:]:
+        assert getattr(one, "error", None) is None, f"{key}: {name} is refused"
     for (name, one), (other_name, other) in combinations(named, 2):
         assert not same(case.observe(one), case.observe(other)), f"{key}: {name} and {other_name} give the same"
     if case.keeps is not None:
@@ -524,7 +527,6 @@ def test_a_run_is_repeated_exactly(ran: Runner) -> None:
 STUDENT, TEACHER = "step_2", "step_2/teacher"
 GREEDY = metrics.val_name(SOURCE, "mean@1")
 GREEDY_TEACHER = metrics.teacher_val_name(SOURCE, "mean@1")
-ONE_STEP = {"total_steps": 1}
 ROUNDING = 1e-6
 
 

@@ -32,9 +32,9 @@ class RunFolder:
             save_run(run, self.path / "run.yaml")
         except OSError as error:
             raise UserError(f"run_dir: {self.path}: cannot be written ({error.strerror})") from error
-        (self.path / "versions.json").write_text(json.dumps(_collect_versions(), indent=2) + "\n")
+        (self.path / "versions.json").write_text(json.dumps(_collect_versions(), indent=2) + "\n", encoding="utf-8")
         self._trackers: list[Tracker] = build_trackers(run)
-        self._metrics = (self.path / "metrics.jsonl").open("w", buffering=1)
+        self._metrics = (self.path / "metrics.jsonl").open("w", buffering=1, encoding="utf-8")
         self.final: dict[str, float] = {}
 
     @property
@@ -59,7 +59,7 @@ class RunFolder:
         folder.mkdir(exist_ok=True)
         stride = max(1, len(samples) // count)
         text = "\n".join(_describe(sample) for sample in samples[::stride][:count])
-        (folder / f"step_{step}.txt").write_text(text)
+        (folder / f"step_{step}.txt").write_text(text, encoding="utf-8")
 
     def close(self) -> None:
         self._metrics.close()
