@@ -196,7 +196,9 @@ class SelfDistillationConfig(Section):
         True, "With top-k: one more bucket holds the rest of the mass; if false, both sides are renormalised."
     )
     divergence_clip: float | None = setting(
-        None, "A token whose divergence exceeds this many nats is scaled down to it.", gt=0
+        None,
+        "A token whose divergence (sampled token: whose log-ratio) exceeds this many nats is scaled down to it.",
+        gt=0,
     )
     teacher_entropy_beta: float = setting(
         0.0, "Weight tokens by exp(-beta * teacher entropy in nats): an unsure teacher counts less.", ge=0

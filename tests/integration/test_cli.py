@@ -1,0 +1,284 @@
+"""The command line as a person meets it: commands, mistakes, Ctrl-C, errors in their own code."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoModelForCausalLM
+
+from sdpo import cli
+from sdpo.config import load_run
+from sdpo.metrics import STEP
+from sdpo.tasks import hidden_rule
+from sdpo.tasks.hidden_rule import HiddenRule
+
+WriteRunFile = Callable[[], Path]
+COMMAND = [sys.executable, "-m", "sdpo.cli"]
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def sdpo(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """The entry point in this process: starting an interpreter for each would cost minutes."""
+
+    def call(*arguments: object) -> Outcome:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["sdpo", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        return Outcome(code, *capfd.readouterr())
+
+    return call
+
+
+def rows_of(run_dir: Path) -> list[dict[str, float]]:
+    file = run_dir / "metrics.jsonl"
+    # A line that is being written has no end yet.
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.is_file() else []
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_the_commands(sdpo: Callable[..., Outcome]) -> None:
+    outcome = sdpo("--help")
+    assert outcome.code == 0
+    for command in ("train", "data", "report"):
+        assert f"\n  {command} " in outcome.out
+    assert "--dry-run" in sdpo("train", "--help").out
+    assert "hidden-rule" in sdpo("data", "--help").out
+
+
+def test_a_dry_run_prints_the_run_and_writes_nothing(
+    sdpo: Callable[..., Outcome], write_run_file: WriteRunFile, tmp_path: Path
+) -> None:
+    file = write_run_file()
+    outcome = sdpo("train", file, "optim.lr=0.25", "--dry-run")
+    assert outcome.code == 0 and outcome.err == ""
+    resolved, tokens, memory = outcome.out.partition("tokens a step: at most ")
+    (tmp_path / "resolved.yaml").write_text(resolved)
+    assert load_run(tmp_path / "resolved.yaml") == load_run(file, ["optim.lr=0.25"])
+    assert memory.startswith(f"{4 * 2 * (2048 + 8):,} in 8 rollouts; 2 steps")
+    assert "learner, together" in tokens + memory
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["resolved.yaml", "run.yaml"]
+
+
+def test_a_dry_run_does_not_make_the_task(
+    sdpo: Callable[..., Outcome], write_run_file: WriteRunFile, tmp_path: Path
+) -> None:
+    outcome = sdpo("train", write_run_file(), f"data.task_args.dir={tmp_path}/later", "--dry-run")
+    assert outcome.code == 0
+    assert "memory: unknown until" in outcome.out
+    assert [p.name for p in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_data_makes_model_and_rows(
+    sdpo: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = hidden_rule.Mode(length=5, num_rules=8, target_is_pretrained=True, pretrain_steps=2)
+    monkeypatch.setitem(hidden_rule.MODES, "peers", short)
+    outcome = sdpo("data", "hidden-rule", "--out", tmp_path / "x", "--mode", "peers", "--seed", 3)
+    assert outcome.code == 0 and outcome.err == ""
+    assert json.loads((tmp_path / "x" / "recipe.json").read_text())["seed"] == 3
+    assert len(pq.read_table(tmp_path / "x" / "train.parquet")) == 3000
+    HiddenRule(str(tmp_path / "x"), mode="peers", seed=3).prepare()  # what a run file with these arguments asks for
+
+
+@pytest.mark.slow
+def test_a_run_and_its_report(sdpo: Callable[..., Outcome], write_run_file: WriteRunFile, tmp_path: Path) -> None:
+    done = subprocess.run([*COMMAND, "train", write_run_file(), "seed=5"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert [row[STEP] for row in rows_of(tmp_path / "run")] == [0, 1, 2]
+    assert f"run folder: {tmp_path}/run" in done.stdout
+    assert "step 2/2" in done.stdout
+    assert load_run(tmp_path / "run" / "run.yaml").seed == 5
+    assert (tmp_path / "run" / "checkpoints" / "step_2" / "model.safetensors").is_file()
+
+    outcome = sdpo("report", tmp_path / "run")
+    assert outcome.code == 0
+    assert f"plot: {tmp_path}/run/report.png" in outcome.out
+    assert (tmp_path / "run" / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert "<html" in (tmp_path / "run" / "report.html").read_text()
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+def one_line(outcome: Outcome) -> str:
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert outcome.err.startswith("error: ") and outcome.err.endswith("\n")
+    assert outcome.err.count("\n") == 1, outcome.err
+    return outcome.err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaints"),
+    [
+        (["optim.weight_decy=1"], ["unknown key optim.weight_decy", "did you mean optim.weight_decay?"]),
+        (["optim.lr=fast"], ["optim.lr", "fast"]),
+        (["optim.lr=-1"], ["optim.lr must be in (0, inf), got -1"]),
+        (["optim.lr"], ["override 'optim.lr' is not of the form key=value"]),
+        (["data.train_files=[x.parquet]"], ["data.train_files: x.parquet: no such file"]),
+        (["data.train_files=[]"], ["data.train_files is empty"]),
+        (["data.task=hidden_rules"], ["data.task: no task 'hidden_rules'; built in: hidden_rule"]),
+        (["data.task_args.seed=x"], ["data.task_args.seed must be a whole number", "'x'"]),
+        (["data.task_args.colour=red"], ["data.task_args: hidden_rule", "colour"]),
+        (["model.path=./nowhere"], ["model.path: ./nowhere: no such folder"]),
+        (["sampler.device=abacus"], ["sampler.device: no device 'abacus'"]),
+        (["data.max_prompt_length=9"], ["row 0 has 16 prompt tokens, more than 9 (data.max_prompt_length)"]),
+        (["sampler.max_response_length=120"], ["16 prompt tokens, more than 8 (the model's window of 128 minus"]),
+        (["tracking.backends=[abacus]"], ["tracking.backends must be one of tensorboard, wandb, trackio"]),
+    ],
+    ids=lambda value: value[0] if "=" in value[0] else "",
+)
+def test_a_wrong_setting(
+    sdpo: Callable[..., Outcome],
+    write_run_file: WriteRunFile,
+    tmp_path: Path,
+    overrides: list[str],
+    complaints: list[str],
+) -> None:
+    error = one_line(sdpo("train", write_run_file(), *overrides))
+    for complaint in complaints:
+        assert complaint in error
+    assert [p.name for p in tmp_path.iterdir()] == ["run.yaml"], "a mistake leaves no run folder"
+
+
+def test_a_run_file_that_is_missing(sdpo: Callable[..., Outcome], tmp_path: Path) -> None:
+    assert f"{tmp_path}/none.yaml: no such run file" in one_line(sdpo("train", tmp_path / "none.yaml"))
+
+
+def test_a_report_of_what_is_no_run(sdpo: Callable[..., Outcome], tmp_path: Path) -> None:
+    assert f"{tmp_path}: no metrics.jsonl" in one_line(sdpo("report", tmp_path))
+
+
+def test_an_empty_data_set(sdpo: Callable[..., Outcome], write_run_file: WriteRunFile, tmp_path: Path) -> None:
+    file, empty = write_run_file(), tmp_path / "empty.parquet"
+    schema = pq.read_table(load_run(file).data.train_files[0]).schema
+    pq.write_table(pa.Table.from_pylist([], schema=schema), empty)
+    assert f"data.val_files: {empty}: no rows" in one_line(sdpo("train", file, f"data.val_files=[{empty}]"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_without_a_chat_template(
+    sdpo: Callable[..., Outcome], write_run_file: WriteRunFile, hidden_rule_dir: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(hidden_rule_dir / "model", tmp_path / "model"))
+    (model / "chat_template.jinja").unlink()
+    error = one_line(sdpo("train", write_run_file(), f"model.path={model}"))
+    assert "model.path: its tokenizer has no chat template" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_that_holds_something_else(
+    sdpo: Callable[..., Outcome], write_run_file: WriteRunFile, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    assert "exists and is no run folder" in one_line(sdpo("train", write_run_file()))
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_a_grader_that_gives_no_score(
+    sdpo: Callable[..., Outcome], write_run_file: WriteRunFile, tmp_path: Path
+) -> None:
+    (tmp_path / "task.py").write_text("def grade(row, response):\n    return float('nan')")
+    file = write_run_file()
+    text = file.read_text()
+    start, end = text.index("  task_args:"), text.index("  train_files")
+    arguments = text[start:end]
+    file.write_text(text.replace(arguments, "").replace("${data.task_args.dir}", load_run(file).data.task_args["dir"]))
+    outcome = sdpo("train", file, f"data.task={tmp_path}/task.py")
+    assert outcome.code == 2
+    assert outcome.err == "error: data.task: the grader returned nan for a response to a hidden_rule row\n"
+
+
+@pytest.mark.slow
+def test_a_wrong_column_in_a_process_of_its_own(write_run_file: WriteRunFile, tmp_path: Path) -> None:
+    """What the libraries write while they load is not among the lines that a person gets."""
+    file, wrong = write_run_file(), tmp_path / "wrong.parquet"
+    table = pq.read_table(load_run(file).data.train_files[0])
+    pq.write_table(table.rename_columns(["data_source", "question", "ability", "reward_model", "extra_info"]), wrong)
+    done = subprocess.run([*COMMAND, "train", file, f"data.train_files=[{wrong}]"], capture_output=True, text=True)
+    error = one_line(Outcome(done.returncode, done.stdout, done.stderr))
+    assert f"data.train_files: {wrong}: column 'prompt' is missing; it has data_source, question, ability" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_in_the_grader_keeps_its_traceback(
+    sdpo: Callable[..., Outcome], write_run_file: WriteRunFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise KeyError("grader")
+
+    monkeypatch.setattr(HiddenRule, "grade", broken)
+    with pytest.raises(KeyError, match="grader") as caught:
+        sdpo("train", write_run_file())
+    assert any(entry.name == "broken" for entry in caught.traceback)
+
+
+# --- Ctrl-C ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("staleness", "num_rows"),
+    [(0, 3), (1, 3), (1, 0)],
+    ids=["in turn", "in parallel", "while the sampler starts"],
+)
+def test_ctrl_c_saves_and_stops(
+    write_run_file: WriteRunFile, tmp_path: Path, staleness: int, num_rows: int
+) -> None:
+    """As a terminal does it: every process of the run gets the signal."""
+    overrides = [f"staleness={staleness}", "total_steps=100000", "eval.before_training=false"]
+    run_dir = tmp_path / "run"
+    process = subprocess.Popen(
+        [*COMMAND, "train", write_run_file(), *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (run_dir / "metrics.jsonl").exists() or len(rows_of(run_dir)) < num_rows:
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(0 if num_rows else 0.5)
+        os.killpg(process.pid, signal.SIGINT)
+        sent = time.monotonic()
+        out, err = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    assert process.returncode == 130, err
+    assert err == "stopped by Ctrl-C after saving a checkpoint\n"
+    assert f"run folder: {run_dir}" in out
+    assert time.monotonic() - sent < 20
+    [checkpoint] = (run_dir / "checkpoints").iterdir()
+    last = int(rows_of(run_dir)[-1][STEP]) if num_rows else 0
+    assert checkpoint.name in (f"step_{last}", f"step_{last + 1}")
+    AutoModelForCausalLM.from_pretrained(checkpoint)
