@@ -77,19 +77,21 @@ def tabulate(results: list[dict[str, Any]]) -> list[list[Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of mode B")
+    parser.add_argument("--peer-seeds", type=int, default=1, help="seeds of mode A, five runs each")
     parser.add_argument("--folder", default="data/benchmark_hidden_rule")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
-    seeds = range(options.seeds)
-    run_all(prepare, [(options.folder, mode, s) for mode in ("peers", "feedback") for s in seeds], options.workers)
+    seeds, peer_seeds = range(options.seeds), range(options.peer_seeds)
+    tasks = [("feedback", s) for s in seeds] + [("peers", s) for s in peer_seeds]
+    run_all(prepare, [(options.folder, *task) for task in tasks], options.workers)
 
     pairs = [("SDPO", "hidden_rule.yaml"), ("GRPO", "hidden_rule_grpo.yaml")]
     jobs_b = [(options.folder, config, "feedback", s, name, []) for name, config in pairs for s in seeds]
     jobs_a = [
         (options.folder, "hidden_rule_peers.yaml", "peers", s, name, [f"self_distillation.{o}" for o in overrides])
         for name, overrides in TEACHERS.items()
-        for s in seeds
+        for s in peer_seeds
     ]
     results = run_all(learn, jobs_b + jobs_a, options.workers)
     mode_b, mode_a = results[: len(jobs_b)], results[len(jobs_b) :]

@@ -62,7 +62,7 @@ def train(
 def data_hidden_rule(
     out: Annotated[Path, typer.Option(help="Folder to make: model/, train.parquet, test.parquet.")],
     mode: Annotated[str, typer.Option(help="feedback (rule never seen) or peers (rule seen).")] = "feedback",
-    seed: Annotated[int, typer.Option(help="Seed of rules, rows and pretraining.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of rows and pretraining.")] = 0,
 ) -> None:
     """A tiny pretrained model and the digit strings that it is to learn a hidden rule on; about a minute."""
     from sdpo.report.console import ConsoleObserver

@@ -247,9 +247,7 @@ def test_an_error_in_the_grader_keeps_its_traceback(
     [(0, 3), (1, 3), (1, 0)],
     ids=["in turn", "in parallel", "while the sampler starts"],
 )
-def test_ctrl_c_saves_and_stops(
-    write_run_file: WriteRunFile, tmp_path: Path, staleness: int, num_rows: int
-) -> None:
+def test_ctrl_c_saves_and_stops(write_run_file: WriteRunFile, tmp_path: Path, staleness: int, num_rows: int) -> None:
     """As a terminal does it: every process of the run gets the signal."""
     overrides = [f"staleness={staleness}", "total_steps=100000", "eval.before_training=false"]
     run_dir = tmp_path / "run"

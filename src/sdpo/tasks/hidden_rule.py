@@ -52,7 +52,7 @@ class Mode:
 
 MODES = {
     "feedback": Mode(length=8, num_rules=9, target_is_pretrained=False, pretrain_steps=600),
-    "peers": Mode(length=5, num_rules=8, target_is_pretrained=True, pretrain_steps=1500),
+    "peers": Mode(length=5, num_rules=8, target_is_pretrained=True, pretrain_steps=800),
 }
 
 
@@ -63,7 +63,7 @@ class HiddenRule:
     Args:
         dir: folder that holds, or will hold, ``model/``, ``train.parquet`` and ``test.parquet``.
         mode: ``feedback`` or ``peers``.
-        seed: of the rules, the rows and the pretraining.
+        seed: of the rows and the pretraining.
         pretrain_steps: of the tiny model; the mode's own number if not given.
         num_train, num_test: rows; no prompt is in both files.
     """
@@ -131,7 +131,7 @@ class HiddenRule:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        length, target = MODES[self.mode].length, build_rules(self.mode, self.seed)[0]
+        length, target = MODES[self.mode].length, build_rules(self.mode)[0]
         rng = random.Random(f"rows {self.seed}")
         seen: set[tuple[int, ...]] = set()
         while len(seen) < self.num_train + self.num_test:
@@ -157,7 +157,7 @@ class HiddenRule:
         logging.disable_progress_bar()  # the one for writing shards would break the observer's own
         mode = MODES[self.mode]
         steps = mode.pretrain_steps if self.pretrain_steps is None else self.pretrain_steps
-        rules = build_rules(self.mode, self.seed)
+        rules = build_rules(self.mode)
         rules = rules if mode.target_is_pretrained else rules[1:]
         tokenizer = build_tokenizer()
         with _reproducible(self.seed):
@@ -170,10 +170,10 @@ class HiddenRule:
 build_task = HiddenRule
 
 
-def build_rules(mode: str, seed: int) -> list[list[int]]:
-    """The permutations of a mode; the first, reversal, is the one to be learned."""
+def build_rules(mode: str) -> list[list[int]]:
+    """The permutations of a mode, the same for every seed; the first, reversal, is the one to be learned."""
     size = MODES[mode]
-    rng = random.Random(f"rules {seed}")
+    rng = random.Random("rules 0")
     rules = [list(reversed(range(size.length)))]
     while len(rules) < size.num_rules:
         rule = rng.sample(range(size.length), size.length)
@@ -248,7 +248,10 @@ def _pretrain(
     peak_lr: float = 2e-3,
     warmup: int = 100,
 ) -> None:
-    """Teach two things: after a bare prompt, any rule; after a context with an answer, that answer, right or wrong."""
+    """Teach two things: after a bare prompt, any rule; after a context with an answer, that answer, right or wrong.
+
+    The second also where what has been written so far is not that answer: a teacher reads the student's mistakes.
+    """
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -269,7 +272,8 @@ def _pretrain(
         for skeleton, answer in ((bare, by_rule), (shown, copied)):
             target = torch.cat([digit_ids[answer], eos], dim=1)
             context = skeleton.fill(digit_ids[prompt], digit_ids[answer])
-            logits = model(torch.cat([context, target], dim=1), logits_to_keep=length + 2).logits[:, :-1]
+            written = target if skeleton is bare else torch.cat([digit_ids[_corrupt(answer)], eos], dim=1)
+            logits = model(torch.cat([context, written], dim=1), logits_to_keep=length + 2).logits[:, :-1]
             loss = loss + cross_entropy(logits.flatten(0, 1), target.flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -277,6 +281,14 @@ def _pretrain(
         optimizer.step()
         scheduler.step()
         observer.progress("pretraining the tiny model", step + 1, steps)
+
+
+def _corrupt(answer: Any) -> Any:
+    """Answers [batch, digits] with some digits replaced at random, from none to all of them."""
+    import torch
+
+    share = torch.rand(len(answer), 1)
+    return torch.where(torch.rand(answer.shape) < share, torch.randint(NUM_DIGITS, answer.shape), answer)
 
 
 @dataclass(frozen=True)

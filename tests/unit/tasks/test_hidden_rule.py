@@ -43,19 +43,14 @@ def digits(row: Any) -> str:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("seed", range(20))
-def test_rules_are_distinct_permutations_and_never_the_identity(mode: str, seed: int) -> None:
-    rules = build_rules(mode, seed)
+def test_rules_are_distinct_permutations_and_never_the_identity(mode: str) -> None:
+    rules = build_rules(mode)
     length = MODES[mode].length
     assert len(rules) == MODES[mode].num_rules
     assert len({tuple(rule) for rule in rules}) == len(rules)
     assert all(sorted(rule) == list(range(length)) != rule for rule in rules)
     assert rules[0] == list(range(length))[::-1]
-    assert rules == build_rules(mode, seed)
-
-
-def test_another_seed_has_other_rules() -> None:
-    assert build_rules("feedback", 0)[1:] != build_rules("feedback", 1)[1:]
+    assert rules == build_rules(mode)
 
 
 # --- rows
