@@ -13,7 +13,7 @@ from sdpo.tasks import hidden_rule
 from sdpo.tasks.hidden_rule import HiddenRule, Mode
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-ARGUMENTS = {"pretrain_steps": 350, "num_train": 3000, "num_test": 200}
+ARGUMENTS = {"pretrain_steps": 200, "num_train": 3000, "num_test": 200}
 ACCURACY = "val-core/hidden_rule/acc/mean@1"
 TEACHER_ACCURACY = "val-teacher/hidden_rule/acc/mean@1"
 
@@ -24,8 +24,8 @@ def rows_of(run: Run) -> list[dict[str, float]]:
 
 @pytest.mark.slow
 def test_sdpo_learns_the_hidden_rule_and_grpo_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The shipped runs with 6 digits in place of 8, 4 rollouts in place of 8, and fewer steps."""
-    shorter = Mode(length=6, num_rules=9, target_is_pretrained=False, pretrain_steps=0)
+    """The shipped runs with 5 digits in place of 8, 4 rollouts in place of 8, and fewer steps."""
+    shorter = Mode(length=5, num_rules=9, target_is_pretrained=False, pretrain_steps=0)
     monkeypatch.setitem(hidden_rule.MODES, "feedback", shorter)
     HiddenRule(str(tmp_path / "task"), **ARGUMENTS).prepare()
 
@@ -35,16 +35,16 @@ def test_sdpo_learns_the_hidden_rule_and_grpo_does_not(tmp_path: Path, monkeypat
         train(run)
         return rows_of(run)
 
-    sdpo = run_shipped("hidden_rule.yaml", "total_steps=110", "eval_every=0")
+    sdpo = run_shipped("hidden_rule.yaml", "total_steps=60", "eval_every=0")
     assert sdpo[0][ACCURACY] <= 0.05
     assert sdpo[0][TEACHER_ACCURACY] >= 0.95, "the model must be able to use what its teacher's prompt tells it"
     assert sdpo[-1][ACCURACY] >= 0.95
 
     grpo = run_shipped("hidden_rule_grpo.yaml", "total_steps=20", "eval_every=0")
     assert len(grpo) == 21
-    # A permutation of 6 digits is hit by chance now and then; of 8 it is not.
+    # A permutation of 5 digits is hit by chance now and then; of 8 it is not.
     without_success = [row for row in grpo[1:] if row[metrics.SCORE_MAX] == 0]
-    assert len(without_success) >= 17
+    assert len(without_success) >= 10
     assert all(row[metrics.GRAD_NORM] == row[metrics.ADVANTAGES_MEAN] == 0 for row in without_success)
     assert grpo[0][ACCURACY] == sdpo[0][ACCURACY]
     assert grpo[-1][ACCURACY] <= 0.05

@@ -114,7 +114,7 @@ def test_a_prompt_that_is_too_long_is_refused_or_skipped(
     make_run: MakeRun, write: Any, window: int | None, reason: str
 ) -> None:
     limit = OVERHEAD + 4
-    settings = {"data__max_prompt_length": limit if reason == "data.max_prompt_length" else 1000}
+    settings = {"data__max_prompt_length": limit if reason == "data.max_prompt_length" else limit + 2}
     file = write(["1234", "12345", "1", "123456", "12"])
     with pytest.raises(UserError) as caught:
         load(make_run(**settings), file, window)
