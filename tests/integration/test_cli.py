@@ -264,7 +264,7 @@ def test_ctrl_c_saves_and_stops(write_run_file: WriteRunFile, tmp_path: Path, st
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        time.sleep(0 if num_rows else 0.5)
+        time.sleep(0 if num_rows else 1.5)
         os.killpg(process.pid, signal.SIGINT)
         sent = time.monotonic()
         out, err = process.communicate(timeout=60)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -174,22 +175,15 @@ class Learner:
         if self.config.distillation_topk is not None:
             student_rows, indices = student_rows.topk(self.config.distillation_topk, dim=-1)
             teacher = teacher.gather(-1, indices)
-        return (
-            LossInputs(
-                student_log_probs=student_log_probs,
-                old_log_probs=old,
-                policy_weights=policy_weights,
-                advantages=batch.advantages,
-                rollout_is_weights=rollout_weights,
-                distilled=distilled,
-                distillation_weights=distillation_weights[distilled],
-                teacher_log_probs=teacher_log_probs,
-                student_distribution=student_rows,
-                teacher_distribution=teacher,
-                distillation_coef=coef,
-            ),
-            sums,
+        inputs = replace(
+            inputs,
+            distilled=distilled,
+            distillation_weights=distillation_weights[distilled],
+            teacher_log_probs=teacher_log_probs,
+            student_distribution=student_rows,
+            teacher_distribution=teacher,
         )
+        return inputs, sums
 
     def _student_log_probs(self, batch: MicroBatch) -> Tensor:
         # Only this mode lets transformers checkpoint; everything else runs without dropout, as sampling does.

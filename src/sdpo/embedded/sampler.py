@@ -188,9 +188,7 @@ def _serve(
                 continue
             started = time.perf_counter()
             responses = sample_responses([(model, 1.0)], request[1], decoding, request[2])
-            rollouts = Rollouts(responses, version, time.perf_counter() - started)
-            with contextlib.suppress(*_GONE):  # recv will say so
-                connection.send(rollouts)
-    except Exception:  # whatever it is, the learner's process reports it
+            connection.send(Rollouts(responses, version, time.perf_counter() - started))
+    except Exception:  # whatever it is, the learner's process reports it, if it is still there
         with contextlib.suppress(*_GONE):
             connection.send(traceback.format_exc())

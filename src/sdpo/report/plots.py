@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 from sdpo import metrics
 from sdpo.report.run_folder import RunRecord
@@ -155,14 +156,14 @@ def _draw_curve(axes: Axes, record: RunRecord, metric: str, *, smooth: bool, **s
         axes.plot(steps, finite, gid=name, marker=marker, markersize=2 * style["linewidth"], clip_on=False, **style)
 
 
-def _running_mean(values: Sequence[float]) -> np.ndarray:
+def _running_mean(values: Sequence[float]) -> NDArray[Any]:
     """Mean over the twentieth of the points that is centred on each."""
     kernel = np.ones(max(3, len(values) // 20) | 1)
     numbers = np.asarray(values, dtype=float)
     known = np.isfinite(numbers)
     count = np.convolve(known, kernel, mode="same")
     total = np.convolve(np.where(known, numbers, 0.0), kernel, mode="same")
-    mean: np.ndarray = np.divide(total, count, out=np.full_like(numbers, np.nan), where=count > 0)
+    mean: NDArray[Any] = np.divide(total, count, out=np.full_like(numbers, np.nan), where=count > 0)
     return mean
 
 
