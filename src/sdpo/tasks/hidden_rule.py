@@ -3,8 +3,8 @@
 A tiny model is made that can copy a solution out of its context, but that, without one, applies a rule at random.
 Then it is to learn one rule, which is only ever seen through the grader:
 
-mode ``feedback`` (B): the rule was never seen in pretraining, so no rollout succeeds and the score alone teaches
-    nothing; the grader's feedback on a failure shows the expected answer, as a failing unit test does.
+mode ``feedback`` (B): the rule was never seen in pretraining, so next to no rollout succeeds and the score alone
+    teaches nothing; the grader's feedback on a failure shows the expected answer, as a failing unit test does.
 mode ``peers`` (A): the rule is one of those pretrained, so some rollouts succeed and can be shown to their peers. The
     study of which teachers stay stable.
 """

@@ -101,15 +101,18 @@ def test_a_process_samples_with_the_weights_of_its_version_and_tells_its_errors(
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_is_reported_and_none_outlives_closing(
-    start: Callable[[], ProcessSampler], make_model: MakeModel
+def test_a_process_that_is_killed_is_reported_and_one_that_is_closed_goes_quietly(
+    start: Callable[[], ProcessSampler], make_model: MakeModel, capfd: pytest.CaptureFixture[str]
 ) -> None:
     killed, closed = start(), start()
     closed.submit(PROMPTS, 7)
+    closed.collect()
+    closed.submit(PROMPTS * 10, 7)
     before = time.monotonic()
-    closed.close()  # while it starts
+    closed.close()  # while it samples
     assert not closed._process.is_alive()
     assert time.monotonic() - before < 5
+    assert capfd.readouterr().err == ""
 
     pid = killed._process.pid
     assert pid is not None
