@@ -59,7 +59,7 @@ def test_success_is_at_least_the_threshold_and_never_nan() -> None:
     ]
     assert solutions(samples, demonstration_source="peer", success_reward_threshold=1.0) == [None] * 4
     nan = rollouts(math.nan, math.nan)
-    assert solutions(nan, demonstration_source="peer", success_reward_threshold=-math.inf) == [None] * 2
+    assert solutions(nan, demonstration_source="peer", success_reward_threshold=-1e9) == [None] * 2
     failed_only = solutions(
         rollouts(math.nan, 1.0, ground_truth="4"), demonstration_source="ground_truth", distill_only_failed=True
     )
