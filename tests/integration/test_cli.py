@@ -257,6 +257,8 @@ def test_ctrl_c_saves_and_stops(write_run_file: WriteRunFile, tmp_path: Path, st
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell that runs the suite in the background makes it deaf to Ctrl-C, and so all that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         deadline = time.monotonic() + 120
