@@ -15,7 +15,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "src" / "sdpo"
 
 GROUND = {"config", "errors", "metrics", "observer"}
-BELOW_ENGINES = GROUND | {"algorithm", "context", "tasks"}
+BELOW_ENGINES = GROUND | {"algorithm", "context", "models", "tasks"}
 ENGINES = {"embedded", "verl_backend"}
 EVERYTHING = BELOW_ENGINES | ENGINES | {"report", "cli"}
 
@@ -23,6 +23,7 @@ MAY_IMPORT = {
     **dict.fromkeys(GROUND, GROUND),
     "algorithm": GROUND,
     "context": GROUND,
+    "models": GROUND | {"algorithm"},
     "tasks": GROUND | {"context"},
     **dict.fromkeys(ENGINES, BELOW_ENGINES),
     "report": BELOW_ENGINES | ENGINES,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdpo.config import Run
-from sdpo.embedded.model import build_meta_model
+from sdpo.models.loading import build_meta_model
 
 BYTES = {"float32": 4, "bfloat16": 2}
 # Values of hidden size that a transformer layer keeps for its backward pass, a token: Korthikanti et al.

@@ -15,9 +15,9 @@ from sdpo.config import Run
 from sdpo.context.demonstration import GradedResponse, select_demonstrations
 from sdpo.context.encode import encode_teacher_prompt
 from sdpo.embedded.data import Prompt
-from sdpo.embedded.decoding import Decoding, sample_responses
 from sdpo.embedded.samples import grade_responses
 from sdpo.metrics import teacher_prompted_name, teacher_val_name, val_name
+from sdpo.models.decoding import Decoding, sample_responses
 from sdpo.tasks.interface import Task
 
 # Evaluation draws the same noise every time, so that two of them differ by the weights alone.

@@ -21,9 +21,9 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from sdpo.config import ModelConfig
-from sdpo.embedded.decoding import Decoding, Response, sample_responses
-from sdpo.embedded.model import load_model
 from sdpo.embedded.weights import SharedWeights, copy_parameters
+from sdpo.models.decoding import Decoding, Response, sample_responses
+from sdpo.models.loading import load_model
 
 
 @dataclass(frozen=True)

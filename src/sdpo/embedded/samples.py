@@ -16,7 +16,7 @@ from sdpo.config import SelfDistillationConfig
 from sdpo.context.demonstration import Demonstration, GradedResponse, compute_success_rates, select_demonstrations
 from sdpo.context.encode import TeacherPrompt, encode_teacher_prompt
 from sdpo.embedded.data import Prompt
-from sdpo.embedded.decoding import Response
+from sdpo.models.decoding import Response
 from sdpo.tasks.interface import Grade, Task, grade_response
 
 

@@ -9,12 +9,12 @@ from transformers import PreTrainedTokenizerBase
 
 from sdpo.config import Run
 from sdpo.embedded.data import Prompt, PromptOrder, load_prompts
-from sdpo.embedded.decoding import Decoding
 from sdpo.embedded.evaluation import Evaluator
 from sdpo.embedded.learner import Learner
-from sdpo.embedded.model import get_stop_token_ids, get_window, load_model, load_tokenizer, resolve_device
 from sdpo.embedded.run_folder import RunFolder
 from sdpo.embedded.sampler import LocalSampler, ProcessSampler, Sampler
+from sdpo.models.decoding import Decoding
+from sdpo.models.loading import get_stop_token_ids, get_window, load_model, load_tokenizer, resolve_device
 from sdpo.observer import Observer
 from sdpo.tasks.interface import Task, load_task
 

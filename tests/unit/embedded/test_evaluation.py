@@ -13,9 +13,9 @@ from sdpo.algorithm.teacher import Teacher
 from sdpo.config import Run
 from sdpo.embedded import evaluation
 from sdpo.embedded.data import Prompt
-from sdpo.embedded.decoding import Decoding, Response
 from sdpo.embedded.evaluation import Evaluator
 from sdpo.embedded.samples import build_samples
+from sdpo.models.decoding import Decoding, Response
 from sdpo.tasks.hidden_rule import build_tokenizer
 from sdpo.tasks.interface import Grade, Row
 

@@ -19,10 +19,10 @@ from sdpo.algorithm.loss import LossInputs
 from sdpo.config import Run
 from sdpo.embedded import learner as learner_module
 from sdpo.embedded.batch import split_by_tokens
-from sdpo.embedded.decoding import Decoding, sample_responses
 from sdpo.embedded.learner import Learner
 from sdpo.embedded.samples import Sample
 from sdpo.errors import UserError
+from sdpo.models.decoding import Decoding, sample_responses
 
 MakeModel = Callable[..., Any]
 MakeRun = Callable[..., Run]

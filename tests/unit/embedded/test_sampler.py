@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from sdpo.config import ModelConfig
-from sdpo.embedded.decoding import Decoding, Response, sample_responses
 from sdpo.embedded.sampler import LocalSampler, ProcessSampler
+from sdpo.models.decoding import Decoding, Response, sample_responses
 
 MakeModel = Callable[..., Any]
 PROMPTS = [[5, 6, 7], [9, 3], [8, 8, 8, 8]]

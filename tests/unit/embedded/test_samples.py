@@ -10,8 +10,8 @@ import pytest
 from sdpo import metrics
 from sdpo.config import SelfDistillationConfig
 from sdpo.embedded.data import Prompt
-from sdpo.embedded.decoding import Response
 from sdpo.embedded.samples import Sample, build_samples, summarize_samples
+from sdpo.models.decoding import Response
 from sdpo.tasks.hidden_rule import build_tokenizer
 from sdpo.tasks.interface import Grade, Row
 

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM
 from sdpo import metrics
 from sdpo.config import Run
 from sdpo.embedded import setup, trainer
-from sdpo.embedded.decoding import Response
 from sdpo.embedded.learner import Learner
 from sdpo.embedded.sampler import LocalSampler, ProcessSampler, Rollouts
 from sdpo.embedded.samples import Sample
 from sdpo.embedded.trainer import train
 from sdpo.errors import UserError
+from sdpo.models.decoding import Response
 from sdpo.tasks.hidden_rule import HiddenRule
 
 MakeRun = Callable[..., Run]

@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from sdpo.config import ModelConfig
-from sdpo.embedded.model import (
+from sdpo.errors import UserError
+from sdpo.models.loading import (
     build_meta_model,
     get_stop_token_ids,
     get_window,
@@ -20,7 +21,6 @@ from sdpo.embedded.model import (
     load_tokenizer,
     resolve_device,
 )
-from sdpo.errors import UserError
 
 CPU = torch.device("cpu")
 

@@ -16,8 +16,8 @@ from sdpo.config import Run
 from sdpo.context.demonstration import Demonstration
 from sdpo.context.encode import TeacherPrompt
 from sdpo.embedded.data import Prompt
-from sdpo.embedded.decoding import Response
 from sdpo.embedded.samples import Sample
+from sdpo.models.decoding import Response
 from sdpo.tasks.hidden_rule import HiddenRule
 from sdpo.tasks.interface import Grade, Row
 

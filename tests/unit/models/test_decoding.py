@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from sdpo.embedded import decoding as decoding_module
-from sdpo.embedded.decoding import Decoding, Response, compute_sampling_log_probs, sample_responses
+from sdpo.models import decoding as decoding_module
+from sdpo.models.decoding import Decoding, Response, compute_sampling_log_probs, sample_responses
 
 PROMPTS = [[5, 6, 7, 8, 9, 3, 4], [4, 4, 5], [9], [3, 8, 3, 8, 5], [10, 3], [7, 7, 7, 6, 3, 3, 9, 10, 4]]
 DECODING = Decoding(

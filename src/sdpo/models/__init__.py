@@ -1,0 +1,1 @@
+"""Models of transformers: loading them, and sampling from them. What both engines share beside the algorithm."""
