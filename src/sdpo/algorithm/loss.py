@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ from sdpo.algorithm.divergence import (
     renormalize,
 )
 from sdpo.config import SelfDistillationConfig
+
+# metric -> (sum, count), to be added over micro-batches; a count of 0 marks a total
+Sums: TypeAlias = dict[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,7 @@ class LossOutputs:
 
     loss: Tensor  # scalar
     token_losses: Tensor  # [N] weighted contribution of each token to the loss; its sum is the loss
-    sums: Mapping[
-        str, tuple[Tensor, Tensor]
-    ]  # metric -> (sum, count), to be added over micro-batches; count 0: a total
+    sums: Sums
 
 
 def compute_token_weights(num_tokens: Tensor, loss_agg_mode: str, horizon: int | None = None) -> Tensor:
@@ -126,9 +128,7 @@ def _compute_clip_factor(divergence: Tensor, limit: float) -> Tensor:
     return limit / divergence.detach().abs().clamp(min=limit)
 
 
-def compute_distillation_token_losses(
-    inputs: LossInputs, config: SelfDistillationConfig
-) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+def compute_distillation_token_losses(inputs: LossInputs, config: SelfDistillationConfig) -> tuple[Tensor, Sums]:
     """Loss of each distilled token [M] before aggregation, and the sums for its metrics."""
     assert inputs.distilled is not None and inputs.teacher_log_probs is not None
     student_log_probs = inputs.student_log_probs[inputs.distilled]
@@ -138,8 +138,8 @@ def compute_distillation_token_losses(
     if config.divergence_clip is not None:
         losses = losses * _compute_clip_factor(divergence, config.divergence_clip)
     sums = {
-        metrics.DIVERGENCE: _mean(divergence),
-        metrics.TEACHER_GAP: _mean(inputs.teacher_log_probs - student_log_probs),
+        metrics.DIVERGENCE: mean_of(divergence),
+        metrics.TEACHER_GAP: mean_of(inputs.teacher_log_probs - student_log_probs),
     }
     if config.teacher_entropy_beta:
         teacher = inputs.teacher_distribution
@@ -149,18 +149,16 @@ def compute_distillation_token_losses(
         losses = losses * torch.exp(-config.teacher_entropy_beta * compute_entropy(teacher.detach()))
     if config.is_clip is not None:
         ratio = compute_ratio(student_log_probs.detach(), inputs.old_log_probs[inputs.distilled])
-        sums[metrics.IS_CLIP_FRACTION] = _mean((ratio > config.is_clip).to(losses.dtype))
+        sums[metrics.IS_CLIP_FRACTION] = mean_of((ratio > config.is_clip).to(losses.dtype))
         ratio = ratio.clamp(max=config.is_clip)
-        sums[metrics.IS_RATIO_MEAN] = _mean(ratio)
+        sums[metrics.IS_RATIO_MEAN] = mean_of(ratio)
         losses = losses * ratio
     if inputs.rollout_is_weights is not None:
         losses = losses * inputs.rollout_is_weights[inputs.distilled]
     return losses, sums
 
 
-def compute_policy_token_losses(
-    inputs: LossInputs, config: SelfDistillationConfig
-) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+def compute_policy_token_losses(inputs: LossInputs, config: SelfDistillationConfig) -> tuple[Tensor, Sums]:
     """PPO's clipped surrogate of each response token [N], before aggregation, and the sums for its metrics.
 
     Source: PPO (arXiv 1707.06347) eq. 7 with separate bounds (DAPO, arXiv 2503.14476). Departure from verl: no dual
@@ -171,7 +169,7 @@ def compute_policy_token_losses(
     clipped = ratio.clamp(1.0 - config.clip_ratio_low, 1.0 + config.clip_ratio_high)
     losses = torch.maximum(-inputs.advantages * ratio, -inputs.advantages * clipped)
     clip_active = (-inputs.advantages * clipped > -inputs.advantages * ratio).to(losses.dtype)
-    sums = {metrics.PG_CLIPFRAC: _mean(clip_active), metrics.ADVANTAGES_MEAN: _mean(inputs.advantages)}
+    sums = {metrics.PG_CLIPFRAC: mean_of(clip_active), metrics.ADVANTAGES_MEAN: mean_of(inputs.advantages)}
     if inputs.rollout_is_weights is not None:
         losses = losses * inputs.rollout_is_weights
     return losses, sums
@@ -185,8 +183,8 @@ def compute_loss(inputs: LossInputs, config: SelfDistillationConfig) -> LossOutp
     """
     # Zeros with a graph: tokens of which none is distilled can be differentiated like any others.
     contributions = 0.0 * inputs.student_log_probs
-    sums: dict[str, tuple[Tensor, Tensor]] = {
-        metrics.PPO_KL: _mean(inputs.old_log_probs - inputs.student_log_probs),
+    sums: Sums = {
+        metrics.PPO_KL: mean_of(inputs.old_log_probs - inputs.student_log_probs),
     }
     if config.grpo_coef > 0.0:
         assert inputs.policy_weights is not None
@@ -318,7 +316,8 @@ def _require_tensors(config: SelfDistillationConfig, given: Mapping[str, object]
             )
 
 
-def _mean(values: Tensor) -> tuple[Tensor, Tensor]:
+def mean_of(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and count of a metric's values."""
     values = values.detach()
     return values.sum(), torch.tensor(values.numel(), device=values.device)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sdpo.config import SelfDistillationConfig
 
@@ -46,26 +47,31 @@ def update_teacher_ema(teacher_params: Iterable[Tensor], student_params: Iterabl
 
 
 class Teacher:
-    """The teacher that ``teacher_regularization`` names, for a student that is an ``nn.Module``.
+    """The teacher that ``teacher_regularization`` names.
 
     It holds one frozen module (none for the live teacher, which is the student itself), says by ``policy`` whose logits
     make the teacher's distribution, and follows the student in ``step``, once a rollout batch.
+
+    Args:
+        module: with the student's initial weights, without gradients; None for the live teacher only. Its parameters
+            may be shards (DTensor): those of the same rank are averaged, nothing is gathered.
+        config: which teacher.
+
+    Attributes:
+        num_steps: how often it has followed.
     """
 
-    def __init__(self, student: nn.Module, config: SelfDistillationConfig) -> None:
+    def __init__(self, module: nn.Module | None, config: SelfDistillationConfig) -> None:
         self.kind = config.teacher_regularization
         self.rate = config.ema_update_rate
         self.snapshot_every = config.teacher_snapshot_every
         self.num_steps = 0
-        self.module: nn.Module | None = None
-        self._average: list[Tensor] = []
-        if self.kind != "live":
-            self.module = copy.deepcopy(student).requires_grad_(False).eval()
-        if self.kind == "ema":
-            self._average = [
-                p.data if p.dtype in (torch.float32, torch.float64) else p.detach().float().clone()
-                for p in self._module_params()
-            ]
+        self.module = module
+        assert (module is None) == (self.kind == "live"), "only the live teacher has no module of its own"
+        # Of a module in half precision a float32 copy is averaged; a float32 module is its own average.
+        self._average: list[Tensor] | None = None
+        if self.kind == "ema" and any(p.dtype not in (torch.float32, torch.float64) for p in self._params()):
+            self._average = [p.float() for p in self._params()]
 
     def policy(self, student: nn.Module) -> Policy:
         """Whose logits to add up: one module, or two for the trust region.
@@ -79,20 +85,32 @@ class Teacher:
             return [(self.module, 1.0 - self.rate), (student, self.rate)]
         return [(self.module, 1.0)]
 
+    @torch.no_grad()
     def step(self, student: nn.Module) -> None:
         """Follow the student after all optimizer steps of a rollout batch."""
         self.num_steps += 1
         if self.kind == "ema":
-            update_teacher_ema(self._average, student.parameters(), self.rate)
-            self._copy_into_module(self._average)
+            average = self._average if self._average is not None else self._params()
+            update_teacher_ema(average, _local_params(student), self.rate)
+            if self._average is not None:
+                self._copy_into_module(self._average)
         elif self.kind == "snapshot" and self.num_steps % self.snapshot_every == 0:
-            self._copy_into_module(student.parameters())
+            self._copy_into_module(_local_params(student))
 
-    def _module_params(self) -> list[nn.Parameter]:
-        return list(self.module.parameters()) if self.module is not None else []
+    def _params(self) -> list[Tensor]:
+        return _local_params(self.module) if self.module is not None else []
 
-    @torch.no_grad()
     def _copy_into_module(self, source: Iterable[Tensor]) -> None:
-        for param, value in zip(self._module_params(), source, strict=True):
-            if param.data_ptr() != value.data_ptr():
-                param.copy_(value)
+        for param, value in zip(self._params(), source, strict=True):
+            param.copy_(value)
+
+
+def _local_params(module: nn.Module) -> list[Tensor]:
+    """Parameters, or the shards of them that this rank holds."""
+    return [p.to_local() if isinstance(p, DTensor) else p.data for p in module.parameters()]
+
+
+def build_teacher(student: nn.Module, config: SelfDistillationConfig) -> Teacher:
+    """The teacher of a student that fits into one process: its module begins as a copy of the student."""
+    is_live = config.teacher_regularization == "live"
+    return Teacher(None if is_live else copy.deepcopy(student).requires_grad_(False).eval(), config)

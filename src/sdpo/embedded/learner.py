@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,16 +12,20 @@ from transformers import PreTrainedModel, get_scheduler
 
 from sdpo import metrics
 from sdpo.algorithm.correction import compute_rollout_ratio
-from sdpo.algorithm.divergence import compute_entropy
-from sdpo.algorithm.loss import LossInputs, compute_distillation_coef, compute_loss, compute_token_weights
-from sdpo.algorithm.teacher import Teacher
+from sdpo.algorithm.inputs import build_loss_inputs, gather_log_probs
+from sdpo.algorithm.loss import (
+    LossInputs,
+    Sums,
+    compute_distillation_coef,
+    compute_loss,
+    compute_token_weights,
+    mean_of,
+)
+from sdpo.algorithm.teacher import build_teacher
 from sdpo.config import Run
 from sdpo.embedded.batch import MicroBatch, PaddedSequences, build_micro_batch, compute_response_logits, split_by_tokens
 from sdpo.embedded.samples import Sample
 from sdpo.errors import UserError
-
-# metric -> (sum, count); count 0 marks a total
-Sums = dict[str, tuple[Tensor, Tensor]]
 
 
 class Learner:
@@ -44,7 +47,7 @@ class Learner:
         self._check_topk()
         if run.learner.gradient_checkpointing:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.teacher = Teacher(student, self.config) if self.config.distills else None
+        self.teacher = build_teacher(student, self.config) if self.config.distills else None
         self.optimizer = torch.optim.AdamW(
             student.parameters(),
             lr=run.optim.lr,
@@ -94,7 +97,7 @@ class Learner:
         result: list[Tensor] = [torch.empty(0)] * len(samples)
         for piece in split_by_tokens(samples, self.run.learner.micro_batch_tokens):
             batch = build_micro_batch([samples[i] for i in piece], self.pad_token_id, self.device)
-            log_probs = _gather(self._student_log_probs(batch), batch.sampled_ids)
+            log_probs = gather_log_probs(self._student_log_probs(batch), batch.sampled_ids)
             for i, values in zip(
                 piece, log_probs.split([len(samples[i].response.token_ids) for i in piece]), strict=True
             ):
@@ -148,42 +151,27 @@ class Learner:
         self, batch: MicroBatch, old: Tensor | None, policy_weights: Tensor, distillation_weights: Tensor, coef: float
     ) -> tuple[LossInputs, Sums]:
         student = self._student_log_probs(batch)
-        student_log_probs = _gather(student, batch.sampled_ids)
-        old = student_log_probs.detach() if old is None else old
+        old = gather_log_probs(student.detach(), batch.sampled_ids) if old is None else old
         rollout_weights, sums = self._rollout_weights(old, batch)
-        with torch.no_grad():
-            entropy = compute_entropy(student)
-            sums[metrics.ENTROPY] = (entropy.sum(), _count(entropy))
-        inputs = LossInputs(
-            student_log_probs=student_log_probs,
+        teacher = None
+        if batch.teacher is not None:
+            assert self.teacher is not None
+            with torch.no_grad():
+                teacher = self._log_probs(self.teacher.policy(self.student), batch.teacher)
+        inputs, more = build_loss_inputs(
+            student,
+            batch.sampled_ids,
+            self.config,
             old_log_probs=old,
             policy_weights=policy_weights,
             advantages=batch.advantages,
             rollout_is_weights=rollout_weights,
+            distilled=batch.distilled,
+            teacher=teacher,
+            distillation_weights=distillation_weights,
             distillation_coef=coef,
         )
-        if batch.teacher is None:
-            return inputs, sums
-        assert self.teacher is not None
-        with torch.no_grad():
-            teacher = self._log_probs(self.teacher.policy(self.student), batch.teacher)
-            entropy = compute_entropy(teacher)
-            sums[metrics.TEACHER_ENTROPY] = (entropy.sum(), _count(entropy))
-        distilled = batch.distilled
-        student_rows = student if bool(distilled.all()) else student[distilled]
-        teacher_log_probs = _gather(teacher, batch.sampled_ids[distilled])
-        if self.config.distillation_topk is not None:
-            student_rows, indices = student_rows.topk(self.config.distillation_topk, dim=-1)
-            teacher = teacher.gather(-1, indices)
-        inputs = replace(
-            inputs,
-            distilled=distilled,
-            distillation_weights=distillation_weights[distilled],
-            teacher_log_probs=teacher_log_probs,
-            student_distribution=student_rows,
-            teacher_distribution=teacher,
-        )
-        return inputs, sums
+        return inputs, sums | more
 
     def _student_log_probs(self, batch: MicroBatch) -> Tensor:
         # Only this mode lets transformers checkpoint; everything else runs without dropout, as sampling does.
@@ -202,15 +190,15 @@ class Learner:
             return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, packed)
 
         kl = batch.rollout_log_probs - old
-        sums: Sums = {metrics.ROLLOUT_KL: (kl.sum(), _count(kl))}
+        sums: Sums = {metrics.ROLLOUT_KL: mean_of(kl)}
         level, threshold = self.run.learner.rollout_is, self.run.learner.rollout_is_threshold
         padded = compute_rollout_ratio(unpack(old), unpack(batch.rollout_log_probs), mask, level)
         if padded is None:
             return None, sums
         ratio = padded[mask]
         weights = ratio.clamp(max=threshold)
-        sums[metrics.ROLLOUT_IS_MEAN] = (weights.sum(), _count(weights))
-        sums[metrics.ROLLOUT_IS_CLIP_FRACTION] = ((ratio > threshold).sum(), _count(weights))
+        sums[metrics.ROLLOUT_IS_MEAN] = mean_of(weights)
+        sums[metrics.ROLLOUT_IS_CLIP_FRACTION] = mean_of((ratio > threshold).to(weights.dtype))
         return weights, sums
 
     def _update(self) -> dict[str, float]:
@@ -228,14 +216,6 @@ class Learner:
                 f"self_distillation.distillation_topk={topk} is more than the model's vocabulary of {vocab_size}; "
                 "lower it or remove it"
             )
-
-
-def _gather(log_probs: Tensor, token_ids: Tensor) -> Tensor:
-    return log_probs.gather(-1, token_ids[:, None])[:, 0]
-
-
-def _count(values: Tensor) -> Tensor:
-    return torch.tensor(values.numel(), device=values.device)
 
 
 def _add(sums: Sums, more: Sums) -> None:

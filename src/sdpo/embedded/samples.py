@@ -13,8 +13,9 @@ from sdpo import metrics
 from sdpo.algorithm.advantage import compute_group_advantages
 from sdpo.algorithm.loss import compute_prompt_weights
 from sdpo.config import SelfDistillationConfig
-from sdpo.context.demonstration import Demonstration, GradedResponse, compute_success_rates, select_demonstrations
-from sdpo.context.encode import TeacherPrompt, encode_teacher_prompt
+from sdpo.context.demonstration import Demonstration, GradedResponse, compute_success_rates
+from sdpo.context.encode import TeacherPrompt
+from sdpo.context.teacher_prompts import Lesson, build_lessons, summarize_lessons
 from sdpo.embedded.data import Prompt
 from sdpo.models.decoding import Response
 from sdpo.tasks.interface import Grade, Task, grade_response
@@ -65,8 +66,15 @@ def build_samples(
 ) -> list[Sample]:
     """Training samples of one step, prompt by prompt."""
     graded = grade_responses(task, tokenizer, prompts, responses)
-    nothing = [Demonstration()] * len(graded)
-    demonstrations = select_demonstrations(graded, config, rng) if config.distills else nothing
+    flat = [response for of_prompt in responses for response in of_prompt]
+    lessons = build_lessons(
+        tokenizer,
+        [prompts[int(g.group)].row.prompt for g in graded],
+        graded,
+        [None if window is None else window - len(response.token_ids) for response in flat],
+        config,
+        rng,
+    )
     scores = torch.tensor([g.score for g in graded])
     groups = torch.tensor([int(g.group) for g in graded])
     advantages = compute_group_advantages(scores, groups, norm_by_std=config.norm_adv_by_std_in_grpo).tolist()
@@ -74,26 +82,19 @@ def build_samples(
     if config.weight_by_prompt_difficulty:
         rates = compute_success_rates(graded, config.success_reward_threshold)
         weights = compute_prompt_weights(torch.tensor(rates)).tolist()
-    flat = [response for of_prompt in responses for response in of_prompt]
-    samples = []
-    for i, (g, response, demonstration) in enumerate(zip(graded, flat, demonstrations, strict=True)):
-        prompt = prompts[int(g.group)]
-        room = None if window is None else window - len(response.token_ids)
-        samples.append(
-            Sample(
-                prompt=prompt,
-                response=response,
-                text=g.response,
-                grade=Grade(g.score, g.feedback),
-                demonstration=demonstration,
-                teacher_prompt=encode_teacher_prompt(
-                    tokenizer, prompt.row.prompt, demonstration, config, max_length=room
-                ),
-                advantage=advantages[i],
-                distillation_weight=weights[i],
-            )
+    return [
+        Sample(
+            prompt=prompts[int(g.group)],
+            response=response,
+            text=g.response,
+            grade=Grade(g.score, g.feedback),
+            demonstration=lesson.demonstration,
+            teacher_prompt=lesson.prompt,
+            advantage=advantage,
+            distillation_weight=weight,
         )
-    return samples
+        for g, response, lesson, advantage, weight in zip(graded, flat, lessons, advantages, weights, strict=True)
+    ]
 
 
 def summarize_samples(samples: Sequence[Sample], config: SelfDistillationConfig) -> dict[str, float]:
@@ -116,20 +117,6 @@ def summarize_samples(samples: Sequence[Sample], config: SelfDistillationConfig)
         metrics.PROMPT_LENGTH_MAX: max(prompt_lengths),
         metrics.TOKENS: sum(lengths) + sum(prompt_lengths),
     }
-    succeeded = [score >= config.success_reward_threshold for score in scores]
-    groups = {id(s.prompt) for s in samples}
-    values |= {
-        metrics.SUCCESS_FRACTION: mean(succeeded),
-        metrics.SUCCESS_GROUP_FRACTION: len({id(s.prompt) for s, ok in zip(samples, succeeded, strict=True) if ok})
-        / len(groups),
-    }
-    if config.distills:
-        shown = [s for s in samples if s.is_distilled]
-        values |= {
-            metrics.DISTILLED_FRACTION: len(shown) / len(samples),
-            metrics.DEMONSTRATION_FRACTION: sum(s.demonstration.solution is not None for s in shown) / len(samples),
-            metrics.FEEDBACK_FRACTION: sum(s.demonstration.feedback is not None for s in shown) / len(samples),
-            metrics.TRUNCATED_FRACTION: mean([s.teacher_prompt.truncated for s in samples]),
-            metrics.OVERLONG_FRACTION: mean([s.teacher_prompt.overlong for s in samples]),
-        }
-    return values
+    graded = [GradedResponse(id(s.prompt), s.text, s.grade.score) for s in samples]
+    lessons = [Lesson(s.demonstration, s.teacher_prompt) for s in samples]
+    return values | summarize_lessons(graded, lessons, config)

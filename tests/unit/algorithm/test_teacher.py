@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import sdpo
 from sdpo import SelfDistillationConfig
-from sdpo.algorithm.teacher import Teacher
+from sdpo.algorithm.teacher import Teacher, build_teacher
 
 KINDS = ("ema", "trust-region", "frozen", "live", "snapshot")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -146,7 +146,7 @@ def move(student: nn.Module, step: int) -> None:
 def build(kind: str, dtype: torch.dtype = torch.float32, **settings: Any) -> tuple[Tiny, Teacher]:
     student = Tiny().to(dtype)
     student.train()
-    return student, Teacher(student, SelfDistillationConfig(teacher_regularization=kind, **settings))
+    return student, build_teacher(student, SelfDistillationConfig(teacher_regularization=kind, **settings))
 
 
 RATE, EVERY, STEPS = 0.3, 3, 8

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from sdpo.algorithm.teacher import Teacher
+from sdpo.algorithm.teacher import Teacher, build_teacher
 from sdpo.config import Run
 from sdpo.embedded import evaluation
 from sdpo.embedded.data import Prompt
@@ -107,7 +107,7 @@ def test_accuracy_of_several_samples(make_run: MakeRun, scripted: Scripted) -> N
 def test_the_teacher_answers_with_its_weights_and_its_context(make_run: MakeRun, scripted: Scripted) -> None:
     run = make_run(self_distillation__demonstration_source="none", self_distillation__include_environment_feedback=True)
     student = nn.Linear(1, 1)
-    teacher = Teacher(student, run.self_distillation)
+    teacher = build_teacher(student, run.self_distillation)
     assert teacher.module is not None
     scripted.answers[student] = lambda text, _: "321" if "123" in text else "0"
     scripted.answers[teacher.module] = copier
@@ -131,7 +131,7 @@ def test_the_teacher_s_context_is_that_of_training(make_run: MakeRun, scripted: 
         self_distillation__include_environment_feedback=source == "none",
     )
     student = nn.Linear(1, 1)
-    teacher = Teacher(student, run.self_distillation)
+    teacher = build_teacher(student, run.self_distillation)
     assert teacher.module is not None
 
     def answer(text: str, k: int) -> str:
@@ -159,7 +159,7 @@ def test_the_teacher_s_context_is_that_of_training(make_run: MakeRun, scripted: 
 def test_the_trust_region_s_teacher_is_both_models(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(self_distillation__teacher_regularization="trust-region", self_distillation__ema_update_rate=0.25)
     student = nn.Linear(1, 1)
-    teacher = Teacher(student, run.self_distillation)
+    teacher = build_teacher(student, run.self_distillation)
     policies = []
 
     def respond(policy: Any, prompts: Sequence[list[int]], decoding: Decoding, seed: int) -> Any:
@@ -175,7 +175,7 @@ def test_the_trust_region_s_teacher_is_both_models(make_run: MakeRun, monkeypatc
 def test_no_teacher_is_asked(make_run: MakeRun, scripted: Scripted, settings: dict[str, Any]) -> None:
     run = make_run(**settings)
     student = nn.Linear(1, 1)
-    teacher = Teacher(student, run.self_distillation) if run.self_distillation.distills else None
+    teacher = build_teacher(student, run.self_distillation) if run.self_distillation.distills else None
     scripted.answers[student] = lambda *_: "0"
     values = evaluate(run, student, teacher)
     assert values == {"val-core/near/acc/mean@1": 0.0, "val-core/far/acc/mean@1": 0.0}
