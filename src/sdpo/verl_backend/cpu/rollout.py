@@ -1,0 +1,155 @@
+"""A rollout replica that samples with transformers; vLLM's place without GPUs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import Counter
+from typing import Any
+
+import ray
+import torch
+from verl.workers.rollout import base
+from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput
+from verl.workers.rollout.utils import ensure_async_iterator
+
+from sdpo.config import ModelConfig
+from sdpo.models.decoding import Decoding, Response, sample_responses
+from sdpo.models.loading import get_stop_token_ids, load_model, load_tokenizer
+
+NAME = "transformers"
+
+
+class Server:
+    """One model that answers requests, those that wait at the same time as one batch.
+
+    A request's seed is made of the run's, the weights' version, the prompt and how many equal requests came before it,
+    a batch's of its requests'. So a resumed run samples what the first one would have sampled wherever batches are the
+    same, and they always are with ``rollout.max_num_seqs=1``; otherwise they depend on when requests arrive.
+    """
+
+    def __init__(self, model: ModelConfig, max_batch: int, max_tokens: int, seed: int) -> None:
+        torch.set_num_threads(1)
+        tokenizer = load_tokenizer(model)
+        self.model = load_model(model, torch.device("cpu"))
+        self.stop_token_ids = get_stop_token_ids(self.model, tokenizer)
+        self.pad_token_id = int(tokenizer.pad_token_id)
+        self.max_batch, self.max_tokens, self.seed = max_batch, max_tokens, seed
+        self.version = -1
+        self.seen: Counter[tuple[int, ...]] = Counter()
+        self.waiting: list[tuple[list[int], dict[str, Any], int, asyncio.Future[tuple[Response, int]]]] = []
+        self.is_busy = False
+        self.weights_in_use = asyncio.Lock()
+
+    async def generate(
+        self, request_id: str, prompt_ids: list[int], sampling_params: dict[str, Any], **_: Any
+    ) -> TokenOutput:
+        key = tuple(prompt_ids)
+        self.seen[key] += 1
+        seed = hash((self.seed, self.version, key, self.seen[key]))  # of numbers only, so the same in every process
+        answer: asyncio.Future[tuple[Response, int]] = asyncio.get_running_loop().create_future()
+        self.waiting.append((prompt_ids, sampling_params, seed, answer))
+        if not self.is_busy:
+            self.is_busy = True
+            asyncio.get_running_loop().create_task(self._work())
+        response, version = await answer
+        return TokenOutput(
+            token_ids=response.token_ids,
+            log_probs=response.log_probs,
+            stop_reason="completed",
+            num_preempted=0,
+            extra_fields={"global_steps": version},
+        )
+
+    async def load(self, state: dict[str, torch.Tensor], version: int) -> None:
+        async with self.weights_in_use:
+            self.model.load_state_dict(state)
+            self.version = version
+            self.seen.clear()
+
+    async def score(self, prompt_ids: list[int], response_ids: list[int]) -> list[float]:
+        """Log-probabilities of a response by the weights that sample now: whether they are the trained ones."""
+        with torch.no_grad():
+            logits = self.model(torch.tensor([prompt_ids + response_ids])).logits[0, len(prompt_ids) - 1 : -1]
+        return logits.log_softmax(-1).gather(1, torch.tensor(response_ids)[:, None])[:, 0].tolist()
+
+    async def idle(self) -> None:
+        """What verl asks of a sampler that shares its GPU."""
+
+    wake_up = sleep = resume_generation = clear_kv_cache = release_kv_cache = resume_kv_cache = idle
+
+    async def abort_all_requests(self, reject_request: bool = False) -> None:
+        """Nothing: new weights wait until the batch that is being sampled is done."""
+
+    async def _work(self) -> None:
+        try:
+            await asyncio.sleep(0.02)  # a step's requests arrive one by one
+            while self.waiting:
+                _, params, _, _ = self.waiting[0]
+                batch = [request for request in self.waiting if request[1] == params][: self.max_batch]
+                self.waiting = [request for request in self.waiting if not any(request is taken for taken in batch)]
+                async with self.weights_in_use:
+                    responses = await asyncio.to_thread(self._sample, batch, params)
+                    for (_, _, _, answer), response in zip(batch, responses, strict=True):
+                        answer.set_result((response, self.version))
+        finally:
+            self.is_busy = False
+
+    def _sample(self, batch: list[Any], params: dict[str, Any]) -> list[Response]:
+        decoding = Decoding(
+            n=1,
+            max_new_tokens=params.get("max_tokens") or self.max_tokens,
+            temperature=params.get("temperature", 1.0),
+            top_p=params.get("top_p", 1.0),
+            batch_size=len(batch),
+            stop_token_ids=self.stop_token_ids,
+            pad_token_id=self.pad_token_id,
+        )
+        seed = hash(tuple(seed for _, _, seed, _ in batch)) % (1 << 63)
+        sampled = sample_responses([(self.model, 1.0)], [prompt for prompt, _, _, _ in batch], decoding, seed)
+        return [responses[0] for responses in sampled]
+
+
+class TransformersReplica(RolloutReplica):  # type: ignore[misc]
+    """One ``Server`` as an actor of Ray."""
+
+    async def launch_servers(self) -> None:
+        model = ModelConfig(path=self.model_config.path, trust_remote_code=self.model_config.trust_remote_code)
+        server = (
+            ray.remote(Server)
+            .options(name=_server_name(self.replica_rank), num_cpus=1, max_concurrency=self.max_concurrency)
+            .remote(model, self.config.max_num_seqs, self.config.response_length, self.config.seed)
+        )
+        await server.idle.remote()  # it has loaded its model, or says why not
+        self.servers = [server]
+        self._server_handle = server
+        self._server_address = f"{NAME}:{self.replica_rank}"
+
+
+class ServerAdapter(base.BaseRollout):  # type: ignore[misc]
+    """Hands received weights to the replica's server."""
+
+    def __init__(
+        self, config: Any, model_config: Any, device_mesh: Any, replica_rank: int | None = None, **_: Any
+    ) -> None:
+        super().__init__(config, model_config, device_mesh)
+        # In a training worker (one GPU for both) verl gives no rank; every worker has a replica of its own there.
+        self.replica_rank = int(os.environ["RANK"]) if replica_rank is None else replica_rank
+        self.is_leader_rank = True
+
+    async def resume(self, tags: list[str]) -> None: ...
+
+    async def release(self) -> None: ...
+
+    async def update_weights(self, weights: Any, global_steps: int | None = None, **_: Any) -> None:
+        state = {name: tensor async for name, tensor in ensure_async_iterator(weights)}
+        server = ray.get_actor(_server_name(self.replica_rank))
+        await server.load.remote(state, -1 if global_steps is None else global_steps)
+
+
+def _server_name(replica_rank: int) -> str:
+    return f"sdpo_transformers_server_{replica_rank}"
+
+
+RolloutReplicaRegistry.register(NAME, lambda: TransformersReplica)
+base._ROLLOUT_REGISTRY[NAME, "async"] = f"{__name__}.{ServerAdapter.__name__}"

@@ -1,0 +1,289 @@
+"""verl's FSDP2 engine with a teacher beside the student and the SDPO loss behind verl's logits hook."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from verl.trainer.config import CheckpointConfig
+from verl.utils import tensordict_utils as tu
+from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
+from verl.utils.device import get_device_id, get_device_name
+from verl.utils.fsdp_utils import load_fsdp_model_to_gpu, offload_fsdp_model_to_cpu
+from verl.workers.engine import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+from sdpo.algorithm.inputs import build_loss_inputs
+from sdpo.algorithm.loss import Sums, compute_loss, compute_token_weights
+from sdpo.algorithm.teacher import Teacher
+from sdpo.config import SelfDistillationConfig
+from sdpo.verl_backend.packing import (
+    DISTILLATION_WEIGHTS,
+    POLICY_WEIGHTS,
+    SAMPLE_WEIGHTS,
+    TEACHER_PROMPT_LENGTHS,
+    PackedTokens,
+    count_response_tokens,
+    pack_tokens,
+    pad_right,
+)
+
+MODEL_TYPE = "self_distillation_language_model"
+FORWARD_SETTINGS = ("temperature", "use_remove_padding", "pad_mode", "pad_token_id")
+
+
+class LossThroughLogits:
+    """The SDPO loss of one micro-batch in verl's two calls: per token where the logits are, then as a scalar.
+
+    verl adds up the ranks' gradients and divides by their number, so the scalar is multiplied by it: the token weights
+    are those of the whole mini-batch, over all ranks.
+    """
+
+    def __init__(
+        self, tokens: PackedTokens, teacher_log_probs: Tensor | None, config: SelfDistillationConfig, num_ranks: int
+    ) -> None:
+        self.tokens = tokens
+        self.teacher_log_probs = teacher_log_probs
+        self.config = config
+        self.num_ranks = num_ranks
+        self.sums: Sums = {}
+
+    def __call__(
+        self, *, model_output: Any = None, student_logits: Tensor | None = None, **_: Any
+    ) -> dict[str, Tensor] | tuple[Tensor, dict[str, Any]]:
+        if student_logits is None:
+            return model_output["token_losses"].values().sum() * self.num_ranks, {}
+        logits, tokens = student_logits[0], self.tokens  # over the temperature already
+        inputs, self.sums = build_loss_inputs(
+            torch.log_softmax(logits[tokens.rows].float(), dim=-1),
+            tokens.sampled_ids,
+            self.config,
+            old_log_probs=tokens.old_log_probs,
+            policy_weights=tokens.policy_weights,
+            advantages=tokens.advantages,
+            rollout_is_weights=tokens.rollout_is_weights,
+            distilled=tokens.distilled,
+            teacher=self.teacher_log_probs,
+            distillation_weights=tokens.distillation_weights,
+            distillation_coef=tokens.distillation_coef,
+        )
+        outputs = compute_loss(inputs, self.config)
+        self.sums |= outputs.sums
+        spread = outputs.token_losses.new_zeros(len(logits)).index_put((tokens.rows,), outputs.token_losses)
+        return {"token_losses": spread[None]}
+
+
+@EngineRegistry.register(model_type=MODEL_TYPE, backend=["fsdp2"], device=["cuda", "cpu"])
+class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
+    """Student and teacher under FSDP2.
+
+    ``configure`` must be called between construction and ``initialize``.
+    """
+
+    def __init__(self, model_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model_config, *args, **kwargs)
+        model_config.model_type = "language_model"  # what verl builds modules by; ours chose this class
+
+    def configure(self, config: SelfDistillationConfig, loss_agg_mode: str, horizon: int) -> None:
+        """Say what to distil and how token losses become one number."""
+        self.config = config
+        self.loss_agg_mode = loss_agg_mode
+        self.horizon = horizon
+
+    # Building, moving, saving
+
+    def _build_model_optimizer(self) -> None:
+        super()._build_model_optimizer()
+        self.teacher: Teacher | None = None
+        if not self.config.distills:
+            return
+        module = None
+        if self.config.teacher_regularization != "live":
+            module = self._build_teacher_module()
+            self._teacher_checkpoints = FSDPCheckpointManager(
+                model=module,
+                processing_class=self.model_config.get_processor(),
+                checkpoint_config=CheckpointConfig(save_contents=["model"], load_contents=["model"]),
+            )
+        self.teacher = Teacher(module, self.config)
+
+    def _build_teacher_module(self) -> nn.Module:
+        # Shards of a moving average are float32 whatever the student's are; FSDP2 casts what it gathers.
+        dtype = self.engine_config.model_dtype
+        if self.config.teacher_regularization == "ema":
+            object.__setattr__(self.engine_config, "model_dtype", "fp32")
+        try:
+            module: nn.Module = self._build_fsdp_module(self._build_module())
+        finally:
+            object.__setattr__(self.engine_config, "model_dtype", dtype)
+        return module.requires_grad_(False).eval()
+
+    def to(self, device: str, model: bool = True, optimizer: bool = True, grad: bool = True) -> None:
+        super().to(device=device, model=model, optimizer=optimizer, grad=grad)
+        module = self.teacher.module if self.teacher is not None else None
+        if module is None or not model:
+            return
+        if device == "cpu":
+            offload_fsdp_model_to_cpu(module)
+        elif self.mode != "eval":  # log-probabilities of the old policy need no teacher
+            load_fsdp_model_to_gpu(module)
+
+    def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
+        super().save_checkpoint(local_path, *args, **kwargs)
+        if self.teacher is None:
+            return
+        folder = Path(local_path) / "teacher"
+        if self.teacher.module is not None:
+            self._teacher_checkpoints.save_checkpoint(str(folder))
+        if dist.get_rank() == 0:
+            folder.mkdir(exist_ok=True)
+            state = {"kind": self.teacher.kind, "num_steps": self.teacher.num_steps}
+            (folder / "teacher.json").write_text(json.dumps(state), encoding="utf-8")
+
+    def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
+        super().load_checkpoint(local_path, *args, **kwargs)
+        if self.teacher is None:
+            return
+        saved = Path(local_path) / "teacher" / "teacher.json"
+        state = json.loads(saved.read_text(encoding="utf-8")) if saved.is_file() else {"kind": "no"}
+        if state["kind"] != self.teacher.kind:
+            raise RuntimeError(
+                f"{local_path} holds {state['kind']} teacher, this run has the {self.teacher.kind} one; set "
+                "actor_rollout_ref.actor.self_distillation.teacher_regularization to what the run was begun with"
+            )
+        if self.teacher.module is not None:
+            self._teacher_checkpoints.load_checkpoint(str(saved.parent))
+        self.teacher.num_steps = state["num_steps"]
+
+    def step_teacher(self) -> None:
+        """Let the teacher follow the student, shard by shard, once a rollout batch."""
+        if self.teacher is not None:
+            self.teacher.step(self.module)
+
+    # Learning
+
+    def forward_backward_batch(self, data: TensorDict, loss_function: Any, forward_only: bool = False) -> Any:
+        _repair_position_ids(data)
+        if forward_only:
+            return super().forward_backward_batch(data, loss_function, forward_only=True)
+        self._add_token_weights(data)
+        self._make_room_for_teacher(data)
+        self._sums: Sums = {}
+        output = super().forward_backward_batch(data, loss_function)
+        output["metrics"] = {name: [value] for name, value in self._reduce_sums().items()}
+        return output
+
+    def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
+        if forward_only:
+            return super().forward_step(micro_batch, loss_function, forward_only)
+        micro_batch = micro_batch.to(get_device_id())
+        tokens = pack_tokens(micro_batch)
+        loss = LossThroughLogits(
+            tokens, self._compute_teacher_log_probs(tokens, micro_batch), self.config, self.get_data_parallel_size()
+        )
+        # The loss needs nothing of what verl computes by itself: the hook's tensor is the only output.
+        tu.assign_non_tensor(micro_batch, distillation_use_topk=True, distillation_only=True, calculate_entropy=False)
+        result = super().forward_step(micro_batch, loss, forward_only)
+        for name, (total, count) in loss.sums.items():
+            before = self._sums.get(name)
+            self._sums[name] = (total, count) if before is None else (before[0] + total, before[1] + count)
+        return result
+
+    @torch.no_grad()
+    def _compute_teacher_log_probs(self, tokens: PackedTokens, micro_batch: TensorDict) -> Tensor | None:
+        """[M, V] log-probabilities of the teacher, over the sampling temperature; None if no sample is distilled."""
+        if self.teacher is None:
+            return None
+        # Every rank runs the teacher as often as every other, since its forward pass gathers shards.
+        sequences = tokens.teacher_sequences or [tokens.sampled_ids.new_zeros(1)]
+        batch = TensorDict(
+            {
+                "input_ids": torch.nested.as_nested_tensor(sequences, layout=torch.jagged),
+                "position_ids": torch.nested.as_nested_tensor(
+                    [torch.arange(len(ids), device=ids.device) for ids in sequences], layout=torch.jagged
+                ),
+            },
+            batch_size=len(sequences),
+        )
+        for name in FORWARD_SETTINGS:
+            value = tu.get_non_tensor_data(data=micro_batch, key=name, default=None)
+            if value is not None:
+                tu.assign_non_tensor(batch, **{name: value})
+        inputs, _ = self.prepare_model_inputs(batch)
+        mask = inputs["attention_mask"]
+        total: Tensor | None = None
+        for module, coefficient in self.teacher.policy(self.module):
+            with self._autocast():
+                logits = module(**inputs, use_cache=False).logits
+            logits = logits[0] if mask is None else logits[mask.bool()]
+            logits = logits[tokens.teacher_rows].float() * (coefficient / float(batch["temperature"]))
+            total = logits if total is None else total + logits
+            if isinstance(module, FSDPModule):
+                module.reshard()  # else its root keeps what it gathered, and shards that moved are not seen
+        return torch.log_softmax(total, dim=-1) if tokens.teacher_sequences and total is not None else None
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self._autocast_dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(get_device_name(), dtype=self._autocast_dtype)
+
+    def _add_token_weights(self, data: TensorDict) -> None:
+        """What one token of each sample counts, from the counts of the whole mini-batch over all ranks."""
+        num_tokens = pad_right(data["response_mask"]).bool().sum(1)
+        counts = torch.stack([num_tokens, num_tokens * (data[TEACHER_PROMPT_LENGTHS] > 0)])
+        gathered = _gather_ranks(counts, self.get_data_parallel_group())
+        start = sum(part.shape[1] for part in gathered[: self.get_data_parallel_rank()])
+        mine = slice(start, start + counts.shape[1])
+        policy, distillation = (
+            compute_token_weights(part, self.loss_agg_mode, self.horizon)[mine] for part in torch.cat(gathered, dim=1)
+        )
+        data[POLICY_WEIGHTS] = policy
+        data[DISTILLATION_WEIGHTS] = distillation * data[SAMPLE_WEIGHTS]
+
+    def _make_room_for_teacher(self, data: TensorDict) -> None:
+        """With dynamic batches, lower verl's token budget by the teacher's share, which verl does not count."""
+        if not tu.get_non_tensor_data(data=data, key="use_dynamic_bsz", default=True):
+            return
+        lengths = data["input_ids"].offsets().diff()
+        prompts = data[TEACHER_PROMPT_LENGTHS]
+        teacher = int((prompts + (prompts > 0) * count_response_tokens(data)).sum())
+        student = int(lengths.sum())
+        budget = int(data["max_token_len_per_gpu"] * student / (student + teacher))
+        tu.assign_non_tensor(data, max_token_len_per_gpu=max(budget, int(lengths.max())))
+
+    def _reduce_sums(self) -> dict[str, float]:
+        """Metrics of the mini-batch over all ranks, from their sums and counts."""
+        names = sorted(self._sums)
+        # A rank without distilled samples lacks names that others have.
+        every = _gather_names(names, self.get_data_parallel_group())
+        device, zero = get_device_id(), (torch.tensor(0.0), torch.tensor(0))
+        pairs = [self._sums.get(name, zero) for name in every]
+        table = torch.tensor([[float(total), float(count)] for total, count in pairs], dtype=torch.float64).to(device)
+        dist.all_reduce(table, group=self.get_data_parallel_group())
+        return {name: total / max(count, 1.0) for name, (total, count) in zip(every, table.tolist(), strict=True)}
+
+
+def _repair_position_ids(data: TensorDict) -> None:
+    """Tell the ragged dimension of 3-D (M-RoPE) position ids, which verl mistakes when all sequences are as long."""
+    positions = data.get("position_ids")
+    if positions is not None and positions.is_nested and positions.dim() == 3 and positions._ragged_idx != 2:
+        data["position_ids"] = tu.nested_tensor_from_tensor_list(list(positions.unbind()), ragged_idx=2)
+
+
+def _gather_ranks(values: Tensor, group: Any) -> list[Tensor]:
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, values.cpu(), group=group)
+    return gathered
+
+
+def _gather_names(names: list[str], group: Any) -> list[str]:
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, names, group=group)
+    return sorted({name for many in gathered for name in many})

@@ -1,0 +1,208 @@
+"""Start a run on verl: ``python -m sdpo.verl_backend.main [--config-name NAME] [--cfg] key=value ...``.
+
+NAME is ``sdpo_trainer`` (one step off policy), ``sdpo_separate_async`` or ``sdpo_sync``; the overrides are Hydra's.
+Composition, checks and Ray come in this order, so that a mistake costs a second and not a cluster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sdpo.errors import UserError
+
+USAGE = "usage: python -m sdpo.verl_backend.main [--config-name NAME] [--cfg] [key=value ...]"
+CPU = "+device=cpu"
+
+
+def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
+    """The whole configuration of a run, resolved and checked.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type or out of range, settings that contradict each other.
+    """
+    from sdpo.verl_backend.settings import build_schema, check_config
+
+    ConfigStore.instance().store(name="self_distillation", node=build_schema(), group="sdpo")
+    try:
+        with initialize_config_module("sdpo.verl_backend.config", version_base=None):
+            config = compose(name, overrides=list(overrides))
+        OmegaConf.resolve(config)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_explain(error)) from error
+    check_config(config)
+    _check_with_verl(config)
+    return config
+
+
+def _check_with_verl(config: DictConfig) -> None:
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import validate_config
+
+    for key in ("train_files", "val_files"):
+        files = config.data[key]
+        for file in [files] if isinstance(files, str) else files:
+            if not Path(file).expanduser().is_file():
+                raise UserError(f"data.{key}: {file}: no such file; make it, or name another one")
+    try:
+        validate_config(config, need_reference_policy(config), need_critic(config))
+    except (AssertionError, ValueError) as error:
+        raise UserError(_explain(error)) from error
+
+
+def run(config: DictConfig) -> None:
+    """Start Ray and train until the end."""
+    from verl.plugin.platform.platform_manager import PlatformRegistry
+    from verl.trainer.main_ppo import run_ppo
+
+    if PlatformRegistry.get("cpu") is None:
+        raise UserError("verl has not loaded the plugin of sdpo; install sdpo again beside this verl: pip install sdpo")
+    run_ppo(config, task_runner_class=_build_v1_runner() if config.trainer.use_v1 else _build_one_step_off_runner())
+
+
+def _build_one_step_off_runner() -> Any:
+    import ray
+
+    @ray.remote(num_cpus=1, max_concurrency=100)
+    class OneStepOffRunner:
+        def run(self, config: DictConfig) -> None:
+            train_one_step_off(config)
+
+    return OneStepOffRunner
+
+
+def _build_v1_runner() -> Any:
+    import ray
+
+    @ray.remote(num_cpus=1)
+    class V1Runner:
+        def run(self, config: DictConfig) -> None:
+            train_v1(config)
+
+    return V1Runner
+
+
+def train_one_step_off(config: DictConfig) -> None:
+    """In Ray's driver process: what verl's own runner does, with our trainer and worker."""
+    import ray
+    from verl.experimental.separation.utils import create_resource_pool_manager, create_role_worker_mapping
+    from verl.trainer.ppo.utils import Role, create_rl_dataset, create_rl_sampler
+    from verl.utils import hf_processor, hf_tokenizer
+    from verl.utils.dataset.rl_dataset import collate_fn
+    from verl.utils.fs import copy_to_local
+
+    from sdpo.verl_backend.trainer import SelfDistillationOneStepOffTrainer
+    from sdpo.verl_backend.worker import SelfDistillationActorWorker
+
+    _import_sampler(config)
+    workers, group = create_role_worker_mapping(config)
+    workers[Role.Actor] = ray.remote(SelfDistillationActorWorker)
+    model = config.actor_rollout_ref.model
+    path = copy_to_local(model.path, use_shm=model.use_shm)
+    tokenizer = hf_tokenizer(path, trust_remote_code=model.trust_remote_code)
+    processor = hf_processor(path, trust_remote_code=model.trust_remote_code, use_fast=True)
+
+    def load(kind: str) -> Any:
+        return create_rl_dataset(
+            config.data[f"{kind}_files"],
+            config.data,
+            tokenizer,
+            processor,
+            is_train=kind == "train",
+            max_samples=config.data[f"{kind}_max_samples"],
+        )
+
+    train_dataset = load("train")
+    trainer = SelfDistillationOneStepOffTrainer(
+        config=config,
+        tokenizer=tokenizer,
+        processor=processor,
+        role_worker_mapping=workers,
+        resource_pool_manager=create_resource_pool_manager(config, workers.keys()),
+        ray_worker_group_cls=group,
+        train_dataset=train_dataset,
+        val_dataset=load("val"),
+        collate_fn=collate_fn,
+        train_sampler=create_rl_sampler(config.data, train_dataset),
+        device_name=config.trainer.device,
+    )
+    trainer.init_workers()
+    asyncio.run(trainer.fit())
+
+
+def train_v1(config: DictConfig) -> None:
+    """In Ray's driver process: verl's own V1 runner, which finds our trainers in the registry."""
+    from verl.trainer.main_ppo import TaskRunnerV1
+
+    from sdpo.verl_backend import trainer_v1
+
+    _import_sampler(config)
+    trainer_v1.register()
+    TaskRunnerV1.__ray_metadata__.modified_class().run(config)
+
+
+def _import_sampler(config: DictConfig) -> None:
+    """Let the module that ``custom_backend_module`` names register its sampler here too."""
+    from verl.utils.import_utils import import_external_libs
+
+    import_external_libs(config.actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module or None)
+
+
+def _explain(error: BaseException) -> str:
+    """The last cause of an error in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    key = getattr(error, "full_key", None)
+    message = lines[0] if lines else type(error).__name__
+    return f"{key}: {message}" if key and key not in message else message
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command line.
+
+    Raises:
+        UserError: see ``compose_config``.
+    """
+    name, show, overrides, rest = "sdpo_trainer", False, [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument in ("-h", "--help"):
+            print(USAGE)
+            return
+        if argument in ("-c", "--cfg"):
+            show = True
+        elif argument.startswith("--config-name"):
+            _, _, given = argument.partition("=")
+            name = given or (rest.pop(0) if rest else "")
+        elif "=" not in argument and not argument.startswith("~"):
+            raise UserError(f"{argument!r} is not of the form key=value; {USAGE}")
+        else:
+            overrides.append(argument)
+    if CPU in overrides:
+        os.environ.setdefault("VERL_PLATFORM", "cpu")
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # of Ray's workers; models this small are slower on two
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    config = compose_config(name, overrides)
+    if show:
+        print(OmegaConf.to_yaml(config))
+        return
+    run(config)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

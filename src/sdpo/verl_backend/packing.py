@@ -1,0 +1,93 @@
+"""verl's micro-batch as packed response tokens, the form that the loss reads.
+
+verl hands the engine sequences without padding (nested), and what belongs to response tokens either padded on the right
+(one-step-off) or nested (V1 trainers). A row of logits predicts the token after it, so the response token ``t`` of a
+sequence that ends at ``end`` with ``length`` response tokens is predicted by row ``end - length - 1 + t``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+# Fields that the trainer adds to verl's batch, one entry a sample.
+TEACHER_PROMPTS = "teacher_prompts"  # [B, L] token ids, padded on the right
+TEACHER_PROMPT_LENGTHS = "teacher_prompt_lengths"  # [B]; 0: the sample is not distilled
+SAMPLE_WEIGHTS = "distillation_sample_weights"  # [B]
+DISTILLATION_COEF = "distillation_coef"  # [B], the same for all
+# Fields that the engine adds to a mini-batch: what one response token of the sample counts.
+POLICY_WEIGHTS = "policy_token_weights"  # [B]
+DISTILLATION_WEIGHTS = "distillation_token_weights"  # [B]
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """The N counted response tokens of a micro-batch, and the teacher's sequences of its distilled samples.
+
+    A token inside a response that verl's ``response_mask`` leaves out (a tool's output, a rejected sample) is none of
+    the N, but stays in the sequences.
+    """
+
+    rows: Tensor  # [N] rows of the student's packed logits
+    sampled_ids: Tensor  # [N]
+    old_log_probs: Tensor  # [N]
+    advantages: Tensor  # [N]
+    rollout_is_weights: Tensor | None  # [N]
+    policy_weights: Tensor  # [N]
+    distillation_weights: Tensor  # [N]
+    distillation_coef: float
+    distilled: Tensor  # [N] bool, M of them set
+    teacher_sequences: list[Tensor]  # token ids, one each distilled sample
+    teacher_rows: Tensor  # [M] rows of the teacher's packed logits
+
+
+def pad_right(values: Tensor) -> Tensor:
+    """[B, T] of values by response token, whichever way verl stores them."""
+    return values.to_padded_tensor(0) if values.is_nested else values
+
+
+def count_response_tokens(data: TensorDict) -> Tensor:
+    """[B] tokens of each response, those that do not count included."""
+    responses = data["responses"]
+    if responses.is_nested:
+        return responses.offsets().diff()
+    return data["attention_mask"][:, data["prompts"].shape[1] :].sum(1)
+
+
+def pack_tokens(data: TensorDict) -> PackedTokens:
+    """Gather what the loss needs of a micro-batch that has been through ``token weights``."""
+    token_ids, ends = data["input_ids"].values(), data["input_ids"].offsets()[1:]
+    lengths = count_response_tokens(data)
+    mask = pad_right(data["response_mask"]).bool()
+    samples, positions = mask.nonzero(as_tuple=True)
+    rows = (ends - lengths - 1)[samples] + positions
+
+    def by_token(name: str) -> Tensor:
+        return pad_right(data[name])[mask].float()
+
+    prompt_lengths = data[TEACHER_PROMPT_LENGTHS]
+    is_distilled = (prompt_lengths > 0) & mask.any(1)
+    sequences, starts, total = [], torch.zeros_like(ends), 0
+    for i in is_distilled.nonzero()[:, 0].tolist():
+        prompt = data[TEACHER_PROMPTS][i, : int(prompt_lengths[i])]
+        response = token_ids[int(ends[i] - lengths[i]) : int(ends[i])]
+        sequences.append(torch.cat([prompt.to(token_ids.dtype), response]))
+        starts[i] = total + len(prompt) - 1
+        total += len(sequences[-1])
+    distilled = is_distilled[samples]
+    return PackedTokens(
+        rows=rows,
+        sampled_ids=token_ids[rows + 1],
+        old_log_probs=by_token("old_log_probs"),
+        advantages=by_token("advantages"),
+        rollout_is_weights=by_token("rollout_is_weights") if "rollout_is_weights" in data.keys() else None,
+        policy_weights=data[POLICY_WEIGHTS][samples],
+        distillation_weights=data[DISTILLATION_WEIGHTS][samples],
+        distillation_coef=float(data[DISTILLATION_COEF][0]),
+        distilled=distilled,
+        teacher_sequences=sequences,
+        teacher_rows=(starts[samples] + positions)[distilled],
+    )

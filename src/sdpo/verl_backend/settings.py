@@ -1,0 +1,99 @@
+"""SDPO's settings in verl's configuration: where they stand, what they may not be combined with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from verl.workers.config import FSDPActorConfig
+
+from sdpo.config import SelfDistillationConfig
+from sdpo.errors import UserError
+
+LOSS_MODE = "sdpo"
+ACTOR = "actor_rollout_ref.actor"
+
+
+@dataclass
+class SelfDistillationActorConfig(FSDPActorConfig):  # type: ignore[misc]
+    """verl's FSDP actor with the section ``self_distillation`` in it."""
+
+    self_distillation: Any = field(default_factory=SelfDistillationConfig)
+
+
+def build_schema() -> DictConfig:
+    """The section ``self_distillation`` for Hydra: keys, types and defaults of ``SelfDistillationConfig``."""
+    schema = OmegaConf.structured(SelfDistillationConfig)
+    OmegaConf.set_readonly(schema, None)  # frozen dataclasses become read-only nodes, which cannot be overridden
+    return schema
+
+
+def read_self_distillation(actor: DictConfig) -> SelfDistillationConfig | None:
+    """The settings of an actor whose ``policy_loss.loss_mode`` is ``sdpo``; None for any other loss.
+
+    Raises:
+        UserError: a value is out of range or contradicts another.
+    """
+    if actor.policy_loss.loss_mode != LOSS_MODE:
+        return None
+    values: Any = OmegaConf.to_container(actor.self_distillation, resolve=True)
+    try:
+        return SelfDistillationConfig(**values)
+    except UserError as error:
+        raise UserError(str(error).replace("self_distillation.", f"{ACTOR}.self_distillation.", 1)) from None
+
+
+def check_config(config: DictConfig) -> None:
+    """Refuse, before Ray starts, what would be ignored or go wrong.
+
+    Raises:
+        UserError: names the key and what to do.
+    """
+    actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
+    settings = read_self_distillation(actor)
+    if settings is None:
+        return
+    if actor.strategy != "fsdp2":
+        raise UserError(f"{ACTOR}.strategy must be fsdp2 for loss_mode=sdpo, got {actor.strategy!r}")
+    lora = model.get("lora_rank", 0) or model.get("lora", {}).get("rank", 0) or model.get("lora_adapter_path")
+    if lora:
+        raise UserError(
+            "actor_rollout_ref.model: LoRA is not supported with loss_mode=sdpo on verl: the teacher would have to be "
+            "the average of the product BA; set lora_rank=0, lora.rank=0 and lora_adapter_path=null"
+        )
+    ignored = {
+        f"{ACTOR}.entropy_coeff": (actor.entropy_coeff, 0),
+        f"{ACTOR}.use_kl_loss": (actor.use_kl_loss, False),
+        f"{ACTOR}.calculate_entropy": (actor.calculate_entropy, False),
+        f"{ACTOR}.use_prefix_grouper": (actor.get("use_prefix_grouper", False), False),
+        f"{ACTOR}.clip_ratio_low": (actor.clip_ratio_low, settings.clip_ratio_low),
+        f"{ACTOR}.clip_ratio_high": (actor.clip_ratio_high, settings.clip_ratio_high),
+        "algorithm.norm_adv_by_std_in_grpo": (
+            config.algorithm.norm_adv_by_std_in_grpo,
+            settings.norm_adv_by_std_in_grpo,
+        ),
+        "actor_rollout_ref.model.use_fused_kernels": (model.get("use_fused_kernels", False), False),
+        f"{ACTOR}.fsdp_config.pad_to_length": (actor.fsdp_config.get("pad_to_length", False), False),
+        f"{ACTOR}.ulysses_sequence_parallel_size": (actor.ulysses_sequence_parallel_size, 1),
+        f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size": (
+            actor.fsdp_config.ulysses_sequence_parallel_size,
+            1,
+        ),
+        "distillation.enabled": (config.distillation.enabled, False),
+        "actor_rollout_ref.rollout.multi_turn.enable": (config.actor_rollout_ref.rollout.multi_turn.enable, False),
+    }
+    for key, (value, wanted) in ignored.items():
+        if value != wanted:
+            hint = ""
+            if key.split(".")[-1] in ("clip_ratio_low", "clip_ratio_high", "norm_adv_by_std_in_grpo"):
+                hint = f"; set {ACTOR}.self_distillation.{key.split('.')[-1]} instead"
+            raise UserError(f"{key}={value} has no meaning with loss_mode=sdpo, it must be {wanted}{hint}")
+    if actor.loss_agg_mode == "token-sum":
+        raise UserError(f"{ACTOR}.loss_agg_mode=token-sum is not supported with loss_mode=sdpo; use token-mean")
+    correction = config.algorithm.rollout_correction
+    if correction.get("rollout_is") is not None and correction.get("bypass_mode"):
+        raise UserError(
+            "algorithm.rollout_correction.rollout_is has no effect with bypass_mode=true, where the sampler is the old "
+            "policy and is_clip truncates the ratio to it; set one of them to null or false"
+        )

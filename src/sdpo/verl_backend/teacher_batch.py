@@ -1,0 +1,91 @@
+"""On the driver: what the teacher of each rollout is shown, as fields of verl's batch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdpo import metrics
+from sdpo.algorithm.loss import compute_distillation_coef, compute_prompt_weights
+from sdpo.config import SelfDistillationConfig
+from sdpo.context.demonstration import GradedResponse, compute_success_rates
+from sdpo.context.reprompt import Message
+from sdpo.context.teacher_prompts import build_lessons, summarize_lessons
+from sdpo.verl_backend.packing import DISTILLATION_COEF, SAMPLE_WEIGHTS, TEACHER_PROMPT_LENGTHS, TEACHER_PROMPTS
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One graded rollout, out of whichever container a trainer keeps it in."""
+
+    group: str
+    messages: Sequence[Message]
+    response_ids: Sequence[int]
+    score: float
+    feedback: str | None
+    ground_truth: str | None
+
+
+class TeacherBatch:
+    """Builds the teacher's fields of a batch.
+
+    Args:
+        config: what the teacher is shown.
+        tokenizer: of the policy.
+        window: most tokens the model can read, None if it does not say.
+        seed: with the step, decides which peer is shown.
+        total_steps: of the run, for the schedule of the distillation weight.
+    """
+
+    def __init__(
+        self, config: SelfDistillationConfig, tokenizer: Any, window: int | None, seed: int, total_steps: int
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.window = window
+        self.seed = seed
+        self.total_steps = total_steps
+
+    def build(self, rollouts: Sequence[Rollout], step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Fields by name, [B, ...] in the rollouts' order, and the step's metrics."""
+        graded = [
+            GradedResponse(
+                group=rollout.group,
+                response=self.tokenizer.decode(rollout.response_ids, skip_special_tokens=True),
+                score=rollout.score,
+                feedback=rollout.feedback,
+                ground_truth=rollout.ground_truth,
+            )
+            for rollout in rollouts
+        ]
+        lessons = build_lessons(
+            self.tokenizer,
+            [rollout.messages for rollout in rollouts],
+            graded,
+            [None if self.window is None else self.window - len(rollout.response_ids) for rollout in rollouts],
+            self.config,
+            random.Random(f"demonstrations {self.seed} {step}"),
+        )
+        prompts = [torch.tensor(lesson.prompt.token_ids or [], dtype=torch.long) for lesson in lessons]
+        weights = torch.ones(len(graded))
+        if self.config.weight_by_prompt_difficulty:
+            rates = compute_success_rates(graded, self.config.success_reward_threshold)
+            weights = compute_prompt_weights(torch.tensor(rates))
+        coef = compute_distillation_coef(self.config, step, self.total_steps)
+        padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+        fields = {
+            # At least one column, since some containers take no empty tensor.
+            TEACHER_PROMPTS: padded if padded.shape[1] else padded.new_zeros(len(prompts), 1),
+            TEACHER_PROMPT_LENGTHS: torch.tensor([len(prompt) for prompt in prompts]),
+            SAMPLE_WEIGHTS: weights,
+            DISTILLATION_COEF: torch.full((len(graded),), coef),
+        }
+        values = summarize_lessons(graded, lessons, self.config)
+        if self.config.distills:
+            values[metrics.DISTILLATION_WEIGHT] = coef
+        return fields, values

@@ -1,0 +1,159 @@
+"""verl's one-step-off-policy trainer with the teacher's batch, and with its stock bugs out of the way.
+
+    step k         rollouts k are there | weights k-1 to the sampler | sample k+1 | teacher prompts | learn k
+    step k+1       rollouts k+1 are there ...
+
+Rollouts k+1 are sampled by the weights that step k begins with, while step k learns: one update behind.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from transformers import AutoConfig
+from verl import DataProto
+from verl.experimental.one_step_off_policy.ray_trainer import OneStepOffRayTrainer
+
+from sdpo import metrics
+from sdpo.verl_backend.packing import count_response_tokens
+from sdpo.verl_backend.settings import read_self_distillation
+from sdpo.verl_backend.teacher_batch import Rollout, TeacherBatch
+
+PREFETCHED = "prefetched.pt"
+
+
+def build_teacher_batch(config: DictConfig, tokenizer: Any, total_steps: int) -> TeacherBatch | None:
+    """What builds the teacher's fields of this run; None where the loss is not SDPO's."""
+    settings = read_self_distillation(config.actor_rollout_ref.actor)
+    if settings is None:
+        return None
+    model = config.actor_rollout_ref.model
+    architecture = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    window = getattr(architecture.get_text_config(), "max_position_embeddings", None)
+    return TeacherBatch(settings, tokenizer, window, seed=config.data.seed or 0, total_steps=total_steps)
+
+
+def rename_metrics(values: dict[str, Any]) -> None:
+    """Undo verl's prefix where ours stands under a section of its own, in place."""
+    for name in [name for name in values if name.removeprefix("actor/") in metrics.DESCRIPTIONS]:
+        values[name.removeprefix("actor/")] = values.pop(name)
+
+
+class SelfDistillationOneStepOffTrainer(OneStepOffRayTrainer):  # type: ignore[misc]
+    """One step off policy: one GPU samples, another learns.
+
+    Beside the teacher's batch it mends four things in verl 0.9.1: an error while the next batch is fetched is raised
+    instead of turned into None; ``trainer.rollout_data_dir`` works; ``training/epoch`` counts; and a checkpoint holds
+    the batch that was sampled ahead, so that a resumed run continues with it.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._init_dump_executor()
+        self.teacher_batch = build_teacher_batch(self.config, self.tokenizer, self.total_training_steps)
+        self._fetch_error: Exception | None = None
+        self._prefetched: Any = None
+        self._loader_state: Any = None
+
+    # The teacher's batch
+
+    def _fit_compute_reward(self, batch: DataProto) -> DataProto:
+        batch = super()._fit_compute_reward(batch)
+        if self.teacher_batch is not None:
+            fields, values = self.teacher_batch.build(self._read_rollouts(batch), self.global_steps)
+            for name, tensor in fields.items():
+                batch.batch[name] = tensor
+            self.metrics.update(values)
+        versions = [v for v in batch.non_tensor_batch.get("min_global_steps", []) if v is not None]
+        if versions:
+            # verl names the weights that a step k begins with k.
+            self.metrics[metrics.STALENESS] = self.global_steps - min(versions)
+        return batch
+
+    def _read_rollouts(self, batch: DataProto) -> list[Rollout]:
+        lengths = count_response_tokens(batch.batch).tolist()
+        fields = batch.non_tensor_batch
+        feedback = self.reward_extra_infos_dict.get("feedback", [None] * len(lengths))
+        return [
+            Rollout(
+                group=fields["uid"][i],
+                messages=list(fields["raw_prompt"][i]),
+                response_ids=batch.batch["responses"][i, : lengths[i]].tolist(),
+                score=score,
+                feedback=feedback[i],
+                ground_truth=_as_text(fields["reward_model"][i].get("ground_truth")),
+            )
+            for i, score in enumerate(self.reward_tensor.sum(-1).tolist())
+        ]
+
+    def _fit_update_actor(self, batch: DataProto) -> DataProto:
+        batch = super()._fit_update_actor(batch)
+        rename_metrics(self.metrics)
+        return batch
+
+    # Fetching
+
+    def _create_continuous_iterator(self) -> Iterator[tuple[int, Any]]:
+        """Batches with their epoch, from where the loader stands, without end: the number of steps ends a run."""
+        for epoch in itertools.count(self.global_steps // len(self.train_dataloader)):
+            try:
+                yield from ((epoch, batch) for batch in self.train_dataloader)
+            except Exception as error:
+                self._fetch_error = error  # verl prints it and goes on with None
+                raise
+
+    async def _async_gen_next_batch(self, continuous_iterator: Any) -> Any:
+        if self._prefetched is not None:
+            fetched, self._prefetched = self._prefetched, None
+            return fetched
+        self._loader_state = self.train_dataloader.state_dict()
+        fetched = await super()._async_gen_next_batch(continuous_iterator)
+        if fetched is None:
+            raise RuntimeError("the next batch could not be fetched") from self._fetch_error
+        return fetched
+
+    async def _fit_generate(self, batch_data_future: Any, continuous_iterator: Any) -> Any:
+        self.epoch = (await batch_data_future)[2]
+        self.metrics["training/epoch"] = self.epoch
+        return await super()._fit_generate(batch_data_future, continuous_iterator)
+
+    # Saving, with the batch that is sampled ahead
+
+    async def fit_step(self, batch_data_future: Any, continuous_iterator: Any) -> Any:
+        step = self.global_steps
+        next_batch_future = await super().fit_step(batch_data_future, continuous_iterator)
+        folder = self._checkpoint_folder(step)
+        if next_batch_future is not None and folder.is_dir():
+            fetched = await next_batch_future
+            partial = folder / f".{PREFETCHED}"
+            torch.save({"batch": fetched, "loader": self.train_dataloader.state_dict()}, partial)
+            partial.rename(folder / PREFETCHED)
+        if self.is_last_step:
+            self._shutdown_dump_executor()
+        return next_batch_future
+
+    def _save_checkpoint(self) -> None:
+        super()._save_checkpoint()
+        # Until the batch ahead is saved too (above), a resumed run samples its prompts again rather than skip them.
+        if self._loader_state is not None and not self.is_last_step:
+            torch.save(self._loader_state, self._checkpoint_folder(self.global_steps) / "data.pt")
+
+    def _load_checkpoint(self) -> Any:
+        super()._load_checkpoint()
+        saved = self._checkpoint_folder(self.global_steps) / PREFETCHED
+        if self.global_steps and saved.is_file():
+            state = torch.load(saved, weights_only=False)
+            self._prefetched = state["batch"]
+            self.train_dataloader.load_state_dict(state["loader"])
+
+    def _checkpoint_folder(self, step: int) -> Path:
+        return Path(self.config.trainer.default_local_dir) / f"global_step_{step}"
+
+
+def _as_text(value: Any) -> str | None:
+    return None if value is None else str(value)

@@ -1,0 +1,59 @@
+"""The training worker: verl's, with our engine and its teacher's update after each rollout batch."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+from verl.experimental.separation.engine_workers import DetachActorWorker
+from verl.single_controller.base.decorator import Dispatch, register
+from verl.utils.device import get_device_name
+from verl.workers.config import TrainingWorkerConfig
+from verl.workers.engine_workers import TrainingWorker
+
+from sdpo.config import SelfDistillationConfig
+from sdpo.verl_backend.engine import MODEL_TYPE
+from sdpo.verl_backend.settings import read_self_distillation
+
+
+class SelfDistillationTrainingWorker(TrainingWorker):  # type: ignore[misc]
+    """Student and teacher of one rank."""
+
+    def __init__(
+        self,
+        config: TrainingWorkerConfig,
+        self_distillation: SelfDistillationConfig,
+        loss_agg_mode: str = "token-mean",
+        horizon: int = 1,
+    ) -> None:
+        object.__setattr__(config, "model_type", MODEL_TYPE)
+        super().__init__(config)
+        self.engine.configure(self_distillation, loss_agg_mode, horizon)
+
+    def train_mini_batch(self, data: Any) -> Any:
+        """Every mini-batch of a rollout batch, then the teacher follows."""
+        output = super().train_mini_batch(data)
+        self.engine.step_teacher()
+        return output
+
+
+class SelfDistillationActorWorker(DetachActorWorker):  # type: ignore[misc]
+    """verl's actor; with ``policy_loss.loss_mode=sdpo`` it trains through ``SelfDistillationTrainingWorker``."""
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def init_model(self) -> None:
+        if get_device_name() == "cpu" and not dist.is_initialized():
+            # verl knows no backend for a group of CPUs only.
+            dist.init_process_group("gloo", rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+        actor = self.config.actor
+        settings = read_self_distillation(actor) if "actor" in self.role else None
+        if settings is not None:
+            self.actor_worker_cls = partial(
+                SelfDistillationTrainingWorker,
+                self_distillation=settings,
+                loss_agg_mode=actor.loss_agg_mode,
+                horizon=actor.loss_scale_factor or self.config.rollout.response_length,
+            )
+        super().init_model()
