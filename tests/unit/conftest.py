@@ -82,6 +82,16 @@ def model(make_model: MakeModel) -> PreTrainedModel:
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
     """A run from settings by dotted name, dots written as two underscores; what is not named is small and plain."""
+    return build_run_maker(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def make_run_in(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
+    """The same for fixtures that several tests share."""
+    return build_run_maker(tmp_path_factory.mktemp("run"))
+
+
+def build_run_maker(tmp_path: Path) -> MakeRun:
 
     def make(**settings: Any) -> Run:
         plain: dict[str, Any] = {

@@ -23,6 +23,8 @@ from sdpo.errors import UserError
 
 USAGE = "usage: python -m sdpo.verl_backend.main [--config-name NAME] [--cfg] [key=value ...]"
 CPU = "+device=cpu"
+# verl's own files name a folder of its sources here, which an installed verl does not have.
+SEARCH_PATH = "hydra.searchpath=[pkg://verl.trainer.config,pkg://sdpo.verl_backend.cpu.config]"
 
 
 def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
@@ -36,7 +38,7 @@ def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
     ConfigStore.instance().store(name="self_distillation", node=build_schema(), group="sdpo")
     try:
         with initialize_config_module("sdpo.verl_backend.config", version_base=None):
-            config = compose(name, overrides=list(overrides))
+            config = compose(name, overrides=[SEARCH_PATH, *overrides])
         OmegaConf.resolve(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error)) from error
@@ -101,10 +103,11 @@ def train_one_step_off(config: DictConfig) -> None:
     from verl.utils.dataset.rl_dataset import collate_fn
     from verl.utils.fs import copy_to_local
 
+    from sdpo.verl_backend.settings import import_sampler
     from sdpo.verl_backend.trainer import SelfDistillationOneStepOffTrainer
     from sdpo.verl_backend.worker import SelfDistillationActorWorker
 
-    _import_sampler(config)
+    import_sampler(config.actor_rollout_ref.rollout)
     workers, group = create_role_worker_mapping(config)
     workers[Role.Actor] = ray.remote(SelfDistillationActorWorker)
     model = config.actor_rollout_ref.model
@@ -145,17 +148,11 @@ def train_v1(config: DictConfig) -> None:
     from verl.trainer.main_ppo import TaskRunnerV1
 
     from sdpo.verl_backend import trainer_v1
+    from sdpo.verl_backend.settings import import_sampler
 
-    _import_sampler(config)
+    import_sampler(config.actor_rollout_ref.rollout)
     trainer_v1.register()
     TaskRunnerV1.__ray_metadata__.modified_class().run(config)
-
-
-def _import_sampler(config: DictConfig) -> None:
-    """Let the module that ``custom_backend_module`` names register its sampler here too."""
-    from verl.utils.import_utils import import_external_libs
-
-    import_external_libs(config.actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module or None)
 
 
 def _explain(error: BaseException) -> str:

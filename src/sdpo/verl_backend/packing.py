@@ -83,7 +83,7 @@ def pack_tokens(data: TensorDict) -> PackedTokens:
         sampled_ids=token_ids[rows + 1],
         old_log_probs=by_token("old_log_probs"),
         advantages=by_token("advantages"),
-        rollout_is_weights=by_token("rollout_is_weights") if "rollout_is_weights" in data.keys() else None,
+        rollout_is_weights=by_token("rollout_is_weights") if data.get("rollout_is_weights") is not None else None,
         policy_weights=data[POLICY_WEIGHTS][samples],
         distillation_weights=data[DISTILLATION_WEIGHTS][samples],
         distillation_coef=float(data[DISTILLATION_COEF][0]),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from verl.utils.import_utils import import_external_libs
 from verl.workers.config import FSDPActorConfig
 
 from sdpo.config import SelfDistillationConfig
@@ -42,6 +43,11 @@ def read_self_distillation(actor: DictConfig) -> SelfDistillationConfig | None:
         return SelfDistillationConfig(**values)
     except UserError as error:
         raise UserError(str(error).replace("self_distillation.", f"{ACTOR}.self_distillation.", 1)) from None
+
+
+def import_sampler(rollout: DictConfig) -> None:
+    """Let the module that ``checkpoint_engine.custom_backend_module`` names register its sampler in this process."""
+    import_external_libs(rollout.checkpoint_engine.custom_backend_module or None)
 
 
 def check_config(config: DictConfig) -> None:

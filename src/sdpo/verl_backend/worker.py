@@ -15,7 +15,7 @@ from verl.workers.engine_workers import TrainingWorker
 
 from sdpo.config import SelfDistillationConfig
 from sdpo.verl_backend.engine import MODEL_TYPE
-from sdpo.verl_backend.settings import read_self_distillation
+from sdpo.verl_backend.settings import import_sampler, read_self_distillation
 
 
 class SelfDistillationTrainingWorker(TrainingWorker):  # type: ignore[misc]
@@ -47,6 +47,7 @@ class SelfDistillationActorWorker(DetachActorWorker):  # type: ignore[misc]
         if get_device_name() == "cpu" and not dist.is_initialized():
             # verl knows no backend for a group of CPUs only.
             dist.init_process_group("gloo", rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+        import_sampler(self.config.rollout)
         actor = self.config.actor
         settings = read_self_distillation(actor) if "actor" in self.role else None
         if settings is not None:

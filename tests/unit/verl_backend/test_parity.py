@@ -1,0 +1,163 @@
+"""The same samples, settings and weights give the same step on both engines, on one rank and on two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from sdpo import metrics
+from sdpo.context.encode import TeacherPrompt
+from sdpo.embedded.learner import Learner
+from sdpo.embedded.samples import Sample
+from sdpo.tasks.hidden_rule import build_tokenizer
+
+PROMPTS, N = 4, 2  # two ranks of four samples each
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "forward KL": {"alpha": 0.0},
+    "JSD": {"alpha": 0.5},
+    "reverse KL": {"alpha": 1.0},
+    "forward KL, top-k": {"alpha": 0.0, "distillation_topk": 4},
+    "JSD, top-k": {"alpha": 0.5, "distillation_topk": 4},
+    "reverse KL, top-k": {"alpha": 1.0, "distillation_topk": 4},
+    "top-k without tail": {"alpha": 0.3, "distillation_topk": 3, "distillation_add_tail": False},
+    "sampled token": {"alpha": 1.0, "full_logit_distillation": False},
+    "blend with GRPO": {"alpha": 0.5, "grpo_coef": 0.7},
+    "GRPO alone": {"grpo_coef": 1.0},
+    "clips and entropy weight": {"alpha": 0.5, "divergence_clip": 0.5, "teacher_entropy_beta": 0.3, "is_clip": 1.05},
+    "trust region": {"teacher_regularization": "trust-region", "ema_update_rate": 0.3},
+    "live": {"teacher_regularization": "live", "alpha": 1.0},
+    "frozen": {"teacher_regularization": "frozen"},
+    "snapshot": {"teacher_regularization": "snapshot", "teacher_snapshot_every": 1},
+}
+# Settings of learner and sampler, and what they are called on verl.
+WAYS: dict[str, dict[str, Any]] = {
+    "two mini-batches": {"learner__mini_batch_size": 2},
+    "mean of sequences": {"learner__loss_agg_mode": "seq-mean-token-mean"},
+    "norm by horizon": {"learner__loss_agg_mode": "seq-mean-token-sum-norm"},
+    "temperature": {"sampler__temperature": 0.7},
+    "no rollout weights": {"learner__rollout_is": "none"},
+}
+
+
+@pytest.fixture(scope="module")
+def samples(make_samples: Callable[..., list[Sample]]) -> list[Sample]:
+    # On two ranks the second has a micro-batch without any distilled sample.
+    return make_samples(PROMPTS * N, seed=3, undistilled=(1, 6, 7))
+
+
+@pytest.fixture(scope="module")
+def model_dir(make_model: Callable[..., PreTrainedModel], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    make_model().save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def all_runs() -> dict[str, dict[str, Any]]:
+    runs = {
+        name: {f"self_distillation__{key}": value for key, value in settings.items()}
+        for name, settings in SETTINGS.items()
+    }
+    return {**runs, **WAYS}
+
+
+@pytest.fixture(scope="module")
+def embedded(
+    make_model: Callable[..., PreTrainedModel],
+    samples: list[Sample],
+    make_run_in: Callable[..., Any],
+) -> dict[str, dict[str, Any]]:
+    """Two steps of each run on the embedded engine, with the old log-probabilities that verl's trainer would send."""
+    results = {}
+    everything = samples
+    for name, settings in all_runs().items():
+        run = make_run_in(data__train_batch_size=PROMPTS, sampler__n=N, optim__lr=1e-3, **settings)
+        nothing = TeacherPrompt(None, [], truncated=False)
+        samples = [s if run.self_distillation.distills else replace(s, teacher_prompt=nothing) for s in everything]
+        learner = Learner(make_model(), run, pad_token_id=0)
+        old, values = [], []
+        for _ in range(2):
+            old.append(learner.compute_log_probs(samples))
+            values.append(learner.learn(samples))
+        teacher = learner.teacher.module if learner.teacher is not None else None
+        results[name] = {
+            "run": run,
+            "samples": samples,
+            "old": old,
+            "metrics": values,
+            "student": learner.student.state_dict(),
+            "teacher": teacher.state_dict() if teacher is not None else {},
+        }
+    return results
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def on_verl(
+    request: pytest.FixtureRequest,
+    train_on_verl: Callable[..., dict[str, Any]],
+    pad_for_verl: Callable[..., dict[str, torch.Tensor]],
+    embedded: dict[str, dict[str, Any]],
+    model_dir: Path,
+) -> dict[str, Any]:
+    cases = {}
+    # verl cuts a batch into ranks first and each rank's share into mini-batches then: sample i of ours goes there.
+    halves = [[0, 1, 4, 5], [2, 3, 6, 7]] if request.param == 2 else [list(range(PROMPTS * N))]
+    order = [i for half in halves for i in half]
+    for number, (name, result) in enumerate(embedded.items()):
+        run = result["run"]
+        threshold = run.learner.rollout_is_threshold if run.learner.rollout_is == "token" else None
+        cases[name] = {
+            "model": str(model_dir),
+            "settings": asdict(run.self_distillation),
+            "batches": [
+                pad_for_verl([result["samples"][i] for i in order], [old[i] for i in order], threshold)
+                for old in result["old"]
+            ],
+            "lr": run.optim.lr,
+            "temperature": run.sampler.temperature,
+            "mini_batch_size": (run.learner.mini_batch_size or PROMPTS) * N,
+            "loss_agg_mode": run.learner.loss_agg_mode,
+            "horizon": run.sampler.max_response_length,
+            # Packed and padded rows, and both ways to cut micro-batches, in turn.
+            "use_remove_padding": number % 2 == 0,
+            "max_tokens": None if number % 3 == 0 else 60,
+            "micro_batch_size": 2,
+            "engine": {},
+        }
+    return train_on_verl(cases, request.param)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", all_runs())
+def test_a_step_is_the_same_on_both_engines(
+    name: str, on_verl: dict[str, Any], embedded: dict[str, dict[str, Any]]
+) -> None:
+    theirs, ours = on_verl[name], embedded[name]
+    for step, (verl_values, values) in enumerate(zip(theirs["metrics"], ours["metrics"], strict=True)):
+        for metric, verl_metric in ((metrics.LOSS, "loss"), (metrics.GRAD_NORM, "grad_norm")):
+            mean = sum(verl_values[verl_metric]) / len(verl_values[verl_metric])
+            assert mean == pytest.approx(values[metric], rel=1e-4, abs=1e-7), (step, metric)
+        for metric in values.keys() & verl_values.keys() - {metrics.LR}:
+            mean = sum(verl_values[metric]) / len(verl_values[metric])
+            assert mean == pytest.approx(values[metric], rel=1e-4, abs=1e-6), (step, metric)
+    for weights, expected in ((theirs["students"][-1], ours["student"]), (theirs["teacher"], ours["teacher"])):
+        assert weights.keys() == expected.keys()
+        for weight, value in expected.items():
+            torch.testing.assert_close(weights[weight], value, rtol=1e-4, atol=2e-6, msg=weight)
+
+
+@pytest.mark.slow
+def test_the_teacher_moves_by_the_formula_of_the_average(on_verl: dict[str, Any]) -> None:
+    result = on_verl["JSD"]
+    for name, teacher in result["teacher_before"].items():
+        for student in result["students"]:
+            teacher = 0.95 * teacher + 0.05 * student[name]
+        torch.testing.assert_close(result["teacher"][name], teacher, rtol=0, atol=1e-6)
+    assert any(not torch.equal(result["teacher"][name], before) for name, before in result["teacher_before"].items())

@@ -1,0 +1,135 @@
+"""One rank of a training step on verl's engine, case by case; run as a process of its own by ``conftest.py``.
+
+Usage: train_cases.py CASES.pt RESULTS.pt, with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import Any
+
+warnings.filterwarnings("ignore")
+
+import torch
+import torch.distributed as dist
+from tensordict import TensorDict
+from verl.trainer.config import CheckpointConfig
+from verl.utils import tensordict_utils as tu
+from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
+from verl.workers.utils.padding import left_right_2_no_padding
+
+from sdpo.config import SelfDistillationConfig
+from sdpo.verl_backend.worker import SelfDistillationTrainingWorker
+
+FULL = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+
+
+def build_worker(case: dict[str, Any]) -> SelfDistillationTrainingWorker:
+    engine = {"strategy": "fsdp2", "use_torch_compile": False, "mixed_precision": FULL, **case["engine"]}
+    worker = SelfDistillationTrainingWorker(
+        TrainingWorkerConfig(
+            model_type="language_model",
+            model_config=HFModelConfig(
+                path=case["model"],
+                use_remove_padding=case["use_remove_padding"],
+                enable_gradient_checkpointing=False,
+                override_config={"attn_implementation": "sdpa"},
+            ),
+            engine_config=FSDPEngineConfig(
+                use_dynamic_bsz=case["max_tokens"] is not None,
+                max_token_len_per_gpu=case["max_tokens"],
+                infer_max_token_len_per_gpu=case["max_tokens"],
+                micro_batch_size_per_gpu=case["micro_batch_size"],
+                infer_micro_batch_size_per_gpu=case["micro_batch_size"],
+                **engine,
+            ),
+            optimizer_config=FSDPOptimizerConfig(lr=case["lr"], total_training_steps=10),
+            checkpoint_config=CheckpointConfig(),
+        ),
+        SelfDistillationConfig(**case["settings"]),
+        case["loss_agg_mode"],
+        case["horizon"],
+    )
+    worker.reset()
+    worker.set_loss_fn(lambda **_: None)  # the engine brings its own
+    return worker
+
+
+def share_of_rank(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: values.chunk(dist.get_world_size())[dist.get_rank()] for name, values in batch.items()}
+
+
+def learn(worker: SelfDistillationTrainingWorker, case: dict[str, Any], batch: dict[str, torch.Tensor]) -> Any:
+    mine = share_of_rank(batch)
+    data = left_right_2_no_padding(TensorDict(mine, batch_size=len(mine["input_ids"])))
+    tu.assign_non_tensor(
+        data,
+        temperature=case["temperature"],
+        mini_batch_size=case["mini_batch_size"],
+        epochs=1,
+        seed=0,
+        dataloader_kwargs={"shuffle": False},
+        compute_loss=True,
+    )
+    return tu.get(worker.train_mini_batch(data), "metrics")
+
+
+def full_weights(module: torch.nn.Module | None) -> dict[str, torch.Tensor]:
+    if module is None:
+        return {}
+    return {
+        name: (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()
+        for name, value in module.state_dict().items()
+    }
+
+
+def run_case(case: dict[str, Any]) -> dict[str, Any]:
+    torch.manual_seed(0)
+    worker = build_worker(case)
+    before = full_weights(worker.engine.teacher.module) if worker.engine.teacher else {}
+    values, students = [], []
+    for batch in case["batches"]:
+        values.append(learn(worker, case, batch))
+        students.append(full_weights(worker.engine.module))
+    result = {
+        "metrics": values,
+        "students": students,
+        "teacher_before": before,
+        "teacher": full_weights(worker.engine.teacher.module) if worker.engine.teacher else {},
+    }
+    if "checkpoint" in case:
+        worker.engine.save_checkpoint(case["checkpoint"], global_step=1)
+        again = build_worker(case)
+        again.engine.load_checkpoint(case["checkpoint"])
+        result["loaded_teacher"] = full_weights(again.engine.teacher.module)
+        result["loaded_steps"] = again.engine.teacher.num_steps
+        learn(worker, case, case["batches"][0])
+        learn(again, case, case["batches"][0])
+        result["continued"] = [
+            {
+                **full_weights(w.engine.module),
+                **{f"teacher.{k}": v for k, v in full_weights(w.engine.teacher.module).items()},
+            }
+            for w in (worker, again)
+        ]
+    return result
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    cases = torch.load(sys.argv[1], weights_only=False)
+    results = {}
+    for name, case in cases.items():
+        try:
+            results[name] = run_case(case)
+        except Exception as error:  # a case that must fail says with what
+            if not case.get("may_fail"):
+                raise
+            results[name] = {"error": f"{type(error).__name__}: {error}"}
+    if os.environ["RANK"] == "0":
+        torch.save(results, sys.argv[2])
+    dist.barrier()
+    dist.destroy_process_group()
