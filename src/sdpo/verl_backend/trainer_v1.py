@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import ray
 import transfer_queue as tq
 from tensordict import TensorDict
 from verl.trainer.ppo.utils import Role
+from verl.trainer.ppo.v1 import trainer_separate_async
 from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
@@ -58,8 +60,10 @@ class WithTeacherBatch:
     def _read_rollouts(self, batch: Any) -> list[Rollout]:
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=FIELDS)
         responses, scores = data["responses"].unbind(), data["rm_scores"].unbind()
+        # Stacks of objects or plain lists, whichever the queue made of them.
         uids, prompts, truths, extras = (
-            data[name].tolist() for name in ("uid", "raw_prompt", "reward_model", "extra_fields")
+            values.tolist() if hasattr(values := data[name], "tolist") else list(values)
+            for name in ("uid", "raw_prompt", "reward_model", "extra_fields")
         )
         return [
             Rollout(
@@ -87,7 +91,15 @@ class SelfDistillationSeparateAsyncTrainer(WithTeacherBatch, PPOTrainerSeparateA
     """Sampling and learning each have GPUs of their own; verl's maintained successor of one-step-off."""
 
 
+class _AcceptsFlush(logging.LoggerAdapter):  # type: ignore[type-arg]
+    def process(self, msg: Any, kwargs: Any) -> Any:
+        kwargs.pop("flush", None)
+        return msg, kwargs
+
+
 def register() -> None:
     """Put these in the places of verl's own, which its runner looks up by the same names."""
+    # verl 0.9.1 calls its logger with print's flush where hybrid_engine is false, which raises.
+    trainer_separate_async.logger = _AcceptsFlush(trainer_separate_async.logger, {})
     TRAINER_REGISTRY["sync"] = SelfDistillationSyncTrainer
     TRAINER_REGISTRY["separate_async"] = SelfDistillationSeparateAsyncTrainer

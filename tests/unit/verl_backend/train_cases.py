@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from typing import Any
-
-warnings.filterwarnings("ignore")
 
 import torch
 import torch.distributed as dist
