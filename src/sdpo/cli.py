@@ -87,6 +87,18 @@ def report(
     print(f"plot: {paths.plot}\npage: {paths.page}")
 
 
+@app.command()
+def doctor() -> None:
+    """Say what is installed, which engines can run here, and what the others lack."""
+    from sdpo.doctor import examine, inspect_machine
+    from sdpo.report.doctor import print_doctor_report
+
+    report = examine(inspect_machine())
+    print_doctor_report(report)
+    if not report.can_run:
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Entry point: a person's mistake is one line and exit code 2; a programming error keeps its traceback."""
     try:

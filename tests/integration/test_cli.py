@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoModelForCausalLM
 
-from sdpo import cli
+from sdpo import cli, doctor
 from sdpo.config import load_run
 from sdpo.metrics import STEP
 from sdpo.tasks import hidden_rule
@@ -63,7 +65,7 @@ def rows_of(run_dir: Path) -> list[dict[str, float]]:
 def test_help_lists_the_commands(sdpo: Callable[..., Outcome]) -> None:
     outcome = sdpo("--help")
     assert outcome.code == 0
-    for command in ("train", "data", "report"):
+    for command in ("train", "data", "report", "doctor"):
         assert f"\n  {command} " in outcome.out
     assert "--dry-run" in sdpo("train", "--help").out
     assert "hidden-rule" in sdpo("data", "--help").out
@@ -102,6 +104,22 @@ def test_data_makes_model_and_rows(
     assert json.loads((tmp_path / "x" / "recipe.json").read_text())["seed"] == 3
     assert len(pq.read_table(tmp_path / "x" / "train.parquet")) == 3000
     HiddenRule(str(tmp_path / "x"), mode="peers", seed=3).prepare()  # what a run file with these arguments asks for
+
+
+def test_the_doctor_finds_that_the_embedded_engine_runs_here() -> None:
+    done = subprocess.run([*COMMAND, "doctor"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^embedded +yes$", done.stdout, re.MULTILINE)
+    assert re.search(rf"torch +>=2.6 +{re.escape(version('torch'))} +ok", done.stdout)
+
+
+def test_the_doctor_says_by_its_exit_code_that_nothing_runs(
+    sdpo: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "find_version", lambda name: None)
+    outcome = sdpo("doctor")
+    assert outcome.code == 1 and outcome.err == ""
+    assert re.search(r"^embedded +no: pip install .*'torch>=2.6'", outcome.out, re.MULTILINE)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[2] / "src" / "sdpo"
 GROUND = {"config", "errors", "metrics", "observer"}
 BELOW_ENGINES = GROUND | {"algorithm", "context", "models", "tasks"}
 ENGINES = {"embedded", "verl_backend"}
-EVERYTHING = BELOW_ENGINES | ENGINES | {"report", "cli"}
+EVERYTHING = BELOW_ENGINES | ENGINES | {"doctor", "report", "cli"}
 
 MAY_IMPORT = {
     **dict.fromkeys(GROUND, GROUND),
@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "models": GROUND | {"algorithm"},
     "tasks": GROUND | {"context"},
     **dict.fromkeys(ENGINES, BELOW_ENGINES),
-    "report": BELOW_ENGINES | ENGINES,
+    "doctor": GROUND,
+    "report": BELOW_ENGINES | ENGINES | {"doctor"},
     "cli": EVERYTHING,
     "__init__": EVERYTHING,
 }
