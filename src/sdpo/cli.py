@@ -58,6 +58,30 @@ def train(
         raise typer.Exit(130)
 
 
+@app.command()
+def verl(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    show: Annotated[bool, typer.Option("--print", help="Print the command that starts this run, and stop.")] = False,
+) -> None:
+    """Train on verl: Ray, vLLM, FSDP2. The same run file; settings that only verl has are passed on to Hydra."""
+    from sdpo.config import iterate_settings, load_run
+    from sdpo.verl_backend.launch import build_command, launch
+
+    ours = {key for key, _ in iterate_settings()}
+    for_run = [
+        o for o in overrides or [] if o.partition("=")[0] in ours or o.partition("=")[0].startswith("data.task_args.")
+    ]
+    run = load_run(run_file, for_run)
+    command = build_command(run, [o for o in overrides or [] if o not in for_run])
+    for note in command.notes:
+        print(note, file=sys.stderr)
+    if show:
+        print(command)
+    else:
+        launch(run, command)
+
+
 @data_app.command("hidden-rule")
 def data_hidden_rule(
     out: Annotated[Path, typer.Option(help="Folder to make: model/, train.parquet, test.parquet.")],

@@ -86,9 +86,13 @@ def get_window(model: PreTrainedModel) -> int | None:
     return int(window) if window else None
 
 
+def looks_local(path: str) -> bool:
+    """Whether a model's path cannot be the name of one on a hub (``owner/name``)."""
+    return path.startswith(("/", ".")) or path.count("/") > 1
+
+
 def _require_model(config: ModelConfig) -> None:
-    looks_local = config.path.startswith(("/", ".")) or config.path.count("/") > 1
-    if not Path(config.path).exists() and looks_local:
+    if not Path(config.path).exists() and looks_local(config.path):
         raise UserError(f"model.path: {config.path}: no such folder")
     if Path(config.path).exists() and not (Path(config.path) / "config.json").is_file():
         raise UserError(

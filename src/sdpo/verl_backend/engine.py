@@ -152,7 +152,9 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         if self.teacher is None:
             return
         saved = Path(local_path) / "teacher" / "teacher.json"
-        state = json.loads(saved.read_text(encoding="utf-8")) if saved.is_file() else {"kind": "no"}
+        state: dict[str, Any] = {"kind": "no"}
+        if saved.is_file():
+            state = json.loads(saved.read_text(encoding="utf-8"))
         if state["kind"] != self.teacher.kind:
             raise RuntimeError(
                 f"{local_path} holds {state['kind']} teacher, this run has the {self.teacher.kind} one; set "

@@ -48,7 +48,7 @@ class WithTeacherBatch:
             tq.kv_batch_put(
                 keys=batch.keys,
                 partition_id=batch.partition_id,
-                fields=TensorDict(fields, batch_size=len(batch)),  # type: ignore[arg-type]
+                fields=TensorDict(fields, batch_size=len(batch)),
             )
             metrics.update(values)
         versions = [tag["min_global_steps"] for tag in batch.tags if tag.get("min_global_steps") is not None]

@@ -10,6 +10,7 @@ from typing import Any
 
 from sdpo.config import Run, SelfDistillationConfig, iterate_settings
 from sdpo.errors import UserError
+from sdpo.models.loading import looks_local
 
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
@@ -161,7 +162,7 @@ def _bookkeeping(run: Run) -> dict[str, Any]:
 
 def _absolute_if_file(name: str) -> str:
     """Ray's processes have a working directory of their own."""
-    return str(Path(name).absolute()) if Path(name).exists() else name
+    return str(Path(name).absolute()) if looks_local(name) or Path(name).exists() else name
 
 
 def _select(run: Run, key: str) -> Any:

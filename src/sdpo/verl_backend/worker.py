@@ -42,7 +42,7 @@ class SelfDistillationTrainingWorker(TrainingWorker):  # type: ignore[misc]
 class SelfDistillationActorWorker(DetachActorWorker):  # type: ignore[misc]
     """verl's actor; with ``policy_loss.loss_mode=sdpo`` it trains through ``SelfDistillationTrainingWorker``."""
 
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator]
     def init_model(self) -> None:
         if get_device_name() == "cpu" and not dist.is_initialized():
             # verl knows no backend for a group of CPUs only.

@@ -1,0 +1,108 @@
+"""Every place where we reach into verl, and why.
+
+``docs/verl.md`` shows the table. ``tests/unit/verl_backend/test_hooks.py`` compares the source of each with what it was
+when we wrote ours, so that another version of verl fails there, by name, and not in the middle of a run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+from dataclasses import dataclass
+
+VERL_VERSION = "0.9.1"
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A class or function of verl that we subclass, override, call or replace although it is not public."""
+
+    where: str  # module:qualified name
+    how: str
+    why: str
+
+
+def fingerprint(where: str) -> str:
+    """Twelve hexadecimal digits of the source's SHA-256; of a class its ancestors, since methods stand alone.
+
+    Raises:
+        ImportError, AttributeError: it does not exist any more.
+    """
+    module, _, name = where.partition(":")
+    target = importlib.import_module(module)
+    for part in name.split("."):
+        target = getattr(target, part)
+    if hasattr(target, "__ray_metadata__"):
+        target = target.__ray_metadata__.modified_class
+    target = inspect.unwrap(target) if callable(target) else target
+    if inspect.isclass(target):
+        source = str([base.__name__ for base in target.__mro__])
+    elif callable(target):
+        source = inspect.getsource(target)
+    else:
+        source = type(target).__name__
+    return hashlib.sha256(source.encode()).hexdigest()[:12]
+
+
+_ENGINE = "verl.workers.engine.fsdp.transformer_impl"
+_ONE_STEP = "verl.experimental.one_step_off_policy.ray_trainer"
+_SEPARATE = "verl.experimental.separation.ray_trainer"
+_PPO = "verl.trainer.ppo.ray_trainer"
+_V1 = "verl.trainer.ppo.v1"
+
+HOOKS: tuple[Hook, ...] = (
+    # engine.py
+    Hook(f"{_ENGINE}:FSDPEngineWithLMHead", "subclassed", "student and teacher of one rank"),
+    Hook(f"{_ENGINE}:FSDPEngine._build_model_optimizer", "extended", "builds the teacher after the student"),
+    Hook(f"{_ENGINE}:FSDPEngine._build_module", "called", "the teacher's module, from the same files"),
+    Hook(f"{_ENGINE}:FSDPEngine._build_fsdp_module", "called", "shards the teacher as the student"),
+    Hook(f"{_ENGINE}:FSDPEngine.to", "extended", "offloads the teacher with the student"),
+    Hook(f"{_ENGINE}:FSDPEngine.save_checkpoint", "extended", "saves the teacher"),
+    Hook(f"{_ENGINE}:FSDPEngine.load_checkpoint", "extended", "loads the teacher"),
+    Hook(f"{_ENGINE}:FSDPEngine.forward_backward_batch", "extended", "token weights, budget, metrics"),
+    Hook(f"{_ENGINE}:FSDPEngineWithLMHead.forward_step", "extended", "teacher's forward pass; the loss"),
+    Hook(f"{_ENGINE}:FSDPEngineWithLMHead.prepare_model_inputs", "called", "inputs of the teacher"),
+    Hook(f"{_ENGINE}:FSDPEngineWithLMHead.prepare_model_outputs", "relied on", "calls the loss with the logits"),
+    Hook("verl.workers.engine.utils:prepare_micro_batches", "relied on", "cuts by the token budget we lower"),
+    Hook("verl.utils.checkpoint.fsdp_checkpoint_manager:FSDPCheckpointManager", "called", "the teacher's shards"),
+    # worker.py
+    Hook("verl.workers.engine_workers:TrainingWorker", "subclassed", "configures the engine"),
+    Hook("verl.workers.engine_workers:TrainingWorker.train_mini_batch", "extended", "the teacher's update"),
+    Hook("verl.experimental.separation.engine_workers:DetachActorWorker", "subclassed", "chooses the worker"),
+    Hook("verl.workers.engine_workers:ActorRolloutRefWorker.init_model", "extended", "the actor's worker class"),
+    # trainer.py
+    Hook(f"{_ONE_STEP}:OneStepOffRayTrainer", "subclassed", "one step off policy"),
+    Hook(f"{_ONE_STEP}:OneStepOffRayTrainer._create_continuous_iterator", "replaced", "keeps errors and epochs"),
+    Hook(f"{_ONE_STEP}:OneStepOffRayTrainer._async_gen_next_batch", "extended", "raises errors; resumes"),
+    Hook(f"{_ONE_STEP}:OneStepOffRayTrainer._fit_generate", "extended", "the epoch's metric"),
+    Hook(f"{_ONE_STEP}:OneStepOffRayTrainer.fit_step", "extended", "saves the batch sampled ahead"),
+    Hook(f"{_ONE_STEP}:OneStepOffRayTrainer.fit", "relied on", "the order of a step"),
+    Hook(f"{_SEPARATE}:SeparateRayPPOTrainer._fit_compute_reward", "extended", "the teacher's batch"),
+    Hook(f"{_SEPARATE}:SeparateRayPPOTrainer._fit_update_actor", "extended", "names of metrics"),
+    Hook(f"{_PPO}:RayPPOTrainer._save_checkpoint", "extended", "position in the data"),
+    Hook(f"{_PPO}:RayPPOTrainer._load_checkpoint", "extended", "the batch sampled ahead"),
+    Hook(f"{_PPO}:RayPPOTrainer._init_dump_executor", "called", "rollout_data_dir"),
+    Hook(f"{_PPO}:RayPPOTrainer._shutdown_dump_executor", "called", "rollout_data_dir"),
+    Hook(f"{_PPO}:RayPPOTrainer._update_actor", "relied on", "fields of the batch reach the engine"),
+    # trainer_v1.py
+    Hook(f"{_V1}.trainer_sync:PPOTrainerSync", "subclassed", "sampling and learning in turns"),
+    Hook(f"{_V1}.trainer_separate_async:PPOTrainerSeparateAsync", "subclassed", "two pools of GPUs"),
+    Hook(f"{_V1}.trainer_separate_async:logger", "replaced", "one call of it raises"),
+    Hook(f"{_V1}.trainer_base:PPOTrainer._setup", "extended", "the teacher's batch"),
+    Hook(f"{_V1}.trainer_base:PPOTrainer._init_resource_pool_mgr", "extended", "our worker"),
+    Hook(f"{_V1}.trainer_base:PPOTrainer._compute_advantage", "extended", "the teacher's batch"),
+    Hook(f"{_V1}.trainer_base:PPOTrainer._update_actor", "extended", "names of metrics"),
+    Hook(f"{_V1}.trainer_base:TRAINER_REGISTRY", "replaced", "our trainers under verl's names"),
+    Hook("verl.trainer.main_ppo:TaskRunnerV1", "called", "verl's runner, its class taken from Ray's actor"),
+    # main.py
+    Hook("verl.trainer.main_ppo:run_ppo", "called", "starts Ray"),
+    Hook("verl.experimental.one_step_off_policy.main_ppo:OneStepTaskRunner", "rewritten", "names its trainer"),
+    Hook("verl.utils.config:validate_config", "called", "verl's own checks, before Ray"),
+    # cpu/
+    Hook("verl.plugin.platform.platform_base:PlatformBase", "subclassed", "a device named cpu"),
+    Hook("verl.checkpoint_engine.base:CheckpointEngine", "subclassed", "weights through a file"),
+    Hook("verl.workers.rollout.replica:RolloutReplica", "subclassed", "samples with transformers"),
+    Hook("verl.workers.rollout.base:BaseRollout", "subclassed", "hands weights to the sampler"),
+    Hook("verl.workers.rollout.base:_ROLLOUT_REGISTRY", "extended", "the sampler's name"),
+)
