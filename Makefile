@@ -28,7 +28,7 @@ run: $(INSTALLED) ## Train the offline task with SDPO, then with GRPO, and compa
 	@$(BIN)/sdpo report runs/hidden_rule runs/hidden_rule_grpo
 
 test: $(INSTALLED) ## Run the whole test suite; tests for a GPU skip themselves where there is none
-	@$(BIN)/python -m pytest -n 2
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(INSTALLED) ## Check style and types
 	@$(BIN)/ruff check .

@@ -57,6 +57,7 @@ def check_config(config: DictConfig) -> None:
         UserError: names the key and what to do.
     """
     actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
+    _check_batches(config)
     settings = read_self_distillation(actor)
     if settings is None:
         return
@@ -102,4 +103,17 @@ def check_config(config: DictConfig) -> None:
         raise UserError(
             "algorithm.rollout_correction.rollout_is has no effect with bypass_mode=true, where the sampler is the old "
             "policy and is_clip truncates the ratio to it; set one of them to null or false"
+        )
+
+
+def _check_batches(config: DictConfig) -> None:
+    mini, batch = config.actor_rollout_ref.actor.ppo_mini_batch_size, config.data.train_batch_size
+    num_gpus = config.trainer.nnodes * config.trainer.n_gpus_per_node
+    if batch % mini:
+        raise UserError(f"{ACTOR}.ppo_mini_batch_size={mini} must divide data.train_batch_size={batch}")
+    rollouts = mini * config.actor_rollout_ref.rollout.n
+    if rollouts % num_gpus:
+        raise UserError(
+            f"{ACTOR}.ppo_mini_batch_size * actor_rollout_ref.rollout.n = {rollouts} must be a multiple of the "
+            f"{num_gpus} GPUs that train (trainer.nnodes * trainer.n_gpus_per_node)"
         )

@@ -59,6 +59,7 @@ class SelfDistillationOneStepOffTrainer(OneStepOffRayTrainer):  # type: ignore[m
         self._fetch_error: Exception | None = None
         self._prefetched: Any = None
         self._loader_state: Any = None
+        self._first_epoch = 0
 
     # The teacher's batch
 
@@ -71,8 +72,8 @@ class SelfDistillationOneStepOffTrainer(OneStepOffRayTrainer):  # type: ignore[m
             self.metrics.update(values)
         versions = [v for v in batch.non_tensor_batch.get("min_global_steps", []) if v is not None]
         if versions:
-            # verl names the weights that a step k begins with k.
-            self.metrics[metrics.STALENESS] = self.global_steps - min(versions)
+            # verl names the weights that a step k begins with k, and those before the first step 0 or 1.
+            self.metrics[metrics.STALENESS] = self.global_steps - max(min(versions), 1)
         return batch
 
     def _read_rollouts(self, batch: DataProto) -> list[Rollout]:
@@ -100,7 +101,7 @@ class SelfDistillationOneStepOffTrainer(OneStepOffRayTrainer):  # type: ignore[m
 
     def _create_continuous_iterator(self) -> Iterator[tuple[int, Any]]:
         """Batches with their epoch, from where the loader stands, without end: the number of steps ends a run."""
-        for epoch in itertools.count(self.global_steps // len(self.train_dataloader)):
+        for epoch in itertools.count(self._first_epoch):
             try:
                 yield from ((epoch, batch) for batch in self.train_dataloader)
             except Exception as error:
@@ -145,10 +146,12 @@ class SelfDistillationOneStepOffTrainer(OneStepOffRayTrainer):  # type: ignore[m
 
     def _load_checkpoint(self) -> Any:
         super()._load_checkpoint()
+        self._first_epoch = self.global_steps // len(self.train_dataloader)
         saved = self._checkpoint_folder(self.global_steps) / PREFETCHED
         if self.global_steps and saved.is_file():
             state = torch.load(saved, weights_only=False)
             self._prefetched = state["batch"]
+            self._first_epoch = self._prefetched[2]
             self.train_dataloader.load_state_dict(state["loader"])
 
     def _checkpoint_folder(self, step: int) -> Path:

@@ -1,0 +1,43 @@
+"""The places where we reach into verl are what they were when we wrote ours."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import entry_points, version
+from pathlib import Path
+
+import pytest
+
+from sdpo.verl_backend.hooks import HOOKS, VERL_VERSION, fingerprint
+
+RECORDED = Path(__file__).parents[2] / "golden" / "verl_hooks.json"
+CHANGED = (
+    "{where} of verl {found} is not the one of verl {written}: read what changed, mend what stands on it (docs/verl.md "
+    "says what), then write the new fingerprint {now} into {file}"
+)
+
+
+@pytest.mark.parametrize("where", [hook.where for hook in HOOKS])
+def test_a_hook_is_as_it_was(where: str) -> None:
+    recorded = json.loads(RECORDED.read_text())
+    now = fingerprint(where)
+    assert now == recorded[where], CHANGED.format(
+        where=where, found=version("verl"), written=VERL_VERSION, now=now, file=RECORDED.name
+    )
+
+
+def test_a_change_is_found() -> None:
+    first, second = "verl.utils.config:validate_config", "verl.utils.config:omega_conf_to_dataclass"
+    assert fingerprint(first) != fingerprint(second)
+    with pytest.raises(AttributeError):
+        fingerprint("verl.utils.config:no_such_function")
+
+
+def test_nothing_recorded_is_left_over() -> None:
+    assert json.loads(RECORDED.read_text()).keys() == {hook.where for hook in HOOKS}
+
+
+def test_verl_finds_our_plugin() -> None:
+    assert {"sdpo": "sdpo.verl_backend.plugin"}.items() <= {
+        entry.name: entry.value for entry in entry_points(group="verl.plugins")
+    }.items()

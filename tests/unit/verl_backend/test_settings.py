@@ -1,0 +1,132 @@
+"""verl's configuration with SDPO's section in it: what is refused, before Ray, in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from omegaconf import DictConfig
+
+from sdpo.config import SelfDistillationConfig
+from sdpo.errors import UserError
+from sdpo.verl_backend.main import compose_config, main
+from sdpo.verl_backend.settings import read_self_distillation
+
+ACTOR = "actor_rollout_ref.actor"
+NAMES = ["sdpo_trainer", "sdpo_separate_async", "sdpo_sync"]
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    rows = tmp_path_factory.mktemp("rows") / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist([{"data_source": "x"}]), rows)
+    return [f"data.train_files={rows}", f"data.val_files={rows}"]
+
+
+@pytest.fixture(scope="session")
+def compose(files: list[str]) -> Callable[..., DictConfig]:
+    def compose(*overrides: str, name: str = "sdpo_trainer") -> DictConfig:
+        return compose_config(name, [*files, *overrides])
+
+    return compose
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_defaults_are_those_of_the_dataclass(name: str, compose: Callable[..., DictConfig]) -> None:
+    config = compose(name=name)
+    assert read_self_distillation(config.actor_rollout_ref.actor) == SelfDistillationConfig()
+    assert config.trainer.n_gpus_per_node == config.rollout.n_gpus_per_node == 1
+    assert config.actor_rollout_ref.rollout.calculate_log_probs
+
+
+def test_every_setting_arrives(compose: Callable[..., DictConfig]) -> None:
+    given = {
+        "full_logit_distillation": "false",
+        "alpha": "1.0",
+        "ema_update_rate": "0.01",
+        "is_clip": "null",
+        "grpo_coef": "0.5",
+        "teacher_regularization": "trust-region",
+        "solution_template": '"Look: {successful_previous_attempt}\n"',
+    }
+    config = compose(*(f"{ACTOR}.self_distillation.{key}={value}" for key, value in given.items()))
+    settings = read_self_distillation(config.actor_rollout_ref.actor)
+    assert settings is not None
+    assert (settings.alpha, settings.ema_update_rate, settings.is_clip, settings.grpo_coef) == (1.0, 0.01, None, 0.5)
+    assert settings.solution_template == "Look: {successful_previous_attempt}\n"
+    assert not settings.full_logit_distillation and settings.teacher_regularization == "trust-region"
+
+
+def test_another_loss_is_verls_own(compose: Callable[..., DictConfig]) -> None:
+    config = compose(f"{ACTOR}.policy_loss.loss_mode=vanilla", f"{ACTOR}.use_kl_loss=true")
+    assert read_self_distillation(config.actor_rollout_ref.actor) is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (f"{ACTOR}.self_distillation.alfa=0.5", "alfa"),
+        (f"{ACTOR}.self_distillation.alpha=2", f"{ACTOR}.self_distillation.alpha must be in [0, 1]"),
+        (f"{ACTOR}.self_distillation.alpha=many", "many"),
+        (f"{ACTOR}.self_distillation.teacher_regularization=none", "teacher_regularization must be one of"),
+        (f"{ACTOR}.self_distillation.full_logit_distillation=false", "alpha must be 1"),
+        (f"{ACTOR}.strategy=fsdp", f"{ACTOR}.strategy must be fsdp2"),
+        (f"{ACTOR}.entropy_coeff=0.01", f"{ACTOR}.entropy_coeff=0.01 has no meaning"),
+        (f"{ACTOR}.use_kl_loss=true", f"{ACTOR}.use_kl_loss=True has no meaning"),
+        (f"{ACTOR}.clip_ratio_high=0.28", f"set {ACTOR}.self_distillation.clip_ratio_high instead"),
+        ("algorithm.norm_adv_by_std_in_grpo=false", f"set {ACTOR}.self_distillation.norm_adv_by_std_in_grpo instead"),
+        (f"{ACTOR}.loss_agg_mode=token-sum", "use token-mean"),
+        (f"{ACTOR}.ulysses_sequence_parallel_size=2", "ulysses_sequence_parallel_size=2"),
+        ("actor_rollout_ref.model.use_fused_kernels=true", "use_fused_kernels"),
+        ("actor_rollout_ref.model.lora_rank=8", "LoRA is not supported"),
+        ("actor_rollout_ref.model.lora.rank=8", "LoRA is not supported"),
+        ("algorithm.rollout_correction.bypass_mode=true", "bypass_mode"),
+        ("data.train_files=/no/such.parquet", "/no/such.parquet: no such file"),
+        ("trainer.nodes=2", "nodes"),
+        (f"{ACTOR}.ppo_mini_batch_size=24", f"{ACTOR}.ppo_mini_batch_size=24 must divide data.train_batch_size=32"),
+        ("trainer.n_gpus_per_node=3", "must be a multiple of the 3 GPUs that train"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(override: str, message: str, compose: Callable[..., DictConfig]) -> None:
+    with pytest.raises(UserError) as caught:
+        compose(override)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_clips_are_one_value_for_both_losses(compose: Callable[..., DictConfig]) -> None:
+    config = compose(f"{ACTOR}.self_distillation.clip_ratio_high=0.28")
+    assert config.actor_rollout_ref.actor.clip_ratio_high == 0.28
+
+
+def test_every_setting_of_the_section_is_a_key_of_hydra(compose: Callable[..., DictConfig]) -> None:
+    section = compose().actor_rollout_ref.actor.self_distillation
+    assert set(section) == {f.name for f in dataclasses.fields(SelfDistillationConfig)}
+
+
+def test_the_command_line_refuses_and_helps(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="not of the form key=value"):
+        main(["train"])
+    main(["--help"])
+    assert "usage" in capsys.readouterr().out
+    main(["--config-name", "sdpo_sync", "--cfg", *files])
+    assert "trainer_mode: sync" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_mistake_ends_with_exit_code_2_and_without_ray(tmp_path: Path) -> None:
+    command: list[Any] = [sys.executable, "-m", "sdpo.verl_backend.main", f"{ACTOR}.self_distillation.alpha=7"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2
+    assert (
+        result.stderr.strip().splitlines()[-1].startswith(f"error: {ACTOR}.self_distillation.alpha must be in [0, 1]")
+    )
+    assert "Started a local Ray instance" not in result.stdout + result.stderr
+    assert list(tmp_path.iterdir()) == []

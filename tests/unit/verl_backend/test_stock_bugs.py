@@ -1,0 +1,111 @@
+"""verl 0.9.1's own mistakes, shown to be there, and shown not to bite. Those that need a run are in tests/verl."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+from verl.experimental.one_step_off_policy.ray_trainer import OneStepOffRayTrainer
+from verl.utils import tensordict_utils as tu
+from verl.workers.utils.padding import left_right_2_no_padding
+
+from sdpo.verl_backend import trainer_v1
+from sdpo.verl_backend.engine import _repair_position_ids
+from sdpo.verl_backend.trainer import SelfDistillationOneStepOffTrainer
+
+
+class BrokenLoader:
+    """Two batches, then a row that cannot be read."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        yield {}
+        yield {}
+        raise ValueError("row 7 cannot be read")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
+def make_trainer(kind: type[Any], loader: Any) -> Any:
+    trainer = object.__new__(kind)
+    trainer.train_dataloader = loader
+    trainer._first_epoch = 0
+    trainer.config = SimpleNamespace(trainer=SimpleNamespace(total_epochs=2))
+    trainer._prefetched = trainer._fetch_error = None
+    return trainer
+
+
+def fetch_third(trainer: Any) -> Any:
+    iterator = trainer._create_continuous_iterator()
+    next(iterator), next(iterator)
+    return asyncio.run(trainer._async_gen_next_batch(iterator))
+
+
+def test_an_error_while_fetching_is_raised() -> None:
+    assert fetch_third(make_trainer(OneStepOffRayTrainer, BrokenLoader())) is None  # verl's way
+    with pytest.raises(RuntimeError, match="could not be fetched") as caught:
+        fetch_third(make_trainer(SelfDistillationOneStepOffTrainer, BrokenLoader()))
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert "row 7" in str(caught.value.__cause__)
+
+
+def test_epochs_count_and_do_not_end_before_the_steps() -> None:
+    trainer = make_trainer(SelfDistillationOneStepOffTrainer, [{}, {}, {}])
+    trainer._first_epoch = 1  # a run resumed in its second epoch
+    iterator = trainer._create_continuous_iterator()
+    assert [next(iterator)[0] for _ in range(8)] == [1, 1, 1, 2, 2, 2, 3, 3]
+    stock = make_trainer(OneStepOffRayTrainer, [{}, {}, {}])
+    assert len(list(stock._create_continuous_iterator())) == 6
+
+
+@pytest.mark.parametrize("lengths", [(4, 4, 4), (2, 4, 3)], ids=["equal", "ragged"])
+def test_position_ids_of_images_keep_their_shape(lengths: tuple[int, ...]) -> None:
+    size, prompt, response = len(lengths), 3, 1
+    total = prompt + response
+    mask = torch.tensor([[0] * (total - length) + [1] * length for length in lengths])
+    positions = torch.arange(size * 4 * total).reshape(size, 4, total)
+    data = left_right_2_no_padding(
+        TensorDict(
+            {
+                "input_ids": torch.ones(size, total, dtype=torch.long),
+                "attention_mask": mask,
+                "position_ids": positions.clone(),
+                "response_mask": torch.ones(size, response, dtype=torch.long),
+            },
+            batch_size=size,
+        )
+    )
+    if len(set(lengths)) == 1:
+        assert data["position_ids"]._ragged_idx == 1  # the four kinds of position are taken for the sequence
+    _repair_position_ids(data)
+    repaired = data["position_ids"]
+    assert repaired._ragged_idx == 2
+    assert repaired.values().shape == (4, sum(lengths))
+    for row, length, part in zip(positions, lengths, repaired.unbind(), strict=True):
+        torch.testing.assert_close(part, row[:, -length:])
+
+
+def test_two_dimensional_position_ids_stay_as_they_are() -> None:
+    parts = [torch.arange(3), torch.arange(3)]
+    data = TensorDict({"position_ids": torch.nested.as_nested_tensor(parts, layout=torch.jagged)}, batch_size=2)
+    before = data["position_ids"]
+    _repair_position_ids(data)
+    assert data["position_ids"] is before
+    assert tu.get(data, "position_ids") is before
+
+
+def test_the_logger_of_separate_async_takes_flush() -> None:
+    from verl.trainer.ppo.v1 import trainer_separate_async
+
+    stock = trainer_separate_async.logger
+    with pytest.raises(TypeError, match="flush"):
+        stock.info("as verl calls it", flush=True)
+    trainer_v1._AcceptsFlush(stock, {}).info("the same", flush=True)

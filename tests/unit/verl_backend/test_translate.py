@@ -1,0 +1,120 @@
+"""A run file of ours comes out of Hydra as what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdpo.config import Run, load_run
+from sdpo.errors import UserError
+from sdpo.verl_backend.launch import build_command
+from sdpo.verl_backend.main import compose_config
+from sdpo.verl_backend.settings import read_self_distillation
+from sdpo.verl_backend.translate import quote, translate
+
+CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
+PARSER = OverridesParser.create()
+
+
+@given(st.text(st.characters(exclude_categories=("Cs", "Cc"), include_characters="\n\t")))
+def test_any_text_survives_hydras_grammar(text: str) -> None:
+    (override,) = PARSER.parse_overrides([f"key={quote(text)}"])
+    assert override.value() == text
+
+
+@pytest.mark.parametrize("value", [None, True, False, 3, 1e-5, -2.5, [1, 0.5], ["a b", "c,d"], 'it\'s "so"', "a\\", ""])
+def test_values_survive_hydras_grammar(value: Any) -> None:
+    (override,) = PARSER.parse_overrides([f"key={quote(value)}"])
+    assert override.value() == value
+
+
+@pytest.fixture
+def compose_run(hidden_rule_dir: Path) -> Callable[[Run], Any]:
+    def compose(run: Run) -> Any:
+        translated = translate(run)
+        return compose_config(translated.config_name, translated.overrides)
+
+    return compose
+
+
+def test_a_run_says_the_same_on_verl(
+    make_task_run: Callable[..., Run], compose_run: Callable[[Run], Any], hidden_rule_dir: Path
+) -> None:
+    run = make_task_run(
+        seed=5,
+        staleness=1,
+        save_every=2,
+        data__train_batch_size=4,
+        sampler__n=3,
+        sampler__temperature=0.8,
+        sampler__top_p=0.9,
+        sampler__batch_size=17,
+        learner__mini_batch_size=2,
+        learner__micro_batch_tokens=777,
+        learner__loss_agg_mode="seq-mean-token-sum",
+        learner__rollout_is="sequence",
+        learner__rollout_is_threshold=1.5,
+        learner__autocast=True,
+        optim__lr=3e-4,
+        optim__schedule="cosine",
+        optim__warmup_steps=0,
+        optim__grad_clip=0.7,
+        self_distillation__alpha=0.25,
+        self_distillation__distillation_topk=7,
+        self_distillation__reprompt_template='{prompt}\n"{solution}"\\{feedback}',
+        self_distillation__clip_ratio_low=0.1,
+        eval__n=4,
+        eval__max_prompts=5,
+        tracking__backends=["tensorboard"],
+    )
+    config = compose_run(run)
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    settings = read_self_distillation(actor)
+    assert settings is not None
+    assert asdict(settings) == asdict(run.self_distillation)
+    assert not config.trainer.use_v1
+    assert (config.data.seed, config.data.train_batch_size, config.data.val_max_samples) == (5, 4, 5)
+    assert (config.data.max_prompt_length, config.data.max_response_length) == (2048, 8)
+    assert (rollout.n, rollout.temperature, rollout.top_p, rollout.max_num_seqs) == (3, 0.8, 0.9, 17)
+    assert (rollout.prompt_length, rollout.response_length, rollout.seed) == (2048, 8, 5)
+    assert (rollout.val_kwargs.n, rollout.val_kwargs.do_sample, rollout.val_kwargs.temperature) == (4, True, 1.0)
+    assert (actor.ppo_mini_batch_size, actor.ppo_max_token_len_per_gpu) == (2, 777)
+    assert rollout.log_prob_max_token_len_per_gpu == 777
+    assert (actor.loss_agg_mode, actor.clip_ratio_low) == ("seq-mean-token-sum", 0.1)
+    correction = config.algorithm.rollout_correction
+    assert (correction.rollout_is, correction.rollout_is_threshold) == ("sequence", 1.5)
+    assert (actor.optim.lr, actor.optim.lr_scheduler_type, actor.optim.lr_warmup_steps) == (3e-4, "cosine", 0)
+    assert actor.optim.clip_grad == 0.7
+    assert actor.fsdp_config.mixed_precision.param_dtype == "bf16"
+    assert (config.trainer.total_training_steps, config.trainer.save_freq, config.trainer.test_freq) == (3, 2, 3)
+    assert config.trainer.logger == ["console", "file", "tensorboard"]
+    assert config.data.train_files == [str(hidden_rule_dir / "train.parquet")]
+    assert config.reward.custom_reward_function.reward_kwargs.task == "hidden_rule"
+
+
+def test_staleness_chooses_the_trainer(make_task_run: Callable[..., Run], compose_run: Callable[[Run], Any]) -> None:
+    config = compose_run(make_task_run(staleness=0))
+    assert config.trainer.use_v1 and config.trainer.v1.trainer_mode == "sync"
+    assert config.algorithm.rollout_correction.rollout_is == "token"
+    assert config.actor_rollout_ref.rollout.val_kwargs.temperature == 0
+
+
+def test_what_verl_has_not_is_refused_or_named(make_task_run: Callable[..., Run]) -> None:
+    with pytest.raises(UserError, match="linear does not exist in verl"):
+        translate(make_task_run(optim__schedule="linear"))
+    run = make_task_run(learner__num_threads=2, eval__teacher=False)
+    assert translate(run).unused == ["learner.num_threads", "eval.teacher"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_run_can_be_translated(path: Path) -> None:
+    command = build_command(load_run(path), ["trainer.nnodes=2"])
+    assert command.arguments[-1] == "trainer.nnodes=2"
+    assert str(command).startswith("VERL_FILE_LOGGER_PATH=") and "python -m sdpo.verl_backend.main" in str(command)

@@ -1,0 +1,126 @@
+"""Whole runs on verl: Ray, its trainers, FSDP2 and the agent loop, on the CPU. Each takes a minute or more."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from sdpo.tasks.hidden_rule import HiddenRule
+
+ARGUMENTS = {"pretrain_steps": 0, "num_train": 16, "num_test": 4}
+SETTINGS = [
+    "total_steps=2",
+    "eval_every=0",
+    "data.train_batch_size=4",
+    "sampler.n=2",
+    "sampler.max_response_length=8",
+    "optim.warmup_steps=0",
+    "optim.lr=1e-3",
+    "self_distillation.teacher_regularization=ema",
+    *(f"data.task_args.{name}={value}" for name, value in ARGUMENTS.items()),
+]
+RUN_FILE = Path(__file__).parents[2] / "configs" / "hidden_rule.yaml"
+LIMIT = 900
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.slow)
+            # One Ray at a time on a small machine.
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
+if importlib.util.find_spec("verl") is None:  # sdpo[verl] is not installed
+    collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(scope="session")
+def task_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("task") / "hidden_rule"
+    HiddenRule(str(folder), **ARGUMENTS).prepare()
+    return folder
+
+
+class Running:
+    """A command and all the processes that it starts."""
+
+    def __init__(self, command: Sequence[str], log: Path) -> None:
+        self.log = log
+        environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+        with log.open("ab") as output:
+            self.process = psutil.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+
+    def wait(self, until: Callable[[], bool] = lambda: False) -> int | None:
+        """The exit code, or None as soon as ``until`` holds."""
+        end = time.monotonic() + LIMIT
+        while time.monotonic() < end:
+            code = self.process.poll()
+            if code is not None:
+                return int(code)
+            if until():
+                return None
+            time.sleep(0.02)
+        raise TimeoutError(self.tail())
+
+    def kill(self) -> None:
+        family = [*self.process.children(recursive=True), self.process] if self.process.is_running() else []
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(family, timeout=30)
+
+    def tail(self) -> str:
+        return self.log.read_text(errors="replace")[-5000:]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    """Starts a command; whatever is left of it when the test ends is killed."""
+    started: list[Running] = []
+
+    def begin(*command: str) -> Running:
+        started.append(Running(command, tmp_path / "output.log"))
+        return started[-1]
+
+    yield begin
+    for running in started:
+        running.kill()
+
+
+@pytest.fixture
+def train_on_verl(start: Callable[..., Running], task_dir: Path) -> Callable[..., Running]:
+    """``sdpo verl`` with a small run in this folder."""
+
+    def train(run_dir: Path, *overrides: str) -> Running:
+        settings = [f"run_dir={run_dir}", f"data.task_args.dir={task_dir}", *SETTINGS, *overrides]
+        return start(sys.executable, "-m", "sdpo.cli", "verl", str(RUN_FILE), *settings)
+
+    return train
+
+
+def read_metrics(run_dir: Path) -> dict[int, dict[str, Any]]:
+    """Metrics by step of all parts of a run."""
+    rows: dict[int, dict[str, Any]] = {}
+    for file in sorted(run_dir.glob("metrics*.jsonl")):
+        for line in file.read_text().splitlines():
+            row = json.loads(line)
+            rows.setdefault(row["step"], {}).update(row["data"])
+    return rows
+
+
+@pytest.fixture(scope="session")
+def metrics_of() -> Callable[[Path], dict[int, dict[str, Any]]]:
+    return read_metrics

@@ -1,0 +1,147 @@
+"""Runs on verl from their commands to what they leave behind."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sdpo import load_run, metrics
+from sdpo.tasks import hidden_rule
+from sdpo.tasks.hidden_rule import HiddenRule, Mode
+from sdpo.verl_backend.launch import build_command
+from sdpo.verl_backend.smoke import load_weights
+
+ROOT = Path(__file__).parents[2]
+ACCURACY = "val-core/hidden_rule/acc/mean@1"
+
+Metrics = Callable[[Path], dict[int, dict[str, Any]]]
+Train = Callable[..., Any]
+
+
+def test_the_smoke_test_of_the_recipe(start: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SMOKE_TEST", "1")
+    monkeypatch.setenv("PYTHON", sys.executable)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    running = start("bash", str(ROOT / "recipe" / "SDPO" / "train.sh"))
+    assert running.wait() == 0, running.tail()
+    assert "5 of 5 checks passed" in running.tail()
+
+
+def load_state(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    """Student, teacher and optimizer of a checkpoint, by name."""
+    optimizer = torch.load(
+        run_dir / f"checkpoints/global_step_{step}/actor/optim_world_size_1_rank_0.pt", weights_only=False
+    )
+    state = load_weights(run_dir, step)
+    state |= {f"teacher.{name}": value for name, value in load_weights(run_dir, step, teacher=True).items()}
+    for number, slots in optimizer["state"].items():
+        state |= {f"optimizer.{number}.{name}": getattr(v, "_local_tensor", v) for name, v in slots.items()}
+    return state
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_been(train_on_verl: Train, tmp_path: Path, metrics_of: Metrics) -> None:
+    """One step off policy: student, teacher, optimizer, data position and the batch sampled ahead, bit for bit."""
+    settings = ["staleness=1", "total_steps=6", "save_every=3", "sampler.batch_size=1", "tracking.rollouts_every=1"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    running = train_on_verl(whole, *settings)
+    assert running.wait() == 0, running.tail()
+
+    running = train_on_verl(killed, *settings)
+    ahead = killed / "checkpoints" / "global_step_3" / "prefetched.pt"
+    assert running.wait(until=ahead.exists) is None, running.tail()
+    running.kill()
+    assert not (killed / "checkpoints" / "global_step_6").exists(), "it was to be killed before the end"
+    running = train_on_verl(killed, *settings)
+    assert running.wait() == 0, running.tail()
+
+    for step in (3, 6):
+        expected, state = load_state(whole, step), load_state(killed, step)
+        assert state.keys() == expected.keys() and len(state) > 50
+        for name, value in expected.items():
+            assert torch.equal(state[name], value), f"step {step}: {name}"
+    assert not torch.equal(load_state(whole, 3)["lm_head.weight"], load_state(whole, 6)["lm_head.weight"])
+
+    rows, again = metrics_of(whole), metrics_of(killed)
+    assert rows[6][metrics.LOSS] == again[6][metrics.LOSS]
+    assert rows[6][metrics.LR] == again[6][metrics.LR]
+    # 16 rows, 4 a step: verl's own trainer would say 0 throughout.
+    assert [rows[step]["training/epoch"] for step in range(1, 7)] == [0, 0, 0, 0, 1, 1]
+    assert [again[step]["training/epoch"] for step in (4, 5, 6)] == [0, 1, 1]
+    assert [rows[step][metrics.STALENESS] for step in range(1, 7)] == [0, 1, 1, 1, 1, 1]
+    # verl's own trainer crashes where rollouts are to be written.
+    assert sorted(int(file.stem) for file in (whole / "rollouts").glob("*.jsonl")) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("name", ["sdpo_sync", "sdpo_separate_async"])
+def test_the_v1_trainers(name: str, start: Train, task_dir: Path, tmp_path: Path, metrics_of: Metrics) -> None:
+    overrides = {
+        "data.task_args.dir": task_dir,
+        "data.task_args.num_train": 16,
+        "data.task_args.num_test": 4,
+        "data.task_args.pretrain_steps": 0,
+        "run_dir": tmp_path / "run",
+        "total_steps": 3,
+        "save_every": 1,
+        "data.train_batch_size": 4,
+        "sampler.n": 2,
+        "optim.lr": 1e-3,
+        "optim.warmup_steps": 0,
+        "self_distillation.teacher_regularization": "ema",
+        "self_distillation.grpo_coef": 0.3,
+    }
+    run = load_run(ROOT / "configs" / "hidden_rule.yaml", [f"{key}={value}" for key, value in overrides.items()])
+    command = build_command(run)
+    arguments = [name if argument.startswith("sdpo_") else argument for argument in command.arguments]
+    os.environ.update(command.environment)
+    running = start(sys.executable, "-m", "sdpo.verl_backend.main", *arguments)
+    assert running.wait() == 0, running.tail()
+    rows = metrics_of(tmp_path / "run")
+    assert sorted(rows) == [0, 1, 2, 3]
+    for step in (1, 2, 3):
+        assert rows[step][metrics.DISTILLATION_LOSS] > 0
+        assert rows[step][metrics.DISTILLED_FRACTION] > 0
+        assert metrics.PG_LOSS in rows[step]
+        assert 0 <= rows[step][metrics.STALENESS] <= (1 if name == "sdpo_separate_async" else 0)
+    assert ACCURACY in rows[0] and ACCURACY in rows[3]
+    for step in (2, 3):
+        before, after = (
+            load_weights(tmp_path / "run", step - 1, teacher=True),
+            load_weights(tmp_path / "run", step, teacher=True),
+        )
+        student = load_weights(tmp_path / "run", step)
+        for weight, value in after.items():
+            torch.testing.assert_close(value, 0.95 * before[weight] + 0.05 * student[weight], rtol=0, atol=1e-6)
+
+
+def test_plain_grpo_runs_on_the_same_trainer(train_on_verl: Train, tmp_path: Path, metrics_of: Metrics) -> None:
+    running = train_on_verl(tmp_path / "run", "staleness=1", "actor_rollout_ref.actor.policy_loss.loss_mode=vanilla")
+    assert running.wait() == 0, running.tail()
+    rows = metrics_of(tmp_path / "run")
+    assert "actor/pg_loss" in rows[2] and metrics.DISTILLATION_LOSS not in rows[2]
+    assert not (tmp_path / "run" / "checkpoints" / "global_step_2" / "actor" / "teacher").exists()
+
+
+def test_the_hidden_rule_is_learned_on_verl(
+    start: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metrics_of: Metrics
+) -> None:
+    """The shipped run, one step off policy, with 5 digits in place of 8, 4 rollouts in place of 8, and fewer steps."""
+    arguments = {"pretrain_steps": 200, "num_train": 3000, "num_test": 200}
+    shorter = Mode(length=5, num_rules=9, target_is_pretrained=False, pretrain_steps=0)
+    monkeypatch.setitem(hidden_rule.MODES, "feedback", shorter)
+    HiddenRule(str(tmp_path / "task"), **arguments).prepare()
+    running = start(
+        sys.executable,
+        *("-m", "sdpo.cli", "verl", str(ROOT / "configs" / "hidden_rule.yaml")),
+        *(f"data.task_args.{key}={value}" for key, value in {"dir": tmp_path / "task", **arguments}.items()),
+        *(f"run_dir={tmp_path / 'run'}", "staleness=1", "sampler.n=4", "total_steps=70", "eval_every=0"),
+    )
+    assert running.wait() == 0, running.tail()
+    rows = metrics_of(tmp_path / "run")
+    assert rows[0][ACCURACY] <= 0.05
+    assert rows[70][ACCURACY] >= 0.95
