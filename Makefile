@@ -11,10 +11,13 @@ TORCH_INDEX ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+INSTALLED_VERL := .venv/.installed-verl
 
 # Models this small are many times slower on two threads than on one.
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
+
+comma := ,
 
 .DEFAULT_GOAL := help
 .PHONY: help run test lint docs clean
@@ -27,7 +30,7 @@ run: $(INSTALLED) ## Train the offline task with SDPO, then with GRPO, and compa
 	@$(BIN)/sdpo train configs/hidden_rule_grpo.yaml
 	@$(BIN)/sdpo report runs/hidden_rule runs/hidden_rule_grpo
 
-test: $(INSTALLED) ## Run the whole test suite; tests for a GPU skip themselves where there is none
+test: $(INSTALLED_VERL) ## Run the whole test suite; tests for a GPU skip themselves where there is none
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(INSTALLED) ## Check style and types
@@ -44,12 +47,20 @@ clean: ## Remove .venv, site/ and caches; runs/ and data/ stay
 	@rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# A stamp, so that a second call installs nothing.
+define install
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --use-pep517 -c constraints.txt \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[$(1)]'
+	@touch $@
+endef
+
+# Stamps, so that a second call installs nothing. verl brings as much as everything else, and only the tests need it.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(if $(call python_can,$(IN_RANGE)),,$(error no Python 3.10, 3.11 or 3.12 found; install one or name it: make PYTHON=/path/to/python))
 	$(if $(call python_can,import ensurepip),,$(error $(PYTHON) cannot make a virtual environment: apt install python3-venv))
 	@echo "Installing into .venv with $$($(PYTHON) --version); the first time takes a few minutes ..."
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --use-pep517 -c constraints.txt \
-		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[dev]'
-	@touch $@
+	$(call install,dev)
+
+$(INSTALLED_VERL): $(INSTALLED)
+	@echo "Installing verl and Ray into .venv ..."
+	$(call install,dev$(comma)verl)

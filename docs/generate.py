@@ -13,6 +13,7 @@ from omegaconf import MISSING
 
 from sdpo import metrics
 from sdpo.config import describe_range, iterate_settings
+from sdpo.verl_backend.hooks import HOOKS, VERL_VERSION
 
 DOCS = Path(__file__).parent
 
@@ -83,7 +84,22 @@ def metric_names() -> str:
     return page
 
 
-PAGES = {"configuration.md": configuration, "metrics.md": metric_names}
+HOOKS_PAGE = """\
+# Hooks into verl
+
+Everything of verl {version} that is not a public interface and that `src/sdpo/verl_backend` stands on. The extra
+`sdpo[verl]` installs this version and no other. `tests/unit/verl_backend/test_hooks.py` compares the source of each
+with what it was when ours was written, and names the one that changed.
+
+"""
+
+
+def verl_hooks() -> str:
+    rows = ((f"`{hook.where.replace(':', '` `')}`", hook.how, hook.why) for hook in HOOKS)
+    return HOOKS_PAGE.format(version=VERL_VERSION) + table(("Where", "How", "Why"), rows)
+
+
+PAGES = {"configuration.md": configuration, "metrics.md": metric_names, "verl_hooks.md": verl_hooks}
 
 
 def main(arguments: list[str]) -> int:

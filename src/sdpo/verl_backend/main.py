@@ -62,8 +62,32 @@ def _check_with_verl(config: DictConfig) -> None:
         raise UserError(_explain(error)) from error
 
 
+def _check_model(config: DictConfig) -> None:
+    from transformers import AutoConfig
+
+    from sdpo.verl_backend.settings import LOSS_MODE
+
+    model = config.actor_rollout_ref.model
+    try:
+        architecture = AutoConfig.from_pretrained(
+            os.path.expanduser(model.path), trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"actor_rollout_ref.model.path: {model.path}: cannot be loaded ({_explain(error)})") from error
+    if config.actor_rollout_ref.actor.policy_loss.loss_mode == LOSS_MODE and hasattr(architecture, "vision_config"):
+        raise UserError(
+            f"actor_rollout_ref.model.path: {model.path} reads images, which loss_mode=sdpo does not support on "
+            "verl yet; use a language model"
+        )
+
+
 def run(config: DictConfig) -> None:
-    """Start Ray and train until the end."""
+    """Start Ray and train until the end.
+
+    Raises:
+        UserError: the model cannot be loaded or used; Ray has not been started.
+    """
+    _check_model(config)
     from verl.plugin.platform.platform_manager import PlatformRegistry
     from verl.trainer.main_ppo import run_ppo
 
