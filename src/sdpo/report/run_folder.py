@@ -119,6 +119,8 @@ def _read_rows(path: Path) -> list[dict[str, float]]:
 def _to_row(content: Any, where: str) -> dict[str, float]:
     if not isinstance(content, dict):
         raise UserError(f"{where}: not a JSON object; mend or remove the line")
+    if isinstance(content.get("data"), dict):  # verl's own form of a row
+        content = {STEP: content.get("step"), **content["data"]}
     row = {name: float(value) for name, value in content.items() if isinstance(value, (int, float))}
     if not math.isfinite(row.get(STEP, math.nan)):
         raise UserError(f"{where}: no number under {STEP}; mend or remove the line")

@@ -3,6 +3,7 @@ import math
 import pytest
 
 from sdpo.errors import UserError
+from sdpo.metrics import STEP
 from sdpo.report.run_folder import find_accuracies, read_run, read_runs
 
 
@@ -110,3 +111,11 @@ def test_headline_accuracy_is_mean_at_1_or_the_next_there_is():
         "val-teacher/b/acc/mean@1",
     ]
     assert find_accuracies(names) == {"a": "mean@1", "hub/name": "mean@16"}
+
+
+def test_rows_in_verls_own_form_are_read_too(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 0, "data": {"critic/score/mean": 0.25}}\n{"step": 2, "data": {"actor/lr": 0.5, "note": "text"}}\n'
+    )
+    run = read_run(tmp_path)
+    assert run.rows == [{STEP: 0, "critic/score/mean": 0.25}, {STEP: 2, "actor/lr": 0.5}]
