@@ -85,6 +85,13 @@ def full_weights(module: torch.nn.Module | None) -> dict[str, torch.Tensor]:
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     worker = build_worker(case)
+    num_passes, forward_step = [0], worker.engine.forward_step
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        num_passes[0] += 1
+        return forward_step(*args, **kwargs)
+
+    worker.engine.forward_step = counted
     before = full_weights(worker.engine.teacher.module) if worker.engine.teacher else {}
     values, students = [], []
     for batch in case["batches"]:
@@ -94,11 +101,12 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         "metrics": values,
         "students": students,
         "teacher_before": before,
+        "num_passes": num_passes[0],
         "teacher": full_weights(worker.engine.teacher.module) if worker.engine.teacher else {},
     }
     if "checkpoint" in case:
         worker.engine.save_checkpoint(case["checkpoint"], global_step=1)
-        again = build_worker(case)
+        again = build_worker({**case, "settings": {**case["settings"], **case.get("changed", {})}})
         again.engine.load_checkpoint(case["checkpoint"])
         result["loaded_teacher"] = full_weights(again.engine.teacher.module)
         result["loaded_steps"] = again.engine.teacher.num_steps

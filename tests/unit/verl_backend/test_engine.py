@@ -1,0 +1,150 @@
+"""What the engine does besides the step itself: checkpoints, half precision, budgets, samples left out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from sdpo.embedded.samples import Sample
+from sdpo.tasks.hidden_rule import build_tokenizer
+
+BUDGET = 60
+
+
+@pytest.fixture(scope="module")
+def samples(make_samples: Callable[..., list[Sample]]) -> list[Sample]:
+    return make_samples(8, seed=5, undistilled=(2,))
+
+
+@pytest.fixture(scope="module")
+def base(
+    make_model: Callable[..., PreTrainedModel],
+    tmp_path_factory: pytest.TempPathFactory,
+    samples: list[Sample],
+    pad_for_verl: Callable[..., dict[str, torch.Tensor]],
+) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("model")
+    make_model().save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    old = [torch.tensor(sample.response.log_probs) for sample in samples]
+    return {
+        "model": str(folder),
+        "settings": {"alpha": 0.5},
+        "batches": [pad_for_verl(samples, old, 2.0)] * 2,
+        "lr": 1e-3,
+        "temperature": 1.0,
+        "mini_batch_size": 8,
+        "loss_agg_mode": "token-mean",
+        "horizon": 8,
+        "use_remove_padding": True,
+        "max_tokens": BUDGET,
+        "micro_batch_size": 2,
+        "engine": {},
+    }
+
+
+@pytest.fixture(scope="module")
+def results(
+    base: dict[str, Any],
+    samples: list[Sample],
+    pad_for_verl: Callable[..., dict[str, torch.Tensor]],
+    train_on_verl: Callable[..., dict[str, Any]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    old = [torch.tensor(sample.response.log_probs) for sample in samples]
+    rejected = {name: values.clone() for name, values in base["batches"][0].items()}
+    rejected["response_mask"][6:] = 0
+    broken = {name: values.clone() for name, values in base["batches"][0].items()}
+    broken["old_log_probs"][3, 0] = math.nan
+    cases = {
+        "plain": base,
+        "offloaded": {**base, "engine": {"param_offload": True, "optimizer_offload": True}},
+        "half precision": {**base, "engine": {"model_dtype": "bf16"}},
+        "rejected": {**base, "batches": [rejected]},
+        "without them": {**base, "batches": [pad_for_verl(samples[:6], old[:6], 2.0)], "mini_batch_size": 6},
+        "broken": {**base, "batches": [broken]},
+        "another teacher": {
+            **base,
+            "checkpoint": str(folder / "another"),
+            "changed": {"teacher_regularization": "frozen"},
+            "may_fail": True,
+        },
+    }
+    return train_on_verl(cases, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ema", "snapshot"])
+def test_a_checkpoint_goes_on_as_if_it_had_not_stopped(
+    kind: str, base: dict[str, Any], train_on_verl: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    settings = {"teacher_regularization": kind, "teacher_snapshot_every": 3}
+    case = {**base, "settings": settings, "checkpoint": str(tmp_path / "checkpoint")}
+    result = train_on_verl({kind: case}, 2)[kind]
+    assert result["loaded_steps"] == 2
+    for name, value in result["teacher"].items():
+        assert torch.equal(result["loaded_teacher"][name], value), name
+    went_on, loaded = result["continued"]
+    for name, value in went_on.items():
+        assert torch.equal(loaded[name], value), name
+    # The third step is the snapshot's, so a counter that began anew would show.
+    moved = any(not torch.equal(went_on[f"teacher.{name}"], value) for name, value in result["teacher"].items())
+    assert moved
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_teacher_is_refused(results: dict[str, Any]) -> None:
+    assert "holds ema teacher, this run has the frozen one" in results["another teacher"]["error"]
+
+
+@pytest.mark.slow
+def test_offloading_changes_nothing(results: dict[str, Any]) -> None:
+    for part in ("students", "teacher"):
+        ours, plain = results["offloaded"][part], results["plain"][part]
+        ours, plain = (ours[-1], plain[-1]) if part == "students" else (ours, plain)
+        for name, value in plain.items():
+            assert torch.equal(ours[name], value), name
+
+
+@pytest.mark.slow
+def test_the_average_of_a_student_in_half_precision_is_kept_in_float32(results: dict[str, Any]) -> None:
+    result = results["half precision"]
+    for name, teacher in result["teacher_before"].items():
+        assert result["students"][0][name].dtype == torch.bfloat16
+        assert teacher.dtype == result["teacher"][name].dtype == torch.float32
+        for student in result["students"]:
+            teacher = 0.95 * teacher + 0.05 * student[name].float()
+        torch.testing.assert_close(result["teacher"][name], teacher, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_token_budget_counts_the_teachers_tokens(results: dict[str, Any], samples: list[Sample]) -> None:
+    student = sum(len(s.prompt.token_ids) + len(s.response.token_ids) for s in samples)
+    teacher = sum(len(s.teacher_prompt.token_ids or ()) + len(s.response.token_ids) for s in samples if s.is_distilled)
+    least, without_teacher = math.ceil((student + teacher) / BUDGET), math.ceil(student / BUDGET)
+    num_passes = results["plain"]["num_passes"] // 2
+    assert least <= num_passes <= least + 1
+    assert num_passes > without_teacher + 1
+
+
+@pytest.mark.slow
+def test_a_rejected_sample_is_as_if_it_were_not_there(results: dict[str, Any]) -> None:
+    rejected, without = results["rejected"], results["without them"]
+    assert rejected["metrics"][0]["loss"] == pytest.approx(without["metrics"][0]["loss"], rel=1e-5)
+    for name, value in without["students"][0].items():
+        torch.testing.assert_close(rejected["students"][0][name], value, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.slow
+def test_an_update_that_is_not_finite_is_skipped(results: dict[str, Any], samples: list[Sample]) -> None:
+    broken = results["broken"]
+    assert not math.isfinite(broken["metrics"][0]["grad_norm"][0])
+    for name, value in broken["teacher_before"].items():
+        assert torch.equal(broken["students"][0][name], value), name
