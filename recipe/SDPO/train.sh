@@ -12,6 +12,7 @@ TEST_FILE=${TEST_FILE:-$HOME/data/geo3k/test.parquet}
 TOTAL_TRAIN_STEPS=${TOTAL_TRAIN_STEPS:-100}
 SMOKE_TEST=${SMOKE_TEST:-0}
 PYTHON=${PYTHON:-python}
+# and SMOKE_DIR, where the smoke test leaves its model, data, log and checkpoints: a temporary folder
 
 set -euo pipefail
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,7 @@ Train = Callable[..., Any]
 def test_the_smoke_test_of_the_recipe(start: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SMOKE_TEST", "1")
     monkeypatch.setenv("PYTHON", sys.executable)
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("SMOKE_DIR", str(tmp_path / "smoke"))
     running = start("bash", str(ROOT / "recipe" / "SDPO" / "train.sh"))
     assert running.wait() == 0, running.tail()
     assert "5 of 5 checks passed" in running.tail()
@@ -79,7 +78,14 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(train_on_verl: Train, tmp_p
 
 
 @pytest.mark.parametrize("name", ["sdpo_sync", "sdpo_separate_async"])
-def test_the_v1_trainers(name: str, start: Train, task_dir: Path, tmp_path: Path, metrics_of: Metrics) -> None:
+def test_the_v1_trainers(
+    name: str,
+    start: Train,
+    task_dir: Path,
+    tmp_path: Path,
+    metrics_of: Metrics,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     overrides = {
         "data.task_args.dir": task_dir,
         "data.task_args.num_train": 16,
@@ -98,7 +104,8 @@ def test_the_v1_trainers(name: str, start: Train, task_dir: Path, tmp_path: Path
     run = load_run(ROOT / "configs" / "hidden_rule.yaml", [f"{key}={value}" for key, value in overrides.items()])
     command = build_command(run)
     arguments = [name if argument.startswith("sdpo_") else argument for argument in command.arguments]
-    os.environ.update(command.environment)
+    for variable, value in command.environment.items():
+        monkeypatch.setenv(variable, value)
     running = start(sys.executable, "-m", "sdpo.verl_backend.main", *arguments)
     assert running.wait() == 0, running.tail()
     rows = metrics_of(tmp_path / "run")

@@ -61,9 +61,16 @@ def build_overrides(folder: Path) -> list[str]:
 
 
 def run(overrides: Sequence[str]) -> int:
-    """Make the task, train, check; 0 if everything is as it must be."""
+    """Make the task, train, check; 0 if everything is as it must be. Writes to ``SMOKE_DIR``, or a temporary folder.
+
+    Raises:
+        UserError: that folder holds something.
+    """
     started = time.perf_counter()
-    folder = Path(tempfile.mkdtemp(prefix="sdpo-smoke-"))
+    folder = Path(os.environ.get("SMOKE_DIR") or tempfile.mkdtemp(prefix="sdpo-smoke-")).absolute()
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"SMOKE_DIR: {folder}: is not empty; name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
     log = folder / "verl.log"
     print(f"smoke test in {folder}; what verl says goes to {log}")
     HiddenRule(str(folder / "task"), pretrain_steps=100, num_train=200, num_test=32).prepare()
