@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from sdpo.embedded import vllm_engine
 from sdpo.embedded.sampler import LocalSampler
 from sdpo.embedded.vllm_engine import VllmEngine
 from sdpo.models.decoding import Decoding, Response, compute_sampling_log_probs, sample_responses
+from sdpo.tasks import hidden_rule
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM; make test-vllm installs it"),
@@ -39,14 +41,14 @@ CPU = torch.device("cpu")
 Start = Callable[..., VllmEngine]
 
 
-def make_model(seed: int, tied: bool = False) -> PreTrainedModel:
+def make_model(seed: int, tied: bool = False, num_attention_heads: int = 2) -> PreTrainedModel:
     """A random Qwen2 with heads of 32, the least that vLLM takes on a CPU, and sharp distributions."""
     config = Qwen2Config(
         vocab_size=48,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=2,
+        num_attention_heads=num_attention_heads,
         num_key_value_heads=1,
         max_position_embeddings=64,
         tie_word_embeddings=tied,
@@ -69,8 +71,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Starts an engine with weights on the disk that are none of the test's students'."""
     started: list[VllmEngine] = []
 
-    def start(decoding: Decoding = DECODING, tied: bool = False, kv_cache_gib: float = 0.01) -> VllmEngine:
-        make_model(seed=99, tied=tied).save_pretrained(tmp_path)
+    def start(decoding: Decoding = DECODING, kv_cache_gib: float = 0.01, **shape: Any) -> VllmEngine:
+        make_model(seed=99, **shape).save_pretrained(tmp_path)
         config = ModelConfig(path=str(tmp_path))
         started.append(VllmEngine(config, decoding, CPU, max_length=32, kv_cache_gib=kv_cache_gib))
         return started[-1]
@@ -97,7 +99,7 @@ def largest_difference(student: PreTrainedModel, sampled: Sequence[Sequence[Resp
 @pytest.mark.parametrize(("tied", "top_p"), [(False, 1.0), (True, 1.0), (True, 0.8)])
 def test_log_probs_are_the_students_after_every_hand_over(start: Start, tied: bool, top_p: float) -> None:
     decoding = replace(DECODING, top_p=top_p)
-    sampler = LocalSampler(start(decoding, tied), probes=True)
+    sampler = LocalSampler(start(decoding, tied=tied), probes=True)
     student, generator = make_model(seed=0, tied=tied), torch.Generator().manual_seed(0)
     for version in range(4):
         sampler.load_weights(student, version)
@@ -157,7 +159,9 @@ def test_the_cache_has_the_size_that_it_is_given_or_the_engine_does_not_start(st
 
     small, large = (num_blocks(start(kv_cache_gib=size)) for size in (0.01, 0.02))
     assert large == pytest.approx(2 * small, rel=0.1)
-    with pytest.raises(UserError, match=r"^sampler\.engine=vllm: vLLM cannot start: .*(KV|kv) ?cache"):
+    with pytest.raises(
+        UserError, match=r"^sampler\.engine=vllm: vLLM cannot sample from .* with sampler\.kv_cache_gib=1e-06 "
+    ):
         start(kv_cache_gib=1e-6)
 
 
@@ -176,14 +180,35 @@ def test_the_learner_in_the_same_process_keeps_its_threads_and_its_randomness(st
         torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="module")
+def task_args(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The hidden rule with an untrained model of two heads of 32: vLLM would take the shipped one's for heads of 16.
+
+    Its weights are large enough that it hears what its teacher's prompt tells.
+    """
+    args = {"dir": str(tmp_path_factory.mktemp("task") / "data"), "pretrain_steps": 0, "num_train": 200, "num_test": 10}
+    build_hidden_rule_model = hidden_rule.build_model
+
+    def build_model(vocab_size: int) -> PreTrainedModel:
+        config = build_hidden_rule_model(vocab_size).config
+        config.num_attention_heads = config.num_key_value_heads = 2
+        model = Qwen2ForCausalLM(config)
+        with torch.no_grad():
+            for param in model.parameters():
+                param.mul_(4.0 if param.dim() == 2 else 1.0)
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hidden_rule, "build_model", build_model)
+        hidden_rule.HiddenRule(**args).prepare()
+    return args
+
+
 @pytest.mark.parametrize("staleness", [0, 1])
-def test_a_run_trains_on_what_vllm_samples(tmp_path: Path, staleness: int) -> None:
+def test_a_run_trains_on_what_vllm_samples(task_args: dict[str, Any], tmp_path: Path, staleness: int) -> None:
     overrides = {
+        **{f"data.task_args.{name}": value for name, value in task_args.items()},
         "run_dir": tmp_path / "run",
-        "data.task_args.dir": tmp_path / "data",
-        "data.task_args.pretrain_steps": 100,
-        "data.task_args.num_train": 200,
-        "data.task_args.num_test": 10,
         "sampler.engine": "vllm",
         "sampler.kv_cache_gib": 0.05,
         "sampler.num_threads": 1,
@@ -191,6 +216,7 @@ def test_a_run_trains_on_what_vllm_samples(tmp_path: Path, staleness: int) -> No
         "total_steps": 8,
         "eval.before_training": False,
         "optim.warmup_steps": 0,
+        "optim.schedule": "constant",
     }
     command = [sys.executable, "-m", "sdpo.cli", "train", str(ROOT / "configs" / "hidden_rule.yaml")]
     done = subprocess.run(
@@ -205,3 +231,8 @@ def test_a_run_trains_on_what_vllm_samples(tmp_path: Path, staleness: int) -> No
         assert max(differences) < 1e-5
     else:
         assert differences[0] < 1e-5 < min(differences[1:])
+
+
+def test_a_model_that_vllm_cannot_sample_from_is_refused(start: Start) -> None:
+    with pytest.raises(UserError, match=r"^sampler\.engine=vllm: vLLM cannot sample from .*head_dim=16"):
+        start(num_attention_heads=4)

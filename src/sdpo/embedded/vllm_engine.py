@@ -67,6 +67,8 @@ class VllmEngine:
     def __init__(
         self, config: ModelConfig, decoding: Decoding, device: torch.device, max_length: int, kv_cache_gib: float
     ) -> None:
+        self._decoding = decoding
+        self._dtype = config.dtype
         on_cpu = device.type == "cpu"
         os.environ.update(REQUIRED | REQUIRED_ON_CPU if on_cpu else REQUIRED)
         os.environ.update(PREFERRED | os.environ)
@@ -93,10 +95,12 @@ class VllmEngine:
                     logprobs_mode="processed_logprobs",
                     enforce_eager=on_cpu,
                 )
-            except (ValueError, NotImplementedError) as error:
-                raise UserError(f"sampler.engine=vllm: vLLM cannot start: {' '.join(str(error).split())}") from error
-        self._decoding = decoding
-        self._dtype = config.dtype
+                self.compute_log_probs([0, 0])  # some of what its kernels cannot do shows only now
+            except (ValueError, RuntimeError) as error:
+                raise UserError(
+                    f"sampler.engine=vllm: vLLM cannot sample from {config.path} with sampler.kv_cache_gib="
+                    f"{kv_cache_gib:g} and up to {max_length} tokens a sequence: {' '.join(str(error).split())}"
+                ) from error
 
     def sample(self, prompts: Sequence[Sequence[int]], seed: int) -> list[list[Response]]:
         """``decoding.n`` responses to each prompt; the same seed gives the same ones."""
