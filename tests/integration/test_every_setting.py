@@ -332,9 +332,12 @@ class Runner:
             def __init__(self, model: str, **arguments: Any) -> None:
                 asked.update(engine="vllm", **arguments)
 
+            def generate(self, *_: Any, **__: Any) -> list[Any]:
+                return [SimpleNamespace(prompt_logprobs=[None, {0: SimpleNamespace(logprob=0.0)}])]
+
         vllm, platforms = ModuleType("vllm"), ModuleType("vllm.platforms")
         vllm.__spec__ = ModuleSpec("vllm", None)
-        vllm.LLM = LLM  # type: ignore[attr-defined]
+        vllm.LLM, vllm.SamplingParams = LLM, SimpleNamespace  # type: ignore[attr-defined]
         platforms.current_platform = SimpleNamespace(device_type="cpu")  # type: ignore[attr-defined]
         with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=self.folder) as place:
             patch.chdir(place)
