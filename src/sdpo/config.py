@@ -125,12 +125,18 @@ class DataConfig(Section):
 class SamplerConfig(Section):
     section: ClassVar[str] = "sampler"
 
+    engine: str = setting(
+        "transformers",
+        "What samples: transformers, or a vLLM engine beside it (which is installed separately).",
+        choices=["transformers", "vllm"],
+    )
     device: str = setting("auto", "Where rollouts are sampled: auto, cpu, cuda, cuda:0, mps, ...")
     n: int = setting(8, "Rollouts a prompt.", ge=1)
     temperature: float = setting(1.0, "Sampling temperature; student and teacher logits are divided by it too.", gt=0)
     top_p: float = setting(1.0, "Nucleus sampling: keep the likeliest tokens that reach this mass.", gt=0, le=1)
     max_response_length: int = setting(1024, "Longest response, in tokens.", ge=1)
     batch_size: int = setting(256, "Sequences decoded side by side.", ge=1)
+    kv_cache_gib: float = setting(4.0, "Size of vLLM's key-value cache, in GiB (engine vllm).", gt=0)
     num_threads: int | None = setting(None, "CPU threads of the sampler's own process (staleness 1).", ge=1)
 
 

@@ -14,10 +14,11 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.machinery import ModuleSpec
 from itertools import combinations
 from operator import itemgetter
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -323,6 +324,29 @@ class Runner:
             parts.sampler.collect()
             return found | {"learner": parts.learner.student.device.type}
 
+    def find_engine(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """What would sample, and what vLLM would be asked for; a stand-in takes the place of vLLM."""
+        asked: dict[str, Any] = {"engine": "transformers"}
+
+        class LLM:
+            def __init__(self, model: str, **arguments: Any) -> None:
+                asked.update(engine="vllm", **arguments)
+
+            def generate(self, *_: Any, **__: Any) -> list[Any]:
+                return [SimpleNamespace(prompt_logprobs=[None, {0: SimpleNamespace(logprob=0.0)}])]
+
+        vllm, platforms = ModuleType("vllm"), ModuleType("vllm.platforms")
+        vllm.__spec__ = ModuleSpec("vllm", None)
+        vllm.LLM, vllm.SamplingParams = LLM, SimpleNamespace  # type: ignore[attr-defined]
+        platforms.current_platform = SimpleNamespace(device_type="cpu")  # type: ignore[attr-defined]
+        with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=self.folder) as place:
+            patch.chdir(place)
+            patch.setattr(os, "environ", {**os.environ})
+            patch.setitem(sys.modules, "vllm", vllm)
+            patch.setitem(sys.modules, "vllm.platforms", platforms)
+            build_parts(change(BASE, changes), Silent()).folder.close()
+        return asked
+
     def _keep_code_here(self, patch: pytest.MonkeyPatch) -> None:
         # Where transformers copies a model's code: read from the environment when it is imported, so in a new process.
         patch.setenv("HF_MODULES_CACHE", str(self.folder / "code"))
@@ -414,12 +438,17 @@ CASES = {
     "data.max_prompt_length": Case([11], {"data.filter_overlong_prompts": True}),
     "data.filter_overlong_prompts": Case([True], {"data.max_prompt_length": 11}),
     "data.shuffle": Case([False]),
+    # That vLLM then samples, and that its cache has this size, is seen in tests/vllm.
+    "sampler.engine": Case(["vllm"], observe=itemgetter("engine"), look=Runner.find_engine),
     "sampler.device": Case(["meta"], observe=itemgetter("sampler"), look=Runner.find_devices),
     "sampler.n": Case([2]),
     "sampler.temperature": Case([0.5]),
     "sampler.top_p": Case([0.5]),
     "sampler.max_response_length": Case([3]),
     "sampler.batch_size": Case([6, 1], observe=calls("forward")),
+    "sampler.kv_cache_gib": Case(
+        [0.5], {"sampler.engine": "vllm"}, observe=itemgetter("kv_cache_memory_bytes"), look=Runner.find_engine
+    ),
     "sampler.num_threads": Case([2], {"staleness": 1, **WITH_CODE}, observe=lambda ran: ran.sampler_threads),
     "learner.device": Case(["meta"], observe=itemgetter("learner"), look=Runner.find_devices),
     "learner.mini_batch_size": Case([2, 1]),

@@ -1,7 +1,8 @@
 """The sampler's role: rollouts of a batch of prompts, with weights whose version is known.
 
 Both kinds have the same calls. ``LocalSampler`` works when it is asked to collect, in the learner's process;
-``ProcessSampler`` works in a process of its own, on a device of its own, from submit to collect.
+``ProcessSampler`` works in a process of its own, on a device of its own, from submit to collect. What samples is an
+``Engine``: transformers here, vLLM in ``vllm_engine.py``.
 """
 
 from __future__ import annotations
@@ -11,17 +12,18 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 import torch
 import torch.multiprocessing as mp
-from torch import nn
+from torch import Tensor, nn
 
 from sdpo.config import ModelConfig
-from sdpo.embedded.weights import SharedWeights, copy_parameters
+from sdpo.embedded.weights import Probe, SharedWeights, compute_probe, copy_parameters
+from sdpo.errors import UserError
 from sdpo.models.decoding import Decoding, Response, sample_responses
 from sdpo.models.loading import load_model
 
@@ -55,13 +57,51 @@ class Sampler(Protocol):
         """Let go of processes and memory."""
 
 
-class LocalSampler:
-    """Samples in the learner's process: with the student itself on the learner's device, else with a copy of it."""
+class Engine(Protocol):
+    """A model that samples."""
 
-    def __init__(self, student: nn.Module, decoding: Decoding, copy_of_student: nn.Module | None = None) -> None:
-        self._model = student if copy_of_student is None else copy_of_student
-        self._is_copy = copy_of_student is not None
+    def sample(self, prompts: Sequence[Sequence[int]], seed: int) -> list[list[Response]]:
+        """Responses to each prompt, in the prompts' order; the same seed gives the same ones."""
+
+    def load(self, parameters: Mapping[str, Tensor], probe: Probe | None) -> None:
+        """Take these weights, named as the student's; compare what comes of them with the probe, if there is one."""
+
+    def close(self) -> None:
+        """Let go of memory."""
+
+
+class TransformersEngine:
+    """Samples with a model of transformers: a copy of the student, or the student itself."""
+
+    def __init__(self, model: nn.Module, decoding: Decoding) -> None:
+        self._model = model
         self._decoding = decoding
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, decoding: Decoding, device: torch.device) -> TransformersEngine:
+        return cls(load_model(config, device), decoding)
+
+    def sample(self, prompts: Sequence[Sequence[int]], seed: int) -> list[list[Response]]:
+        return sample_responses([(self._model, 1.0)], prompts, self._decoding, seed)
+
+    def load(self, parameters: Mapping[str, Tensor], probe: Probe | None) -> None:
+        copy_parameters(parameters, self._model)
+
+    def close(self) -> None:
+        pass
+
+
+class LocalSampler:
+    """Samples in the learner's process.
+
+    Args:
+        engine: what samples.
+        probes: whether each hand-over comes with a probe of the student.
+    """
+
+    def __init__(self, engine: Engine, probes: bool = False) -> None:
+        self._engine = engine
+        self._probes = probes
         self._version = 0
         self._request: tuple[Sequence[Sequence[int]], int] | None = None
 
@@ -71,36 +111,43 @@ class LocalSampler:
     def collect(self) -> Rollouts:
         assert self._request is not None, "collect before submit"
         started = time.perf_counter()
-        responses = sample_responses([(self._model, 1.0)], self._request[0], self._decoding, self._request[1])
+        responses = self._engine.sample(*self._request)
         self._request = None
         return Rollouts(responses, self._version, time.perf_counter() - started)
 
     def load_weights(self, student: nn.Module, version: int) -> None:
-        if self._is_copy:
-            copy_parameters(dict(student.named_parameters()), self._model)
+        probe = compute_probe(student) if self._probes else None
+        self._engine.load(dict(student.named_parameters()), probe)
         self._version = version
 
     def close(self) -> None:
-        pass
+        self._engine.close()
 
 
 class ProcessSampler:
-    """Samples in a process of its own while the learner learns."""
+    """Samples in a process of its own while the learner learns.
+
+    Args:
+        student: whose weights are sampled with from the start.
+        build_engine: called in that process.
+        num_threads: CPU threads of that process; torch's choice if None.
+        probes: whether each hand-over comes with a probe of the student.
+    """
 
     def __init__(
         self,
         student: nn.Module,
-        model_config: ModelConfig,
-        decoding: Decoding,
-        device: torch.device,
+        build_engine: Callable[[], Engine],
         num_threads: int | None,
+        probes: bool = False,
     ) -> None:
         context = mp.get_context("spawn")
         self._weights = SharedWeights(student)
+        self._probes = probes
         self._connection, theirs = context.Pipe()
         self._process = context.Process(
             target=_serve,
-            args=(theirs, self._weights, model_config, decoding, device, num_threads),
+            args=(theirs, self._weights, build_engine, num_threads),
             name="sdpo-sampler",
             daemon=True,
         )
@@ -118,7 +165,7 @@ class ProcessSampler:
 
     def load_weights(self, student: nn.Module, version: int) -> None:
         self._weights.write(student)
-        self._send(("weights", version))
+        self._send(("weights", version, compute_probe(student) if self._probes else None))
 
     def close(self) -> None:
         self._connection.close()
@@ -140,6 +187,8 @@ class ProcessSampler:
         except _GONE:
             self._process.join(timeout=5)
             raise RuntimeError(f"the sampler's process ended with exit code {self._process.exitcode}") from None
+        if isinstance(outcome, UserError):
+            raise outcome
         if isinstance(outcome, str):
             raise RuntimeError(f"the sampler failed:\n{outcome}")
         return outcome
@@ -163,32 +212,28 @@ def _deaf_to_ctrl_c() -> Iterator[None]:
 
 
 def _serve(
-    connection: Connection,
-    weights: SharedWeights,
-    model_config: ModelConfig,
-    decoding: Decoding,
-    device: torch.device,
-    num_threads: int | None,
+    connection: Connection, weights: SharedWeights, build_engine: Callable[[], Engine], num_threads: int | None
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the learner's to handle; it closes the connection
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     version = 0
     try:
-        model = load_model(model_config, device)
-        weights.read(model)
+        engine = build_engine()
+        engine.load(weights.tensors, None)
         while True:
             try:
                 request: tuple[Any, ...] = connection.recv()
             except _GONE:
                 return
             if request[0] == "weights":
-                weights.read(model)
-                version = request[1]
+                _, version, probe = request
+                engine.load(weights.tensors, probe)
                 continue
             started = time.perf_counter()
-            responses = sample_responses([(model, 1.0)], request[1], decoding, request[2])
+            _, prompts, seed = request
+            responses = engine.sample(prompts, seed)
             connection.send(Rollouts(responses, version, time.perf_counter() - started))
-    except Exception:  # whatever it is, the learner's process reports it, if it is still there
+    except Exception as error:  # whatever it is, the learner's process reports it, if it is still there
         with contextlib.suppress(*_GONE):
-            connection.send(traceback.format_exc())
+            connection.send(error if isinstance(error, UserError) else traceback.format_exc())

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdpo.config import Run
 from sdpo.embedded.data import Prompt, PromptOrder, load_prompts
 from sdpo.embedded.evaluation import Evaluator
 from sdpo.embedded.learner import Learner
 from sdpo.embedded.run_folder import RunFolder
-from sdpo.embedded.sampler import LocalSampler, ProcessSampler, Sampler
+from sdpo.embedded.sampler import LocalSampler, ProcessSampler, Sampler, TransformersEngine
+from sdpo.embedded.vllm_engine import VllmEngine, require_vllm
 from sdpo.models.decoding import Decoding
 from sdpo.models.loading import get_stop_token_ids, get_window, load_model, load_tokenizer, resolve_device
 from sdpo.observer import Observer
@@ -48,6 +50,8 @@ def build_parts(run: Run, observer: Observer) -> Parts:
     torch.manual_seed(run.seed)
     learner_device = resolve_device(run.learner.device, "learner.device")
     sampler_device = resolve_device(run.sampler.device, "sampler.device")
+    if run.sampler.engine == "vllm":
+        require_vllm(sampler_device)
     task = load_task(run.data.task, run.data.task_args)
     prepare = getattr(task, "prepare", None)
     if prepare is not None:
@@ -68,12 +72,7 @@ def build_parts(run: Run, observer: Observer) -> Parts:
     )
     learner = Learner(student, run, decoding.pad_token_id)
     folder = RunFolder(run, observer)
-    sampler: Sampler
-    if run.staleness == 1:
-        sampler = ProcessSampler(student, run.model, decoding, sampler_device, run.sampler.num_threads)
-    else:
-        on_other_device = sampler_device != learner_device
-        sampler = LocalSampler(student, decoding, load_model(run.model, sampler_device) if on_other_device else None)
+    sampler = _build_sampler(run, student, decoding, sampler_device, window)
     return Parts(
         task=task,
         tokenizer=tokenizer,
@@ -85,3 +84,19 @@ def build_parts(run: Run, observer: Observer) -> Parts:
         folder=folder,
         window=window,
     )
+
+
+def _build_sampler(
+    run: Run, student: PreTrainedModel, decoding: Decoding, device: torch.device, window: int | None
+) -> Sampler:
+    if run.sampler.engine == "vllm":
+        needed = run.data.max_prompt_length + run.sampler.max_response_length
+        max_length = needed if window is None else min(needed, window)
+        build_vllm = partial(VllmEngine, run.model, decoding, device, max_length, run.sampler.kv_cache_gib)
+        if run.staleness == 1:
+            return ProcessSampler(student, build_vllm, run.sampler.num_threads, probes=True)
+        return LocalSampler(build_vllm(), probes=True)
+    build_engine = partial(TransformersEngine.from_config, run.model, decoding, device)
+    if run.staleness == 1:
+        return ProcessSampler(student, build_engine, run.sampler.num_threads)
+    return LocalSampler(build_engine() if device != student.device else TransformersEngine(student, decoding))

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 from sdpo.config import ModelConfig
-from sdpo.embedded.sampler import LocalSampler, ProcessSampler
+from sdpo.embedded.sampler import LocalSampler, ProcessSampler, TransformersEngine
+from sdpo.errors import UserError
 from sdpo.models.decoding import Decoding, Response, sample_responses
 
 MakeModel = Callable[..., Any]
@@ -24,7 +26,7 @@ DECODING = Decoding(n=3, max_new_tokens=8, temperature=0.8, top_p=1.0, batch_siz
 
 def test_the_local_sampler_samples_with_the_student_itself(make_model: MakeModel) -> None:
     student = make_model()
-    sampler = LocalSampler(student, DECODING)
+    sampler = LocalSampler(TransformersEngine(student, DECODING))
     sampler.load_weights(student, 3)
     sampler.submit(PROMPTS, 7)
     rollouts = sampler.collect()
@@ -35,7 +37,7 @@ def test_the_local_sampler_samples_with_the_student_itself(make_model: MakeModel
 
 def test_a_local_copy_keeps_the_weights_that_it_was_given(make_model: MakeModel) -> None:
     student, copy = make_model(), make_model(seed=1)
-    sampler = LocalSampler(student, DECODING, copy)
+    sampler = LocalSampler(TransformersEngine(copy, DECODING))
     sampler.load_weights(student, 0)
     expected = sample_responses([(student, 1.0)], PROMPTS, DECODING, 7)
     with torch.no_grad():
@@ -57,7 +59,8 @@ def start(make_model: MakeModel, tmp_path: Path) -> Iterator[Callable[[], Proces
     def start() -> ProcessSampler:
         """With weights on the disk that are not the student's."""
         config = ModelConfig(path=str(tmp_path))
-        started.append(ProcessSampler(make_model(), config, DECODING, torch.device("cpu"), 1))
+        build_engine = partial(TransformersEngine.from_config, config, DECODING, torch.device("cpu"))
+        started.append(ProcessSampler(make_model(), build_engine, 1))
         return started[-1]
 
     yield start
@@ -127,3 +130,13 @@ def test_a_process_that_is_killed_is_reported_and_one_that_is_closed_goes_quietl
     ):
         with pytest.raises(RuntimeError, match="the sampler's process ended with exit code -9"):
             ask()
+
+
+@pytest.mark.slow
+def test_a_persons_mistake_that_the_process_finds_stays_one(make_model: MakeModel) -> None:
+    config = ModelConfig(path="/nowhere")
+    build_engine = partial(TransformersEngine.from_config, config, DECODING, torch.device("cpu"))
+    sampler = ProcessSampler(make_model(), build_engine, 1)
+    with pytest.raises(UserError, match=r"^model\.path: /nowhere: no such folder$"):
+        sampler.collect()
+    sampler.close()

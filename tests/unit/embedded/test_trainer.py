@@ -171,7 +171,7 @@ def test_a_batch_that_is_too_old_is_not_learned(
     make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch, staleness: int, refused_at: int
 ) -> None:
     monkeypatch.setattr(setup, "LocalSampler", Forgetful)
-    monkeypatch.setattr(setup, "ProcessSampler", lambda student, _, decoding, *rest: Forgetful(student, decoding))
+    monkeypatch.setattr(setup, "ProcessSampler", lambda student, build_engine, *_: Forgetful(build_engine()))
     recorder = Recorder(monkeypatch)
     message = rf"^step {refused_at}: rollouts are {staleness + 1} updates old, the bound is {staleness}$"
     with pytest.raises(RuntimeError, match=message):

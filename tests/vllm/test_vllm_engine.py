@@ -1,0 +1,240 @@
+"""A real vLLM engine samples what transformers would, with the weights that it was handed last. ``make test-vllm``."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from sdpo import UserError, metrics
+from sdpo.config import ModelConfig
+from sdpo.embedded import vllm_engine
+from sdpo.embedded.sampler import LocalSampler
+from sdpo.embedded.vllm_engine import VllmEngine
+from sdpo.models.decoding import Decoding, Response, compute_sampling_log_probs, sample_responses
+from sdpo.tasks import hidden_rule
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM; make test-vllm installs it"),
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::FutureWarning:vllm"),
+]
+
+ROOT = Path(__file__).parents[2]
+# The last is longer than what vLLM caches of a prompt in one piece, which no other weights may find.
+PROMPTS = [[5, 6, 7], [9, 3], [8, 8, 8, 8], [40, 1] * 70]
+STOP_TOKENS = [2, 11, 30]
+DECODING = Decoding(
+    n=3, max_new_tokens=12, temperature=0.8, top_p=1.0, batch_size=8, stop_token_ids=STOP_TOKENS, pad_token_id=0
+)
+CPU = torch.device("cpu")
+
+Start = Callable[..., VllmEngine]
+
+
+def make_model(seed: int, tied: bool = False, num_attention_heads: int = 2) -> PreTrainedModel:
+    """A random Qwen2 with heads of 32, the least that vLLM takes on a CPU, and sharp distributions."""
+    config = Qwen2Config(
+        vocab_size=48,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=STOP_TOKENS[0],
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(config)
+        with torch.no_grad():
+            for name, param in model.named_parameters():
+                if "norm" not in name:
+                    param.normal_(std=0.3)
+    return model.eval()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts an engine with weights on the disk that are none of the test's students'."""
+    started: list[VllmEngine] = []
+
+    def start(decoding: Decoding = DECODING, kv_cache_gib: float = 0.01, **shape: Any) -> VllmEngine:
+        make_model(seed=99, **shape).save_pretrained(tmp_path)
+        config = ModelConfig(path=str(tmp_path))
+        started.append(VllmEngine(config, decoding, CPU, max_length=160, kv_cache_gib=kv_cache_gib))
+        return started[-1]
+
+    yield start
+    for engine in started:
+        engine.close()
+
+
+@torch.no_grad()
+def largest_difference(student: PreTrainedModel, sampled: Sequence[Sequence[Response]], decoding: Decoding) -> float:
+    """Between the log-probs of the responses and those that a forward pass of the student gives."""
+    largest = 0.0
+    for prompt, responses in zip(PROMPTS, sampled, strict=True):
+        for response in responses:
+            token_ids = torch.tensor([*prompt, *response.token_ids])
+            logits = student(input_ids=token_ids[None]).logits[0, len(prompt) - 1 : -1]
+            log_probs = compute_sampling_log_probs(logits, decoding.temperature, decoding.top_p)
+            ours = log_probs.gather(-1, token_ids[len(prompt) :, None])[:, 0]
+            largest = max(largest, (ours - torch.tensor(response.log_probs)).abs().max().item())
+    return largest
+
+
+@pytest.mark.parametrize(("tied", "top_p"), [(False, 1.0), (True, 1.0), (True, 0.8)])
+def test_log_probs_are_the_students_after_every_hand_over(start: Start, tied: bool, top_p: float) -> None:
+    decoding = replace(DECODING, top_p=top_p)
+    sampler = LocalSampler(start(decoding, tied=tied), probes=True)
+    student, generator = make_model(seed=0, tied=tied), torch.Generator().manual_seed(0)
+    for version in range(4):
+        sampler.load_weights(student, version)
+        sampler.submit(PROMPTS, seed=version)
+        rollouts = sampler.collect()
+        assert rollouts.version == version
+        assert largest_difference(student, rollouts.responses, decoding) < 1e-4
+        with torch.no_grad():
+            for param in student.parameters():
+                param.add_(0.05 * torch.randn(param.shape, generator=generator))
+        assert largest_difference(student, rollouts.responses, decoding) > 0.1
+
+
+def test_weights_that_arrive_in_part_are_noticed(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = LocalSampler(start(tied=True), probes=True)
+    sampler.load_weights(make_model(seed=0, tied=True), 0)
+    monkeypatch.setattr(vllm_engine, "_repack_tied_head", lambda model: None)
+    message = (
+        r"^after the hand-over vLLM's log-probs differ from the student's by [\d.]+ nats on average, more than 0.01 "
+    )
+    with pytest.raises(RuntimeError, match=message):
+        sampler.load_weights(make_model(seed=1, tied=True), 1)
+
+
+def test_the_same_seed_gives_the_same_responses(start: Start) -> None:
+    sampler, student = LocalSampler(start(), probes=True), make_model(seed=0)
+
+    def sample(seed: int, prompts: Sequence[Sequence[int]] = PROMPTS) -> list[list[Response]]:
+        sampler.load_weights(student, 0)
+        sampler.submit(prompts, seed)
+        return sampler.collect().responses
+
+    first = sample(7)
+    assert sample(7) == first
+    assert sample(8) != first
+    # No two responses share their noise: not those of one prompt, and not those of a prompt that comes twice.
+    twice = list(chain(*sample(7, [PROMPTS[0], PROMPTS[0]])))
+    assert len({tuple(response.token_ids) for response in twice}) == 2 * DECODING.n
+
+
+def test_responses_end_where_those_of_transformers_end(start: Start) -> None:
+    nearly_greedy = replace(DECODING, temperature=0.02, n=2)  # so that both draw the same tokens
+    student = make_model(seed=0)
+    sampler = LocalSampler(start(nearly_greedy), probes=True)
+    sampler.load_weights(student, 0)
+    sampler.submit(PROMPTS, 0)
+    ours = list(chain(*sampler.collect().responses))
+    theirs = list(chain(*sample_responses([(student, 1.0)], PROMPTS, nearly_greedy, seed=0)))
+    assert [(r.token_ids, r.finished) for r in ours] == [(r.token_ids, r.finished) for r in theirs]
+    assert {r.finished for r in ours} == {True, False}
+    assert {r.token_ids[-1] for r in ours if r.finished} - {STOP_TOKENS[0]}, "a stop token beside the model's own"
+
+
+def test_the_cache_has_the_size_that_it_is_given_or_the_engine_does_not_start(start: Start) -> None:
+    def num_blocks(engine: VllmEngine) -> int:
+        return engine._llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+
+    small, large = (num_blocks(start(kv_cache_gib=size)) for size in (0.01, 0.02))
+    assert large == pytest.approx(2 * small, rel=0.1)
+    with pytest.raises(
+        UserError, match=r"^sampler\.engine=vllm: vLLM cannot sample from .* with sampler\.kv_cache_gib=1e-06 "
+    ):
+        start(kv_cache_gib=1e-6)
+
+
+def test_the_learner_in_the_same_process_keeps_its_threads_and_its_randomness(start: Start) -> None:
+    torch.set_num_threads(2)
+    torch.manual_seed(5)
+    random.seed(5)
+    expected = torch.random.get_rng_state(), random.getstate()
+    try:
+        start()
+        assert torch.get_num_threads() == 2
+        assert torch.equal(torch.random.get_rng_state(), expected[0]) and random.getstate() == expected[1]
+        torch.set_num_threads(1)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def task_args(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The hidden rule with an untrained model of two heads of 32: vLLM would take the shipped one's for heads of 16.
+
+    Its weights are large enough that it hears what its teacher's prompt tells.
+    """
+    args = {"dir": str(tmp_path_factory.mktemp("task") / "data"), "pretrain_steps": 0, "num_train": 200, "num_test": 10}
+    build_hidden_rule_model = hidden_rule.build_model
+
+    def build_model(vocab_size: int) -> PreTrainedModel:
+        config = build_hidden_rule_model(vocab_size).config
+        config.num_attention_heads = config.num_key_value_heads = 2
+        model = Qwen2ForCausalLM(config)
+        with torch.no_grad():
+            for param in model.parameters():
+                param.mul_(4.0 if param.dim() == 2 else 1.0)
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hidden_rule, "build_model", build_model)
+        hidden_rule.HiddenRule(**args).prepare()
+    return args
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_run_trains_on_what_vllm_samples(task_args: dict[str, Any], tmp_path: Path, staleness: int) -> None:
+    overrides = {
+        **{f"data.task_args.{name}": value for name, value in task_args.items()},
+        "run_dir": tmp_path / "run",
+        "sampler.engine": "vllm",
+        "sampler.kv_cache_gib": 0.05,
+        "sampler.num_threads": 1,
+        "staleness": staleness,
+        "total_steps": 8,
+        "eval.before_training": False,
+        "optim.warmup_steps": 0,
+        "optim.schedule": "constant",
+    }
+    command = [sys.executable, "-m", "sdpo.cli", "train", str(ROOT / "configs" / "hidden_rule.yaml")]
+    done = subprocess.run(
+        [*command, *(f"{key}={value}" for key, value in overrides.items())], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row[metrics.STALENESS] for row in rows] == [0, *[staleness] * 7]
+    assert rows[-1][metrics.LOSS] < 0.8 * rows[0][metrics.LOSS]
+    differences = [abs(row[metrics.ROLLOUT_KL]) for row in rows]
+    if staleness == 0:
+        assert max(differences) < 1e-5
+    else:
+        assert differences[0] < 1e-5 < min(differences[1:])
+
+
+def test_a_model_that_vllm_cannot_sample_from_is_refused(start: Start) -> None:
+    with pytest.raises(UserError, match=r"^sampler\.engine=vllm: vLLM cannot sample from .*head_dim=16"):
+        start(num_attention_heads=4)
