@@ -60,6 +60,7 @@ class SelfDistillationOneStepOffTrainer(OneStepOffRayTrainer):  # type: ignore[m
         self._prefetched: Any = None
         self._loader_state: Any = None
         self._first_epoch = 0
+        self._saved_step = -1
 
     # The teacher's batch
 
@@ -128,8 +129,8 @@ class SelfDistillationOneStepOffTrainer(OneStepOffRayTrainer):  # type: ignore[m
     async def fit_step(self, batch_data_future: Any, continuous_iterator: Any) -> Any:
         step = self.global_steps
         next_batch_future = await super().fit_step(batch_data_future, continuous_iterator)
-        folder = self._checkpoint_folder(step)
-        if next_batch_future is not None and folder.is_dir():
+        if next_batch_future is not None and self._saved_step == step:
+            folder = self._checkpoint_folder(step)
             fetched = await next_batch_future
             partial = folder / f".{PREFETCHED}"
             torch.save({"batch": fetched, "loader": self.train_dataloader.state_dict()}, partial)
@@ -140,6 +141,7 @@ class SelfDistillationOneStepOffTrainer(OneStepOffRayTrainer):  # type: ignore[m
 
     def _save_checkpoint(self) -> None:
         super()._save_checkpoint()
+        self._saved_step = self.global_steps
         # Until the batch ahead is saved too (above), a resumed run samples its prompts again rather than skip them.
         if self._loader_state is not None and not self.is_last_step:
             torch.save(self._loader_state, self._checkpoint_folder(self.global_steps) / "data.pt")
@@ -147,7 +149,10 @@ class SelfDistillationOneStepOffTrainer(OneStepOffRayTrainer):  # type: ignore[m
     def _load_checkpoint(self) -> Any:
         super()._load_checkpoint()
         self._first_epoch = self.global_steps // len(self.train_dataloader)
-        saved = self._checkpoint_folder(self.global_steps) / PREFETCHED
+        folder = self._checkpoint_folder(self.global_steps)
+        if self.config.trainer.resume_mode == "resume_path":
+            folder = Path(self.config.trainer.resume_from_path)
+        saved = folder / PREFETCHED
         if self.global_steps and saved.is_file():
             state = torch.load(saved, weights_only=False)
             self._prefetched = state["batch"]
