@@ -47,6 +47,7 @@ def load_state(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
 def test_a_killed_run_goes_on_as_if_nothing_had_been(train_on_verl: Train, tmp_path: Path, metrics_of: Metrics) -> None:
     """One step off policy: student, teacher, optimizer, data position and the batch sampled ahead, bit for bit."""
     settings = ["staleness=1", "total_steps=6", "save_every=3", "sampler.batch_size=1", "tracking.rollouts_every=1"]
+    settings.append("actor_rollout_ref.rollout.full_determinism=true")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     running = train_on_verl(whole, *settings)
     assert running.wait() == 0, running.tail()
