@@ -25,9 +25,9 @@ class Server:
     """One model that answers requests, those that wait at the same time as one batch.
 
     A request's seed is made of the run's, the weights' version, the prompt and the request's number, a batch's of its
-    requests'. The number is verl's with ``rollout.full_determinism``, else how many equal requests came before it, which
-    depends on when they arrive, as batches do unless ``rollout.max_num_seqs`` is 1. With both, a resumed run samples
-    what the first one would have sampled, to the bit.
+    requests'. The number is verl's with ``rollout.full_determinism``, else how many equal requests came before it,
+    which depends on when they arrive, as batches do unless ``rollout.max_num_seqs`` is 1. With both, a resumed run
+    samples what the first one would have sampled, to the bit.
     """
 
     def __init__(self, model: ModelConfig, max_batch: int, max_tokens: int, seed: int) -> None:
@@ -48,8 +48,8 @@ class Server:
     ) -> TokenOutput:
         key = tuple(prompt_ids)
         self.seen[key] += 1
-        _, is_numbered, number = request_id.partition(NUMBERED)
-        place = int(number) if is_numbered else self.seen[key]
+        is_numbered = request_id.startswith(NUMBERED)
+        place = int(request_id.removeprefix(NUMBERED)) if is_numbered else self.seen[key]
         seed = hash((self.seed, self.version, key, place))  # of numbers only, so the same in every process
         answer: asyncio.Future[tuple[Response, int]] = asyncio.get_running_loop().create_future()
         self.waiting.append((prompt_ids, sampling_params, seed, answer))
