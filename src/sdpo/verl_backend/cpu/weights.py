@@ -13,7 +13,9 @@ import torch
 from verl.checkpoint_engine import CheckpointEngine, CheckpointEngineRegistry
 from verl.workers.rollout.utils import ensure_async_iterator
 
-import sdpo.verl_backend.cpu.rollout  # noqa: F401  (verl imports this module wherever the sampler's class is needed)
+# verl imports this module wherever these are needed.
+import sdpo.verl_backend.cpu.engine  # noqa: F401
+import sdpo.verl_backend.cpu.rollout  # noqa: F401
 
 BACKEND = "shared_file"
 

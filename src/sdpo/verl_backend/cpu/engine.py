@@ -1,0 +1,8 @@
+"""verl's own FSDP2 engine on the CPU, which it registers for accelerators only: for ``loss_mode=vanilla`` there."""
+
+from __future__ import annotations
+
+from verl.workers.engine import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+EngineRegistry.register(model_type="language_model", backend=["fsdp2"], device=["cpu"])(FSDPEngineWithLMHead)
