@@ -14,7 +14,7 @@ from verl.checkpoint_engine import CheckpointEngine, CheckpointEngineRegistry
 from verl.workers.rollout.utils import ensure_async_iterator
 
 # verl imports this module wherever these are needed.
-import sdpo.verl_backend.cpu.engine  # noqa: F401
+import sdpo.verl_backend.cpu.engine
 import sdpo.verl_backend.cpu.rollout  # noqa: F401
 
 BACKEND = "shared_file"
