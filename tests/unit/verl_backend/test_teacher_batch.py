@@ -1,0 +1,94 @@
+"""The teacher's fields of verl's batch say what the context floor says."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from sdpo import metrics
+from sdpo.config import SelfDistillationConfig
+from sdpo.context.demonstration import Demonstration
+from sdpo.context.encode import encode_teacher_prompt
+from sdpo.tasks.hidden_rule import build_tokenizer
+from sdpo.verl_backend.packing import DISTILLATION_COEF, SAMPLE_WEIGHTS, TEACHER_PROMPT_LENGTHS, TEACHER_PROMPTS
+from sdpo.verl_backend.reward import compute_score
+from sdpo.verl_backend.teacher_batch import Rollout, TeacherBatch
+from sdpo.verl_backend.trainer import rename_metrics
+
+TOKENIZER = build_tokenizer()
+MESSAGES = [{"role": "user", "content": "123"}]
+
+
+def make_rollout(text: str, score: float, *, group: str = "a", feedback: str | None = None) -> Rollout:
+    return Rollout(group, MESSAGES, TOKENIZER(text)["input_ids"] + [TOKENIZER.eos_token_id], score, feedback, "321")
+
+
+def test_a_peer_of_the_same_prompt_is_shown_and_nothing_where_there_is_none() -> None:
+    config = SelfDistillationConfig(demonstration_source="peer", weight_by_prompt_difficulty=True)
+    rollouts = [make_rollout("77", 0.0), make_rollout("88", 1.0), make_rollout("99", 0.0, group="b")]
+    fields, values = TeacherBatch(config, TOKENIZER, None, seed=0, total_steps=1).build(rollouts, step=1)
+    expected = encode_teacher_prompt(TOKENIZER, MESSAGES, Demonstration(solution="88"), config).token_ids
+    assert expected is not None
+    assert fields[TEACHER_PROMPT_LENGTHS].tolist() == [len(expected), 0, 0]
+    assert fields[TEACHER_PROMPTS][0].tolist() == expected
+    torch.testing.assert_close(fields[SAMPLE_WEIGHTS], torch.tensor([0.5, 0.5, 0.0]))
+    assert values[metrics.DISTILLED_FRACTION] == pytest.approx(1 / 3)
+    assert values[metrics.SUCCESS_GROUP_FRACTION] == 0.5
+
+
+def test_feedback_and_ground_truth_fit_into_the_window() -> None:
+    config = SelfDistillationConfig(include_environment_feedback=True)
+    rollouts = [make_rollout("77", 0.0, feedback="Expected: 321"), make_rollout("321", 1.0, feedback="")]
+    build = TeacherBatch(config, TOKENIZER, 60, seed=0, total_steps=1).build
+    fields, _ = build(rollouts, step=1)
+    shown = TOKENIZER.decode(fields[TEACHER_PROMPTS][0, : int(fields[TEACHER_PROMPT_LENGTHS][0])])
+    assert "Expected: 321" in shown and "Correct solution:\n\n321" in shown
+    for length, rollout in zip(fields[TEACHER_PROMPT_LENGTHS].tolist(), rollouts, strict=True):
+        assert 0 < length <= 60 - len(rollout.response_ids)
+
+
+def test_the_schedule_and_a_batch_that_distils_nothing() -> None:
+    config = SelfDistillationConfig(
+        demonstration_source="peer", distillation_weight_start=1.0, distillation_weight_end=0.0
+    )
+    build = TeacherBatch(config, TOKENIZER, None, seed=0, total_steps=5).build
+    fields, values = build([make_rollout("77", 0.0), make_rollout("88", 0.0)], step=3)
+    assert fields[DISTILLATION_COEF].tolist() == [0.5, 0.5] and values[metrics.DISTILLATION_WEIGHT] == 0.5
+    assert fields[TEACHER_PROMPT_LENGTHS].tolist() == [0, 0]
+    assert fields[TEACHER_PROMPTS].shape == (2, 1)
+
+
+def test_grpo_alone_shows_nothing() -> None:
+    fields, values = TeacherBatch(SelfDistillationConfig(grpo_coef=1.0), TOKENIZER, None, 0, 1).build(
+        [make_rollout("77", 0.0)], step=1
+    )
+    assert fields[TEACHER_PROMPT_LENGTHS].tolist() == [0]
+    assert metrics.DISTILLED_FRACTION not in values
+
+
+def test_which_peer_is_shown_follows_from_seed_and_step() -> None:
+    config = SelfDistillationConfig(demonstration_source="peer")
+    rollouts = [make_rollout(str(i), 1.0) for i in range(8)]
+
+    def shown(seed: int, step: int) -> list[list[int]]:
+        return TeacherBatch(config, TOKENIZER, None, seed, 9).build(rollouts, step)[0][TEACHER_PROMPTS].tolist()
+
+    assert shown(0, 1) == shown(0, 1)
+    assert len({str(shown(seed, step)) for seed in (0, 1) for step in (1, 2)}) == 4
+
+
+def test_our_metrics_get_their_own_names_back() -> None:
+    values = {"actor/self_distillation/loss": 1.0, "actor/grad_norm": 2.0, "actor/actor/entropy": 3.0}
+    rename_metrics(values)
+    assert values == {metrics.DISTILLATION_LOSS: 1.0, metrics.GRAD_NORM: 2.0, metrics.ENTROPY: 3.0}
+
+
+def test_a_task_of_ours_is_verls_reward_function() -> None:
+    arguments = {"task": "hidden_rule", "task_args": '{"dir": "unused"}'}
+    right = compute_score("hidden_rule", " 321", "321", {"index": 3}, **arguments)
+    wrong = compute_score("hidden_rule", "77", "321", None, reward_router_address=None, **arguments)
+    assert right == {"score": 1.0, "acc": 1.0, "feedback": ""}
+    assert wrong == {"score": 0.0, "acc": 0.0, "feedback": "Expected: 321"}
+    assert math.isfinite(right["score"])
