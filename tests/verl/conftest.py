@@ -39,8 +39,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.slow)
-            # One Ray at a time on a small machine.
-            item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 if importlib.util.find_spec("verl") is None:  # sdpo[verl] is not installed
