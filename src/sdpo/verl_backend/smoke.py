@@ -7,6 +7,7 @@ there is something to distil, that the teacher is the moving average, that the s
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -162,6 +163,8 @@ CHECKS: tuple[Callable[[Path], str], ...] = (
 
 def load_weights(folder: Path, step: int, *, teacher: bool = False) -> dict[str, torch.Tensor]:
     """What verl saved on a single rank, as plain tensors."""
+    # A warning for each tensor, about compiling what is only read here.
+    logging.getLogger("torch.distributed.device_mesh").setLevel(logging.ERROR)
     actor = folder / f"checkpoints/global_step_{step}/actor" / ("teacher" if teacher else "")
     state = torch.load(actor / "model_world_size_1_rank_0.pt", map_location="cpu", weights_only=False)
     return {name: getattr(value, "_local_tensor", value) for name, value in state.items()}
