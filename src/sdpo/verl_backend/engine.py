@@ -227,8 +227,9 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
             logits = logits[0] if mask is None else logits[mask.bool()]
             logits = logits[tokens.teacher_rows].float() * (coefficient / float(batch["temperature"]))
             total = logits if total is None else total + logits
-            if isinstance(module, FSDPModule):
-                module.reshard()  # else its root keeps what it gathered, and shards that moved are not seen
+            for part in module.modules():
+                if isinstance(part, FSDPModule):
+                    part.reshard()  # what is still gathered would hide the shards that the average is taken of
         return torch.log_softmax(total, dim=-1) if tokens.teacher_sequences and total is not None else None
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:

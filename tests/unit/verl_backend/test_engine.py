@@ -63,9 +63,17 @@ def results(
     rejected["response_mask"][6:] = 0
     broken = {name: values.clone() for name, values in base["batches"][0].items()}
     broken["old_log_probs"][3, 0] = math.nan
+    masked = {name: values.clone() for name, values in base["batches"][0].items()}
+    masked["response_mask"][:, 0] = 0
+    garbled = {name: values.clone() for name, values in masked.items()}
+    garbled["old_log_probs"][:, 0] = -9.0
+    garbled["rollout_is_weights"][:, 0] = 7.0
     cases = {
         "plain": base,
+        "masked": {**base, "batches": [masked]},
+        "garbled": {**base, "batches": [garbled]},
         "offloaded": {**base, "engine": {"param_offload": True, "optimizer_offload": True}},
+        "kept gathered": {**base, "engine": {"reshard_after_forward": False}},
         "half precision": {**base, "engine": {"model_dtype": "bf16"}},
         "rejected": {**base, "batches": [rejected]},
         "without them": {**base, "batches": [pad_for_verl(samples[:6], old[:6], 2.0)], "mini_batch_size": 6},
@@ -105,12 +113,13 @@ def test_a_checkpoint_of_another_teacher_is_refused(results: dict[str, Any]) -> 
 
 
 @pytest.mark.slow
-def test_offloading_changes_nothing(results: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", ["offloaded", "kept gathered"])
+def test_where_the_weights_are_kept_changes_nothing(name: str, results: dict[str, Any]) -> None:
     for part in ("students", "teacher"):
-        ours, plain = results["offloaded"][part], results["plain"][part]
+        ours, plain = results[name][part], results["plain"][part]
         ours, plain = (ours[-1], plain[-1]) if part == "students" else (ours, plain)
-        for name, value in plain.items():
-            assert torch.equal(ours[name], value), name
+        for weight, value in plain.items():
+            assert torch.equal(ours[weight], value), weight
 
 
 @pytest.mark.slow
@@ -140,6 +149,14 @@ def test_a_rejected_sample_is_as_if_it_were_not_there(results: dict[str, Any]) -
     assert rejected["metrics"][0]["loss"] == pytest.approx(without["metrics"][0]["loss"], rel=1e-5)
     for name, value in without["students"][0].items():
         torch.testing.assert_close(rejected["students"][0][name], value, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.slow
+def test_a_masked_token_does_not_count(results: dict[str, Any]) -> None:
+    masked, garbled, plain = (results[name] for name in ("masked", "garbled", "plain"))
+    assert masked["metrics"][0]["loss"] != plain["metrics"][0]["loss"]
+    for name, value in masked["students"][0].items():
+        assert torch.equal(garbled["students"][0][name], value), name
 
 
 @pytest.mark.slow
