@@ -68,12 +68,14 @@ def verl(
     from sdpo.config import iterate_settings, load_run
     from sdpo.verl_backend.launch import build_command, launch
 
-    ours = {key for key, _ in iterate_settings()}
-    for_run = [
-        o for o in overrides or [] if o.partition("=")[0] in ours or o.partition("=")[0].startswith("data.task_args.")
-    ]
-    run = load_run(run_file, for_run)
-    command = build_command(run, [o for o in overrides or [] if o not in for_run])
+    known = {key for key, _ in iterate_settings()}
+    ours: list[str] = []
+    theirs: list[str] = []
+    for override in overrides or []:
+        key = override.partition("=")[0]
+        (ours if key in known or key.startswith("data.task_args.") else theirs).append(override)
+    run = load_run(run_file, ours)
+    command = build_command(run, theirs)
     for note in command.notes:
         print(note, file=sys.stderr)
     if show:

@@ -316,6 +316,13 @@ def _require_tensors(config: SelfDistillationConfig, given: Mapping[str, object]
             )
 
 
+def add_sums(sums: Sums, more: Sums) -> None:
+    """Add the sums of another micro-batch, in place."""
+    for name, (total, count) in more.items():
+        before = sums.get(name)
+        sums[name] = (total, count) if before is None else (before[0] + total, before[1] + count)
+
+
 def mean_of(values: Tensor) -> tuple[Tensor, Tensor]:
     """Sum and count of a metric's values."""
     values = values.detach()

@@ -16,6 +16,7 @@ from sdpo.algorithm.inputs import build_loss_inputs, gather_log_probs
 from sdpo.algorithm.loss import (
     LossInputs,
     Sums,
+    add_sums,
     compute_distillation_coef,
     compute_loss,
     compute_token_weights,
@@ -144,7 +145,7 @@ class Learner:
             if bool(broken.any()):
                 return sums, {piece[i] for i in batch.sample_index[broken].unique().tolist()}
             outputs.loss.backward()
-            _add(sums, {**outputs.sums, **more})
+            add_sums(sums, {**outputs.sums, **more})
         return sums, set()
 
     def _forward(
@@ -216,12 +217,6 @@ class Learner:
                 f"self_distillation.distillation_topk={topk} is more than the model's vocabulary of {vocab_size}; "
                 "lower it or remove it"
             )
-
-
-def _add(sums: Sums, more: Sums) -> None:
-    for name, (total, count) in more.items():
-        before = sums.get(name)
-        sums[name] = (total, count) if before is None else (before[0] + total, before[1] + count)
 
 
 def _average(results: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from sdpo.embedded.vllm_engine import VllmEngine, require_vllm
 from sdpo.models.decoding import Decoding
 from sdpo.models.loading import get_stop_token_ids, get_window, load_model, load_tokenizer, resolve_device
 from sdpo.observer import Observer
-from sdpo.tasks.interface import Task, load_task
+from sdpo.tasks.interface import Task, load_task, prepare_task
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,7 @@ def build_parts(run: Run, observer: Observer) -> Parts:
     if run.sampler.engine == "vllm":
         require_vllm(sampler_device)
     task = load_task(run.data.task, run.data.task_args)
-    prepare = getattr(task, "prepare", None)
-    if prepare is not None:
-        prepare(observer)
+    prepare_task(task, observer)
     tokenizer = load_tokenizer(run.model)
     student = load_model(run.model, learner_device)
     window = get_window(student)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sdpo.algorithm.inputs import gather_log_probs
+
 PROBE_LENGTH = 16
 
 
@@ -56,7 +58,7 @@ def compute_probe(student: nn.Module) -> Probe:
     inputs = token_ids[None].to(next(student.parameters()).device)
     log_probs = student(input_ids=inputs, use_cache=False).logits[0, :-1].float().log_softmax(-1)
     student.train(was_training)
-    return Probe(token_ids.tolist(), log_probs.gather(-1, inputs[0, 1:, None])[:, 0].tolist())
+    return Probe(token_ids.tolist(), gather_log_probs(log_probs, inputs[0, 1:]).tolist())
 
 
 @torch.no_grad()

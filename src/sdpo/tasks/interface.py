@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from sdpo.errors import UserError
+from sdpo.observer import Observer
 
 BUILT_IN = {"hidden_rule": "sdpo.tasks.hidden_rule"}
 REQUIRED_COLUMNS = ("data_source", "prompt", "reward_model")
@@ -121,6 +122,13 @@ def load_task(name: str, args: Mapping[str, Any]) -> Task:
     if args:
         raise UserError(f"data.task_args: {name} takes no arguments; define build_task(**task_args) in it")
     return module
+
+
+def prepare_task(task: Task, observer: Observer) -> None:
+    """Let a task that makes its own files make them."""
+    prepare = getattr(task, "prepare", None)
+    if prepare is not None:
+        prepare(observer)
 
 
 def _import_task(name: str) -> ModuleType:

@@ -21,7 +21,7 @@ from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from sdpo.algorithm.inputs import build_loss_inputs
-from sdpo.algorithm.loss import Sums, compute_loss, compute_token_weights
+from sdpo.algorithm.loss import Sums, add_sums, compute_loss, compute_token_weights
 from sdpo.algorithm.teacher import Teacher
 from sdpo.config import SelfDistillationConfig
 from sdpo.verl_backend.packing import (
@@ -193,9 +193,7 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         # The loss needs nothing of what verl computes by itself: the hook's tensor is the only output.
         tu.assign_non_tensor(micro_batch, distillation_use_topk=True, distillation_only=True, calculate_entropy=False)
         result = super().forward_step(micro_batch, loss, forward_only)
-        for name, (total, count) in loss.sums.items():
-            before = self._sums.get(name)
-            self._sums[name] = (total, count) if before is None else (before[0] + total, before[1] + count)
+        add_sums(self._sums, loss.sums)
         return result
 
     @torch.no_grad()
@@ -241,7 +239,7 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         """What one token of each sample counts, from the counts of the whole mini-batch over all ranks."""
         num_tokens = pad_right(data["response_mask"]).bool().sum(1)
         counts = torch.stack([num_tokens, num_tokens * (data[TEACHER_PROMPT_LENGTHS] > 0)])
-        gathered = _gather_ranks(counts, self.get_data_parallel_group())
+        gathered = _gather_objects(counts.cpu(), self.get_data_parallel_group())
         start = sum(part.shape[1] for part in gathered[: self.get_data_parallel_rank()])
         mine = slice(start, start + counts.shape[1])
         policy, distillation = (
@@ -263,9 +261,9 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
 
     def _reduce_sums(self) -> dict[str, float]:
         """Metrics of the mini-batch over all ranks, from their sums and counts."""
-        names = sorted(self._sums)
         # A rank without distilled samples lacks names that others have.
-        every = _gather_names(names, self.get_data_parallel_group())
+        names = _gather_objects(list(self._sums), self.get_data_parallel_group())
+        every = sorted({name for many in names for name in many})
         device, zero = get_device_id(), (torch.tensor(0.0), torch.tensor(0))
         pairs = [self._sums.get(name, zero) for name in every]
         table = torch.tensor([[float(total), float(count)] for total, count in pairs], dtype=torch.float64).to(device)
@@ -280,13 +278,8 @@ def _repair_position_ids(data: TensorDict) -> None:
         data["position_ids"] = tu.nested_tensor_from_tensor_list(list(positions.unbind()), ragged_idx=2)
 
 
-def _gather_ranks(values: Tensor, group: Any) -> list[Tensor]:
+def _gather_objects(value: Any, group: Any) -> list[Any]:
+    """Every rank's value, in the ranks' order."""
     gathered: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(gathered, values.cpu(), group=group)
+    dist.all_gather_object(gathered, value, group=group)
     return gathered
-
-
-def _gather_names(names: list[str], group: Any) -> list[str]:
-    gathered: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(gathered, names, group=group)
-    return sorted({name for many in gathered for name in many})

@@ -13,7 +13,8 @@ import torch
 from sdpo.config import Run, save_run
 from sdpo.errors import UserError
 from sdpo.observer import Observer, Silent
-from sdpo.tasks.interface import load_task
+from sdpo.tasks.interface import load_task, prepare_task
+from sdpo.verl_backend.main import CPU, main
 from sdpo.verl_backend.translate import translate
 
 METRICS = "metrics.jsonl"
@@ -42,7 +43,7 @@ def build_command(run: Run, overrides: Sequence[str] = ()) -> Command:
     arguments = ["--config-name", translated.config_name]
     notes = []
     if not torch.cuda.is_available():
-        arguments.append("+device=cpu")
+        arguments.append(CPU)
         notes.append("no CUDA device: Ray's GPUs are made up, transformers samples instead of vLLM")
     if translated.unused:
         notes.append(f"without effect on verl: {', '.join(translated.unused)}")
@@ -56,12 +57,7 @@ def launch(run: Run, command: Command, observer: Observer | None = None) -> None
     Raises:
         UserError: something the person gave us is wrong; Ray has not been started.
     """
-    from sdpo.verl_backend.main import main
-
-    task = load_task(run.data.task, run.data.task_args)
-    prepare = getattr(task, "prepare", None)
-    if prepare is not None:
-        prepare(observer or Silent())
+    prepare_task(load_task(run.data.task, run.data.task_args), observer or Silent())
     folder = Path(run.run_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)

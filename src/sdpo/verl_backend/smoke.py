@@ -24,6 +24,7 @@ from sdpo import metrics
 from sdpo.algorithm.inputs import gather_log_probs
 from sdpo.errors import UserError
 from sdpo.tasks.hidden_rule import HiddenRule
+from sdpo.verl_backend.main import CPU
 from sdpo.verl_backend.translate import quote
 
 STEPS = 3
@@ -57,7 +58,7 @@ def build_overrides(folder: Path) -> list[str]:
         "trainer.default_local_dir": str(folder / "checkpoints"),
         "trainer.logger": ["console", "file"],
     }
-    on_cpu = [] if torch.cuda.device_count() >= 2 else ["+device=cpu"]
+    on_cpu = [] if torch.cuda.device_count() >= 2 else [CPU]
     return [*on_cpu, *(f"{key}={quote(value)}" for key, value in settings.items())]
 
 

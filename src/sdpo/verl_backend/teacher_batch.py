@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from sdpo.config import SelfDistillationConfig
 from sdpo.context.demonstration import GradedResponse, compute_success_rates
 from sdpo.context.reprompt import Message
 from sdpo.context.teacher_prompts import build_lessons, summarize_lessons
+from sdpo.tasks.interface import Row
 from sdpo.verl_backend.packing import DISTILLATION_COEF, SAMPLE_WEIGHTS, TEACHER_PROMPT_LENGTHS, TEACHER_PROMPTS
 
 
@@ -29,6 +30,11 @@ class Rollout:
     score: float
     feedback: str | None
     ground_truth: str | None
+
+
+def read_ground_truth(reward_model: Mapping[str, Any]) -> str | None:
+    """The solution in a row's ``reward_model``, if it has one."""
+    return Row("", [], reward_model).ground_truth
 
 
 class TeacherBatch:

@@ -22,7 +22,7 @@ from verl.experimental.one_step_off_policy.ray_trainer import OneStepOffRayTrain
 from sdpo import metrics
 from sdpo.verl_backend.packing import count_response_tokens
 from sdpo.verl_backend.settings import read_self_distillation
-from sdpo.verl_backend.teacher_batch import Rollout, TeacherBatch
+from sdpo.verl_backend.teacher_batch import Rollout, TeacherBatch, read_ground_truth
 
 PREFETCHED = "prefetched.pt"
 
@@ -88,7 +88,7 @@ class SelfDistillationOneStepOffTrainer(OneStepOffRayTrainer):  # type: ignore[m
                 response_ids=batch.batch["responses"][i, : lengths[i]].tolist(),
                 score=score,
                 feedback=feedback[i],
-                ground_truth=_as_text(fields["reward_model"][i].get("ground_truth")),
+                ground_truth=read_ground_truth(fields["reward_model"][i]),
             )
             for i, score in enumerate(self.reward_tensor.sum(-1).tolist())
         ]
@@ -161,7 +161,3 @@ class SelfDistillationOneStepOffTrainer(OneStepOffRayTrainer):  # type: ignore[m
 
     def _checkpoint_folder(self, step: int) -> Path:
         return Path(self.config.trainer.default_local_dir) / f"global_step_{step}"
-
-
-def _as_text(value: Any) -> str | None:
-    return None if value is None else str(value)

@@ -16,7 +16,7 @@ from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from sdpo import metrics as names
-from sdpo.verl_backend.teacher_batch import Rollout
+from sdpo.verl_backend.teacher_batch import Rollout, read_ground_truth
 from sdpo.verl_backend.trainer import build_teacher_batch, rename_metrics
 from sdpo.verl_backend.worker import SelfDistillationActorWorker
 
@@ -72,7 +72,7 @@ class WithTeacherBatch:
                 response_ids=responses[i].tolist(),
                 score=float(scores[i].sum()),
                 feedback=(extras[i] or {}).get("reward_extra_info", {}).get("feedback"),
-                ground_truth=None if truths[i].get("ground_truth") is None else str(truths[i]["ground_truth"]),
+                ground_truth=read_ground_truth(truths[i]),
             )
             for i in range(len(batch))
         ]

@@ -18,6 +18,8 @@ MODEL = "actor_rollout_ref.model"
 
 # Settings of the embedded engine that verl has no counterpart for.
 WITHOUT_COUNTERPART = (
+    "sampler.engine",
+    "sampler.kv_cache_gib",
     "sampler.device",
     "sampler.num_threads",
     "learner.device",

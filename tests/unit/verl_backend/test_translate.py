@@ -111,6 +111,7 @@ def test_what_verl_has_not_is_refused_or_named(make_task_run: Callable[..., Run]
         translate(make_task_run(optim__schedule="linear"))
     run = make_task_run(learner__num_threads=2, eval__teacher=False)
     assert translate(run).unused == ["learner.num_threads", "eval.teacher"]
+    assert translate(make_task_run(sampler__engine="vllm")).unused == ["sampler.engine"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

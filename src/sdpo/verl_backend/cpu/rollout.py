@@ -71,12 +71,6 @@ class Server:
             self.version = version
             self.seen.clear()
 
-    async def score(self, prompt_ids: list[int], response_ids: list[int]) -> list[float]:
-        """Log-probabilities of a response by the weights that sample now: whether they are the trained ones."""
-        with torch.no_grad():
-            logits = self.model(torch.tensor([prompt_ids + response_ids])).logits[0, len(prompt_ids) - 1 : -1]
-        return logits.log_softmax(-1).gather(1, torch.tensor(response_ids)[:, None])[:, 0].tolist()
-
     async def idle(self) -> None:
         """What verl asks of a sampler that shares its GPU."""
 
