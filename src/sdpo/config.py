@@ -118,6 +118,14 @@ class DataConfig(Section):
     train_batch_size: int = setting(32, "Prompts a step.", ge=1)
     max_prompt_length: int = setting(2048, "Longest prompt, in tokens.", ge=1)
     filter_overlong_prompts: bool = setting(False, "Skip and count longer prompts; otherwise they are an error.")
+    max_pixels: int = setting(
+        1_003_520,
+        "Largest image, in pixels; larger ones are made smaller. The default is 1280 patches of 28 x 28.",
+        ge=1,
+    )
+    filter_unreadable_images: bool = setting(
+        False, "Skip and count rows whose images cannot be read; otherwise they are an error."
+    )
     shuffle: bool = setting(True, "Draw the training rows in an order given by the seed, anew each epoch.")
 
 
@@ -163,6 +171,9 @@ class LearnerConfig(Section):
     )
     rollout_is_threshold: float = setting(2.0, "Those weights are truncated above this.", gt=0)
     autocast: bool = setting(False, "Run forward and backward in bfloat16 autocast; weights keep model.dtype.")
+    freeze_vision: bool = setting(
+        False, "Train the language model alone and leave the image tower and its projector as they are."
+    )
     gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
     num_threads: int | None = setting(None, "CPU threads of the learner's process; torch's choice if not set.", ge=1)
 

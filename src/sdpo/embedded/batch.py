@@ -10,16 +10,10 @@ from torch import Tensor
 
 from sdpo.algorithm.teacher import Policy
 from sdpo.embedded.samples import Sample
-
-
-@dataclass(frozen=True)
-class PaddedSequences:
-    """Prompts padded on the left, responses on the right, so that all responses start at the same place."""
-
-    token_ids: Tensor  # [B, L]
-    attention_mask: Tensor  # [B, L]
-    position_ids: Tensor  # [B, L]
-    response_mask: Tensor  # [B, T] bool, T the longest response
+from sdpo.embedded.step_images import StepImages
+from sdpo.models.forward import PaddedSequences, compute_logits, pad_sequences
+from sdpo.models.processing import TokenPrompt
+from sdpo.models.vision import Vision
 
 
 @dataclass(frozen=True)
@@ -64,14 +58,17 @@ def split_by_tokens(samples: Sequence[Sample], max_tokens: int) -> list[list[int
     return pieces
 
 
-def build_micro_batch(samples: Sequence[Sample], pad_token_id: int, device: torch.device) -> MicroBatch:
-    """Tensors of a few samples."""
+def build_micro_batch(
+    samples: Sequence[Sample], pad_token_id: int, device: torch.device, vision: Vision | None = None
+) -> MicroBatch:
+    """Tensors of a few samples; ``vision`` is of the models that are to read them, where those read images."""
     lengths = [len(s.response.token_ids) for s in samples]
     distilled = [s for s in samples if s.is_distilled]
     teacher = None
     if distilled:
-        prompts = [s.teacher_prompt.token_ids or [] for s in distilled]
-        teacher = pad_sequences(prompts, [s.response.token_ids for s in distilled], pad_token_id, device)
+        # The teacher is shown the student's images, whatever else it is shown.
+        prompts = [TokenPrompt(s.teacher_prompt.token_ids or [], s.prompt.images) for s in distilled]
+        teacher = pad_sequences(prompts, [s.response.token_ids for s in distilled], pad_token_id, device, vision)
 
     def repeat_by_token(values: Sequence[float]) -> Tensor:
         return torch.tensor(values).repeat_interleave(torch.tensor(lengths)).to(device)
@@ -81,7 +78,7 @@ def build_micro_batch(samples: Sequence[Sample], pad_token_id: int, device: torc
 
     return MicroBatch(
         student=pad_sequences(
-            [s.prompt.token_ids for s in samples], [s.response.token_ids for s in samples], pad_token_id, device
+            [s.prompt.tokens for s in samples], [s.response.token_ids for s in samples], pad_token_id, device, vision
         ),
         teacher=teacher,
         sampled_ids=flatten([s.response.token_ids for s in samples]),
@@ -92,39 +89,26 @@ def build_micro_batch(samples: Sequence[Sample], pad_token_id: int, device: torc
     )
 
 
-def pad_sequences(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_token_id: int, device: torch.device
-) -> PaddedSequences:
-    """Lay prompt and response of each sample side by side in one row."""
-    prompt_length, response_length = max(map(len, prompts)), max(map(len, responses))
-    token_ids = torch.full((len(prompts), prompt_length + response_length), pad_token_id)
-    mask = torch.zeros_like(token_ids)
-    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        start, end = prompt_length - len(prompt), prompt_length + len(response)
-        token_ids[row, start:end] = torch.tensor([*prompt, *response])
-        mask[row, start:end] = 1
-    return PaddedSequences(
-        token_ids=token_ids.to(device),
-        attention_mask=mask.to(device),
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(device),
-        response_mask=mask[:, prompt_length:].bool().to(device),
-    )
+def compute_response_logits(
+    policy: Policy, sequences: PaddedSequences, temperature: float, images: StepImages | None = None
+) -> Tensor:
+    """Logits [N, V] (float32) that predict each response token, over the sampling temperature.
 
-
-def compute_response_logits(policy: Policy, sequences: PaddedSequences, temperature: float) -> Tensor:
-    """Logits [N, V] (float32) that predict each response token, over the sampling temperature."""
+    ``images`` has the features of the sequences' images, where the policy's models read images.
+    """
     keep = sequences.response_mask.shape[1] + 1
     total: Tensor | None = None
     for module, coefficient in policy:
-        output = module(
-            input_ids=sequences.token_ids,
-            attention_mask=sequences.attention_mask,
-            position_ids=sequences.position_ids,
-            use_cache=False,
-            logits_to_keep=keep,
+        logits = compute_logits(
+            module,
+            sequences.token_ids,
+            sequences.attention_mask,
+            sequences.position_ids,
+            keep,
+            vision=images.vision if images is not None else None,
+            features=images.select(module, sequences.images) if images is not None else (),
         )
-        # A model that ignores logits_to_keep gives all positions; the last ones are the same in both cases.
-        logits = output.logits[:, -keep:-1][sequences.response_mask].float() * (coefficient / temperature)
+        logits = logits[:, :-1][sequences.response_mask].float() * (coefficient / temperature)
         total = logits if total is None else total + logits
     assert total is not None
     return total

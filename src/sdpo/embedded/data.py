@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
+from dataclasses import dataclass, replace
 
 from sdpo.config import Run
-from sdpo.context.encode import encode_prompt
+from sdpo.context.encode import Tokenizer, encode_prompt
+from sdpo.context.images import collect_images, place_images
 from sdpo.errors import UserError
+from sdpo.models.processing import TokenPrompt
 from sdpo.observer import Observer
 from sdpo.tasks.interface import Row, load_rows
 
@@ -22,20 +22,29 @@ class Prompt:
     row: Row
     token_ids: list[int]
 
+    @property
+    def images(self) -> tuple[bytes, ...]:
+        return collect_images(self.row.prompt)
+
+    @property
+    def tokens(self) -> TokenPrompt:
+        return TokenPrompt(self.token_ids, self.images)
+
 
 def load_prompts(
     files: Sequence[str],
     setting: str,
     run: Run,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     window: int | None,
     observer: Observer,
 ) -> list[Prompt]:
     """Read and encode the rows of ``files``; ``setting`` names them in errors.
 
     Raises:
-        UserError: see ``load_rows``; besides a prompt longer than ``data.max_prompt_length`` or, with its response,
-            than the model's window, unless ``data.filter_overlong_prompts`` skips such rows; or no row left.
+        UserError: see ``load_rows``; besides images that do not fit the prompt or cannot be read, unless
+            ``data.filter_unreadable_images`` skips such rows; a prompt longer than ``data.max_prompt_length`` or, with
+            its response, than the model's window, unless ``data.filter_overlong_prompts`` does; or no row left.
     """
     limit, reason = run.data.max_prompt_length, "data.max_prompt_length"
     if window is not None and window - run.sampler.max_response_length < limit:
@@ -45,17 +54,40 @@ def load_prompts(
         raise UserError(
             f"sampler.max_response_length leaves no room for a prompt in the model's window of {window} tokens"
         )
-    prompts = [Prompt(row, encode_prompt(tokenizer, row.prompt)) for row in load_rows(files, setting)]
+    rows = load_rows(files, setting)
+    prompts = _encode_rows(rows, setting, run, tokenizer, observer)
     kept = [prompt for prompt in prompts if len(prompt.token_ids) <= limit]
     if len(kept) < len(prompts):
-        longest = max(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
-        found = f"row {longest} has {len(prompts[longest].token_ids)} prompt tokens, more than {limit} ({reason})"
+        longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
+        found = f"{longest.row.origin} has {len(longest.token_ids)} prompt tokens, more than {limit} ({reason})"
         if not run.data.filter_overlong_prompts:
-            raise UserError(f"{setting}: {found}; set data.filter_overlong_prompts=true to skip such rows")
-        observer.message(f"{setting}: skipped {len(prompts) - len(kept)} of {len(prompts)} rows with overlong prompts")
-    if not kept:
-        raise UserError(f"{setting}: no row is left: {found}")
+            raise UserError(f"{found}; set data.filter_overlong_prompts=true to skip such rows")
+        observer.message(f"{setting}: skipped {len(prompts) - len(kept)} of {len(rows)} rows with overlong prompts")
+        if not kept:
+            raise UserError(f"{setting}: no row is left: {found}")
     return kept
+
+
+def _encode_rows(rows: Sequence[Row], setting: str, run: Run, tokenizer: Tokenizer, observer: Observer) -> list[Prompt]:
+    prompts: list[Prompt] = []
+    unreadable: list[str] = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            messages = place_images(row.prompt, row.images)
+            prompts.append(Prompt(replace(row, prompt=messages), encode_prompt(tokenizer, messages)))
+        except UserError as error:
+            if not row.images:
+                raise
+            unreadable.append(f"{row.origin}: {error}")
+            if not run.data.filter_unreadable_images:
+                raise UserError(f"{unreadable[0]}; set data.filter_unreadable_images=true to skip such rows") from error
+        if row.images:  # which take as long as a hundred texts
+            observer.progress(f"reading {setting}", number, len(rows))
+    if unreadable:
+        observer.message(f"{setting}: skipped {len(unreadable)} of {len(rows)} rows; the first: {unreadable[0]}")
+    if not prompts:
+        raise UserError(f"{setting}: no row is left: {unreadable[0]}")
+    return prompts
 
 
 class PromptOrder:

@@ -8,16 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from sdpo.algorithm.teacher import Policy, Teacher
 from sdpo.config import Run
 from sdpo.context.demonstration import GradedResponse, select_demonstrations
-from sdpo.context.encode import encode_teacher_prompt
+from sdpo.context.encode import Tokenizer, encode_teacher_prompt
 from sdpo.embedded.data import Prompt
 from sdpo.embedded.samples import grade_responses
 from sdpo.metrics import teacher_prompted_name, teacher_val_name, val_name
 from sdpo.models.decoding import Decoding, sample_responses
+from sdpo.models.processing import TokenPrompt
+from sdpo.models.vision import Vision
 from sdpo.tasks.interface import Task
 
 # Evaluation draws the same noise every time, so that two of them differ by the weights alone.
@@ -30,10 +31,11 @@ class Evaluator:
 
     run: Run
     task: Task
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     prompts: Sequence[Prompt]
     decoding: Decoding
     window: int | None
+    vision: Vision | None = None
 
     def evaluate(self, student: nn.Module, teacher: Teacher | None) -> dict[str, float]:
         """Accuracy by data source: ``mean@1`` greedy, ``mean@n`` and ``best@n/mean`` (pass@n) of ``eval.n`` samples."""
@@ -53,7 +55,7 @@ class Evaluator:
 
     def _respond(self, policy: Policy, n: int, temperature: float) -> list[GradedResponse]:
         decoding = replace(self.decoding, n=n, temperature=temperature, top_p=self.run.eval.top_p)
-        responses = sample_responses(policy, [p.token_ids for p in self.prompts], decoding, SEED)
+        responses = sample_responses(policy, [p.tokens for p in self.prompts], decoding, SEED, self.vision)
         return grade_responses(self.task, self.tokenizer, self.prompts, responses)
 
     def _evaluate_teacher(self, policy: Policy, shown: Sequence[GradedResponse]) -> dict[str, float]:
@@ -63,7 +65,7 @@ class Evaluator:
         """
         config = self.run.self_distillation
         demonstrations = select_demonstrations(shown, config, random.Random(SEED))
-        contexts: dict[int, list[int]] = {}
+        contexts: dict[int, TokenPrompt] = {}
         for response, demonstration in zip(shown, demonstrations, strict=True):
             group = int(response.group)
             if group in contexts or demonstration.is_empty:
@@ -73,7 +75,7 @@ class Evaluator:
                 self.tokenizer, self.prompts[group].row.prompt, demonstration, config, max_length=room
             )
             if encoded.token_ids is not None:
-                contexts[group] = encoded.token_ids
+                contexts[group] = TokenPrompt(encoded.token_ids, self.prompts[group].images)
         sources = [p.row.data_source for p in self.prompts]
         prompted = [self.prompts[group] for group in contexts]
         values = {
@@ -82,7 +84,7 @@ class Evaluator:
         }
         if prompted:
             decoding = replace(self.decoding, n=1, temperature=0.0)
-            responses = sample_responses(policy, list(contexts.values()), decoding, SEED)
+            responses = sample_responses(policy, list(contexts.values()), decoding, SEED, self.vision)
             graded = grade_responses(self.task, self.tokenizer, prompted, responses)
             values |= _mean_by_source(prompted, graded, lambda source: teacher_val_name(source, "mean@1"))
         return values

@@ -24,9 +24,12 @@ from sdpo.algorithm.loss import (
 )
 from sdpo.algorithm.teacher import build_teacher
 from sdpo.config import Run
-from sdpo.embedded.batch import MicroBatch, PaddedSequences, build_micro_batch, compute_response_logits, split_by_tokens
+from sdpo.embedded.batch import MicroBatch, build_micro_batch, compute_response_logits, split_by_tokens
 from sdpo.embedded.samples import Sample
+from sdpo.embedded.step_images import StepImages
 from sdpo.errors import UserError
+from sdpo.models.forward import PaddedSequences
+from sdpo.models.vision import Vision
 
 
 class Learner:
@@ -38,19 +41,20 @@ class Learner:
         version: how many steps' updates the student has had.
     """
 
-    def __init__(self, student: PreTrainedModel, run: Run, pad_token_id: int) -> None:
+    def __init__(self, student: PreTrainedModel, run: Run, pad_token_id: int, vision: Vision | None = None) -> None:
         self.run = run
         self.config = run.self_distillation
         self.student = student
         self.device = student.device
         self.pad_token_id = pad_token_id
+        self.vision = vision
         self.version = 0
         self._check_topk()
         if run.learner.gradient_checkpointing:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.teacher = build_teacher(student, self.config) if self.config.distills else None
         self.optimizer = torch.optim.AdamW(
-            student.parameters(),
+            [param for param in student.parameters() if param.requires_grad],
             lr=run.optim.lr,
             betas=(run.optim.beta1, run.optim.beta2),
             weight_decay=run.optim.weight_decay,
@@ -75,12 +79,13 @@ class Learner:
         step = self.version + 1
         mini_size = (self.run.learner.mini_batch_size or self.run.data.train_batch_size) * self.run.sampler.n
         minis = [list(range(i, min(i + mini_size, len(samples)))) for i in range(0, len(samples), mini_size)]
+        images = self._step_images()
         # With a single optimizer step the student still is the old policy, and its own forward pass tells.
-        old_log_probs = self.compute_log_probs(samples) if len(minis) > 1 else None
+        old_log_probs = self.compute_log_probs(samples, images) if len(minis) > 1 else None
         coef = compute_distillation_coef(self.config, step, self.run.total_steps)
         results = [
             self._learn_mini_batch(
-                [samples[i] for i in mini], [old_log_probs[i] for i in mini] if old_log_probs else None, coef
+                [samples[i] for i in mini], [old_log_probs[i] for i in mini] if old_log_probs else None, coef, images
             )
             for mini in minis
         ]
@@ -93,12 +98,16 @@ class Learner:
         return values
 
     @torch.no_grad()
-    def compute_log_probs(self, samples: Sequence[Sample]) -> list[Tensor]:
-        """Log-probabilities of each sample's response tokens under the student as it is now."""
+    def compute_log_probs(self, samples: Sequence[Sample], images: StepImages | None = None) -> list[Tensor]:
+        """Log-probabilities of each sample's response tokens under the student as it is now.
+
+        ``images`` has the features of the samples' images, where other passes need them too.
+        """
+        images = images or self._step_images()
         result: list[Tensor] = [torch.empty(0)] * len(samples)
         for piece in split_by_tokens(samples, self.run.learner.micro_batch_tokens):
-            batch = build_micro_batch([samples[i] for i in piece], self.pad_token_id, self.device)
-            log_probs = gather_log_probs(self._student_log_probs(batch), batch.sampled_ids)
+            batch = build_micro_batch([samples[i] for i in piece], self.pad_token_id, self.device, self.vision)
+            log_probs = gather_log_probs(self._student_log_probs(batch, images), batch.sampled_ids)
             for i, values in zip(
                 piece, log_probs.split([len(samples[i].response.token_ids) for i in piece]), strict=True
             ):
@@ -106,12 +115,14 @@ class Learner:
         return result
 
     def _learn_mini_batch(
-        self, samples: list[Sample], old_log_probs: list[Tensor] | None, coef: float
+        self, samples: list[Sample], old_log_probs: list[Tensor] | None, coef: float, images: StepImages | None
     ) -> dict[str, float]:
         num_dropped = 0
         while True:
             self.optimizer.zero_grad(set_to_none=True)
-            sums, nonfinite = self._accumulate_gradients(samples, old_log_probs, coef)
+            if images is not None:
+                images.forget_gradients()
+            sums, nonfinite = self._accumulate_gradients(samples, old_log_probs, coef, images)
             if not nonfinite:
                 break
             # A NaN that is only masked still comes back through the backward pass: begin again without its sample.
@@ -121,10 +132,17 @@ class Learner:
             old_log_probs = [old_log_probs[i] for i in kept] if old_log_probs else None
         values = {name: float(total) / max(int(count), 1) for name, (total, count) in sums.items()}
         values |= {metrics.NONFINITE_SAMPLES: float(num_dropped), metrics.LR: self.scheduler.get_last_lr()[0]}
-        return values | self._update()
+        values |= self._update()
+        if images is not None:
+            images.forget_student()
+        return values
 
     def _accumulate_gradients(
-        self, samples: Sequence[Sample], old_log_probs: Sequence[Tensor] | None, coef: float
+        self,
+        samples: Sequence[Sample],
+        old_log_probs: Sequence[Tensor] | None,
+        coef: float,
+        images: StepImages | None,
     ) -> tuple[Sums, set[int]]:
         """Gradients of the mini-batch's loss; stops at the first micro-batch with samples that are not finite."""
         mode, horizon = self.run.learner.loss_agg_mode, self.run.sampler.max_response_length
@@ -135,10 +153,10 @@ class Learner:
         distillation_weights = distillation_weights * torch.tensor([s.distillation_weight for s in samples])
         sums: Sums = {}
         for piece in split_by_tokens(samples, self.run.learner.micro_batch_tokens):
-            batch = build_micro_batch([samples[i] for i in piece], self.pad_token_id, self.device)
+            batch = build_micro_batch([samples[i] for i in piece], self.pad_token_id, self.device, self.vision)
             old = torch.cat([old_log_probs[i] for i in piece]) if old_log_probs else None
             weights = [w[piece].to(self.device)[batch.sample_index] for w in (policy_weights, distillation_weights)]
-            inputs, more = self._forward(batch, old, weights[0], weights[1], coef)
+            inputs, more = self._forward(batch, old, weights[0], weights[1], coef, images)
             outputs = compute_loss(inputs, self.config)
             checked = (outputs.token_losses, inputs.student_log_probs, inputs.old_log_probs, batch.rollout_log_probs)
             broken = ~torch.stack([torch.isfinite(values) for values in checked]).all(0)
@@ -146,19 +164,27 @@ class Learner:
                 return sums, {piece[i] for i in batch.sample_index[broken].unique().tolist()}
             outputs.loss.backward()
             add_sums(sums, {**outputs.sums, **more})
+        if images is not None:
+            images.backward()
         return sums, set()
 
     def _forward(
-        self, batch: MicroBatch, old: Tensor | None, policy_weights: Tensor, distillation_weights: Tensor, coef: float
+        self,
+        batch: MicroBatch,
+        old: Tensor | None,
+        policy_weights: Tensor,
+        distillation_weights: Tensor,
+        coef: float,
+        images: StepImages | None,
     ) -> tuple[LossInputs, Sums]:
-        student = self._student_log_probs(batch)
+        student = self._student_log_probs(batch, images)
         old = gather_log_probs(student.detach(), batch.sampled_ids) if old is None else old
         rollout_weights, sums = self._rollout_weights(old, batch)
         teacher = None
         if batch.teacher is not None:
             assert self.teacher is not None
             with torch.no_grad():
-                teacher = self._log_probs(self.teacher.policy(self.student), batch.teacher)
+                teacher = self._log_probs(self.teacher.policy(self.student), batch.teacher, images)
         inputs, more = build_loss_inputs(
             student,
             batch.sampled_ids,
@@ -174,15 +200,28 @@ class Learner:
         )
         return inputs, sums | more
 
-    def _student_log_probs(self, batch: MicroBatch) -> Tensor:
+    def _student_log_probs(self, batch: MicroBatch, images: StepImages | None) -> Tensor:
         # Only this mode lets transformers checkpoint; everything else runs without dropout, as sampling does.
         self.student.train(self.run.learner.gradient_checkpointing and torch.is_grad_enabled())
-        return self._log_probs([(self.student, 1.0)], batch.student)
+        return self._log_probs([(self.student, 1.0)], batch.student, images)
 
-    def _log_probs(self, policy: Sequence[tuple[torch.nn.Module, float]], sequences: PaddedSequences) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.learner.autocast):
-            logits = compute_response_logits(policy, sequences, self.run.sampler.temperature)
+    def _log_probs(
+        self,
+        policy: Sequence[tuple[torch.nn.Module, float]],
+        sequences: PaddedSequences,
+        images: StepImages | None,
+    ) -> Tensor:
+        with self._precision():
+            logits = compute_response_logits(policy, sequences, self.run.sampler.temperature, images)
         return torch.log_softmax(logits, dim=-1)
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.learner.autocast)
+
+    def _step_images(self) -> StepImages | None:
+        if self.vision is None:
+            return None
+        return StepImages(self.vision, self.student, frozen=self.run.learner.freeze_vision, precision=self._precision)
 
     def _rollout_weights(self, old: Tensor, batch: MicroBatch) -> tuple[Tensor | None, Sums]:
         mask = batch.student.response_mask

@@ -7,9 +7,11 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from sdpo import metrics
 from sdpo.config import Run, save_run
+from sdpo.context.images import format_content
 from sdpo.embedded.samples import Sample
 from sdpo.embedded.tracking import Tracker, build_trackers, require_trackers
 from sdpo.errors import UserError
@@ -92,8 +94,8 @@ def _collect_versions() -> dict[str, str]:
 
 
 def _describe(sample: Sample) -> str:
-    def conversation(messages: Sequence[Mapping[str, object]]) -> str:
-        return "\n".join(f"[{message['role']}] {message['content']}" for message in messages)
+    def conversation(messages: Sequence[Mapping[str, Any]]) -> str:
+        return "\n".join(f"[{message['role']}] {format_content(message['content'])}" for message in messages)
 
     parts = [
         f"=== score {sample.grade.score:g}, advantage {sample.advantage:g}, {len(sample.response.token_ids)} tokens",

@@ -26,6 +26,8 @@ from sdpo.embedded.weights import Probe, SharedWeights, compute_probe, copy_para
 from sdpo.errors import UserError
 from sdpo.models.decoding import Decoding, Response, sample_responses
 from sdpo.models.loading import load_model
+from sdpo.models.processing import TokenPrompt, load_reader
+from sdpo.models.vision import Vision
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Rollouts:
 
 
 class Sampler(Protocol):
-    def submit(self, prompts: Sequence[Sequence[int]], seed: int) -> None:
+    def submit(self, prompts: Sequence[TokenPrompt], seed: int) -> None:
         """Ask for rollouts of these prompts, with the weights loaded last."""
 
     def collect(self) -> Rollouts:
@@ -60,7 +62,7 @@ class Sampler(Protocol):
 class Engine(Protocol):
     """A model that samples."""
 
-    def sample(self, prompts: Sequence[Sequence[int]], seed: int) -> list[list[Response]]:
+    def sample(self, prompts: Sequence[TokenPrompt], seed: int) -> list[list[Response]]:
         """Responses to each prompt, in the prompts' order; the same seed gives the same ones."""
 
     def load(self, parameters: Mapping[str, Tensor], probe: Probe | None) -> None:
@@ -73,16 +75,20 @@ class Engine(Protocol):
 class TransformersEngine:
     """Samples with a model of transformers: a copy of the student, or the student itself."""
 
-    def __init__(self, model: nn.Module, decoding: Decoding) -> None:
+    def __init__(self, model: nn.Module, decoding: Decoding, vision: Vision | None = None) -> None:
         self._model = model
         self._decoding = decoding
+        self._vision = vision
 
     @classmethod
-    def from_config(cls, config: ModelConfig, decoding: Decoding, device: torch.device) -> TransformersEngine:
-        return cls(load_model(config, device), decoding)
+    def from_config(
+        cls, config: ModelConfig, decoding: Decoding, device: torch.device, max_pixels: int
+    ) -> TransformersEngine:
+        model, reader = load_model(config, device), load_reader(config, max_pixels)
+        return cls(model, decoding, Vision(model, reader) if reader is not None else None)
 
-    def sample(self, prompts: Sequence[Sequence[int]], seed: int) -> list[list[Response]]:
-        return sample_responses([(self._model, 1.0)], prompts, self._decoding, seed)
+    def sample(self, prompts: Sequence[TokenPrompt], seed: int) -> list[list[Response]]:
+        return sample_responses([(self._model, 1.0)], prompts, self._decoding, seed, self._vision)
 
     def load(self, parameters: Mapping[str, Tensor], probe: Probe | None) -> None:
         copy_parameters(parameters, self._model)
@@ -103,9 +109,9 @@ class LocalSampler:
         self._engine = engine
         self._probes = probes
         self._version = 0
-        self._request: tuple[Sequence[Sequence[int]], int] | None = None
+        self._request: tuple[Sequence[TokenPrompt], int] | None = None
 
-    def submit(self, prompts: Sequence[Sequence[int]], seed: int) -> None:
+    def submit(self, prompts: Sequence[TokenPrompt], seed: int) -> None:
         self._request = (prompts, seed)
 
     def collect(self) -> Rollouts:
@@ -155,7 +161,7 @@ class ProcessSampler:
             self._process.start()
         theirs.close()
 
-    def submit(self, prompts: Sequence[Sequence[int]], seed: int) -> None:
+    def submit(self, prompts: Sequence[TokenPrompt], seed: int) -> None:
         self._send(("sample", prompts, seed))
 
     def collect(self) -> Rollouts:

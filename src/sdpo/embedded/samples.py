@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from sdpo import metrics
 from sdpo.algorithm.advantage import compute_group_advantages
 from sdpo.algorithm.loss import compute_prompt_weights
 from sdpo.config import SelfDistillationConfig
 from sdpo.context.demonstration import Demonstration, GradedResponse, compute_success_rates
-from sdpo.context.encode import TeacherPrompt
+from sdpo.context.encode import TeacherPrompt, Tokenizer
 from sdpo.context.teacher_prompts import Lesson, build_lessons, summarize_lessons
 from sdpo.embedded.data import Prompt
 from sdpo.models.decoding import Response
@@ -41,7 +40,7 @@ class Sample:
 
 def grade_responses(
     task: Task,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     responses: Sequence[Sequence[Response]],
 ) -> list[GradedResponse]:
@@ -57,7 +56,7 @@ def grade_responses(
 
 def build_samples(
     task: Task,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     responses: Sequence[Sequence[Response]],
     config: SelfDistillationConfig,

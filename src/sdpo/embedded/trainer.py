@@ -22,6 +22,7 @@ from sdpo.config import Run
 from sdpo.embedded.checkpoint import save_checkpoint
 from sdpo.embedded.samples import build_samples, summarize_samples
 from sdpo.embedded.setup import Parts, build_parts
+from sdpo.models.processing import TokenPrompt
 from sdpo.observer import Observer, Silent
 
 
@@ -47,7 +48,7 @@ def train(run: Run, observer: Observer | None = None) -> Result:
     except KeyboardInterrupt:
         interrupted = True
         if not (parts.folder.checkpoints / f"step_{parts.learner.version}").exists():  # it may be half a step ahead
-            save_checkpoint(parts.folder.checkpoints, parts.learner, parts.tokenizer)
+            save_checkpoint(parts.folder.checkpoints, parts.learner, parts.processing)
     finally:
         parts.sampler.close()
         parts.folder.close()
@@ -96,15 +97,15 @@ def _train(run: Run, parts: Parts) -> None:
             values |= _evaluate(parts)
         if last or (run.save_every and step % run.save_every == 0):
             saving = time.perf_counter()
-            save_checkpoint(folder.checkpoints, learner, parts.tokenizer)
+            save_checkpoint(folder.checkpoints, learner, parts.processing)
             values[metrics.TIME_SAVE] = time.perf_counter() - saving
         folder.log(step, values)
 
 
-def _request(run: Run, parts: Parts, step: int) -> tuple[list[list[int]], int]:
+def _request(run: Run, parts: Parts, step: int) -> tuple[list[TokenPrompt], int]:
     """The step's prompts and the seed of its sampling."""
     seed = random.Random(f"sampling {run.seed} {step}").getrandbits(63)
-    return [prompt.token_ids for prompt in parts.prompts_of(step)], seed
+    return [prompt.tokens for prompt in parts.prompts_of(step)], seed
 
 
 def _hand_over(run: Run, parts: Parts, next_step: int) -> dict[str, float]:

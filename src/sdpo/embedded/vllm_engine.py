@@ -21,6 +21,7 @@ from sdpo.config import ModelConfig
 from sdpo.embedded.weights import Probe
 from sdpo.errors import UserError
 from sdpo.models.decoding import Decoding, Response
+from sdpo.models.processing import TokenPrompt
 
 # Mean difference of a probe's log-probs, in nats, that rounding in another order of operations can explain. Weights
 # that were left behind differ more with every step, and so soon by more than this.
@@ -102,7 +103,7 @@ class VllmEngine:
                     f"{kv_cache_gib:g} and up to {max_length} tokens a sequence: {' '.join(str(error).split())}"
                 ) from error
 
-    def sample(self, prompts: Sequence[Sequence[int]], seed: int) -> list[list[Response]]:
+    def sample(self, prompts: Sequence[TokenPrompt], seed: int) -> list[list[Response]]:
         """``decoding.n`` responses to each prompt; the same seed gives the same ones."""
         from vllm import SamplingParams
 
@@ -122,7 +123,7 @@ class VllmEngine:
             )
             for _ in prompts
         ]
-        outputs = self._generate(prompts, params)
+        outputs = self._generate([prompt.token_ids for prompt in prompts], params)
         return [[_to_response(completion, stop_token_ids) for completion in output.outputs] for output in outputs]
 
     def load(self, parameters: Mapping[str, Tensor], probe: Probe | None) -> None:

@@ -11,11 +11,14 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from sdpo.algorithm.teacher import Policy
+from sdpo.models.forward import PaddedSequences, compute_logits, pad_sequences
+from sdpo.models.processing import TokenPrompt
+from sdpo.models.vision import SeenImages, Vision
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How to decode. ``temperature=0`` is greedy."""
+    """How to decode. ``temperature=0`` is greedy; forbidden tokens are never drawn."""
 
     n: int
     max_new_tokens: int
@@ -24,6 +27,7 @@ class Decoding:
     batch_size: int
     stop_token_ids: Sequence[int]
     pad_token_id: int
+    forbidden_token_ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,8 @@ class Response:
 
     Attributes:
         token_ids: with the stop token at the end if it was reached.
-        log_probs: of each token under the distribution that it was drawn from: after temperature and top-p (0 where
-            decoding is greedy).
+        log_probs: of each token under the distribution that it was drawn from: after temperature and top-p, without
+            forbidden tokens (0 where decoding is greedy).
         finished: whether it ended by itself, and not at ``max_new_tokens``.
     """
 
@@ -44,16 +48,21 @@ class Response:
 
 @torch.no_grad()
 def sample_responses(
-    policy: Policy, prompts: Sequence[Sequence[int]], decoding: Decoding, seed: int
+    policy: Policy,
+    prompts: Sequence[TokenPrompt],
+    decoding: Decoding,
+    seed: int,
+    vision: Vision | None = None,
 ) -> list[list[Response]]:
     """``decoding.n`` responses to each prompt, in the prompts' order; the same seed gives the same responses.
 
-    Prompts of similar length are decoded together; a prompt is read once for all of its responses; a response that has
-    ended leaves the batch once half of the batch has.
+    Prompts of similar length are decoded together; a prompt, images included, is read once for all of its responses; a
+    response that has ended leaves the batch once half of the batch has. ``vision`` is of the policy's models, where
+    they read images.
     """
     device = next(policy[0][0].parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
     prompts_at_once = max(1, decoding.batch_size // decoding.n)
     responses: list[list[Response]] = [[] for _ in prompts]
     training = [module.training for module, _ in policy]
@@ -61,7 +70,7 @@ def sample_responses(
         module.eval()
     for start in range(0, len(by_length), prompts_at_once):
         chosen = by_length[start : start + prompts_at_once]
-        sampled = _sample_batch(policy, [prompts[i] for i in chosen], decoding, generator)
+        sampled = _sample_batch(policy, [prompts[i] for i in chosen], decoding, generator, vision)
         for place, i in enumerate(chosen):
             responses[i] = sampled[place * decoding.n : (place + 1) * decoding.n]
     for (module, _), was_training in zip(policy, training, strict=True):
@@ -70,12 +79,16 @@ def sample_responses(
 
 
 def _sample_batch(
-    policy: Policy, prompts: Sequence[Sequence[int]], decoding: Decoding, generator: torch.Generator
+    policy: Policy,
+    prompts: Sequence[TokenPrompt],
+    decoding: Decoding,
+    generator: torch.Generator,
+    vision: Vision | None,
 ) -> list[Response]:
     device = generator.device
-    token_ids, mask = _pad_left(prompts, decoding.pad_token_id, device)
-    state = _DecodingState(policy, mask[:, :0])
-    logits = state.forward(token_ids, mask)
+    batch = pad_sequences(prompts, [[]] * len(prompts), decoding.pad_token_id, device, vision)
+    state = _DecodingState(policy)
+    logits = state.read_prompts(batch, vision)
     state.repeat(decoding.n)
     logits = logits.repeat_interleave(decoding.n, dim=0)
 
@@ -101,7 +114,7 @@ def _sample_batch(
         if num_active <= len(rows) // 2:
             state.select(active.nonzero()[:, 0])
             rows, token = rows[active], token[active]
-        logits = state.forward(token[:, None], mask.new_ones(len(token), 1))
+        logits = state.read(token)
     return [
         Response(tokens[i, :length].tolist(), log_probs[i, :length].tolist(), bool(done))
         for i, (length, done) in enumerate(zip(lengths.tolist(), finished.tolist(), strict=True))
@@ -109,44 +122,60 @@ def _sample_batch(
 
 
 class _DecodingState:
-    """The caches of a policy's modules and the mask of what has been read, row by row."""
+    """The caches of a policy's modules, the mask of what has been read and the last positions, row by row."""
 
-    def __init__(self, policy: Policy, mask: Tensor) -> None:
+    def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self.mask = mask
         self.caches: list[Any] = [DynamicCache(config=module.config) for module, _ in policy]
 
-    def forward(self, token_ids: Tensor, mask: Tensor) -> Tensor:
-        """Read tokens [rows, t] and their mask; give the logits [rows, V] after the last."""
-        self.mask = torch.cat([self.mask, mask], dim=1)
-        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -token_ids.shape[1] :]
+    def read_prompts(self, prompts: PaddedSequences, vision: Vision | None) -> Tensor:
+        """Logits [rows, V] after each prompt."""
+        self.mask = prompts.attention_mask
+        self.axes = prompts.position_ids.shape[:-2]  # () or (3,)
+        self.last_position = prompts.position_ids.amax(-1).reshape(-1, len(self.mask)).amax(0)
+        return self._forward(prompts.token_ids, prompts.position_ids, prompts.images, vision)
+
+    def read(self, token: Tensor) -> Tensor:
+        """Read one more token [rows]; logits [rows, V] after it."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(token), 1)], dim=1)
+        self.last_position = self.last_position + 1
+        return self._forward(token[:, None], self.last_position[:, None].expand(*self.axes, -1, 1), (), None)
+
+    def _forward(
+        self, token_ids: Tensor, position_ids: Tensor, images: Sequence[bytes], vision: Vision | None
+    ) -> Tensor:
         total: Tensor | None = None
         for (module, coefficient), cache in zip(self.policy, self.caches, strict=True):
-            output = module(
-                input_ids=token_ids,
-                attention_mask=self.mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
+            logits = compute_logits(
+                module,
+                token_ids,
+                self.mask,
+                position_ids,
+                1,
+                vision=vision,
+                features=SeenImages(module, vision.reader).select(images) if vision is not None and images else (),
+                cache=cache,
             )
-            logits = output.logits[:, -1].float() * coefficient
+            logits = logits[:, -1].float() * coefficient
             total = logits if total is None else total + logits
         assert total is not None
         return total
 
     def repeat(self, n: int) -> None:
         self.mask = self.mask.repeat_interleave(n, dim=0)
+        self.last_position = self.last_position.repeat_interleave(n, dim=0)
         for cache in self.caches:
             cache.batch_repeat_interleave(n)
 
     def select(self, rows: Tensor) -> None:
-        self.mask = self.mask[rows]
+        self.mask, self.last_position = self.mask[rows], self.last_position[rows]
         for cache in self.caches:
             cache.batch_select_indices(rows)
 
 
 def _pick(logits: Tensor, decoding: Decoding, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    if decoding.forbidden_token_ids:
+        logits[:, list(decoding.forbidden_token_ids)] = float("-inf")
     if decoding.temperature == 0.0:
         token = logits.argmax(dim=-1)
         return token, torch.zeros_like(token, dtype=torch.float32)
@@ -167,13 +196,3 @@ def compute_sampling_log_probs(logits: Tensor, temperature: float, top_p: float)
     mass_before = ordered.exp().cumsum(-1) - ordered.exp()
     outside = torch.zeros_like(log_probs, dtype=torch.bool).scatter(-1, order, mass_before >= top_p)
     return torch.log_softmax(log_probs.masked_fill(outside, float("-inf")), dim=-1)
-
-
-def _pad_left(prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    longest = max(len(prompt) for prompt in prompts)
-    token_ids = torch.full((len(prompts), longest), pad_token_id)
-    mask = torch.zeros((len(prompts), longest), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        token_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    return token_ids.to(device), mask.to(device)

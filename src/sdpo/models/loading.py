@@ -6,7 +6,16 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from sdpo.config import ModelConfig
@@ -33,9 +42,9 @@ def resolve_device(name: str, setting: str) -> torch.device:
 
 def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
     """The model in evaluation mode, its weights in ``model.dtype`` on ``device``."""
-    _require_model(config)
+    kind = _get_auto_class(_load_architecture(config))
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = kind.from_pretrained(
             config.path,
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.attn_implementation,
@@ -64,13 +73,33 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 def build_meta_model(config: ModelConfig) -> PreTrainedModel:
     """The model's architecture without weights, to count with."""
+    architecture = _load_architecture(config)
+    try:
+        with torch.device("meta"):
+            return _get_auto_class(architecture).from_config(architecture, trust_remote_code=config.trust_remote_code)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"model.path: {config.path}: cannot be loaded ({_first_line(error)})") from error
+
+
+def reads_images(config: ModelConfig) -> bool:
+    """Whether transformers knows the model as one that reads images and text."""
+    return type(_load_architecture(config)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def _load_architecture(config: ModelConfig) -> PretrainedConfig:
     _require_model(config)
     try:
-        architecture = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.trust_remote_code)
+        return AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model.path: {config.path}: cannot be loaded ({_first_line(error)})") from error
+
+
+def _get_auto_class(architecture: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+    return (
+        AutoModelForImageTextToText
+        if type(architecture) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        else AutoModelForCausalLM
+    )
 
 
 def get_stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

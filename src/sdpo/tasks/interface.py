@@ -32,6 +32,8 @@ class Row:
     reward_model: Mapping[str, Any]  # {"style": "rule", "ground_truth": ...}
     ability: str = ""
     extra_info: Mapping[str, Any] = field(default_factory=dict)
+    images: tuple[bytes, ...] = ()  # image files, as the prompt's <image> tags name them
+    origin: str = ""  # setting, file and number, for errors
 
     @property
     def ground_truth(self) -> str | None:
@@ -59,7 +61,7 @@ def load_rows(files: Sequence[str], setting: str) -> list[Row]:
 
     Raises:
         UserError: no file given, a file that is missing, unreadable or empty, a column that is missing, or a row whose
-            prompt is not a list of messages; names the file, and the row or the column.
+            prompt is not a list of messages or whose images are no files; names the file, and the row or the column.
     """
     import pyarrow.parquet as pq
     from pyarrow import ArrowException
@@ -102,7 +104,22 @@ def _parse_row(record: Mapping[str, Any], where: str) -> Row:
         reward_model=record["reward_model"],
         ability=record.get("ability") or "",
         extra_info=record.get("extra_info") or {},
+        images=tuple(_read_image(image, where) for image in record.get("images") or ()),
+        origin=where,
     )
+
+
+def _read_image(image: Any, where: str) -> bytes:
+    """The file's content; the column holds it, or {"bytes": ..., "path": ...} as ``datasets`` does, or a path."""
+    data, path = (image.get("bytes"), image.get("path")) if isinstance(image, Mapping) else (image, image)
+    if isinstance(data, bytes):
+        return data
+    if not isinstance(path, str):
+        raise UserError(f"{where}: an image must be bytes, a path, or a mapping with one of them, got {image!r:.80}")
+    try:
+        return Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise UserError(f"{where}: image {path}: cannot be read ({error.strerror})") from error
 
 
 def load_task(name: str, args: Mapping[str, Any]) -> Task:

@@ -1,0 +1,103 @@
+"""Prompts and sequences as padded tensors, and one forward pass of them: what sampling and learning share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdpo.models.processing import TokenPrompt
+from sdpo.models.vision import ImageFeatures, Vision, showing
+
+
+@dataclass(frozen=True)
+class PaddedSequences:
+    """Prompts padded on the left, responses on the right, so that all responses start at the same place.
+
+    Attributes:
+        token_ids: [B, L].
+        attention_mask: [B, L].
+        position_ids: [B, L], or [3, B, L] in models with multimodal rotary positions.
+        response_mask: [B, T] bool, T the longest response; T is 0 for prompts alone.
+        images: those of all prompts, row by row.
+    """
+
+    token_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    response_mask: Tensor
+    images: tuple[bytes, ...]
+
+
+def pad_sequences(
+    prompts: Sequence[TokenPrompt],
+    responses: Sequence[Sequence[int]],
+    pad_token_id: int,
+    device: torch.device,
+    vision: Vision | None = None,
+) -> PaddedSequences:
+    """Lay prompt and response of each sample side by side in one row; a response may be empty.
+
+    A response's positions go on by one from the highest of its prompt's, on every axis.
+    """
+    lengths = [len(prompt.token_ids) for prompt in prompts]
+    prompt_length, response_length = max(lengths), max(map(len, responses))
+    token_ids = torch.full((len(prompts), prompt_length + response_length), pad_token_id)
+    mask = torch.zeros_like(token_ids)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        start, end = prompt_length - lengths[row], prompt_length + len(response)
+        token_ids[row, start:end] = torch.tensor([*prompt.token_ids, *response])
+        mask[row, start:end] = 1
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+    if vision is not None and vision.num_axes > 1:
+        position_ids = position_ids.repeat(vision.num_axes, 1, 1)
+        for row, prompt in enumerate(prompts):
+            if prompt.images:
+                own = vision.compute_positions(prompt)
+                position_ids[:, row, prompt_length - lengths[row] : prompt_length] = own
+                position_ids[:, row, prompt_length:] += own.max() + 1 - lengths[row]
+    return PaddedSequences(
+        token_ids=token_ids.to(device),
+        attention_mask=mask.to(device),
+        position_ids=position_ids.to(device),
+        response_mask=mask[:, prompt_length:].bool().to(device),
+        images=tuple(image for prompt in prompts for image in prompt.images),
+    )
+
+
+def compute_logits(
+    model: nn.Module,
+    token_ids: Tensor,
+    attention_mask: Tensor,
+    position_ids: Tensor,
+    keep: int,
+    *,
+    vision: Vision | None = None,
+    features: Sequence[ImageFeatures] = (),
+    cache: Any = None,
+) -> Tensor:
+    """Logits [B, keep, V] after the last ``keep`` tokens of each row.
+
+    Args:
+        token_ids: [B, L], or only what comes after what ``cache`` holds.
+        attention_mask: [B, all tokens so far].
+        position_ids: as in ``PaddedSequences``, of ``token_ids``.
+        features: of the images in ``token_ids``, row by row.
+    """
+    marks = vision.mark_images(token_ids) if vision is not None else {}
+    with showing(model, features) as shown:
+        output = model(
+            input_ids=token_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            logits_to_keep=keep,
+            **marks,
+            **shown,
+        )
+    logits: Tensor = output.logits[:, -keep:]  # a model that ignores logits_to_keep gives all positions
+    return logits

@@ -1,0 +1,153 @@
+"""The processor of a vision-language model: messages with images to token ids, image files to pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from io import BytesIO
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+from sdpo.config import ModelConfig
+from sdpo.context.images import collect_images, open_image
+from sdpo.errors import UserError
+from sdpo.models.loading import reads_images
+
+CACHED_IMAGES = 128  # a step's; the pixels of an image of a million pixels take 15 MB
+
+
+@dataclass(frozen=True)
+class TokenPrompt:
+    """A prompt as token ids, with the image files that its image tokens stand for, in their order."""
+
+    token_ids: Sequence[int]
+    images: tuple[bytes, ...] = ()
+
+
+def load_processor(path: str, **options: Any) -> ProcessorMixin:
+    """The processor of a model folder. Where torchvision is missing, one that does without videos, which need it."""
+    try:
+        return AutoProcessor.from_pretrained(path, **options)
+    except ImportError:
+        architecture = AutoConfig.from_pretrained(path, **options)
+        kind = PROCESSOR_MAPPING[type(architecture)]
+        attributes = [name for name in kind.get_attributes() if name != "video_processor"]
+        without_videos = type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda _: list(attributes))})
+        return without_videos.from_pretrained(path, **options)  # type: ignore[attr-defined]
+
+
+class ImageReader:
+    """A processor as the tokenizer of ``context/encode.py``, and as the source of pixels.
+
+    It writes a chat as the processor does, each image as the tokens that stand for it, but prepares an image once for
+    all prompts that show it. Content parts of type image hold the image file as bytes.
+
+    Args:
+        processor: of the model.
+        max_pixels: larger images are made smaller first.
+
+    Raises:
+        UserError: the processor knows no image token.
+    """
+
+    def __init__(self, processor: ProcessorMixin, max_pixels: int) -> None:
+        self.processor = processor
+        self.tokenizer: PreTrainedTokenizerBase = processor.tokenizer
+        self.max_pixels = max_pixels
+        self.chat_template: Any = getattr(processor, "chat_template", None) or self.tokenizer.chat_template
+        self.image_token = getattr(processor, "image_token", None)
+        if self.image_token is None:
+            raise UserError(f"model.path: {type(processor).__name__} has no image token; this model is not supported")
+        self._placeholder_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        self._read = lru_cache(CACHED_IMAGES)(self._read_file)
+        self._expand = lru_cache(None)(lambda data: self._read(data)[0])
+
+    def __call__(self, text: Any, **kwargs: Any) -> Any:
+        return self.tokenizer(text, **kwargs)
+
+    def decode(self, token_ids: Any, **kwargs: Any) -> Any:
+        return self.tokenizer.decode(token_ids, **kwargs)
+
+    def apply_chat_template(self, conversation: Any, *, add_generation_prompt: bool = False, **kwargs: Any) -> Any:
+        """Token ids, with as many image tokens as the model makes features of each image.
+
+        Raises:
+            UserError: an image cannot be read, or the text itself contains image tokens.
+        """
+        text = self.processor.apply_chat_template(
+            [_without_payload(message) for message in conversation],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            chat_template=self.chat_template,
+        )
+        begun = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
+        token_ids = self.tokenizer(text, add_special_tokens=not begun)["input_ids"]
+        images = collect_images(conversation)
+        if token_ids.count(self._placeholder_id) != len(images):
+            raise UserError(
+                f"a prompt with {len(images)} images has {token_ids.count(self._placeholder_id)} {self.image_token}: "
+                "its text must not contain that token, and the chat template must write it once for each image"
+            )
+        remaining = iter(images)
+        expanded: list[int] = []
+        for token_id in token_ids:
+            expanded.extend(self._expand(next(remaining)) if token_id == self._placeholder_id else (token_id,))
+        return expanded
+
+    def read_pixels(self, image: bytes) -> Mapping[str, Tensor]:
+        """What the model's image tower reads of one image, by the names of its arguments.
+
+        Raises:
+            UserError: the image cannot be read.
+        """
+        return self._read(image)[1]
+
+    def _read_file(self, data: bytes) -> tuple[tuple[int, ...], dict[str, Tensor]]:
+        image = open_image(data, self.max_pixels)
+        try:
+            made = self.processor(
+                text=[self.image_token], images=[image], return_tensors="pt", add_special_tokens=False
+            )
+        except (ValueError, ZeroDivisionError) as error:  # sizes that this processor refuses
+            raise UserError(
+                f"an image of {image.width} x {image.height} pixels cannot be prepared ({' '.join(str(error).split())})"
+            ) from error
+        token_ids = tuple(made.pop("input_ids")[0].tolist())
+        return token_ids, {name: value for name, value in made.items() if name not in _ALONGSIDE_TOKENS}
+
+
+_ALONGSIDE_TOKENS = ("attention_mask", "mm_token_type_ids", "token_type_ids")
+
+
+def _without_payload(message: Mapping[str, Any]) -> dict[str, Any]:
+    content = message["content"]
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    return {**message, "content": [{"type": "image"} if part["type"] == "image" else part for part in content]}
+
+
+def load_reader(config: ModelConfig, max_pixels: int) -> ImageReader | None:
+    """The reader of a model that reads images; None for a language model.
+
+    Raises:
+        UserError: its processor cannot be loaded.
+    """
+    if not reads_images(config):
+        return None
+    try:
+        processor = load_processor(config.path, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"model.path: {config.path}: its processor cannot be loaded ({reason})") from error
+    return ImageReader(processor, max_pixels)
+
+
+def encode_png(image: Any) -> bytes:
+    """A PIL image as the bytes of a PNG file, which loses nothing."""
+    file = BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()

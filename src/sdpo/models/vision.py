@@ -1,0 +1,225 @@
+"""What a vision-language model makes of images: each image through its tower once, wherever a batch shows it.
+
+The tower is all that comes before the language model: patches, blocks, projector. transformers' models call their own
+``get_image_features`` in every forward pass; here that call is answered with features made before. What comes after it,
+such as placing them among the tokens, or feeding them to several layers (Qwen3-VL), stays transformers' own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from sdpo.errors import UserError
+from sdpo.models.processing import ImageReader, TokenPrompt
+
+Precision: TypeAlias = Callable[[], AbstractContextManager[Any]]
+
+# Numbers in the pixels of images that go through the tower together: bounds what its backward pass must keep.
+CHUNK_SIZE = 2**22
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """One image as the language model reads it.
+
+    Attributes:
+        tokens: [image tokens, H], or [crops, tokens a crop, H] in models that cut images up.
+        by_layer: the same for each layer that reads images of its own (Qwen3-VL's deepstack); mostly none.
+        in_list: whether the model's tower returns a list with an entry an image, or one tensor.
+    """
+
+    tokens: Tensor
+    by_layer: tuple[Tensor, ...]
+    in_list: bool
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.tokens, *self.by_layer)
+
+
+def combine_features(features: Sequence[ImageFeatures]) -> Any:
+    """What ``get_image_features`` would return for these images in this order."""
+    tokens = [each.tokens for each in features]
+    layers = zip(*(each.by_layer for each in features), strict=True)
+    return SimpleNamespace(
+        pooler_output=tokens if features[0].in_list else torch.cat(tokens),
+        deepstack_features=[torch.cat(layer) for layer in layers],
+    )
+
+
+class SeenImages:
+    """What one model's tower makes of distinct images, each made when it is first asked for, without a graph.
+
+    With ``learning``, gradients that reach the features are collected until ``backward`` sends them through the tower:
+    it runs again, chunk by chunk, so that at no time more than a chunk's activations are kept, however many sequences
+    and micro-batches showed an image.
+
+    Args:
+        model: whose tower.
+        reader: of its processor.
+        learning: whether the tower is trained.
+        precision: the context of the tower's forward pass, such as autocast.
+    """
+
+    def __init__(
+        self, model: nn.Module, reader: ImageReader, *, learning: bool = False, precision: Precision = nullcontext
+    ) -> None:
+        self._model = model
+        self._reader = reader
+        self._learning = learning
+        self._precision = precision
+        self._features: dict[bytes, ImageFeatures] = {}
+
+    def select(self, images: Sequence[bytes]) -> list[ImageFeatures]:
+        """Features of these images, in this order."""
+        new = dict.fromkeys(image for image in images if image not in self._features)
+        for chunk in _cut(self._reader, new):
+            with torch.no_grad(), self._precision():
+                made = _run_tower(self._model, list(chunk.values()))
+            for features in made if self._learning else ():
+                for tensor in features.tensors():
+                    tensor.requires_grad_()
+            self._features.update(zip(chunk, made, strict=True))
+        return [self._features[image] for image in images]
+
+    def backward(self) -> None:
+        """Send the gradients collected so far through the tower, and forget them."""
+        for chunk in _cut(self._reader, self._features):
+            with torch.enable_grad(), self._precision():
+                made = _run_tower(self._model, list(chunk.values()))
+            pairs = [
+                (tensor, leaf.grad)
+                for image, features in zip(chunk, made, strict=True)
+                for tensor, leaf in zip(features.tensors(), self._features[image].tensors(), strict=True)
+                if leaf.grad is not None and tensor.requires_grad
+            ]
+            if pairs:
+                torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])
+        self.forget_gradients()
+
+    def forget_gradients(self) -> None:
+        for features in self._features.values():
+            for tensor in features.tensors():
+                tensor.grad = None
+
+
+def _cut(reader: ImageReader, images: Iterable[bytes]) -> list[dict[bytes, Mapping[str, Tensor]]]:
+    chunks: list[dict[bytes, Mapping[str, Tensor]]] = []
+    size = CHUNK_SIZE
+    for image in images:
+        pixels = reader.read_pixels(image)
+        more = sum(tensor.numel() for tensor in pixels.values())
+        if size + more > CHUNK_SIZE:
+            chunks.append({})
+            size = 0
+        chunks[-1][image] = pixels
+        size += more
+    return chunks
+
+
+def _run_tower(model: nn.Module, pixels: Sequence[Mapping[str, Tensor]]) -> list[ImageFeatures]:
+    """Each image's features, from one run of the tower if its output says whose is what."""
+    inner = get_inner_model(model)
+    device = next(model.parameters()).device
+    inputs = {name: _stack([each[name] for each in pixels]).to(device) for name in pixels[0]}
+    settings = {
+        name: getattr(model.config, name)
+        for name in ("vision_feature_layer", "vision_feature_select_strategy")  # of the LLaVA family
+        if name in inspect.signature(inner.get_image_features).parameters
+    }
+    output = inner.get_image_features(**inputs, **settings, return_dict=True)
+    tokens, layers = output.pooler_output, getattr(output, "deepstack_features", None) or ()
+    in_list = not isinstance(tokens, Tensor)
+    if len(tokens) == len(pixels):
+        parts = list(tokens) if in_list else list(tokens.split(1))
+        lengths = [len(part) for part in parts]
+        by_layer = list(zip(*(layer.split(lengths) for layer in layers), strict=True)) or [()] * len(parts)
+        return [ImageFeatures(part, own, in_list) for part, own in zip(parts, by_layer, strict=True)]
+    if len(pixels) > 1:
+        return [_run_tower(model, [each])[0] for each in pixels]
+    return [ImageFeatures(torch.cat(list(tokens)) if in_list else tokens, tuple(layers), in_list)]
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """One after another along the first axis; in the others padded with zeros to the largest."""
+    shape = torch.tensor([tensor.shape[1:] for tensor in tensors]).amax(0).tolist() if tensors[0].dim() > 1 else []
+    padded = []
+    for tensor in tensors:
+        missing = [length - own for length, own in zip(shape, tensor.shape[1:], strict=True)]
+        padding = [number for more in reversed(missing) for number in (0, more)]
+        padded.append(nn.functional.pad(tensor, padding) if any(missing) else tensor)
+    return torch.cat(padded)
+
+
+def get_inner_model(model: nn.Module) -> Any:
+    """The part of a vision-language model that has the image tower.
+
+    Raises:
+        UserError: there is none that transformers' common interface reaches.
+    """
+    inner = getattr(model, "model", None)
+    if not hasattr(inner, "get_image_features"):
+        raise UserError(f"model.path: {type(model).__name__} has no model.get_image_features; it is not supported")
+    return inner
+
+
+def get_tower_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Everything that image features depend on: all of the inner model but its language model."""
+    inner = get_inner_model(model)
+    return [p for name, p in inner.named_parameters() if not name.startswith("language_model.")]
+
+
+class Vision:
+    """How a vision-language model reads prompts.
+
+    Args:
+        model: of transformers.
+        reader: of its processor.
+    """
+
+    def __init__(self, model: nn.Module, reader: ImageReader) -> None:
+        self.reader = reader
+        self._inner = get_inner_model(model)
+        config: Any = model.config
+        self._image_token_id = config.image_token_id
+        self._rope = getattr(self._inner, "get_rope_index", None)
+        self.num_axes = 1 if self._rope is None else 3  # of position ids: time, height, width
+        self._marks_images = "token_type_ids" in inspect.signature(model.forward).parameters
+        # No text ever means these; a model that reads one in a response looks for an image that is not there.
+        names = ("image_token_id", "video_token_id", "audio_token_id")
+        self.placeholder_ids = [i for name in names if (i := getattr(config, name, None)) is not None]
+
+    def compute_positions(self, prompt: TokenPrompt) -> Tensor:
+        """Position ids [3, L] of a prompt with images, in a model with multimodal rotary positions."""
+        assert self._rope is not None, "only for num_axes > 1"
+        token_ids = torch.tensor([list(prompt.token_ids)])
+        grids = torch.cat([self.reader.read_pixels(image)["image_grid_thw"] for image in prompt.images])
+        is_image = (token_ids == self._image_token_id).int()
+        positions, _ = self._rope(input_ids=token_ids, mm_token_type_ids=is_image, image_grid_thw=grids)
+        return positions[:, 0]
+
+    def mark_images(self, token_ids: Tensor) -> dict[str, Tensor]:
+        """Further inputs beside token ids: which of them are images, for models that let those attend to each other."""
+        return {"token_type_ids": (token_ids == self._image_token_id).long()} if self._marks_images else {}
+
+
+@contextmanager
+def showing(model: nn.Module, features: Sequence[ImageFeatures]) -> Iterator[dict[str, Any]]:
+    """Within, forward passes of the model get these features where they ask for images; yields inputs to add."""
+    if not features:
+        yield {}
+        return
+    inner = get_inner_model(model)
+    combined = combine_features(features)
+    inner.get_image_features = lambda *_, **__: combined
+    try:
+        yield {"pixel_values": combined.pooler_output[0]}  # only asked whether it is there
+    finally:
+        del inner.get_image_features
