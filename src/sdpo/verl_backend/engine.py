@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tensordict import TensorDict
+from tensordict import NonTensorData, NonTensorStack, TensorDict
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from verl.trainer.config import CheckpointConfig
@@ -34,6 +34,7 @@ from sdpo.verl_backend.packing import (
     pack_tokens,
     pad_right,
 )
+from sdpo.verl_backend.towers import compute_positions, freeze_tower, share_images
 
 MODEL_TYPE = "self_distillation_language_model"
 FORWARD_SETTINGS = ("temperature", "use_remove_padding", "pad_mode", "pad_token_id")
@@ -91,13 +92,23 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         super().__init__(model_config, *args, **kwargs)
         model_config.model_type = "language_model"  # what verl builds modules by; ours chose this class
 
-    def configure(self, config: SelfDistillationConfig, loss_agg_mode: str, horizon: int) -> None:
-        """Say what to distil and how token losses become one number."""
+    def configure(
+        self, config: SelfDistillationConfig, loss_agg_mode: str, horizon: int, freeze_vision: bool = False
+    ) -> None:
+        """Say what to distil, how token losses become one number, and whether the image tower learns."""
         self.config = config
         self.loss_agg_mode = loss_agg_mode
         self.horizon = horizon
+        self.freeze_vision = freeze_vision
 
     # Building, moving, saving
+
+    def _build_module(self) -> nn.Module:
+        module: nn.Module = super()._build_module()
+        share_images(module)
+        if self.freeze_vision:
+            freeze_tower(module)
+        return module
 
     def _build_model_optimizer(self) -> None:
         super()._build_model_optimizer()
@@ -201,21 +212,7 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         """[M, V] log-probabilities of the teacher, over the sampling temperature; None if no sample is distilled."""
         if self.teacher is None:
             return None
-        # Every rank runs the teacher as often as every other, since its forward pass gathers shards.
-        sequences = tokens.teacher_sequences or [tokens.sampled_ids.new_zeros(1)]
-        batch = TensorDict(
-            {
-                "input_ids": torch.nested.as_nested_tensor(sequences, layout=torch.jagged),
-                "position_ids": torch.nested.as_nested_tensor(
-                    [torch.arange(len(ids), device=ids.device) for ids in sequences], layout=torch.jagged
-                ),
-            },
-            batch_size=len(sequences),
-        )
-        for name in FORWARD_SETTINGS:
-            value = tu.get_non_tensor_data(data=micro_batch, key=name, default=None)
-            if value is not None:
-                tu.assign_non_tensor(batch, **{name: value})
+        batch = self._build_teacher_inputs(tokens, micro_batch)
         inputs, _ = self.prepare_model_inputs(batch)
         mask = inputs["attention_mask"]
         total: Tensor | None = None
@@ -229,6 +226,33 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
                 if isinstance(part, FSDPModule):
                     part.reshard()  # what is still gathered would hide the shards that the average is taken of
         return torch.log_softmax(total, dim=-1) if tokens.teacher_sequences and total is not None else None
+
+    def _build_teacher_inputs(self, tokens: PackedTokens, micro_batch: TensorDict) -> TensorDict:
+        """The teacher's sequences as a micro-batch of verl's, with the images of their samples."""
+        # Every rank runs the teacher as often as every other, since its forward pass gathers shards.
+        sequences = tokens.teacher_sequences or [tokens.sampled_ids.new_zeros(1)]
+        images = read_images(micro_batch)
+        shown = [images[i] for i in tokens.teacher_samples] or [{}]
+        batch = TensorDict(
+            {"input_ids": torch.nested.as_nested_tensor(sequences, layout=torch.jagged)}, batch_size=len(sequences)
+        )
+        if micro_batch["position_ids"].dim() == 3:
+            lengths = tokens.teacher_prompt_lengths or [1]
+            positions = [
+                compute_positions(self.module, ids, length, inputs.get("image_grid_thw"))
+                for ids, length, inputs in zip(sequences, lengths, shown, strict=True)
+            ]
+            batch["position_ids"] = tu.nested_tensor_from_tensor_list(positions, ragged_idx=2)
+        else:
+            positions = [torch.arange(len(ids), device=ids.device) for ids in sequences]
+            batch["position_ids"] = torch.nested.as_nested_tensor(positions, layout=torch.jagged)
+        if any(shown):
+            batch["multi_modal_inputs"] = NonTensorStack(*map(NonTensorData, shown))
+        for name in FORWARD_SETTINGS:
+            value = tu.get_non_tensor_data(data=micro_batch, key=name, default=None)
+            if value is not None:
+                tu.assign_non_tensor(batch, **{name: value})
+        return batch
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._autocast_dtype == torch.float32:
@@ -276,6 +300,12 @@ def _repair_position_ids(data: TensorDict) -> None:
     positions = data.get("position_ids")
     if positions is not None and positions.is_nested and positions.dim() == 3 and positions._ragged_idx != 2:
         data["position_ids"] = tu.nested_tensor_from_tensor_list(list(positions.unbind()), ragged_idx=2)
+
+
+def read_images(micro_batch: TensorDict) -> list[dict[str, Tensor]]:
+    """What the image tower reads of each sample, by the names of its arguments; empty for a text."""
+    entries = list(micro_batch.get("multi_modal_inputs", None) or [{}] * len(micro_batch))
+    return [getattr(entry, "data", entry) or {} for entry in entries]
 
 
 def _gather_objects(value: Any, group: Any) -> list[Any]:

@@ -40,7 +40,9 @@ class PackedTokens:
     distillation_weights: Tensor  # [N]
     distillation_coef: float
     distilled: Tensor  # [N] bool, M of them set
+    teacher_samples: list[int]  # which of the samples are distilled
     teacher_sequences: list[Tensor]  # token ids, one each distilled sample
+    teacher_prompt_lengths: list[int]  # of these sequences
     teacher_rows: Tensor  # [M] rows of the teacher's packed logits
 
 
@@ -70,8 +72,9 @@ def pack_tokens(data: TensorDict) -> PackedTokens:
 
     prompt_lengths = data[TEACHER_PROMPT_LENGTHS]
     is_distilled = (prompt_lengths > 0) & mask.any(1)
+    samples_distilled = is_distilled.nonzero()[:, 0].tolist()
     sequences, starts, total = [], torch.zeros_like(ends), 0
-    for i in is_distilled.nonzero()[:, 0].tolist():
+    for i in samples_distilled:
         prompt = data[TEACHER_PROMPTS][i, : int(prompt_lengths[i])]
         response = token_ids[int(ends[i] - lengths[i]) : int(ends[i])]
         sequences.append(torch.cat([prompt.to(token_ids.dtype), response]))
@@ -88,6 +91,8 @@ def pack_tokens(data: TensorDict) -> PackedTokens:
         distillation_weights=data[DISTILLATION_WEIGHTS][samples],
         distillation_coef=float(data[DISTILLATION_COEF][0]),
         distilled=distilled,
+        teacher_samples=samples_distilled,
         teacher_sequences=sequences,
+        teacher_prompt_lengths=prompt_lengths[samples_distilled].tolist(),
         teacher_rows=(starts[samples] + positions)[distilled],
     )

@@ -27,10 +27,11 @@ class SelfDistillationTrainingWorker(TrainingWorker):  # type: ignore[misc]
         self_distillation: SelfDistillationConfig,
         loss_agg_mode: str = "token-mean",
         horizon: int = 1,
+        freeze_vision: bool = False,
     ) -> None:
         object.__setattr__(config, "model_type", MODEL_TYPE)
         super().__init__(config)
-        self.engine.configure(self_distillation, loss_agg_mode, horizon)
+        self.engine.configure(self_distillation, loss_agg_mode, horizon, freeze_vision)
 
     def train_mini_batch(self, data: Any) -> Any:
         """Every mini-batch of a rollout batch, then the teacher follows."""
@@ -56,5 +57,6 @@ class SelfDistillationActorWorker(DetachActorWorker):  # type: ignore[misc]
                 self_distillation=settings,
                 loss_agg_mode=actor.loss_agg_mode,
                 horizon=actor.loss_scale_factor or self.config.rollout.response_length,
+                freeze_vision=actor.freeze_vision_tower,
             )
         super().init_model()
