@@ -281,7 +281,9 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         teacher = int((prompts + (prompts > 0) * count_response_tokens(data)).sum())
         student = int(lengths.sum())
         budget = int(data["max_token_len_per_gpu"] * student / (student + teacher))
-        tu.assign_non_tensor(data, max_token_len_per_gpu=max(budget, int(lengths.max())))
+        # verl demands room for the longest sequence of all ranks from each of them.
+        longest = max(_gather_objects(int(lengths.max()), self.get_data_parallel_group()))
+        tu.assign_non_tensor(data, max_token_len_per_gpu=max(budget, longest))
 
     def _reduce_sums(self) -> dict[str, float]:
         """Metrics of the mini-batch over all ranks, from their sums and counts."""
@@ -304,8 +306,10 @@ def _repair_position_ids(data: TensorDict) -> None:
 
 def read_images(micro_batch: TensorDict) -> list[dict[str, Tensor]]:
     """What the image tower reads of each sample, by the names of its arguments; empty for a text."""
-    entries = list(micro_batch.get("multi_modal_inputs", None) or [{}] * len(micro_batch))
-    return [getattr(entry, "data", entry) or {} for entry in entries]
+    if "multi_modal_inputs" not in micro_batch:
+        return [{}] * len(micro_batch)
+    entries = (getattr(entry, "data", entry) for entry in micro_batch["multi_modal_inputs"])
+    return [entry or {} for entry in entries]
 
 
 def _gather_objects(value: Any, group: Any) -> list[Any]:
