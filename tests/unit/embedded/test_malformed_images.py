@@ -1,4 +1,4 @@
-"""Broken and odd image files on their whole way into a run: each is read, or named in one line, or skipped and counted."""
+"""Broken and odd image files on their whole way into a run: read, or named in one line, or skipped and counted."""
 
 from __future__ import annotations
 
