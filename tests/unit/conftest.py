@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from sdpo.embedded.samples import Sample
 from sdpo.models.decoding import Response
 from sdpo.tasks.hidden_rule import HiddenRule
 from sdpo.tasks.interface import Grade, Row
+
+sys.path.insert(0, str(Path(__file__).parent / "models"))
+from vision_language import LoadedModel, build_vision_model, load_vision_model
 
 VOCABULARY = 12
 PAD, STOP = 0, 2
@@ -208,6 +212,25 @@ def plain_logits() -> Callable[..., Tensor]:
         return logits[len(prompt) - 1 : -1].float()
 
     return compute
+
+
+@pytest.fixture(scope="session")
+def vision_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny model of a family that reads images."""
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            made[family] = build_vision_model(family, tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return get
+
+
+@pytest.fixture
+def vision_model(vision_dir: Callable[[str], Path]) -> Callable[[str], LoadedModel]:
+    """That model, loaded anew, so that a test may train it."""
+    return lambda family: load_vision_model(vision_dir(family))
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ from sdpo.embedded import vllm_engine
 from sdpo.embedded.sampler import LocalSampler
 from sdpo.embedded.vllm_engine import VllmEngine
 from sdpo.models.decoding import Decoding, Response, compute_sampling_log_probs, sample_responses
+from sdpo.models.processing import TokenPrompt
 from sdpo.tasks import hidden_rule
 
 pytestmark = [
@@ -33,7 +34,7 @@ pytestmark = [
 
 ROOT = Path(__file__).parents[2]
 # The last is longer than what vLLM caches of a prompt in one piece, which no other weights may find.
-PROMPTS = [[5, 6, 7], [9, 3], [8, 8, 8, 8], [40, 1] * 70]
+PROMPTS = [TokenPrompt(ids) for ids in [[5, 6, 7], [9, 3], [8, 8, 8, 8], [40, 1] * 70]]
 STOP_TOKENS = [2, 11, 30]
 DECODING = Decoding(
     n=3, max_new_tokens=12, temperature=0.8, top_p=1.0, batch_size=8, stop_token_ids=STOP_TOKENS, pad_token_id=0
@@ -90,10 +91,10 @@ def largest_difference(student: PreTrainedModel, sampled: Sequence[Sequence[Resp
     largest = 0.0
     for prompt, responses in zip(PROMPTS, sampled, strict=True):
         for response in responses:
-            token_ids = torch.tensor([*prompt, *response.token_ids])
-            logits = student(input_ids=token_ids[None]).logits[0, len(prompt) - 1 : -1]
+            token_ids = torch.tensor([*prompt.token_ids, *response.token_ids])
+            logits = student(input_ids=token_ids[None]).logits[0, len(prompt.token_ids) - 1 : -1]
             log_probs = compute_sampling_log_probs(logits, decoding.temperature, decoding.top_p)
-            ours = log_probs.gather(-1, token_ids[len(prompt) :, None])[:, 0]
+            ours = log_probs.gather(-1, token_ids[len(prompt.token_ids) :, None])[:, 0]
             largest = max(largest, (ours - torch.tensor(response.log_probs)).abs().max().item())
     return largest
 
@@ -129,7 +130,7 @@ def test_weights_that_arrive_in_part_are_noticed(start: Start, monkeypatch: pyte
 def test_the_same_seed_gives_the_same_responses(start: Start) -> None:
     sampler, student = LocalSampler(start(), probes=True), make_model(seed=0)
 
-    def sample(seed: int, prompts: Sequence[Sequence[int]] = PROMPTS) -> list[list[Response]]:
+    def sample(seed: int, prompts: Sequence[TokenPrompt] = PROMPTS) -> list[list[Response]]:
         sampler.load_weights(student, 0)
         sampler.submit(prompts, seed)
         return sampler.collect().responses

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 TAG = "<image>"
-# Before an image is decoded: what PIL itself refuses. A 10,000 x 10,000 image is let in and made smaller.
-MAX_DECODED_PIXELS = 178_956_970
 # Beyond this no image processor makes patches of it.
 MAX_ASPECT_RATIO = 200
 
@@ -87,20 +85,17 @@ def open_image(data: bytes, max_pixels: int) -> Image:
 
     try:
         with warnings.catch_warnings():
+            # From twice that number of pixels on PIL refuses by itself; the others are made smaller.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             file = Image.open(BytesIO(data))
             width, height = file.size
-            if width * height > MAX_DECODED_PIXELS:
-                raise UserError(
-                    f"an image of {width} x {height} pixels is too large; the limit is {MAX_DECODED_PIXELS}"
-                )
             if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
                 raise UserError(f"an image of {width} x {height} pixels is too narrow; at most {MAX_ASPECT_RATIO} to 1")
             file.draft(None, _fit(file.size, max_pixels))  # a JPEG need not be decoded to more
             image = ImageOps.exif_transpose(_to_rgb(file))
     except UserError:
         raise
-    except (UnidentifiedImageError, Image.DecompressionBombError):
+    except UnidentifiedImageError:
         raise UserError("not an image file that can be read") from None
     except Exception as error:  # decoders raise whatever a broken file makes them raise
         raise UserError(f"not a readable image ({' '.join(str(error).split()) or type(error).__name__})") from error

@@ -34,10 +34,23 @@ def load_processor(path: str, **options: Any) -> ProcessorMixin:
         return AutoProcessor.from_pretrained(path, **options)
     except ImportError:
         architecture = AutoConfig.from_pretrained(path, **options)
-        kind = PROCESSOR_MAPPING[type(architecture)]
-        attributes = [name for name in kind.get_attributes() if name != "video_processor"]
-        without_videos = type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda _: list(attributes))})
-        return without_videos.from_pretrained(path, **options)  # type: ignore[attr-defined]
+        return _leave_out_videos(PROCESSOR_MAPPING[type(architecture)]).from_pretrained(path, **options)
+
+
+def _leave_out_videos(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
+    class WithoutVideos(kind):  # type: ignore[misc]
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return [name for name in kind.get_attributes() if name != "video_processor"]
+
+        def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
+            files = super().save_pretrained(save_directory, **kwargs)
+            # Where torchvision is there, a processor with videos finds their settings in this file.
+            self.image_processor.save_pretrained(save_directory)
+            return files
+
+    WithoutVideos.__name__ = WithoutVideos.__qualname__ = kind.__name__  # its name is how it is saved and known
+    return WithoutVideos
 
 
 class ImageReader:

@@ -91,7 +91,12 @@ class SeenImages:
 
     def backward(self) -> None:
         """Send the gradients collected so far through the tower, and forget them."""
-        for chunk in _cut(self._reader, self._features):
+        reached = [
+            image
+            for image, features in self._features.items()
+            if any(tensor.grad is not None for tensor in features.tensors())
+        ]
+        for chunk in _cut(self._reader, reached):
             with torch.enable_grad(), self._precision():
                 made = _run_tower(self._model, list(chunk.values()))
             pairs = [

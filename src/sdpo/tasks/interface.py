@@ -33,7 +33,7 @@ class Row:
     ability: str = ""
     extra_info: Mapping[str, Any] = field(default_factory=dict)
     images: tuple[bytes, ...] = ()  # image files, as the prompt's <image> tags name them
-    origin: str = ""  # setting, file and number, for errors
+    origin: str = field(default="", compare=False)  # setting, file and number, for errors
 
     @property
     def ground_truth(self) -> str | None:

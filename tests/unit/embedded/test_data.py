@@ -119,7 +119,7 @@ def test_a_prompt_that_is_too_long_is_refused_or_skipped(
     with pytest.raises(UserError) as caught:
         load(make_run(**settings), file, window)
     assert str(caught.value) == (
-        f"data.train_files: row 3 has {OVERHEAD + 6} prompt tokens, more than {limit} ({reason}); set "
+        f"data.train_files: {file}: row 3 has {OVERHEAD + 6} prompt tokens, more than {limit} ({reason}); set "
         "data.filter_overlong_prompts=true to skip such rows"
     )
     listening = Listening()
@@ -130,7 +130,9 @@ def test_a_prompt_that_is_too_long_is_refused_or_skipped(
 
 def test_no_prompt_is_left(make_run: MakeRun, write: Any) -> None:
     run = make_run(data__max_prompt_length=3, data__filter_overlong_prompts=True)
-    with pytest.raises(UserError, match=rf"no row is left: row 0 has {OVERHEAD + 1} prompt tokens, more than 3"):
+    with pytest.raises(
+        UserError, match=rf"no row is left: .*rows\.parquet: row 0 has {OVERHEAD + 1} prompt tokens, more than 3"
+    ):
         load(run, write(["1"]))
 
 

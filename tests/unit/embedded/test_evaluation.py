@@ -16,6 +16,8 @@ from sdpo.embedded.data import Prompt
 from sdpo.embedded.evaluation import Evaluator
 from sdpo.embedded.samples import build_samples
 from sdpo.models.decoding import Decoding, Response
+from sdpo.models.processing import TokenPrompt
+from sdpo.models.vision import Vision
 from sdpo.tasks.hidden_rule import build_tokenizer
 from sdpo.tasks.interface import Grade, Row
 
@@ -46,10 +48,12 @@ class Scripted:
         self.answers: dict[nn.Module, Callable[[str, int], str]] = {}
         self.calls: list[tuple[nn.Module, list[list[int]], Decoding, int]] = []
 
-    def __call__(self, policy: Any, prompts: Sequence[list[int]], decoding: Decoding, seed: int) -> Any:
+    def __call__(
+        self, policy: Any, prompts: Sequence[TokenPrompt], decoding: Decoding, seed: int, vision: Vision | None
+    ) -> Any:
         module = policy[0][0]
-        self.calls.append((module, list(prompts), decoding, seed))
-        texts = [TOKENIZER.decode(p) for p in prompts]
+        self.calls.append((module, [list(p.token_ids) for p in prompts], decoding, seed))
+        texts = [TOKENIZER.decode(list(p.token_ids)) for p in prompts]
         return [
             [Response(TOKENIZER(self.answers[module](text, k))["input_ids"], [], True) for k in range(decoding.n)]
             for text in texts
@@ -162,7 +166,7 @@ def test_the_trust_region_s_teacher_is_both_models(make_run: MakeRun, monkeypatc
     teacher = build_teacher(student, run.self_distillation)
     policies = []
 
-    def respond(policy: Any, prompts: Sequence[list[int]], decoding: Decoding, seed: int) -> Any:
+    def respond(policy: Any, prompts: Sequence[TokenPrompt], decoding: Decoding, seed: int, vision: Any) -> Any:
         policies.append(list(policy))
         return [[Response([5], [], True)] * decoding.n for _ in prompts]
 

@@ -23,6 +23,7 @@ from sdpo.embedded.learner import Learner
 from sdpo.embedded.samples import Sample
 from sdpo.errors import UserError
 from sdpo.models.decoding import Decoding, sample_responses
+from sdpo.models.processing import TokenPrompt
 
 MakeModel = Callable[..., Any]
 MakeRun = Callable[..., Run]
@@ -342,7 +343,7 @@ def test_log_probs_of_the_sampler_and_of_the_learner_agree(
     run = make_run(sampler__temperature=0.6)
     prompts = [[5, 6, 7, 8, 9, 3, 4], [4, 4, 5]]
     decoding = Decoding(3, HORIZON, 0.6, 1.0, 100, [2], 0)
-    sampled_by_prompt = sample_responses([(model, 1.0)], prompts, decoding, seed=0)
+    sampled_by_prompt = sample_responses([(model, 1.0)], [TokenPrompt(ids) for ids in prompts], decoding, seed=0)
     samples = [
         make_sample(prompt, one.token_ids, [3, *prompt], log_probs=one.log_probs)
         for prompt, many in zip(prompts, sampled_by_prompt, strict=True)

@@ -18,9 +18,10 @@ from sdpo.config import ModelConfig
 from sdpo.embedded.sampler import LocalSampler, ProcessSampler, TransformersEngine
 from sdpo.errors import UserError
 from sdpo.models.decoding import Decoding, Response, sample_responses
+from sdpo.models.processing import TokenPrompt
 
 MakeModel = Callable[..., Any]
-PROMPTS = [[5, 6, 7], [9, 3], [8, 8, 8, 8]]
+PROMPTS = [TokenPrompt(ids) for ids in ([5, 6, 7], [9, 3], [8, 8, 8, 8])]
 DECODING = Decoding(n=3, max_new_tokens=8, temperature=0.8, top_p=1.0, batch_size=4, stop_token_ids=[2], pad_token_id=0)
 
 
@@ -59,7 +60,7 @@ def start(make_model: MakeModel, tmp_path: Path) -> Iterator[Callable[[], Proces
     def start() -> ProcessSampler:
         """With weights on the disk that are not the student's."""
         config = ModelConfig(path=str(tmp_path))
-        build_engine = partial(TransformersEngine.from_config, config, DECODING, torch.device("cpu"))
+        build_engine = partial(TransformersEngine.from_config, config, DECODING, torch.device("cpu"), 10**6)
         started.append(ProcessSampler(make_model(), build_engine, 1))
         return started[-1]
 
@@ -93,7 +94,7 @@ def test_a_process_samples_with_the_weights_of_its_version_and_tells_its_errors(
         expected = sample_responses([(make_model(seed=seed), 1.0)], PROMPTS, DECODING, 7)
         assert_close(rollouts.responses, expected)
 
-    sampler.submit([[99]], 7)
+    sampler.submit([TokenPrompt([99])], 7)
     sampler._process.join(60)
     with pytest.raises(RuntimeError, match=r"the sampler failed:\nTraceback[\s\S]*IndexError: index out of range"):
         sampler.load_weights(make_model(), 2)
@@ -135,7 +136,7 @@ def test_a_process_that_is_killed_is_reported_and_one_that_is_closed_goes_quietl
 @pytest.mark.slow
 def test_a_persons_mistake_that_the_process_finds_stays_one(make_model: MakeModel) -> None:
     config = ModelConfig(path="/nowhere")
-    build_engine = partial(TransformersEngine.from_config, config, DECODING, torch.device("cpu"))
+    build_engine = partial(TransformersEngine.from_config, config, DECODING, torch.device("cpu"), 10**6)
     sampler = ProcessSampler(make_model(), build_engine, 1)
     with pytest.raises(UserError, match=r"^model\.path: /nowhere: no such folder$"):
         sampler.collect()

@@ -59,8 +59,8 @@ class Recorder:
             self.keep(learner)
             return values
 
-        def watch_old(learner: Learner, samples: Sequence[Sample]) -> Any:
-            self.old_log_probs.append(compute_log_probs(learner, samples))
+        def watch_old(learner: Learner, samples: Sequence[Sample], *images: Any) -> Any:
+            self.old_log_probs.append(compute_log_probs(learner, samples, *images))
             return self.old_log_probs[-1]
 
         monkeypatch.setattr(Learner, "learn", watch_learning)

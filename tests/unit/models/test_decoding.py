@@ -11,13 +11,22 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from sdpo.algorithm.teacher import Policy
 from sdpo.models import decoding as decoding_module
-from sdpo.models.decoding import Decoding, Response, compute_sampling_log_probs, sample_responses
+from sdpo.models.decoding import Decoding, Response, compute_sampling_log_probs
+from sdpo.models.processing import TokenPrompt
 
 PROMPTS = [[5, 6, 7, 8, 9, 3, 4], [4, 4, 5], [9], [3, 8, 3, 8, 5], [10, 3], [7, 7, 7, 6, 3, 3, 9, 10, 4]]
 DECODING = Decoding(
     n=4, max_new_tokens=12, temperature=0.7, top_p=1.0, batch_size=12, stop_token_ids=[2], pad_token_id=0
 )
+
+
+def sample_responses(
+    policy: Policy, prompts: Sequence[Sequence[int]], decoding: Decoding, seed: int
+) -> list[list[Response]]:
+    return decoding_module.sample_responses(policy, [TokenPrompt(ids) for ids in prompts], decoding, seed)
+
 
 PlainLogits = Callable[[nn.Module, Sequence[int], Sequence[int]], Tensor]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from io import BytesIO
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -25,6 +27,12 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
+
+from sdpo.config import ModelConfig
+from sdpo.context.images import collect_images, open_image
+from sdpo.models.loading import load_model
+from sdpo.models.processing import ImageReader, TokenPrompt, encode_png, load_reader
+from sdpo.models.vision import Vision
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
 SPECIAL += ["<|video_pad|>"]
@@ -120,6 +128,75 @@ def _build_model(family: str, vocab_size: int) -> PreTrainedModel:
 def make_image(seed: int, size: tuple[int, int] = (56, 56)) -> bytes:
     """A PNG of coloured noise in blocks; every seed another."""
     blocks = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    file = BytesIO()
-    Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST).save(file, "PNG")
-    return file.getvalue()
+    return encode_png(Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST))
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with all that reads for it."""
+
+    model: PreTrainedModel
+    reader: ImageReader
+    vision: Vision
+
+    def encode(self, messages: Sequence[dict[str, Any]]) -> TokenPrompt:
+        return TokenPrompt(
+            self.reader.apply_chat_template(messages, add_generation_prompt=True), collect_images(messages)
+        )
+
+
+def load_vision_model(folder: Path) -> LoadedModel:
+    config = ModelConfig(path=str(folder))
+    model, reader = load_model(config, torch.device("cpu")), load_reader(config, 10**6)
+    assert reader is not None
+    return LoadedModel(model, reader, Vision(model, reader))
+
+
+def make_messages(num_images: int, text: str = "how long is it?") -> list[dict[str, Any]]:
+    """A system message, and a question with images of three sizes before, amid and after its words."""
+    if num_images == 0:
+        return [{"role": "system", "content": "Short."}, {"role": "user", "content": text}]
+    images = [{"type": "image", "image": make_image(i, (56 + 28 * (i % 3), 56))} for i in range(num_images)]
+    first, *others = images
+    parts = [first, {"type": "text", "text": text}, *others]
+    return [{"role": "system", "content": "Short."}, {"role": "user", "content": parts}]
+
+
+@torch.no_grad()
+def plain_logits(
+    model: nn.Module, reader: ImageReader, messages: Sequence[dict[str, Any]], response: Sequence[int]
+) -> Tensor:
+    """Logits [T, V] of each response token by the processor's own encoding and one plain forward pass of one sample."""
+    inputs = encode_plainly(reader, messages)
+    length = inputs["input_ids"].shape[1]
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([list(response)])], dim=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if "mm_token_type_ids" in inputs:
+        padding = torch.zeros(1, len(response), dtype=torch.long)
+        inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], padding], dim=1)
+    if hasattr(model.model, "rope_deltas"):
+        model.model.rope_deltas = None  # of an earlier call
+    return model(**inputs).logits[0, length - 1 : -1].float()
+
+
+def encode_plainly(reader: ImageReader, messages: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What transformers' processor makes of the chat by itself."""
+
+    def open_parts(content: Any) -> Any:
+        if isinstance(content, str):
+            return [{"type": "text", "text": content}]
+        return [
+            {"type": "image", "image": open_image(p["image"], 10**6)} if p["type"] == "image" else p for p in content
+        ]
+
+    conversation = [{**message, "content": open_parts(message["content"])} for message in messages]
+    return dict(
+        reader.processor.apply_chat_template(
+            conversation,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            chat_template=reader.chat_template,
+        )
+    )
