@@ -33,8 +33,13 @@ def load_processor(path: str, **options: Any) -> ProcessorMixin:
     try:
         return AutoProcessor.from_pretrained(path, **options)
     except ImportError:
-        architecture = AutoConfig.from_pretrained(path, **options)
-        return _leave_out_videos(PROCESSOR_MAPPING[type(architecture)]).from_pretrained(path, **options)
+        return load_without_videos(path, **options)
+
+
+def load_without_videos(path: str, **options: Any) -> ProcessorMixin:
+    """A processor of the same name for texts and images."""
+    architecture = AutoConfig.from_pretrained(path, **options)
+    return _leave_out_videos(PROCESSOR_MAPPING[type(architecture)]).from_pretrained(path, **options)
 
 
 def _leave_out_videos(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:

@@ -104,13 +104,17 @@ def _parse_row(record: Mapping[str, Any], where: str) -> Row:
         reward_model=record["reward_model"],
         ability=record.get("ability") or "",
         extra_info=record.get("extra_info") or {},
-        images=tuple(_read_image(image, where) for image in record.get("images") or ()),
+        images=tuple(read_image(image, where) for image in record.get("images") or ()),
         origin=where,
     )
 
 
-def _read_image(image: Any, where: str) -> bytes:
-    """The file's content; the column holds it, or {"bytes": ..., "path": ...} as ``datasets`` does, or a path."""
+def read_image(image: Any, where: str) -> bytes:
+    """The file's content; the column holds it, or {"bytes": ..., "path": ...} as ``datasets`` does, or a path.
+
+    Raises:
+        UserError: it is none of these, or there is no such file; begins with ``where``.
+    """
     data, path = (image.get("bytes"), image.get("path")) if isinstance(image, Mapping) else (image, image)
     if isinstance(data, bytes):
         return data

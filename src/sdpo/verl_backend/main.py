@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,29 +64,36 @@ def _check_with_verl(config: DictConfig) -> None:
 
 
 def _check_model(config: DictConfig) -> None:
-    from transformers import AutoConfig
-
-    from sdpo.verl_backend.settings import LOSS_MODE
+    from sdpo.config import ModelConfig
+    from sdpo.models.loading import reads_images
 
     model = config.actor_rollout_ref.model
+    path = os.path.expanduser(model.path)
     try:
-        architecture = AutoConfig.from_pretrained(
-            os.path.expanduser(model.path), trust_remote_code=model.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"actor_rollout_ref.model.path: {model.path}: cannot be loaded ({_explain(error)})") from error
-    if config.actor_rollout_ref.actor.policy_loss.loss_mode == LOSS_MODE and hasattr(architecture, "vision_config"):
-        raise UserError(
-            f"actor_rollout_ref.model.path: {model.path} reads images, which loss_mode=sdpo does not support on "
-            "verl yet; use a language model"
-        )
+        if reads_images(ModelConfig(path=path, trust_remote_code=model.trust_remote_code)):
+            _check_processor(path, trust_remote_code=model.trust_remote_code)
+    except UserError as error:
+        raise UserError(f"actor_rollout_ref.{error}") from error
+
+
+def _check_processor(path: str, *, trust_remote_code: bool) -> None:
+    """verl would go on without a processor, and say later that rows with images cannot be read."""
+    from verl.utils import hf_processor
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        processor = hf_processor(path, trust_remote_code=trust_remote_code)
+    if processor is None:
+        reasons = [str(w.message) for w in caught if str(w.message).startswith("Failed to create processor")]
+        reason = " ".join(reasons[-1].split()) if reasons else "it has none"
+        raise UserError(f"model.path: {path}: verl cannot load its processor of images ({reason})")
 
 
 def run(config: DictConfig) -> None:
     """Start Ray and train until the end.
 
     Raises:
-        UserError: the model cannot be loaded or used; Ray has not been started.
+        UserError: the model cannot be loaded or used, and Ray has not been started; or the data do not fit it.
     """
     _check_model(config)
     metrics = os.environ.get("VERL_FILE_LOGGER_PATH")
@@ -96,7 +104,10 @@ def run(config: DictConfig) -> None:
 
     if PlatformRegistry.get("cpu") is None:
         raise UserError("verl has not loaded the plugin of sdpo; install sdpo again beside this verl: pip install sdpo")
-    run_ppo(config, task_runner_class=_build_v1_runner() if config.trainer.use_v1 else _build_one_step_off_runner())
+    try:
+        run_ppo(config, task_runner_class=_build_v1_runner() if config.trainer.use_v1 else _build_one_step_off_runner())
+    except UserError as error:  # out of Ray's process, with a traceback in its text
+        raise getattr(error, "cause", error) from None
 
 
 def _build_one_step_off_runner() -> Any:

@@ -6,4 +6,11 @@ Engine, trainers and workers need no registration ahead: ``main.py`` hands verl 
 
 from __future__ import annotations
 
+import os
+
 import sdpo.verl_backend.cpu.platform  # noqa: F401
+
+if os.environ.get("VERL_PLATFORM") == "cpu":
+    from sdpo.verl_backend.cpu.processor import stand_in
+
+    stand_in()

@@ -20,6 +20,7 @@ from verl import DataProto
 from verl.experimental.one_step_off_policy.ray_trainer import OneStepOffRayTrainer
 
 from sdpo import metrics
+from sdpo.models.processing import ImageReader
 from sdpo.verl_backend.packing import count_response_tokens
 from sdpo.verl_backend.settings import read_self_distillation
 from sdpo.verl_backend.teacher_batch import Rollout, TeacherBatch, read_ground_truth
@@ -27,7 +28,7 @@ from sdpo.verl_backend.teacher_batch import Rollout, TeacherBatch, read_ground_t
 PREFETCHED = "prefetched.pt"
 
 
-def build_teacher_batch(config: DictConfig, tokenizer: Any, total_steps: int) -> TeacherBatch | None:
+def build_teacher_batch(config: DictConfig, tokenizer: Any, processor: Any, total_steps: int) -> TeacherBatch | None:
     """What builds the teacher's fields of this run; None where the loss is not SDPO's."""
     settings = read_self_distillation(config.actor_rollout_ref.actor)
     if settings is None:
@@ -35,7 +36,8 @@ def build_teacher_batch(config: DictConfig, tokenizer: Any, total_steps: int) ->
     model = config.actor_rollout_ref.model
     architecture = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     window = getattr(architecture.get_text_config(), "max_position_embeddings", None)
-    return TeacherBatch(settings, tokenizer, window, seed=config.data.seed or 0, total_steps=total_steps)
+    reader = ImageReader(processor, config.data.max_pixels) if processor is not None else tokenizer
+    return TeacherBatch(settings, reader, window, seed=config.data.seed or 0, total_steps=total_steps)
 
 
 def rename_metrics(values: dict[str, Any]) -> None:
@@ -55,7 +57,7 @@ class SelfDistillationOneStepOffTrainer(OneStepOffRayTrainer):  # type: ignore[m
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._init_dump_executor()
-        self.teacher_batch = build_teacher_batch(self.config, self.tokenizer, self.total_training_steps)
+        self.teacher_batch = build_teacher_batch(self.config, self.tokenizer, self.processor, self.total_training_steps)
         self._fetch_error: Exception | None = None
         self._prefetched: Any = None
         self._loader_state: Any = None

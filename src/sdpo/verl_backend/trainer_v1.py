@@ -28,13 +28,14 @@ class WithTeacherBatch:
 
     config: Any
     tokenizer: Any
+    processor: Any
     global_steps: int
     total_training_steps: int
     role_worker_mapping: dict[Role, Any]
 
     def _setup(self) -> None:
         super()._setup()  # type: ignore[misc]
-        self.teacher_batch = build_teacher_batch(self.config, self.tokenizer, self.total_training_steps)
+        self.teacher_batch = build_teacher_batch(self.config, self.tokenizer, self.processor, self.total_training_steps)
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()  # type: ignore[misc]

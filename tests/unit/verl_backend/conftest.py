@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from sdpo.embedded.samples import Sample
+from sdpo.models.vision import Vision
 
 SCRIPT = Path(__file__).with_name("train_cases.py")
 SOURCE = Path(__file__).parents[3] / "src"
@@ -69,7 +70,10 @@ def pad_for_verl() -> Callable[..., dict[str, torch.Tensor]]:
     """The tensors that verl's driver has of these samples, padded as verl pads: prompts left, responses right."""
 
     def pad(
-        samples: Sequence[Sample], old_log_probs: Sequence[torch.Tensor], threshold: float | None
+        samples: Sequence[Sample],
+        old_log_probs: Sequence[torch.Tensor],
+        threshold: float | None,
+        vision: Vision | None = None,
     ) -> dict[str, Any]:
         size = len(samples)
         prompt_length = max(len(s.prompt.token_ids) for s in samples)
@@ -105,9 +109,31 @@ def pad_for_verl() -> Callable[..., dict[str, torch.Tensor]]:
         batch["prompts"] = batch["input_ids"][:, :prompt_length].clone()
         batch["responses"] = batch["input_ids"][:, prompt_length:].clone()
         batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        if vision is not None:
+            batch["position_ids"] = place_in_images(batch["position_ids"], samples, prompt_length, vision)
+            batch["multi_modal_inputs"] = [read_pixels(sample, vision) for sample in samples]
         if threshold is not None:
             ratio = (batch["old_log_probs"] - batch["rollout_log_probs"]).exp().clamp(max=threshold)
             batch["rollout_is_weights"] = ratio * batch["response_mask"]
         return batch
 
     return pad
+
+
+def place_in_images(text: torch.Tensor, samples: Sequence[Sample], prompt_length: int, vision: Vision) -> torch.Tensor:
+    """[B, 4, L] as verl's agent loop makes them: position in the text, then time, height and width."""
+    positions = text[:, None].repeat(1, 1 + vision.num_axes, 1)
+    for i, sample in enumerate(samples):
+        if sample.prompt.images:
+            own = vision.compute_positions(sample.prompt.tokens)
+            positions[i, 1:, prompt_length - own.shape[1] : prompt_length] = own
+            positions[i, 1:, prompt_length:] += own.max() + 1 - own.shape[1]
+    return positions
+
+
+def read_pixels(sample: Sample, vision: Vision) -> dict[str, torch.Tensor]:
+    pixels = [vision.reader.read_pixels(image) for image in sample.prompt.images]
+    inputs = {name: torch.cat([each[name] for each in pixels]) for name in (pixels[0] if pixels else ())}
+    if inputs:
+        inputs["images_seqlens"] = inputs["image_grid_thw"].prod(1)  # as verl's agent loop adds them
+    return inputs

@@ -11,13 +11,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tensordict import TensorDict
+from tensordict import NonTensorData, NonTensorStack, TensorDict
 from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils as tu
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
 from verl.workers.utils.padding import left_right_2_no_padding
 
 from sdpo.config import SelfDistillationConfig
+from sdpo.verl_backend import engine as engine_module
+from sdpo.verl_backend.engine import LossThroughLogits
+from sdpo.verl_backend.towers import share_images
 from sdpo.verl_backend.worker import SelfDistillationTrainingWorker
 
 FULL = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
@@ -31,7 +34,7 @@ def build_worker(case: dict[str, Any]) -> SelfDistillationTrainingWorker:
             model_config=HFModelConfig(
                 path=case["model"],
                 use_remove_padding=case["use_remove_padding"],
-                enable_gradient_checkpointing=False,
+                enable_gradient_checkpointing=case.get("gradient_checkpointing", False),
                 override_config={"attn_implementation": "sdpa"},
             ),
             engine_config=FSDPEngineConfig(
@@ -48,19 +51,25 @@ def build_worker(case: dict[str, Any]) -> SelfDistillationTrainingWorker:
         SelfDistillationConfig(**case["settings"]),
         case["loss_agg_mode"],
         case["horizon"],
+        case.get("freeze_vision", False),
     )
     worker.reset()
     worker.set_loss_fn(lambda **_: None)  # the engine brings its own
     return worker
 
 
-def share_of_rank(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: values.chunk(dist.get_world_size())[dist.get_rank()] for name, values in batch.items()}
+def share_of_rank(batch: dict[str, Any]) -> dict[str, Any]:
+    size = len(batch["input_ids"]) // dist.get_world_size()
+    mine = slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
+    return {name: values[mine] for name, values in batch.items()}
 
 
-def learn(worker: SelfDistillationTrainingWorker, case: dict[str, Any], batch: dict[str, torch.Tensor]) -> Any:
+def learn(worker: SelfDistillationTrainingWorker, case: dict[str, Any], batch: dict[str, Any]) -> Any:
     mine = share_of_rank(batch)
+    images = mine.pop("multi_modal_inputs", None)
     data = left_right_2_no_padding(TensorDict(mine, batch_size=len(mine["input_ids"])))
+    if images is not None:
+        data["multi_modal_inputs"] = NonTensorStack(*map(NonTensorData, images))
     tu.assign_non_tensor(
         data,
         temperature=case["temperature"],
@@ -82,9 +91,51 @@ def full_weights(module: torch.nn.Module | None) -> dict[str, torch.Tensor]:
     }
 
 
+def record_log_probs(recorded: list[dict[str, Any]]) -> None:
+    """Keep what student and teacher say of each sampled token, micro-batch by micro-batch."""
+
+    class Recording(LossThroughLogits):
+        def __call__(self, *, student_logits: torch.Tensor | None = None, **others: Any) -> Any:
+            if student_logits is not None:
+                ids = self.tokens.sampled_ids
+                student = student_logits[0].detach()[self.tokens.rows].float().log_softmax(-1)
+                teacher, distilled = self.teacher_log_probs, ids[self.tokens.distilled]
+                recorded.append(
+                    {
+                        "ids": ids,
+                        "student": student.gather(1, ids[:, None])[:, 0],
+                        "distilled": self.tokens.distilled,
+                        "teacher": ids.new_zeros(0) if teacher is None else teacher.gather(1, distilled[:, None])[:, 0],
+                    }
+                )
+            return super().__call__(student_logits=student_logits, **others)
+
+    engine_module.LossThroughLogits = Recording  # type: ignore[misc]
+
+
+def count_patches(tower: Any, seen: list[int]) -> None:
+    def count(_: Any, args: Any) -> None:
+        seen[0] += len(args[0])
+
+    tower.patch_embed.register_forward_pre_hook(count)
+
+
+def gather_in_order(recorded: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """All ranks' records, in the samples' order where micro-batches are cut by numbers."""
+    if not recorded:
+        return {}
+    own = {name: torch.cat([each[name] for each in recorded]) for name in recorded[0]}
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, own)
+    return {name: torch.cat([each[name] for each in ranks]) for name in own}
+
+
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
+    if not case.get("share_images", True):
+        engine_module.share_images = lambda _: None
     worker = build_worker(case)
+    engine_module.share_images = share_images
     num_passes, forward_step = [0], worker.engine.forward_step
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -92,6 +143,13 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         return forward_step(*args, **kwargs)
 
     worker.engine.forward_step = counted
+    recorded: list[dict[str, Any]] = []
+    num_patches = [0]
+    if case.get("record"):
+        record_log_probs(recorded)
+        count_patches(worker.engine.module.model.visual, num_patches)
+    else:
+        engine_module.LossThroughLogits = LossThroughLogits  # type: ignore[misc]
     before = full_weights(worker.engine.teacher.module) if worker.engine.teacher else {}
     values, students = [], []
     for batch in case["batches"]:
@@ -102,6 +160,8 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         "students": students,
         "teacher_before": before,
         "num_passes": num_passes[0],
+        "log_probs": gather_in_order(recorded),
+        "num_patches": num_patches[0],
         "teacher": full_weights(worker.engine.teacher.module) if worker.engine.teacher else {},
     }
     if "checkpoint" in case:

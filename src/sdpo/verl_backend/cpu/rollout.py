@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
+import zlib
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -16,9 +20,19 @@ from verl.workers.rollout.utils import ensure_async_iterator
 from sdpo.config import ModelConfig
 from sdpo.models.decoding import Decoding, Response, sample_responses
 from sdpo.models.loading import get_stop_token_ids, load_model, load_tokenizer
+from sdpo.models.processing import TokenPrompt, encode_png, load_reader
+from sdpo.models.vision import Vision
 
 NAME = "transformers"
 NUMBERED = "det-"  # how verl names requests with full_determinism
+
+
+@dataclass(frozen=True)
+class _Request:
+    prompt: TokenPrompt
+    params: dict[str, Any]
+    seed: int
+    answer: asyncio.Future[tuple[Response, int]]
 
 
 class Server:
@@ -34,25 +48,34 @@ class Server:
         torch.set_num_threads(1)
         tokenizer = load_tokenizer(model)
         self.model = load_model(model, torch.device("cpu"))
+        # What arrives has been made smaller already, and has its tokens.
+        reader = load_reader(model, max_pixels=sys.maxsize)
+        self.vision = Vision(self.model, reader) if reader is not None else None
         self.stop_token_ids = get_stop_token_ids(self.model, tokenizer)
         self.pad_token_id = int(tokenizer.pad_token_id)
         self.max_batch, self.max_tokens, self.seed = max_batch, max_tokens, seed
         self.version = -1
         self.seen: Counter[tuple[int, ...]] = Counter()
-        self.waiting: list[tuple[list[int], dict[str, Any], int, asyncio.Future[tuple[Response, int]]]] = []
+        self.waiting: list[_Request] = []
         self.is_busy = False
         self.weights_in_use = asyncio.Lock()
 
     async def generate(
-        self, request_id: str, prompt_ids: list[int], sampling_params: dict[str, Any], **_: Any
+        self,
+        request_id: str,
+        prompt_ids: list[int],
+        sampling_params: dict[str, Any],
+        image_data: Sequence[Any] | None = None,
+        **_: Any,
     ) -> TokenOutput:
-        key = tuple(prompt_ids)
+        images = tuple(encode_png(image) for image in image_data or ())
+        key = (*prompt_ids, *map(zlib.crc32, images))
         self.seen[key] += 1
         is_numbered = request_id.startswith(NUMBERED)
         place = int(request_id.removeprefix(NUMBERED)) if is_numbered else self.seen[key]
         seed = hash((self.seed, self.version, key, place))  # of numbers only, so the same in every process
         answer: asyncio.Future[tuple[Response, int]] = asyncio.get_running_loop().create_future()
-        self.waiting.append((prompt_ids, sampling_params, seed, answer))
+        self.waiting.append(_Request(TokenPrompt(prompt_ids, images), sampling_params, seed, answer))
         if not self.is_busy:
             self.is_busy = True
             asyncio.get_running_loop().create_task(self._work())
@@ -83,17 +106,17 @@ class Server:
         try:
             await asyncio.sleep(0.02)  # a step's requests arrive one by one
             while self.waiting:
-                _, params, _, _ = self.waiting[0]
-                batch = [request for request in self.waiting if request[1] == params][: self.max_batch]
+                params = self.waiting[0].params
+                batch = [request for request in self.waiting if request.params == params][: self.max_batch]
                 self.waiting = [request for request in self.waiting if not any(request is taken for taken in batch)]
                 async with self.weights_in_use:
                     responses = await asyncio.to_thread(self._sample, batch, params)
-                    for (_, _, _, answer), response in zip(batch, responses, strict=True):
-                        answer.set_result((response, self.version))
+                    for request, response in zip(batch, responses, strict=True):
+                        request.answer.set_result((response, self.version))
         finally:
             self.is_busy = False
 
-    def _sample(self, batch: list[Any], params: dict[str, Any]) -> list[Response]:
+    def _sample(self, batch: list[_Request], params: dict[str, Any]) -> list[Response]:
         decoding = Decoding(
             n=1,
             max_new_tokens=params.get("max_tokens") or self.max_tokens,
@@ -102,9 +125,11 @@ class Server:
             batch_size=len(batch),
             stop_token_ids=self.stop_token_ids,
             pad_token_id=self.pad_token_id,
+            forbidden_token_ids=self.vision.placeholder_ids if self.vision is not None else (),
         )
-        seed = hash(tuple(seed for _, _, seed, _ in batch)) % (1 << 63)
-        sampled = sample_responses([(self.model, 1.0)], [prompt for prompt, _, _, _ in batch], decoding, seed)
+        seed = hash(tuple(request.seed for request in batch)) % (1 << 63)
+        prompts = [request.prompt for request in batch]
+        sampled = sample_responses([(self.model, 1.0)], prompts, decoding, seed, self.vision)
         return [responses[0] for responses in sampled]
 
 

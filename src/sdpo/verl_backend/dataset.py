@@ -1,0 +1,79 @@
+"""verl's dataset with images as the embedded engine has them: the same files, pixels and errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+from omegaconf import DictConfig
+from verl.utils.dataset.rl_dataset import RLHFDataset
+
+from sdpo.context.images import collect_images, open_image, place_images
+from sdpo.errors import UserError
+from sdpo.tasks.interface import read_image
+
+
+class ImageDataset(RLHFDataset):  # type: ignore[misc]
+    """Rows in verl's schema. In the messages that it gives, content parts of type image hold the image file as bytes.
+
+    verl's own class opens images by qwen_vl_utils, which needs torchvision and has limits of its own, and counts a row
+    that cannot be read as overlong. Here ``data.max_pixels`` is the limit, and a row whose images cannot be read is an
+    error that names it, or skipped with ``data.filter_unreadable_images=true``.
+
+    Raises:
+        UserError: such a row; or rows with images for a model that reads none.
+    """
+
+    def maybe_filter_out_long_prompts(self, dataframe: datasets.Dataset) -> datasets.Dataset:
+        if self.image_key in dataframe.column_names:
+            dataframe = self._check_images(_undecoded(dataframe, self.image_key))
+        return super().maybe_filter_out_long_prompts(dataframe)
+
+    def _check_images(self, rows: datasets.Dataset) -> datasets.Dataset:
+        errors = rows.map(
+            lambda row: {"error": self._find_error(row)},
+            num_proc=self.num_workers,
+            remove_columns=rows.column_names,
+            desc="Reading images",
+        )["error"]
+        broken = [number for number, error in enumerate(errors) if error]
+        if not broken:
+            return rows
+        where = f"{', '.join(map(str, self.original_data_files))}: row {broken[0]}: {errors[broken[0]]}"
+        if self.processor is None:
+            raise UserError(where)
+        if not self.config.filter_unreadable_images:
+            raise UserError(f"{where}; set data.filter_unreadable_images=true to skip such rows")
+        if len(broken) == len(rows):
+            raise UserError(f"no row is left: {where}")
+        print(f"skipped {len(broken)} of {len(rows)} rows whose images cannot be read; the first: {where}")
+        return rows.select([number for number, error in enumerate(errors) if not error])
+
+    def _find_error(self, row: dict[str, Any]) -> str:
+        try:
+            messages = self._build_messages(row, key=self.prompt_key)
+            self._process_multi_modal_info(messages, self.image_patch_size, self.config)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    def _build_messages(self, example: dict[str, Any], key: str) -> list[dict[str, Any]]:
+        images = example.get(self.image_key) or []
+        if images and self.processor is None:
+            raise UserError("the row has images, but actor_rollout_ref.model.path is a model that reads none")
+        return place_images(example[key], [read_image(image, self.image_key) for image in images])
+
+    @classmethod
+    def _process_multi_modal_info(
+        cls, messages: list[dict[str, Any]], image_patch_size: int, config: DictConfig
+    ) -> tuple[list[Any] | None, None, None]:
+        files = collect_images(messages)
+        return [open_image(file, config.max_pixels) for file in files] or None, None, None
+
+
+def _undecoded(rows: datasets.Dataset, column: str) -> datasets.Dataset:
+    """Image files as they are, where ``datasets`` would open them."""
+    feature = rows.features[column]
+    if isinstance(getattr(feature, "feature", None), datasets.Image):
+        return rows.cast_column(column, datasets.Sequence(datasets.Image(decode=False)))
+    return rows

@@ -1,0 +1,188 @@
+"""Prompts with images on verl's engine: log-probabilities, a whole step, and what goes through the image tower."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vision_language import LoadedModel, load_vision_model, make_messages, plain_logits
+
+from sdpo import metrics
+from sdpo.config import SelfDistillationConfig
+from sdpo.context.demonstration import Demonstration
+from sdpo.context.encode import TeacherPrompt, encode_teacher_prompt
+from sdpo.embedded.data import Prompt
+from sdpo.embedded.learner import Learner
+from sdpo.embedded.samples import Sample
+from sdpo.models.decoding import Response
+from sdpo.models.vision import get_tower_parameters
+from sdpo.tasks.interface import Grade, Row
+
+FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+NUM_IMAGES = (1, 0, 3, 1)  # of the prompts
+N = 2
+UNDISTILLED = (1, 6, 7)  # on two ranks the second has a micro-batch without any distilled sample, and images
+TEXTS = ("how long is it?", "how long?", "which of these?", "how wide is it?")
+
+
+def make_samples(loaded: LoadedModel) -> list[Sample]:
+    generator = torch.Generator().manual_seed(0)
+    samples = []
+    for i in range(len(NUM_IMAGES) * N):
+        messages = make_messages(NUM_IMAGES[i // N], TEXTS[i // N])
+        length = 2 + i % 4
+        ids = torch.randint(7, 200, (length,), generator=generator).tolist()
+        shown = Demonstration(solution="it is 12 long"[: 5 + i])
+        teacher = encode_teacher_prompt(loaded.reader, messages, shown, SelfDistillationConfig())
+        samples.append(
+            Sample(
+                prompt=Prompt(Row("tiny", messages, {}), list(loaded.encode(messages).token_ids)),
+                response=Response(ids, (-5 * torch.rand(length, generator=generator)).tolist(), finished=False),
+                text="",
+                grade=Grade(0.0),
+                demonstration=shown,
+                teacher_prompt=TeacherPrompt(None, [], False) if i in UNDISTILLED else teacher,
+                advantage=float(torch.randn(1, generator=generator)),
+                distillation_weight=1.0,
+            )
+        )
+    return samples
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def samples(family: str, vision_dir: Callable[[str], Path]) -> list[Sample]:
+    return make_samples(load_vision_model(vision_dir(family)))
+
+
+@pytest.fixture(scope="module")
+def embedded(
+    family: str, vision_dir: Callable[[str], Path], samples: list[Sample], make_run_in: Callable[..., Any]
+) -> dict[str, Any]:
+    """A step on the embedded engine, with the old log-probabilities that verl's trainer would send."""
+    results = {}
+    for name, settings in {"whole": {}, "frozen": {"learner__freeze_vision": True}}.items():
+        loaded = load_vision_model(vision_dir(family))
+        run = make_run_in(
+            data__train_batch_size=len(NUM_IMAGES),
+            sampler__n=N,
+            optim__lr=1e-3,
+            self_distillation__alpha=0.5,
+            self_distillation__grpo_coef=0.3,
+            **settings,
+        )
+        for parameter in get_tower_parameters(loaded.model) if name == "frozen" else ():
+            parameter.requires_grad_(False)
+        learner = Learner(loaded.model, run, pad_token_id=0, vision=loaded.vision)
+        old = learner.compute_log_probs(samples)
+        results[name] = {"run": run, "old": old, "metrics": learner.learn(samples), "learner": learner}
+    return results
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def on_verl(
+    request: pytest.FixtureRequest,
+    family: str,
+    vision_dir: Callable[[str], Path],
+    samples: list[Sample],
+    embedded: dict[str, Any],
+    train_on_verl: Callable[..., dict[str, Any]],
+    pad_for_verl: Callable[..., dict[str, torch.Tensor]],
+) -> dict[str, Any]:
+    loaded = load_vision_model(vision_dir(family))
+    run, old = embedded["whole"]["run"], embedded["whole"]["old"]
+    whole = {
+        "model": str(vision_dir(family)),
+        "settings": asdict(run.self_distillation),
+        "batches": [pad_for_verl(samples, old, 2.0, loaded.vision)],
+        "lr": run.optim.lr,
+        "temperature": 1.0,
+        "mini_batch_size": len(samples),
+        "loss_agg_mode": "token-mean",
+        "horizon": run.sampler.max_response_length,
+        "use_remove_padding": False,
+        "max_tokens": None,
+        "micro_batch_size": 4,
+        "engine": {},
+        "record": True,
+    }
+    alone = [i for i in range(len(samples)) if NUM_IMAGES[i // N]]  # text alone needs our tower
+    with_images = pad_for_verl([samples[i] for i in alone[:4]], [old[i] for i in alone[:4]], 2.0, loaded.vision)
+    shared = {**whole, "batches": [with_images], "mini_batch_size": 4, "micro_batch_size": 4 // request.param}
+    cases = {
+        "whole": whole,
+        "frozen": {**whole, "freeze_vision": True},
+        "by tokens": {**whole, "max_tokens": 200, "record": False},
+        "checkpointed": {**whole, "gradient_checkpointing": True},
+        "shared": shared,
+        "each": {**shared, "share_images": False},
+    }
+    return {**train_on_verl(cases, request.param), "num_ranks": request.param}
+
+
+@pytest.mark.slow
+def test_log_probs_are_those_of_one_plain_forward_pass_a_sample(
+    family: str, vision_dir: Callable[[str], Path], samples: list[Sample], on_verl: dict[str, Any]
+) -> None:
+    loaded = load_vision_model(vision_dir(family))
+    student, teacher = [], []
+    for sample in samples:
+        ids = torch.tensor(sample.response.token_ids)
+        for is_teacher, into in ((False, student), (True, teacher)):
+            messages = sample.teacher_prompt.messages if is_teacher else sample.prompt.row.prompt
+            if is_teacher and not sample.is_distilled:
+                continue
+            logits = plain_logits(loaded.model, loaded.reader, messages, sample.response.token_ids)
+            into.append(logits.log_softmax(-1).gather(1, ids[:, None])[:, 0])
+    recorded = on_verl["whole"]["log_probs"]
+    assert recorded["ids"].tolist() == [token for sample in samples for token in sample.response.token_ids]
+    torch.testing.assert_close(recorded["student"], torch.cat(student), rtol=0, atol=1e-4)
+    torch.testing.assert_close(recorded["teacher"], torch.cat(teacher), rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["whole", "frozen", "by tokens", "checkpointed"])
+def test_a_step_with_images_is_the_same_on_both_engines(
+    name: str, on_verl: dict[str, Any], embedded: dict[str, Any]
+) -> None:
+    theirs, ours = on_verl[name], embedded["frozen" if name == "frozen" else "whole"]
+    values = theirs["metrics"][0]
+    for metric, verl_metric in ((metrics.LOSS, "loss"), (metrics.GRAD_NORM, "grad_norm")):
+        assert values[verl_metric][0] == pytest.approx(ours["metrics"][metric], rel=1e-4), metric
+    for metric in ours["metrics"].keys() & values.keys() - {metrics.LR}:
+        assert values[metric][0] == pytest.approx(ours["metrics"][metric], rel=1e-4, abs=1e-6), metric
+    learner = ours["learner"]
+    for weights, module in ((theirs["students"][0], learner.student), (theirs["teacher"], learner.teacher.module)):
+        expected = module.state_dict()
+        assert weights.keys() == expected.keys()
+        for weight, value in expected.items():
+            torch.testing.assert_close(weights[weight], value, rtol=1e-4, atol=1e-5, msg=weight)
+
+
+@pytest.mark.slow
+def test_a_frozen_tower_stays_and_the_language_model_learns(on_verl: dict[str, Any]) -> None:
+    before, after = on_verl["frozen"]["teacher_before"], on_verl["frozen"]["students"][0]
+    for name, value in before.items():
+        frozen = name.startswith("model.visual.")
+        assert torch.equal(after[name], value) == frozen, name
+    learned = on_verl["whole"]["students"][0]
+    assert not any(torch.equal(learned[name], value) for name, value in before.items() if "visual.merger" in name)
+
+
+@pytest.mark.slow
+def test_an_image_goes_through_the_tower_once_a_micro_batch(on_verl: dict[str, Any]) -> None:
+    shared, each = on_verl["shared"], on_verl["each"]
+    assert shared["metrics"][0]["loss"] == pytest.approx(each["metrics"][0]["loss"], rel=1e-5)
+    assert shared["metrics"][0]["grad_norm"] == pytest.approx(each["metrics"][0]["grad_norm"], rel=1e-5)
+    for part in ("student", "teacher"):
+        torch.testing.assert_close(shared["log_probs"][part], each["log_probs"][part], rtol=0, atol=1e-5)
+    # Prompts of 16, and of 16 + 24 + 32 patches, two rollouts of each; on two ranks, each rank has one of the prompts.
+    assert (each["num_patches"], shared["num_patches"]) == ((176, 72) if on_verl["num_ranks"] == 1 else (32, 16))
