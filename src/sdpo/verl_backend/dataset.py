@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import datasets
+import pyarrow.compute as pc
 from omegaconf import DictConfig
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
+from sdpo.context.encode import encode_prompt
 from sdpo.context.images import collect_images, open_image, place_images
 from sdpo.errors import UserError
+from sdpo.models.processing import ImageReader
 from sdpo.tasks.interface import read_image
 
 
@@ -26,8 +30,22 @@ class ImageDataset(RLHFDataset):  # type: ignore[misc]
 
     def maybe_filter_out_long_prompts(self, dataframe: datasets.Dataset) -> datasets.Dataset:
         if self.image_key in dataframe.column_names:
-            dataframe = self._check_images(_undecoded(dataframe, self.image_key))
+            if self.processor is not None:
+                dataframe = self._check_images(_undecoded(dataframe, self.image_key))
+            elif pc.max(pc.list_value_length(dataframe.data.column(self.image_key))).as_py():
+                raise UserError(
+                    f"{self._files} has images, but actor_rollout_ref.model.path is a model that reads none; "
+                    "use one that does"
+                )
         return super().maybe_filter_out_long_prompts(dataframe)
+
+    @property
+    def _files(self) -> str:
+        return ", ".join(map(str, self.original_data_files))
+
+    @cached_property
+    def _reader(self) -> ImageReader:
+        return ImageReader(self.processor, self.config.max_pixels)
 
     def _check_images(self, rows: datasets.Dataset) -> datasets.Dataset:
         errors = rows.map(
@@ -39,9 +57,7 @@ class ImageDataset(RLHFDataset):  # type: ignore[misc]
         broken = [number for number, error in enumerate(errors) if error]
         if not broken:
             return rows
-        where = f"{', '.join(map(str, self.original_data_files))}: row {broken[0]}: {errors[broken[0]]}"
-        if self.processor is None:
-            raise UserError(where)
+        where = f"{self._files}: row {broken[0]}: {errors[broken[0]]}"
         if not self.config.filter_unreadable_images:
             raise UserError(f"{where}; set data.filter_unreadable_images=true to skip such rows")
         if len(broken) == len(rows):
@@ -50,18 +66,17 @@ class ImageDataset(RLHFDataset):  # type: ignore[misc]
         return rows.select([number for number, error in enumerate(errors) if not error])
 
     def _find_error(self, row: dict[str, Any]) -> str:
-        try:
-            messages = self._build_messages(row, key=self.prompt_key)
-            self._process_multi_modal_info(messages, self.image_patch_size, self.config)
-        except UserError as error:
-            return str(error)
+        """Why the row's prompt cannot be encoded; empty if it can, or if it has no images."""
+        if row.get(self.image_key):
+            try:
+                encode_prompt(self._reader, self._build_messages(row, key=self.prompt_key))
+            except UserError as error:
+                return str(error)
         return ""
 
     def _build_messages(self, example: dict[str, Any], key: str) -> list[dict[str, Any]]:
-        images = example.get(self.image_key) or []
-        if images and self.processor is None:
-            raise UserError("the row has images, but actor_rollout_ref.model.path is a model that reads none")
-        return place_images(example[key], [read_image(image, self.image_key) for image in images])
+        images = [read_image(image, self.image_key) for image in example.get(self.image_key) or ()]
+        return place_images(example[key], images)
 
     @classmethod
     def _process_multi_modal_info(

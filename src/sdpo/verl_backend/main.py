@@ -72,6 +72,8 @@ def _check_model(config: DictConfig) -> None:
     try:
         if reads_images(ModelConfig(path=path, trust_remote_code=model.trust_remote_code)):
             _check_processor(path, trust_remote_code=model.trust_remote_code)
+        elif config.actor_rollout_ref.actor.freeze_vision_tower:
+            raise UserError(f"actor.freeze_vision_tower=True: {model.path} has no image tower; set it to false")
     except UserError as error:
         raise UserError(f"actor_rollout_ref.{error}") from error
 

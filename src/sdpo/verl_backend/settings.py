@@ -60,6 +60,11 @@ def check_config(config: DictConfig) -> None:
     _check_batches(config)
     settings = read_self_distillation(actor)
     if settings is None:
+        if actor.freeze_vision_tower:
+            raise UserError(
+                f"{ACTOR}.freeze_vision_tower=True has no effect on verl's own FSDP engine, which "
+                f"loss_mode={actor.policy_loss.loss_mode} uses; use loss_mode=sdpo with self_distillation.grpo_coef=1"
+            )
         return
     if actor.strategy != "fsdp2":
         raise UserError(f"{ACTOR}.strategy must be fsdp2 for loss_mode=sdpo, got {actor.strategy!r}")

@@ -1,0 +1,148 @@
+"""Rows with images on verl: the student's tokens are ours, and what cannot be read is named or skipped."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from verl.utils import hf_processor
+from verl.utils.dataset.rl_dataset import get_dataset_class
+from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
+from vision_language import make_image
+
+from sdpo.config import DataConfig, ModelConfig
+from sdpo.errors import UserError
+from sdpo.models.loading import load_tokenizer
+from sdpo.models.processing import ImageReader, load_reader
+from sdpo.verl_backend.cpu import processor as cpu_processor
+from sdpo.verl_backend.main import compose_config
+
+IN_PROCESS = ["data.filter_overlong_prompts_workers=null"]
+FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_torchvision() -> Any:
+    """What the plugin does where ``VERL_PLATFORM`` is cpu."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_processor.AutoProcessor, "from_pretrained", cpu_processor.AutoProcessor.from_pretrained)
+        cpu_processor.stand_in()
+        yield
+
+
+def make_row(content: Any, images: list[Any]) -> dict[str, Any]:
+    return {
+        "data_source": "x",
+        "prompt": [{"role": "system", "content": "Short."}, {"role": "user", "content": content}],
+        "reward_model": {"style": "rule", "ground_truth": "1"},
+        "images": images,
+    }
+
+
+def as_file(data: bytes) -> dict[str, Any]:
+    return {"bytes": data, "path": None}
+
+
+@pytest.fixture
+def load(vision_dir: Callable[[str], Path], tmp_path: Path) -> Callable[..., Any]:
+    def load(family: str, rows: list[dict[str, Any]], *overrides: str, decoded: bool = False) -> Any:
+        table = datasets.Dataset.from_list(rows)
+        if decoded:
+            table = table.cast_column("images", datasets.Sequence(datasets.Image()))
+        file = tmp_path / "rows.parquet"
+        table.to_parquet(str(file))
+        config = compose_config(
+            "sdpo_trainer", [f"data.train_files={file}", f"data.val_files={file}", *IN_PROCESS, *overrides]
+        ).data
+        kind = get_dataset_class(config)
+        processor = hf_processor(str(vision_dir(family))) if family != "text" else None
+        tokenizer = load_tokenizer(ModelConfig(path=str(vision_dir("qwen2_5_vl" if processor is None else family))))
+        return kind([str(file)], tokenizer, config, processor)
+
+    return load
+
+
+def encode_on_verl(rows: Any, number: int) -> list[int]:
+    """What the agent loop does with a row before it asks the sampler."""
+    messages = list(rows[number]["raw_prompt"])
+    images, videos, _ = asyncio.run(type(rows).process_multi_modal_info(messages, 14, rows.config))
+    assert videos is None
+    builder = create_continuous_token_builder(
+        rows.tokenizer, hf_model_type=rows.processor.config.model_type, processor=rows.processor
+    )
+    return list(builder.build_initial_tokens(messages, images=images))
+
+
+@pytest.mark.parametrize("decoded", [False, True], ids=["files", "opened by datasets"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_students_tokens_are_those_of_the_embedded_engine(
+    family: str, decoded: bool, load: Callable[..., Any], vision_dir: Callable[[str], Path]
+) -> None:
+    images = [as_file(make_image(i, (56 + 28 * i, 56))) for i in range(3)]
+    rows = [
+        make_row("<image>how long?", images[:1]),
+        make_row("how long?", []),
+        make_row("<image>or <image>\nor<image>?", images),
+    ]
+    loaded = load(family, rows, "data.max_pixels=10000", decoded=decoded)
+    reader = load_reader(ModelConfig(path=str(vision_dir(family))), 10_000)
+    assert reader is not None and len(loaded) == 3
+    for number in range(3):
+        messages = loaded[number]["raw_prompt"]
+        ours = reader.apply_chat_template(messages, add_generation_prompt=True)
+        assert encode_on_verl(loaded, number) == ours
+        assert ours.count(reader.tokenizer.convert_tokens_to_ids("<|image_pad|>")) == [4, 0, 4 + 6 + 8][number]
+
+
+def test_images_are_made_smaller_on_request_and_paths_are_read(load: Callable[..., Any], tmp_path: Path) -> None:
+    file = tmp_path / "large.png"
+    file.write_bytes(make_image(0, (112, 112)))
+    rows = [make_row("<image>", [{"bytes": None, "path": str(file)}])]
+    assert encode_on_verl(load("qwen2_5_vl", rows), 0).count(5) == 16
+    assert encode_on_verl(load("qwen2_5_vl", rows, f"data.max_pixels={56 * 56}"), 0).count(5) == 4
+    assert compose_config("sdpo_trainer", [f"data.train_files={file}", f"data.val_files={file}"]).data.max_pixels == (
+        DataConfig.max_pixels
+    )
+
+
+BROKEN = {
+    "no image": (make_row("<image>how long?", [as_file(b"text")]), "not an image file that can be read"),
+    "one image too many": (make_row("<image>?", [as_file(make_image(i)) for i in range(2)]), "1 <image> and the row"),
+    "one tag too many": (make_row("<image><image>", [as_file(make_image(0))]), "2 <image> and the row has 1"),
+    "an image token in the text": (make_row("<image><|image_pad|>?", [as_file(make_image(0))]), "has 2 <|image_pad|>"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_row_that_cannot_be_read_is_named_or_skipped(name: str, load: Callable[..., Any], capsys: Any) -> None:
+    broken, message = BROKEN[name]
+    rows = [make_row("<image>how long?", [as_file(make_image(1))]), broken]
+    with pytest.raises(UserError) as caught:
+        load("qwen2_5_vl", rows)
+    assert "rows.parquet: row 1: " in str(caught.value) and message in str(caught.value)
+    assert str(caught.value).endswith("; set data.filter_unreadable_images=true to skip such rows")
+    assert len(load("qwen2_5_vl", rows, "data.filter_unreadable_images=true")) == 1
+    assert "skipped 1 of 2 rows" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no row is left"):
+        load("qwen2_5_vl", [broken], "data.filter_unreadable_images=true")
+
+
+def test_images_for_a_model_that_reads_none(load: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match=r"rows.parquet has images, but .* reads none"):
+        load("text", [make_row("how long?", []), make_row("<image>", [as_file(make_image(0))])])
+    rows = load("text", [make_row("how <image> long?", [])])
+    assert rows[0]["raw_prompt"][1]["content"] == "how <image> long?"
+
+
+def test_an_overlong_prompt_is_measured_with_its_images(load: Callable[..., Any]) -> None:
+    rows = [make_row("<image>?", [as_file(make_image(0))]), make_row("<image>?", [as_file(make_image(0, (112, 112)))])]
+    lengths = [len(encode_on_verl(load("qwen2_5_vl", rows), number)) for number in range(2)]
+    assert lengths[1] == lengths[0] + 12
+    assert len(load("qwen2_5_vl", rows, f"data.max_prompt_length={lengths[0]}")) == 1
+    assert np.array_equal(load("qwen2_5_vl", rows)[0]["raw_prompt"][1]["content"][0]["image"], make_image(0))
+    assert isinstance(load("qwen2_5_vl", rows)._reader, ImageReader)
