@@ -1,9 +1,9 @@
 """A task with images that a laptop learns offline: read a figure's labels in an order that nobody states.
 
 A tiny vision-language model is made that can read the four labelled sides of a drawn quadrilateral, but that goes round
-it clockwise, from a side chosen at random, and that can copy a solution out of its context. Then it is to learn to go
-round anticlockwise from the top, which it never did: next to no rollout succeeds, so the score alone teaches nothing,
-but the teacher is shown the row's ground truth. Without the right picture there is no right answer.
+it clockwise, from the right side or from the left, and that can copy a solution out of its context. Then it is to learn
+to go round anticlockwise from the top, which it never did: next to no rollout succeeds, so the score alone teaches
+nothing, but the teacher is shown the row's ground truth. Without the right picture there is no right answer.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ FEEDBACK_TEXT = "Expected: "
 NUM_DIGITS = 10
 NUM_SIDES = 4  # in the order top, right, bottom, left
 NUM_FIGURES = 10 * 9 * 8 * 7  # the digits of a figure differ
-PRETRAINED_ORDERS = ((0, 1, 2, 3), (1, 2, 3, 0), (2, 3, 0, 1), (3, 0, 1, 2))  # clockwise
 TARGET_ORDER = (0, 3, 2, 1)
+# In no place does one of these have what the target has there, nor after a side the side that follows it in the target:
+# however roughly they are learned, the target does not come about by mixing them.
+PRETRAINED_ORDERS = ((1, 2, 3, 0), (3, 0, 1, 2))
 
 PICTURE_SIZE = 84  # pixels; a visual token sees 28 x 28 of them
 TOKENS_A_SIDE = 3
@@ -49,7 +51,7 @@ CHAT_TEMPLATE = (
 )
 
 SEEING_STEPS = 250
-READING_STEPS = 600
+READING_STEPS = 350
 NUM_PRETRAINING_FIGURES = 3000
 
 
