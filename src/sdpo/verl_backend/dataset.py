@@ -15,6 +15,7 @@ from sdpo.context.images import collect_images, open_image, place_images
 from sdpo.errors import UserError
 from sdpo.models.processing import ImageReader
 from sdpo.tasks.interface import read_image
+from sdpo.verl_backend import agent_loop  # noqa: F401  its loop is registered wherever verl imports this class
 
 
 class ImageDataset(RLHFDataset):  # type: ignore[misc]
