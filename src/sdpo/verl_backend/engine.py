@@ -33,6 +33,7 @@ from sdpo.verl_backend.packing import (
     count_response_tokens,
     pack_tokens,
     pad_right,
+    repair_position_ids,
 )
 from sdpo.verl_backend.towers import compute_positions, freeze_tower, share_images
 
@@ -183,7 +184,7 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
     # Learning
 
     def forward_backward_batch(self, data: TensorDict, loss_function: Any, forward_only: bool = False) -> Any:
-        _repair_position_ids(data)
+        repair_position_ids(data)
         if forward_only:
             return super().forward_backward_batch(data, loss_function, forward_only=True)
         self._add_token_weights(data)
@@ -295,13 +296,6 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         table = torch.tensor([[float(total), float(count)] for total, count in pairs], dtype=torch.float64).to(device)
         dist.all_reduce(table, group=self.get_data_parallel_group())
         return {name: total / max(count, 1.0) for name, (total, count) in zip(every, table.tolist(), strict=True)}
-
-
-def _repair_position_ids(data: TensorDict) -> None:
-    """Tell the ragged dimension of 3-D (M-RoPE) position ids, which verl mistakes when all sequences are as long."""
-    positions = data.get("position_ids")
-    if positions is not None and positions.is_nested and positions.dim() == 3 and positions._ragged_idx != 2:
-        data["position_ids"] = tu.nested_tensor_from_tensor_list(list(positions.unbind()), ragged_idx=2)
 
 
 def read_images(micro_batch: TensorDict) -> list[dict[str, Tensor]]:

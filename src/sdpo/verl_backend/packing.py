@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from tensordict import TensorDict
 from torch import Tensor
+from verl.utils import tensordict_utils as tu
 
 # Fields that the trainer adds to verl's batch, one entry a sample.
 TEACHER_PROMPTS = "teacher_prompts"  # [B, L] token ids, padded on the right
@@ -57,6 +58,20 @@ def count_response_tokens(data: TensorDict) -> Tensor:
     if responses.is_nested:
         return responses.offsets().diff()
     return data["attention_mask"][:, data["prompts"].shape[1] :].sum(1)
+
+
+def repair_position_ids(data: TensorDict) -> None:
+    """Cut 3-D (M-RoPE) position ids into sequences again, which verl does wrongly when all of these are as long."""
+    positions = data.get("position_ids")
+    if positions is None or not positions.is_nested or positions.dim() != 3:
+        return
+    values, offsets = positions.values(), data["input_ids"].offsets()
+    if values.shape == (4, offsets[-1]) and torch.equal(positions.offsets(), offsets):
+        positions._ragged_idx = 2
+        return
+    # [sequences * 4, length], whatever verl has marked it as since
+    parts = list(values.unflatten(0, (len(data), 4)).unbind())
+    data["position_ids"] = tu.nested_tensor_from_tensor_list(parts, ragged_idx=2)
 
 
 def pack_tokens(data: TensorDict) -> PackedTokens:

@@ -14,43 +14,51 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from torch import Tensor, nn
 
 from sdpo import metrics
 from sdpo.algorithm.inputs import gather_log_probs
+from sdpo.config import ModelConfig, SelfDistillationConfig
+from sdpo.context.images import collect_images
 from sdpo.errors import UserError
-from sdpo.tasks.hidden_rule import HiddenRule
+from sdpo.models.forward import compute_logits, pad_sequences
+from sdpo.models.loading import load_model
+from sdpo.models.processing import TokenPrompt, load_reader
+from sdpo.models.vision import SeenImages, Vision
+from sdpo.tasks.figures import Figures
 from sdpo.verl_backend.main import CPU
+from sdpo.verl_backend.packing import TEACHER_PROMPT_LENGTHS, TEACHER_PROMPTS
+from sdpo.verl_backend.teacher_batch import Rollout, TeacherBatch, read_ground_truth
 from sdpo.verl_backend.translate import quote
 
 STEPS = 3
 EMA_RATE = 0.05
+DISTILLATION: dict[str, Any] = {"alpha": 0.5, "ema_update_rate": EMA_RATE, "include_environment_feedback": True}
+MAX_PIXELS = 84 * 84  # the figures' own size
 
 
 def build_overrides(folder: Path) -> list[str]:
-    """A run of three one-step-off steps on the hidden rule, all of them saved."""
-    self_distillation = "actor_rollout_ref.actor.self_distillation"
+    """A run of three one-step-off steps on drawn figures, all of them saved."""
     settings: dict[str, Any] = {
         "actor_rollout_ref.model.path": str(folder / "task" / "model"),
         "data.train_files": str(folder / "task" / "train.parquet"),
         "data.val_files": str(folder / "task" / "test.parquet"),
         "data.train_batch_size": 8,
-        "data.max_prompt_length": 32,
-        "data.max_response_length": 12,
+        "data.max_prompt_length": 64,
+        "data.max_response_length": 6,
+        "data.max_pixels": MAX_PIXELS,
         "reward.custom_reward_function.path": "pkg://sdpo.verl_backend.reward",
-        "+reward.custom_reward_function.reward_kwargs.task": "hidden_rule",
+        "+reward.custom_reward_function.reward_kwargs.task": "figures",
         "+reward.custom_reward_function.reward_kwargs.task_args": json.dumps({"dir": str(folder / "task")}),
         "actor_rollout_ref.rollout.n": 4,
         "actor_rollout_ref.actor.optim.lr": 1e-3,
         "actor_rollout_ref.actor.optim.lr_warmup_steps": 0,
-        f"{self_distillation}.alpha": 0.5,
-        f"{self_distillation}.ema_update_rate": EMA_RATE,
-        f"{self_distillation}.demonstration_source": "peer_then_ground_truth",
-        f"{self_distillation}.include_environment_feedback": True,
+        **{f"actor_rollout_ref.actor.self_distillation.{name}": value for name, value in DISTILLATION.items()},
         "trainer.total_training_steps": STEPS,
         "trainer.test_freq": STEPS,
         "trainer.save_freq": 1,
@@ -75,7 +83,7 @@ def run(overrides: Sequence[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "verl.log"
     print(f"smoke test in {folder}; what verl says goes to {log}")
-    HiddenRule(str(folder / "task"), pretrain_steps=100, num_train=200, num_test=32).prepare()
+    Figures(str(folder / "task"), pretrain_steps=20, num_train=200, num_test=32).prepare()
     command = [sys.executable, "-m", "sdpo.verl_backend.main", *build_overrides(folder), *overrides]
     with log.open("w") as output:
         environment = {**os.environ, "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl")}
@@ -105,7 +113,7 @@ def check_distillation(folder: Path) -> str:
 
 def check_validation(folder: Path) -> str:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    name = metrics.val_name("hidden_rule", "mean@1")
+    name = metrics.val_name("figures", "mean@1")
     values = {row["step"]: row["data"][name] for row in rows if name in row["data"]}
     if sorted(values) != [0, STEPS]:
         raise AssertionError(f"validated at steps {sorted(values)}")
@@ -113,7 +121,7 @@ def check_validation(folder: Path) -> str:
 
 
 def check_teacher(folder: Path) -> str:
-    teacher = AutoModelForCausalLM.from_pretrained(folder / "task" / "model", dtype=torch.float32).state_dict()
+    teacher = load_vision_model(folder)[0].state_dict()
     error = moved = 0.0
     for step in range(1, STEPS + 1):
         student, saved = load_weights(folder, step), load_weights(folder, step, teacher=True)
@@ -130,18 +138,43 @@ def check_teacher(folder: Path) -> str:
 def check_sampler(folder: Path) -> str:
     """The batch sampled ahead in step k has the log-probabilities of the weights after step k - 1, and not others'."""
     step = STEPS - 1
-    _, _, _, batch, _ = torch.load(folder / f"checkpoints/global_step_{step}/prefetched.pt", weights_only=False)[
-        "batch"
-    ]
-    model = AutoModelForCausalLM.from_pretrained(folder / "task" / "model", dtype=torch.float32)
+    batch = load_batch_ahead(folder)
+    model, vision = load_vision_model(folder)
+    sampled = batch.batch["rollout_log_probs"][batch.batch["response_mask"].bool()]
     errors = []
     for version in (step - 1, step):
         model.load_state_dict(load_weights(folder, version))
-        errors.append(_largest_difference(model, batch.batch))
+        log_probs = compute_log_probs(model, vision, read_prompts(batch), batch, vision.placeholder_ids)
+        errors.append(float((log_probs - sampled).abs().max()))
     if errors[0] > 1e-4 or errors[1] < 10 * errors[0]:
         raise AssertionError(f"log-probabilities differ by {errors[0]:.1e}, from the next weights' by {errors[1]:.1e}")
     return (
         f"sampler's log-probabilities are the synced weights' to {errors[0]:.1e} (the next weights': {errors[1]:.1e})"
+    )
+
+
+def check_images(folder: Path) -> str:
+    """What the last step measured of teacher and student comes out again with the rows' images, and not with others."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    measured = next(row["data"][metrics.TEACHER_GAP] for row in rows if row["step"] == STEPS)
+    batch = load_batch_ahead(folder)
+    model, vision = load_vision_model(folder)
+    students = read_prompts(batch)
+    teachers = _build_teacher_prompts(vision, batch)
+    order = [*range(1, len(students)), 0]  # the n rollouts of a prompt stand together: most get another prompt's image
+    errors = []
+    for shown in (teachers, _exchange_images(teachers, order)):
+        model.load_state_dict(load_weights(folder, STEPS - 1, teacher=True))
+        teacher = compute_log_probs(model, vision, shown, batch)
+        model.load_state_dict(load_weights(folder, STEPS - 1))
+        student = compute_log_probs(model, vision, students, batch)
+        errors.append(abs(float((teacher - student).mean()) - measured))
+    if errors[0] > 1e-4 or errors[1] < 10 * errors[0]:
+        raise AssertionError(
+            f"the teacher's log-probabilities are off by {errors[0]:.1e}, with images exchanged by {errors[1]:.1e}"
+        )
+    return (
+        f"teacher sees the images: its log-probabilities come out again to {errors[0]:.1e} (exchanged: {errors[1]:.1e})"
     )
 
 
@@ -158,6 +191,7 @@ CHECKS: tuple[Callable[[Path], str], ...] = (
     check_validation,
     check_teacher,
     check_sampler,
+    check_images,
     check_checkpoint,
 )
 
@@ -171,15 +205,77 @@ def load_weights(folder: Path, step: int, *, teacher: bool = False) -> dict[str,
     return {name: getattr(value, "_local_tensor", value) for name, value in state.items()}
 
 
+def load_vision_model(folder: Path) -> tuple[nn.Module, Vision]:
+    """The task's model, with what reads images for it."""
+    config = ModelConfig(path=str(folder / "task" / "model"))
+    model, reader = load_model(config, torch.device("cpu")), load_reader(config, MAX_PIXELS)
+    assert reader is not None
+    return model, Vision(model, reader)
+
+
+def load_batch_ahead(folder: Path) -> Any:
+    """The rollouts of the last step, which the checkpoint before it holds."""
+    saved = torch.load(folder / f"checkpoints/global_step_{STEPS - 1}/prefetched.pt", weights_only=False)
+    return saved["batch"][3]
+
+
+def read_prompts(batch: Any) -> list[TokenPrompt]:
+    """The student's prompts of verl's batch."""
+    masks = batch.batch["attention_mask"][:, : batch.batch["prompts"].shape[1]].bool()
+    return [
+        TokenPrompt(ids[mask].tolist(), collect_images(messages))
+        for ids, mask, messages in zip(batch.batch["prompts"], masks, batch.non_tensor_batch["raw_prompt"], strict=True)
+    ]
+
+
+def _read_responses(batch: Any) -> list[list[int]]:
+    masks = batch.batch["response_mask"].bool()
+    return [ids[mask].tolist() for ids, mask in zip(batch.batch["responses"], masks, strict=True)]
+
+
+def _build_teacher_prompts(vision: Vision, batch: Any) -> list[TokenPrompt]:
+    fields = batch.non_tensor_batch
+    rollouts = [
+        Rollout(
+            group=fields["uid"][i],
+            messages=fields["raw_prompt"][i],
+            response_ids=response,
+            score=float(batch.batch["rm_scores"][i].sum()),
+            feedback=str(fields["feedback"][i]),
+            ground_truth=read_ground_truth(fields["reward_model"][i]),
+        )
+        for i, response in enumerate(_read_responses(batch))
+    ]
+    build = TeacherBatch(SelfDistillationConfig(**DISTILLATION), vision.reader, None, seed=0, total_steps=STEPS).build
+    made, _ = build(rollouts, STEPS)
+    return [
+        TokenPrompt(ids[:length].tolist(), collect_images(rollout.messages))
+        for ids, length, rollout in zip(made[TEACHER_PROMPTS], made[TEACHER_PROMPT_LENGTHS], rollouts, strict=True)
+    ]
+
+
+def _exchange_images(prompts: Sequence[TokenPrompt], order: Sequence[int]) -> list[TokenPrompt]:
+    return [replace(prompt, images=prompts[i].images) for prompt, i in zip(prompts, order, strict=True)]
+
+
 @torch.no_grad()
-def _largest_difference(model: Any, batch: Any) -> float:
-    length = batch["responses"].shape[1]
-    mask = batch["attention_mask"]
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    logits = model(batch["input_ids"], attention_mask=mask, position_ids=positions).logits[:, -length - 1 : -1]
-    chosen = batch["response_mask"].bool()
-    log_probs = gather_log_probs(logits[chosen].log_softmax(-1), batch["responses"][chosen])
-    return float((log_probs - batch["rollout_log_probs"][chosen]).abs().max())
+def compute_log_probs(
+    model: nn.Module, vision: Vision, prompts: Sequence[TokenPrompt], batch: Any, forbidden: Sequence[int] = ()
+) -> Tensor:
+    """[N] of the batch's response tokens after these prompts, forbidden tokens left out of the distribution."""
+    padded = pad_sequences(prompts, _read_responses(batch), 0, torch.device("cpu"), vision)
+    logits = compute_logits(
+        model,
+        padded.token_ids,
+        padded.attention_mask,
+        padded.position_ids,
+        padded.response_mask.shape[1] + 1,
+        vision=vision,
+        features=SeenImages(model, vision.reader).select(padded.images),
+    )[:, :-1][padded.response_mask]
+    logits[:, list(forbidden)] = float("-inf")
+    sampled = padded.token_ids[:, -padded.response_mask.shape[1] :][padded.response_mask]
+    return gather_log_probs(logits.log_softmax(-1), sampled)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from verl.workers.engine_workers import TrainingWorker
 
 from sdpo.config import SelfDistillationConfig
 from sdpo.verl_backend.engine import MODEL_TYPE
+from sdpo.verl_backend.packing import repair_position_ids
 from sdpo.verl_backend.settings import import_sampler, read_self_distillation
 
 
@@ -35,6 +36,7 @@ class SelfDistillationTrainingWorker(TrainingWorker):  # type: ignore[misc]
 
     def train_mini_batch(self, data: Any) -> Any:
         """Every mini-batch of a rollout batch, then the teacher follows."""
+        repair_position_ids(data)  # before verl cuts mini-batches
         output = super().train_mini_batch(data)
         self.engine.step_teacher()
         return output

@@ -15,7 +15,7 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.utils.padding import left_right_2_no_padding
 
 from sdpo.verl_backend import trainer_v1
-from sdpo.verl_backend.engine import _repair_position_ids
+from sdpo.verl_backend.packing import repair_position_ids
 from sdpo.verl_backend.trainer import SelfDistillationOneStepOffTrainer
 
 
@@ -66,8 +66,9 @@ def test_epochs_count_and_do_not_end_before_the_steps() -> None:
     assert len(list(stock._create_continuous_iterator())) == 6
 
 
-@pytest.mark.parametrize("lengths", [(4, 4, 4), (2, 4, 3)], ids=["equal", "ragged"])
-def test_position_ids_of_images_keep_their_shape(lengths: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("marked", [False, True], ids=["", "marked as right"])
+@pytest.mark.parametrize("lengths", [(4, 4, 4), (2, 4, 3), (3,)], ids=["equal", "ragged", "alone"])
+def test_position_ids_of_images_keep_their_shape(lengths: tuple[int, ...], marked: bool) -> None:
     size, prompt, response = len(lengths), 3, 1
     total = prompt + response
     mask = torch.tensor([[0] * (total - length) + [1] * length for length in lengths])
@@ -85,7 +86,12 @@ def test_position_ids_of_images_keep_their_shape(lengths: tuple[int, ...]) -> No
     )
     if len(set(lengths)) == 1:
         assert data["position_ids"]._ragged_idx == 1  # the four kinds of position are taken for the sequence
-    _repair_position_ids(data)
+    if marked:
+        tu.maybe_fix_3d_position_ids(data)  # what verl does in its workers
+        if lengths == (4, 4, 4):
+            with pytest.raises(RuntimeError):
+                data["position_ids"].unbind()
+    repair_position_ids(data)
     repaired = data["position_ids"]
     assert repaired._ragged_idx == 2
     assert repaired.values().shape == (4, sum(lengths))
@@ -97,7 +103,7 @@ def test_two_dimensional_position_ids_stay_as_they_are() -> None:
     parts = [torch.arange(3), torch.arange(3)]
     data = TensorDict({"position_ids": torch.nested.as_nested_tensor(parts, layout=torch.jagged)}, batch_size=2)
     before = data["position_ids"]
-    _repair_position_ids(data)
+    repair_position_ids(data)
     assert data["position_ids"] is before
     assert tu.get(data, "position_ids") is before
 
