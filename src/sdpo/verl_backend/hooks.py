@@ -55,7 +55,7 @@ HOOKS: tuple[Hook, ...] = (
     # engine.py
     Hook(f"{_ENGINE}:FSDPEngineWithLMHead", "subclassed", "student and teacher of one rank"),
     Hook(f"{_ENGINE}:FSDPEngine._build_model_optimizer", "extended", "builds the teacher after the student"),
-    Hook(f"{_ENGINE}:FSDPEngine._build_module", "called", "the teacher's module, from the same files"),
+    Hook(f"{_ENGINE}:FSDPEngine._build_module", "extended", "also makes the teacher; towers share images or freeze"),
     Hook(f"{_ENGINE}:FSDPEngine._build_fsdp_module", "called", "shards the teacher as the student"),
     Hook(f"{_ENGINE}:FSDPEngine.to", "extended", "offloads the teacher with the student"),
     Hook(f"{_ENGINE}:FSDPEngine.save_checkpoint", "extended", "saves the teacher"),
@@ -66,6 +66,34 @@ HOOKS: tuple[Hook, ...] = (
     Hook(f"{_ENGINE}:FSDPEngineWithLMHead.prepare_model_outputs", "relied on", "calls the loss with the logits"),
     Hook("verl.workers.engine.utils:prepare_micro_batches", "relied on", "cuts by the token budget we lower"),
     Hook("verl.utils.checkpoint.fsdp_checkpoint_manager:FSDPCheckpointManager", "called", "the teacher's shards"),
+    # towers.py
+    Hook("verl.models.transformers.qwen2_vl:_get_input_embeds", "relied on", "calls the tower that we replace"),
+    Hook("verl.models.transformers.qwen3_vl:_get_input_embeds", "relied on", "calls the tower that we replace"),
+    Hook("verl.utils.transformers_compat:unpack_visual_output", "called", "tokens and deepstack features of a tower"),
+    Hook("verl.utils.model:extract_multi_modal_inputs", "relied on", "images of a micro-batch, side by side"),
+    # packing.py
+    Hook("verl.workers.utils.padding:left_right_2_no_padding", "relied on", "makes what we mend"),
+    Hook("verl.utils.tensordict_utils:maybe_fix_3d_position_ids", "relied on", "marks what we mend"),
+    # dataset.py
+    Hook("verl.utils.dataset.rl_dataset:RLHFDataset", "subclassed", "opens images"),
+    Hook(
+        "verl.utils.dataset.rl_dataset:RLHFDataset.maybe_filter_out_long_prompts", "extended", "names unreadable rows"
+    ),
+    Hook("verl.utils.dataset.rl_dataset:RLHFDataset._build_messages", "replaced", "image files in content parts"),
+    Hook("verl.utils.dataset.rl_dataset:RLHFDataset._process_multi_modal_info", "replaced", "our pixels"),
+    # agent_loop.py
+    Hook("verl.experimental.agent_loop.single_turn_agent_loop:SingleTurnAgentLoop", "subclassed", "no image drawn"),
+    Hook("verl.experimental.agent_loop.single_turn_agent_loop:SingleTurnAgentLoop.run", "extended", "no image drawn"),
+    Hook(
+        "verl.experimental.agent_loop.agent_loop:AgentLoopWorker._compute_position_ids",
+        "relied on",
+        "positions of images",
+    ),
+    Hook(
+        "verl.experimental.agent_loop.agent_loop:AgentLoopWorker._compute_multi_modal_inputs",
+        "relied on",
+        "their pixels",
+    ),
     # worker.py
     Hook("verl.workers.engine_workers:TrainingWorker", "subclassed", "configures the engine"),
     Hook("verl.workers.engine_workers:TrainingWorker.train_mini_batch", "extended", "the teacher's update"),
@@ -99,6 +127,7 @@ HOOKS: tuple[Hook, ...] = (
     Hook("verl.trainer.main_ppo:run_ppo", "called", "starts Ray"),
     Hook("verl.experimental.one_step_off_policy.main_ppo:OneStepTaskRunner", "rewritten", "names its trainer"),
     Hook("verl.utils.config:validate_config", "called", "verl's own checks, before Ray"),
+    Hook("verl.utils.tokenizer.tokenizer:hf_processor", "called", "refuses models that verl cannot prepare images for"),
     # cpu/
     Hook("verl.plugin.platform.platform_base:PlatformBase", "subclassed", "a device named cpu"),
     Hook("verl.checkpoint_engine.base:CheckpointEngine", "subclassed", "weights through a file"),

@@ -83,8 +83,11 @@ def run(overrides: Sequence[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "verl.log"
     print(f"smoke test in {folder}; what verl says goes to {log}")
-    Figures(str(folder / "task"), pretrain_steps=20, num_train=200, num_test=32).prepare()
-    command = [sys.executable, "-m", "sdpo.verl_backend.main", *build_overrides(folder), *overrides]
+    Figures(str(folder / "task"), pretrain_steps=50, num_train=200, num_test=32).prepare()
+    settings = [*build_overrides(folder), *overrides]
+    if CPU in settings:
+        os.environ["VERL_PLATFORM"] = "cpu"  # also for the checks, which read verl's files
+    command = [sys.executable, "-m", "sdpo.verl_backend.main", *settings]
     with log.open("w") as output:
         environment = {**os.environ, "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl")}
         code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment).returncode
@@ -169,7 +172,7 @@ def check_images(folder: Path) -> str:
         model.load_state_dict(load_weights(folder, STEPS - 1))
         student = compute_log_probs(model, vision, students, batch)
         errors.append(abs(float((teacher - student).mean()) - measured))
-    if errors[0] > 1e-4 or errors[1] < 10 * errors[0]:
+    if errors[0] > 1e-5 or errors[1] < 1e-4:
         raise AssertionError(
             f"the teacher's log-probabilities are off by {errors[0]:.1e}, with images exchanged by {errors[1]:.1e}"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,10 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from omegaconf import DictConfig
+from transformers import AutoProcessor
 
 from sdpo.config import SelfDistillationConfig
 from sdpo.errors import UserError
-from sdpo.verl_backend.main import compose_config, main
+from sdpo.models.processing import load_without_videos
+from sdpo.verl_backend.main import compose_config, main, run
 from sdpo.verl_backend.settings import read_self_distillation
 
 ACTOR = "actor_rollout_ref.actor"
@@ -91,13 +94,44 @@ def test_another_loss_is_verls_own(compose: Callable[..., DictConfig]) -> None:
         ("data.train_files=/no/such.parquet", "/no/such.parquet: no such file"),
         ("trainer.nodes=2", "nodes"),
         (f"{ACTOR}.ppo_mini_batch_size=24", f"{ACTOR}.ppo_mini_batch_size=24 must divide data.train_batch_size=32"),
+        (f"{ACTOR}.freeze_vision_tower=true {ACTOR}.policy_loss.loss_mode=vanilla", "freeze_vision_tower=True has no"),
         ("trainer.n_gpus_per_node=3", "must be a multiple of the 3 GPUs that train"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(override: str, message: str, compose: Callable[..., DictConfig]) -> None:
     with pytest.raises(UserError) as caught:
-        compose(override)
+        compose(*override.split())
     assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "override", "message"),
+    [
+        # verl knows no processor of LLaVA's, and without torchvision transformers makes none for Qwen's.
+        ("llava", "", "verl cannot load its processor of images (Failed to create processor: Unsupported processor"),
+        ("qwen2_5_vl", "", "verl cannot load its processor of images (Failed to create processor: "),
+        ("text", f"{ACTOR}.freeze_vision_tower=true", "actor.freeze_vision_tower=True: "),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_refused_before_ray(
+    family: str,
+    override: str,
+    message: str,
+    compose: Callable[..., DictConfig],
+    vision_dir: Callable[[str], Path],
+    hidden_rule_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if family == "llava":
+        monkeypatch.setattr(AutoProcessor, "from_pretrained", load_without_videos)
+    elif family == "qwen2_5_vl" and importlib.util.find_spec("torchvision"):
+        pytest.skip("torchvision is here")
+    path = hidden_rule_dir / "model" if family == "text" else vision_dir(family)
+    config = compose(f"actor_rollout_ref.model.path={path}", *filter(None, [override]))
+    with pytest.raises(UserError) as caught:
+        run(config)
+    assert str(caught.value).startswith("actor_rollout_ref.") and message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -52,6 +52,9 @@ def test_a_run_says_the_same_on_verl(
         staleness=1,
         save_every=2,
         data__train_batch_size=4,
+        data__max_pixels=5000,
+        data__filter_unreadable_images=True,
+        learner__freeze_vision=True,
         sampler__n=3,
         sampler__temperature=0.8,
         sampler__top_p=0.9,
@@ -81,6 +84,11 @@ def test_a_run_says_the_same_on_verl(
     assert asdict(settings) == asdict(run.self_distillation)
     assert not config.trainer.use_v1
     assert (config.data.seed, config.data.train_batch_size, config.data.val_max_samples) == (5, 4, 5)
+    assert (config.data.max_pixels, config.data.filter_unreadable_images, actor.freeze_vision_tower) == (
+        5000,
+        True,
+        True,
+    )
     assert (config.data.max_prompt_length, config.data.max_response_length) == (2048, 8)
     assert (rollout.n, rollout.temperature, rollout.top_p, rollout.max_num_seqs) == (3, 0.8, 0.9, 17)
     assert (rollout.prompt_length, rollout.response_length, rollout.seed) == (2048, 8, 5)
