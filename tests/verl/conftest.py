@@ -18,6 +18,8 @@ import pytest
 
 from sdpo.tasks.hidden_rule import HiddenRule
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "models"))  # vision_language.py
+
 ARGUMENTS = {"pretrain_steps": 0, "num_train": 16, "num_test": 4}
 SETTINGS = [
     "total_steps=2",

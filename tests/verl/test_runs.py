@@ -7,8 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from vision_language import build_vision_model, make_image
 
 from sdpo import load_run, metrics
 from sdpo.tasks import hidden_rule
@@ -125,6 +128,68 @@ def test_the_v1_trainers(
         student = load_weights(tmp_path / "run", step)
         for weight, value in after.items():
             torch.testing.assert_close(value, 0.95 * before[weight] + 0.05 * student[weight], rtol=0, atol=1e-6)
+
+
+GRADER = """
+def grade(row, response):
+    return {"score": float(len(response) % 2), "feedback": "Expected: " + row.ground_truth}
+"""
+
+
+def write_rows(path: Path, num_rows: int) -> str:
+    """Rows with one, two and no images in turn, as ``datasets`` writes them, the last one broken."""
+    rows = []
+    for i in range(num_rows):
+        num_images = (1, 2, 0)[i % 3]
+        images = [{"bytes": make_image(3 * i + k, (56 + 28 * k, 56)), "path": None} for k in range(num_images)]
+        rows.append(
+            {
+                "data_source": "tiny",
+                "prompt": [{"role": "user", "content": "<image>" * num_images + f"how {i}?"}],
+                "images": images,
+                "reward_model": {"style": "rule", "ground_truth": f"it is {i}"},
+            }
+        )
+    rows.append({**rows[0], "images": [{"bytes": b"broken", "path": None}]})
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return str(path)
+
+
+def test_images_and_texts_with_a_frozen_tower_on_one_gpu(start: Train, tmp_path: Path, metrics_of: Metrics) -> None:
+    """Qwen3-VL on the V1 trainer sync; one step off and Qwen2.5-VL are the smoke test's."""
+    model = build_vision_model("qwen3_vl", tmp_path / "model")
+    (tmp_path / "grader.py").write_text(GRADER)
+    (tmp_path / "run.yaml").write_text("run_dir: ???\ntotal_steps: 2\n")
+    settings = {
+        "run_dir": tmp_path / "run",
+        "save_every": 1,
+        "eval_every": 0,
+        "model.path": model,
+        "data.task": tmp_path / "grader.py",
+        "data.train_files": f"[{write_rows(tmp_path / 'train.parquet', 12)}]",
+        "data.val_files": f"[{write_rows(tmp_path / 'test.parquet', 3)}]",
+        "data.train_batch_size": 6,
+        "data.max_prompt_length": 64,
+        "data.filter_unreadable_images": "true",
+        "sampler.n": 2,
+        "sampler.max_response_length": 8,
+        "learner.freeze_vision": "true",
+        "optim.lr": 1e-3,
+        "optim.warmup_steps": 0,
+        "self_distillation.teacher_regularization": "ema",
+        "self_distillation.include_environment_feedback": "true",
+    }
+    overrides = [f"{key}={value}" for key, value in settings.items()]
+    running = start(sys.executable, "-m", "sdpo.cli", "verl", str(tmp_path / "run.yaml"), *overrides)
+    assert running.wait() == 0, running.tail()
+    assert "skipped 1 of 13 rows whose images cannot be read" in running.log.read_text(errors="replace")
+    rows = metrics_of(tmp_path / "run")
+    for step in (1, 2):
+        assert rows[step][metrics.DISTILLATION_LOSS] > 0
+        assert rows[step][metrics.DISTILLED_FRACTION] == 1.0
+    first, last = load_weights(tmp_path / "run", 1), load_weights(tmp_path / "run", 2)
+    for name, value in first.items():
+        assert torch.equal(last[name], value) == name.startswith("model.visual."), name
 
 
 def test_plain_grpo_runs_on_the_same_trainer(train_on_verl: Train, tmp_path: Path, metrics_of: Metrics) -> None:
