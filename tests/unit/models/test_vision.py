@@ -217,6 +217,8 @@ def test_gradients_through_shared_features_are_those_of_a_tower_for_each_sequenc
             pixels = [loaded.reader.read_pixels(image) for image in prompt.images]
             for name in pixels[0] if pixels else ():
                 inputs[name] = torch.cat([each[name] for each in pixels])
+            if pixels:
+                inputs |= loaded.vision.mark_images(inputs["input_ids"])
             if loaded.vision.num_axes > 1:
                 inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
                 loaded.model.model.rope_deltas = None
