@@ -34,6 +34,7 @@ MAY_IMPORT = {
 
 ENGINE_LIBRARIES = {"torch", "transformers", "ray", "verl", "vllm"}
 OF_TRANSFORMERS = {"huggingface_hub", "safetensors", "tokenizers"}  # they are part of its interface
+OF_GEO3K = {"PIL", "datasets", "math_verify"}  # what the extra of that name brings
 
 
 class Import(NamedTuple):
@@ -130,7 +131,7 @@ def test_the_core_imports_only_what_its_installation_brings() -> None:
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")
     project = tomllib.loads((PACKAGE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = {re.split(r"[^\w-]", dependency)[0] for dependency in project["dependencies"]}
-    brought = declared | OF_TRANSFORMERS | set(project["optional-dependencies"])
+    brought = declared | OF_TRANSFORMERS | OF_GEO3K | set(project["optional-dependencies"])
     assert [found for found, root in libraries(IMPORTS) if found.floor != "verl_backend" and root not in brought] == []
 
 

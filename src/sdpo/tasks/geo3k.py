@@ -1,7 +1,7 @@
 r"""Geometry3k: the grader. ``geo3k_data.py`` makes the data; ``docs/geo3k.md`` compares the scores with verl's.
 
-The answer is what stands in the last ``\boxed{...}``. Numbers are compared here, which takes microseconds; the rest goes
-to math-verify, in a process of its own (``symbolic.py``).
+The answer is what stands in the last ``\boxed{...}``. Numbers are compared here, which takes microseconds; the
+rest goes to math-verify, in a process of its own (``symbolic.py``).
 """
 
 from __future__ import annotations

@@ -46,11 +46,12 @@ def prepare(out: str | Path, source: str | Path = DATA_SOURCE, observer: Observe
         UserError: ``datasets`` or Pillow is not installed; the source cannot be loaded, or lacks a split or a column;
             no row of a split can be used; the folder cannot be written, or is the source.
     """
-    target = Path(out).expanduser()
+    target = Path(os.path.expanduser(out))
     observer = observer or Silent()
-    if target.is_dir() and target.resolve() == Path(source).expanduser().resolve():
+    folder = os.path.expanduser(source)
+    if os.path.isdir(target) and os.path.isdir(folder) and os.path.samefile(target, folder):
         raise UserError(f"{target}: is the source itself; name another folder for the files")
-    if target.exists() and not target.is_dir():
+    if os.path.exists(target) and not os.path.isdir(target):
         raise UserError(f"{target}: is no folder; name another")
     splits = _load(str(source))
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
@@ -191,19 +192,20 @@ def _load(source: str) -> dict[str, Any]:
         raise UserError(f"Geometry3k's data needs {error.name}; install it: pip install 'sdpo[geo3k]'") from error
     import pyarrow as pa
 
-    folder = Path(source).expanduser()
-    if not folder.is_dir() and (folder.exists() or source.startswith(("/", ".", "~")) or source.count("/") > 1):
+    folder = os.path.expanduser(source)
+    is_local = os.path.isdir(folder)
+    if not is_local and (os.path.exists(folder) or source.startswith(("/", ".", "~")) or source.count("/") > 1):
         raise UserError(f"--source {source}: no such folder; it must hold parquet files named by split")
-    is_saved = any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    is_saved = any(os.path.isfile(os.path.join(folder, name)) for name in ("dataset_dict.json", "state.json"))
     try:
         with _quiet_datasets():
             if is_saved:
-                splits = datasets.load_from_disk(str(folder))
+                splits = datasets.load_from_disk(folder)
             else:
-                splits = datasets.load_dataset(str(folder) if folder.is_dir() else source)
+                splits = datasets.load_dataset(folder if is_local else source)
     except Exception as error:  # of datasets, of the hub's client and of what that stands on; they share no base
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        advice = "name another by --source" if folder.is_dir() else "without a connection name a local copy by --source"
+        advice = "name another by --source" if is_local else "without a connection name a local copy by --source"
         raise UserError(f"--source {source}: cannot be loaded ({reason}); {advice}") from error
     if not isinstance(splits, datasets.DatasetDict):
         raise UserError(f"--source {source}: is a single split; it must have {' and '.join(SPLITS)}")

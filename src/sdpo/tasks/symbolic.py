@@ -25,6 +25,7 @@ from typing import Any
 START_SECONDS = 120.0  # imports, on a busy machine with a cold disk
 MAX_MEMORY = 2 << 30  # bytes of the worker's address space; digits fill memory faster than they take time
 DIGITS = 30
+MAX_EXPONENT = 100  # of ten; as a fraction 10^999999999 would fill the memory of whoever asked
 
 
 class CutOff(Exception):
@@ -36,7 +37,7 @@ class Comparison:
     """What became of an answer and the truth it is compared with.
 
     Args:
-        is_readable: the answer is an expression.
+        is_readable: the answer is an expression, and no number beyond 10^±100.
         is_equal: math-verify finds both equal; always False where both have a value, which the caller compares.
         value, truth: the real numbers they stand for, to 30 digits; None for what is no real number.
     """
@@ -105,7 +106,7 @@ class _Worker:
                 self._process.stdin.flush()
         except BrokenPipeError as error:
             raise CutOff from error
-        reply = self._process.stdout.readline() if wait([self._process.stdout], seconds) else ""
+        reply = self._process.stdout.readline() if wait([self._process.stdout.fileno()], seconds) else ""
         if not reply:
             raise CutOff
         return reply
@@ -196,4 +197,8 @@ def _evaluate(expression: Any) -> str | None:
     if not getattr(expression, "is_number", False):
         return None
     value = expression.evalf(DIGITS, chop=True)
-    return str(value) if (value.is_Float and value.is_finite) or value.is_Rational else None
+    if not (value.is_Float and value.is_finite) and not value.is_Rational:
+        return None
+    if abs(Decimal(str(value)).adjusted()) > MAX_EXPONENT:
+        raise OverflowError
+    return str(value)
