@@ -76,8 +76,6 @@ class Geo3k:
             complaint = f"The final answer is correct, but {missing}."
         elif complaint and missing:
             complaint += f" Also, {missing}."
-        if is_right and not missing:
-            return Grade(1.0)  # for some weights the sum below is a little less
         return Grade((1.0 - self.format_weight) * is_right + self.format_weight * (missing is None), complaint)
 
     def _judge_answer(self, response: str, truth: str) -> tuple[bool, str | None]:
