@@ -99,6 +99,22 @@ def data_hidden_rule(
     print(f"made {out}/model, {out}/train.parquet, {out}/test.parquet")
 
 
+@data_app.command("geo3k")
+def data_geo3k(
+    out: Annotated[Path, typer.Option(help="Folder for train.parquet and test.parquet.")],
+    source: Annotated[
+        str, typer.Option(help="Name on the Hugging Face hub, or a folder with a copy.")
+    ] = "hiyouga/geometry3k",
+) -> None:
+    """Geometry3k, geometry problems with a diagram, in verl's schema; needs sdpo[geo3k]."""
+    from sdpo.report.console import ConsoleObserver
+    from sdpo.tasks.geo3k_data import prepare
+
+    with ConsoleObserver(0) as observer:
+        prepare(out, source, observer)
+    print(f"made {out}/train.parquet, {out}/test.parquet")
+
+
 @app.command()
 def report(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Folders of one or more runs.")],
