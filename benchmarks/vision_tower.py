@@ -36,7 +36,7 @@ from sdpo.embedded.step_images import StepImages
 from sdpo.models import vision as vision_module
 from sdpo.models.decoding import Decoding, Response, sample_responses
 from sdpo.models.loading import load_model
-from sdpo.models.processing import TokenPrompt, encode_png, load_reader
+from sdpo.models.processing import encode_png, load_reader
 from sdpo.models.vision import ImageFeatures, Vision, get_tower_parameters
 from sdpo.tasks.interface import Grade, Row
 
