@@ -303,6 +303,14 @@ def test_a_language_model_has_nothing_to_freeze(make_task_run: MakeRun) -> None:
         train(make_task_run(learner__freeze_vision=True))
 
 
+def test_a_language_model_reads_no_images(make_task_run: MakeRun, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "images.parquet", (0, 1))
+    with pytest.raises(
+        UserError, match=r"images\.parquet: row 1: has images, which model\.path=.* does not read; use a v"
+    ):
+        train(make_task_run(data__train_files=[file]))
+
+
 def test_vllm_is_refused(make_image_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sdpo.embedded.setup.require_vllm", lambda device: None)
     with pytest.raises(UserError, match=r"sampler\.engine=vllm does not sample from models that read images yet"):
