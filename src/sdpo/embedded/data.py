@@ -74,7 +74,7 @@ def _encode_rows(rows: Sequence[Row], setting: str, run: Run, tokenizer: Tokeniz
     for number, row in enumerate(rows, start=1):
         if row.images and not isinstance(tokenizer, ImageReader):
             raise UserError(
-                f"{row.origin}: has images, which model.path={run.model.path} does not read; use a vision-language model"
+                f"{row.origin}: has images, which model.path={run.model.path} does not read; take a model that does"
             )
         try:
             messages = place_images(row.prompt, row.images)

@@ -306,7 +306,7 @@ def test_a_language_model_has_nothing_to_freeze(make_task_run: MakeRun) -> None:
 def test_a_language_model_reads_no_images(make_task_run: MakeRun, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "images.parquet", (0, 1))
     with pytest.raises(
-        UserError, match=r"images\.parquet: row 1: has images, which model\.path=.* does not read; use a v"
+        UserError, match=r"images\.parquet: row 1: has images, which model\.path=.* does not read; take a model"
     ):
         train(make_task_run(data__train_files=[file]))
 
