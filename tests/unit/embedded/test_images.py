@@ -283,6 +283,26 @@ def test_a_run_with_images(make_image_run: MakeRun, family: str, staleness: int)
     assert "\\x89PNG" not in text
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize(("setting", "tolerance"), [("gradient_checkpointing", 1e-5), ("autocast", 0.15)])
+def test_checkpointing_and_autocast_reach_the_tower(
+    vision_model: VisionModel, make_run: MakeRun, family: str, setting: str, tolerance: float
+) -> None:
+    values = []
+    for on in (False, True):
+        run = make_run(data__train_batch_size=3, sampler__n=2, **{f"learner__{setting}": on})
+        learner, loaded = build_learner(vision_model(family), run)
+        learner._update = lambda: {}  # type: ignore[method-assign]  # the gradients stay
+        loss = learner.learn(make_samples(loaded, run))[metrics.LOSS]
+        tower = torch.cat([p.grad.flatten() for p in get_tower_parameters(learner.student) if p.grad is not None])
+        values.append((loss, tower))
+    (loss, gradient), (other_loss, other_gradient) = values
+    assert other_loss == pytest.approx(loss, rel=tolerance)
+    assert (gradient - other_gradient).norm() <= tolerance * gradient.norm()
+    assert gradient.norm() > 0
+    assert setting != "autocast" or not torch.allclose(gradient, other_gradient, rtol=1e-4, atol=0), "not in bfloat16"
+
+
 def test_a_frozen_tower_stays(make_image_run: MakeRun, vision_model: VisionModel) -> None:
     result = train(make_image_run(learner__freeze_vision=True))
     from safetensors.torch import load_file
