@@ -73,7 +73,7 @@ def verl(
     theirs: list[str] = []
     for override in overrides or []:
         key = override.partition("=")[0]
-        (ours if key in known or key.startswith("data.task_args.") else theirs).append(override)
+        (ours if key in known or key.startswith(("data.task_args.", "verl.")) else theirs).append(override)
     run = load_run(run_file, ours)
     command = build_command(run, theirs)
     for note in command.notes:
