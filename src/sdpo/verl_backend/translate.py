@@ -64,9 +64,7 @@ def translate(run: Run) -> Translation:
     unused = [key for key in WITHOUT_COUNTERPART if _select(run, key) != plain[key].default]
     return Translation(
         config_name="sdpo_trainer" if run.staleness else "sdpo_sync",
-        overrides=[
-            f"{key}={quote(value)}" for part in (settings, flatten_keys(run.verl)) for key, value in part.items()
-        ],
+        overrides=overrides,
         unused=unused,
     )
 
