@@ -155,6 +155,7 @@ def _bookkeeping(run: Run) -> dict[str, Any]:
     folder = Path(run.run_dir).absolute()
     return {
         "trainer.total_training_steps": run.total_steps,
+        "trainer.total_epochs": run.total_steps,  # V1 trainers end with whichever comes first
         "trainer.val_before_train": run.eval.before_training,
         "trainer.test_freq": run.eval_every or run.total_steps,
         "trainer.save_freq": run.save_every or run.total_steps,
