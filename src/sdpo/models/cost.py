@@ -20,7 +20,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 # data type. Attention matrices are not among them, which flash and SDPA kernels never store.
 KEPT_BY_LAYER = 2.2
 # The same for what a layer without gradients holds at once.
-HELD_BY_LAYER = 1.2
+HELD_BY_LAYER = 1.7
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Stack:
         kept = KEPT_BY_LAYER * self.width * size
         one = kept / self.num_layers
         if checkpointing:
-            return int((self.num_layers + 4) * self.hidden_size * residual_size + 2 * one)
+            return int((self.num_layers + 4) * self.hidden_size * residual_size + 1.5 * one)
         return int(kept + one)
 
     def count_reading(self, size: int) -> int:
