@@ -81,7 +81,7 @@ def test_a_dry_run_prints_the_run_and_writes_nothing(
     (tmp_path / "resolved.yaml").write_text(resolved)
     assert load_run(tmp_path / "resolved.yaml") == load_run(file, ["optim.lr=0.25"])
     assert memory.startswith(f"{4 * 2 * (2048 + 8):,} in 8 rollouts; 2 steps")
-    assert "learner, together" in tokens + memory
+    assert "learner and sampler, at once" in tokens + memory
     assert sorted(p.name for p in tmp_path.iterdir()) == ["resolved.yaml", "run.yaml"]
 
 

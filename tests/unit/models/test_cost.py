@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,9 @@ from transformers import (
 
 from sdpo.config import ModelConfig
 from sdpo.models.cost import Stack, measure_model
+from sdpo.models.loading import load_model
+from sdpo.models.processing import load_reader
+from sdpo.models.vision import SeenImages, get_tower_parameters
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "qwen2_5_vl_3b"
 CountPeak = Callable[[Callable[[], Any]], int]
@@ -59,9 +63,43 @@ def test_an_image_as_large_as_allowed_goes_through_the_tower_alone() -> None:
     assert small == 2**22 * 4 + 3567 * patch  # as many small images as go together
 
 
+def load_vision_models() -> Any:
+    path = Path(__file__).with_name("vision_language.py")
+    spec = importlib.util.spec_from_file_location("vision_language", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava"])
+def test_images_through_a_tower_stay_below_their_bound(family: str, count_peak: CountPeak, tmp_path: Path) -> None:
+    vision_models = load_vision_models()
+    config = ModelConfig(path=str(vision_models.build_vision_model(family, tmp_path)))
+    size, model, reader = measure_model(config), load_model(config, torch.device("cpu")), load_reader(config, 1_003_520)
+    assert reader is not None and size.tower is not None
+    assert size.num_params == sum(param.numel() for param in model.parameters())
+    images = [vision_models.make_image(i, (112, 112)) for i in range(8)]
+    numbers = sum(value.numel() for image in images for value in reader.read_pixels(image).values())
+    seen = SeenImages(model, reader, learning=True)
+    features = seen.select(images)
+
+    def learn() -> None:
+        for tensor in (tensor for each in features for tensor in each.tensors()):
+            tensor.grad = torch.ones_like(tensor)
+        seen.backward()
+
+    learn()
+    patches = -(-numbers // size.patch_values)
+    bound = numbers * 4 + patches * size.tower.count_learning(4, 4, checkpointing=False)
+    bound += sum(param.numel() * 4 for param in get_tower_parameters(model))  # gradients, before they are added
+    assert bound / 5 < count_peak(learn) <= bound
+
+
 # ---- activations ----------------------------------------------------------------------------------------------------
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 64,
     "intermediate_size": 256,
@@ -74,7 +112,7 @@ SHAPE = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
-GPT2 = {"vocab_size": 64, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_inner": 256, "n_positions": 1024}
+GPT2: dict[str, Any] = {"vocab_size": 64, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_inner": 256, "n_positions": 1024}
 GPT2 |= {"embd_pdrop": 0, "attn_pdrop": 0, "resid_pdrop": 0, "bos_token_id": None, "eos_token_id": None}
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "qwen2": lambda: Qwen2Model(Qwen2Config(**SHAPE)),
@@ -87,10 +125,10 @@ TOKENS = 512
 
 
 def build_tower() -> nn.Module:
-    text = {**SHAPE, "num_hidden_layers": 1, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}
-    text["rope_parameters"]["rope_theta"] = 1e4
-    vision = {"depth": 3, "hidden_size": 80, "intermediate_size": 214, "num_heads": 2, "out_hidden_size": 64}
-    vision |= {"patch_size": 14, "window_size": 112, "fullatt_block_indexes": [2]}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    text = {**SHAPE, "num_hidden_layers": 1, "rope_parameters": rope}
+    vision: dict[str, Any] = {"depth": 3, "hidden_size": 80, "intermediate_size": 214, "num_heads": 2}
+    vision |= {"out_hidden_size": 64, "patch_size": 14, "window_size": 112, "fullatt_block_indexes": [2]}
     tokens = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4}
     model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens))
     tower: nn.Module = model.model.visual

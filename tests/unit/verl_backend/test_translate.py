@@ -102,6 +102,7 @@ def test_a_run_says_the_same_on_verl(
 def test_staleness_chooses_the_trainer(make_task_run: Callable[..., Run], compose_run: Callable[[Run], Any]) -> None:
     config = compose_run(make_task_run(staleness=0))
     assert config.trainer.use_v1 and config.trainer.v1.trainer_mode == "sync"
+    assert config.trainer.total_epochs >= config.trainer.total_training_steps, "no epoch ends it before its last step"
     assert config.algorithm.rollout_correction.rollout_is == "token"
     assert config.actor_rollout_ref.rollout.val_kwargs.temperature == 0
 
