@@ -258,11 +258,11 @@ def count_logits(config: SelfDistillationConfig, vocab_size: int) -> int:
     distributions of both are still made, and their entropies taken; what is saved is the divergence's intermediates.
     """
     if not config.distills:
-        units = 6
+        units = 5
     elif config.distillation_topk is not None or not config.full_logit_distillation:
-        units = 7
+        units = 6
     elif config.alpha in (0.0, 1.0):
-        units = 8
+        units = 7
     else:
-        units = 13
+        units = 11
     return units * 4 * vocab_size

@@ -111,5 +111,5 @@ def test_a_token_of_a_response_or_of_an_image(estimate: Callable[..., Any]) -> N
         self_distillation__max_reprompt_len=2816,
     )
     # At most 3072 response tokens, 4352 of the student and 6144 of the teacher: one sample is always let in.
-    assert cost.phases["a micro-batch"]["logits"] == 151_936 * (3072 * 7 * 4 + (4352 * 3 + 6144) * 2)
+    assert cost.phases["a micro-batch"]["logits"] == 151_936 * (3072 * 6 * 4 + (4352 * 3 + 6144) * 2)
     assert cost.phases["old log-probabilities"]["logits"] == 151_936 * 6144 * 3 * 2
