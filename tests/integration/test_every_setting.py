@@ -188,6 +188,7 @@ class Ran:
     num_threads: int = 0
     sampler_threads: frozenset[int] = frozenset()  # of the sampler's own process, if the model came with code
     tracked: Sequence[Any] = ()
+    messages: Sequence[str] = ()
 
     def outcome(self) -> Any:
         return self.error, self.rows, self.rollouts
@@ -283,7 +284,12 @@ class Runner:
             elif name == "Qwen2MLP" and torch.is_grad_enabled():
                 calls["layer with gradient"] += 1
 
+        messages: list[str] = []
+
         class Watch(Silent):
+            def message(self, text: str) -> None:
+                messages.append(text)
+
             def metrics(self, step: int, values: Mapping[str, float]) -> None:
                 seen_threads.append(torch.get_num_threads())
 
@@ -323,6 +329,7 @@ class Runner:
                 int(note.split()[1]) for note in os.listdir(notes) if int(note.split()[0]) != os.getpid()
             ),
             tracked=tracked,
+            messages=messages,
         )
 
     def find_devices(self, changes: Mapping[str, Any]) -> dict[str, str]:
@@ -449,6 +456,8 @@ CASES = {
     "eval_every": Case([1]),
     "save_every": Case([1], observe=lambda ran: set(ran.checkpoints)),
     "staleness": Case([1], WITH_CODE),
+    # What verl makes of them is seen in tests/unit/verl_backend/test_translate.py.
+    "verl": Case([{"trainer.nnodes": 2}], observe=lambda ran: ran.messages, keeps=Ran.outcome),
     "model.path": Case(["../other_model"]),
     "model.dtype": Case(["bfloat16"]),
     "model.attn_implementation": Case(["eager"], observe=calls("sdpa"), keeps=Ran.outcome),
