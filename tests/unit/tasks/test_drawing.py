@@ -137,7 +137,15 @@ def test_the_same_seed_draws_the_same_rows() -> None:
 
 @pytest.mark.parametrize(
     ("square", "latex"),
-    [(1, "1"), (2, "\\sqrt{2}"), (9, "3"), (12, "2\\sqrt{3}"), (50, "5\\sqrt{2}"), (72, "6\\sqrt{2}"), (30, "\\sqrt{30}")],
+    [
+        (1, "1"),
+        (2, "\\sqrt{2}"),
+        (9, "3"),
+        (12, "2\\sqrt{3}"),
+        (50, "5\\sqrt{2}"),
+        (72, "6\\sqrt{2}"),
+        (30, "\\sqrt{30}"),
+    ],
 )
 def test_roots(square: int, latex: str) -> None:
     assert format_root(square) == latex
