@@ -251,7 +251,7 @@ def test_arguments_that_make_no_sense_are_refused(args: dict[str, Any], complain
 @pytest.mark.slow
 def test_pretraining_teaches_to_read_clockwise_and_to_copy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(figures, "NUM_PRETRAINING_FIGURES", 1500)
-    Figures(str(tmp_path / "x"), pretrain_steps=200, num_train=1, num_test=1).prepare()
+    Figures(str(tmp_path / "x"), pretrain_steps=250, num_train=1, num_test=1).prepare()
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "x" / "model")
     tokenizer = build_tokenizer()
     drawn = figures._draw_for_pretraining(random.Random("others"), build_image_processor())
@@ -266,6 +266,6 @@ def test_pretraining_teaches_to_read_clockwise_and_to_copy(monkeypatch: pytest.M
         chances = bare.read(model, seen, target, target)[:, :-1].softmax(-1).gather(2, target[..., None])
         first = bare.read(model, seen, target, target)[:, 0].softmax(-1)
     assert (copied == target).float().mean() > 0.95, "what it is shown, though it wrote something else"
-    assert chances.prod(dim=1).mean() < 1e-3, "unprompted, next to never what the task wants"
+    assert chances.prod(dim=1).mean() < 0.02, "unprompted, rarely what the task wants"
     read = sum(first.gather(1, digit_ids[drawn.digits[which][:, [side]]]) for side in (1, 3))
     assert read.mean() > 0.6, "the label at the right or at the left comes first"
