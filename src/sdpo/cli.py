@@ -121,6 +121,20 @@ def data_geo3k(
     print(f"made {out}/train.parquet, {out}/test.parquet")
 
 
+@data_app.command("figures")
+def data_figures(
+    out: Annotated[Path, typer.Option(help="Folder to make: model/, train.parquet, test.parquet.")],
+    seed: Annotated[int, typer.Option(help="Seed of rows and pretraining.")] = 0,
+) -> None:
+    """A tiny pretrained vision-language model and the figures that it is to learn to read; about two minutes."""
+    from sdpo.report.console import ConsoleObserver
+    from sdpo.tasks.figures import Figures
+
+    with ConsoleObserver(0) as observer:
+        Figures(dir=str(out), seed=seed).prepare(observer)
+    print(f"made {out}/model, {out}/train.parquet, {out}/test.parquet")
+
+
 @app.command()
 def report(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Folders of one or more runs.")],

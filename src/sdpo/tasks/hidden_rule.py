@@ -11,12 +11,8 @@ mode ``peers`` (A): the rule is one of those pretrained, so some rollouts succee
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import random
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +22,7 @@ from sdpo.context.demonstration import Demonstration
 from sdpo.context.encode import encode_prompt, encode_teacher_prompt
 from sdpo.errors import UserError
 from sdpo.observer import Observer, Silent
+from sdpo.tasks import offline
 from sdpo.tasks.interface import Grade, Row
 
 if TYPE_CHECKING:
@@ -78,14 +75,11 @@ class HiddenRule:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise UserError(f"data.task_args.mode must be one of {', '.join(MODES)}, got {self.mode!r}")
-        if not isinstance(self.dir, str) or not self.dir:
-            raise UserError(f"data.task_args.dir must be a folder's name, got {self.dir!r}")
+        offline.check_folder_name(self.dir)
         for name, least in (("seed", 0), ("pretrain_steps", 0), ("num_train", 1), ("num_test", 1)):
             value = getattr(self, name)
-            if value is None and name == "pretrain_steps":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise UserError(f"data.task_args.{name} must be a whole number of at least {least}, got {value!r}")
+            if value is not None or name != "pretrain_steps":
+                offline.check_whole_number(name, value, least)
         possible = NUM_DIGITS ** MODES[self.mode].length
         if self.num_train + self.num_test > possible:
             raise UserError(f"data.task_args: num_train + num_test exceeds the {possible} prompts of mode {self.mode}")
@@ -100,32 +94,16 @@ class HiddenRule:
     def prepare(self, observer: Observer | None = None) -> None:
         """Make model and data unless the folder already holds those of the same arguments.
 
-        Everything is made beside the folder and renamed into place, so that an interruption leaves nothing half-made.
-
         Raises:
             UserError: the folder holds something else, or cannot be made.
         """
-        target = Path(self.dir).expanduser()
+
+        def write(folder: Path) -> None:
+            self._write_rows(folder)
+            self._pretrain(observer or Silent(), folder / "model")
+
         recipe = {k: v for k, v in asdict(self).items() if k != "dir"}
-        if target.exists():
-            made_with = target / "recipe.json"
-            if not made_with.is_file():
-                raise UserError(f"{target}: exists and holds no hidden-rule data; name another folder")
-            if json.loads(made_with.read_text()) != recipe:
-                raise UserError(f"{target}: was made with {made_with.read_text()}; delete it or name another folder")
-            return
-        partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
-        try:
-            partial.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"{target}: cannot be made ({error.strerror}); name another folder") from error
-        try:
-            self._write_rows(partial)
-            self._pretrain(observer or Silent(), partial / "model")
-            (partial / "recipe.json").write_text(json.dumps(recipe))
-            partial.rename(target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        offline.make_folder(self.dir, recipe, "hidden-rule data", write)
 
     def _write_rows(self, folder: Path) -> None:
         import pyarrow as pa
@@ -160,7 +138,7 @@ class HiddenRule:
         rules = build_rules(self.mode)
         rules = rules if mode.target_is_pretrained else rules[1:]
         tokenizer = build_tokenizer()
-        with _reproducible(self.seed):
+        with offline.reproducible(self.seed):
             model = build_model(len(tokenizer))
             _pretrain(model, tokenizer, self.mode, rules, steps, observer)
         model.save_pretrained(folder)
@@ -183,36 +161,8 @@ def build_rules(mode: str) -> list[list[int]]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level Qwen2 tokenizer that knows digits and the words of the default templates.
-
-    So the real templates cost few tokens, and any other text still has a tokenization.
-    """
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import Qwen2Tokenizer
-
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    vocabulary = {token: i for i, token in enumerate([*special, *sorted(ByteLevel.alphabet())])}
-    split = Qwen2Tokenizer(vocab=vocabulary, merges=[]).backend_tokenizer.pre_tokenizer.pre_tokenize_str
-    defaults = SelfDistillationConfig()
-    texts = [
-        defaults.reprompt_template.format(prompt="0", solution="0", feedback="0"),
-        defaults.solution_template.format(successful_previous_attempt="0"),
-        defaults.feedback_template.format(feedback_raw="0"),
-        FEEDBACK_TEXT,
-        *("system\n", "user\n", "assistant\n"),
-    ]
-    merges: dict[tuple[str, str], None] = {}
-    for piece in dict.fromkeys(piece for text in texts for piece, _ in split(text)):
-        for end in range(1, len(piece)):
-            merges[piece[:end], piece[end]] = None
-            vocabulary.setdefault(piece[: end + 1], len(vocabulary))
-    return Qwen2Tokenizer(
-        vocab=vocabulary,
-        merges=list(merges),
-        eos_token="<|im_end|>",
-        additional_special_tokens=["<|im_start|>"],
-        chat_template=CHAT_TEMPLATE,
-    )
+    """A byte-level Qwen2 tokenizer that knows digits and the words of the default templates."""
+    return offline.build_tokenizer([FEEDBACK_TEXT], CHAT_TEMPLATE)
 
 
 def build_model(vocab_size: int) -> PreTrainedModel:
@@ -245,8 +195,6 @@ def _pretrain(
     observer: Observer,
     *,
     batch_size: int = 64,
-    peak_lr: float = 2e-3,
-    warmup: int = 100,
 ) -> None:
     """Teach two things: after a bare prompt, any rule; after a context with an answer, that answer, right or wrong.
 
@@ -260,11 +208,8 @@ def _pretrain(
     rule_table = torch.tensor([list(rule) for rule in rules])
     digit_ids = torch.tensor(tokenizer.convert_tokens_to_ids([str(d) for d in range(NUM_DIGITS)]))
     eos = torch.full((batch_size, 1), tokenizer.eos_token_id)
-    optimizer = torch.optim.AdamW(model.parameters(), peak_lr, weight_decay=0.01)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / warmup) * max(0.05, 1 - step / max(1, steps))
-    )
-    for step in range(steps):
+
+    def compute_loss() -> Any:
         prompt = torch.randint(NUM_DIGITS, (batch_size, length))
         by_rule = prompt.gather(1, rule_table[torch.randint(len(rules), (batch_size,))])
         copied = torch.where(torch.rand(batch_size, 1) < 0.5, by_rule, torch.randint(NUM_DIGITS, (batch_size, length)))
@@ -272,23 +217,13 @@ def _pretrain(
         for skeleton, answer in ((bare, by_rule), (shown, copied)):
             target = torch.cat([digit_ids[answer], eos], dim=1)
             context = skeleton.fill(digit_ids[prompt], digit_ids[answer])
-            written = target if skeleton is bare else torch.cat([digit_ids[_corrupt(answer)], eos], dim=1)
+            mistaken = skeleton is shown
+            written = torch.cat([digit_ids[offline.corrupt(answer, NUM_DIGITS)], eos], dim=1) if mistaken else target
             logits = model(torch.cat([context, written], dim=1), logits_to_keep=length + 2).logits[:, :-1]
             loss = loss + cross_entropy(logits.flatten(0, 1), target.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        observer.progress("pretraining the tiny model", step + 1, steps)
+        return loss
 
-
-def _corrupt(answer: Any) -> Any:
-    """Answers [batch, digits] with some digits replaced at random, from none to all of them."""
-    import torch
-
-    share = torch.rand(len(answer), 1)
-    return torch.where(torch.rand(answer.shape) < share, torch.randint(NUM_DIGITS, answer.shape), answer)
+    offline.pretrain(model.parameters(), compute_loss, steps, observer, "pretraining the tiny model")
 
 
 @dataclass(frozen=True)
@@ -321,21 +256,6 @@ def _build_skeletons(tokenizer: PreTrainedTokenizerFast, mode: str) -> tuple[_Sk
         zero, one = (tokenizer.convert_tokens_to_ids(str(d)) for d in (0, 1))
         skeletons.append(_Skeleton(ids, ids == zero, ids == one))
     return skeletons[0], skeletons[1]
-
-
-@contextlib.contextmanager
-def _reproducible(seed: int) -> Iterator[None]:
-    """One thread and a seeded generator, given back afterwards: sums in another order give another model."""
-    import torch
-
-    threads = torch.get_num_threads()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
 
 
 def _text(digits: Sequence[int]) -> str:
