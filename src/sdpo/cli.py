@@ -63,6 +63,7 @@ def verl(
     run_file: RunFile,
     overrides: Overrides = None,
     show: Annotated[bool, typer.Option("--print", help="Print the command that starts this run, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved run and what it would cost.")] = False,
 ) -> None:
     """Train on verl: Ray, vLLM, FSDP2. The same run file; settings that only verl has are passed on to Hydra."""
     from sdpo.config import iterate_settings, load_run
@@ -73,14 +74,19 @@ def verl(
     theirs: list[str] = []
     for override in overrides or []:
         key = override.partition("=")[0]
-        (ours if key in known or key.startswith("data.task_args.") else theirs).append(override)
+        (ours if key in known or key.startswith(("data.task_args.", "verl.")) else theirs).append(override)
     run = load_run(run_file, ours)
     command = build_command(run, theirs)
     for note in command.notes:
         print(note, file=sys.stderr)
+    if dry_run:
+        from sdpo.report.dry_run import print_dry_run
+        from sdpo.verl_backend.cost import estimate_cost
+
+        print_dry_run(run, estimate_cost(run, command.arguments))
     if show:
         print(command)
-    else:
+    if not (dry_run or show):
         launch(run, command)
 
 
@@ -97,6 +103,22 @@ def data_hidden_rule(
     with ConsoleObserver(0) as observer:
         HiddenRule(dir=str(out), mode=mode, seed=seed).prepare(observer)
     print(f"made {out}/model, {out}/train.parquet, {out}/test.parquet")
+
+
+@data_app.command("geo3k")
+def data_geo3k(
+    out: Annotated[Path, typer.Option(help="Folder for train.parquet and test.parquet.")],
+    source: Annotated[
+        str, typer.Option(help="Name on the Hugging Face hub, or a folder with a copy.")
+    ] = "hiyouga/geometry3k",
+) -> None:
+    """Geometry3k, geometry problems with a diagram, in verl's schema; needs sdpo[geo3k]."""
+    from sdpo.report.console import ConsoleObserver
+    from sdpo.tasks.geo3k_data import prepare
+
+    with ConsoleObserver(0) as observer:
+        prepare(out, source, observer)
+    print(f"made {out}/train.parquet, {out}/test.parquet")
 
 
 @data_app.command("figures")

@@ -358,7 +358,12 @@ class TrackingConfig(Section):
 
 @dataclass(frozen=True)
 class Run(Section):
-    """A whole run: what one YAML file says."""
+    """A whole run: what one YAML file says.
+
+    Keys in ``verl`` stand there as on Hydra's command line, so that a line of verl's documentation can be copied and
+    ``+`` and ``++`` mean what they mean there. Sections within it are flattened (``flatten_keys``), which is how
+    ``verl.trainer.nnodes=2`` on the command line arrives.
+    """
 
     seed: int = setting(0, "Seed of everything that is random.", ge=0)
     run_dir: str = setting(MISSING, "Folder of the run; everything it writes stands directly under it.", is_path=True)
@@ -367,6 +372,11 @@ class Run(Section):
     save_every: int = setting(0, "Steps between checkpoints; 0: only after the last step.", ge=0)
     staleness: int = setting(
         0, "0: sample, then learn. 1: batch k+1 is sampled in another process while batch k is learned.", ge=0, le=1
+    )
+    verl: dict[str, Any] = setting(
+        {},
+        "Settings that verl alone has, by their dotted Hydra keys (trainer.nnodes: 2); they win over what the run says "
+        "otherwise. The embedded engine does not read them.",
     )
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -400,6 +410,17 @@ def iterate_settings(section: type[Section] = Run, prefix: str = "") -> Iterator
             yield prefix + f.name, f
 
 
+def flatten_keys(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys; of a key that is said twice, the last value. An empty mapping is a value."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten_keys(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     """Read a run file and apply ``key=value`` overrides.
 
@@ -431,7 +452,10 @@ def _build_run(sources: Sequence[tuple[str, DictConfig]]) -> Run:
     for node in [merged, *(merged[name] for name in _SECTIONS)]:
         OmegaConf.set_readonly(node, None)  # frozen dataclasses become read-only nodes, which cannot be merged into
     for origin, source in sources:
-        _refuse_unknown_keys(origin, OmegaConf.to_container(source, resolve=False))
+        values: Any = OmegaConf.to_container(source, resolve=False)
+        _refuse_unknown_keys(origin, values)
+        if isinstance(values.get("verl"), Mapping):
+            source["verl"] = flatten_keys(values["verl"])  # or a key written in two ways would be two keys
         try:
             merged = OmegaConf.merge(merged, source)
         except OmegaConfBaseException as error:

@@ -81,7 +81,7 @@ def test_a_dry_run_prints_the_run_and_writes_nothing(
     (tmp_path / "resolved.yaml").write_text(resolved)
     assert load_run(tmp_path / "resolved.yaml") == load_run(file, ["optim.lr=0.25"])
     assert memory.startswith(f"{4 * 2 * (2048 + 8):,} in 8 rollouts; 2 steps")
-    assert "learner, together" in tokens + memory
+    assert "learner and sampler, at once" in tokens + memory
     assert sorted(p.name for p in tmp_path.iterdir()) == ["resolved.yaml", "run.yaml"]
 
 
@@ -92,6 +92,28 @@ def test_a_dry_run_does_not_make_the_task(
     assert outcome.code == 0
     assert "memory: unknown until" in outcome.out
     assert [p.name for p in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_a_dry_run_on_verl_counts_each_gpus_share(
+    sdpo: Callable[..., Outcome], write_run_file: WriteRunFile, tmp_path: Path
+) -> None:
+    arguments = [write_run_file(), "staleness=1", "verl.trainer.nnodes=2"]
+    outcome = sdpo("verl", *arguments, "rollout.n_gpus_per_node=3", "--dry-run")
+    assert outcome.code == 0
+    resolved, _, memory = outcome.out.partition("tokens a step: at most ")
+    assert "verl:\n  trainer.nnodes: 2\n" in resolved
+    assert "learner on each of 2 GPUs, at once" in memory and "sampler on each of 3 GPUs, at once" in memory
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.yaml"]
+    printed = sdpo("verl", *arguments, "trainer.nnodes=4", "--print")
+    assert printed.code == 0 and printed.out.strip().endswith("trainer.nnodes=2 trainer.nnodes=4")
+
+
+def test_an_embedded_run_says_once_that_verls_settings_do_nothing(
+    sdpo: Callable[..., Outcome], write_run_file: WriteRunFile
+) -> None:
+    outcome = sdpo("train", write_run_file(), "total_steps=1", "eval_every=0", "verl.trainer.nnodes=2")
+    assert outcome.code == 0
+    assert (outcome.out + outcome.err).count("without effect here: verl.trainer.nnodes") == 1
 
 
 def test_data_makes_model_and_rows(

@@ -23,9 +23,12 @@ from typing import Any
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "models"))
 from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from vision_language import build_vision_model, make_image
 
 from sdpo import Run, UserError, metrics, train
 from sdpo.config import (
@@ -149,6 +152,21 @@ def make_files(folder: Path) -> None:
         ]
         pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
 
+    build_vision_model("qwen2_5_vl", folder / "vision_model")
+    prompt = [{"role": "user", "content": "<image>?"}]
+    rows = [
+        {
+            "data_source": SOURCE,
+            "prompt": prompt,
+            "reward_model": {"ground_truth": str(i)},
+            "images": [{"bytes": make_image(i), "path": None}],
+        }
+        for i in range(6)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "images.parquet")
+    rows[2]["images"] = [{"bytes": b"no image", "path": None}]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "broken_images.parquet")
+
 
 def question(row: int) -> str:
     return str((row + 1) * 104729)[: 2 + row % 4]
@@ -170,6 +188,7 @@ class Ran:
     num_threads: int = 0
     sampler_threads: frozenset[int] = frozenset()  # of the sampler's own process, if the model came with code
     tracked: Sequence[Any] = ()
+    messages: Sequence[str] = ()
 
     def outcome(self) -> Any:
         return self.error, self.rows, self.rollouts
@@ -265,7 +284,12 @@ class Runner:
             elif name == "Qwen2MLP" and torch.is_grad_enabled():
                 calls["layer with gradient"] += 1
 
+        messages: list[str] = []
+
         class Watch(Silent):
+            def message(self, text: str) -> None:
+                messages.append(text)
+
             def metrics(self, step: int, values: Mapping[str, float]) -> None:
                 seen_threads.append(torch.get_num_threads())
 
@@ -305,6 +329,7 @@ class Runner:
                 int(note.split()[1]) for note in os.listdir(notes) if int(note.split()[0]) != os.getpid()
             ),
             tracked=tracked,
+            messages=messages,
         )
 
     def find_devices(self, changes: Mapping[str, Any]) -> dict[str, str]:
@@ -417,6 +442,11 @@ MINIS = {"learner.mini_batch_size": 1}
 NUCLEUS = {"sampler.top_p": 0.5}
 PEERS = {"self_distillation.demonstration_source": "peer"}
 FEEDBACK_TOO = {"self_distillation.include_environment_feedback": True}
+IMAGES = {
+    "model.path": "../vision_model",
+    "data.train_files": ["../images.parquet"],
+    "data.val_files": ["../images.parquet"],
+}
 WANDB = {"tracking.backends": ["wandb"]}
 
 CASES = {
@@ -426,6 +456,8 @@ CASES = {
     "eval_every": Case([1]),
     "save_every": Case([1], observe=lambda ran: set(ran.checkpoints)),
     "staleness": Case([1], WITH_CODE),
+    # What verl makes of them is seen in tests/unit/verl_backend/test_translate.py.
+    "verl": Case([{"trainer.nnodes": 2}], observe=lambda ran: ran.messages, keeps=Ran.outcome),
     "model.path": Case(["../other_model"]),
     "model.dtype": Case(["bfloat16"]),
     "model.attn_implementation": Case(["eager"], observe=calls("sdpa"), keeps=Ran.outcome),
@@ -437,6 +469,8 @@ CASES = {
     "data.train_batch_size": Case([2]),
     "data.max_prompt_length": Case([11], {"data.filter_overlong_prompts": True}),
     "data.filter_overlong_prompts": Case([True], {"data.max_prompt_length": 11}),
+    "data.max_pixels": Case([800], IMAGES),
+    "data.filter_unreadable_images": Case([True], {**IMAGES, "data.train_files": ["../broken_images.parquet"]}),
     "data.shuffle": Case([False]),
     # That vLLM then samples, and that its cache has this size, is seen in tests/vllm.
     "sampler.engine": Case(["vllm"], observe=itemgetter("engine"), look=Runner.find_engine),
@@ -457,6 +491,7 @@ CASES = {
     "learner.rollout_is": Case(["none", "sequence"], NUCLEUS),
     "learner.rollout_is_threshold": Case([0.4], NUCLEUS),
     "learner.autocast": Case([True]),
+    "learner.freeze_vision": Case([True], IMAGES),
     "learner.gradient_checkpointing": Case([True], observe=calls("layer with gradient"), keeps=Ran.outcome),
     "learner.num_threads": Case([2], ONE_STEP, observe=lambda ran: ran.num_threads),
     "optim.lr": Case([2e-2]),

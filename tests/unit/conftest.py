@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -239,3 +241,28 @@ def hidden_rule_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("task") / "hidden_rule"
     HiddenRule(str(folder), pretrain_steps=0, num_train=40, num_test=8).prepare()
     return folder
+
+
+@pytest.fixture(scope="session")
+def count_peak(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable[[], Any]], int]:
+    """Bytes that a call allocates at its worst moment, of tensors on the CPU that were not there before."""
+    trace = tmp_path_factory.mktemp("trace") / "trace.json"
+
+    def count(call: Callable[[], Any]) -> int:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            call()
+        profile.export_chrome_trace(str(trace))
+        events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+        held, peak = 0, 0
+        made: dict[int, int] = {}
+        for event in sorted(events, key=itemgetter("ts")):
+            address, size = event["args"]["Addr"], event["args"]["Bytes"]
+            if size > 0:
+                made[address] = size
+                held += size
+            else:
+                held -= made.pop(address, 0)
+            peak = max(peak, held)
+        return peak
+
+    return count

@@ -356,3 +356,18 @@ def test_a_saved_run_is_the_same_run(load: Callable[..., Run], tmp_path: Path) -
 def test_a_run_cannot_be_changed_under_way(load: Callable[..., Run]) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         load().optim.lr = 1.0  # type: ignore[misc]
+
+
+def test_what_verl_alone_has_may_be_nested_or_dotted_and_comes_back_from_a_saved_run(
+    load: Callable[..., Run], tmp_path: Path
+) -> None:
+    text = SMALLEST + "verl:\n  trainer: {n_gpus_per_node: 8, empty: {}}\n  trainer.nnodes: 2\n  +a.b: [1]\n"
+    run = load("verl.trainer.nnodes=3", text=text)
+    flat = {"trainer.nnodes": 3, "+a.b": [1], "trainer.n_gpus_per_node": 8, "trainer.empty": {}}
+    assert run.verl == flat
+    save_run(run, tmp_path / "saved.yaml")
+    assert load_run(tmp_path / "saved.yaml") == run
+
+
+def test_verls_settings_are_a_mapping(refusal: Callable[..., str]) -> None:
+    assert "verl" in refusal(text=SMALLEST + "verl: 3\n")

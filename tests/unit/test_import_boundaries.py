@@ -34,7 +34,7 @@ MAY_IMPORT = {
 
 ENGINE_LIBRARIES = {"torch", "transformers", "ray", "verl", "vllm"}
 OF_TRANSFORMERS = {"huggingface_hub", "safetensors", "tokenizers"}  # they are part of its interface
-NAMED_OTHERWISE = {"pillow": "PIL"}
+NAMED_OTHERWISE = {"pillow": "PIL", "math-verify": "math_verify"}
 
 
 class Import(NamedTuple):
@@ -130,9 +130,10 @@ def test_the_algorithm_imports_torch_alone() -> None:
 def test_the_core_imports_only_what_its_installation_brings() -> None:
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")
     project = tomllib.loads((PACKAGE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    names = [re.split(r"[^\w-]", dependency)[0] for dependency in project["dependencies"]]
-    declared = {NAMED_OTHERWISE.get(name, name) for name in names}
-    brought = declared | OF_TRANSFORMERS | set(project["optional-dependencies"])
+    # Of the extras, trackers are named like what they bring; the data set's brings what its two files import.
+    extras = project["optional-dependencies"]
+    names = {re.split(r"[^\w-]", dependency)[0] for dependency in [*project["dependencies"], *extras["geo3k"]]}
+    brought = {NAMED_OTHERWISE.get(name, name) for name in names} | OF_TRANSFORMERS | set(extras)
     assert [found for found, root in libraries(IMPORTS) if found.floor != "verl_backend" and root not in brought] == []
 
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
-from sdpo.config import load_run
+from sdpo.config import iterate_settings, load_run
+from sdpo.models.cost import Cost
+from sdpo.report.dry_run import format_bytes, list_memory
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
 SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
+GEO3K = sorted(CONFIGS.glob("geo3k_*.yaml"))
+ON_VERL = [path for path in GEO3K if path.stem != "geo3k_1gpu"]
+# config.json alone, which is all that a dry run reads of a model
+MODEL = f"model.path={ROOT / 'tests' / 'golden' / 'qwen2_5_vl_3b'}"
 
 
 def test_the_runs_that_make_names_are_shipped() -> None:
@@ -20,3 +29,94 @@ def test_the_runs_that_make_names_are_shipped() -> None:
 def test_a_shipped_run_is_read(path: Path) -> None:
     run = load_run(path)
     assert run.run_dir == f"runs/{path.stem}", "one folder a run file, so that two runs never share one"
+
+
+def dry_run(path: Path, *overrides: str) -> Cost:
+    run = load_run(path, [MODEL, *overrides])
+    if path not in ON_VERL:
+        from sdpo.embedded.cost import estimate_cost as estimate_embedded
+
+        return estimate_embedded(run)
+    from sdpo.verl_backend.cost import estimate_cost
+    from sdpo.verl_backend.translate import translate
+
+    return estimate_cost(run, translate(run).overrides)
+
+
+def test_there_is_a_file_for_each_machine() -> None:
+    assert [path.stem for path in GEO3K] == ["geo3k_1gpu", "geo3k_2gpus", "geo3k_2nodes", "geo3k_8gpus"]
+
+
+@pytest.mark.parametrize("path", GEO3K, ids=lambda path: path.stem)
+def test_a_run_on_geometry_fits_into_80_gb(path: Path) -> None:
+    cost = dry_run(path)
+    assert cost.num_params == 3_754_622_976
+    assert max(cost.learner_peak, cost.sampler_peak) < 72 * 2**30, "of 79.6 GiB; the rest is CUDA's, NCCL's and lost"
+
+
+@pytest.mark.parametrize("path", GEO3K, ids=lambda path: path.stem)
+def test_the_remarks_in_a_run_file_are_what_a_dry_run_prints(path: Path) -> None:
+    remarks = re.findall(r"^#   (\S.*?) +([\d.]+ [KMG]iB)$", path.read_text(), flags=re.MULTILINE)
+    assert remarks == [(name, format_bytes(size)) for name, size in list_memory(dry_run(path))]
+    assert f"configs/{path.name} --dry-run" in path.read_text()
+
+
+def test_the_page_has_the_same_table() -> None:
+    page = (ROOT / "docs" / "geo3k_memory.md").read_text()
+    lines = [
+        line.strip("| ").split("|") for line in page.splitlines() if re.match(r"\| (at most|learner|sampler)\b", line)
+    ]
+    (_, *names), *rows = [[cell.strip() for cell in line] for line in lines]
+    for place, name in enumerate(names, start=1):
+        written = {row[0]: row[place] for row in rows if len(row) > place and row[place]}
+        expected = {
+            re.sub(r" and sampler| on each of \d+ GPUs", "", item): format_bytes(size)
+            for item, size in list_memory(dry_run(CONFIGS / f"{name}.yaml"))
+        }
+        assert written == expected, name
+
+
+@pytest.mark.parametrize("path", GEO3K, ids=lambda path: path.stem)
+def test_a_peers_solution_fits_as_the_page_says(path: Path) -> None:
+    shown = ["self_distillation.demonstration_source=peer_then_ground_truth", "self_distillation.max_reprompt_len=4608"]
+    assert dry_run(path, *shown, "eval.teacher=false").learner_peak < 72 * 2**30
+    assert (dry_run(path, *shown).learner_peak < 72 * 2**30) == (path in ON_VERL)
+
+
+@pytest.mark.parametrize(
+    ("name", "learners", "samplers"),
+    [("geo3k_2gpus", (1, 1), (1, 1)), ("geo3k_8gpus", (1, 4), (1, 4)), ("geo3k_2nodes", (1, 8), (1, 8))],
+)
+def test_a_run_on_verl_composes(
+    name: str, learners: tuple[int, int], samplers: tuple[int, int], tmp_path: Path
+) -> None:
+    from sdpo.verl_backend.main import compose_config
+    from sdpo.verl_backend.settings import read_self_distillation
+    from sdpo.verl_backend.translate import translate
+
+    for kind in ("train", "test"):
+        (tmp_path / f"{kind}.parquet").touch()
+    path = CONFIGS / f"{name}.yaml"
+    files = [f"data.train_files=[{tmp_path}/train.parquet]", f"data.val_files=[{tmp_path}/test.parquet]"]
+    run = load_run(path, files)
+    translated = translate(run)
+    config = compose_config(translated.config_name, translated.overrides)
+    assert translated.config_name == "sdpo_trainer" and not config.trainer.use_v1, "one step off policy"
+    assert (config.trainer.nnodes, config.trainer.n_gpus_per_node) == learners
+    assert (config.actor_rollout_ref.rollout.nnodes, config.actor_rollout_ref.rollout.n_gpus_per_node) == samplers
+    cost = dry_run(path)
+    assert (cost.num_learners, cost.num_samplers) == (learners[0] * learners[1], samplers[0] * samplers[1])
+    assert read_self_distillation(config.actor_rollout_ref.actor) == run.self_distillation
+    assert config.actor_rollout_ref.model.path == "Qwen/Qwen2.5-VL-3B-Instruct"
+    precision = config.actor_rollout_ref.actor.fsdp_config
+    assert precision.mixed_precision.param_dtype == "bf16"
+    assert precision.model_dtype == ("bf16" if name == "geo3k_2gpus" else "fp32")
+
+
+def test_the_files_differ_only_in_what_the_machine_asks_for() -> None:
+    machine = {"run_dir", "staleness", "verl", "model.dtype", "learner.autocast", "learner.micro_batch_tokens"}
+    machine |= {"learner.freeze_vision", "sampler.batch_size", "eval.max_prompts", "tracking.name"}
+    first, *others = [OmegaConf.structured(load_run(path)) for path in GEO3K]
+    keys = [key for key, _ in iterate_settings() if key not in machine]
+    for other in others:
+        assert [key for key in keys if OmegaConf.select(first, key) != OmegaConf.select(other, key)] == []

@@ -15,9 +15,8 @@ from sdpo.errors import UserError
 class Tokenizer(Protocol):
     """What is needed of a tokenizer of transformers.
 
-    Anything that has these will do. With images, a tokenizer counts an image as its chat template writes it, often one
-    token; where it is expanded later, pass an adapter whose ``apply_chat_template`` expands it, or a lower
-    ``max_length``.
+    Anything that has these will do. For messages with images, one whose ``apply_chat_template`` writes as many tokens
+    for an image as the model makes features of it: ``ImageReader`` in ``models/processing.py``.
     """
 
     chat_template: Any

@@ -1,68 +1,111 @@
-"""What a run would cost, from its settings and the model's architecture alone: an upper bound of tokens, and memory."""
+"""What a run on this engine would cost, from its settings and the model's architecture alone."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from sdpo.config import Run
-from sdpo.models.loading import build_meta_model
+from sdpo.models.cost import BYTES, Cost, Lengths, ModelSize, bound_lengths, count_logits, measure_model
 
-BYTES = {"float32": 4, "bfloat16": 2}
-# Values of hidden size that a transformer layer keeps for its backward pass, a token: Korthikanti et al.
-# (arXiv 2205.05198), eq. 2 without dropout and without the attention matrix, which flash and SDPA kernels never store.
-ACTIVATIONS_PER_LAYER = 17
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Upper bounds. Memory is in bytes by what needs it, the learner's device first."""
-
-    tokens_a_step: int
-    num_params: int | None
-    learner: dict[str, int]
-    sampler: dict[str, int]
+# Float32 rows of the vocabulary while a token is drawn; with a nucleus they are sorted too.
+DRAWING, DRAWING_FROM_NUCLEUS = 5, 12
 
 
 def estimate_cost(run: Run) -> Cost:
     """Tokens a step, and memory of learner and sampler; no memory where the model is only made on first use."""
-    sequences = run.data.train_batch_size * run.sampler.n
-    longest = run.data.max_prompt_length + run.sampler.max_response_length
-    tokens = sequences * longest
+    tokens = run.data.train_batch_size * run.sampler.n * (run.data.max_prompt_length + run.sampler.max_response_length)
     if run.data.task_args.get("dir") and not Path(run.model.path).exists():
-        return Cost(tokens, None, {}, {})
-    model = build_meta_model(run.model)
-    shape = model.config.get_text_config()
-    num_params = sum(p.numel() for p in model.parameters())
-    size = BYTES[run.model.dtype]
-    weights = num_params * size
-    config = run.self_distillation
+        return Cost(tokens, None)
+    model = measure_model(run.model)
+    lengths = bound_lengths(run, model.window)
+    return Cost(
+        tokens_a_step=tokens,
+        num_params=model.num_params,
+        num_tower_params=model.tower.num_params if model.tower else 0,
+        learner=_hold(run, model, lengths),
+        phases={
+            "a micro-batch": _learn(run, model, lengths),
+            "the images' gradients": _learn_tower(run, model),
+            "the update": _update(run, model),
+        },
+        sampler=_sample(run, model, lengths),
+        takes_turns=not run.staleness and run.sampler.device == run.learner.device,
+    )
+
+
+def _count_trained(run: Run, model: ModelSize) -> int:
+    return model.language.num_params if run.learner.freeze_vision else model.num_params
+
+
+def _hold(run: Run, model: ModelSize, lengths: Lengths) -> dict[str, int]:
+    config, size = run.self_distillation, BYTES[run.model.dtype]
+    trained = _count_trained(run, model) * size
     has_module = config.distills and config.teacher_regularization != "live"
     has_average = config.distills and config.teacher_regularization == "ema" and size < 4
+    # The student's features of all of a step's images, their gradient, and another tower's.
+    copies = 1 if run.learner.freeze_vision else 2 + has_module
+    image_tokens = run.data.train_batch_size * lengths.prompt if model.tower else 0
+    return {
+        "student": model.num_params * size,
+        "gradients": trained,
+        "AdamW's moments": 2 * trained,
+        "teacher": model.num_params * size * has_module,
+        "teacher's float32 average": model.num_params * 4 * has_average,
+        "features of a step's images": image_tokens * model.feature_values * size * copies,
+    }
 
-    micro_tokens = min(max(run.learner.micro_batch_tokens, longest), tokens)
-    scored = min(micro_tokens, sequences * run.sampler.max_response_length)
-    kept = 1 if run.learner.gradient_checkpointing else ACTIVATIONS_PER_LAYER
-    activation_size = 2 if run.learner.autocast else size
-    head_size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    kv_heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
-    learner = {
-        "student": weights,
-        "gradients": weights,
-        "AdamW's moments": 2 * weights,
-        "teacher": weights * has_module,
-        "teacher's float32 average": num_params * 4 * has_average,
-        "activations of a micro-batch": micro_tokens
-        * shape.num_hidden_layers
-        * shape.hidden_size
-        * kept
-        * activation_size,
-        # Student's logits, log-probabilities and their gradient; the teacher's log-probabilities and a product.
-        "logits of a micro-batch": scored * shape.vocab_size * 4 * (5 if config.distills else 3),
+
+def _learn(run: Run, model: ModelSize, lengths: Lengths) -> dict[str, int]:
+    residual = BYTES[run.model.dtype]
+    size = 2 if run.learner.autocast else residual
+    stack = model.language
+    student = stack.count_learning(size, residual, checkpointing=run.learner.gradient_checkpointing)
+    mask = (lengths.prompt + lengths.response) * (1 + size)  # of one row of attention
+    return {
+        "activations": lengths.student * (student + mask) + lengths.teacher * stack.count_reading(size),
+        "logits": lengths.scored * count_logits(run.self_distillation, model.vocab_size),
+        # Autocast keeps its copies of the student's weights for the backward pass; the teacher's go with its pass.
+        "weights in bfloat16": stack.num_params * 2 * (2 if lengths.teacher else 1) if run.learner.autocast else 0,
     }
-    decoded = min(max(run.sampler.batch_size, run.sampler.n), sequences)
-    sampler = {
-        "weights": weights if run.staleness or run.sampler.device != run.learner.device else 0,
-        "key-value cache": decoded * longest * shape.num_hidden_layers * kv_heads * head_size * 2 * size,
+
+
+def _learn_tower(run: Run, model: ModelSize) -> dict[str, int]:
+    """Of a frozen tower it is a forward pass alone, which takes less."""
+    residual = BYTES[run.model.dtype]
+    size = 2 if run.learner.autocast else residual
+    checkpointing = run.learner.gradient_checkpointing
+    return {
+        "activations of the image tower": model.count_tower(
+            run.data.max_pixels, size, residual, checkpointing=checkpointing
+        )
     }
-    return Cost(tokens, num_params, learner, sampler)
+
+
+def _update(run: Run, model: ModelSize) -> dict[str, int]:
+    """AdamW makes the square roots of its second moments; after it the teacher's average casts the student."""
+    config, size = run.self_distillation, BYTES[run.model.dtype]
+    casts = config.distills and config.teacher_regularization == "ema" and size < 4
+    return {"copies of the weights": max(_count_trained(run, model) * size, model.num_params * 4 * casts)}
+
+
+def _sample(run: Run, model: ModelSize, lengths: Lengths) -> dict[str, int]:
+    """Rollouts of a step, or held-out prompts, whose teacher's prompts are the longest that are decoded."""
+    own_weights = run.sampler.engine == "vllm" or run.staleness or run.sampler.device != run.learner.device
+    size, rows = BYTES[run.model.dtype], max(run.sampler.batch_size, run.sampler.n)
+    training = min(rows, run.data.train_batch_size * run.sampler.n)
+    held_out = rows if run.eval.max_prompts is None else min(rows, run.eval.max_prompts * max(run.eval.n, 1))
+    shown = max(lengths.prompt, lengths.teacher_prompt) if run.eval.teacher else lengths.prompt
+    cached = max(training * (lengths.prompt + lengths.response), held_out * (shown + lengths.response))
+    prompts = max(training // run.sampler.n, 1)
+    read = max(prompts * lengths.prompt, held_out * shown)
+    pictured = max(prompts, held_out) * lengths.prompt * model.feature_values * size if model.tower else 0
+    drawing = DRAWING if run.sampler.top_p == run.eval.top_p == 1.0 else DRAWING_FROM_NUCLEUS
+    if run.sampler.engine == "vllm":
+        return {"weights": model.num_params * size, "key-value cache": int(run.sampler.kv_cache_gib * 2**30)}
+    return {
+        "weights": model.num_params * size if own_weights else 0,
+        "key-value cache": cached * model.cache_values * size,
+        "features of the prompts' images": pictured,
+        "reading prompts": read * model.language.count_reading(size),
+        "drawing tokens": max(training, held_out) * model.vocab_size * 4 * drawing,
+    }

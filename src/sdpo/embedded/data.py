@@ -10,7 +10,7 @@ from sdpo.config import Run
 from sdpo.context.encode import Tokenizer, encode_prompt
 from sdpo.context.images import collect_images, place_images
 from sdpo.errors import UserError
-from sdpo.models.processing import TokenPrompt
+from sdpo.models.processing import ImageReader, TokenPrompt
 from sdpo.observer import Observer
 from sdpo.tasks.interface import Row, load_rows
 
@@ -72,6 +72,10 @@ def _encode_rows(rows: Sequence[Row], setting: str, run: Run, tokenizer: Tokeniz
     prompts: list[Prompt] = []
     unreadable: list[str] = []
     for number, row in enumerate(rows, start=1):
+        if row.images and not isinstance(tokenizer, ImageReader):
+            raise UserError(
+                f"{row.origin}: has images, which model.path={run.model.path} does not read; take a model that does"
+            )
         try:
             messages = place_images(row.prompt, row.images)
             prompts.append(Prompt(replace(row, prompt=messages), encode_prompt(tokenizer, messages)))

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from sdpo.config import Run
+from sdpo.config import Run, flatten_keys
 from sdpo.context.encode import Tokenizer
 from sdpo.embedded.data import Prompt, PromptOrder, load_prompts
 from sdpo.embedded.evaluation import Evaluator
@@ -53,6 +53,8 @@ def build_parts(run: Run, observer: Observer) -> Parts:
     Raises:
         UserError: see the functions called here.
     """
+    if run.verl:
+        observer.message(f"without effect here: verl.{', verl.'.join(flatten_keys(run.verl))}")
     if run.learner.num_threads is not None:
         torch.set_num_threads(run.learner.num_threads)
     torch.manual_seed(run.seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from io import BytesIO
 from typing import Any
 
@@ -64,12 +64,12 @@ class ImageReader:
     It writes a chat as the processor does, each image as the tokens that stand for it, but prepares an image once for
     all prompts that show it. Content parts of type image hold the image file as bytes.
 
+    Most processors put special tokens alone in an image's place; since text is never merged across these, an image's
+    tokens are the same in every prompt, and are put there without the processor. The others are asked each time.
+
     Args:
         processor: of the model.
         max_pixels: larger images are made smaller first.
-
-    Raises:
-        UserError: the processor knows no image token.
     """
 
     def __init__(self, processor: ProcessorMixin, max_pixels: int) -> None:
@@ -78,11 +78,22 @@ class ImageReader:
         self.max_pixels = max_pixels
         self.chat_template: Any = getattr(processor, "chat_template", None) or self.tokenizer.chat_template
         self.image_token = getattr(processor, "image_token", None)
-        if self.image_token is None:
-            raise UserError(f"model.path: {type(processor).__name__} has no image token; this model is not supported")
-        self._placeholder_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        self._open = lru_cache(CACHED_IMAGES)(lambda data: open_image(data, self.max_pixels))
         self._read = lru_cache(CACHED_IMAGES)(self._read_file)
         self._expand = lru_cache(None)(lambda data: self._read(data)[0])
+
+    @cached_property
+    def _has_fixed_tokens(self) -> bool:
+        """Whether an image becomes special tokens alone, wherever it stands."""
+        from PIL import Image
+
+        if self.image_token is None:
+            return False
+        try:
+            token_ids = self._process(self.image_token, [Image.new("RGB", (56, 56))])["input_ids"][0].tolist()
+        except UserError:  # its place is marked by another token
+            return False
+        return set(token_ids) <= set(self.tokenizer.added_tokens_decoder)
 
     def __call__(self, text: Any, **kwargs: Any) -> Any:
         return self.tokenizer(text, **kwargs)
@@ -96,24 +107,21 @@ class ImageReader:
         Raises:
             UserError: an image cannot be read, or the text itself contains image tokens.
         """
-        text = self.processor.apply_chat_template(
-            [_without_payload(message) for message in conversation],
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            chat_template=self.chat_template,
-        )
-        begun = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
-        token_ids = self.tokenizer(text, add_special_tokens=not begun)["input_ids"]
+        text = self._render(conversation, add_generation_prompt)
         images = collect_images(conversation)
-        if token_ids.count(self._placeholder_id) != len(images):
+        if images and not self._has_fixed_tokens:
+            return self._process(text, [self._open(image) for image in images])["input_ids"][0].tolist()
+        token_ids = self.tokenizer(text, add_special_tokens=self._lacks_beginning(text))["input_ids"]
+        placeholder = self.tokenizer.convert_tokens_to_ids(self.image_token) if self.image_token is not None else None
+        if token_ids.count(placeholder) != len(images):
             raise UserError(
-                f"a prompt with {len(images)} images has {token_ids.count(self._placeholder_id)} {self.image_token}: "
-                "its text must not contain that token, and the chat template must write it once for each image"
+                f"a prompt with {len(images)} images has {token_ids.count(placeholder)} {self.image_token}: its text "
+                "must not contain that token, and the chat template must write it once for each image"
             )
         remaining = iter(images)
         expanded: list[int] = []
         for token_id in token_ids:
-            expanded.extend(self._expand(next(remaining)) if token_id == self._placeholder_id else (token_id,))
+            expanded.extend(self._expand(next(remaining)) if token_id == placeholder else (token_id,))
         return expanded
 
     def read_pixels(self, image: bytes) -> Mapping[str, Tensor]:
@@ -125,17 +133,33 @@ class ImageReader:
         return self._read(image)[1]
 
     def _read_file(self, data: bytes) -> tuple[tuple[int, ...], dict[str, Tensor]]:
-        image = open_image(data, self.max_pixels)
-        try:
-            made = self.processor(
-                text=[self.image_token], images=[image], return_tensors="pt", add_special_tokens=False
-            )
-        except (ValueError, ZeroDivisionError) as error:  # sizes that this processor refuses
-            raise UserError(
-                f"an image of {image.width} x {image.height} pixels cannot be prepared ({' '.join(str(error).split())})"
-            ) from error
+        """The tokens of an image where these are fixed, and its pixels."""
+        alone = [{"role": "user", "content": [{"type": "image"}]}]
+        text = str(self.image_token) if self._has_fixed_tokens else self._render(alone, False)
+        made = self._process(text, [self._open(data)])
         token_ids = tuple(made.pop("input_ids")[0].tolist())
         return token_ids, {name: value for name, value in made.items() if name not in _ALONGSIDE_TOKENS}
+
+    def _render(self, conversation: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+        return self.processor.apply_chat_template(
+            [_without_payload(message) for message in conversation],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            chat_template=self.chat_template,
+        )
+
+    def _lacks_beginning(self, text: str) -> bool:
+        return self.tokenizer.bos_token is None or not text.startswith(self.tokenizer.bos_token)
+
+    def _process(self, text: str, images: list[Any]) -> dict[str, Any]:
+        begin = self._lacks_beginning(text) and text != self.image_token
+        try:
+            return dict(self.processor(text=[text], images=images, return_tensors="pt", add_special_tokens=begin))
+        # Sizes and numbers of images that this processor refuses; the last is how some count.
+        except (ValueError, ZeroDivisionError, StopIteration) as error:
+            sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
+            reason = " ".join(str(error).split()) or "the prompt has room for another number"
+            raise UserError(f"images of {sizes} pixels cannot be prepared ({reason})") from error
 
 
 _ALONGSIDE_TOKENS = ("attention_mask", "mm_token_type_ids", "token_type_ids")
@@ -160,7 +184,7 @@ def load_reader(config: ModelConfig, max_pixels: int) -> ImageReader | None:
         processor = load_processor(config.path, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"model.path: {config.path}: its processor cannot be loaded ({reason})") from error
+        raise UserError(f"model.path: {config.path}: its processor cannot be loaded ({reason:.200})") from error
     return ImageReader(processor, max_pixels)
 
 

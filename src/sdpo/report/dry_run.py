@@ -11,7 +11,7 @@ from rich.table import Table
 from sdpo.config import Run, format_run
 
 if TYPE_CHECKING:
-    from sdpo.embedded.cost import Cost
+    from sdpo.models.cost import Cost
 
 
 def print_dry_run(run: Run, cost: Cost, console: Console | None = None) -> None:
@@ -25,15 +25,39 @@ def print_dry_run(run: Run, cost: Cost, console: Console | None = None) -> None:
     if cost.num_params is None:
         console.print(f"memory: unknown until {run.model.path} is made, on first use", soft_wrap=True)
         return
+    console.print(build_memory_table(cost))
+
+
+def build_memory_table(cost: Cost) -> Table:
+    """Memory by what needs it, on one GPU of each role; the phases of the learner's come after each other."""
+    params = f"{cost.num_params:,} parameters"
+    if cost.num_tower_params:
+        params += f", {cost.num_tower_params:,} of them for images"
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column(f"memory ({cost.num_params:,} parameters)")
+    table.add_column(f"memory ({params})")
     table.add_column("at most", justify="right")
-    for role, items in (("learner", cost.learner), ("sampler", cost.sampler)):
-        for name, size in items.items():
-            if size:
-                table.add_row(f"{role}: {name}", format_bytes(size))
-        table.add_row(f"{role}, together", format_bytes(sum(items.values())), style="bold", end_section=True)
-    console.print(table)
+    for name, size in list_memory(cost):
+        total = name.endswith("at once")
+        table.add_row(name, format_bytes(size), style="bold" if total else None, end_section=total)
+    return table
+
+
+def list_memory(cost: Cost) -> list[tuple[str, int]]:
+    """The table's rows: what needs memory, and bytes."""
+    rows = [(f"learner: {name}", size) for name, size in cost.learner.items()]
+    for phase, items in cost.phases.items():
+        rows += [(f"learner, {phase}: {name}", size) for name, size in items.items()]
+    sampler = [(f"sampler: {name}", size) for name, size in cost.sampler.items()]
+    if cost.takes_turns:
+        rows += [*sampler, (f"learner and sampler{_each(cost.num_learners)}, at once", cost.learner_peak)]
+    else:
+        rows.append((f"learner{_each(cost.num_learners)}, at once", cost.learner_peak))
+        rows += [*sampler, (f"sampler{_each(cost.num_samplers)}, at once", cost.sampler_peak)]
+    return [(name, size) for name, size in rows if size]
+
+
+def _each(num_gpus: int) -> str:
+    return f" on each of {num_gpus} GPUs" if num_gpus > 1 else ""
 
 
 def format_bytes(size: float) -> str:

@@ -51,7 +51,7 @@ CHAT_TEMPLATE = (
 )
 
 SEEING_STEPS = 250
-READING_STEPS = 350
+READING_STEPS = 450
 NUM_PRETRAINING_FIGURES = 3000
 
 
@@ -69,8 +69,8 @@ class Figures:
     dir: str
     seed: int = 0
     pretrain_steps: int | None = None
-    num_train: int = 3000
-    num_test: int = 500
+    num_train: int = 2000
+    num_test: int = 300
 
     def __post_init__(self) -> None:
         offline.check_folder_name(self.dir)
@@ -183,8 +183,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
             "num_attention_heads": 2,
             "num_key_value_heads": 2,
             "max_position_embeddings": 1024,
-            # Of a head's few frequencies the last, which tell left from right, must not be too low: hence the theta.
-            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 6, 6]},
+            # The lowest frequencies tell left from right, over a distance of one or two: hence so small a theta.
+            "rope_parameters": {"rope_type": "default", "rope_theta": 2.0, "mrope_section": [4, 6, 6]},
             "tie_word_embeddings": False,
             "bos_token_id": None,
             "eos_token_id": tokenizer.eos_token_id,
@@ -312,7 +312,8 @@ def _learn_to_read(
         return loss
 
     parameters = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
-    offline.pretrain(parameters, compute_loss, steps, observer, "teaching the tiny model to read")
+    description = "teaching the tiny model to read"
+    offline.pretrain(parameters, compute_loss, steps, observer, description, peak_lr=3e-3, warmup=40)
 
 
 @dataclass(frozen=True)

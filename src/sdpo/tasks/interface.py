@@ -19,7 +19,11 @@ from typing import Any, Protocol
 from sdpo.errors import UserError
 from sdpo.observer import Observer
 
-BUILT_IN = {"figures": "sdpo.tasks.figures", "hidden_rule": "sdpo.tasks.hidden_rule"}
+BUILT_IN = {
+    "figures": "sdpo.tasks.figures",
+    "geo3k": "sdpo.tasks.geo3k",
+    "hidden_rule": "sdpo.tasks.hidden_rule",
+}
 REQUIRED_COLUMNS = ("data_source", "prompt", "reward_model")
 
 

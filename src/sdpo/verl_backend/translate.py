@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdpo.config import Run, SelfDistillationConfig, iterate_settings
+from sdpo.config import Run, SelfDistillationConfig, flatten_keys, iterate_settings
 from sdpo.errors import UserError
 from sdpo.models.loading import looks_local
 
@@ -39,7 +40,7 @@ class Translation:
 
 
 def translate(run: Run) -> Translation:
-    """Hydra overrides that make verl do what the run says.
+    """Hydra overrides that make verl do what the run says; those of ``run.verl`` come last, and so win.
 
     Raises:
         UserError: the run asks for what verl has not.
@@ -58,11 +59,12 @@ def translate(run: Run) -> Translation:
             if getattr(run.self_distillation, f.name) != getattr(SelfDistillationConfig(), f.name)
         },
     }
+    overrides = [f"{key}={quote(value)}" for part in (settings, flatten_keys(run.verl)) for key, value in part.items()]
     plain = dict(iterate_settings())
     unused = [key for key in WITHOUT_COUNTERPART if _select(run, key) != plain[key].default]
     return Translation(
         config_name="sdpo_trainer" if run.staleness else "sdpo_sync",
-        overrides=[f"{key}={quote(value)}" for key, value in settings.items()],
+        overrides=overrides,
         unused=unused,
     )
 
@@ -75,6 +77,8 @@ def quote(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(quote(each) for each in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{quote(each)}" for key, each in value.items()) + "}"
     if isinstance(value, str):
         # A backslash escapes only before a quote, and there every backslash must be doubled.
         escaped = value.replace('\\"', '\\\\"').replace('"', '\\"')
@@ -154,6 +158,7 @@ def _bookkeeping(run: Run) -> dict[str, Any]:
     folder = Path(run.run_dir).absolute()
     return {
         "trainer.total_training_steps": run.total_steps,
+        "trainer.total_epochs": run.total_steps,  # V1 trainers end with whichever comes first
         "trainer.val_before_train": run.eval.before_training,
         "trainer.test_freq": run.eval_every or run.total_steps,
         "trainer.save_freq": run.save_every or run.total_steps,

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sdpo.config import Run
 from sdpo.embedded.cost import estimate_cost
 from sdpo.embedded.learner import Learner
+from sdpo.models.cost import Cost, count_logits
+from sdpo.report.dry_run import list_memory
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "qwen2_5_vl_3b"
+CountPeak = Callable[[Callable[[], Any]], int]
 
 MakeRun = Callable[..., Run]
 
@@ -21,6 +28,7 @@ def test_weights_and_moments_are_as_large_as_they_turn_out(
     make_model().save_pretrained(tmp_path / "model")
     run = make_run(data__max_prompt_length=24)
     cost = estimate_cost(run)
+    assert cost.phases["the update"]["copies of the weights"] == cost.learner["student"]
     learner = Learner(make_model(), run, 0)
     learner.learn(make_samples())
     size = sum(p.numel() * p.element_size() for p in learner.student.parameters())
@@ -59,19 +67,141 @@ def test_what_settings_change(
     assert getattr(cost, role)[item] == factor * 4 * cost.num_params
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "evaluation", "cached"),
+    [
+        (100, {"max_prompts": 2}, 6 * 32),  # 2 prompts, 3 rollouts each
+        (4, {"max_prompts": 2}, 4 * 32),
+        (1, {"max_prompts": 2}, 3 * 32),  # all rollouts of a prompt at least
+        (4, {"max_prompts": 4}, 4 * 48),  # held-out prompts, shown to the teacher
+        (4, {"max_prompts": 2, "n": 2}, 4 * 48),
+        (4, {"teacher": False}, 4 * 32),
+    ],
+)
 def test_the_cache_holds_keys_and_values_of_all_that_is_decoded_side_by_side(
-    make_model: Callable[..., Any], make_run: MakeRun, tmp_path: Path
+    make_model: Callable[..., Any],
+    make_run: MakeRun,
+    tmp_path: Path,
+    batch_size: int,
+    evaluation: dict[str, Any],
+    cached: int,
 ) -> None:
     make_model().save_pretrained(tmp_path / "model")
-    for batch_size, decoded in ((100, 6), (4, 4), (1, 3)):
-        run = make_run(sampler__batch_size=batch_size, data__max_prompt_length=24)
-        # 2 layers, 1 head of 8 values, keys and values of 4 bytes
-        assert estimate_cost(run).sampler["key-value cache"] == decoded * 32 * 2 * 8 * 2 * 4
+    run = make_run(
+        sampler__batch_size=batch_size,
+        data__max_prompt_length=24,
+        self_distillation__max_reprompt_len=40,
+        **{f"eval__{name}": value for name, value in evaluation.items()},
+    )
+    # 2 layers, 1 head of 8 values, keys and values of 4 bytes
+    assert estimate_cost(run).sampler["key-value cache"] == cached * 2 * 8 * 2 * 4
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_frozen_tower_has_weights_and_nothing_else(make_run: MakeRun, frozen: bool) -> None:
+    cost = estimate_cost(make_run(model__path=str(GOLDEN), model__dtype="bfloat16", learner__freeze_vision=frozen))
+    language, tower = 3_085_938_688, 668_684_288
+    trained = language + tower * (not frozen)
+    assert (cost.num_params, cost.num_tower_params) == (language + tower, tower)
+    assert cost.learner["student"] == cost.learner["teacher"] == 2 * (language + tower)
+    assert cost.learner["gradients"] == 2 * trained
+    assert cost.learner["AdamW's moments"] == 4 * trained
+    assert cost.learner["teacher's float32 average"] == 4 * (language + tower)
+    # 2 prompts of 2048 tokens, all of them of images, 2048 values each: the student's, their gradient, the teacher's
+    assert cost.learner["features of a step's images"] == 2 * 2048 * 2048 * 2 * (1 if frozen else 3)
+    assert cost.phases["the update"] == {"copies of the weights": 4 * (language + tower)}
+
+
+def test_phases_follow_each_other_and_do_not_add_up() -> None:
+    phases = {"a": {"x": 5, "y": 1}, "b": {"x": 7}}
+    cost = Cost(1, 1, learner={"held": 10, "more": 2}, phases=phases, sampler={"cache": 9})
+    assert cost.learner_peak == 12 + 9, "sampling is the worst phase of all"
+    assert replace(cost, takes_turns=False).learner_peak == 12 + 7
+    assert list_memory(replace(cost, takes_turns=False)) == [
+        ("learner: held", 10),
+        ("learner: more", 2),
+        ("learner, a: x", 5),
+        ("learner, a: y", 1),
+        ("learner, b: x", 7),
+        ("learner, at once", 19),
+        ("sampler: cache", 9),
+        ("sampler, at once", 9),
+    ]
+    assert list_memory(cost)[-2:] == [("sampler: cache", 9), ("learner and sampler, at once", 21)]
+
+
+# ---- against what a step allocates ----------------------------------------------------------------------------------
+
+MANY = 4096
+DISTILLATIONS: list[dict[str, Any]] = [
+    {"alpha": 0.5},
+    {"alpha": 0.0},
+    {"alpha": 1.0},
+    {"alpha": 0.5, "distillation_topk": 20},
+    {"alpha": 1.0, "full_logit_distillation": False},
+    {"alpha": 0.5, "teacher_entropy_beta": 0.5},
+    {"grpo_coef": 1.0},
+    {"grpo_coef": 0.5, "alpha": 0.5},
+    {"alpha": 0.5, "distillation_topk": 20, "teacher_regularization": "trust-region"},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("settings", DISTILLATIONS, ids=str)
+def test_logits_stay_below_their_bound_and_near_it(
+    make_model: Callable[..., Any],
+    make_run: MakeRun,
+    make_sample: Any,
+    count_peak: CountPeak,
+    settings: dict[str, Any],
+    dtype: str,
+) -> None:
+    named = {f"self_distillation__{name}": value for name, value in settings.items()}
+    run = make_run(sampler__max_response_length=32, model__dtype=dtype, **named)
+    model = make_model(vocab_size=MANY, dtype=getattr(torch, dtype))  # next to its logits the rest is nothing
+    learner = Learner(model, run, 0)
+    teacher = [3, 4, 5] if run.self_distillation.distills else None
+    samples = [make_sample([3, 4], range(3, 35), teacher, advantage=1.0) for _ in range(6)]
+    learner.learn(samples)
+    bound = 6 * 32 * count_logits(run.self_distillation, MANY)
+    weights = sum(param.numel() * param.element_size() for param in model.parameters())
+    assert 0.6 * bound < count_peak(lambda: learner.learn(samples)) - 2 * weights <= bound
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_stays_below_what_was_said_of_it(
+    make_model: Callable[..., Any],
+    make_run: MakeRun,
+    make_sample: Any,
+    count_peak: CountPeak,
+    tmp_path: Path,
+    checkpointing: bool,
+) -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 256, "vocab_size": 256, "num_hidden_layers": 3}
+    model = make_model(max_position_embeddings=256, **shape)
+    model.save_pretrained(tmp_path / "model")
+    run = make_run(
+        data__max_prompt_length=64,
+        data__train_batch_size=4,
+        sampler__max_response_length=64,
+        learner__micro_batch_tokens=2 * 6 * 128,
+        learner__gradient_checkpointing=checkpointing,
+        self_distillation__alpha=0.5,
+        self_distillation__max_reprompt_len=64,
+    )
+    cost = estimate_cost(run)
+    learner = Learner(model, run, 0)
+    samples = [make_sample([5] * 64, [3 + i] * 64, [6] * 64) for i in range(12)]
+    learner.learn(samples)
+    bound = sum(cost.phases["a micro-batch"].values()) + cost.learner["gradients"]
+    assert bound / 6 < count_peak(lambda: learner.learn(samples)) <= bound
 
 
 def test_a_model_that_is_made_on_first_use_has_no_size_yet(make_run: MakeRun, tmp_path: Path) -> None:
     cost = estimate_cost(
         make_run(data__task_args={"dir": str(tmp_path / "none")}, model__path=str(tmp_path / "none/m"))
     )
-    assert cost.num_params is None and cost.learner == cost.sampler == {}
+    assert cost.num_params is None and not cost.learner and not cost.sampler
     assert cost.tokens_a_step > 0

@@ -277,10 +277,30 @@ def test_a_run_with_images(make_image_run: MakeRun, family: str, staleness: int)
     assert all(row[metrics.ROLLOUT_KL] == pytest.approx(0, abs=0.05) for row in rows[1:2])
     assert metrics.val_name("tiny", "mean@1") in rows[0]
     checkpoint = result.run_dir / "checkpoints" / "step_2"
-    assert load_processor(str(checkpoint)).image_token == "<|image_pad|>"
+    assert load_processor(str(checkpoint)).image_token in ("<|image_pad|>", "<image_soft_token>")
     text = (result.run_dir / "rollouts" / "step_1.txt").read_text()
     assert "<image>" in text
     assert "\\x89PNG" not in text
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize(("setting", "tolerance"), [("gradient_checkpointing", 1e-5), ("autocast", 0.15)])
+def test_checkpointing_and_autocast_reach_the_tower(
+    vision_model: VisionModel, make_run: MakeRun, family: str, setting: str, tolerance: float
+) -> None:
+    values = []
+    for on in (False, True):
+        run = make_run(data__train_batch_size=3, sampler__n=2, **{f"learner__{setting}": on})
+        learner, loaded = build_learner(vision_model(family), run)
+        learner._update = lambda: {}  # type: ignore[method-assign]  # the gradients stay
+        loss = learner.learn(make_samples(loaded, run))[metrics.LOSS]
+        tower = torch.cat([p.grad.flatten() for p in get_tower_parameters(learner.student) if p.grad is not None])
+        values.append((loss, tower))
+    (loss, gradient), (other_loss, other_gradient) = values
+    assert other_loss == pytest.approx(loss, rel=tolerance)
+    assert (gradient - other_gradient).norm() <= tolerance * gradient.norm()
+    assert gradient.norm() > 0
+    assert setting != "autocast" or not torch.allclose(gradient, other_gradient, rtol=1e-4, atol=0), "not in bfloat16"
 
 
 def test_a_frozen_tower_stays(make_image_run: MakeRun, vision_model: VisionModel) -> None:
@@ -301,6 +321,14 @@ def test_a_frozen_tower_stays(make_image_run: MakeRun, vision_model: VisionModel
 def test_a_language_model_has_nothing_to_freeze(make_task_run: MakeRun) -> None:
     with pytest.raises(UserError, match=r"learner\.freeze_vision=true, but the model has no image tower; remove it"):
         train(make_task_run(learner__freeze_vision=True))
+
+
+def test_a_language_model_reads_no_images(make_task_run: MakeRun, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "images.parquet", (0, 1))
+    with pytest.raises(
+        UserError, match=r"images\.parquet: row 1: has images, which model\.path=.* does not read; take a model"
+    ):
+        train(make_task_run(data__train_files=[file]))
 
 
 def test_vllm_is_refused(make_image_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:

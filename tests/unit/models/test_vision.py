@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def test_an_image_is_prepared_once(vision_model: VisionModel, monkeypatch: pytes
     for _ in range(3):
         prompt = loaded.encode(make_messages(3))
         loaded.reader.read_pixels(prompt.images[0])
-    assert len(prepared) == 3
+    assert len(prepared) == 1 + 3, "one to see what becomes of an image, and three images"
 
 
 def test_the_processor_does_without_videos_and_is_saved(vision_dir: Callable[[str], Path], tmp_path: Path) -> None:
@@ -101,13 +102,15 @@ def test_a_processor_that_cannot_be_loaded(vision_dir: Callable[[str], Path], tm
 
 
 @every_family
-def test_a_text_must_not_contain_image_tokens(vision_model: VisionModel, family: str) -> None:
+@pytest.mark.parametrize("num_images", [0, 1])
+def test_a_text_must_not_contain_image_tokens(vision_model: VisionModel, family: str, num_images: int) -> None:
     loaded = vision_model(family)
-    for number in (0, 1):
-        with pytest.raises(
-            UserError, match=rf"a prompt with {number} images has {number + 1} <\|image_pad\|>: its text"
-        ):
-            loaded.encode(make_messages(number, text="what is <|image_pad|>?"))
+    token = "<start_of_image>" if family == "gemma3" and num_images else loaded.reader.image_token
+    counted = re.escape(f"a prompt with {num_images} images has {num_images + 1} {token}: its text must not contain")
+    if family == "gemma3" and num_images:
+        counted = "Prompt contained 2 image tokens but received 1 images"
+    with pytest.raises(UserError, match=counted):
+        loaded.encode(make_messages(num_images, text=f"what is {token}?"))
 
 
 def test_the_pixel_budget_bounds_the_image_tokens(vision_dir: Callable[[str], Path]) -> None:
@@ -214,6 +217,8 @@ def test_gradients_through_shared_features_are_those_of_a_tower_for_each_sequenc
             pixels = [loaded.reader.read_pixels(image) for image in prompt.images]
             for name in pixels[0] if pixels else ():
                 inputs[name] = torch.cat([each[name] for each in pixels])
+            if pixels:
+                inputs |= loaded.vision.mark_images(inputs["input_ids"])
             if loaded.vision.num_axes > 1:
                 inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
                 loaded.model.model.rope_deltas = None

@@ -15,6 +15,10 @@ from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3ImageProcessorPil,
+    Gemma3Processor,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -42,7 +46,7 @@ CHAT_TEMPLATE = (
     "{% for c in m['content'] %}{% if c['type'] == 'image' %}IMAGE{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
     "{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava")
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava", "gemma3")
 TEXT = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -60,7 +64,7 @@ TEXT = {
 
 def build_vision_model(family: str, folder: Path, seed: int = 0) -> Path:
     """Write model, tokenizer and processor of ``family`` into ``folder``; an image of 56 x 56 is 4 tokens."""
-    tokenizer = _build_tokenizer()
+    tokenizer = _build_tokenizer(family)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = _build_model(family, len(tokenizer))
@@ -82,6 +86,10 @@ def build_vision_model(family: str, folder: Path, seed: int = 0) -> Path:
             image_token="<|image_pad|>",
             chat_template=template,
         ).save_pretrained(folder)
+    elif family == "gemma3":  # writes another token where an image stands, and line breaks around its tokens
+        template = CHAT_TEMPLATE.replace("IMAGE", "<start_of_image>")
+        image_processor = Gemma3ImageProcessorPil(size={"height": 56, "width": 56})
+        Gemma3Processor(image_processor, tokenizer, image_seq_length=4, chat_template=template).save_pretrained(folder)
     else:
         tokenizer.chat_template = CHAT_TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
         tokenizer.save_pretrained(folder)
@@ -93,11 +101,18 @@ def build_vision_model(family: str, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def _build_tokenizer() -> Qwen2Tokenizer:
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *sorted(ByteLevel.alphabet())])}
-    return Qwen2Tokenizer(
-        vocab=vocabulary, merges=[], eos_token="<|im_end|>", additional_special_tokens=[SPECIAL[1], *SPECIAL[3:]]
+def _build_tokenizer(family: str) -> Qwen2Tokenizer:
+    names = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    special = [*SPECIAL[:3], *names.values(), *SPECIAL[6:]] if family == "gemma3" else SPECIAL
+    vocabulary = {token: i for i, token in enumerate([*special, *sorted(ByteLevel.alphabet())])}
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocabulary, merges=[], eos_token="<|im_end|>", additional_special_tokens=[special[1], *special[3:]]
     )
+    for name, token in names.items() if family == "gemma3" else ():
+        setattr(tokenizer, name, token)
+        setattr(tokenizer, f"{name}_id", vocabulary[token])
+        tokenizer.init_kwargs[name] = token
+    return tokenizer
 
 
 def _build_model(family: str, vocab_size: int) -> PreTrainedModel:
@@ -113,6 +128,19 @@ def _build_model(family: str, vocab_size: int) -> PreTrainedModel:
         )
         return LlavaForConditionalGeneration(
             LlavaConfig(vision_config=vision, text_config=Qwen2Config(vocab_size=vocab_size, **TEXT), **tokens)
+        )
+    if family == "gemma3":
+        text = {"vocab_size": vocab_size, "query_pre_attn_scalar": 8, "sliding_window": 24, **TEXT}
+        shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        places = {"boi_token_index": VISION_START, "eoi_token_index": VISION_END, "image_token_index": IMAGE}
+        return Gemma3ForConditionalGeneration(
+            Gemma3Config(
+                text_config=text,
+                vision_config={**shape, "image_size": 56, "patch_size": 14},
+                mm_tokens_per_image=4,
+                **places,
+                **tokens,
+            )
         )
     tokens |= {"video_token_id": VIDEO, "vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}

@@ -110,6 +110,7 @@ def test_a_run_says_the_same_on_verl(
 def test_staleness_chooses_the_trainer(make_task_run: Callable[..., Run], compose_run: Callable[[Run], Any]) -> None:
     config = compose_run(make_task_run(staleness=0))
     assert config.trainer.use_v1 and config.trainer.v1.trainer_mode == "sync"
+    assert config.trainer.total_epochs >= config.trainer.total_training_steps, "no epoch ends it before its last step"
     assert config.algorithm.rollout_correction.rollout_is == "token"
     assert config.actor_rollout_ref.rollout.val_kwargs.temperature == 0
 
@@ -127,3 +128,44 @@ def test_every_shipped_run_can_be_translated(path: Path) -> None:
     command = build_command(load_run(path), ["trainer.nnodes=2"])
     assert command.arguments[-1] == "trainer.nnodes=2"
     assert str(command).startswith("VERL_FILE_LOGGER_PATH=") and "python -m sdpo.verl_backend.main" in str(command)
+
+
+def test_what_verl_alone_has_comes_last_in_either_form(
+    make_task_run: Callable[..., Run], compose_run: Callable[[Run], Any]
+) -> None:
+    alone = {
+        "rollout.n_gpus_per_node": 4,
+        "trainer": {"n_gpus_per_node": 4, "balance_batch": False, "logger": ["file"]},
+        "+actor_rollout_ref.rollout.engine_kwargs.vllm.limits": {"image": 2, "names": [{"a b": 1.5}], "none": {}},
+        "actor_rollout_ref.rollout.n": 4,
+    }
+    run = make_task_run(staleness=1, sampler__n=2, verl=alone)
+    assert translate(run).overrides[-8:] == [
+        "rollout.n_gpus_per_node=4",
+        "trainer.n_gpus_per_node=4",
+        "trainer.balance_batch=false",
+        'trainer.logger=["file"]',
+        "+actor_rollout_ref.rollout.engine_kwargs.vllm.limits.image=2",
+        "+actor_rollout_ref.rollout.engine_kwargs.vllm.limits.names=[{a b:1.5}]",
+        "+actor_rollout_ref.rollout.engine_kwargs.vllm.limits.none={}",
+        "actor_rollout_ref.rollout.n=4",
+    ]
+    config = compose_run(run)
+    assert (config.trainer.n_gpus_per_node, config.rollout.n_gpus_per_node) == (4, 4)
+    assert (config.trainer.balance_batch, config.trainer.logger) == (False, ["file"])
+    assert config.actor_rollout_ref.rollout.n == 4, "it wins over sampler.n"
+    limits = config.actor_rollout_ref.rollout.engine_kwargs.vllm.limits
+    assert (limits.image, limits.names[0]["a b"], limits.none) == (2, 1.5, {})
+
+
+def test_a_key_that_verl_has_not_is_refused_as_on_the_command_line(
+    make_task_run: Callable[..., Run], compose_run: Callable[[Run], Any]
+) -> None:
+    with pytest.raises(UserError, match=r"nodes_of_gpus") as caught:
+        compose_run(make_task_run(verl={"trainer.nodes_of_gpus": 2}))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_line_wins_over_the_file(make_task_run: Callable[..., Run]) -> None:
+    arguments = build_command(make_task_run(verl={"trainer.nnodes": 2}), ["trainer.nnodes=3"]).arguments
+    assert [a for a in arguments if a.startswith("trainer.nnodes=")] == ["trainer.nnodes=2", "trainer.nnodes=3"]

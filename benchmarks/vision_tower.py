@@ -1,0 +1,211 @@
+"""What does it save to send an image through the tower once a step, and not once for each sequence that shows it?
+
+    python benchmarks/vision_tower.py
+
+A step of n = 8 rollouts a prompt with an image each, sampling and learning (student, EMA teacher, full vocabulary), by
+the engine as it is and with a tower pass for each sequence: n at sampling, n of the student with its graph, n of the
+teacher. Same samples, same weights; the two ways take turns. The model is random and small, with the proportions of
+Qwen2.5-VL-3B: an eighth of its widths, a quarter of its depths.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from record import print_table, save
+from torch import nn
+
+from sdpo.config import DataConfig, LearnerConfig, ModelConfig, Run, SamplerConfig, SelfDistillationConfig
+from sdpo.context.demonstration import Demonstration
+from sdpo.context.encode import encode_teacher_prompt
+from sdpo.embedded import learner as learner_module
+from sdpo.embedded.data import Prompt
+from sdpo.embedded.learner import Learner
+from sdpo.embedded.samples import Sample
+from sdpo.embedded.step_images import StepImages
+from sdpo.models import vision as vision_module
+from sdpo.models.decoding import Decoding, Response, sample_responses
+from sdpo.models.loading import load_model
+from sdpo.models.processing import encode_png, load_reader
+from sdpo.models.vision import ImageFeatures, Vision, get_tower_parameters
+from sdpo.tasks.interface import Grade, Row
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endfor %}"
+)
+
+
+class TowerForEachSequence(StepImages):
+    """The naive way: nothing is remembered, and the student's tower keeps its graph."""
+
+    def select(self, module: nn.Module, images: Sequence[bytes]) -> list[ImageFeatures]:
+        pixels = [self.vision.reader.read_pixels(image) for image in images]
+        return vision_module._run_tower(module, pixels) if pixels else []
+
+    def backward(self) -> None: ...
+
+
+def build_model(folder: Path) -> None:
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2Tokenizer,
+        Qwen2VLImageProcessorPil,
+    )
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
+    special += ["<|image_pad|>", "<|video_pad|>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *sorted(ByteLevel.alphabet())])}
+    text = dict(
+        vocab_size=19_000,
+        hidden_size=256,
+        intermediate_size=1376,
+        num_hidden_layers=9,
+        num_attention_heads=8,
+        num_key_value_heads=1,
+        max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    )
+    tower = dict(
+        depth=8,
+        hidden_size=160,
+        intermediate_size=428,
+        num_heads=4,
+        out_hidden_size=256,
+        window_size=112,
+        fullatt_block_indexes=[1, 3, 5, 7],
+    )
+    tokens = dict(image_token_id=5, video_token_id=6, vision_start_token_id=3, vision_end_token_id=4)
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=tower, tie_word_embeddings=True, **tokens)
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+    Qwen2Tokenizer(
+        vocab=vocabulary,
+        merges=[],
+        eos_token="<|im_end|>",
+        additional_special_tokens=[special[1], *special[3:]],
+        chat_template=TEMPLATE,
+    ).save_pretrained(folder)
+    Qwen2VLImageProcessorPil(size={"shortest_edge": 784, "longest_edge": 10**6}).save_pretrained(folder)
+
+
+def build_run(folder: Path, options: argparse.Namespace, frozen: bool) -> Run:
+    return Run(
+        run_dir=str(folder),
+        total_steps=100,
+        model=ModelConfig(path=str(folder)),
+        data=DataConfig(task="none", train_batch_size=options.prompts),
+        sampler=SamplerConfig(n=options.n, max_response_length=options.response),
+        learner=LearnerConfig(freeze_vision=frozen, micro_batch_tokens=4096),
+        self_distillation=SelfDistillationConfig(ema_update_rate=0.01),
+    )
+
+
+def build_prompts(vision: Vision, options: argparse.Namespace) -> list[Prompt]:
+    rng = np.random.default_rng(0)
+    prompts = []
+    for _ in range(options.prompts):
+        pixels = rng.integers(0, 256, (options.size, options.size, 3), dtype=np.uint8)
+        content = [{"type": "image", "image": encode_png(Image.fromarray(pixels))}, {"type": "text", "text": "x" * 60}]
+        messages = [{"role": "user", "content": content}]
+        prompts.append(Prompt(Row("x", messages, {"ground_truth": "1"}), vision.reader.apply_chat_template(messages)))
+    return prompts
+
+
+def build_samples(vision: Vision, prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]], run: Run) -> Any:
+    return [
+        Sample(
+            prompt=prompt,
+            response=response,
+            text="",
+            grade=Grade(0.0),
+            demonstration=Demonstration(solution="12"),
+            teacher_prompt=encode_teacher_prompt(
+                vision.reader, prompt.row.prompt, Demonstration(solution="12"), run.self_distillation
+            ),
+            advantage=0.0,
+            distillation_weight=1.0,
+        )
+        for prompt, many in zip(prompts, responses, strict=True)
+        for response in many
+    ]
+
+
+def measure(folder: Path, options: argparse.Namespace, frozen: bool) -> dict[str, dict[str, float]]:
+    """Median seconds of sampling and learning, by way."""
+    run = build_run(folder, options, frozen)
+    model, reader = load_model(run.model, torch.device("cpu")), load_reader(run.model, 10**6)
+    assert reader is not None
+    vision = Vision(model, reader)
+    for param in get_tower_parameters(model) if frozen else ():
+        param.requires_grad_(False)
+    prompts = build_prompts(vision, options)
+    decoding = Decoding(options.n, options.response, 1.0, 1.0, 64, [], 0, vision.placeholder_ids)
+
+    def sample(naive: bool) -> list[list[Response]]:
+        copies, n = (options.n, 1) if naive else (1, options.n)
+        asked = [prompt.tokens for prompt in prompts for _ in range(copies)]
+        return sample_responses([(model, 1.0)], asked, replace(decoding, n=n), 0, vision)
+
+    samples = build_samples(vision, prompts, sample(naive=False), run)
+    learner = Learner(model, run, 0, vision)
+    seconds: dict[str, dict[str, list[float]]] = {way: {"sampling": [], "learning": []} for way in ("ours", "naive")}
+    for _ in range(options.repeats):
+        for way, kind in (("ours", StepImages), ("naive", TowerForEachSequence)):
+            learner_module.StepImages = kind  # type: ignore[misc]
+            times = [time.perf_counter()]
+            sample(naive=way == "naive")
+            times.append(time.perf_counter())
+            learner.learn(samples)
+            times.append(time.perf_counter())
+            seconds[way]["sampling"].append(times[1] - times[0])
+            seconds[way]["learning"].append(times[2] - times[1])
+    return {way: {part: statistics.median(many) for part, many in parts.items()} for way, parts in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=2)
+    parser.add_argument("-n", type=int, default=8, help="rollouts a prompt")
+    parser.add_argument("--size", type=int, default=448, help="pixels along each side of an image")
+    parser.add_argument("--response", type=int, default=64, help="tokens a response")
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as name:
+        build_model(Path(name))
+        measured = {"trained": measure(Path(name), options, False), "frozen": measure(Path(name), options, True)}
+    table, results = [], {}
+    for tower, seconds in measured.items():
+        ours, naive = seconds["ours"], seconds["naive"]
+        ratios = {part: naive[part] / ours[part] for part in ours}
+        ratios["step"] = sum(naive.values()) / sum(ours.values())
+        table.append([f"tower {tower}", sum(naive.values()), sum(ours.values()), *ratios.values()])
+        results[tower] = {"naive_seconds": naive, "seconds": ours, "ratios": ratios}
+    print_table(
+        f"Step of {options.prompts} prompts x {options.n} rollouts, images of {options.size} x {options.size}",
+        ["", "naive, s", "ours, s", "naive/ours: sampling", "learning", "step"],
+        table,
+    )
+    save("vision_tower", results | {"options": vars(options)})
+
+
+if __name__ == "__main__":
+    main()

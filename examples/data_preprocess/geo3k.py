@@ -1,0 +1,21 @@
+"""Make Geometry3k's files where verl's own example makes them; ``sdpo data geo3k`` is the same."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from sdpo.errors import UserError
+from sdpo.report.console import ConsoleObserver
+from sdpo.tasks.geo3k_data import DATA_SOURCE, prepare
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--local_save_dir", default="~/data/geo3k", help="folder for train.parquet and test.parquet")
+    parser.add_argument("--source", default=DATA_SOURCE, help="name on the Hugging Face hub, or a folder with a copy")
+    arguments = parser.parse_args()
+    try:
+        with ConsoleObserver(0) as observer:
+            prepare(arguments.local_save_dir, arguments.source, observer)
+    except UserError as error:
+        sys.exit(f"error: {error}")

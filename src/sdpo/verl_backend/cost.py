@@ -1,0 +1,143 @@
+"""What a run on verl would cost: student, teacher and moments in shards over the GPUs that train, the rest on each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sdpo.config import Run
+from sdpo.models.cost import BYTES, Cost, Lengths, ModelSize, bound_lengths, count_logits, measure_model
+
+# Settings of verl that say how many GPUs there are, with the defaults of config/sdpo_trainer.yaml.
+GPUS = {
+    "trainer.nnodes": 1,
+    "trainer.n_gpus_per_node": 1,
+    "rollout.nnodes": 1,
+    "rollout.n_gpus_per_node": 1,
+    "actor_rollout_ref.rollout.tensor_model_parallel_size": 1,
+}
+# rollout.checkpoint_engine.update_weights_bucket_megabytes: verl fills one while another is on its way.
+BUCKETS = 2 * 2048 * 2**20
+
+
+def estimate_cost(run: Run, overrides: Sequence[str]) -> Cost:
+    """Tokens a step, and memory of a GPU that trains and of one that samples.
+
+    Nothing is taken for offloaded: verl moves what ``param_offload`` and ``optimizer_offload`` name back before a batch
+    is learned. With ``offload_policy=true`` a GPU needs less than is said here.
+
+    Args:
+        run: with ``run_dir`` and so on; its ``verl`` is among the overrides.
+        overrides: as verl gets them (``build_command``); the number of GPUs is read from them.
+    """
+    gpus = read_gpus(overrides)
+    learners = gpus["trainer.nnodes"] * gpus["trainer.n_gpus_per_node"]
+    samplers = gpus["rollout.nnodes"] * gpus["rollout.n_gpus_per_node"] if run.staleness else learners
+    parallel = gpus["actor_rollout_ref.rollout.tensor_model_parallel_size"]
+    model = measure_model(run.model)
+    lengths = bound_lengths(run, model.window)
+    sequences = run.data.train_batch_size * run.sampler.n
+    return Cost(
+        tokens_a_step=sequences * (run.data.max_prompt_length + run.sampler.max_response_length),
+        num_params=model.num_params,
+        num_tower_params=model.tower.num_params if model.tower else 0,
+        learner=_hold(run, model, learners),
+        phases={
+            "a micro-batch": _learn(run, model, lengths),
+            "old log-probabilities": _score(run, model, lengths),
+            "the update": _update(run, model, learners),
+        },
+        sampler=_sample(run, model, lengths, samplers // parallel or 1, parallel),
+        takes_turns=not run.staleness,
+        num_learners=learners,
+        num_samplers=samplers,
+    )
+
+
+def read_gpus(overrides: Sequence[str]) -> dict[str, int]:
+    """``GPUS`` as the overrides have them, the last of each; what is not a number is verl's to refuse."""
+    found = dict(GPUS)
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if key in found and value.isdigit():
+            found[key] = max(int(value), 1)
+    return found
+
+
+def _share(size: int, num_gpus: int) -> int:
+    return -(-size // num_gpus)
+
+
+def _sizes(run: Run) -> tuple[int, int]:
+    """Bytes of a value in weights, and in what FSDP2 gathers of them."""
+    size = BYTES[run.model.dtype]
+    return size, 2 if run.learner.autocast else size
+
+
+def _averages(run: Run) -> bool:
+    return run.self_distillation.distills and run.self_distillation.teacher_regularization == "ema"
+
+
+def _hold(run: Run, model: ModelSize, num_gpus: int) -> dict[str, int]:
+    config = run.self_distillation
+    size, gathered = _sizes(run)
+    shards = _share(model.num_params * size, num_gpus)
+    teacher = _share(model.num_params * 4, num_gpus) if _averages(run) else shards
+    has_module = config.distills and config.teacher_regularization != "live"
+    layer = max(stack.num_params // stack.num_layers for stack in (model.language, model.tower) if stack is not None)
+    # What is outside the layers stays gathered from forward to backward pass; of layers, one and the next. Their
+    # gradients are gathered too, and cast to float32 before the ranks add them up.
+    weights = (model.outside_layers * (1 + has_module) + 2 * layer) * gathered
+    gradients = (model.outside_layers + 2 * layer) * (gathered + 4)
+    return {
+        "student": shards,
+        "gradients": shards,
+        "AdamW's moments": 2 * shards,
+        "teacher": teacher * has_module,
+        "gathered weights and gradients": weights + gradients,
+    }
+
+
+def _learn(run: Run, model: ModelSize, lengths: Lengths) -> dict[str, int]:
+    """What is not a response may be an image's, whose patches go through the tower in the same pass."""
+    _, size = _sizes(run)
+    checkpointing = run.learner.gradient_checkpointing
+    stack, image_token = model.language, 0
+    if model.tower is not None:
+        image_token = model.patches_a_token * model.tower.count_learning(size, size, checkpointing=checkpointing)
+    response_token = max(count_logits(run.self_distillation, model.vocab_size), image_token)
+    # verl makes logits of prompts too, scales them by the temperature, and takes the gradient of all.
+    every = lengths.student * 3 + lengths.teacher
+    return {
+        "activations": lengths.student * stack.count_learning(size, size, checkpointing=checkpointing)
+        + lengths.teacher * stack.count_reading(size),
+        "activations of the image tower": (lengths.student - lengths.scored) * image_token,
+        "logits": lengths.scored * response_token + every * model.vocab_size * size,
+    }
+
+
+def _score(run: Run, model: ModelSize, lengths: Lengths) -> dict[str, int]:
+    _, size = _sizes(run)
+    tokens = max(run.learner.micro_batch_tokens, lengths.prompt + lengths.response)
+    return {
+        "activations": tokens * model.language.count_reading(size),
+        "logits": tokens * 3 * model.vocab_size * size,
+    }
+
+
+def _update(run: Run, model: ModelSize, num_gpus: int) -> dict[str, int]:
+    """AdamW's square roots, then the student cast for the teacher's average, then weights to the sampler."""
+    size, _ = _sizes(run)
+    casts = model.num_params * 4 if _averages(run) and size < 4 else 0
+    return {"copies of the weights": max(_share(max(model.num_params * size, casts), num_gpus), BUCKETS)}
+
+
+def _sample(run: Run, model: ModelSize, lengths: Lengths, replicas: int, parallel: int) -> dict[str, int]:
+    """vLLM's weights are bfloat16; its cache takes what ``gpu_memory_utilization`` leaves and uses this of it."""
+    size = 2
+    sequences = min(run.sampler.batch_size, _share(run.data.train_batch_size * run.sampler.n, replicas))
+    cache = sequences * (lengths.prompt + lengths.response) * model.cache_values * size
+    return {
+        "weights": _share(model.num_params * size, parallel),
+        "key-value cache": _share(cache, parallel),
+        "weights on their way": BUCKETS if run.staleness else 0,
+    }

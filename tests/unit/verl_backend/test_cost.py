@@ -1,0 +1,115 @@
+"""What a run on verl costs a GPU, by hand for Qwen2.5-VL-3B."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdpo.config import Run
+from sdpo.verl_backend.cost import BUCKETS, estimate_cost, read_gpus
+from sdpo.verl_backend.translate import translate
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "qwen2_5_vl_3b"
+PARAMS, TOWER = 3_754_622_976, 668_684_288
+OUTSIDE = 349_380_864  # embeddings, last norm, patches, projector
+GIB = 2**30
+
+
+@pytest.fixture
+def estimate(make_run: Callable[..., Run]) -> Callable[..., Any]:
+    def estimate(*overrides: str, **settings: Any) -> Any:
+        run = make_run(**{"model__path": str(GOLDEN), "staleness": 1, **settings})
+        return estimate_cost(run, [*translate(run).overrides, *overrides])
+
+    return estimate
+
+
+def test_the_last_number_of_gpus_counts() -> None:
+    assert read_gpus([]) == {
+        "trainer.nnodes": 1,
+        "trainer.n_gpus_per_node": 1,
+        "rollout.nnodes": 1,
+        "rollout.n_gpus_per_node": 1,
+        "actor_rollout_ref.rollout.tensor_model_parallel_size": 1,
+    }
+    found = read_gpus(
+        ["trainer.nnodes=2", "+x.trainer.nnodes=9", "trainer.nnodes=3", "rollout.n_gpus_per_node=${oc.env:N}"]
+    )
+    assert (found["trainer.nnodes"], found["rollout.n_gpus_per_node"]) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "teacher", "student_size", "teacher_size"),
+    [("float32", "ema", 4, 4), ("bfloat16", "ema", 2, 4), ("bfloat16", "frozen", 2, 2), ("float32", "live", 4, 0)],
+)
+def test_what_is_sharded(
+    estimate: Callable[..., Any], dtype: str, teacher: str, student_size: int, teacher_size: int
+) -> None:
+    cost = estimate(
+        "trainer.nnodes=2",
+        "trainer.n_gpus_per_node=4",
+        model__dtype=dtype,
+        self_distillation__teacher_regularization=teacher,
+    )
+    assert (cost.num_params, cost.num_tower_params, cost.num_learners) == (PARAMS, TOWER, 8)
+    share = PARAMS // 8
+    assert cost.learner["student"] == cost.learner["gradients"] == share * student_size
+    assert cost.learner["AdamW's moments"] == 2 * share * student_size
+    assert cost.learner["teacher"] == share * teacher_size
+
+
+def test_what_is_gathered_is_as_large_on_every_gpu(estimate: Callable[..., Any]) -> None:
+    one, eight = (
+        estimate(f"trainer.n_gpus_per_node={n}", model__dtype="float32", learner__autocast=True) for n in (1, 8)
+    )
+    name = "gathered weights and gradients"
+    # The largest layer is the language model's, embeddings counted in; weights bfloat16, gradients float32 as well.
+    layer = (PARAMS - TOWER) // 36
+    assert one.learner[name] == (2 * OUTSIDE + 2 * layer) * 2 + (OUTSIDE + 2 * layer) * 6
+    assert one.learner[name] == eight.learner[name]
+    assert one.phases["a micro-batch"] == eight.phases["a micro-batch"]
+
+
+def test_the_update_casts_a_bfloat16_student_and_sends_its_weights(estimate: Callable[..., Any]) -> None:
+    assert estimate(model__dtype="bfloat16").phases["the update"] == {"copies of the weights": PARAMS * 4}
+    few = estimate("trainer.n_gpus_per_node=8", model__dtype="bfloat16")
+    assert few.phases["the update"] == {"copies of the weights": BUCKETS} == {"copies of the weights": 4 * GIB}
+
+
+def test_sequences_are_shared_out_and_heads_are_cut(estimate: Callable[..., Any]) -> None:
+    settings: dict[str, Any] = {"data__train_batch_size": 32, "sampler__n": 8, "data__max_prompt_length": 24}
+    cost = estimate("rollout.n_gpus_per_node=4", **settings)
+    assert cost.sampler["weights"] == PARAMS * 2
+    assert cost.sampler["key-value cache"] == 64 * 32 * 36_864
+    assert not cost.takes_turns and cost.num_samplers == 4
+    parallel = estimate(
+        "rollout.n_gpus_per_node=4", "actor_rollout_ref.rollout.tensor_model_parallel_size=2", **settings
+    )
+    assert parallel.sampler["weights"] == PARAMS
+    assert parallel.sampler["key-value cache"] == 128 * 32 * 36_864 // 2
+
+
+def test_taking_turns_the_gpus_that_train_sample(estimate: Callable[..., Any]) -> None:
+    cost = estimate("trainer.n_gpus_per_node=4", staleness=0)
+    assert cost.takes_turns and cost.num_samplers == 4
+
+
+def test_a_token_of_a_response_or_of_an_image(estimate: Callable[..., Any]) -> None:
+    cost = estimate(
+        model__dtype="bfloat16",
+        data__train_batch_size=32,
+        data__max_prompt_length=2304,
+        sampler__n=8,
+        sampler__max_response_length=2048,
+        learner__micro_batch_tokens=6144,
+        learner__gradient_checkpointing=True,
+        self_distillation__distillation_topk=100,
+        self_distillation__alpha=0.5,
+        self_distillation__max_reprompt_len=2816,
+    )
+    # At most 3072 response tokens, 4352 of the student and 6144 of the teacher: one sample is always let in.
+    assert cost.phases["a micro-batch"]["logits"] == 151_936 * (3072 * 6 * 4 + (4352 * 3 + 6144) * 2)
+    assert cost.phases["old log-probabilities"]["logits"] == 151_936 * 6144 * 3 * 2
