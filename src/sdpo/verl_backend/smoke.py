@@ -95,6 +95,7 @@ def run(overrides: Sequence[str]) -> int:
         print("\n".join(log.read_text(errors="replace").splitlines()[-25:]), file=sys.stderr)
         print(f"error: verl ended with exit code {code}; all it said is in {log}", file=sys.stderr)
         return code
+    logging.disable(logging.INFO)  # what verl says of itself when its files are read
     failed = 0
     for check in CHECKS:
         try:
