@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # SDPO on stock verl, one step off policy: one GPU samples with vLLM, one trains with FSDP2.
 #
-#   bash train.sh                   Qwen2.5-VL-3B on Geometry3k, two GPUs
-#   SMOKE_TEST=1 bash train.sh      a tiny model and task, a few steps, on whatever machine this is
-#   bash train.sh KEY=VALUE ...     further settings go to Hydra
+#   bash train.sh                   Qwen2.5-VL-3B on Geometry3k, two GPUs: configs/geo3k_2gpus.yaml
+#   SMOKE_TEST=1 bash train.sh      a tiny vision-language model, a few steps, on whatever machine this is
+#   bash train.sh KEY=VALUE ...     settings of the run file (docs/configuration.md); all others go to Hydra
 #
 # Variables and their defaults:
+RUN_FILE=${RUN_FILE:-$(dirname "${BASH_SOURCE[0]}")/../../configs/geo3k_2gpus.yaml}
 HF_MODEL_PATH=${HF_MODEL_PATH:-Qwen/Qwen2.5-VL-3B-Instruct}
 TRAIN_FILE=${TRAIN_FILE:-$HOME/data/geo3k/train.parquet}
 TEST_FILE=${TEST_FILE:-$HOME/data/geo3k/test.parquet}
@@ -20,9 +21,9 @@ if [ "$SMOKE_TEST" = 1 ]; then
   exec "$PYTHON" -m sdpo.verl_backend.smoke "$@"
 fi
 
-exec "$PYTHON" -m sdpo.verl_backend.main \
-  actor_rollout_ref.model.path="$HF_MODEL_PATH" \
-  data.train_files="$TRAIN_FILE" \
-  data.val_files="$TEST_FILE" \
-  trainer.total_training_steps="$TOTAL_TRAIN_STEPS" \
+exec "$PYTHON" -m sdpo.cli verl "$RUN_FILE" \
+  model.path="$HF_MODEL_PATH" \
+  data.train_files="[$TRAIN_FILE]" \
+  data.val_files="[$TEST_FILE]" \
+  total_steps="$TOTAL_TRAIN_STEPS" \
   "$@"

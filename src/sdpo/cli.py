@@ -111,13 +111,20 @@ def data_geo3k(
     source: Annotated[
         str, typer.Option(help="Name on the Hugging Face hub, or a folder with a copy.")
     ] = "hiyouga/geometry3k",
+    drawn: Annotated[
+        int, typer.Option(min=0, help="Draw so many simple problems (and a quarter for testing) instead; offline.")
+    ] = 0,
 ) -> None:
     """Geometry3k, geometry problems with a diagram, in verl's schema; needs sdpo[geo3k]."""
     from sdpo.report.console import ConsoleObserver
+    from sdpo.tasks.drawn_geometry import write_drawn_geometry
     from sdpo.tasks.geo3k_data import prepare
 
-    with ConsoleObserver(0) as observer:
-        prepare(out, source, observer)
+    if drawn:
+        write_drawn_geometry(out, drawn, max(1, drawn // 4))
+    else:
+        with ConsoleObserver(0) as observer:
+            prepare(out, source, observer)
     print(f"made {out}/train.parquet, {out}/test.parquet")
 
 

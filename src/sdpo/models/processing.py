@@ -17,7 +17,7 @@ from sdpo.context.images import collect_images, open_image
 from sdpo.errors import UserError
 from sdpo.models.loading import reads_images
 
-CACHED_IMAGES = 128  # a step's; the pixels of an image of a million pixels take 15 MB
+CACHED_IMAGES = 64  # a step's; the pixels of an image of a million pixels take 15 MB
 
 
 @dataclass(frozen=True)

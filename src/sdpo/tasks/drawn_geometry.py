@@ -1,6 +1,6 @@
-"""A small Geometry3k by drawing: problems that are right by construction, in the rows that verl makes of Geometry3k.
+"""A small Geometry3k by drawing: problems that are right by construction, in the rows that ``geo3k_data.py`` makes.
 
-For tests and smoke runs; the data set itself is downloaded and far larger.
+To try a run file without a connection, and for tests; the data set itself is far larger and harder.
 """
 
 from __future__ import annotations
@@ -10,15 +10,12 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
-from sdpo.tasks.drawing import Picture, Point, draw_circle, draw_polygon
-
-DATA_SOURCE = "hiyouga/geometry3k"  # by which verl finds the grader
-INSTRUCTION = (
-    "You FIRST think about the reasoning process as an internal monologue and then provide the final answer. The "
-    "reasoning process MUST BE enclosed within <think> </think> tags. The final answer MUST BE put in \\boxed{}."
-)
+from sdpo.errors import UserError
+from sdpo.tasks.drawing import Picture, Point, draw_circle, draw_polygon, write_rows
+from sdpo.tasks.geo3k_data import DATA_SOURCE, INSTRUCTION
 
 
 @dataclass(frozen=True)
@@ -48,6 +45,27 @@ def draw_problems(num: int, seed: int) -> list[Problem]:
         question, answer, pictures = make(rng)
         problems.append(Problem(kind, question, answer, tuple(pictures)))
     return problems
+
+
+def write_drawn_geometry(out: Path, num_train: int, num_test: int, seed: int = 0) -> None:
+    """Write ``train.parquet`` and ``test.parquet`` into ``out``.
+
+    Raises:
+        UserError: the folder holds files of these names, or cannot be made.
+    """
+    files = {split: out / f"{split}.parquet" for split in ("train", "test")}
+    for file in files.values():
+        if file.exists():
+            raise UserError(f"{file}: exists; name another folder for drawn problems")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made ({error.strerror}); name another folder") from error
+    for number, (split, file) in enumerate(files.items()):
+        num = (num_train, num_test)[number]
+        partial = file.with_suffix(".partial")
+        write_rows(draw_geometry_rows(num, 2 * seed + number, split), partial)
+        partial.rename(file)
 
 
 def draw_geometry_rows(num: int, seed: int, split: str = "train") -> list[dict[str, Any]]:

@@ -31,6 +31,7 @@ from sdpo.models.decoding import Response
 from sdpo.models.processing import load_processor
 from sdpo.models.vision import get_tower_parameters
 from sdpo.observer import Silent
+from sdpo.tasks.drawn_geometry import write_drawn_geometry
 from sdpo.tasks.interface import Grade, Row
 
 VisionModel = Callable[[str], LoadedModel]
@@ -378,3 +379,23 @@ def test_rows_that_cannot_be_read_are_refused_or_skipped(
         return
     train(skipping, listening)
     assert any("data.train_files: skipped 1 of 4 rows; the first:" in text for text in listening.messages)
+
+
+def test_drawn_geometry_by_the_grader_of_geometry3k(make_image_run: MakeRun, tmp_path: Path) -> None:
+    """The mission's data set in small: rows of geo3k's schema, texts and several images among them, and its grader."""
+    write_drawn_geometry(tmp_path / "drawn", num_train=24, num_test=6)
+    run = make_image_run(
+        total_steps=1,
+        data__task="geo3k",
+        data__train_files=[str(tmp_path / "drawn" / "train.parquet")],
+        data__val_files=[str(tmp_path / "drawn" / "test.parquet")],
+        data__train_batch_size=12,  # of each kind of problem one
+        data__shuffle=False,
+        self_distillation__include_environment_feedback=True,
+    )
+    result = train(run)
+    assert result.metrics[metrics.DEMONSTRATION_FRACTION] == 1.0
+    assert result.metrics[metrics.val_name("hiyouga/geometry3k", "mean@1")] == 0.0
+    text = (result.run_dir / "rollouts" / "step_1.txt").read_text()
+    assert "has no final answer in \\boxed{...}" in text
+    assert "Correct solution:" in text

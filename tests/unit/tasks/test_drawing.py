@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from sdpo import cli
 from sdpo.tasks.drawing import Picture, draw_circle, draw_polygon, write_rows
 from sdpo.tasks.drawn_geometry import (
     INSTRUCTION,
@@ -22,7 +24,9 @@ from sdpo.tasks.drawn_geometry import (
     draw_problems,
     format_fraction,
     format_root,
+    write_drawn_geometry,
 )
+from sdpo.tasks.geo3k import Geo3k
 from sdpo.tasks.interface import load_rows
 
 SQUARE = ((40.0, 40.0), (100.0, 40.0), (100.0, 100.0), (40.0, 100.0))
@@ -222,3 +226,31 @@ def test_all_kinds_of_answers_occur() -> None:
     for part in ("\\sqrt", "\\frac", "\\pi", "\\circ"):
         assert any(part in answer for answer in answers)
     assert any(answer.isdigit() for answer in answers)
+
+
+# --- as files
+
+
+def test_every_answer_is_right_by_the_grader_of_geometry3k(tmp_path: Path) -> None:
+    write_drawn_geometry(tmp_path, num_train=4 * KINDS, num_test=KINDS)
+    rows = load_rows([str(tmp_path / "train.parquet"), str(tmp_path / "test.parquet")], "x")
+    assert len(rows) == 5 * KINDS
+    grader = Geo3k()
+    for row in rows:
+        right = grader.grade(row, f"<think>so</think>\\boxed{{{row.ground_truth}}}")
+        wrong = grader.grade(row, "<think>so</think>\\boxed{777}")
+        assert (right.score, wrong.score) == (1.0, pytest.approx(0.1)), row.ground_truth
+
+
+def test_files_are_not_overwritten(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["sdpo", "data", "geo3k", "--out", str(tmp_path), "--drawn", "4"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    assert len(load_rows([str(tmp_path / "test.parquet")], "x")) == 1
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert (
+        capsys.readouterr().err == f"error: {tmp_path}/train.parquet: exists; name another folder for drawn problems\n"
+    )

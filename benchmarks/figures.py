@@ -1,0 +1,97 @@
+"""Does it learn to look? Figures: SDPO against GRPO on the same budget, then the same student with images exchanged.
+
+    python benchmarks/figures.py
+
+About 15 minutes on two cores for one seed. Models, data and runs go to --folder, which is used again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from record import print_table, run_all, save
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+ACCURACY = "val-core/figures/acc/mean@1"
+
+
+def prepare(folder: str, seed: int) -> None:
+    """The task's files, and beside them the held-out rows with their images exchanged."""
+    import pyarrow.parquet as pq
+
+    from sdpo.tasks.drawing import write_rows
+    from sdpo.tasks.figures import Figures, shuffle_images
+
+    Figures(dir=f"{folder}/{seed}", seed=seed).prepare()
+    rows = pq.read_table(f"{folder}/{seed}/test.parquet").to_pylist()
+    write_rows(shuffle_images(rows, seed), Path(f"{folder}/exchanged_{seed}.parquet"))
+
+
+def learn(folder: str, config: str, seed: int, name: str) -> dict[str, Any]:
+    """Train once, then evaluate the checkpoint on the exchanged images."""
+    from sdpo import load_run, train
+    from sdpo.embedded.setup import build_parts
+    from sdpo.observer import Silent
+    from sdpo.report import read_run
+
+    settings = [f"seed={seed}", f"data.task_args.seed={seed}", f"data.task_args.dir={folder}/{seed}"]
+    run = load_run(CONFIGS / config, [*settings, f"run_dir={folder}/runs/{name}_{seed}"])
+    started = time.perf_counter()
+    result = train(run)
+    seconds = time.perf_counter() - started
+    steps, accuracies = read_run(result.run_dir).series(ACCURACY)
+
+    checkpoint = result.run_dir / "checkpoints" / f"step_{run.total_steps}"
+    parts = build_parts(
+        load_run(
+            CONFIGS / config,
+            [
+                *settings,
+                f"model.path={checkpoint}",
+                f"data.val_files=[{folder}/exchanged_{seed}.parquet]",
+                f"run_dir={folder}/runs/{name}_{seed}_exchanged",
+            ],
+        ),
+        Silent(),
+    )
+    exchanged = parts.evaluator.evaluate(parts.learner.student, None)[ACCURACY]
+    parts.sampler.close()
+    parts.folder.close()
+    return {
+        "name": name,
+        "seed": seed,
+        "steps": list(steps),
+        "accuracies": list(accuracies),
+        "before": accuracies[0],
+        "final": accuracies[-1],
+        "exchanged": exchanged,
+        "seconds": seconds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--folder", default="data/benchmark_figures")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    options = parser.parse_args()
+    seeds = range(options.seeds)
+    run_all(prepare, [(options.folder, seed) for seed in seeds], options.workers)
+    pairs = [("SDPO", "figures.yaml"), ("GRPO", "figures_grpo.yaml")]
+    results = run_all(
+        learn, [(options.folder, config, seed, name) for seed in seeds for name, config in pairs], options.workers
+    )
+    print_table(
+        "Figures: held-out exact match",
+        ["", "seed", "before", "final", "images exchanged", "seconds"],
+        [[r["name"], r["seed"], r["before"], r["final"], r["exchanged"], round(r["seconds"])] for r in results],
+    )
+    save("figures", {"runs": results})
+
+
+if __name__ == "__main__":
+    main()
