@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 DATA_SOURCE = "figures"
 QUESTION = "Read the sides."
-FEEDBACK_TEXT = "Expected: "
 NUM_DIGITS = 10
 NUM_SIDES = 4  # in the order top, right, bottom, left
 NUM_FIGURES = 10 * 9 * 8 * 7  # the digits of a figure differ
@@ -73,20 +72,13 @@ class Figures:
     num_test: int = 300
 
     def __post_init__(self) -> None:
-        offline.check_folder_name(self.dir)
-        for name, least in (("seed", 0), ("pretrain_steps", 0), ("num_train", 1), ("num_test", 1)):
-            value = getattr(self, name)
-            if value is not None or name != "pretrain_steps":
-                offline.check_whole_number(name, value, least)
+        offline.check_arguments(self.dir, self.seed, self.pretrain_steps, self.num_train, self.num_test)
         if self.num_train + self.num_test > NUM_FIGURES:
             raise UserError(f"data.task_args: num_train + num_test exceeds the {NUM_FIGURES} figures")
 
     def grade(self, row: Row, response: str) -> Grade:
         """1 for exactly the expected digits, else 0 with the expected digits as feedback."""
-        expected = row.ground_truth or ""
-        if response.strip() == expected:
-            return Grade(1.0)
-        return Grade(0.0, FEEDBACK_TEXT + expected)
+        return offline.grade_exactly(row, response)
 
     def prepare(self, observer: Observer | None = None) -> None:
         """Make model and data unless the folder already holds those of the same arguments.
@@ -158,7 +150,7 @@ def shuffle_images(rows: Sequence[Mapping[str, Any]], seed: int) -> list[dict[st
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level Qwen2 tokenizer that knows digits, the question, the default templates and the marks of images."""
-    return offline.build_tokenizer([QUESTION, FEEDBACK_TEXT], CHAT_TEMPLATE, VISION_TOKENS)
+    return offline.build_tokenizer([QUESTION, offline.FEEDBACK_TEXT], CHAT_TEMPLATE, VISION_TOKENS)
 
 
 def build_image_processor() -> Any:

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 DATA_SOURCE = "hidden_rule"
 NUM_DIGITS = 10
-FEEDBACK_TEXT = "Expected: "
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -75,21 +74,14 @@ class HiddenRule:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise UserError(f"data.task_args.mode must be one of {', '.join(MODES)}, got {self.mode!r}")
-        offline.check_folder_name(self.dir)
-        for name, least in (("seed", 0), ("pretrain_steps", 0), ("num_train", 1), ("num_test", 1)):
-            value = getattr(self, name)
-            if value is not None or name != "pretrain_steps":
-                offline.check_whole_number(name, value, least)
+        offline.check_arguments(self.dir, self.seed, self.pretrain_steps, self.num_train, self.num_test)
         possible = NUM_DIGITS ** MODES[self.mode].length
         if self.num_train + self.num_test > possible:
             raise UserError(f"data.task_args: num_train + num_test exceeds the {possible} prompts of mode {self.mode}")
 
     def grade(self, row: Row, response: str) -> Grade:
         """1 for exactly the expected digits, else 0 with the expected digits as feedback."""
-        expected = row.ground_truth or ""
-        if response.strip() == expected:
-            return Grade(1.0)
-        return Grade(0.0, FEEDBACK_TEXT + expected)
+        return offline.grade_exactly(row, response)
 
     def prepare(self, observer: Observer | None = None) -> None:
         """Make model and data unless the folder already holds those of the same arguments.
@@ -162,7 +154,7 @@ def build_rules(mode: str) -> list[list[int]]:
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level Qwen2 tokenizer that knows digits and the words of the default templates."""
-    return offline.build_tokenizer([FEEDBACK_TEXT], CHAT_TEMPLATE)
+    return offline.build_tokenizer([offline.FEEDBACK_TEXT], CHAT_TEMPLATE)
 
 
 def build_model(vocab_size: int) -> PreTrainedModel:
@@ -247,7 +239,9 @@ def _build_skeletons(tokenizer: PreTrainedTokenizerFast, mode: str) -> tuple[_Sk
     length = MODES[mode].length
     messages = [{"role": "user", "content": _text([0] * length)}]
     answer = _text([1] * length)
-    shown = Demonstration(feedback=FEEDBACK_TEXT + answer) if mode == "feedback" else Demonstration(solution=answer)
+    shown = (
+        Demonstration(feedback=offline.FEEDBACK_TEXT + answer) if mode == "feedback" else Demonstration(solution=answer)
+    )
     teacher = encode_teacher_prompt(tokenizer, messages, shown, SelfDistillationConfig()).token_ids
     assert teacher is not None
     skeletons = []

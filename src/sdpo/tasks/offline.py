@@ -1,4 +1,4 @@
-"""How a built-in task makes its files offline: a folder whole or not at all, a tokenizer, reproducible pretraining."""
+"""What the offline tasks share: arguments, grading, a folder whole or not at all, a tokenizer, pretraining."""
 
 from __future__ import annotations
 
@@ -13,29 +13,34 @@ from typing import TYPE_CHECKING, Any
 from sdpo.config import SelfDistillationConfig
 from sdpo.errors import UserError
 from sdpo.observer import Observer
+from sdpo.tasks.interface import Grade, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-def check_folder_name(value: Any) -> None:
-    """Refuse a task's ``dir`` that is no folder's name.
+FEEDBACK_TEXT = "Expected: "
+
+
+def check_arguments(dir: Any, seed: Any, pretrain_steps: Any, num_train: Any, num_test: Any) -> None:
+    """Refuse arguments of a task that are no folder's name, or no whole numbers large enough; no steps are none given.
 
     Raises:
-        UserError: it is not a string, or empty.
+        UserError: names the argument.
     """
-    if not isinstance(value, str) or not value:
-        raise UserError(f"data.task_args.dir must be a folder's name, got {value!r}")
+    if not isinstance(dir, str) or not dir:
+        raise UserError(f"data.task_args.dir must be a folder's name, got {dir!r}")
+    steps = 0 if pretrain_steps is None else pretrain_steps
+    numbers = (("seed", seed, 0), ("pretrain_steps", steps, 0), ("num_train", num_train, 1), ("num_test", num_test, 1))
+    for name, value, least in numbers:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise UserError(f"data.task_args.{name} must be a whole number of at least {least}, got {value!r}")
 
 
-def check_whole_number(name: str, value: Any, least: int) -> None:
-    """Refuse a task's argument that is not a whole number of at least ``least``.
-
-    Raises:
-        UserError: so it is.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"data.task_args.{name} must be a whole number of at least {least}, got {value!r}")
+def grade_exactly(row: Row, response: str) -> Grade:
+    """1 for exactly the ground truth, else 0 with the ground truth as feedback."""
+    expected = row.ground_truth or ""
+    return Grade(1.0) if response.strip() == expected else Grade(0.0, FEEDBACK_TEXT + expected)
 
 
 def make_folder(name: str, recipe: Mapping[str, Any], what: str, write: Callable[[Path], None]) -> None:

@@ -16,8 +16,9 @@ from sdpo.config import SelfDistillationConfig
 from sdpo.context.demonstration import Demonstration
 from sdpo.context.encode import encode_prompt, encode_teacher_prompt
 from sdpo.errors import UserError
-from sdpo.tasks.hidden_rule import FEEDBACK_TEXT, MODES, HiddenRule, build_rules, build_tokenizer
+from sdpo.tasks.hidden_rule import MODES, HiddenRule, build_rules, build_tokenizer
 from sdpo.tasks.interface import Grade, load_rows
+from sdpo.tasks.offline import FEEDBACK_TEXT
 
 SMALL: dict[str, Any] = {"pretrain_steps": 3, "num_train": 40, "num_test": 8}
 

@@ -16,7 +16,7 @@ import pytest
 from omegaconf import DictConfig
 from transformers import AutoProcessor
 
-from sdpo.config import SelfDistillationConfig
+from sdpo.config import DataConfig, SelfDistillationConfig
 from sdpo.errors import UserError
 from sdpo.models.processing import load_without_videos
 from sdpo.verl_backend.main import compose_config, main, run
@@ -47,6 +47,8 @@ def test_the_defaults_are_those_of_the_dataclass(name: str, compose: Callable[..
     assert read_self_distillation(config.actor_rollout_ref.actor) == SelfDistillationConfig()
     assert config.trainer.n_gpus_per_node == config.rollout.n_gpus_per_node == 1
     assert config.actor_rollout_ref.rollout.calculate_log_probs
+    assert config.data.max_pixels == DataConfig(task="x").max_pixels
+    assert config.data.filter_unreadable_images == DataConfig(task="x").filter_unreadable_images
 
 
 def test_every_setting_arrives(compose: Callable[..., DictConfig]) -> None:
