@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sdpo.algorithm.fused import fused_self_distillation_loss as fused_self_distillation_loss
     from sdpo.algorithm.loss import compute_self_distillation_loss as compute_self_distillation_loss
     from sdpo.algorithm.teacher import update_teacher_ema as update_teacher_ema
     from sdpo.config import Run as Run
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "compute_self_distillation_loss": "sdpo.algorithm.loss",
+    "fused_self_distillation_loss": "sdpo.algorithm.fused",
     "update_teacher_ema": "sdpo.algorithm.teacher",
     "Run": "sdpo.config",
     "SelfDistillationConfig": "sdpo.config",

@@ -11,9 +11,11 @@ The interpolation tends to 0 at both ends, so the end points are the KLs themsel
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # log(1 - sum p) of the tail bucket: sum p is held below 1 by this much, as in the official code.
 TAIL_LOG_SUM_MAX = -1e-7
@@ -27,40 +29,77 @@ def compute_kl(p_log_probs: Tensor, q_log_probs: Tensor) -> Tensor:
     An entry that p rules out (log-probability ``-inf``) contributes 0, whatever q says, and no gradient; an entry that
     q alone rules out makes the divergence infinite.
     """
-    ruled_out = torch.isneginf(p_log_probs)
-    difference = p_log_probs.masked_fill(ruled_out, 0.0) - q_log_probs.masked_fill(ruled_out, 0.0)
-    return (p_log_probs.exp() * difference).sum(-1)
+    return _compute_kl_terms(p_log_probs, q_log_probs).sum(-1)
 
 
-def compute_jensen_shannon(student_log_probs: Tensor, teacher_log_probs: Tensor, alpha: float) -> Tensor:
-    """Generalised Jensen-Shannon divergence for 0 < alpha < 1 of distributions [..., V], giving [...].
+def _compute_kl_terms(p_log_probs: Tensor, q_log_probs: Tensor) -> Tensor:
+    difference = (p_log_probs - q_log_probs).masked_fill(torch.isneginf(p_log_probs), 0.0)
+    return p_log_probs.exp() * difference
 
-    Range: [0, H(alpha)] with H the binary entropy, so at most log 2 (at alpha = 0.5).
+
+def differentiate_divergence(
+    student_log_probs: Tensor, teacher_log_probs: Tensor, alpha: float
+) -> tuple[Tensor, Tensor]:
+    """The divergence of ``compute_divergence`` and its derivative by the student's log-probabilities.
+
+    With s and t the probabilities of student and teacher and d = dD / d log s, entry by entry:
+
+        forward KL      D = sum t log(t / s)                  d = -t
+        reverse KL      D = sum s log(s / t)                  d = s log(s / t) + s
+        Jensen-Shannon  D = (1 - a) sum s log(s / m)          d = (1 - a) s log(s / m),
+                            + a sum t log(t / m)              for what m adds to it cancels: with dm / ds = 1 - a,
+                                                              (1 - a) - ((1 - a) s + a t) (1 - a) / m = 0
+
+    Returns:
+        [...] and [..., V]. An entry that the student rules out has the derivative 0 (forward KL: -t).
     """
+    if alpha == 0.0:
+        return compute_kl(teacher_log_probs, student_log_probs), -teacher_log_probs.exp()
+    if alpha == 1.0:
+        terms = _compute_kl_terms(student_log_probs, teacher_log_probs)
+        return terms.sum(-1), terms + student_log_probs.exp()
+    if not 0.0 < alpha < 1.0:
+        raise ValueError(f"alpha must be in [0, 1], got {alpha!r}")
     mixture_log_probs = torch.logaddexp(
         student_log_probs.clamp(min=LOG_ZERO) + math.log1p(-alpha),
         teacher_log_probs.clamp(min=LOG_ZERO) + math.log(alpha),
     )
-    student_part = compute_kl(student_log_probs, mixture_log_probs)
-    teacher_part = compute_kl(teacher_log_probs, mixture_log_probs)
-    return (1.0 - alpha) * student_part + alpha * teacher_part
+    terms = _compute_kl_terms(student_log_probs, mixture_log_probs)
+    value = (1.0 - alpha) * terms.sum(-1) + alpha * compute_kl(teacher_log_probs, mixture_log_probs)
+    return value, (1.0 - alpha) * terms
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student_log_probs: Tensor, teacher_log_probs: Tensor, alpha: float) -> Tensor:
+        value, by_student = differentiate_divergence(student_log_probs, teacher_log_probs, alpha)
+        by_teacher = None
+        if ctx.needs_input_grad[1]:  # the divergence with the sides exchanged is the one of 1 - alpha
+            by_teacher = differentiate_divergence(teacher_log_probs, student_log_probs, 1.0 - alpha)[1]
+        ctx.save_for_backward(by_student, by_teacher)
+        return value
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        by_student, by_teacher = ctx.saved_tensors
+        gradient = gradient[..., None]
+        return gradient * by_student, None if by_teacher is None else gradient * by_teacher, None
 
 
 def compute_divergence(student_log_probs: Tensor, teacher_log_probs: Tensor, alpha: float) -> Tensor:
     """The divergence that ``alpha`` names, of distributions [..., V] (or [..., K], with a tail or renormalised).
+
+    Gradients reach both, by the closed form of ``differentiate_divergence``. Range of a Jensen-Shannon divergence:
+    [0, H(alpha)] with H the binary entropy, so at most log 2 (at alpha = 0.5).
 
     Source: SDPO (arXiv 2601.20802), section 3 and appendix; official function ``compute_self_distillation_loss``.
 
     Raises:
         ValueError: ``alpha`` is not in [0, 1].
     """
-    if alpha == 0.0:
-        return compute_kl(teacher_log_probs, student_log_probs)
-    if alpha == 1.0:
-        return compute_kl(student_log_probs, teacher_log_probs)
-    if not 0.0 < alpha < 1.0:
-        raise ValueError(f"alpha must be in [0, 1], got {alpha!r}")
-    return compute_jensen_shannon(student_log_probs, teacher_log_probs, alpha)
+    value: Tensor = _Divergence.apply(student_log_probs, teacher_log_probs, alpha)
+    return value
 
 
 def add_tail(topk_log_probs: Tensor) -> Tensor:

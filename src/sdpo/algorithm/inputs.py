@@ -57,9 +57,10 @@ def build_loss_inputs(
     sums[metrics.TEACHER_ENTROPY] = mean_of(compute_entropy(teacher))
     teacher_log_probs = gather_log_probs(teacher, sampled_ids[distilled])
     student_rows = student if bool(distilled.all()) else student[distilled]
+    kept_ids = None
     if config.distillation_topk is not None:
-        student_rows, indices = student_rows.topk(config.distillation_topk, dim=-1)
-        teacher = teacher.gather(-1, indices)
+        student_rows, kept_ids = student_rows.topk(config.distillation_topk, dim=-1)
+        teacher = teacher.gather(-1, kept_ids)
     inputs = LossInputs(
         **common,  # type: ignore[arg-type]
         distilled=distilled,
@@ -67,5 +68,6 @@ def build_loss_inputs(
         teacher_log_probs=teacher_log_probs,
         student_distribution=student_rows,
         teacher_distribution=teacher,
+        kept_ids=kept_ids,
     )
     return inputs, sums

@@ -52,6 +52,8 @@ class LossInputs:
     teacher_log_probs: Tensor | None = None  # [M]
     student_distribution: Tensor | None = None  # [M, V] or [M, K] log-probabilities (K: the student's top k)
     teacher_distribution: Tensor | None = None  # [M, V] or [M, K], same entries
+    kept_ids: Tensor | None = None  # [M, K] which entries those are, for who wants to know
+    divergence: Tensor | None = None  # [M] of whole distributions, where it is known already
     distillation_coef: float = 1.0  # the scheduled weight, >= 0
 
 
@@ -112,6 +114,8 @@ def compute_prompt_weights(success_rates: Tensor) -> Tensor:
 
 def compute_token_divergence(inputs: LossInputs, config: SelfDistillationConfig) -> Tensor:
     """Divergence of each distilled token in nats, [M]; for the sampled-token level its surrogate."""
+    if inputs.divergence is not None:
+        return inputs.divergence
     if not config.full_logit_distillation:
         assert inputs.distilled is not None and inputs.teacher_log_probs is not None
         return compute_sampled_token_surrogate(inputs.student_log_probs[inputs.distilled], inputs.teacher_log_probs)

@@ -1,0 +1,435 @@
+"""The loss from hidden states against the one from next-token distributions: value, gradients, metrics, memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sdpo import SelfDistillationConfig, compute_self_distillation_loss, fused_self_distillation_loss, metrics
+from sdpo.algorithm.fused import LazyLogits, TokenInputs, choose_chunk_size, compute_fused_loss
+from sdpo.algorithm.inputs import build_loss_inputs
+from sdpo.algorithm.loss import compute_loss
+
+N, V, H = 7, 11, 4
+DISTRIBUTIONS = {
+    f"{level}, alpha={alpha}": {"alpha": alpha, **extra}
+    for level, extra in {
+        "full": {},
+        "tail": {"distillation_topk": 3},
+        "renormalised": {"distillation_topk": 3, "distillation_add_tail": False},
+    }.items()
+    for alpha in (0.0, 0.3, 0.5, 1.0)
+}
+SAMPLED = {"alpha": 1.0, "full_logit_distillation": False}
+LEVELS: dict[str, dict[str, Any]] = DISTRIBUTIONS | {"sampled token": SAMPLED}
+CLIPS: dict[str, dict[str, Any]] = {
+    "no clip": {"is_clip": None},
+    "ratio clip": {"is_clip": 1.1},
+    "divergence clip": {"is_clip": 2.0, "divergence_clip": 0.05},
+    "teacher entropy": {"is_clip": None, "teacher_entropy_beta": 0.6},
+}
+MASKS = {
+    "all": ([1] * N, [1] * N),
+    "some": ([1, 1, 0, 1, 1, 0, 1], [1, 0, 1, 1, 0, 1, 1]),
+    "none distilled": ([1, 1, 0, 1, 1, 1, 1], [0] * N),
+    "all masked": ([0] * N, [1] * N),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """N tokens of a student and a teacher that see other prompts; ``shared`` is the student's head as the teacher's."""
+
+    hidden: Tensor
+    head: Tensor
+    bias: Tensor
+    teacher_hidden: Tensor
+    teacher_head: Tensor
+    teacher_bias: Tensor
+    ids: Tensor
+    old: Tensor
+    rollout: Tensor
+    advantages: Tensor
+    temperature: float = 0.7
+    softcap: float | None = None
+
+    def leaves(self) -> tuple[Tensor, ...]:
+        return self.hidden, self.head, self.bias
+
+    def gradients(self) -> list[Tensor]:
+        grads = [leaf.grad for leaf in self.leaves()]
+        for leaf in self.leaves():
+            leaf.grad = None
+        return [
+            torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(self.leaves(), grads, strict=True)
+        ]
+
+    def log_probs(self, hidden: Tensor, head: Tensor, bias: Tensor) -> Tensor:
+        logits = (hidden @ head.T).to(torch.promote_types(hidden.dtype, torch.float32)) + bias
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return (logits / self.temperature).log_softmax(-1)
+
+    def student(self) -> Tensor:
+        return self.log_probs(self.hidden, self.head, self.bias)
+
+    def teacher(self) -> Tensor:
+        return self.log_probs(self.teacher_hidden, self.teacher_head, self.teacher_bias).detach()
+
+
+def make_case(dtype: torch.dtype = torch.float64, *, tied: bool = False, size: tuple[int, ...] = (N, V, H)) -> Case:
+    generator = torch.Generator().manual_seed(11)
+    n, v, h = size
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+    hidden, head, bias = (x.requires_grad_() for x in (normal(n, h), normal(v, h), normal(v, scale=0.3)))
+    case = Case(
+        hidden,
+        head,
+        bias,
+        teacher_hidden=normal(n, h),
+        teacher_head=head if tied else normal(v, h),
+        teacher_bias=bias if tied else normal(v, scale=0.3),
+        ids=torch.randint(v, (n,), generator=generator),
+        old=torch.zeros(n),
+        rollout=torch.rand(n, generator=generator, dtype=torch.float64) + 0.3,
+        advantages=normal(n).double(),
+    )
+    taken = case.student().detach().double().gather(-1, case.ids[:, None])[:, 0]
+    ratios = torch.tensor([0.5, 1.05, 2.5, 0.6, 3.0, 0.95, 1.5], dtype=torch.float64).repeat(n // 7 + 1)[:n]
+    return replace(case, old=taken - ratios.log())
+
+
+def run_fused(
+    case: Case, config: SelfDistillationConfig, mask: Tensor, distilled: Tensor, chunk_size: int | None, **changes: Any
+) -> tuple[Tensor, dict[str, float]]:
+    return fused_self_distillation_loss(
+        case.hidden,
+        case.head,
+        case.teacher_hidden,
+        case.teacher_head,
+        case.ids,
+        mask,
+        config,
+        **{
+            "old_log_probs": case.old,
+            "rollout_is_weights": case.rollout,
+            "self_distillation_mask": distilled,
+            "temperature": case.temperature,
+            "softcap": case.softcap,
+            "student_bias": case.bias,
+            "teacher_bias": case.teacher_bias,
+            "chunk_size": chunk_size,
+        }
+        | changes,
+    )
+
+
+def run_materialised(
+    case: Case, config: SelfDistillationConfig, mask: Tensor, distilled: Tensor
+) -> tuple[Tensor, dict[str, float]]:
+    """The official function, on N samples of one token each."""
+    student, teacher = case.student(), case.teacher()
+    kept: dict[str, Tensor] = {}
+    if config.distillation_topk is not None:
+        student_kept, indices = student.topk(config.distillation_topk, dim=-1)
+        kept = {"student_topk_log_probs": student_kept[:, None]}
+        kept |= {"teacher_topk_log_probs": teacher.gather(-1, indices)[:, None]}
+    elif config.full_logit_distillation:
+        kept = {"student_all_log_probs": student[:, None], "teacher_all_log_probs": teacher[:, None]}
+    return compute_self_distillation_loss(
+        student.gather(-1, case.ids[:, None]),
+        teacher.gather(-1, case.ids[:, None]),
+        mask[:, None],
+        config,
+        old_log_probs=case.old[:, None],
+        self_distillation_mask=distilled,
+        rollout_is_weights=case.rollout[:, None],
+        **kept,
+    )
+
+
+def assert_same_run(case: Case, config: SelfDistillationConfig, mask: Tensor, distilled: Tensor, size: Any) -> None:
+    loss, values = run_materialised(case, config, mask, distilled)
+    (3.0 * loss).backward()
+    expected = case.gradients()
+    fused_loss, fused_values = run_fused(case, config, mask, distilled, size)
+    (3.0 * fused_loss).backward()
+    assert float(fused_loss.detach()) == pytest.approx(float(loss.detach()), abs=1e-10)
+    for result, wanted in zip(case.gradients(), expected, strict=True):
+        torch.testing.assert_close(result, wanted, rtol=0.0, atol=1e-10)
+    if bool((mask.bool() & distilled.bool()).any()):
+        assert {name: fused_values[name] for name in values} == pytest.approx(values, abs=1e-10)
+    else:
+        assert fused_values[metrics.NONFINITE_SAMPLES] == 0.0
+
+
+# The distillation loss
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("level", LEVELS)
+def test_value_gradients_and_metrics_are_the_materialised_ones(level: str, clip: str) -> None:
+    chosen = LEVELS[level] | CLIPS[clip]
+    if level == "sampled token":
+        chosen.pop("teacher_entropy_beta", None)
+    config = SelfDistillationConfig(**chosen)
+    for masks in MASKS.values():
+        mask, distilled = (torch.tensor(values) for values in masks)
+        for size in (1, 3, N, 50):
+            assert_same_run(make_case(), config, mask, distilled, size)
+
+
+@pytest.mark.parametrize("level", ["full, alpha=0.5", "tail, alpha=0.0", "sampled token"])
+def test_a_head_shared_with_the_teacher_learns_as_the_student_s_alone(level: str) -> None:
+    config = SelfDistillationConfig(**LEVELS[level])
+    case = make_case(tied=True)
+    assert case.teacher_head is case.head
+    assert_same_run(case, config, torch.ones(N), torch.ones(N), 3)
+
+
+def test_softcap_bounds_the_logits_before_the_temperature() -> None:
+    case = replace(make_case(), softcap=1.5)
+    for level in ("full, alpha=0.3", "tail, alpha=1.0", "sampled token"):
+        assert_same_run(case, SelfDistillationConfig(**LEVELS[level]), torch.ones(N), torch.ones(N), 2)
+
+
+def test_gradients_by_finite_differences() -> None:
+    """The Jensen-Shannon divergence with both clips off, since those scale by what is held constant."""
+    case = replace(make_case(), softcap=2.0)
+    config = SelfDistillationConfig(alpha=0.4, is_clip=None)
+
+    def value(hidden: Tensor, head: Tensor, bias: Tensor) -> Tensor:
+        moved = replace(case, hidden=hidden, head=head, bias=bias)
+        return run_fused(moved, config, torch.ones(N), torch.ones(N), 3)[0]
+
+    assert torch.autograd.gradcheck(value, case.leaves(), atol=1e-8)
+
+
+@pytest.mark.parametrize("level", ["full, alpha=0.0", "full, alpha=0.5", "full, alpha=1.0", "sampled token"])
+def test_bfloat16_is_float32_within_its_rounding(level: str) -> None:
+    """Logits of size 12 at most are rounded by 2^-9 of that each, gradients by 2^-9 of their largest entry's size."""
+    config = SelfDistillationConfig(**LEVELS[level])
+    half = replace(make_case(torch.bfloat16, size=(70, 40, 16)), temperature=1.0)
+    tensors = {name: value for name, value in vars(half).items() if isinstance(value, Tensor)}
+    floats = {name: value.detach().float() for name, value in tensors.items() if value.dtype == torch.bfloat16}
+    whole = replace(half, **floats)
+    for leaf in whole.leaves():
+        leaf.requires_grad_()
+    mask = torch.ones(70)
+    results = []
+    for case in (whole, half):
+        loss, _ = run_fused(case, config, mask, mask, 16)
+        loss.backward()
+        assert [leaf.grad.dtype for leaf in case.leaves() if leaf.grad is not None] == 3 * [case.head.dtype]
+        results.append((float(loss.detach()), case.gradients()))
+    (expected, gradients), (loss_in_half, half_gradients) = results
+    assert loss_in_half == pytest.approx(expected, rel=0.02)
+    for wanted, result in zip(gradients, half_gradients, strict=True):
+        assert float((result.float() - wanted).norm() / wanted.norm()) < 0.02
+
+
+def test_no_tensor_is_as_large_as_all_tokens_times_the_vocabulary() -> None:
+    """64 tokens of 400 entries in chunks of 8: the largest is a chunk's 8 * 400, the head having 400 * 3 only."""
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+            self.numel = max([self.numel, *sizes])
+            return result
+
+    case = make_case(torch.float32, size=(64, 400, 3))
+    mask = (torch.arange(64) % 5 > 0).int()
+    for level in LEVELS:
+        for clip in ("divergence clip", "teacher entropy"):
+            chosen = LEVELS[level] | (CLIPS[clip] if level != "sampled token" else {})
+            with Largest() as largest:
+                config = SelfDistillationConfig(**chosen, grpo_coef=0.5)
+                run_fused(case, config, torch.ones(64), mask, 8, advantages=case.advantages)[0].backward()
+            assert largest.numel == 8 * 400, level
+
+
+# The blend, in the form of the engines
+
+
+def run_engine_form(
+    case: Case, config: SelfDistillationConfig, distilled: Tensor | None, size: int | None, trust: float = 0.0
+) -> None:
+    """Weights of every kind, tokens of which some are distilled; trust > 0: a teacher of two models' logits."""
+    generator = torch.Generator().manual_seed(5)
+    weights = {
+        name: torch.rand(N, generator=generator, dtype=torch.float64)
+        for name in ("policy_weights", "distillation_weights")
+    }
+    tokens = TokenInputs(
+        sampled_ids=case.ids,
+        old_log_probs=case.old,
+        advantages=case.advantages,
+        rollout_is_weights=case.rollout,
+        distilled=distilled,
+        distillation_coef=0.8,
+        **weights,
+    )
+    policy: list[LazyLogits] = []
+    teacher = None
+    if distilled is not None and bool(distilled.any()):
+        first = LazyLogits(case.teacher_hidden[distilled], case.teacher_head, case.teacher_bias)
+        second = LazyLogits(case.hidden[distilled].flip(0), case.head, case.bias)
+        policy = [replace(first, coefficient=1.0 - trust), replace(second, coefficient=trust)] if trust else [first]
+        logits = sum(part.coefficient * (part.hidden @ part.weight.T + part.bias) for part in policy)
+        teacher = (logits / case.temperature).log_softmax(-1).detach()
+    given = {name: value for name, value in vars(tokens).items() if name != "sampled_ids"}
+    inputs, sums = build_loss_inputs(case.student(), case.ids, config, teacher=teacher, **given)
+    expected = compute_loss(inputs, config)
+    expected.loss.backward()
+    gradients = case.gradients()
+    student = LazyLogits(case.hidden, case.head, case.bias)
+    outputs = compute_fused_loss(student, policy, tokens, config, temperature=case.temperature, chunk_size=size)
+    outputs.loss.backward()
+    close = {"rtol": 0.0, "atol": 1e-10}
+    torch.testing.assert_close(outputs.loss, expected.loss, **close)
+    torch.testing.assert_close(outputs.token_losses, expected.token_losses.detach(), **close)
+    torch.testing.assert_close(outputs.student_log_probs, inputs.student_log_probs.detach(), **close)
+    if inputs.teacher_log_probs is not None:
+        torch.testing.assert_close(outputs.teacher_log_probs, inputs.teacher_log_probs, **close)
+    for result, wanted in zip(case.gradients(), gradients, strict=True):
+        torch.testing.assert_close(result, wanted, **close)
+    wanted_sums = sums | expected.sums
+    assert outputs.sums.keys() == wanted_sums.keys()
+    for name, (total, count) in wanted_sums.items():
+        assert float(outputs.sums[name][0]) == pytest.approx(float(total), abs=1e-10), name
+        assert int(outputs.sums[name][1]) == int(count), name
+
+
+@pytest.mark.parametrize("grpo_coef", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_blend_is_that_of_compute_loss(level: str, grpo_coef: float) -> None:
+    config = SelfDistillationConfig(**LEVELS[level], grpo_coef=grpo_coef, is_clip=1.1, divergence_clip=0.1)
+    some = torch.tensor([True, False, True, True, False, True, True])
+    for distilled in (some, torch.ones(N, dtype=torch.bool), torch.zeros(N, dtype=torch.bool), None):
+        for size in (1, 3, N, 50):
+            run_engine_form(make_case(), config, distilled, size)
+
+
+@pytest.mark.parametrize("level", ["full, alpha=0.0", "renormalised, alpha=0.5", "sampled token"])
+def test_a_teacher_of_two_models_logits(level: str) -> None:
+    config = SelfDistillationConfig(**LEVELS[level], grpo_coef=0.2)
+    some = torch.tensor([True, False, True, True, False, True, True])
+    run_engine_form(make_case(), config, some, 2, trust=0.35)
+
+
+def test_the_public_blend_averages_each_part_over_its_own_tokens() -> None:
+    case = make_case()
+    mask, distilled = (torch.tensor(values, dtype=torch.bool) for values in MASKS["some"])
+    both = mask & distilled
+    results = {}
+    for coef in (0.0, 0.3, 1.0):
+        config = SelfDistillationConfig(alpha=0.5, grpo_coef=coef)
+        loss, values = run_fused(case, config, mask, distilled, 2, advantages=case.advantages)
+        loss.backward()
+        results[coef] = float(loss.detach()), case.gradients(), values
+    alone, _ = run_fused(case, SelfDistillationConfig(alpha=0.5, grpo_coef=0.3), mask, distilled, 2)
+    assert results[0.0][0] == pytest.approx(float(alone.detach()), abs=1e-14)
+    # PPO by hand: ratio 1 / what made old from it, bounds 0.8 and 1.2, at the tokens of the mask.
+    ratio = torch.tensor([0.5, 1.05, 2.5, 0.6, 3.0, 0.95, 1.5], dtype=torch.float64)
+    worse = torch.maximum(-case.advantages * ratio, -case.advantages * ratio.clamp(0.8, 1.2)) * case.rollout
+    assert results[1.0][0] == pytest.approx(float(worse[mask].mean()), abs=1e-12)
+    assert results[0.3][0] == pytest.approx(0.3 * results[1.0][0] + 0.7 * results[0.0][0], abs=1e-12)
+    for blend, grpo, sdpo in zip(results[0.3][1], results[1.0][1], results[0.0][1], strict=True):
+        torch.testing.assert_close(blend, 0.3 * grpo + 0.7 * sdpo, rtol=0.0, atol=1e-12)
+    assert int(both.sum()) != int(mask.sum())
+    assert results[0.3][2][metrics.ADVANTAGES_MEAN] == pytest.approx(float(case.advantages[mask].mean()))
+
+
+# What is not finite, not needed, not given
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", ["hidden", "teacher_hidden", "old", "rollout"])
+def test_a_token_that_is_not_finite_is_left_out_and_counted(place: str, value: float) -> None:
+    config = SelfDistillationConfig(alpha=0.5)
+    case, mask = make_case(), torch.ones(N)
+    broken = getattr(case, place).detach().clone()
+    broken[2] = value
+    bad = replace(case, **{place: broken.requires_grad_(place == "hidden")})
+    mask_without = mask.clone()
+    mask_without[2] = 0
+    loss, values = run_fused(bad, config, mask, mask, 3)
+    loss.backward()
+    gradients = bad.gradients()
+    wanted, wanted_values = run_fused(case, config, mask_without, mask, 3)
+    wanted.backward()
+    assert float(loss.detach()) == pytest.approx(float(wanted.detach()), abs=1e-14)
+    for result, expected in zip(gradients, case.gradients(), strict=True):
+        torch.testing.assert_close(result, expected, rtol=0.0, atol=1e-14)
+    assert values == pytest.approx(wanted_values | {metrics.NONFINITE_SAMPLES: 1.0}, abs=1e-14)
+    # Where the mask leaves it out already, it is no finding.
+    assert run_fused(bad, config, mask_without, mask, 3)[1] == pytest.approx(wanted_values, abs=1e-14)
+
+
+def test_a_token_that_is_not_finite_stands_in_the_token_losses() -> None:
+    case = make_case()
+    hidden = case.hidden.detach().clone()
+    hidden[4] = float("nan")
+    tokens = TokenInputs(case.ids, distilled=torch.ones(N, dtype=torch.bool), distillation_weights=torch.ones(N))
+    teacher = [LazyLogits(case.teacher_hidden, case.teacher_head)]
+    outputs = compute_fused_loss(
+        LazyLogits(hidden, case.head), teacher, tokens, SelfDistillationConfig(is_clip=None), chunk_size=3
+    )
+    assert torch.isfinite(outputs.token_losses).tolist() == [True] * 4 + [False] + [True] * 2
+
+
+def test_only_what_requires_a_gradient_gets_one() -> None:
+    config, mask = SelfDistillationConfig(alpha=0.5), torch.ones(N)
+    case = make_case()
+    run_fused(case, config, mask, mask, 3)[0].backward()
+    by_hidden, by_head, by_bias = case.gradients()
+    case.head.requires_grad_(False)
+    run_fused(case, config, mask, mask, 3, student_bias=case.bias.detach())[0].backward()
+    assert (case.head.grad, case.bias.grad) == (None, None)
+    assert torch.equal(case.gradients()[0], by_hidden)
+    case.head.requires_grad_(True)
+    case.hidden.requires_grad_(False)
+    run_fused(case, config, mask, mask, 3)[0].backward()
+    assert case.hidden.grad is None
+    assert torch.equal(case.gradients()[1], by_head)
+    with torch.no_grad():
+        loss, _ = run_fused(case, config, mask, mask, 3)
+    assert not loss.requires_grad
+    assert by_bias.abs().sum() > 0
+
+
+def test_a_backward_pass_may_be_repeated() -> None:
+    case, mask = make_case(), torch.ones(N)
+    loss, _ = run_fused(case, SelfDistillationConfig(), mask, mask, 3)
+    loss.backward(retain_graph=True)
+    first = case.gradients()
+    (2.0 * loss).backward()
+    for once, twice in zip(first, case.gradients(), strict=True):
+        torch.testing.assert_close(2.0 * once, twice, rtol=1e-15, atol=0.0)
+
+
+def test_a_ratio_needs_the_old_policy() -> None:
+    with pytest.raises(ValueError, match="old_log_probs is needed"):
+        run_fused(make_case(), SelfDistillationConfig(), torch.ones(N), torch.ones(N), 3, old_log_probs=None)
+    loss, _ = run_fused(
+        make_case(), SelfDistillationConfig(is_clip=None), torch.ones(N), torch.ones(N), 3, old_log_probs=None
+    )
+    assert float(loss.detach()) > 0
+
+
+def test_the_default_chunk_keeps_a_buffer_below_160_megabytes() -> None:
+    assert choose_chunk_size(151_936, torch.bfloat16) == 263  # 263 * 151,936 * 4 bytes = 159.8 MB
+    assert choose_chunk_size(151_936, torch.float64) == 131
+    assert choose_chunk_size(10**9, torch.float32) == 1
