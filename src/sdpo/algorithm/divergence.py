@@ -80,7 +80,7 @@ class _Divergence(torch.autograd.Function):
         return value
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         by_student, by_teacher = ctx.saved_tensors
         gradient = gradient[..., None]
@@ -98,7 +98,7 @@ def compute_divergence(student_log_probs: Tensor, teacher_log_probs: Tensor, alp
     Raises:
         ValueError: ``alpha`` is not in [0, 1].
     """
-    value: Tensor = _Divergence.apply(student_log_probs, teacher_log_probs, alpha)
+    value: Tensor = _Divergence.apply(student_log_probs, teacher_log_probs, alpha)  # type: ignore[no-untyped-call]
     return value
 
 

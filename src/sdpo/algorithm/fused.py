@@ -67,7 +67,7 @@ class TokenInputs:
 
     def select(self, rows: Tensor) -> TokenInputs:
         """Those of some rows."""
-        chosen = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        chosen: dict[str, Any] = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **chosen)
 
 
@@ -121,7 +121,7 @@ def compute_fused_loss(
     casted = [
         None if g is None or leaf is None else g.to(leaf.dtype) for g, leaf in zip(gradients, leaves, strict=True)
     ]
-    attached: Tensor = _KnownGradients.apply(outputs.loss, casted, *leaves)
+    attached: Tensor = _KnownGradients.apply(outputs.loss, casted, *leaves)  # type: ignore[no-untyped-call]
     return replace(outputs, loss=attached)
 
 
@@ -186,9 +186,9 @@ def fused_self_distillation_loss(
     if advantages is None:
         counted = distilled
     num_counted = int(counted.sum())
-    for values in (old_log_probs, rollout_is_weights, advantages):
-        if values is not None:
-            counted = counted & torch.isfinite(values)
+    for given in (old_log_probs, rollout_is_weights, advantages):
+        if given is not None:
+            counted = counted & torch.isfinite(given)
     while True:
         distilled = distilled & counted
         outputs = compute_fused_loss(
@@ -228,12 +228,11 @@ class _KnownGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor | None], *leaves: Tensor | None) -> Tensor:
-        pairs = zip(gradients, leaves, strict=True)
-        ctx.save_for_backward(*[None if known is None else known.to(leaf.dtype) for known, leaf in pairs])  # type: ignore[union-attr]
+        ctx.save_for_backward(*gradients)
         return value.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *(None if known is None else known * scale for known in ctx.saved_tensors)
 
@@ -276,7 +275,7 @@ class _Pass:
         with torch.enable_grad():
             outputs = compute_loss(inputs, self.config)
         add_sums(self.sums, sums | outputs.sums)
-        self.token_losses[rows] = outputs.token_losses.detach()
+        self.token_losses[rows] = outputs.token_losses.detach().to(self.type)
         self.student_log_probs[rows] = inputs.student_log_probs.detach()
         if inputs.teacher_log_probs is not None:
             self.teacher_log_probs[teacher_rows] = inputs.teacher_log_probs
@@ -310,7 +309,7 @@ class _Pass:
                 more.mul_(part.coefficient / self.temperature)
             if i > 0:
                 logits.add_(more)
-        return torch.log_softmax(logits, dim=-1, out=self._buffer(name, len(rows), self.type))  # type: ignore[call-overload,no-any-return]
+        return torch.log_softmax(logits, dim=-1, out=self._buffer(name, len(rows), self.type))
 
     def _compute_logits(self, part: LazyLogits, rows: Tensor, out: Tensor) -> None:
         hidden = part.hidden[rows]
