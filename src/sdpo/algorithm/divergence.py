@@ -29,12 +29,11 @@ def compute_kl(p_log_probs: Tensor, q_log_probs: Tensor) -> Tensor:
     An entry that p rules out (log-probability ``-inf``) contributes 0, whatever q says, and no gradient; an entry that
     q alone rules out makes the divergence infinite.
     """
-    return _compute_kl_terms(p_log_probs, q_log_probs).sum(-1)
+    return (p_log_probs.exp() * _compute_log_ratio(p_log_probs, q_log_probs)).sum(-1)
 
 
-def _compute_kl_terms(p_log_probs: Tensor, q_log_probs: Tensor) -> Tensor:
-    difference = (p_log_probs - q_log_probs).masked_fill(torch.isneginf(p_log_probs), 0.0)
-    return p_log_probs.exp() * difference
+def _compute_log_ratio(p_log_probs: Tensor, q_log_probs: Tensor) -> Tensor:
+    return (p_log_probs - q_log_probs).masked_fill_(torch.isneginf(p_log_probs), 0.0)
 
 
 def differentiate_divergence(
@@ -54,19 +53,22 @@ def differentiate_divergence(
         [...] and [..., V]. An entry that the student rules out has the derivative 0 (forward KL: -t).
     """
     if alpha == 0.0:
-        return compute_kl(teacher_log_probs, student_log_probs), -teacher_log_probs.exp()
+        teacher = teacher_log_probs.exp()
+        value = _compute_log_ratio(teacher_log_probs, student_log_probs).mul_(teacher).sum(-1)
+        return value, teacher.neg_()
+    student = student_log_probs.exp()
     if alpha == 1.0:
-        terms = _compute_kl_terms(student_log_probs, teacher_log_probs)
-        return terms.sum(-1), terms + student_log_probs.exp()
+        terms = _compute_log_ratio(student_log_probs, teacher_log_probs).mul_(student)
+        return terms.sum(-1), terms.add_(student)
     if not 0.0 < alpha < 1.0:
         raise ValueError(f"alpha must be in [0, 1], got {alpha!r}")
     mixture_log_probs = torch.logaddexp(
-        student_log_probs.clamp(min=LOG_ZERO) + math.log1p(-alpha),
-        teacher_log_probs.clamp(min=LOG_ZERO) + math.log(alpha),
+        student_log_probs.clamp(min=LOG_ZERO).add_(math.log1p(-alpha)),
+        teacher_log_probs.clamp(min=LOG_ZERO).add_(math.log(alpha)),
     )
-    terms = _compute_kl_terms(student_log_probs, mixture_log_probs)
+    terms = _compute_log_ratio(student_log_probs, mixture_log_probs).mul_(student)
     value = (1.0 - alpha) * terms.sum(-1) + alpha * compute_kl(teacher_log_probs, mixture_log_probs)
-    return value, (1.0 - alpha) * terms
+    return value, terms.mul_(1.0 - alpha)
 
 
 class _Divergence(torch.autograd.Function):
@@ -124,4 +126,4 @@ def compute_sampled_token_surrogate(student_log_probs: Tensor, teacher_log_probs
 
 def compute_entropy(log_probs: Tensor) -> Tensor:
     """Entropy in nats of distributions [..., V], giving [...]; an entry of probability 0 contributes 0."""
-    return -(log_probs.exp() * log_probs.masked_fill(torch.isneginf(log_probs), 0.0)).sum(-1)
+    return -(log_probs.exp() * log_probs.clamp(min=LOG_ZERO)).sum(-1)

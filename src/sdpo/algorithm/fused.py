@@ -33,8 +33,12 @@ from sdpo.algorithm.inputs import build_loss_inputs
 from sdpo.algorithm.loss import LossInputs, LossOutputs, Sums, add_sums, compute_loss, compute_token_weights
 from sdpo.config import SelfDistillationConfig
 
-# One buffer [chunk, V] takes at most this much, and some six live at a time: 263 tokens of V = 151,936 in float32.
+# A buffer [chunk, V] takes at most this much: 263 tokens of V = 151,936 in float32. The student's and the teacher's logits
+# have one each; two more are needed in half precision and where a teacher adds several models' logits up.
 BUFFER_BYTES = 160_000_000
+# Between the matrix products a processor works in blocks [block, V] of this much: what stays near the cache is read again
+# at less cost, and small temporaries need no fresh pages. An accelerator takes the whole chunk.
+BLOCK_BYTES = 8_000_000
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class TokenInputs:
     distillation_weights: Tensor | None = None  # [N], read at distilled tokens
     distillation_coef: float = 1.0
 
-    def select(self, rows: Tensor) -> TokenInputs:
+    def select(self, rows: Tensor | slice) -> TokenInputs:
         """Those of some rows."""
         chosen: dict[str, Any] = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **chosen)
@@ -254,6 +258,9 @@ class _Pass:
         self.temperature = temperature
         self.differentiates = any(needed)
         self.type = _softmax_type(student.hidden.dtype)
+        self.block_size = max(1, BLOCK_BYTES // (len(student.weight) * self.type.itemsize))
+        if student.hidden.device.type != "cpu":
+            self.block_size = len(student.hidden)
         self.buffers: dict[str, Tensor] = {}
         self.sums: Sums = {}
         num_tokens = len(student.hidden)
@@ -268,8 +275,31 @@ class _Pass:
 
     def add(self, tokens: TokenInputs, rows: Tensor, teacher_rows: Tensor | None) -> None:
         """The tokens at ``rows``; either all are distilled, by the teacher's rows, or none is."""
-        student = self._compute_log_probs("student", [self.student], rows)
-        teacher = None if teacher_rows is None else self._compute_log_probs("teacher", self.teacher, teacher_rows)
+        student = self._compute_logits("student", [self.student], rows)
+        teacher = None if teacher_rows is None else self._compute_logits("teacher", self.teacher, teacher_rows)
+        for block in torch.arange(len(rows), device=rows.device).split(self.block_size):
+            part = slice(int(block[0]), int(block[-1]) + 1)
+            self._add_block(
+                tokens.select(part),
+                student[part],
+                None if teacher is None else teacher[part],
+                rows[part],
+                None if teacher_rows is None else teacher_rows[part],
+            )
+        if self.differentiates:
+            self._accumulate(student, rows)
+
+    def _add_block(
+        self,
+        tokens: TokenInputs,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        rows: Tensor,
+        teacher_rows: Tensor | None,
+    ) -> None:
+        """Losses of a few tokens; dL / dz takes the place of the student's logits."""
+        student = student_logits.log_softmax(-1)
+        teacher = None if teacher_logits is None else teacher_logits.log_softmax(-1)
         inputs, sums = build_loss_inputs(student, config=self.config, teacher=teacher, **vars(tokens))
         inputs, compared, derivative = self._find_leaves(inputs)
         with torch.enable_grad():
@@ -279,9 +309,17 @@ class _Pass:
         self.student_log_probs[rows] = inputs.student_log_probs.detach()
         if inputs.teacher_log_probs is not None:
             self.teacher_log_probs[teacher_rows] = inputs.teacher_log_probs
-        if self.differentiates:
-            by_logits = self._differentiate(outputs.loss, inputs, student, tokens.sampled_ids, compared, derivative)
-            self._accumulate(by_logits, rows)
+        if not self.differentiates:
+            return
+        slope = None
+        if self.student.softcap is not None:
+            slope = 1.0 - (student_logits * (self.temperature / self.student.softcap)).square()
+        torch.exp(student, out=student_logits)
+        self._differentiate(outputs.loss, inputs, student_logits, tokens.sampled_ids, compared, derivative)
+        if self.temperature != 1.0:
+            student_logits.div_(self.temperature)
+        if slope is not None:
+            student_logits.mul_(slope)
 
     def finish(self) -> tuple[FusedOutputs, list[Tensor | None]]:
         loss = self.token_losses.sum()
@@ -294,24 +332,21 @@ class _Pass:
             self.buffers[name] = self.student.weight.new_empty(num_rows, len(self.student.weight), dtype=dtype)
         return self.buffers[name][:num_rows]
 
-    def _compute_log_probs(self, name: str, policy: Sequence[LazyLogits], rows: Tensor) -> Tensor:
-        """[n, V] log-probabilities of a policy over the temperature, in the buffer of that name."""
-        logits = self._buffer("logits", len(rows), self.type)
+    def _compute_logits(self, name: str, policy: Sequence[LazyLogits], rows: Tensor) -> Tensor:
+        """[n, V] logits of a policy over the temperature, in the buffer of that name."""
+        logits = self._buffer(name, len(rows), self.type)
         for i, part in enumerate(policy):
-            more = logits if i == 0 else self._buffer("more logits", len(rows), self.type)
-            self._compute_logits(part, rows, more)
+            more = logits if i == 0 else self._buffer("more", len(rows), self.type)
+            self._apply_head(part, rows, more)
             if part.softcap is not None:
-                more.div_(part.softcap).tanh_()
-                if name == "student":
-                    torch.square(more, out=self._buffer("slope", len(rows), self.type)).neg_().add_(1.0)
-                more.mul_(part.softcap)
+                more.div_(part.softcap).tanh_().mul_(part.softcap)
             if part.coefficient != self.temperature:
                 more.mul_(part.coefficient / self.temperature)
             if i > 0:
                 logits.add_(more)
-        return torch.log_softmax(logits, dim=-1, out=self._buffer(name, len(rows), self.type))
+        return logits
 
-    def _compute_logits(self, part: LazyLogits, rows: Tensor, out: Tensor) -> None:
+    def _apply_head(self, part: LazyLogits, rows: Tensor, out: Tensor) -> None:
         hidden = part.hidden[rows]
         if hidden.dtype == out.dtype:
             torch.mm(hidden, part.weight.T, out=out)
@@ -344,8 +379,8 @@ class _Pass:
         sampled_ids: Tensor,
         compared: Tensor | None,
         derivative: Tensor | None,
-    ) -> Tensor:
-        """dL / dz = d - s sum(d), [n, V], in the place of the student's log-probabilities; z before the soft-cap.
+    ) -> None:
+        """dL / dz = d - s sum(d), [n, V], in the place of the student's probabilities s.
 
         d is the divergence's derivative times dL / d divergence, or dL / d log s at the kept entries, and on top of
         either dL / d log s of the sampled token.
@@ -354,21 +389,16 @@ class _Pass:
         by_leaf = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         by_sampled = by_leaf[0][:, None]
         if compared is None:
-            result = student.exp_().mul_(-by_sampled)
+            student.mul_(-by_sampled)
         elif derivative is not None:
             by_divergence = by_leaf[1][:, None]
             total = by_sampled + by_divergence * derivative.sum(-1, keepdim=True)
-            result = student.exp_().mul_(-total).addcmul_(derivative, by_divergence)
+            student.mul_(-total).addcmul_(derivative, by_divergence)
         else:
             assert inputs.kept_ids is not None
             total = by_sampled + by_leaf[1].sum(-1, keepdim=True)
-            result = student.exp_().mul_(-total).scatter_add_(-1, inputs.kept_ids, by_leaf[1])
-        result.scatter_add_(-1, sampled_ids[:, None], by_sampled)
-        if self.temperature != 1.0:
-            result.div_(self.temperature)
-        if self.student.softcap is not None:
-            result.mul_(self._buffer("slope", len(result), self.type))
-        return result
+            student.mul_(-total).scatter_add_(-1, inputs.kept_ids, by_leaf[1])
+        student.scatter_add_(-1, sampled_ids[:, None], by_sampled)
 
     def _accumulate(self, by_logits: Tensor, rows: Tensor) -> None:
         if self.by_bias is not None:
