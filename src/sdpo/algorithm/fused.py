@@ -33,11 +33,11 @@ from sdpo.algorithm.inputs import build_loss_inputs
 from sdpo.algorithm.loss import LossInputs, LossOutputs, Sums, add_sums, compute_loss, compute_token_weights
 from sdpo.config import SelfDistillationConfig
 
-# A buffer [chunk, V] takes at most this much: 263 tokens of V = 151,936 in float32. The student's and the teacher's logits
-# have one each; two more are needed in half precision and where a teacher adds several models' logits up.
+# A buffer [chunk, V] takes at most this much: 263 tokens of V = 151,936 in float32. Student's and teacher's logits have
+# one each; two more are needed in half precision and where a teacher adds several models' logits up.
 BUFFER_BYTES = 160_000_000
-# Between the matrix products a processor works in blocks [block, V] of this much: what stays near the cache is read again
-# at less cost, and small temporaries need no fresh pages. An accelerator takes the whole chunk.
+# Between the matrix products a processor works in blocks [block, V] of this much: what stays near the cache costs less
+# to read again, and small temporaries need no fresh pages. An accelerator takes the whole chunk.
 BLOCK_BYTES = 8_000_000
 
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sdpo import SelfDistillationConfig, compute_self_distillation_loss, fused_self_distillation_loss, metrics
+from sdpo.algorithm import fused
 from sdpo.algorithm.fused import LazyLogits, TokenInputs, choose_chunk_size, compute_fused_loss
 from sdpo.algorithm.inputs import build_loss_inputs
 from sdpo.algorithm.loss import compute_loss
@@ -320,6 +321,17 @@ def test_the_blend_is_that_of_compute_loss(level: str, grpo_coef: float) -> None
     for distilled in (some, torch.ones(N, dtype=torch.bool), torch.zeros(N, dtype=torch.bool), None):
         for size in (1, 3, N, 50):
             run_engine_form(make_case(), config, distilled, size)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_blocks_within_a_chunk_change_nothing(level: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "BLOCK_BYTES", rows * V * 8)
+    config = SelfDistillationConfig(**LEVELS[level], grpo_coef=0.3, divergence_clip=0.1)
+    some = torch.tensor([True, False, True, True, True, True, True])
+    for size in (3, N):
+        run_engine_form(make_case(), config, some, size)
+    assert_same_run(replace(make_case(), softcap=1.5), config, some, torch.ones(N), N)
 
 
 @pytest.mark.parametrize("level", ["full, alpha=0.0", "renormalised, alpha=0.5", "sampled token"])
