@@ -390,6 +390,16 @@ def test_a_token_that_is_not_finite_is_left_out_and_counted(place: str, value: f
     assert run_fused(bad, config, mask_without, mask, 3)[1] == pytest.approx(wanted_values, abs=1e-14)
 
 
+def test_a_sampled_token_that_the_teacher_rules_out_is_left_out_as_in_the_official_function() -> None:
+    case = make_case()
+    case.teacher_bias[case.ids[2]] = -torch.inf
+    num_broken = int((case.ids == case.ids[2]).sum())
+    mask = torch.ones(N)
+    assert_same_run(case, SelfDistillationConfig(alpha=0.0), mask, mask, 3)
+    _, values = run_fused(case, SelfDistillationConfig(alpha=0.0), mask, mask, 3)
+    assert values[metrics.NONFINITE_SAMPLES] == num_broken < N
+
+
 def test_a_token_that_is_not_finite_stands_in_the_token_losses() -> None:
     case = make_case()
     hidden = case.hidden.detach().clone()
