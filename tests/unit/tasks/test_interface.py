@@ -156,7 +156,7 @@ def test_a_task_that_cannot_be_had(tmp_path: Path, source: str | None, args: Any
 
 @pytest.mark.parametrize("name", ["hiden_rule", "no.such.task"])
 def test_a_task_that_there_is_not(name: str) -> None:
-    with pytest.raises(UserError, match=rf"no task '{name}'; built in: figures, hidden_rule"):
+    with pytest.raises(UserError, match=rf"no task '{name}'; built in: figures, geo3k, hidden_rule"):
         load_task(name, {})
 
 
