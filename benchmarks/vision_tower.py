@@ -37,14 +37,9 @@ from sdpo.models import vision as vision_module
 from sdpo.models.decoding import Decoding, Response, sample_responses
 from sdpo.models.loading import load_model
 from sdpo.models.processing import encode_png, load_reader
-from sdpo.models.vision import ImageFeatures, Vision, get_tower_parameters
+from sdpo.models.vision import ImageFeatures, Vision, freeze_tower
+from sdpo.tasks import figures, offline
 from sdpo.tasks.interface import Grade, Row
-
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'image' %}"
-    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
-    "{% endfor %}"
-)
 
 
 class TowerForEachSequence(StepImages):
@@ -58,17 +53,10 @@ class TowerForEachSequence(StepImages):
 
 
 def build_model(folder: Path) -> None:
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import (
-        Qwen2_5_VLConfig,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2Tokenizer,
-        Qwen2VLImageProcessorPil,
-    )
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
-    special += ["<|image_pad|>", "<|video_pad|>"]
-    vocabulary = {token: i for i, token in enumerate([*special, *sorted(ByteLevel.alphabet())])}
+    tokenizer = offline.build_tokenizer([], figures.CHAT_TEMPLATE, figures.VISION_TOKENS)
+    start, end, image, video = tokenizer.convert_tokens_to_ids(list(figures.VISION_TOKENS))
     text = dict(
         vocab_size=19_000,
         hidden_size=256,
@@ -92,16 +80,10 @@ def build_model(folder: Path) -> None:
         window_size=112,
         fullatt_block_indexes=[1, 3, 5, 7],
     )
-    tokens = dict(image_token_id=5, video_token_id=6, vision_start_token_id=3, vision_end_token_id=4)
+    tokens = dict(image_token_id=image, video_token_id=video, vision_start_token_id=start, vision_end_token_id=end)
     config = Qwen2_5_VLConfig(text_config=text, vision_config=tower, tie_word_embeddings=True, **tokens)
     Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
-    Qwen2Tokenizer(
-        vocab=vocabulary,
-        merges=[],
-        eos_token="<|im_end|>",
-        additional_special_tokens=[special[1], *special[3:]],
-        chat_template=TEMPLATE,
-    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessorPil(size={"shortest_edge": 784, "longest_edge": 10**6}).save_pretrained(folder)
 
 
@@ -153,8 +135,8 @@ def measure(folder: Path, options: argparse.Namespace, frozen: bool) -> dict[str
     model, reader = load_model(run.model, torch.device("cpu")), load_reader(run.model, 10**6)
     assert reader is not None
     vision = Vision(model, reader)
-    for param in get_tower_parameters(model) if frozen else ():
-        param.requires_grad_(False)
+    if frozen:
+        freeze_tower(model)
     prompts = build_prompts(vision, options)
     decoding = Decoding(options.n, options.response, 1.0, 1.0, 64, [], 0, vision.placeholder_ids)
 

@@ -20,7 +20,7 @@ from sdpo.errors import UserError
 from sdpo.models.decoding import Decoding
 from sdpo.models.loading import get_stop_token_ids, get_window, load_model, load_tokenizer, resolve_device
 from sdpo.models.processing import load_reader
-from sdpo.models.vision import Vision, get_tower_parameters
+from sdpo.models.vision import Vision, freeze_tower
 from sdpo.observer import Observer
 from sdpo.tasks.interface import Task, load_task, prepare_task
 
@@ -72,7 +72,9 @@ def build_parts(run: Run, observer: Observer) -> Parts:
     student = load_model(run.model, learner_device)
     vision = Vision(student, reader) if reader is not None else None
     if run.learner.freeze_vision:
-        _freeze_tower(student, vision)
+        if vision is None:
+            raise UserError("learner.freeze_vision=true, but the model has no image tower; remove it")
+        freeze_tower(student)
     window = get_window(student)
     prompts = load_prompts(run.data.train_files, "data.train_files", run, tokenizer, window, observer)
     held_out = load_prompts(run.data.val_files, "data.val_files", run, tokenizer, window, observer)
@@ -101,13 +103,6 @@ def build_parts(run: Run, observer: Observer) -> Parts:
         folder=folder,
         window=window,
     )
-
-
-def _freeze_tower(student: PreTrainedModel, vision: Vision | None) -> None:
-    if vision is None:
-        raise UserError("learner.freeze_vision=true, but the model has no image tower; remove it")
-    for param in get_tower_parameters(student):
-        param.requires_grad_(False)
 
 
 def _build_sampler(

@@ -80,7 +80,8 @@ class ImageReader:
         self.image_token = getattr(processor, "image_token", None)
         self._open = lru_cache(CACHED_IMAGES)(lambda data: open_image(data, self.max_pixels))
         self._read = lru_cache(CACHED_IMAGES)(self._read_file)
-        self._expand = lru_cache(None)(lambda data: self._read(data)[0])
+        # What is small is kept of every image, so that a step of many images need not prepare them again for it.
+        self._measure = lru_cache(None)(self._measure_file)
 
     @cached_property
     def _has_fixed_tokens(self) -> bool:
@@ -121,7 +122,7 @@ class ImageReader:
         remaining = iter(images)
         expanded: list[int] = []
         for token_id in token_ids:
-            expanded.extend(self._expand(next(remaining)) if token_id == placeholder else (token_id,))
+            expanded.extend(self._measure(next(remaining))[0] if token_id == placeholder else (token_id,))
         return expanded
 
     def read_pixels(self, image: bytes) -> Mapping[str, Tensor]:
@@ -131,6 +132,20 @@ class ImageReader:
             UserError: the image cannot be read.
         """
         return self._read(image)[1]
+
+    def read_grid(self, image: bytes) -> Tensor:
+        """[1, 3] patches of one image in time, height and width, for models with multimodal rotary positions.
+
+        Raises:
+            UserError: the image cannot be read.
+        """
+        grid = self._measure(image)[1]
+        assert grid is not None, "the processor makes no image_grid_thw"
+        return grid
+
+    def _measure_file(self, data: bytes) -> tuple[tuple[int, ...], Tensor | None]:
+        token_ids, pixels = self._read(data)
+        return token_ids, pixels.get("image_grid_thw")
 
     def _read_file(self, data: bytes) -> tuple[tuple[int, ...], dict[str, Tensor]]:
         """The tokens of an image where these are fixed, and its pixels."""

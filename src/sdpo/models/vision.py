@@ -181,6 +181,16 @@ def get_tower_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in inner.named_parameters() if not name.startswith("language_model.")]
 
 
+def freeze_tower(model: nn.Module) -> None:
+    """Leave the language model, with its head, alone to be trained.
+
+    Raises:
+        UserError: as ``get_inner_model`` does.
+    """
+    for param in get_tower_parameters(model):
+        param.requires_grad_(False)
+
+
 class Vision:
     """How a vision-language model reads prompts.
 
@@ -205,7 +215,7 @@ class Vision:
         """Position ids [3, L] of a prompt with images, in a model with multimodal rotary positions."""
         assert self._rope is not None, "only for num_axes > 1"
         token_ids = torch.tensor([list(prompt.token_ids)])
-        grids = torch.cat([self.reader.read_pixels(image)["image_grid_thw"] for image in prompt.images])
+        grids = torch.cat([self.reader.read_grid(image) for image in prompt.images])
         is_image = (token_ids == self._image_token_id).int()
         positions, _ = self._rope(input_ids=token_ids, mm_token_type_ids=is_image, image_grid_thw=grids)
         return positions[:, 0]

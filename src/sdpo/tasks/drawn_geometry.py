@@ -61,11 +61,10 @@ def write_drawn_geometry(out: Path, num_train: int, num_test: int, seed: int = 0
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot be made ({error.strerror}); name another folder") from error
-    for number, (split, file) in enumerate(files.items()):
-        num = (num_train, num_test)[number]
-        partial = file.with_suffix(".partial")
-        write_rows(draw_geometry_rows(num, 2 * seed + number, split), partial)
-        partial.rename(file)
+    for split, num, own_seed in (("train", num_train, 2 * seed), ("test", num_test, 2 * seed + 1)):
+        partial = files[split].with_suffix(".partial")
+        write_rows(draw_geometry_rows(num, own_seed, split), partial)
+        partial.rename(files[split])
 
 
 def draw_geometry_rows(num: int, seed: int, split: str = "train") -> list[dict[str, Any]]:

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sdpo.config import SelfDistillationConfig
 from sdpo.context.demonstration import Demonstration
 from sdpo.context.encode import encode_prompt, encode_teacher_prompt
 from sdpo.errors import UserError
-from sdpo.observer import Observer, Silent
+from sdpo.observer import Observer
 from sdpo.tasks import offline
 from sdpo.tasks.drawing import Picture, draw_polygon, write_rows
-from sdpo.tasks.interface import Grade, Row
+from sdpo.tasks.offline import format_digits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -55,7 +55,7 @@ NUM_PRETRAINING_FIGURES = 3000
 
 
 @dataclass(frozen=True)
-class Figures:
+class Figures(offline.OfflineTask):
     """The task, and the maker of its files.
 
     Args:
@@ -64,6 +64,8 @@ class Figures:
         pretrain_steps: of each of the pretraining's two parts; their own numbers if not given.
         num_train, num_test: rows; no four labels are in both files.
     """
+
+    what: ClassVar[str] = "figures data"
 
     dir: str
     seed: int = 0
@@ -76,24 +78,10 @@ class Figures:
         if self.num_train + self.num_test > NUM_FIGURES:
             raise UserError(f"data.task_args: num_train + num_test exceeds the {NUM_FIGURES} figures")
 
-    def grade(self, row: Row, response: str) -> Grade:
-        """1 for exactly the expected digits, else 0 with the expected digits as feedback."""
-        return offline.grade_exactly(row, response)
-
-    def prepare(self, observer: Observer | None = None) -> None:
-        """Make model and data unless the folder already holds those of the same arguments.
-
-        Raises:
-            UserError: the folder holds something else, or cannot be made.
-        """
-
-        def write(folder: Path) -> None:
-            for split, rows in self._draw_rows().items():
-                write_rows(rows, folder / f"{split}.parquet")
-            self._pretrain(observer or Silent(), folder / "model")
-
-        recipe = {k: v for k, v in asdict(self).items() if k != "dir"}
-        offline.make_folder(self.dir, recipe, "figures data", write)
+    def write(self, folder: Path, observer: Observer) -> None:
+        for split, rows in self._draw_rows().items():
+            write_rows(rows, folder / f"{split}.parquet")
+        self._pretrain(observer, folder / "model")
 
     def _draw_rows(self) -> dict[str, list[dict[str, Any]]]:
         rng = random.Random(f"rows {self.seed}")
@@ -131,7 +119,7 @@ def draw_quadrilateral(digits: Sequence[int], rng: random.Random) -> Picture:
         (x + rng.uniform(-3, 3), y + rng.uniform(-3, 3))
         for x, y in ((low, low), (high, low), (high, high), (low, high))
     ]
-    return draw_polygon(corners, sides=_text(digits), size=(PICTURE_SIZE, PICTURE_SIZE), font_size=18)
+    return draw_polygon(corners, sides=format_digits(digits), size=(PICTURE_SIZE, PICTURE_SIZE), font_size=18)
 
 
 def shuffle_images(rows: Sequence[Mapping[str, Any]], seed: int) -> list[dict[str, Any]]:
@@ -340,7 +328,7 @@ def _build_skeletons(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast)
     import torch
 
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
-    shown = Demonstration(solution=_text([1] * NUM_SIDES))
+    shown = Demonstration(solution=format_digits([1] * NUM_SIDES))
     teacher = encode_teacher_prompt(tokenizer, messages, shown, SelfDistillationConfig()).token_ids
     assert teacher is not None
     skeletons = []
@@ -366,14 +354,13 @@ def _draw_row(digits: Sequence[int], split: str, index: int, rng: random.Random)
         "prompt": [{"role": "user", "content": f"<image>{QUESTION}"}],
         "images": [draw_quadrilateral(digits, rng).to_cell()],
         "ability": "figures",
-        "reward_model": {"style": "rule", "ground_truth": _text([digits[side] for side in TARGET_ORDER])},
+        "reward_model": {
+            "style": "rule",
+            "ground_truth": format_digits([digits[side] for side in TARGET_ORDER]),
+        },
         "extra_info": {"split": split, "index": index},
     }
 
 
 def _digit_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return tokenizer.convert_tokens_to_ids([str(digit) for digit in range(NUM_DIGITS)])
-
-
-def _text(digits: Sequence[int]) -> str:
-    return "".join(map(str, digits))

@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sdpo.config import SelfDistillationConfig
 from sdpo.context.demonstration import Demonstration
 from sdpo.context.encode import encode_prompt, encode_teacher_prompt
 from sdpo.errors import UserError
-from sdpo.observer import Observer, Silent
+from sdpo.observer import Observer
 from sdpo.tasks import offline
-from sdpo.tasks.interface import Grade, Row
+from sdpo.tasks.offline import format_digits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -53,7 +53,7 @@ MODES = {
 
 
 @dataclass(frozen=True)
-class HiddenRule:
+class HiddenRule(offline.OfflineTask):
     """The task, and the maker of its files.
 
     Args:
@@ -63,6 +63,8 @@ class HiddenRule:
         pretrain_steps: of the tiny model; the mode's own number if not given.
         num_train, num_test: rows; no prompt is in both files.
     """
+
+    what: ClassVar[str] = "hidden-rule data"
 
     dir: str
     mode: str = "feedback"
@@ -79,23 +81,9 @@ class HiddenRule:
         if self.num_train + self.num_test > possible:
             raise UserError(f"data.task_args: num_train + num_test exceeds the {possible} prompts of mode {self.mode}")
 
-    def grade(self, row: Row, response: str) -> Grade:
-        """1 for exactly the expected digits, else 0 with the expected digits as feedback."""
-        return offline.grade_exactly(row, response)
-
-    def prepare(self, observer: Observer | None = None) -> None:
-        """Make model and data unless the folder already holds those of the same arguments.
-
-        Raises:
-            UserError: the folder holds something else, or cannot be made.
-        """
-
-        def write(folder: Path) -> None:
-            self._write_rows(folder)
-            self._pretrain(observer or Silent(), folder / "model")
-
-        recipe = {k: v for k, v in asdict(self).items() if k != "dir"}
-        offline.make_folder(self.dir, recipe, "hidden-rule data", write)
+    def write(self, folder: Path, observer: Observer) -> None:
+        self._write_rows(folder)
+        self._pretrain(observer, folder / "model")
 
     def _write_rows(self, folder: Path) -> None:
         import pyarrow as pa
@@ -112,9 +100,12 @@ class HiddenRule:
             rows = [
                 {
                     "data_source": DATA_SOURCE,
-                    "prompt": [{"role": "user", "content": _text(digits)}],
+                    "prompt": [{"role": "user", "content": format_digits(digits)}],
                     "ability": "hidden_rule",
-                    "reward_model": {"style": "rule", "ground_truth": _text([digits[i] for i in target])},
+                    "reward_model": {
+                        "style": "rule",
+                        "ground_truth": format_digits([digits[i] for i in target]),
+                    },
                     "extra_info": {"split": split, "index": index},
                 }
                 for index, digits in enumerate(chosen)
@@ -237,8 +228,8 @@ def _build_skeletons(tokenizer: PreTrainedTokenizerFast, mode: str) -> tuple[_Sk
     import torch
 
     length = MODES[mode].length
-    messages = [{"role": "user", "content": _text([0] * length)}]
-    answer = _text([1] * length)
+    messages = [{"role": "user", "content": format_digits([0] * length)}]
+    answer = format_digits([1] * length)
     shown = (
         Demonstration(feedback=offline.FEEDBACK_TEXT + answer) if mode == "feedback" else Demonstration(solution=answer)
     )
@@ -250,7 +241,3 @@ def _build_skeletons(tokenizer: PreTrainedTokenizerFast, mode: str) -> tuple[_Sk
         zero, one = (tokenizer.convert_tokens_to_ids(str(d)) for d in (0, 1))
         skeletons.append(_Skeleton(ids, ids == zero, ids == one))
     return skeletons[0], skeletons[1]
-
-
-def _text(digits: Sequence[int]) -> str:
-    return "".join(map(str, digits))

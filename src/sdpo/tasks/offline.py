@@ -8,11 +8,11 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sdpo.config import SelfDistillationConfig
 from sdpo.errors import UserError
-from sdpo.observer import Observer
+from sdpo.observer import Observer, Silent
 from sdpo.tasks.interface import Grade, Row
 
 if TYPE_CHECKING:
@@ -37,10 +37,34 @@ def check_arguments(dir: Any, seed: Any, pretrain_steps: Any, num_train: Any, nu
             raise UserError(f"data.task_args.{name} must be a whole number of at least {least}, got {value!r}")
 
 
-def grade_exactly(row: Row, response: str) -> Grade:
-    """1 for exactly the ground truth, else 0 with the ground truth as feedback."""
-    expected = row.ground_truth or ""
-    return Grade(1.0) if response.strip() == expected else Grade(0.0, FEEDBACK_TEXT + expected)
+class OfflineTask:
+    """What offline tasks do alike; a frozen dataclass on top of it says by its fields what the files depend on."""
+
+    dir: str
+    what: ClassVar[str]  # of the data, for the message that the folder holds something else
+
+    def grade(self, row: Row, response: str) -> Grade:
+        """1 for exactly the ground truth, else 0 with the ground truth as feedback."""
+        expected = row.ground_truth or ""
+        return Grade(1.0) if response.strip() == expected else Grade(0.0, FEEDBACK_TEXT + expected)
+
+    def prepare(self, observer: Observer | None = None) -> None:
+        """Make model and data unless the folder already holds those of the same arguments.
+
+        Raises:
+            UserError: the folder holds something else, or cannot be made.
+        """
+        recipe = {name: value for name, value in vars(self).items() if name != "dir"}
+        make_folder(self.dir, recipe, self.what, lambda folder: self.write(folder, observer or Silent()))
+
+    def write(self, folder: Path, observer: Observer) -> None:
+        """Fill a new folder with ``model/``, ``train.parquet`` and ``test.parquet``."""
+        raise NotImplementedError
+
+
+def format_digits(digits: Sequence[int]) -> str:
+    """[1, 0, 7] as ``107``."""
+    return "".join(map(str, digits))
 
 
 def make_folder(name: str, recipe: Mapping[str, Any], what: str, write: Callable[[Path], None]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from verl.utils.transformers_compat import unpack_visual_output
 
 from sdpo.errors import UserError
-from sdpo.models.vision import get_tower_parameters
+from sdpo.models import vision
 
 
 def share_images(module: nn.Module) -> None:
@@ -77,11 +77,9 @@ def freeze_tower(module: nn.Module) -> None:
         UserError: the model reads no images.
     """
     try:
-        tower = get_tower_parameters(module)
+        vision.freeze_tower(module)
     except UserError as error:
         raise UserError(f"actor_rollout_ref.actor.freeze_vision_tower=True: {error}") from error
-    for parameter in tower:
-        parameter.requires_grad_(False)
 
 
 def compute_positions(module: nn.Module, token_ids: Tensor, prompt_length: int, grids: Tensor | None) -> Tensor:

@@ -29,7 +29,7 @@ from sdpo.errors import UserError
 from sdpo.models import vision as vision_module
 from sdpo.models.decoding import Response
 from sdpo.models.processing import load_processor
-from sdpo.models.vision import get_tower_parameters
+from sdpo.models.vision import freeze_tower, get_tower_parameters
 from sdpo.observer import Silent
 from sdpo.tasks.drawn_geometry import write_drawn_geometry
 from sdpo.tasks.interface import Grade, Row
@@ -152,8 +152,7 @@ def test_every_image_of_a_step_goes_through_a_tower_once(
 
 def build_learner(loaded: LoadedModel, run: Run) -> tuple[Learner, LoadedModel]:
     if run.learner.freeze_vision:
-        for param in get_tower_parameters(loaded.model):
-            param.requires_grad_(False)
+        freeze_tower(loaded.model)
     return Learner(loaded.model, run, 0, loaded.vision), loaded
 
 

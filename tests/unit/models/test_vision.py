@@ -15,6 +15,7 @@ from vision_language import (
     STOP,
     LoadedModel,
     encode_plainly,
+    load_vision_model,
     make_image,
     make_messages,
     plain_logits,
@@ -22,6 +23,7 @@ from vision_language import (
 
 from sdpo.config import ModelConfig
 from sdpo.errors import UserError
+from sdpo.models import processing as processing_module
 from sdpo.models import vision as vision_module
 from sdpo.models.decoding import Decoding, Response, sample_responses
 from sdpo.models.forward import compute_logits, pad_sequences
@@ -79,6 +81,20 @@ def test_an_image_is_prepared_once(vision_model: VisionModel, monkeypatch: pytes
         prompt = loaded.encode(make_messages(3))
         loaded.reader.read_pixels(prompt.images[0])
     assert len(prepared) == 1 + 3, "one to see what becomes of an image, and three images"
+
+
+def test_positions_of_many_images_need_no_image_again(
+    vision_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step may show more images than there is room for prepared ones."""
+    monkeypatch.setattr(processing_module, "CACHED_IMAGES", 1)
+    loaded = load_vision_model(vision_dir("qwen2_5_vl"))
+    prompt = loaded.encode(make_messages(3))
+    expected = loaded.vision.compute_positions(prompt)
+    read = []
+    monkeypatch.setattr(processing_module, "open_image", lambda *_: read.append(1))
+    assert torch.equal(loaded.vision.compute_positions(prompt), expected)
+    assert read == []
 
 
 def test_the_processor_does_without_videos_and_is_saved(vision_dir: Callable[[str], Path], tmp_path: Path) -> None:

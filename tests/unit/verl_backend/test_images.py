@@ -19,7 +19,7 @@ from sdpo.embedded.data import Prompt
 from sdpo.embedded.learner import Learner
 from sdpo.embedded.samples import Sample
 from sdpo.models.decoding import Response
-from sdpo.models.vision import get_tower_parameters
+from sdpo.models.vision import freeze_tower
 from sdpo.tasks.interface import Grade, Row
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
@@ -79,8 +79,8 @@ def embedded(
             self_distillation__grpo_coef=0.3,
             **settings,
         )
-        for parameter in get_tower_parameters(loaded.model) if name == "frozen" else ():
-            parameter.requires_grad_(False)
+        if name == "frozen":
+            freeze_tower(loaded.model)
         learner = Learner(loaded.model, run, pad_token_id=0, vision=loaded.vision)
         old = learner.compute_log_probs(samples)
         results[name] = {"run": run, "old": old, "metrics": learner.learn(samples), "learner": learner}
