@@ -249,14 +249,21 @@ def count_peak(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable[[
     trace = tmp_path_factory.mktemp("trace") / "trace.json"
 
     def count(call: Callable[[], Any]) -> int:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        with (
+            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+            torch.profiler.record_function("counted call"),
+        ):
             call()
         profile.export_chrome_trace(str(trace))
-        events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+        events = json.loads(trace.read_text())["traceEvents"]
+        span = next(e for e in events if e.get("name") == "counted call")
         held, peak = 0, 0
         made: dict[int, int] = {}
-        for event in sorted(events, key=itemgetter("ts")):
+        for event in sorted((e for e in events if e.get("name") == "[memory]"), key=itemgetter("ts")):
+            if not span["ts"] <= event["ts"] <= span["ts"] + span["dur"]:
+                continue  # a profile may carry what an earlier one left behind
             address, size = event["args"]["Addr"], event["args"]["Bytes"]
+            held -= made.pop(address, 0) if size > 0 else 0  # whose release went unnoticed
             if size > 0:
                 made[address] = size
                 held += size
