@@ -148,10 +148,10 @@ def make_task_run(make_run: MakeRun, hidden_rule_dir: Path) -> MakeRun:
 
 @pytest.fixture(scope="session")
 def make_sample() -> MakeSample:
-    """A sample of given token ids; ``teacher=None`` is one that is not distilled."""
+    """A sample of given token ids; ``teacher=None`` is one that is not distilled. A prompt of another may be given."""
 
     def make(
-        prompt: Sequence[int],
+        prompt: Sequence[int] | Prompt,
         response: Sequence[int],
         teacher: Sequence[int] | None = None,
         *,
@@ -160,9 +160,11 @@ def make_sample() -> MakeSample:
         weight: float = 1.0,
         score: float = 0.0,
     ) -> Sample:
-        row = Row("tiny", [{"role": "user", "content": "?"}], {"ground_truth": "!"})
+        if not isinstance(prompt, Prompt):
+            row = Row("tiny", [{"role": "user", "content": "?"}], {"ground_truth": "!"})
+            prompt = Prompt(row, list(prompt))
         return Sample(
-            prompt=Prompt(row, list(prompt)),
+            prompt=prompt,
             response=Response(list(response), list(log_probs or [-2.0] * len(response)), finished=True),
             text="",
             grade=Grade(score),
@@ -177,7 +179,10 @@ def make_sample() -> MakeSample:
 
 @pytest.fixture(scope="session")
 def make_samples(make_sample: MakeSample) -> Callable[..., list[Sample]]:
-    """Random samples of all lengths, some of them not distilled, none with token 11 in it."""
+    """Random samples of all lengths, some of them not distilled, none with token 11 in it.
+
+    Three rollouts share a prompt, and their teacher prompts begin alike.
+    """
 
     def make(num_samples: int = 6, seed: int = 0, undistilled: Sequence[int] = (1,)) -> list[Sample]:
         generator = torch.Generator().manual_seed(seed)
@@ -186,14 +191,16 @@ def make_samples(make_sample: MakeSample) -> Callable[..., list[Sample]]:
             length = int(torch.randint(low, high + 1, (1,), generator=generator))
             return torch.randint(3, VOCABULARY - 1, (length,), generator=generator).tolist()
 
-        samples = []
+        samples: list[Sample] = []
         for i in range(num_samples):
             response = [*ids(1, 7), STOP]
+            prompt: Any = ids(2, 9) if i % 3 == 0 else samples[-1].prompt
+            shown = ids(3, 12) if i % 3 == 0 else shown
             samples.append(
                 make_sample(
-                    ids(2, 9),
+                    prompt,
                     response,
-                    None if i in undistilled else ids(4, 20),
+                    None if i in undistilled else shown + ids(1, 8),
                     log_probs=(-3 * torch.rand(len(response), generator=generator)).tolist(),
                     advantage=float(torch.randn(1, generator=generator)),
                     weight=0.5 + 0.1 * i,

@@ -21,17 +21,17 @@ def compute_ratio(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
 
 
 def compute_rollout_ratio(
-    old_log_probs: Tensor, rollout_log_probs: Tensor, response_mask: Tensor, level: str
+    old_log_probs: Tensor, rollout_log_probs: Tensor, sample_index: Tensor, level: str
 ) -> Tensor | None:
-    """Importance ratio old policy / sampler, before truncation.
+    """Importance ratio old policy / sampler of packed tokens, before truncation.
 
     Args:
-        old_log_probs, rollout_log_probs: [B, T].
-        response_mask: [B, T].
-        level: ``"token"``; ``"sequence"``, the product over the response, for all of its tokens; or ``"none"``.
+        old_log_probs, rollout_log_probs: [N].
+        sample_index: [N] integers from 0, which sample a token belongs to.
+        level: ``"token"``; ``"sequence"``, the product over the sample's tokens, for each of them; or ``"none"``.
 
     Returns:
-        [B, T], positive, without gradient, 1 outside the mask; None for ``"none"``.
+        [N], positive, without gradient; None for ``"none"``.
 
     Raises:
         ValueError: unknown level.
@@ -40,10 +40,11 @@ def compute_rollout_ratio(
     """
     if level == "none":
         return None
-    mask = response_mask.bool()
-    log_ratio = (old_log_probs - rollout_log_probs).detach().masked_fill(~mask, 0.0)
+    log_ratio = (old_log_probs - rollout_log_probs).detach()
     if level == "sequence":
-        log_ratio = log_ratio.sum(-1, keepdim=True).expand_as(log_ratio).masked_fill(~mask, 0.0)
+        num_samples = int(sample_index.max()) + 1
+        by_sample = log_ratio.new_zeros(num_samples).index_add_(0, sample_index, log_ratio)
+        log_ratio = by_sample[sample_index]
     elif level != "token":
         raise ValueError(f"rollout_is must be one of none, token, sequence, got {level!r}")
     return compute_ratio(log_ratio, torch.zeros_like(log_ratio))

@@ -1,4 +1,4 @@
-"""Samples as padded tensors: micro-batches under a token budget."""
+"""Samples as tensors: micro-batches under a token budget, packed where the model reads packed rows, else padded."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdpo.algorithm.teacher import Policy
 from sdpo.embedded.samples import Sample
-from sdpo.embedded.step_images import StepImages
-from sdpo.models.forward import PaddedSequences, compute_logits, pad_sequences
+from sdpo.models.forward import PaddedSequences, compute_positions, pad_sequences
+from sdpo.models.packing import Family, PackedSequences, ReadingCost, find_families, pack_sequences
 from sdpo.models.processing import TokenPrompt
 from sdpo.models.vision import Vision
 
@@ -20,8 +19,8 @@ from sdpo.models.vision import Vision
 class MicroBatch:
     """What one forward pass of student and teacher reads. Packed tensors go response by response."""
 
-    student: PaddedSequences
-    teacher: PaddedSequences | None  # of the distilled samples only
+    student: PaddedSequences | PackedSequences
+    teacher: PaddedSequences | PackedSequences | None  # of the distilled samples only
     sampled_ids: Tensor  # [N]
     rollout_log_probs: Tensor  # [N]
     advantages: Tensor  # [N]
@@ -29,15 +28,108 @@ class MicroBatch:
     sample_index: Tensor  # [N] place of the token's sample in the micro-batch
 
 
-def split_by_tokens(samples: Sequence[Sample], max_tokens: int) -> list[list[int]]:
-    """Cut samples into micro-batches of at most ``max_tokens`` padded tokens, the teacher's included.
+class Batcher:
+    """Cuts samples into micro-batches and makes tensors of them.
 
-    Samples of similar length go together; a sample longer than the budget stands alone.
-
-    Returns:
-        Places in ``samples``, each exactly once.
+    Args:
+        pad_token_id: stands where a padded row has no token.
+        device: of the tensors.
+        vision: of the models that are to read them, where those read images.
+        cost: what reading packed rows costs the model; None if it cannot, and rows are padded.
     """
 
+    def __init__(
+        self, pad_token_id: int, device: torch.device, vision: Vision | None = None, cost: ReadingCost | None = None
+    ) -> None:
+        self.pad_token_id = pad_token_id
+        self.device = device
+        self.vision = vision
+        self.cost = cost
+
+    def split(self, samples: Sequence[Sample], max_tokens: int) -> list[list[int]]:
+        """Cut samples into micro-batches that read at most ``max_tokens``, padding and the teacher's included.
+
+        A sample longer than the budget stands alone. Padded samples of similar length go together; packed ones stay
+        with the other rollouts of their prompt.
+
+        Returns:
+            Places in ``samples``, each exactly once.
+        """
+        if self.cost is None:
+            return _split_padded(samples, max_tokens)
+        pieces: list[list[int]] = []
+        before = first = 0  # tokens of the prompts before the last one, and where in the piece that one's samples begin
+        for i, sample in enumerate(samples):
+            if pieces and sample.prompt is not samples[pieces[-1][-1]].prompt:
+                before += self._count_tokens([samples[j] for j in pieces[-1][first:]])
+                first = len(pieces[-1])
+            together = [samples[j] for j in pieces[-1][first:]] if pieces else []
+            if pieces and before + self._count_tokens([*together, sample]) <= max_tokens:
+                pieces[-1].append(i)
+            else:
+                pieces.append([i])
+                before = first = 0
+        return pieces
+
+    def build(self, samples: Sequence[Sample]) -> MicroBatch:
+        """Tensors of a few samples."""
+        lengths = [len(s.response.token_ids) for s in samples]
+        distilled = [s for s in samples if s.is_distilled]
+
+        def repeat_by_token(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values).repeat_interleave(torch.tensor(lengths)).to(self.device)
+
+        def flatten(lists: Sequence[Sequence[float]]) -> Tensor:
+            return torch.tensor([value for values in lists for value in values], device=self.device)
+
+        return MicroBatch(
+            student=self._lay_out(samples, [s.prompt.tokens for s in samples]),
+            teacher=self._lay_out(distilled, _get_teacher_prompts(distilled)) if distilled else None,
+            sampled_ids=flatten([s.response.token_ids for s in samples]),
+            rollout_log_probs=flatten([s.response.log_probs for s in samples]),
+            advantages=repeat_by_token([s.advantage for s in samples]),
+            distilled=repeat_by_token([s.is_distilled for s in samples]),
+            sample_index=repeat_by_token(range(len(samples))),
+        )
+
+    def _lay_out(
+        self, samples: Sequence[Sample], prompts: Sequence[TokenPrompt]
+    ) -> PaddedSequences | PackedSequences:
+        responses = [s.response.token_ids for s in samples]
+        if self.cost is None:
+            return pad_sequences(prompts, responses, self.pad_token_id, self.device, self.vision)
+        return pack_sequences(
+            self._find_families(samples, prompts),
+            prompts,
+            responses,
+            [compute_positions(p, len(r), self.vision) for p, r in zip(prompts, responses, strict=True)],
+            self.cost,
+            self.device,
+            self._image_token_ids(),
+        )
+
+    def _find_families(self, samples: Sequence[Sample], prompts: Sequence[TokenPrompt]) -> list[Family]:
+        assert self.cost is not None
+        lengths, groups = [len(s.response.token_ids) for s in samples], [id(s.prompt) for s in samples]
+        return find_families(prompts, lengths, groups, self.cost, self._image_token_ids())
+
+    def _count_tokens(self, samples: Sequence[Sample]) -> int:
+        """What student and teacher read of these samples, packed."""
+        distilled = [s for s in samples if s.is_distilled]
+        families = self._find_families(samples, [s.prompt.tokens for s in samples])
+        families += self._find_families(distilled, _get_teacher_prompts(distilled))
+        return sum(family.num_tokens for family in families)
+
+    def _image_token_ids(self) -> Sequence[int]:
+        return (self.vision.image_token_id,) if self.vision is not None else ()
+
+
+def _get_teacher_prompts(distilled: Sequence[Sample]) -> list[TokenPrompt]:
+    """The teacher is shown the student's images, whatever else it is shown."""
+    return [TokenPrompt(s.teacher_prompt.token_ids or [], s.prompt.images) for s in distilled]
+
+
+def _split_padded(samples: Sequence[Sample], max_tokens: int) -> list[list[int]]:
     def lengths(i: int) -> tuple[int, int, int]:
         sample = samples[i]
         teacher = len(sample.teacher_prompt.token_ids or ())
@@ -56,59 +148,3 @@ def split_by_tokens(samples: Sequence[Sample], max_tokens: int) -> list[list[int
             pieces.append([i])
             longest = lengths(i)
     return pieces
-
-
-def build_micro_batch(
-    samples: Sequence[Sample], pad_token_id: int, device: torch.device, vision: Vision | None = None
-) -> MicroBatch:
-    """Tensors of a few samples; ``vision`` is of the models that are to read them, where those read images."""
-    lengths = [len(s.response.token_ids) for s in samples]
-    distilled = [s for s in samples if s.is_distilled]
-    teacher = None
-    if distilled:
-        # The teacher is shown the student's images, whatever else it is shown.
-        prompts = [TokenPrompt(s.teacher_prompt.token_ids or [], s.prompt.images) for s in distilled]
-        teacher = pad_sequences(prompts, [s.response.token_ids for s in distilled], pad_token_id, device, vision)
-
-    def repeat_by_token(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values).repeat_interleave(torch.tensor(lengths)).to(device)
-
-    def flatten(lists: Sequence[Sequence[float]]) -> Tensor:
-        return torch.tensor([value for values in lists for value in values], device=device)
-
-    return MicroBatch(
-        student=pad_sequences(
-            [s.prompt.tokens for s in samples], [s.response.token_ids for s in samples], pad_token_id, device, vision
-        ),
-        teacher=teacher,
-        sampled_ids=flatten([s.response.token_ids for s in samples]),
-        rollout_log_probs=flatten([s.response.log_probs for s in samples]),
-        advantages=repeat_by_token([s.advantage for s in samples]),
-        distilled=repeat_by_token([s.is_distilled for s in samples]),
-        sample_index=repeat_by_token(range(len(samples))),
-    )
-
-
-def compute_response_logits(
-    policy: Policy, sequences: PaddedSequences, temperature: float, images: StepImages | None = None
-) -> Tensor:
-    """Logits [N, V] (float32) that predict each response token, over the sampling temperature.
-
-    ``images`` has the features of the sequences' images, where the policy's models read images.
-    """
-    keep = sequences.response_mask.shape[1] + 1
-    total: Tensor | None = None
-    for module, coefficient in policy:
-        logits = compute_logits(
-            module,
-            sequences.token_ids,
-            sequences.attention_mask,
-            sequences.position_ids,
-            keep,
-            vision=images.vision if images is not None else None,
-            features=images.select(module, sequences.images) if images is not None else (),
-        )
-        logits = logits[:, :-1][sequences.response_mask].float() * (coefficient / temperature)
-        total = logits if total is None else total + logits
-    assert total is not None
-    return total

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from sdpo.config import Run
 from sdpo.context.encode import Tokenizer, encode_prompt
@@ -26,7 +27,7 @@ class Prompt:
     def images(self) -> tuple[bytes, ...]:
         return collect_images(self.row.prompt)
 
-    @property
+    @cached_property
     def tokens(self) -> TokenPrompt:
         return TokenPrompt(self.token_ids, self.images)
 

@@ -12,23 +12,18 @@ from transformers import PreTrainedModel, get_scheduler
 
 from sdpo import metrics
 from sdpo.algorithm.correction import compute_rollout_ratio
-from sdpo.algorithm.inputs import build_loss_inputs, gather_log_probs
-from sdpo.algorithm.loss import (
-    LossInputs,
-    Sums,
-    add_sums,
-    compute_distillation_coef,
-    compute_loss,
-    compute_token_weights,
-    mean_of,
-)
+from sdpo.algorithm.fused import FusedOutputs, LazyLogits, TokenInputs, compute_fused_loss, compute_token_log_probs
+from sdpo.algorithm.loss import Sums, add_sums, compute_distillation_coef, compute_token_weights, mean_of
 from sdpo.algorithm.teacher import build_teacher
 from sdpo.config import Run
-from sdpo.embedded.batch import MicroBatch, build_micro_batch, compute_response_logits, split_by_tokens
+from sdpo.embedded.batch import Batcher, MicroBatch
 from sdpo.embedded.samples import Sample
 from sdpo.embedded.step_images import StepImages
 from sdpo.errors import UserError
-from sdpo.models.forward import PaddedSequences
+from sdpo.models.forward import PaddedSequences, compute_hidden
+from sdpo.models.head import build_lazy_logits, check_head
+from sdpo.models.packable import enable_packing
+from sdpo.models.packing import PackedSequences
 from sdpo.models.vision import Vision
 
 
@@ -46,10 +41,11 @@ class Learner:
         self.config = run.self_distillation
         self.student = student
         self.device = student.device
-        self.pad_token_id = pad_token_id
         self.vision = vision
         self.version = 0
         self._check_topk()
+        check_head(student)
+        self.batcher = Batcher(pad_token_id, self.device, vision, enable_packing(student, vision))
         if run.learner.gradient_checkpointing:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.teacher = build_teacher(student, self.config) if self.config.distills else None
@@ -105,9 +101,9 @@ class Learner:
         """
         images = images or self._step_images()
         result: list[Tensor] = [torch.empty(0)] * len(samples)
-        for piece in split_by_tokens(samples, self.run.learner.micro_batch_tokens):
-            batch = build_micro_batch([samples[i] for i in piece], self.pad_token_id, self.device, self.vision)
-            log_probs = gather_log_probs(self._student_log_probs(batch, images), batch.sampled_ids)
+        for piece in self.batcher.split(samples, self.run.learner.micro_batch_tokens):
+            batch = self.batcher.build([samples[i] for i in piece])
+            log_probs = self._compute_log_probs(self._read_student(batch, images), batch)
             for i, values in zip(
                 piece, log_probs.split([len(samples[i].response.token_ids) for i in piece]), strict=True
             ):
@@ -152,13 +148,12 @@ class Learner:
         distillation_weights = compute_token_weights(lengths * distilled, mode, horizon)
         distillation_weights = distillation_weights * torch.tensor([s.distillation_weight for s in samples])
         sums: Sums = {}
-        for piece in split_by_tokens(samples, self.run.learner.micro_batch_tokens):
-            batch = build_micro_batch([samples[i] for i in piece], self.pad_token_id, self.device, self.vision)
+        for piece in self.batcher.split(samples, self.run.learner.micro_batch_tokens):
+            batch = self.batcher.build([samples[i] for i in piece])
             old = torch.cat([old_log_probs[i] for i in piece]) if old_log_probs else None
             weights = [w[piece].to(self.device)[batch.sample_index] for w in (policy_weights, distillation_weights)]
-            inputs, more = self._forward(batch, old, weights[0], weights[1], coef, images)
-            outputs = compute_loss(inputs, self.config)
-            checked = (outputs.token_losses, inputs.student_log_probs, inputs.old_log_probs, batch.rollout_log_probs)
+            outputs, more = self._forward(batch, old, weights[0], weights[1], coef, images)
+            checked = (outputs.token_losses, outputs.student_log_probs, batch.rollout_log_probs)
             broken = ~torch.stack([torch.isfinite(values) for values in checked]).all(0)
             if bool(broken.any()):
                 return sums, {piece[i] for i in batch.sample_index[broken].unique().tolist()}
@@ -176,44 +171,62 @@ class Learner:
         distillation_weights: Tensor,
         coef: float,
         images: StepImages | None,
-    ) -> tuple[LossInputs, Sums]:
-        student = self._student_log_probs(batch, images)
-        old = gather_log_probs(student.detach(), batch.sampled_ids) if old is None else old
-        rollout_weights, sums = self._rollout_weights(old, batch)
-        teacher = None
+    ) -> tuple[FusedOutputs, Sums]:
+        student = self._read_student(batch, images)
+        teacher: list[LazyLogits] = []
         if batch.teacher is not None:
             assert self.teacher is not None
             with torch.no_grad():
-                teacher = self._log_probs(self.teacher.policy(self.student), batch.teacher, images)
-        inputs, more = build_loss_inputs(
+                teacher = [
+                    self._read(module, batch.teacher, images, coefficient)
+                    for module, coefficient in self.teacher.policy(self.student)
+                ]
+        correction = self.run.learner.rollout_is
+        if correction == "sequence" and old is None:
+            old = self._compute_log_probs(student, batch)  # all of a sequence's tokens decide the weight of each
+        # Without other log-probabilities the student's own are the old policy's, known only within the loss.
+        weights = self._correct(old, batch)[0] if old is not None else None
+        outputs = compute_fused_loss(
             student,
-            batch.sampled_ids,
+            teacher,
+            TokenInputs(
+                sampled_ids=batch.sampled_ids,
+                old_log_probs=old,
+                policy_weights=policy_weights,
+                advantages=batch.advantages,
+                rollout_is_weights=weights,
+                rollout_log_probs=batch.rollout_log_probs if old is None and correction == "token" else None,
+                rollout_is_threshold=self.run.learner.rollout_is_threshold,
+                distilled=batch.distilled,
+                distillation_weights=distillation_weights,
+                distillation_coef=coef,
+            ),
             self.config,
-            old_log_probs=old,
-            policy_weights=policy_weights,
-            advantages=batch.advantages,
-            rollout_is_weights=rollout_weights,
-            distilled=batch.distilled,
-            teacher=teacher,
-            distillation_weights=distillation_weights,
-            distillation_coef=coef,
+            temperature=self.run.sampler.temperature,
         )
-        return inputs, sums | more
+        return outputs, self._correct(outputs.student_log_probs if old is None else old, batch)[1]
 
-    def _student_log_probs(self, batch: MicroBatch, images: StepImages | None) -> Tensor:
+    def _read_student(self, batch: MicroBatch, images: StepImages | None) -> LazyLogits:
         # Only this mode lets transformers checkpoint; everything else runs without dropout, as sampling does.
         self.student.train(self.run.learner.gradient_checkpointing and torch.is_grad_enabled())
-        return self._log_probs([(self.student, 1.0)], batch.student, images)
+        return self._read(self.student, batch.student, images)
 
-    def _log_probs(
+    def _read(
         self,
-        policy: Sequence[tuple[torch.nn.Module, float]],
-        sequences: PaddedSequences,
+        module: torch.nn.Module,
+        sequences: PaddedSequences | PackedSequences,
         images: StepImages | None,
-    ) -> Tensor:
+        coefficient: float = 1.0,
+    ) -> LazyLogits:
+        features = images.select(module, sequences.images) if images is not None else ()
         with self._precision():
-            logits = compute_response_logits(policy, sequences, self.run.sampler.temperature, images)
-        return torch.log_softmax(logits, dim=-1)
+            hidden = compute_hidden(module, sequences, vision=self.vision, features=features)
+        if self.run.learner.autocast:
+            hidden = hidden.bfloat16()  # as autocast has it in the output layer's product
+        return build_lazy_logits(module, hidden, coefficient)
+
+    def _compute_log_probs(self, student: LazyLogits, batch: MicroBatch) -> Tensor:
+        return compute_token_log_probs(student, batch.sampled_ids, temperature=self.run.sampler.temperature)
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.learner.autocast)
@@ -223,19 +236,13 @@ class Learner:
             return None
         return StepImages(self.vision, self.student, frozen=self.run.learner.freeze_vision, precision=self._precision)
 
-    def _rollout_weights(self, old: Tensor, batch: MicroBatch) -> tuple[Tensor | None, Sums]:
-        mask = batch.student.response_mask
-
-        def unpack(packed: Tensor) -> Tensor:
-            return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, packed)
-
-        kl = batch.rollout_log_probs - old
-        sums: Sums = {metrics.ROLLOUT_KL: mean_of(kl)}
+    def _correct(self, old: Tensor, batch: MicroBatch) -> tuple[Tensor | None, Sums]:
+        """The truncated importance weight old policy / sampler of each token, and its metrics."""
+        sums: Sums = {metrics.ROLLOUT_KL: mean_of(batch.rollout_log_probs - old)}
         level, threshold = self.run.learner.rollout_is, self.run.learner.rollout_is_threshold
-        padded = compute_rollout_ratio(unpack(old), unpack(batch.rollout_log_probs), mask, level)
-        if padded is None:
+        ratio = compute_rollout_ratio(old, batch.rollout_log_probs, batch.sample_index, level)
+        if ratio is None:
             return None, sums
-        ratio = padded[mask]
         weights = ratio.clamp(max=threshold)
         sums[metrics.ROLLOUT_IS_MEAN] = mean_of(weights)
         sums[metrics.ROLLOUT_IS_CLIP_FRACTION] = mean_of((ratio > threshold).to(weights.dtype))

@@ -1,4 +1,4 @@
-"""Prompts and sequences as padded tensors, and one forward pass of them: what sampling and learning share."""
+"""Prompts and sequences as tensors, and one forward pass of them: what sampling and learning share."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdpo.models.attention import NO_MASK
+from sdpo.models.packing import PackedSequences
 from sdpo.models.processing import TokenPrompt
 from sdpo.models.vision import ImageFeatures, Vision, showing
 
@@ -56,9 +58,9 @@ def pad_sequences(
         position_ids = position_ids.repeat(vision.num_axes, 1, 1)
         for row, prompt in enumerate(prompts):
             if prompt.images:
-                own = vision.compute_positions(prompt)
-                position_ids[:, row, prompt_length - lengths[row] : prompt_length] = own
-                position_ids[:, row, prompt_length:] += own.max() + 1 - lengths[row]
+                position_ids[:, row, prompt_length - lengths[row] :] = compute_positions(
+                    prompt, response_length, vision
+                )
     return PaddedSequences(
         token_ids=token_ids.to(device),
         attention_mask=mask.to(device),
@@ -66,6 +68,53 @@ def pad_sequences(
         response_mask=mask[:, prompt_length:].bool().to(device),
         images=tuple(image for prompt in prompts for image in prompt.images),
     )
+
+
+def compute_positions(prompt: TokenPrompt, response_length: int, vision: Vision | None) -> Tensor:
+    """Position ids [L], or [3, L] in models with multimodal rotary positions, of a prompt and its response.
+
+    A response's positions go on by one from the highest of its prompt's, on every axis.
+    """
+    length = len(prompt.token_ids)
+    text = torch.arange(length + response_length)
+    if vision is None or vision.num_axes == 1:
+        return text
+    if not prompt.images:
+        return text.expand(vision.num_axes, -1)
+    own = vision.compute_positions(prompt)
+    return torch.cat([own, (text[length:] + own.max() + 1 - length).expand(len(own), -1)], dim=1)
+
+
+def compute_hidden(
+    model: nn.Module,
+    sequences: PaddedSequences | PackedSequences,
+    *,
+    vision: Vision | None = None,
+    features: Sequence[ImageFeatures] = (),
+) -> Tensor:
+    """Hidden states [N, H] of which the model's output layer predicts each response token, response by response.
+
+    Args:
+        sequences: packed ones only of a model for which ``enable_packing`` says so.
+        features: of the sequences' images, in their order.
+    """
+    transformer: Any = model
+    inputs: dict[str, Any] = vision.mark_images(sequences.token_ids) if vision is not None else {}
+    if isinstance(sequences, PackedSequences):
+        inputs |= {"layout": sequences.layout, "attention_mask": NO_MASK.to(sequences.token_ids.device)}
+    else:
+        inputs["attention_mask"] = sequences.attention_mask
+    with showing(model, features) as shown:
+        hidden: Tensor = transformer.base_model(
+            input_ids=sequences.token_ids,
+            position_ids=sequences.position_ids,
+            use_cache=False,
+            **inputs,
+            **shown,
+        ).last_hidden_state
+    if isinstance(sequences, PackedSequences):
+        return hidden[0].index_select(0, sequences.scored)
+    return hidden[:, -sequences.response_mask.shape[1] - 1 : -1][sequences.response_mask]
 
 
 def compute_logits(

@@ -203,10 +203,10 @@ class Vision:
         self.reader = reader
         self._inner = get_inner_model(model)
         config: Any = model.config
-        self._image_token_id = config.image_token_id
+        self.image_token_id = config.image_token_id
         self._rope = getattr(self._inner, "get_rope_index", None)
         self.num_axes = 1 if self._rope is None else 3  # of position ids: time, height, width
-        self._marks_images = "token_type_ids" in inspect.signature(model.forward).parameters
+        self.marks_images = "token_type_ids" in inspect.signature(model.forward).parameters
         # No text ever means these; a model that reads one in a response looks for an image that is not there.
         names = ("image_token_id", "video_token_id", "audio_token_id")
         self.placeholder_ids = [i for name in names if (i := getattr(config, name, None)) is not None]
@@ -216,13 +216,13 @@ class Vision:
         assert self._rope is not None, "only for num_axes > 1"
         token_ids = torch.tensor([list(prompt.token_ids)])
         grids = torch.cat([self.reader.read_grid(image) for image in prompt.images])
-        is_image = (token_ids == self._image_token_id).int()
+        is_image = (token_ids == self.image_token_id).int()
         positions, _ = self._rope(input_ids=token_ids, mm_token_type_ids=is_image, image_grid_thw=grids)
         return positions[:, 0]
 
     def mark_images(self, token_ids: Tensor) -> dict[str, Tensor]:
         """Further inputs beside token ids: which of them are images, for models that let those attend to each other."""
-        return {"token_type_ids": (token_ids == self._image_token_id).long()} if self._marks_images else {}
+        return {"token_type_ids": (token_ids == self.image_token_id).long()} if self.marks_images else {}
 
 
 @contextmanager

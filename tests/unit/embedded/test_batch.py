@@ -1,105 +1,105 @@
-"""Micro-batches: nothing lost, nothing over budget, and logits as if each sample stood alone and unpadded."""
+"""Micro-batches: nothing lost, nothing over budget, and logits as if each sample stood alone, unpacked and unpadded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
-from sdpo.embedded.batch import build_micro_batch, compute_response_logits, split_by_tokens
+from sdpo.embedded.batch import Batcher
 from sdpo.embedded.samples import Sample
+from sdpo.models.forward import PaddedSequences, compute_hidden
+from sdpo.models.head import build_lazy_logits, compute_dense_logits
+from sdpo.models.packable import enable_packing
+from sdpo.models.packing import PackedSequences, ReadingCost
 
 CPU = torch.device("cpu")
-LENGTHS = st.tuples(st.integers(1, 30), st.integers(0, 40), st.integers(1, 20))
+LENGTHS = st.tuples(st.integers(1, 30), st.integers(0, 40), st.lists(st.integers(1, 20), min_size=1, max_size=4))
+SHARES = ReadingCost(by_token=1.0, by_pair=0.0, by_call=0.0)  # reading a token is all that costs
+NEVER_SHARES = ReadingCost(by_token=0.0, by_pair=1.0, by_call=1e9)
+COSTS = {"padded": None, "packed": NEVER_SHARES, "shared": SHARES}
 
 
-def padded_tokens(samples: list[Sample]) -> int:
+def read_tokens(batcher: Batcher, samples: Sequence[Sample]) -> int:
     """Counted on the tensors themselves."""
-    batch = build_micro_batch(samples, 0, CPU)
+    batch = batcher.build(samples)
     return batch.student.token_ids.numel() + (0 if batch.teacher is None else batch.teacher.token_ids.numel())
 
 
-@given(lengths=st.lists(LENGTHS, min_size=1, max_size=20), max_tokens=st.integers(1, 400))
+@pytest.mark.parametrize("cost", COSTS.values(), ids=COSTS)
+@given(lengths=st.lists(LENGTHS, min_size=1, max_size=8), max_tokens=st.integers(1, 400))
 def test_every_sample_once_and_within_the_budget(
-    make_sample: Callable[..., Sample], lengths: list[tuple[int, int, int]], max_tokens: int
+    make_sample: Callable[..., Sample],
+    cost: ReadingCost | None,
+    lengths: list[tuple[int, int, list[int]]],
+    max_tokens: int,
 ) -> None:
-    samples = [make_sample([3] * p, [4] * r, [5] * t if t else None) for p, t, r in lengths]
-    pieces = split_by_tokens(samples, max_tokens)
+    samples: list[Sample] = []
+    for prompt_length, teacher_length, response_lengths in lengths:
+        prompt: Any = [3] * prompt_length
+        for length in response_lengths:
+            samples.append(make_sample(prompt, [4] * length, [5] * teacher_length if teacher_length else None))
+            prompt = samples[-1].prompt
+    batcher = Batcher(0, CPU, cost=cost)
+    pieces = batcher.split(samples, max_tokens)
     assert sorted(i for piece in pieces for i in piece) == list(range(len(samples)))
     for piece in pieces:
-        assert len(piece) == 1 or padded_tokens([samples[i] for i in piece]) <= max_tokens
+        assert len(piece) == 1 or read_tokens(batcher, [samples[i] for i in piece]) <= max_tokens
+    if cost is not None:  # a piece ends where one more sample would have been too much
+        for piece, following in zip(pieces, pieces[1:], strict=False):
+            assert read_tokens(batcher, [samples[i] for i in [*piece, following[0]]]) > max_tokens
 
 
-def test_the_budget_is_used(make_sample: Callable[..., Sample]) -> None:
-    """Ten samples of 10 + 20 tokens: three fit in 100 tokens, all in 300, and none in 29, where each stands alone."""
-    samples = [make_sample([3] * 6, [4] * 4, [5] * 16) for _ in range(10)]
-    assert [len(piece) for piece in split_by_tokens(samples, 100)] == [3, 3, 3, 1]
-    assert [len(piece) for piece in split_by_tokens(samples, 300)] == [10]
-    assert [len(piece) for piece in split_by_tokens(samples, 29)] == [1] * 10
+@pytest.mark.parametrize(("cost", "sizes"), [(None, [3, 3, 3, 1]), (NEVER_SHARES, [3, 3, 3, 1]), (SHARES, [9, 1])])
+def test_the_budget_is_used(make_sample: Callable[..., Sample], cost: ReadingCost | None, sizes: list[int]) -> None:
+    """Ten rollouts of one prompt, each 6 + 4 tokens and 16 + 4 for the teacher: three fit in 100. What all of them begin
+    with read once is 22 tokens, and 8 more a rollout."""
+    samples = [make_sample([3] * 6, [4] * 4, [5] * 16)]
+    samples += [make_sample(samples[0].prompt, [4] * 4, [5] * 16) for _ in range(9)]
+    batcher = Batcher(0, CPU, cost=cost)
+    assert [len(piece) for piece in batcher.split(samples, 100)] == sizes
+    assert [len(piece) for piece in batcher.split(samples, 300)] == [10]
+    assert [len(piece) for piece in batcher.split(samples, 29)] == [1] * 10
 
 
 @pytest.mark.parametrize("undistilled", [(), (1, 4), (0, 1, 2, 3, 4, 5)])
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("cost", COSTS.values(), ids=COSTS)
 def test_logits_are_those_of_each_sample_alone(
-    model: Any,
     make_model: Callable[..., Any],
     make_samples: Callable[..., list[Sample]],
     plain_logits: Callable[..., Tensor],
+    cost: ReadingCost | None,
     undistilled: tuple[int, ...],
-    temperature: float,
 ) -> None:
-    teacher = make_model(seed=1)
+    student, teacher = make_model(), make_model(seed=1)
     samples = make_samples(undistilled=undistilled)
-    batch = build_micro_batch(samples, 0, CPU)
-
-    logits = compute_response_logits([(model, 1.0)], batch.student, temperature)
-    alone = [plain_logits(model, s.prompt.token_ids, s.response.token_ids) / temperature for s in samples]
-    torch.testing.assert_close(logits, torch.cat(alone), atol=1e-5, rtol=1e-5)
-
     distilled = [s for i, s in enumerate(samples) if i not in undistilled]
+    expected = [plain_logits(student, s.prompt.token_ids, s.response.token_ids) for s in samples]
+    by_teacher = [plain_logits(teacher, s.teacher_prompt.token_ids, s.response.token_ids) for s in distilled]
+    if cost is not None:
+        assert enable_packing(student) is not None
+        assert enable_packing(teacher) is not None
+    batch = Batcher(0, CPU, cost=cost).build(samples)
+
+    def compute(model: Any, sequences: PaddedSequences | PackedSequences) -> Tensor:
+        return compute_dense_logits(build_lazy_logits(model, compute_hidden(model, sequences)))
+
+    torch.testing.assert_close(compute(student, batch.student), torch.cat(expected), atol=1e-5, rtol=1e-5)
     if not distilled:
         assert batch.teacher is None
         return
-    policy = [(teacher, 0.75), (model, 0.25)]
     assert batch.teacher is not None
-    logits = compute_response_logits(policy, batch.teacher, temperature)
-    rows = [
-        [plain_logits(module, s.teacher_prompt.token_ids, s.response.token_ids) for module, _ in policy]
-        for s in distilled
-    ]
-    expected = torch.cat([0.75 * first + 0.25 * second for first, second in rows]) / temperature
-    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
-
-
-class WithAllLogits(nn.Module):
-    """A model that takes ``logits_to_keep`` and ignores it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, logits_to_keep: int, **inputs: Any) -> Any:
-        return self.model(**inputs)
-
-
-def test_a_model_that_gives_all_logits(model: Any, make_samples: Callable[..., list[Sample]]) -> None:
-    sequences = build_micro_batch(make_samples(), 0, CPU).student
-    torch.testing.assert_close(
-        compute_response_logits([(WithAllLogits(model), 1.0)], sequences, 1.0),
-        compute_response_logits([(model, 1.0)], sequences, 1.0),
-        atol=1e-5,
-        rtol=1e-5,
-    )
+    torch.testing.assert_close(compute(teacher, batch.teacher), torch.cat(by_teacher), atol=1e-5, rtol=1e-5)
 
 
 def test_packed_values_stand_beside_their_tokens(make_samples: Callable[..., list[Sample]]) -> None:
     samples = make_samples(undistilled=(1, 4))
-    batch = build_micro_batch(samples, 0, CPU)
+    batch = Batcher(0, CPU).build(samples)
     tokens = [(i, k) for i, s in enumerate(samples) for k in range(len(s.response.token_ids))]
     assert batch.sample_index.tolist() == [i for i, _ in tokens]
     assert batch.sampled_ids.tolist() == [samples[i].response.token_ids[k] for i, k in tokens]
@@ -109,8 +109,9 @@ def test_packed_values_stand_beside_their_tokens(make_samples: Callable[..., lis
     torch.testing.assert_close(batch.advantages, torch.tensor([samples[i].advantage for i, _ in tokens]))
 
 
-def test_two_samples_laid_out_by_hand(make_sample: Callable[..., Sample]) -> None:
-    batch = build_micro_batch([make_sample([3], [4, 5, 2]), make_sample([6, 7], [8], [9, 9, 9])], 0, CPU)
+def test_two_samples_padded_by_hand(make_sample: Callable[..., Sample]) -> None:
+    batch = Batcher(0, CPU).build([make_sample([3], [4, 5, 2]), make_sample([6, 7], [8], [9, 9, 9])])
+    assert isinstance(batch.student, PaddedSequences)
     assert batch.student.token_ids.tolist() == [[0, 3, 4, 5, 2], [6, 7, 8, 0, 0]]
     assert batch.student.attention_mask.tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
     assert batch.student.position_ids[0, 1:].tolist() == [0, 1, 2, 3]
@@ -118,3 +119,17 @@ def test_two_samples_laid_out_by_hand(make_sample: Callable[..., Sample]) -> Non
     assert batch.student.response_mask.tolist() == [[True, True, True], [True, False, False]]
     assert batch.teacher is not None
     assert batch.teacher.token_ids.tolist() == [[9, 9, 9, 8]]
+
+
+def test_three_samples_packed_by_hand(make_sample: Callable[..., Sample]) -> None:
+    """Two rollouts of one prompt, whose teacher prompts begin with the same two tokens, and one of another."""
+    first = make_sample([3, 6], [4, 5, 2], [7, 8, 9])
+    samples = [first, make_sample(first.prompt, [5, 2], [7, 8, 3, 3]), make_sample([3, 6], [4])]
+    batch = Batcher(0, CPU, cost=SHARES).build(samples)
+    assert isinstance(batch.student, PackedSequences) and isinstance(batch.teacher, PackedSequences)
+    assert batch.student.token_ids.tolist() == [[3, 6, 4, 5, 2, 5, 2, 3, 6, 4]]
+    assert batch.student.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 3, 0, 1, 2]]
+    assert batch.student.scored.tolist() == [1, 2, 3, 1, 5, 8]
+    assert batch.teacher.token_ids.tolist() == [[7, 8, 9, 4, 5, 2, 3, 3, 5, 2]]
+    assert batch.teacher.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 2, 3, 4, 5]]
+    assert batch.teacher.scored.tolist() == [2, 3, 4, 7, 8]

@@ -1,0 +1,78 @@
+"""Which models can read packed rows, and what reading costs them: asked once, at the start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from sdpo.models.attention import NAME, NotPackable, attend
+from sdpo.models.forward import compute_hidden, compute_positions
+from sdpo.models.packing import Family, ReadingCost, pack_sequences
+from sdpo.models.processing import TokenPrompt
+from sdpo.models.vision import Vision, get_tower_parameters
+
+# Floating-point operations that a device could have done while it starts one call of attention, gathers its rows and
+# scatters what comes of them, forward and backward, in one layer. CPU: measured, one thread. Others: an estimate, 30
+# microseconds at 300 TFLOP/s.
+CALL_ON_CPU, CALL_ELSEWHERE = 5e6, 1e10
+PROBE = f"{NAME}_probe"
+
+
+def enable_packing(model: nn.Module, vision: Vision | None = None) -> ReadingCost | None:
+    """Let a model of transformers read packed rows; what reading costs it, or None where it cannot.
+
+    It can where each of its layers asks for causal attention over all that came before and hands on the layout, as
+    most do: no sliding windows, no recurrent layers, no images whose tokens see each other. Models loaded with another
+    attention kernel than SDPA keep it and read padded rows.
+
+    On return its attention is the packed one, which is SDPA wherever a row is not packed.
+    """
+    transformer: Any = model
+    config = transformer.config.get_text_config()
+    if config._attn_implementation != "sdpa" or (vision is not None and vision.marks_images):
+        return None
+    cost = measure_reading(model, vision)
+    device = next(model.parameters()).device
+    family, prompts = Family(2, (3, 4)), [TokenPrompt([0, 1]), TokenPrompt([0, 1])]
+    positions = [compute_positions(prompts[0], length - 2, vision) for length in family.lengths]
+    row = pack_sequences([family], prompts, [[1], [0, 1]], positions, cost, device)
+    layers: list[nn.Module] = []
+
+    def probe(module: nn.Module, *states: Any, **settings: Any) -> Any:
+        layers.append(module)
+        return attend(module, *states, **settings)
+
+    AttentionInterface.register(PROBE, probe)
+    config._attn_implementation = PROBE
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            compute_hidden(model.eval(), row)
+        packs = len(layers) == config.num_hidden_layers
+    except (NotPackable, TypeError):  # the latter if it does not take a layout
+        packs = False
+    finally:
+        model.train(was_training)
+    config._attn_implementation = NAME if packs else "sdpa"
+    return cost if packs else None
+
+
+def measure_reading(model: nn.Module, vision: Vision | None = None) -> ReadingCost:
+    """The cost of reading for a model's shape on the device that it is on."""
+    transformer: Any = model
+    config = transformer.config.get_text_config()
+    outside = {id(param) for param in get_tower_parameters(model)} if vision is not None else set()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) or module is transformer.get_output_embeddings():
+            outside.add(id(module.weight))
+    heads, layers = config.num_attention_heads, config.num_hidden_layers
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return ReadingCost(
+        by_token=2.0 * sum(param.numel() for param in model.parameters() if param.dim() > 1 and id(param) not in outside),
+        by_pair=4.0 * layers * heads * head_size,
+        by_call=layers * (CALL_ON_CPU if on_cpu else CALL_ELSEWHERE),
+    )

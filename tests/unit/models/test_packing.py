@@ -1,0 +1,288 @@
+"""Packed rows against every sequence by itself: values, gradients, what is read, what it costs and when sharing pays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from sdpo.errors import UserError
+from sdpo.models.attention import NAME
+from sdpo.models.forward import compute_hidden, compute_positions, pad_sequences
+from sdpo.models.head import check_head
+from sdpo.models.packable import enable_packing
+from sdpo.models.packing import (
+    Family,
+    PackedSequences,
+    ReadingCost,
+    count_cost,
+    count_shared_tokens,
+    find_families,
+    pack_sequences,
+)
+from sdpo.models.processing import TokenPrompt
+
+CPU = torch.device("cpu")
+SHAPE: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+OLD_SHAPE: dict[str, Any] = {"vocab_size": 64, "n_embd": 64, "n_layer": 3, "n_head": 4}
+OLD_SHAPE |= {"bos_token_id": None, "eos_token_id": None}
+PACKABLE: dict[str, Callable[[], Any]] = {
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=None)),
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SHAPE)),
+    "granite": lambda: GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=3.0)),
+    "cohere": lambda: CohereForCausalLM(CohereConfig(**SHAPE, logit_scale=0.3)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**OLD_SHAPE)),
+}
+NOT_PACKABLE: dict[str, Callable[[], Any]] = {
+    "sliding window": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=8)),
+    "capped attention": lambda: Gemma2ForCausalLM(Gemma2Config(**SHAPE)),
+    "positions in attention": lambda: BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=64, n_layer=3, n_head=4)),
+    "recurrent": lambda: MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=3)),
+}
+# Reading a token is all that costs; only pairs cost, so that nothing is padded; calls are dear.
+ALWAYS, NO_PADDING, ONE_CALL = ReadingCost(1, 0, 0), ReadingCost(1e6, 1, 0), ReadingCost(1e9, 0, 1)
+
+
+def make_sequences() -> tuple[list[TokenPrompt], list[list[int]], list[int]]:
+    """Three rollouts of one prompt, one of another, two whose prompts begin alike, and two that have nothing in common."""
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(length: int) -> list[int]:
+        return torch.randint(0, 64, (length,), generator=generator).tolist()
+
+    question, start = ids(20), ids(9)
+    prompts = [question] * 3 + [ids(13), start + ids(5), start + ids(7), [1, *ids(3)], [2, *ids(2)]]
+    responses = [ids(length) for length in (5, 30, 11, 8, 4, 17, 1, 2)]
+    return [TokenPrompt(prompt) for prompt in prompts], responses, [0, 0, 0, 1, 2, 2, 3, 3]
+
+
+def pack(cost: ReadingCost) -> tuple[PackedSequences, list[Family]]:
+    prompts, responses, groups = make_sequences()
+    families = find_families(prompts, [len(r) for r in responses], groups, cost)
+    positions = [compute_positions(p, len(r), None) for p, r in zip(prompts, responses, strict=True)]
+    return pack_sequences(families, prompts, responses, positions, cost, CPU), families
+
+
+def differentiate(model: nn.Module, hidden: Tensor) -> list[Tensor]:
+    weights = torch.linspace(-1, 1, hidden.numel(), dtype=hidden.dtype).view_as(hidden)
+    params = [p for p in model.parameters() if p.requires_grad]
+    return list(torch.autograd.grad((hidden * weights).sum(), params, allow_unused=True, materialize_grads=True))
+
+
+@pytest.mark.parametrize(
+    ("cost", "num_read", "num_calls"),
+    [(ALWAYS, 188 - 2 * 20 - 9, 3), (NO_PADDING, 188 - 2 * 20 - 9, 9), (ReadingCost(0, 0, 1), 188, 1)],
+    ids=["shared", "shared without padding", "apart"],
+)
+@pytest.mark.parametrize("family", PACKABLE)
+def test_a_packed_row_reads_as_each_sequence_by_itself(
+    family: str, cost: ReadingCost, num_read: int, num_calls: int
+) -> None:
+    torch.manual_seed(0)
+    model = PACKABLE[family]().double().eval()
+    check_head(model)
+    prompts, responses, _ = make_sequences()
+    alone = [compute_hidden(model, pad_sequences([p], [r], 0, CPU)) for p, r in zip(prompts, responses, strict=True)]
+    expected = torch.cat(alone)
+    assert enable_packing(model) is not None
+    row, _ = pack(cost)
+    assert row.token_ids.shape == (1, num_read)
+    assert len(row.layout.calls) == num_calls
+    hidden = compute_hidden(model, row)
+    torch.testing.assert_close(hidden, expected, atol=1e-12, rtol=1e-10)
+    bound = 1e-13 if family == "gpt2" else 1e-6  # the others' norms compute in float32 whatever they are given
+    for actual, wanted in zip(differentiate(model, hidden), differentiate(model, expected), strict=True):
+        assert float((actual - wanted).norm()) <= bound * float(wanted.norm())
+
+
+@pytest.mark.parametrize("family", NOT_PACKABLE)
+def test_a_model_that_cannot_read_packed_rows_is_left_as_it_was(family: str) -> None:
+    model = NOT_PACKABLE[family]().train()
+    kernel = model.config._attn_implementation
+    before = model(input_ids=torch.arange(12)[None]).logits
+    assert enable_packing(model) is None
+    assert model.config._attn_implementation == kernel
+    assert model.training
+    torch.testing.assert_close(model(input_ids=torch.arange(12)[None]).logits, before)
+
+
+def test_another_kernel_stays() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation="eager"))
+    assert enable_packing(model) is None
+    assert model.config._attn_implementation == "eager"
+
+
+def test_padded_rows_and_caches_read_as_before() -> None:
+    torch.manual_seed(0)
+    model = PACKABLE["qwen2"]().double().eval()
+    prompts, responses, _ = make_sequences()
+    padded = pad_sequences(prompts, responses, 0, CPU)
+    expected = compute_hidden(model, padded)
+    generated = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=9, do_sample=False)
+    assert enable_packing(model) is not None
+    assert model.config._attn_implementation == NAME
+    torch.testing.assert_close(compute_hidden(model, padded), expected, atol=1e-13, rtol=0)
+    assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=9, do_sample=False).equal(generated)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "autocast"])
+def test_half_precision(precision: str) -> None:
+    torch.manual_seed(0)
+    model = PACKABLE["qwen2"]().eval()
+    assert enable_packing(model) is not None
+    row, _ = pack(ALWAYS)
+    expected = compute_hidden(model, row)
+    if precision == "bfloat16":
+        model.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        hidden = compute_hidden(model, row)
+    torch.testing.assert_close(hidden.float(), expected, atol=0.06, rtol=0.05)
+
+
+def test_gradient_checkpointing_runs_the_same_layout_again() -> None:
+    torch.manual_seed(0)
+    model = PACKABLE["llama"]().double().train()
+    assert enable_packing(model) is not None
+    row, _ = pack(ALWAYS)
+    expected = differentiate(model, compute_hidden(model, row))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for actual, wanted in zip(differentiate(model, compute_hidden(model, row)), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, atol=1e-12, rtol=1e-10)
+
+
+# ---- what is shared -------------------------------------------------------------------------------------------------
+
+
+def test_what_prompts_begin_with() -> None:
+    def count(*prompts: list[int], images: tuple[bytes, ...] = (), image_token: int = 99) -> int:
+        return count_shared_tokens([TokenPrompt(p, images) for p in prompts], [image_token])
+
+    assert count([1, 2, 3], [1, 2, 3]) == 3
+    assert count([1, 2, 3], [1, 2]) == 2
+    assert count([1, 2], [1, 2, 3], [1, 4]) == 1
+    assert count([1], [2]) == 0
+    image = (b"image",)
+    assert count([1, 99, 99, 2, 3], [1, 99, 99, 2, 4], images=image) == 4
+    assert count([1, 99, 99, 2], [1, 99, 99, 3], images=image) == 3
+    assert count([1, 2, 99, 99, 3], [1, 4, 99, 99, 3], images=image) == 1
+    two = (b"one", b"two")  # the second image comes after what differs: neither is shared
+    assert count([1, 99, 2, 99], [1, 99, 3, 99], images=two) == 1
+    assert count([1, 99, 99, 2], [1, 99, 99, 2]) == 4  # without images it is a token like any other
+
+
+def test_sharing_pays_where_it_saves_more_than_its_calls_cost() -> None:
+    """Two rollouts: sharing saves a prompt's tokens and takes a call more."""
+    prompts, lengths = [TokenPrompt([1] * 10)] * 2, [5, 5]
+    for by_call, shares in ((9.9, True), (10.1, False)):
+        families = find_families(prompts, lengths, [0, 0], ReadingCost(by_token=1.0, by_pair=0.0, by_call=by_call))
+        assert families == ([Family(10, (15, 15))] if shares else [Family(0, (15,)), Family(0, (15,))])
+    assert find_families(prompts, lengths, [0, 1], ALWAYS) == [Family(0, (15,)), Family(0, (15,))]
+    one = find_families(prompts[:1], lengths[:1], [0], ALWAYS)
+    assert one == [Family(0, (15,))]
+
+
+@pytest.mark.parametrize(("by_call", "num_calls"), [(1000 - 25 - 1, 2), (1000 - 25 + 1, 1)])
+def test_padding_is_taken_only_where_it_costs_less_than_a_call(by_call: float, num_calls: int) -> None:
+    cost = ReadingCost(by_token=0.0, by_pair=1000 / (40 * 40 - 5 * 5) * 0.975, by_call=by_call)
+    prompts, responses = [TokenPrompt([1] * 20), TokenPrompt([1] * 2)], [[2] * 20, [2] * 3]
+    positions = [torch.arange(40), torch.arange(5)]
+    row = pack_sequences([Family(0, (40,)), Family(0, (5,))], prompts, responses, positions, cost, CPU)
+    assert len(row.layout.calls) == num_calls
+
+
+@pytest.mark.parametrize("cost", [ALWAYS, NO_PADDING, ONE_CALL, ReadingCost(1, 1, 1e3)])
+@pytest.mark.parametrize(("family", "rotary"), [("llama", 16), ("gpt2", 0)])  # operations a token for rotary angles
+def test_the_cost_is_what_torch_counts(family: str, rotary: int, cost: ReadingCost) -> None:
+    """Products of weights and of attention, on one row; the head is not among them."""
+    torch.manual_seed(0)
+    model = PACKABLE[family]().eval()
+    measured = enable_packing(model)
+    assert measured is not None
+    row, families = pack(cost)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        compute_hidden(model, row)
+    pairs = sum(call.queries.numel() * call.keys.shape[1] for call in row.layout.calls)
+    num_read = row.token_ids.numel()
+    assert counter.get_total_flops() == num_read * (measured.by_token + rotary) + pairs * measured.by_pair
+    assert count_cost(families, cost) == pytest.approx(
+        num_read * cost.by_token + pairs * cost.by_pair + len(row.layout.calls) * cost.by_call
+    )
+
+
+def test_every_token_is_answered_once_and_by_its_own_query() -> None:
+    for cost in (ALWAYS, NO_PADDING, ONE_CALL):
+        row, _ = pack(cost)
+        queries = torch.cat([call.queries.flatten() for call in row.layout.calls])
+        assert queries[row.layout.answers].equal(torch.arange(row.token_ids.numel()))
+
+
+@pytest.mark.parametrize("num_rollouts", [2, 8])
+def test_rollouts_of_a_long_prompt_share_it_on_a_real_shape(num_rollouts: int) -> None:
+    """By the cost of a model: a prompt of 300 tokens is shared; one of a single token by two rollouts is not."""
+    torch.manual_seed(0)
+    cost = enable_packing(PACKABLE["qwen2"]())
+    assert cost is not None
+    for length, shares in ((300, True), (1, False)):
+        prompts = [TokenPrompt([1] * length)] * num_rollouts
+        families = find_families(prompts, [50] * num_rollouts, [0] * num_rollouts, cost)
+        assert (families[0].prefix == length) is shares
+
+
+def test_a_head_that_is_not_known_is_refused() -> None:
+    model = PACKABLE["qwen2"]()
+    run = model.forward
+
+    def scaled(**inputs: Any) -> Any:
+        output = run(**inputs)
+        output.logits = output.logits * 1.5
+        return output
+
+    model.forward = scaled
+    with pytest.raises(UserError, match="Qwen2ForCausalLM makes logits of its hidden states in a way that is not"):
+        check_head(model)
+
+
