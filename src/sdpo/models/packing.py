@@ -63,7 +63,7 @@ class Attention:
     Row by row, the last query sees all keys, the one before it all but the last, and so on.
 
     Attributes:
-        queries: [rows, Q] places in the packed row; what stands beyond a sequence's end is nobody's.
+        queries: [rows, Q] places in the packed row; what answers a place beyond a sequence's end is nobody's.
         keys: [rows, K], K >= Q.
     """
 
@@ -260,7 +260,9 @@ def _lay_out(
                 first, length = start, family.prefix
             else:
                 first, length = rests[member], family.lengths[member] - family.prefix
-            own = (first + torch.arange(num_queries)).clamp(max=num_tokens - 1)
+            # Beyond its end stands the piece itself again: a number that is not finite stays in its own sequence, for a
+            # mask does not keep it away.
+            own = first + torch.arange(num_queries).clamp(max=length - 1)
             queries.append(own)
             keys.append(torch.cat([start + torch.arange(num_keys - num_queries), own]))
             answers[first : first + length] = answered + torch.arange(length)

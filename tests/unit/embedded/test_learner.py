@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from sdpo import compute_self_distillation_loss, metrics
+from sdpo.algorithm import fused
 from sdpo.algorithm.loss import LossInputs
 from sdpo.config import Run
 from sdpo.embedded import learner as learner_module
-from sdpo.embedded.batch import split_by_tokens
 from sdpo.embedded.learner import Learner
 from sdpo.embedded.samples import Sample
 from sdpo.errors import UserError
@@ -237,7 +237,7 @@ def test_gradients_do_not_depend_on_the_micro_batches(
     make_model: MakeModel, make_run: MakeRun, make_samples: MakeSamples, settings: Any
 ) -> None:
     results = []
-    for budget in (1, 60, 10**6):
+    for budget in (1, 40, 10**6):
         run = make_run(learner__micro_batch_tokens=budget, **settings)
         samples = make_samples(undistilled=(1, 5) if run.self_distillation.distills else range(6))
         learner = Learner(make_model(), run, 0)
@@ -245,7 +245,7 @@ def test_gradients_do_not_depend_on_the_micro_batches(
             learner.teacher.module.load_state_dict(make_model(seed=1).state_dict())
         steps = record_steps(learner)
         values = learner.learn(samples)
-        results.append((steps[0].gradients, values, len(split_by_tokens(samples, budget))))
+        results.append((steps[0].gradients, values, len(learner.batcher.split(samples, budget))))
     assert results[0][2] == 6 and 1 < results[1][2] < 6 and results[2][2] == 1
     for gradients, values, _ in results[1:]:
         assert_same_gradients(gradients, results[0][0], 2e-6)
@@ -257,15 +257,11 @@ def test_gradients_do_not_depend_on_the_micro_batches(
 
 def capture_inputs(monkeypatch: pytest.MonkeyPatch) -> list[LossInputs]:
     captured: list[LossInputs] = []
-    compute = learner_module.compute_loss
+    compute = fused.compute_loss
     monkeypatch.setattr(
-        learner_module, "compute_loss", lambda inputs, config: (captured.append(inputs), compute(inputs, config))[1]
+        fused, "compute_loss", lambda inputs, config: (captured.append(inputs), compute(inputs, config))[1]
     )
     return captured
-
-
-def in_order_of_packing(samples: Sequence[Sample], budget: int) -> list[Sample]:
-    return [samples[i] for piece in split_by_tokens(samples, budget) for i in piece]
 
 
 def test_old_log_probs_are_the_student_s_at_the_start_of_the_step(
@@ -279,7 +275,7 @@ def test_old_log_probs_are_the_student_s_at_the_start_of_the_step(
         captured.clear()
         before = copy.deepcopy(model)
         learner.learn(samples)
-        minis = [in_order_of_packing(samples[start : start + 3], 16384) for start in (0, 3)]
+        minis = [samples[:3], samples[3:]]
         assert len(captured) == 2
         for inputs, mini in zip(captured, minis, strict=True):
             expected = torch.cat(plain_old_log_probs(before, mini, run))
@@ -315,14 +311,12 @@ def test_rollout_weights_are_old_over_rollout_truncated(
 ) -> None:
     captured = capture_inputs(monkeypatch)
     run = make_run(learner__rollout_is=level, learner__rollout_is_threshold=threshold, learner__micro_batch_tokens=80)
-    samples = make_samples()
+    samples = make_samples(seed=1, undistilled=())
     old = plain_old_log_probs(model, samples, run)
     values = Learner(model, run, 0).learn(samples)
     assert len(captured) > 1
-    by_sample = {id(s): lp for s, lp in zip(samples, old, strict=True)}
-    ordered = in_order_of_packing(samples, 80)
-    expected = torch.cat([plain_rollout_weights(by_sample[id(s)], s, run) for s in ordered])
-    gap = torch.cat([torch.tensor(s.response.log_probs) - by_sample[id(s)] for s in ordered])
+    expected = torch.cat([plain_rollout_weights(o, s, run) for o, s in zip(old, samples, strict=True)])
+    gap = torch.cat([torch.tensor(s.response.log_probs) - o for o, s in zip(old, samples, strict=True)])
     assert values[metrics.ROLLOUT_KL] == pytest.approx(float(gap.mean()), rel=1e-4)
     if level == "none":
         assert all(inputs.rollout_is_weights is None for inputs in captured)
@@ -539,13 +533,22 @@ def test_checkpointing_recomputes_and_gives_the_same_gradients(
 
 
 def test_autocast_computes_in_bfloat16_and_keeps_the_weights(
-    make_model: MakeModel, make_run: MakeRun, make_samples: MakeSamples
+    make_model: MakeModel, make_run: MakeRun, make_samples: MakeSamples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    compute = learner_module.compute_fused_loss
     results = []
     for autocast in (False, True):
         learner = Learner(make_model(), make_run(learner__autocast=autocast), 0)
         seen: list[torch.dtype] = []
-        learner.student.lm_head.register_forward_hook(lambda *args, seen=seen: seen.append(args[2].dtype))
+        learner.student.model.layers[1].mlp.down_proj.register_forward_hook(
+            lambda *args, seen=seen: seen.append(args[2].dtype)
+        )
+
+        def watch(student: Any, teacher: Any, *args: Any, seen: Any = seen, **settings: Any) -> Any:
+            seen += [student.hidden.dtype, *(part.hidden.dtype for part in teacher)]
+            return compute(student, teacher, *args, **settings)
+
+        monkeypatch.setattr(learner_module, "compute_fused_loss", watch)
         values = learner.learn(make_samples())
         assert {p.dtype for p in learner.student.parameters()} == {torch.float32}
         results.append((values[metrics.LOSS], set(seen)))
