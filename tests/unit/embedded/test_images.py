@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from vision_language import FAMILIES, STOP, LoadedModel, make_image, make_messages, plain_logits
 
 from sdpo import metrics
@@ -19,7 +20,7 @@ from sdpo.config import Run
 from sdpo.context.demonstration import Demonstration
 from sdpo.context.encode import encode_teacher_prompt
 from sdpo.context.images import collect_images
-from sdpo.embedded.batch import build_micro_batch, compute_response_logits
+from sdpo.embedded.batch import Batcher
 from sdpo.embedded.data import Prompt
 from sdpo.embedded.learner import Learner
 from sdpo.embedded.samples import Sample
@@ -28,6 +29,10 @@ from sdpo.embedded.trainer import train
 from sdpo.errors import UserError
 from sdpo.models import vision as vision_module
 from sdpo.models.decoding import Response
+from sdpo.models.forward import PaddedSequences, compute_hidden
+from sdpo.models.head import build_lazy_logits, compute_dense_logits
+from sdpo.models.packable import enable_packing
+from sdpo.models.packing import PackedSequences
 from sdpo.models.processing import load_processor
 from sdpo.models.vision import freeze_tower, get_tower_parameters
 from sdpo.observer import Silent
@@ -74,28 +79,34 @@ def step_images(loaded: LoadedModel, frozen: bool = False) -> StepImages:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("num_samples", [1, 6])
+@pytest.mark.parametrize("packs", [True, False])
 def test_logits_of_student_and_teacher_are_those_of_each_sample_alone(
-    vision_model: VisionModel, make_run: MakeRun, family: str, num_samples: int
+    vision_model: VisionModel, make_run: MakeRun, family: str, num_samples: int, packs: bool
 ) -> None:
     loaded = vision_model(family)
     samples = make_samples(loaded, make_run())[-num_samples:]
-    batch = build_micro_batch(samples, 0, CPU, loaded.vision)
-    images = step_images(loaded)
-    with torch.no_grad():
-        student = compute_response_logits([(loaded.model, 1.0)], batch.student, 0.7, images)
-    alone = [plain_logits(loaded.model, loaded.reader, s.prompt.row.prompt, s.response.token_ids) for s in samples]
-    torch.testing.assert_close(student, torch.cat(alone) / 0.7, atol=1e-4, rtol=1e-4)
-
     distilled = [s for s in samples if s.is_distilled]
-    if not distilled:
-        return
-    assert batch.teacher is not None
-    with torch.no_grad():
-        teacher = compute_response_logits([(loaded.model, 1.0)], batch.teacher, 0.7, images)
-    alone = [
+    expected = [plain_logits(loaded.model, loaded.reader, s.prompt.row.prompt, s.response.token_ids) for s in samples]
+    by_teacher = [
         plain_logits(loaded.model, loaded.reader, s.teacher_prompt.messages, s.response.token_ids) for s in distilled
     ]
-    torch.testing.assert_close(teacher, torch.cat(alone) / 0.7, atol=1e-4, rtol=1e-4)
+    cost = enable_packing(loaded.model, loaded.vision) if packs else None
+    assert (cost is not None) == (packs and family != "gemma3")  # whose images' tokens see each other
+    shares = None if cost is None else replace(cost, by_call=0.0)  # on models this small it does not pay
+    batch = Batcher(0, CPU, loaded.vision, shares).build(samples)
+    images = step_images(loaded)
+
+    def compute(sequences: PaddedSequences | PackedSequences) -> Tensor:
+        features = images.select(loaded.model, sequences.images)
+        with torch.no_grad():
+            hidden = compute_hidden(loaded.model, sequences, vision=loaded.vision, features=features)
+            return compute_dense_logits(build_lazy_logits(loaded.model, hidden))
+
+    torch.testing.assert_close(compute(batch.student), torch.cat(expected), atol=1e-4, rtol=1e-4)
+    if batch.teacher is not None:
+        torch.testing.assert_close(compute(batch.teacher), torch.cat(by_teacher), atol=1e-4, rtol=1e-4)
+    if cost is not None and num_samples == 6:
+        assert len(batch.student.images) == 1 + 3, "a prompt's images stand in the row once"
 
 
 # --- 2: the tower's economy
