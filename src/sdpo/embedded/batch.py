@@ -92,9 +92,7 @@ class Batcher:
             sample_index=repeat_by_token(range(len(samples))),
         )
 
-    def _lay_out(
-        self, samples: Sequence[Sample], prompts: Sequence[TokenPrompt]
-    ) -> PaddedSequences | PackedSequences:
+    def _lay_out(self, samples: Sequence[Sample], prompts: Sequence[TokenPrompt]) -> PaddedSequences | PackedSequences:
         responses = [s.response.token_ids for s in samples]
         if self.cost is None:
             return pad_sequences(prompts, responses, self.pad_token_id, self.device, self.vision)

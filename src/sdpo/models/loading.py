@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from sdpo.config import ModelConfig
 from sdpo.errors import UserError
+from sdpo.models.linear import speed_up_linear_layers
 
 # Its bars for loading and writing shards would break the run's own.
 transformers_logging.disable_progress_bar()
@@ -52,6 +53,7 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"model.path: {config.path}: cannot be loaded ({_first_line(error)})") from error
+    speed_up_linear_layers(model)
     return model.to(device).eval()
 
 

@@ -72,7 +72,8 @@ def measure_reading(model: nn.Module, vision: Vision | None = None) -> ReadingCo
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     on_cpu = next(model.parameters()).device.type == "cpu"
     return ReadingCost(
-        by_token=2.0 * sum(param.numel() for param in model.parameters() if param.dim() > 1 and id(param) not in outside),
+        by_token=2.0
+        * sum(param.numel() for param in model.parameters() if param.dim() > 1 and id(param) not in outside),
         by_pair=4.0 * layers * heads * head_size,
         by_call=layers * (CALL_ON_CPU if on_cpu else CALL_ELSEWHERE),
     )

@@ -146,7 +146,9 @@ def count_cost(families: Sequence[Family], cost: ReadingCost) -> float:
     shapes = [shape for _, shape in _plan_calls(families, cost)]
     pairs = sum(rows * queries * keys for rows, queries, keys in shapes)
     return (
-        sum(family.num_tokens for family in families) * cost.by_token + pairs * cost.by_pair + len(shapes) * cost.by_call
+        sum(family.num_tokens for family in families) * cost.by_token
+        + pairs * cost.by_pair
+        + len(shapes) * cost.by_call
     )
 
 
@@ -205,9 +207,7 @@ def _has_image(token_ids: Sequence[int], image_token_ids: Sequence[int]) -> bool
 _Piece = tuple[int, int]
 
 
-def _plan_calls(
-    families: Sequence[Family], cost: ReadingCost
-) -> list[tuple[list[_Piece], tuple[int, int, int]]]:
+def _plan_calls(families: Sequence[Family], cost: ReadingCost) -> list[tuple[list[_Piece], tuple[int, int, int]]]:
     """Which pieces share a call of attention, and how many rows, queries and keys it has."""
     alone: list[tuple[int, _Piece]] = []
     groups: list[tuple[int, list[tuple[int, _Piece]]]] = [(0, alone)]

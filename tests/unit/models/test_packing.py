@@ -284,5 +284,3 @@ def test_a_head_that_is_not_known_is_refused() -> None:
     model.forward = scaled
     with pytest.raises(UserError, match="Qwen2ForCausalLM makes logits of its hidden states in a way that is not"):
         check_head(model)
-
-

@@ -1,0 +1,38 @@
+"""Matrix products in float32 on a CPU, by the library that is fastest there.
+
+torch multiplies float32 matrices with MKL, which on AMD's processors leaves half of their vectors' width unused; oneDNN,
+which torch has beside it for other types, does not: with AVX-512 it is 2 to 2.4 times as fast, with the same precision.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def multiply(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """left @ right.T + bias, of [..., K] and [N, K]; either may be a transposed view. No gradient."""
+    if left.is_cpu and left.dtype == right.dtype == torch.float32 and prefers_onednn():
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
+        return product
+    return torch.nn.functional.linear(left, right, bias)
+
+
+@cache
+def prefers_onednn() -> bool:
+    """Whether float32 products go to oneDNN: on AMD's processors with AVX-512.
+
+    A rule and no measurement, so that a run is the same number for number whenever it is repeated on a machine.
+    """
+    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    try:
+        if "AuthenticAMD" not in Path("/proc/cpuinfo").read_text(encoding="utf-8")[:1000]:
+            return False
+        torch.ops.mkldnn._linear_pointwise(torch.ones(1, 1), torch.ones(1, 1), None, "none", [], "")
+    except (OSError, RuntimeError, AttributeError):
+        return False
+    return True
