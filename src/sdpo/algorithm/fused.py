@@ -65,8 +65,6 @@ class TokenInputs:
     policy_weights: Tensor | None = None  # [N]
     advantages: Tensor | None = None  # [N]
     rollout_is_weights: Tensor | None = None  # [N]
-    rollout_log_probs: Tensor | None = None  # [N]
-    rollout_is_threshold: float = 2.0
     distilled: Tensor | None = None  # [N] bool, M of them set
     distillation_weights: Tensor | None = None  # [N], read at distilled tokens
     distillation_coef: float = 1.0
@@ -129,19 +127,6 @@ def compute_fused_loss(
     ]
     attached: Tensor = _KnownGradients.apply(outputs.loss, casted, *leaves)  # type: ignore[no-untyped-call]
     return replace(outputs, loss=attached)
-
-
-def compute_token_log_probs(
-    student: LazyLogits, sampled_ids: Tensor, *, temperature: float = 1.0, chunk_size: int | None = None
-) -> Tensor:
-    size = chunk_size or choose_chunk_size(len(student.weight), student.hidden.dtype)
-    with torch.no_grad():
-        run = _Pass(_prepare(student), [], SelfDistillationConfig(), temperature, [False] * 3)
-        out = []
-        for rows in torch.arange(len(student.hidden)).split(size):
-            logits = run._compute_logits("student", [run.student], rows)
-            out.append(logits.gather(-1, sampled_ids[rows, None])[:, 0] - logits.logsumexp(-1))
-    return torch.cat(out)
 
 
 def fused_self_distillation_loss(

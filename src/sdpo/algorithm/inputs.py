@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from sdpo import metrics
-from sdpo.algorithm.correction import compute_ratio
 from sdpo.algorithm.divergence import compute_entropy
 from sdpo.algorithm.loss import LossInputs, Sums, mean_of
 from sdpo.config import SelfDistillationConfig
@@ -25,8 +24,6 @@ def build_loss_inputs(
     policy_weights: Tensor | None = None,
     advantages: Tensor | None = None,
     rollout_is_weights: Tensor | None = None,
-    rollout_log_probs: Tensor | None = None,
-    rollout_is_threshold: float = 2.0,
     distilled: Tensor | None = None,
     teacher: Tensor | None = None,
     distillation_weights: Tensor | None = None,
@@ -45,8 +42,6 @@ def build_loss_inputs(
     """
     student_log_probs = gather_log_probs(student, sampled_ids)
     old = student_log_probs.detach() if old_log_probs is None else old_log_probs
-    if rollout_is_weights is None and rollout_log_probs is not None:
-        rollout_is_weights = compute_ratio(old, rollout_log_probs).clamp(max=rollout_is_threshold)
     sums: Sums = {metrics.ENTROPY: mean_of(compute_entropy(student.detach()))}
     common = {
         "student_log_probs": student_log_probs,

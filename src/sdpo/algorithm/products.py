@@ -1,7 +1,7 @@
 """Matrix products in float32 on a CPU, by the library that is fastest there.
 
-torch multiplies float32 matrices with MKL, which on AMD's processors leaves half of their vectors' width unused; oneDNN,
-which torch has beside it for other types, does not: with AVX-512 it is 2 to 2.4 times as fast, with the same precision.
+torch multiplies float32 matrices with MKL, which on AMD's processors leaves half of their vectors' width unused.
+oneDNN, which torch has beside it for other types, does not: with AVX-512 it is 2 to 2.4 times as fast, and as precise.
 """
 
 from __future__ import annotations

@@ -54,14 +54,14 @@ def attend(
     asked = [name for name, default in UNSUPPORTED.items() if settings.get(name, default) is not default]
     if asked:
         raise NotPackable(f"{type(module).__name__} needs {asked[0]}")
-    rows = [states[0].transpose(0, 1) for states in (query, key, value)]
-    outputs = [_call(call, *rows, scaling, dropout) for call in layout.calls]
+    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+    outputs = [_call(call, query, key, value, scaling, dropout) for call in layout.calls]
     return torch.cat(outputs).index_select(0, layout.answers)[None], None
 
 
 def _call(call: Attention, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float) -> Tensor:
     """[rows * Q, heads, head size] of one call; states are [L, heads, head size]."""
-    (num_rows, num_queries), num_keys = call.queries.shape, call.keys.shape[1]
+    num_queries, num_keys = call.queries.shape[1], call.keys.shape[1]
 
     def gather(states: Tensor, places: Tensor) -> Tensor:
         return states.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
@@ -81,7 +81,7 @@ def _call(call: Attention, query: Tensor, key: Tensor, value: Tensor, scaling: f
 
 def _build_mask(num_queries: int, num_keys: int, like: Tensor) -> Tensor:
     if like.is_cuda:  # whose kernels need no mask in memory for this
-        return causal_lower_right(num_queries, num_keys)  # type: ignore[no-untyped-call]
+        return causal_lower_right(num_queries, num_keys)
     visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=like.device).tril(num_keys - num_queries)
     return torch.zeros(visible.shape, dtype=like.dtype, device=like.device).masked_fill_(~visible, float("-inf"))
 
