@@ -19,6 +19,7 @@ A soft-cap c tanh(u / c) between head and softmax multiplies G by 1 - tanh(u / c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,7 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from sdpo import metrics
 from sdpo.algorithm.divergence import differentiate_divergence
-from sdpo.algorithm.inputs import build_loss_inputs
+from sdpo.algorithm.inputs import build_loss_inputs, gather_log_probs
 from sdpo.algorithm.loss import LossInputs, LossOutputs, Sums, add_sums, compute_loss, compute_token_weights
 from sdpo.config import SelfDistillationConfig
 
@@ -65,6 +66,8 @@ class TokenInputs:
     policy_weights: Tensor | None = None  # [N]
     advantages: Tensor | None = None  # [N]
     rollout_is_weights: Tensor | None = None  # [N]
+    rollout_log_probs: Tensor | None = None  # [N], of which those weights are made where they are not given
+    rollout_is_threshold: float = math.inf  # above which they are truncated then
     distilled: Tensor | None = None  # [N] bool, M of them set
     distillation_weights: Tensor | None = None  # [N], read at distilled tokens
     distillation_coef: float = 1.0
@@ -127,6 +130,27 @@ def compute_fused_loss(
     ]
     attached: Tensor = _KnownGradients.apply(outputs.loss, casted, *leaves)  # type: ignore[no-untyped-call]
     return replace(outputs, loss=attached)
+
+
+def compute_token_log_probs(
+    student: LazyLogits, sampled_ids: Tensor, *, temperature: float = 1.0, chunk_size: int | None = None
+) -> Tensor:
+    """Log-probabilities [N] of the sampled tokens [N], without a graph; float32 (float64 if the hidden states are it).
+
+    Args:
+        student: [N, H].
+        temperature: of the sampler, > 0.
+        chunk_size: tokens at a time, >= 1; by default ``choose_chunk_size``.
+    """
+    size = chunk_size or choose_chunk_size(len(student.weight), student.hidden.dtype)
+    with torch.no_grad(), torch.autocast(student.hidden.device.type, enabled=False):
+        policy = [_prepare(student)]
+        buffers = _Buffers(policy[0])
+        result = student.hidden.new_empty(len(sampled_ids), dtype=buffers.type)
+        for rows in torch.arange(len(sampled_ids), device=sampled_ids.device).split(size):
+            logits = buffers.compute_logits("student", policy, rows, temperature)
+            result[rows] = gather_log_probs(logits, sampled_ids[rows]) - logits.logsumexp(-1)
+    return result
 
 
 def fused_self_distillation_loss(
@@ -241,8 +265,47 @@ class _KnownGradients(torch.autograd.Function):
         return None, None, *(None if known is None else known * scale for known in ctx.saved_tensors)
 
 
+class _Buffers:
+    """Buffers [chunk, V] by name, and logits in them."""
+
+    def __init__(self, head: LazyLogits) -> None:
+        self.weight = head.weight
+        self.type = _softmax_type(head.hidden.dtype)
+        self.buffers: dict[str, Tensor] = {}
+
+    def get(self, name: str, num_rows: int, dtype: torch.dtype) -> Tensor:
+        # The first chunk is the largest but for that of undistilled tokens after a few distilled ones.
+        if name not in self.buffers or len(self.buffers[name]) < num_rows:
+            self.buffers[name] = self.weight.new_empty(num_rows, len(self.weight), dtype=dtype)
+        return self.buffers[name][:num_rows]
+
+    def compute_logits(self, name: str, policy: Sequence[LazyLogits], rows: Tensor, temperature: float) -> Tensor:
+        """[n, V] logits of a policy over the temperature, in the buffer of that name."""
+        logits = self.get(name, len(rows), self.type)
+        for i, part in enumerate(policy):
+            more = logits if i == 0 else self.get("more", len(rows), self.type)
+            self._apply_head(part, rows, more)
+            if part.softcap is not None:
+                more.div_(part.softcap).tanh_().mul_(part.softcap)
+            if part.coefficient != temperature:
+                more.mul_(part.coefficient / temperature)
+            if i > 0:
+                logits.add_(more)
+        return logits
+
+    def _apply_head(self, part: LazyLogits, rows: Tensor, out: Tensor) -> None:
+        hidden = part.hidden[rows]
+        if hidden.dtype == out.dtype:
+            torch.mm(hidden, part.weight.T, out=out)
+        else:
+            product = self.get("product", len(rows), hidden.dtype)
+            out.copy_(torch.mm(hidden, part.weight.T, out=product))
+        if part.bias is not None:
+            out.add_(part.bias)
+
+
 class _Pass:
-    """One pass over the tokens, chunk by chunk: losses, sums and gradients so far, and the buffers [chunk, V]."""
+    """One pass over the tokens, chunk by chunk: losses, sums and gradients so far."""
 
     def __init__(
         self,
@@ -261,7 +324,7 @@ class _Pass:
         self.block_size = max(1, BLOCK_BYTES // (len(student.weight) * self.type.itemsize))
         if student.hidden.device.type != "cpu":
             self.block_size = len(student.hidden)
-        self.buffers: dict[str, Tensor] = {}
+        self.buffers = _Buffers(student)
         self.sums: Sums = {}
         num_tokens = len(student.hidden)
         num_taught = len(teacher[0].hidden) if teacher else 0
@@ -275,8 +338,10 @@ class _Pass:
 
     def add(self, tokens: TokenInputs, rows: Tensor, teacher_rows: Tensor | None) -> None:
         """The tokens at ``rows``; either all are distilled, by the teacher's rows, or none is."""
-        student = self._compute_logits("student", [self.student], rows)
-        teacher = None if teacher_rows is None else self._compute_logits("teacher", self.teacher, teacher_rows)
+        student = self.buffers.compute_logits("student", [self.student], rows, self.temperature)
+        teacher = None
+        if teacher_rows is not None:
+            teacher = self.buffers.compute_logits("teacher", self.teacher, teacher_rows, self.temperature)
         for block in torch.arange(len(rows), device=rows.device).split(self.block_size):
             part = slice(int(block[0]), int(block[-1]) + 1)
             self._add_block(
@@ -325,36 +390,6 @@ class _Pass:
         loss = self.token_losses.sum()
         outputs = FusedOutputs(loss, self.token_losses, self.sums, self.student_log_probs, self.teacher_log_probs)
         return outputs, [self.by_hidden, self.by_weight, self.by_bias]
-
-    def _buffer(self, name: str, num_rows: int, dtype: torch.dtype) -> Tensor:
-        # The first chunk is the largest but for that of undistilled tokens after a few distilled ones.
-        if name not in self.buffers or len(self.buffers[name]) < num_rows:
-            self.buffers[name] = self.student.weight.new_empty(num_rows, len(self.student.weight), dtype=dtype)
-        return self.buffers[name][:num_rows]
-
-    def _compute_logits(self, name: str, policy: Sequence[LazyLogits], rows: Tensor) -> Tensor:
-        """[n, V] logits of a policy over the temperature, in the buffer of that name."""
-        logits = self._buffer(name, len(rows), self.type)
-        for i, part in enumerate(policy):
-            more = logits if i == 0 else self._buffer("more", len(rows), self.type)
-            self._apply_head(part, rows, more)
-            if part.softcap is not None:
-                more.div_(part.softcap).tanh_().mul_(part.softcap)
-            if part.coefficient != self.temperature:
-                more.mul_(part.coefficient / self.temperature)
-            if i > 0:
-                logits.add_(more)
-        return logits
-
-    def _apply_head(self, part: LazyLogits, rows: Tensor, out: Tensor) -> None:
-        hidden = part.hidden[rows]
-        if hidden.dtype == out.dtype:
-            torch.mm(hidden, part.weight.T, out=out)
-        else:
-            product = self._buffer("product", len(rows), hidden.dtype)
-            out.copy_(torch.mm(hidden, part.weight.T, out=product))
-        if part.bias is not None:
-            out.add_(part.bias)
 
     def _find_leaves(self, inputs: LossInputs) -> tuple[LossInputs, Tensor | None, Tensor | None]:
         """The inputs with leaves for what the loss reads: few numbers a token.
@@ -405,7 +440,7 @@ class _Pass:
             self.by_bias += by_logits.sum(0)
         hidden = self.student.hidden[rows]
         if hidden.dtype != by_logits.dtype:
-            by_logits = self._buffer("product", len(rows), hidden.dtype).copy_(by_logits)
+            by_logits = self.buffers.get("product", len(rows), hidden.dtype).copy_(by_logits)
         if self.by_hidden is not None:
             self.by_hidden[rows] = by_logits @ self.student.weight
         if self.by_weight is not None and self.by_weight.dtype == hidden.dtype:

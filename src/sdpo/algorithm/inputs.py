@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from sdpo import metrics
+from sdpo.algorithm.correction import compute_ratio
 from sdpo.algorithm.divergence import compute_entropy
 from sdpo.algorithm.loss import LossInputs, Sums, mean_of
 from sdpo.config import SelfDistillationConfig
@@ -24,6 +27,8 @@ def build_loss_inputs(
     policy_weights: Tensor | None = None,
     advantages: Tensor | None = None,
     rollout_is_weights: Tensor | None = None,
+    rollout_log_probs: Tensor | None = None,
+    rollout_is_threshold: float = math.inf,
     distilled: Tensor | None = None,
     teacher: Tensor | None = None,
     distillation_weights: Tensor | None = None,
@@ -36,12 +41,17 @@ def build_loss_inputs(
         sampled_ids: [N] the tokens that were sampled.
         old_log_probs: [N]; the student's own, if not given: with one optimizer step it still is the old policy.
         policy_weights, advantages, rollout_is_weights: [N], as in ``LossInputs``.
+        rollout_log_probs: [N], the sampler's. If given, and no ``rollout_is_weights`` are, those are the ratios old
+            policy / sampler by token, at most ``rollout_is_threshold``: so they may depend on log-probabilities that
+            are known here only.
         distillation_weights: [N], of which only those of distilled tokens are read.
         distilled: [N] bool, M of them set.
         teacher: [M, V] log-probabilities, normalised; None where nothing is distilled.
     """
     student_log_probs = gather_log_probs(student, sampled_ids)
     old = student_log_probs.detach() if old_log_probs is None else old_log_probs
+    if rollout_is_weights is None and rollout_log_probs is not None:
+        rollout_is_weights = compute_ratio(old, rollout_log_probs).clamp(max=rollout_is_threshold)
     sums: Sums = {metrics.ENTROPY: mean_of(compute_entropy(student.detach()))}
     common = {
         "student_log_probs": student_log_probs,

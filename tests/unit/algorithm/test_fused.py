@@ -13,7 +13,13 @@ from torch.utils._pytree import tree_leaves
 
 from sdpo import SelfDistillationConfig, compute_self_distillation_loss, fused_self_distillation_loss, metrics
 from sdpo.algorithm import fused
-from sdpo.algorithm.fused import LazyLogits, TokenInputs, choose_chunk_size, compute_fused_loss
+from sdpo.algorithm.fused import (
+    LazyLogits,
+    TokenInputs,
+    choose_chunk_size,
+    compute_fused_loss,
+    compute_token_log_probs,
+)
 from sdpo.algorithm.inputs import build_loss_inputs
 from sdpo.algorithm.loss import compute_loss
 
@@ -265,7 +271,12 @@ def test_no_tensor_is_as_large_as_all_tokens_times_the_vocabulary() -> None:
 
 
 def run_engine_form(
-    case: Case, config: SelfDistillationConfig, distilled: Tensor | None, size: int | None, trust: float = 0.0
+    case: Case,
+    config: SelfDistillationConfig,
+    distilled: Tensor | None,
+    size: int | None,
+    trust: float = 0.0,
+    **changes: Any,
 ) -> None:
     """Weights of every kind, tokens of which some are distilled; trust > 0: a teacher of two models' logits."""
     generator = torch.Generator().manual_seed(5)
@@ -282,6 +293,7 @@ def run_engine_form(
         distillation_coef=0.8,
         **weights,
     )
+    tokens = replace(tokens, **changes)
     policy: list[LazyLogits] = []
     teacher = None
     if distilled is not None and bool(distilled.any()):
@@ -339,6 +351,57 @@ def test_a_teacher_of_two_models_logits(level: str) -> None:
     config = SelfDistillationConfig(**LEVELS[level], grpo_coef=0.2)
     some = torch.tensor([True, False, True, True, False, True, True])
     run_engine_form(make_case(), config, some, 2, trust=0.35)
+
+
+@pytest.mark.parametrize("level", ["full, alpha=0.5", "tail, alpha=1.0", "sampled token"])
+def test_rollout_weights_made_in_the_pass_are_the_truncated_ratios_by_token(level: str) -> None:
+    case, some = make_case(), torch.tensor([True, False, True, True, False, True, True])
+    config = SelfDistillationConfig(**LEVELS[level], grpo_coef=0.3)
+    own = case.student().detach().gather(-1, case.ids[:, None])[:, 0]
+    ratios = torch.tensor([0.4, 0.9, 1.5, 0.7, 30.0, 1.9, 1.0], dtype=torch.float64)
+    made = {"rollout_is_weights": None, "rollout_log_probs": own - ratios.log(), "rollout_is_threshold": 1.7}
+    by_own = torch.tensor([0.4, 0.9, 1.5, 0.7, 1.7, 1.7, 1.0], dtype=torch.float64)
+    by_old = ((case.old - own).exp() * ratios).clamp(max=1.7)
+    assert not torch.allclose(by_own, by_old)
+    for old, weights in ((None, by_own), (case.old, by_old)):
+        run_engine_form(case, config, some, 2, old_log_probs=old, **made)
+        results = []
+        # Weights that are given win over those that could be made.
+        for changes in (made, {"rollout_is_weights": weights}, made | {"rollout_is_weights": weights}):
+            tokens = TokenInputs(
+                case.ids,
+                old_log_probs=old,
+                policy_weights=torch.ones(N),
+                advantages=case.advantages,
+                distilled=some,
+                distillation_weights=torch.ones(N),
+            )
+            outputs = compute_fused_loss(
+                LazyLogits(case.hidden, case.head, case.bias),
+                [LazyLogits(case.teacher_hidden[some], case.teacher_head, case.teacher_bias)],
+                replace(tokens, **changes),
+                config,
+                temperature=case.temperature,
+            )
+            outputs.loss.backward()
+            results.append((outputs.token_losses, *case.gradients()))
+        for made_in_pass, given, both in zip(*results, strict=True):
+            torch.testing.assert_close(made_in_pass, given, rtol=0.0, atol=1e-10)
+            assert torch.equal(both, given)
+
+
+@pytest.mark.parametrize("size", [1, 3, N, None])
+def test_log_probabilities_of_the_sampled_tokens(size: int | None) -> None:
+    case = replace(make_case(), softcap=1.5)
+    student = LazyLogits(case.hidden, case.head, case.bias, case.softcap)
+    result = compute_token_log_probs(student, case.ids, temperature=case.temperature, chunk_size=size)
+    wanted = case.student().gather(-1, case.ids[:, None])[:, 0].detach()
+    torch.testing.assert_close(result, wanted, rtol=0.0, atol=1e-12)
+    assert not result.requires_grad
+    none = compute_token_log_probs(LazyLogits(case.hidden[:0], case.head), case.ids[:0])
+    assert none.shape == (0,)
+    half = LazyLogits(case.hidden.bfloat16(), case.head.bfloat16(), case.bias.bfloat16())
+    assert compute_token_log_probs(half, case.ids, chunk_size=size).dtype == torch.float32
 
 
 def test_the_public_blend_averages_each_part_over_its_own_tokens() -> None:
