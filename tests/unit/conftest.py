@@ -192,6 +192,7 @@ def make_samples(make_sample: MakeSample) -> Callable[..., list[Sample]]:
             return torch.randint(3, VOCABULARY - 1, (length,), generator=generator).tolist()
 
         samples: list[Sample] = []
+        shown: list[int] = []
         for i in range(num_samples):
             response = [*ids(1, 7), STOP]
             prompt: Any = ids(2, 9) if i % 3 == 0 else samples[-1].prompt

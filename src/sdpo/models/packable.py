@@ -70,10 +70,10 @@ def measure_reading(model: nn.Module, vision: Vision | None = None) -> ReadingCo
             outside.add(id(module.weight))
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    on_cpu = next(model.parameters()).device.type == "cpu"
+    matrices = [param for param in model.parameters() if param.dim() > 1 and id(param) not in outside]
+    on_cpu = matrices[0].device.type == "cpu"
     return ReadingCost(
-        by_token=2.0
-        * sum(param.numel() for param in model.parameters() if param.dim() > 1 and id(param) not in outside),
+        by_token=2.0 * sum(param.numel() for param in matrices),
         by_pair=4.0 * layers * heads * head_size,
         by_call=layers * (CALL_ON_CPU if on_cpu else CALL_ELSEWHERE),
     )

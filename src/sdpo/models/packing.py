@@ -3,9 +3,9 @@
     family of three                prefix | rest 1 | rest 2 | rest 3
     a sequence by itself           the whole of it
 
-Every rest is read as if its prefix stood before it alone. So the n rollouts of a prompt cost one prompt and n responses,
-and n teacher prompts that differ in their feedback cost one question. Layers that treat every token by itself need
-nothing for that; attention is computed call by call (``Attention``), see ``attention.py``.
+Every rest is read as if its prefix stood before it alone. So the n rollouts of a prompt cost one prompt and n
+responses, and n teacher prompts that differ in their feedback cost one question. Layers that treat every token by itself
+need nothing for that; attention is computed call by call (``Attention``), see ``attention.py``.
 """
 
 from __future__ import annotations
@@ -144,12 +144,9 @@ def find_families(
 def count_cost(families: Sequence[Family], cost: ReadingCost) -> float:
     """What these sequences cost as one packed row."""
     shapes = [shape for _, shape in _plan_calls(families, cost)]
+    tokens = sum(family.num_tokens for family in families)
     pairs = sum(rows * queries * keys for rows, queries, keys in shapes)
-    return (
-        sum(family.num_tokens for family in families) * cost.by_token
-        + pairs * cost.by_pair
-        + len(shapes) * cost.by_call
-    )
+    return tokens * cost.by_token + pairs * cost.by_pair + len(shapes) * cost.by_call
 
 
 def pack_sequences(

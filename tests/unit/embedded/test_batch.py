@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -51,14 +52,14 @@ def test_every_sample_once_and_within_the_budget(
     for piece in pieces:
         assert len(piece) == 1 or read_tokens(batcher, [samples[i] for i in piece]) <= max_tokens
     if cost is not None:  # a piece ends where one more sample would have been too much
-        for piece, following in zip(pieces, pieces[1:], strict=False):
+        for piece, following in pairwise(pieces):
             assert read_tokens(batcher, [samples[i] for i in [*piece, following[0]]]) > max_tokens
 
 
 @pytest.mark.parametrize(("cost", "sizes"), [(None, [3, 3, 3, 1]), (NEVER_SHARES, [3, 3, 3, 1]), (SHARES, [9, 1])])
 def test_the_budget_is_used(make_sample: Callable[..., Sample], cost: ReadingCost | None, sizes: list[int]) -> None:
-    """Ten rollouts of one prompt, each 6 + 4 tokens and 16 + 4 for the teacher: three fit in 100. What all of them begin
-    with read once is 22 tokens, and 8 more a rollout."""
+    """Ten rollouts of one prompt, each 6 + 4 tokens and 16 + 4 for the teacher: three fit in 100. With what all of them
+    begin with read once, they are 22 tokens and 8 more a rollout."""
     samples = [make_sample([3] * 6, [4] * 4, [5] * 16)]
     samples += [make_sample(samples[0].prompt, [4] * 4, [5] * 16) for _ in range(9)]
     batcher = Batcher(0, CPU, cost=cost)

@@ -1,4 +1,4 @@
-"""Packed rows against every sequence by itself: values, gradients, what is read, what it costs and when sharing pays."""
+"""Packed rows against every sequence by itself: values, gradients, what is read, what it costs, when sharing pays."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ ALWAYS, NO_PADDING, ONE_CALL = ReadingCost(1, 0, 0), ReadingCost(1e6, 1, 0), Rea
 
 
 def make_sequences() -> tuple[list[TokenPrompt], list[list[int]], list[int]]:
-    """Three rollouts of one prompt, one of another, two whose prompts begin alike, and two that have nothing in common."""
+    """Three rollouts of one prompt, one of another, two whose prompts begin alike, two with nothing in common."""
     generator = torch.Generator().manual_seed(1)
 
     def ids(length: int) -> list[int]:
