@@ -14,9 +14,9 @@ from sdpo.models.packing import Family, ReadingCost, pack_sequences
 from sdpo.models.processing import TokenPrompt
 from sdpo.models.vision import Vision, get_tower_parameters
 
-# Floating-point operations that a device could have done while it starts one call of attention, gathers its rows and
-# scatters what comes of them, forward and backward, in one layer. CPU: measured, one thread. Others: an estimate, 30
-# microseconds at 300 TFLOP/s.
+# Floating-point operations of a forward pass that a device could have done, with their backward pass, while one call of
+# attention is started, its rows gathered and scattered, forward and backward, in one layer. CPU: 60 microseconds were
+# measured, one thread. Others: an estimate, 100 microseconds at 300 TFLOP/s.
 CALL_ON_CPU, CALL_ELSEWHERE = 5e6, 1e10
 PROBE = f"{NAME}_probe"
 

@@ -4,8 +4,8 @@
     a sequence by itself           the whole of it
 
 Every rest is read as if its prefix stood before it alone. So the n rollouts of a prompt cost one prompt and n
-responses, and n teacher prompts that differ in their feedback cost one question. Layers that treat every token by itself
-need nothing for that; attention is computed call by call (``Attention``), see ``attention.py``.
+responses, and n teacher prompts that differ in their feedback cost one question. Layers that treat every token by
+itself need nothing for that; attention is computed call by call (``Attention``), see ``attention.py``.
 """
 
 from __future__ import annotations
