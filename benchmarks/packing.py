@@ -1,0 +1,126 @@
+"""Reading rollouts of one prompt: padded, packed, with the prompt shared; and what the cost model says of sharing.
+
+    python benchmarks/packing.py
+
+Each line is a forward and a backward pass of 8 rollouts (16 for a second table), responses between a quarter of the
+longest and the longest, by a random Qwen2 of 5M parameters without its output layer, float32, one thread. The three
+ways alternate in one process; figures are medians. "Said" is the cost model's ratio of shared to apart, by which the
+learner decides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from record import print_table, save
+
+PROMPTS = (2, 8, 32, 128, 512)
+RESPONSE = 64
+
+
+def build_model(hidden_size: int) -> Any:
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from sdpo.models.linear import speed_up_linear_layers
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=4096,
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+    )
+    model = Qwen2ForCausalLM(config)
+    speed_up_linear_layers(model)
+    return model
+
+
+def measure(model: Any, cost: Any, prompt_length: int, num_rollouts: int, repeats: int) -> dict[str, Any]:
+    """Median seconds of each way, and what the cost model says."""
+    import random
+
+    import torch
+
+    from sdpo.models.forward import compute_hidden, compute_positions, pad_sequences
+    from sdpo.models.packing import Family, count_cost, pack_sequences
+    from sdpo.models.processing import TokenPrompt
+
+    rng, device = random.Random(0), torch.device("cpu")
+    prompt = TokenPrompt(rng.choices(range(4096), k=prompt_length))
+    responses = [rng.choices(range(4096), k=rng.randint(RESPONSE // 4, RESPONSE)) for _ in range(num_rollouts)]
+    prompts = [prompt] * num_rollouts
+    positions = [compute_positions(prompt, len(response), None) for response in responses]
+    lengths = tuple(prompt_length + len(response) for response in responses)
+    families = {"apart": [Family(0, (length,)) for length in lengths], "shared": [Family(prompt_length, lengths)]}
+    rows = {name: pack_sequences(f, prompts, responses, positions, cost, device) for name, f in families.items()}
+    rows["padded"] = pad_sequences(prompts, responses, 0, device)
+
+    def run(name: str) -> None:
+        compute_hidden(model, rows[name]).sum().backward()
+
+    seconds: dict[str, list[float]] = {name: [] for name in rows}
+    for repeat in range(repeats + 1):
+        for name in rows:
+            taken = _time(lambda name=name: run(name))
+            if repeat:
+                seconds[name].append(taken)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    ratios = [shared / apart for shared, apart in zip(seconds["shared"], seconds["apart"], strict=True)]
+    return {
+        "prompt_length": prompt_length,
+        "num_rollouts": num_rollouts,
+        "tokens": {name: int(row.token_ids.numel()) for name, row in rows.items()},
+        "seconds": medians,
+        "shared_of_padded": medians["shared"] / medians["padded"],
+        "shared_of_apart": statistics.median(ratios),
+        "said": count_cost(families["shared"], cost) / count_cost(families["apart"], cost),
+    }
+
+
+def _time(work: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    import torch
+
+    from sdpo.models.packable import enable_packing
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--hidden", type=int, default=256)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    model = build_model(options.hidden)
+    cost = enable_packing(model)
+    measured = [measure(model, cost, length, n, options.repeats) for n in (2, 8, 16) for length in PROMPTS]
+    print_table(
+        "Milliseconds to read rollouts of one prompt, forward and backward",
+        ("rollouts", "prompt", "padded", "packed", "shared", "shared/padded", "shared/packed", "said"),
+        [
+            (
+                m["num_rollouts"],
+                m["prompt_length"],
+                *(1000 * m["seconds"][name] for name in ("padded", "apart", "shared")),
+                m["shared_of_padded"],
+                m["shared_of_apart"],
+                m["said"],
+            )
+            for m in measured
+        ],
+    )
+    save("packing", {"hidden_size": options.hidden, "measured": measured})
+
+
+if __name__ == "__main__":
+    main()
