@@ -156,8 +156,8 @@ class LearnerConfig(Section):
     mini_batch_size: int | None = setting(None, "Prompts an optimizer step; all prompts of the step if not set.", ge=1)
     micro_batch_tokens: int = setting(
         8192,
-        "Most tokens in one micro-batch, the teacher's included, and padding where the model cannot read packed rows; one "
-        "sample is always let in.",
+        "Most tokens in one micro-batch, the teacher's included, and padding where the model cannot read packed rows; "
+        "one sample is always let in.",
         ge=1,
     )
     loss_agg_mode: str = setting(

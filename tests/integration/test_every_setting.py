@@ -279,7 +279,7 @@ class Runner:
 
         def count_forward(module: torch.nn.Module, _: Any) -> None:
             name = type(module).__name__
-            if name == "Qwen2ForCausalLM":
+            if name == "Qwen2Model":
                 calls["forward with gradient" if torch.is_grad_enabled() else "forward"] += 1
             elif name == "Qwen2MLP" and torch.is_grad_enabled():
                 calls["layer with gradient"] += 1

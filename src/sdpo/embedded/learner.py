@@ -21,7 +21,7 @@ from sdpo.embedded.samples import Sample
 from sdpo.embedded.step_images import StepImages
 from sdpo.errors import UserError
 from sdpo.models.forward import PaddedSequences, compute_hidden
-from sdpo.models.head import build_lazy_logits, check_head
+from sdpo.models.head import build_lazy_logits, measure_logit_scale
 from sdpo.models.packable import enable_packing
 from sdpo.models.packing import PackedSequences
 from sdpo.models.vision import Vision
@@ -44,7 +44,7 @@ class Learner:
         self.vision = vision
         self.version = 0
         self._check_topk()
-        check_head(student)
+        self.logit_scale = measure_logit_scale(student)
         self.batcher = Batcher(pad_token_id, self.device, vision, enable_packing(student, vision))
         if run.learner.gradient_checkpointing:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -223,6 +223,8 @@ class Learner:
             hidden = compute_hidden(module, sequences, vision=self.vision, features=features)
         if self.run.learner.autocast:
             hidden = hidden.bfloat16()  # as autocast has it in the output layer's product
+        if self.logit_scale != 1.0:
+            hidden = hidden * self.logit_scale
         return build_lazy_logits(module, hidden, coefficient)
 
     def _compute_log_probs(self, student: LazyLogits, batch: MicroBatch) -> Tensor:
