@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from sdpo.algorithm.teacher import Policy
 from sdpo.models.cache import build_cache
 from sdpo.models.forward import PaddedSequences, compute_logits, pad_sequences
+from sdpo.models.linear import fast_linear
 from sdpo.models.processing import TokenPrompt
 from sdpo.models.vision import SeenImages, Vision
 
 # Tokens of the vocabulary that are summed up to one number when a token is drawn.
 BLOCK = 128
-# How many tokens are read before rows that have ended are looked for, which a GPU has to be waited for; [other, CPU].
-CHECK_EVERY = (8, 1)
-# They leave the batch as soon as at most this share of it is running.
+# Tokens that a GPU reads before it is waited for, to see which rows have ended.
+CHECK_EVERY = 8
+# Rows that have ended leave the batch once no more than this share of it is running.
 KEEP_FULL = 0.9
 
 
@@ -64,8 +65,10 @@ def sample_responses(
     """``decoding.n`` responses to each prompt, in the prompts' order; the same seed gives the same responses.
 
     Prompts of similar length are decoded together; a prompt, images included, is read once for all of its responses; a
-    response that has ended leaves the batch once half of the batch has. ``vision`` is of the policy's models, where
-    they read images.
+    response that has ended leaves the batch. ``vision`` is of the policy's models, where they read images.
+
+    Raises:
+        FloatingPointError: the models' logits are not finite.
     """
     device = next(policy[0][0].parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -75,11 +78,12 @@ def sample_responses(
     training = [module.training for module, _ in policy]
     for module, _ in policy:
         module.eval()
-    for start in range(0, len(by_length), prompts_at_once):
-        chosen = by_length[start : start + prompts_at_once]
-        sampled = _sample_batch(policy, [prompts[i] for i in chosen], decoding, generator, vision)
-        for place, i in enumerate(chosen):
-            responses[i] = sampled[place * decoding.n : (place + 1) * decoding.n]
+    with fast_linear(*(module for module, _ in policy)):
+        for start in range(0, len(by_length), prompts_at_once):
+            chosen = by_length[start : start + prompts_at_once]
+            sampled = _sample_batch(policy, [prompts[i] for i in chosen], decoding, generator, vision)
+            for place, i in enumerate(chosen):
+                responses[i] = sampled[place * decoding.n : (place + 1) * decoding.n]
     for (module, _), was_training in zip(policy, training, strict=True):
         module.train(was_training)
     return responses
@@ -93,6 +97,7 @@ def _sample_batch(
     vision: Vision | None,
 ) -> list[Response]:
     device, limit = generator.device, decoding.max_new_tokens
+    check_every = 1 if device.type == "cpu" else CHECK_EVERY
     num_responses = len(prompts) * decoding.n
     # Each response has random numbers of its own: what it becomes does not depend on which others still run.
     uniform = torch.rand((limit, num_responses), dtype=torch.float64, generator=generator, device=device)
@@ -113,7 +118,7 @@ def _sample_batch(
         if place + 1 == limit:
             break
         running &= ~torch.isin(token, stop)
-        if (place + 1) % CHECK_EVERY[device.type == "cpu"] == 0:
+        if (place + 1) % check_every == 0:
             num_running = int(running.sum())
             if num_running == 0:
                 break
@@ -134,6 +139,8 @@ def _fill_gaps(running: Tensor, num_running: int) -> Tensor:
 
 def _cut_at_stop(tokens: Tensor, log_probs: Tensor, stop: Tensor) -> list[Response]:
     """Responses from what their rows drew [T, responses], each up to its first stop token."""
+    if not log_probs.isfinite().all():
+        raise FloatingPointError("a token was to be drawn from logits that are not finite")
     stops = torch.isin(tokens, stop)
     finished = stops.any(0)
     lengths = torch.where(finished, stops.int().argmax(0) + 1, len(tokens))
@@ -261,7 +268,7 @@ def _find(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """
     cumulative = mass.cumsum(-1)
     target = torch.minimum(target, cumulative[:, -1:].nextafter(torch.zeros_like(target)))
-    index = torch.searchsorted(cumulative, target, right=True)
+    index = torch.searchsorted(cumulative, target, right=True).clamp(max=mass.shape[-1] - 1)  # past it with NaN
     before = torch.where(index > 0, cumulative.gather(-1, (index - 1).clamp(min=0)), 0.0)
     return index, target - before
 
