@@ -18,8 +18,9 @@ from sdpo.models.vision import SeenImages, Vision
 
 # Tokens of the vocabulary that are summed up to one number when a token is drawn.
 BLOCK = 128
-# Tokens that a GPU reads before it is waited for, to see which rows have ended.
-CHECK_EVERY = 8
+# Tokens that are read before it is seen which rows have ended, for which a GPU has to be waited for.
+CHECK_EVERY = {"cpu": 1}
+CHECK_EVERY_ELSE = 8
 # Rows that have ended leave the batch once no more than this share of it is running.
 KEEP_FULL = 0.9
 
@@ -97,7 +98,7 @@ def _sample_batch(
     vision: Vision | None,
 ) -> list[Response]:
     device, limit = generator.device, decoding.max_new_tokens
-    check_every = 1 if device.type == "cpu" else CHECK_EVERY
+    check_every = CHECK_EVERY.get(device.type, CHECK_EVERY_ELSE)
     num_responses = len(prompts) * decoding.n
     # Each response has random numbers of its own: what it becomes does not depend on which others still run.
     uniform = torch.rand((limit, num_responses), dtype=torch.float64, generator=generator, device=device)
@@ -242,8 +243,9 @@ class _Drawing:
 def draw_tokens(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens [rows] drawn in proportion to ``weights`` [rows, V] by inverse transform, and their log-probabilities.
 
-    Exact at any size of the vocabulary, and a token of weight 0 is never drawn: first a block of tokens is found, then
-    a token in it, with cumulative sums in float64 of which none is longer than V / BLOCK or BLOCK.
+    First a block of tokens is found, then a token in it. Cumulative sums are float64 and short, so that no token is
+    favoured however large the vocabulary, and one of weight 0 is never drawn. Weights that are not numbers give
+    log-probabilities that are none either.
 
     Args:
         uniform: [rows] in [0, 1), float64.
@@ -258,7 +260,8 @@ def draw_tokens(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     in_block = in_block.masked_fill_(places >= weights.shape[-1], 0.0)
     place, _ = _find(in_block, rest)
     log_prob = (in_block.gather(-1, place) / total).log()
-    return (block * BLOCK + place)[:, 0], log_prob[:, 0].float()
+    token = (block * BLOCK + place).clamp(max=weights.shape[-1] - 1)  # beyond it where weights are not numbers
+    return token[:, 0], log_prob[:, 0].float()
 
 
 def _find(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,7 +271,7 @@ def _find(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """
     cumulative = mass.cumsum(-1)
     target = torch.minimum(target, cumulative[:, -1:].nextafter(torch.zeros_like(target)))
-    index = torch.searchsorted(cumulative, target, right=True).clamp(max=mass.shape[-1] - 1)  # past it with NaN
+    index = torch.searchsorted(cumulative, target, right=True).clamp(max=mass.shape[-1] - 1)
     before = torch.where(index > 0, cumulative.gather(-1, (index - 1).clamp(min=0)), 0.0)
     return index, target - before
 
