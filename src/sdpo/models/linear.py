@@ -17,10 +17,10 @@ def fast_linear(*models: nn.Module) -> Iterator[None]:
 
     The results differ by rounding alone.
     """
-    layers = [layer for model in models for layer in model.modules() if _gains(layer)] if _has_onednn() else []
-    layers = list(dict.fromkeys(layers))
+    found = (layer for model in models for layer in model.modules() if _gains(layer))
+    layers = list(dict.fromkeys(found)) if _has_onednn() else []
     for layer in layers:
-        layer.forward = partial(_multiply, layer)
+        layer.forward = partial(_multiply, layer)  # type: ignore[arg-type]
     try:
         yield
     finally:
