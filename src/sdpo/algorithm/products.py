@@ -12,10 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+# Multiplications in a product from which on oneDNN's longer start pays.
+MIN_SIZE = 2**20
+
 
 def multiply(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """left @ right.T + bias, of [..., K] and [N, K]; either may be a transposed view. No gradient."""
-    if left.is_cpu and left.dtype == right.dtype == torch.float32 and prefers_onednn():
+    size = left.numel() * len(right)
+    if left.is_cpu and left.dtype == right.dtype == torch.float32 and size >= MIN_SIZE and prefers_onednn():
         product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
         return product
     return torch.nn.functional.linear(left, right, bias)

@@ -7,13 +7,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache
+from torch import Tensor, nn
 
 from sdpo.algorithm.teacher import Policy
+from sdpo.models.cache import build_cache
 from sdpo.models.forward import PaddedSequences, compute_logits, pad_sequences
 from sdpo.models.processing import TokenPrompt
 from sdpo.models.vision import SeenImages, Vision
+
+# Tokens of the vocabulary that are summed up to one number when a token is drawn.
+BLOCK = 128
+# Tokens that are read before it is seen which rows have ended, for which a GPU has to be waited for.
+CHECK_EVERY = {"cpu": 1}
+CHECK_EVERY_ELSE = 8
+# Rows that have ended leave the batch once no more than this share of it is running.
+KEEP_FULL = 0.9
 
 
 @dataclass(frozen=True)
@@ -57,8 +65,10 @@ def sample_responses(
     """``decoding.n`` responses to each prompt, in the prompts' order; the same seed gives the same responses.
 
     Prompts of similar length are decoded together; a prompt, images included, is read once for all of its responses; a
-    response that has ended leaves the batch once half of the batch has. ``vision`` is of the policy's models, where
-    they read images.
+    response that has ended leaves the batch. ``vision`` is of the policy's models, where they read images.
+
+    Raises:
+        FloatingPointError: the models' logits are not finite.
     """
     device = next(policy[0][0].parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -85,59 +95,84 @@ def _sample_batch(
     generator: torch.Generator,
     vision: Vision | None,
 ) -> list[Response]:
-    device = generator.device
-    batch = pad_sequences(prompts, [[]] * len(prompts), decoding.pad_token_id, device, vision)
-    state = _DecodingState(policy)
-    logits = state.read_prompts(batch, vision)
-    state.repeat(decoding.n)
-    logits = logits.repeat_interleave(decoding.n, dim=0)
-
+    device, limit = generator.device, decoding.max_new_tokens
+    check_every = CHECK_EVERY.get(device.type, CHECK_EVERY_ELSE)
     num_responses = len(prompts) * decoding.n
+    # Each response has random numbers of its own: what it becomes does not depend on which others still run.
+    uniform = torch.rand((limit, num_responses), dtype=torch.float64, generator=generator, device=device)
+    batch = pad_sequences(prompts, [[]] * len(prompts), decoding.pad_token_id, device, vision)
+    state = _DecodingState(policy, batch.token_ids.shape[1] + limit)
+    logits = state.read_prompts(batch, vision).repeat_interleave(decoding.n, dim=0)
+    state.repeat(decoding.n)
+
+    draw = _Drawing(decoding, logits)
     stop = torch.tensor(list(decoding.stop_token_ids), device=device)
-    tokens = torch.full((num_responses, decoding.max_new_tokens), decoding.pad_token_id, device=device)
-    log_probs = torch.zeros((num_responses, decoding.max_new_tokens), device=device)
-    lengths = torch.full((num_responses,), decoding.max_new_tokens, device=device)
-    finished = torch.zeros(num_responses, dtype=torch.bool, device=device)
+    tokens = torch.full((limit, num_responses), decoding.pad_token_id, device=device)
+    log_probs = torch.zeros((limit, num_responses), device=device)
     rows = torch.arange(num_responses, device=device)  # which response each row of the batch is
-    for place in range(decoding.max_new_tokens):
-        token, log_prob = _pick(logits, decoding, generator)
-        active = ~finished[rows]
-        tokens[rows[active], place] = token[active]
-        log_probs[rows[active], place] = log_prob[active]
-        ended = rows[active & torch.isin(token, stop)]
-        lengths[ended] = place + 1
-        finished[ended] = True
-        active = ~finished[rows]
-        num_active = int(active.sum())
-        if num_active == 0 or place + 1 == decoding.max_new_tokens:
+    running = torch.ones_like(rows, dtype=torch.bool)
+    for place in range(limit):
+        token, log_prob = draw(logits, uniform[place, rows])
+        tokens[place, rows], log_probs[place, rows] = token, log_prob  # rows that have ended go on, unheeded
+        if place + 1 == limit:
             break
-        if num_active <= len(rows) // 2:
-            state.select(active.nonzero()[:, 0])
-            rows, token = rows[active], token[active]
+        running &= ~torch.isin(token, stop)
+        if (place + 1) % check_every == 0:
+            num_running = int(running.sum())
+            if num_running == 0:
+                break
+            if num_running <= KEEP_FULL * len(rows):
+                kept = _fill_gaps(running, num_running)
+                state.select(kept)
+                rows, token, running = rows[kept], token[kept], running[kept]
         logits = state.read(token)
+    return _cut_at_stop(tokens, log_probs, stop)
+
+
+def _fill_gaps(running: Tensor, num_running: int) -> Tensor:
+    """The running rows, of which all that can stay in their place do; the last ones fill the gaps."""
+    kept = torch.arange(num_running, device=running.device)
+    kept[~running[:num_running]] = num_running + running[num_running:].nonzero()[:, 0]
+    return kept
+
+
+def _cut_at_stop(tokens: Tensor, log_probs: Tensor, stop: Tensor) -> list[Response]:
+    """Responses from what their rows drew [T, responses], each up to its first stop token."""
+    if not log_probs.isfinite().all():
+        raise FloatingPointError("a token was to be drawn from logits that are not finite")
+    stops = torch.isin(tokens, stop)
+    finished = stops.any(0)
+    lengths = torch.where(finished, stops.int().argmax(0) + 1, len(tokens))
     return [
-        Response(tokens[i, :length].tolist(), log_probs[i, :length].tolist(), bool(done))
-        for i, (length, done) in enumerate(zip(lengths.tolist(), finished.tolist(), strict=True))
+        Response(drawn[:length], their_log_probs[:length], ended)
+        for drawn, their_log_probs, length, ended in zip(
+            tokens.T.tolist(), log_probs.T.tolist(), lengths.tolist(), finished.tolist(), strict=True
+        )
     ]
 
 
 class _DecodingState:
     """The caches of a policy's modules, the mask of what has been read and the last positions, row by row."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, capacity: int) -> None:
         self.policy = policy
-        self.caches: list[Any] = [DynamicCache(config=module.config) for module, _ in policy]
+        self.capacity = capacity
+        self.caches: list[Any] = [build_cache(module.config, capacity) for module, _ in policy]
 
     def read_prompts(self, prompts: PaddedSequences, vision: Vision | None) -> Tensor:
         """Logits [rows, V] after each prompt."""
-        self.mask = prompts.attention_mask
+        mask = prompts.attention_mask
+        self.length = mask.shape[1]
+        self.mask: Tensor | None = None  # [rows, capacity]; without padding there is nothing to mask
+        if not mask.all():
+            self.mask = nn.functional.pad(mask, (0, self.capacity - self.length), value=1)
         self.axes = prompts.position_ids.shape[:-2]  # () or (3,)
-        self.last_position = prompts.position_ids.amax(-1).reshape(-1, len(self.mask)).amax(0)
+        self.last_position = prompts.position_ids.amax(-1).reshape(-1, len(mask)).amax(0)
         return self._forward(prompts.token_ids, prompts.position_ids, prompts.images, vision)
 
     def read(self, token: Tensor) -> Tensor:
         """Read one more token [rows]; logits [rows, V] after it."""
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(token), 1)], dim=1)
+        self.length += 1
         self.last_position = self.last_position + 1
         return self._forward(token[:, None], self.last_position[:, None].expand(*self.axes, -1, 1), (), None)
 
@@ -149,39 +184,94 @@ class _DecodingState:
             logits = compute_logits(
                 module,
                 token_ids,
-                self.mask,
+                None if self.mask is None else self.mask[:, : self.length],
                 position_ids,
                 1,
                 vision=vision,
                 features=SeenImages(module, vision.reader).select(images) if vision is not None and images else (),
                 cache=cache,
             )
-            logits = logits[:, -1].float() * coefficient
-            total = logits if total is None else total + logits
+            logits = logits[:, -1].float()
+            if coefficient != 1.0:
+                logits = logits * coefficient
+            total = logits if total is None else total.add_(logits)
         assert total is not None
         return total
 
     def repeat(self, n: int) -> None:
-        self.mask = self.mask.repeat_interleave(n, dim=0)
+        if self.mask is not None:
+            self.mask = self.mask.repeat_interleave(n, dim=0)
         self.last_position = self.last_position.repeat_interleave(n, dim=0)
         for cache in self.caches:
             cache.batch_repeat_interleave(n)
 
     def select(self, rows: Tensor) -> None:
-        self.mask, self.last_position = self.mask[rows], self.last_position[rows]
+        if self.mask is not None:
+            self.mask = self.mask[rows]
+        self.last_position = self.last_position[rows]
         for cache in self.caches:
             cache.batch_select_indices(rows)
 
 
-def _pick(logits: Tensor, decoding: Decoding, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    if decoding.forbidden_token_ids:
-        logits[:, list(decoding.forbidden_token_ids)] = float("-inf")
-    if decoding.temperature == 0.0:
-        token = logits.argmax(dim=-1)
-        return token, torch.zeros_like(token, dtype=torch.float32)
-    log_probs = compute_sampling_log_probs(logits, decoding.temperature, decoding.top_p)
-    token = torch.multinomial(log_probs.exp(), 1, generator=generator)
-    return token[:, 0], log_probs.gather(-1, token)[:, 0]
+class _Drawing:
+    """Draws the next token of each row."""
+
+    def __init__(self, decoding: Decoding, logits: Tensor) -> None:
+        self.decoding = decoding
+        self.forbidden = torch.tensor(list(decoding.forbidden_token_ids), dtype=torch.long, device=logits.device)
+        self.buffer = torch.empty_like(logits) if decoding.temperature > 0 and decoding.top_p >= 1 else None
+
+    def __call__(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [rows] and their log-probabilities, from logits [rows, V], which are overwritten.
+
+        ``uniform`` [rows] decides: numbers in [0, 1), float64.
+        """
+        temperature, top_p = self.decoding.temperature, self.decoding.top_p
+        if len(self.forbidden):
+            logits.index_fill_(-1, self.forbidden, float("-inf"))
+        if temperature == 0.0:
+            return logits.argmax(dim=-1), torch.zeros(len(logits), device=logits.device)
+        if self.buffer is None:
+            return draw_tokens(compute_sampling_log_probs(logits, temperature, top_p).exp_(), uniform)
+        if temperature != 1.0:
+            logits.div_(temperature)
+        return draw_tokens(torch.softmax(logits, dim=-1, out=self.buffer[: len(logits)]), uniform)
+
+
+def draw_tokens(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [rows] drawn in proportion to ``weights`` [rows, V] by inverse transform, and their log-probabilities.
+
+    First a block of tokens is found, then a token in it. Cumulative sums are float64 and short, so that no token is
+    favoured however large the vocabulary, and one of weight 0 is never drawn. Weights that are not numbers give
+    log-probabilities that are none either.
+
+    Args:
+        uniform: [rows] in [0, 1), float64.
+    """
+    whole = weights.shape[-1] // BLOCK * BLOCK
+    blocks = weights[:, :whole].unflatten(-1, (-1, BLOCK))
+    mass = torch.cat([blocks.sum(-1), weights[:, whole:].sum(-1, keepdim=True)], dim=-1).double()
+    total = mass.sum(-1, keepdim=True)
+    block, rest = _find(mass, uniform[:, None] * total)
+    places = block * BLOCK + torch.arange(BLOCK, device=weights.device)
+    in_block = weights.gather(-1, places.clamp(max=weights.shape[-1] - 1)).double()
+    in_block = in_block.masked_fill_(places >= weights.shape[-1], 0.0)
+    place, _ = _find(in_block, rest)
+    log_prob = (in_block.gather(-1, place) / total).log()
+    token = (block * BLOCK + place).clamp(max=weights.shape[-1] - 1)  # beyond it where weights are not numbers
+    return token[:, 0], log_prob[:, 0].float()
+
+
+def _find(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the cumulative sum of ``mass`` [rows, K] passes ``target`` [rows, 1], and by how much target is inside.
+
+    Never at a mass of 0, however the target was rounded: it is brought below the sum of all.
+    """
+    cumulative = mass.cumsum(-1)
+    target = torch.minimum(target, cumulative[:, -1:].nextafter(torch.zeros_like(target)))
+    index = torch.searchsorted(cumulative, target, right=True).clamp(max=mass.shape[-1] - 1)
+    before = torch.where(index > 0, cumulative.gather(-1, (index - 1).clamp(min=0)), 0.0)
+    return index, target - before
 
 
 def compute_sampling_log_probs(logits: Tensor, temperature: float, top_p: float) -> Tensor:

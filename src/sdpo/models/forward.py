@@ -120,7 +120,7 @@ def compute_hidden(
 def compute_logits(
     model: nn.Module,
     token_ids: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     position_ids: Tensor,
     keep: int,
     *,
@@ -132,7 +132,7 @@ def compute_logits(
 
     Args:
         token_ids: [B, L], or only what comes after what ``cache`` holds.
-        attention_mask: [B, all tokens so far].
+        attention_mask: [B, all tokens so far]; None where nothing is padded.
         position_ids: as in ``PaddedSequences``, of ``token_ids``.
         features: of the images in ``token_ids``, row by row.
     """

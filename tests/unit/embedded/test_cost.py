@@ -14,6 +14,8 @@ from sdpo.config import Run
 from sdpo.embedded.cost import estimate_cost
 from sdpo.embedded.learner import Learner
 from sdpo.models.cost import Cost, count_logits
+from sdpo.models.decoding import Decoding, sample_responses
+from sdpo.models.processing import TokenPrompt
 from sdpo.report.dry_run import list_memory
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "qwen2_5_vl_3b"
@@ -205,3 +207,34 @@ def test_a_model_that_is_made_on_first_use_has_no_size_yet(make_run: MakeRun, tm
     )
     assert cost.num_params is None and not cost.learner and not cost.sampler
     assert cost.tokens_a_step > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+@pytest.mark.parametrize("vocab_size", [64, 4096])  # mostly of the cache; mostly of drawing
+def test_sampling_stays_below_what_was_said_of_it(
+    make_model: Callable[..., Any],
+    make_run: MakeRun,
+    count_peak: CountPeak,
+    tmp_path: Path,
+    vocab_size: int,
+    top_p: float,
+) -> None:
+    model = make_model(max_position_embeddings=256, vocab_size=vocab_size, num_hidden_layers=4)
+    model.save_pretrained(tmp_path / "model")
+    run = make_run(
+        data__max_prompt_length=64,
+        data__train_batch_size=4,
+        sampler__max_response_length=64,
+        sampler__n=4,
+        sampler__top_p=top_p,
+        eval__top_p=top_p,
+        eval__max_prompts=1,
+    )
+    bound = sum(estimate_cost(run).sampler.values())
+    decoding = Decoding(
+        n=4, max_new_tokens=64, temperature=1.0, top_p=top_p, batch_size=16, stop_token_ids=[], pad_token_id=0
+    )
+    prompts = [TokenPrompt([5] * 64)] * 4
+    sample_responses([(model, 1.0)], prompts, decoding, seed=0)
+    assert bound / 6 < count_peak(lambda: sample_responses([(model, 1.0)], prompts, decoding, seed=0)) <= bound

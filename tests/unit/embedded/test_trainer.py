@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from sdpo.config import Run
 from sdpo.embedded import setup, trainer
 from sdpo.embedded.learner import Learner
 from sdpo.embedded.sampler import LocalSampler, ProcessSampler, Rollouts
-from sdpo.embedded.samples import Sample
+from sdpo.embedded.samples import Sample, build_samples
 from sdpo.embedded.trainer import train
 from sdpo.errors import UserError
 from sdpo.models.decoding import Response
+from sdpo.observer import Silent
 from sdpo.tasks.hidden_rule import HiddenRule
 
 MakeRun = Callable[..., Run]
@@ -156,6 +158,68 @@ def test_in_parallel_every_batch_is_sampled_one_update_behind(
     assert first == pytest.approx(expected, rel=1e-4, abs=1e-6)
     second, other = (without_timings(rows_of(r.run_dir))[1] for r in (run, in_turn))
     assert second != pytest.approx(other, rel=1e-4, abs=1e-6)
+
+
+def learn_one_behind(run: Run) -> Learner:
+    """The schedule of staleness 1 in one process, step by step: batch k+1 is sampled, then batch k is learned."""
+    parts = setup.build_parts(run, Silent())
+    assert isinstance(parts.sampler, LocalSampler), "samples with the student itself, as it is when asked"
+
+    def sample(step: int) -> Rollouts:
+        parts.sampler.submit(*trainer._request(run, parts, step))
+        return parts.sampler.collect()
+
+    upcoming = sample(1)
+    for step in range(1, run.total_steps + 1):
+        rollouts = upcoming
+        if step < run.total_steps:
+            upcoming = sample(step + 1)
+        samples = build_samples(
+            parts.task,
+            parts.tokenizer,
+            parts.prompts_of(step),
+            rollouts.responses,
+            run.self_distillation,
+            parts.window,
+            random.Random(f"demonstrations {run.seed} {step}"),
+        )
+        parts.learner.learn(samples)
+    parts.folder.close()
+    return parts.learner
+
+
+@pytest.mark.slow
+def test_overlapped_steps_learn_what_the_same_steps_learn_one_after_another(
+    make_task_run: MakeRun, tmp_path: Path
+) -> None:
+    """A weight that arrives too early, too late or half written would change the rollouts, and so all that follows."""
+    overlapped = make_task_run(**STRONG, staleness=1, sampler__num_threads=1, run_dir=str(tmp_path / "overlapped"))
+    train(overlapped)
+    learner = learn_one_behind(make_task_run(**STRONG, run_dir=str(tmp_path / "by_hand")))
+    assert learner.teacher is not None
+    assert learner.teacher.module is not None
+    saved = Path(overlapped.run_dir) / "checkpoints" / f"step_{overlapped.total_steps}"
+    for folder, module in ((saved, learner.student), (saved / "teacher", learner.teacher.module)):
+        found = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        expected = module.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+    train(in_turn := make_task_run(**STRONG, run_dir=str(tmp_path / "in_turn")))
+    assert checkpoint_bytes(in_turn.run_dir) != checkpoint_bytes(overlapped.run_dir), "staleness must matter here"
+
+
+def test_the_same_rollouts_teach_the_same_whatever_the_staleness(
+    make_model: Callable[..., Any], make_run: MakeRun, make_samples: Any
+) -> None:
+    learned = []
+    for staleness in (0, 1):
+        learner = Learner(make_model(), make_run(staleness=staleness), 0)
+        for seed in range(3):
+            learner.learn(make_samples(seed=seed))
+        learned.append(learner.student.state_dict())
+    assert all(torch.equal(tensor, learned[1][name]) for name, tensor in learned[0].items())
+    assert not torch.equal(learned[0]["lm_head.weight"], make_model().lm_head.weight)
 
 
 class Forgetful(LocalSampler):

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from sdpo.algorithm.teacher import Policy
 from sdpo.models import decoding as decoding_module
-from sdpo.models.decoding import Decoding, Response, compute_sampling_log_probs
+from sdpo.models.decoding import BLOCK, Decoding, Response, compute_sampling_log_probs, draw_tokens
 from sdpo.models.processing import TokenPrompt
 
 PROMPTS = [[5, 6, 7, 8, 9, 3, 4], [4, 4, 5], [9], [3, 8, 3, 8, 5], [10, 3], [7, 7, 7, 6, 3, 3, 9, 10, 4]]
@@ -172,7 +172,8 @@ def test_the_temperature_comes_before_the_nucleus() -> None:
     assert torch.isfinite(cold).sum() == 1
 
 
-def test_nucleus_samples_carry_renormalised_log_probs(model: Any, plain_logits: PlainLogits) -> None:
+def test_nucleus_samples_carry_renormalised_log_probs(make_model: Any, plain_logits: PlainLogits) -> None:
+    model = make_model(dtype=torch.float64)
     decoding = replace(DECODING, top_p=0.6)
     for prompt, one in pairs(sample_responses([(model, 1.0)], PROMPTS, decoding, seed=1)):
         probs = (plain_logits(model, prompt, one.token_ids) / decoding.temperature).softmax(-1)
@@ -200,3 +201,95 @@ def test_dropout_is_off_and_the_mode_is_given_back(make_model: Any) -> None:
     model.train()
     assert sample_responses([(model, 1.0)], PROMPTS, DECODING, seed=1) == expected
     assert model.training
+
+
+@pytest.mark.parametrize(("keep_full", "check_every"), [(0.0, 1), (0.5, 1), (1.0, 1), (1.0, 5), (0.9, 100)])
+def test_a_response_is_the_same_whenever_others_leave_the_batch(
+    model: Any, monkeypatch: pytest.MonkeyPatch, keep_full: float, check_every: int
+) -> None:
+    expected = sample_responses([(model, 1.0)], PROMPTS, DECODING, seed=1)
+    monkeypatch.setattr(decoding_module, "KEEP_FULL", keep_full)
+    monkeypatch.setattr(decoding_module, "CHECK_EVERY", {"cpu": check_every})
+    found = sample_responses([(model, 1.0)], PROMPTS, DECODING, seed=1)
+    for (_, one), (_, other) in zip(pairs(found), pairs(expected), strict=True):
+        assert (one.token_ids, one.finished) == (other.token_ids, other.finished)
+        assert one.log_probs == pytest.approx(other.log_probs, abs=1e-5)
+
+
+def test_forbidden_tokens_are_not_drawn_and_have_no_probability(model: Any, plain_logits: PlainLogits) -> None:
+    forbidden = [3, 8]
+    for decoding in (replace(DECODING, forbidden_token_ids=forbidden), replace(DECODING, temperature=0.0)):
+        decoding = replace(decoding, forbidden_token_ids=forbidden)
+        for prompt, one in pairs(sample_responses([(model, 1.0)], PROMPTS, decoding, seed=1)):
+            assert not set(forbidden) & set(one.token_ids)
+            if decoding.temperature:
+                logits = plain_logits(model, prompt, one.token_ids)
+                logits[:, forbidden] = float("-inf")
+                expected = log_probs_of(logits, one.token_ids, decoding.temperature)
+                torch.testing.assert_close(torch.tensor(one.log_probs), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.6])
+def test_logits_that_are_not_finite_are_an_error(make_model: Any, top_p: float) -> None:
+    model = make_model()
+    model.lm_head.weight.data[5] = float("nan")
+    with pytest.raises(FloatingPointError, match="not finite"):
+        sample_responses([(model, 1.0)], PROMPTS, replace(DECODING, top_p=top_p), seed=1)
+
+
+# ---- drawing ---------------------------------------------------------------------------------------------------------
+
+LAST = 1 - 2**-53  # the largest number that torch.rand gives in float64
+
+
+def draw(weights: Tensor, uniform: Sequence[float]) -> list[int]:
+    rows = weights.expand(len(uniform), -1)
+    tokens, log_probs = draw_tokens(rows, torch.tensor(uniform, dtype=torch.float64))
+    expected = (weights.double()[tokens] / weights.double().sum()).log()
+    torch.testing.assert_close(log_probs.double(), expected, atol=1e-6, rtol=1e-6)
+    return tokens.tolist()
+
+
+@pytest.mark.parametrize("size", [2, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK, 1000])
+def test_the_first_and_the_last_token_can_be_drawn(size: int) -> None:
+    assert draw(torch.full((size,), 0.7), [0.0, LAST]) == [0, size - 1]
+
+
+@pytest.mark.parametrize("possible", [[3], [700], [0, 999], [127, 128], [130, 131, 500], [900, 998]])
+def test_a_token_of_probability_0_is_never_drawn(possible: list[int]) -> None:
+    weights = torch.zeros(1000)
+    weights[possible] = torch.tensor([0.1, 0.3, 1e-30])[: len(possible)]
+    total = weights.double().sum()
+    edges = (weights.double().cumsum(0) / total).unique().tolist()
+    near = [edge + shift for edge in edges for shift in (-(2**-52), 0.0, 2**-52) if 0 <= edge + shift < 1]
+    drawn = draw(weights, [0.0, *near, *torch.rand(100).tolist(), LAST])
+    assert set(drawn) <= set(possible)
+    assert {drawn[0], drawn[-1]} == {possible[0], possible[1 if len(possible) > 1 else 0]}
+
+
+def test_drawn_in_proportion_to_the_weights() -> None:
+    torch.manual_seed(0)
+    num_draws, size = 40_000, 1000
+    weights = torch.randn(size).exp()
+    tokens, _ = draw_tokens(weights.expand(num_draws, -1), torch.rand(num_draws, dtype=torch.float64))
+    expected = weights / weights.sum() * num_draws
+    statistic = ((torch.bincount(tokens, minlength=size) - expected).square() / expected).sum()
+    # 999 degrees of freedom: their mean, and five standard deviations.
+    assert abs(float(statistic) - 999) < 5 * (2 * 999) ** 0.5
+
+
+@pytest.mark.slow
+def test_a_large_vocabulary_does_not_bias() -> None:
+    """Cumulative sums in float32 are off at one draw in ten."""
+    torch.manual_seed(0)
+    size = 151_936
+    weights = torch.rand(size) * 1e-6
+    weights[0] = 1.0
+    cumulative = weights.double().cumsum(0)
+    uniform = torch.linspace(float(cumulative[0] / cumulative[-1]), LAST, 400, dtype=torch.float64)
+    expected = torch.searchsorted(cumulative, uniform * cumulative[-1], right=True).clamp(max=size - 1)
+    exact = torch.cat([draw_tokens(weights.expand(len(part), -1), part)[0] for part in uniform.split(50)])
+    in_float32 = torch.searchsorted(weights.cumsum(0), (uniform * cumulative[-1]).float(), right=True)
+    assert (in_float32 != expected).float().mean() > 0.1
+    assert (exact != expected).float().mean() < 0.03
+    assert (exact - expected).abs().max() <= 1

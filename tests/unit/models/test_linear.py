@@ -22,6 +22,7 @@ def onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
     """Both ways, whatever this machine prefers."""
     monkeypatch.setattr(products, "prefers_onednn", lambda: request.param)
     monkeypatch.setattr(linear, "prefers_onednn", lambda: request.param)
+    monkeypatch.setattr(products, "MIN_SIZE", 1)
     return bool(request.param)
 
 

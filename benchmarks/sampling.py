@@ -1,0 +1,129 @@
+"""How near is sampling to the forward passes that it cannot do without, and how far below transformers' generate?
+
+    python benchmarks/sampling.py
+
+The same random Qwen2 in one process, the ways in turn: ``generate``; ours; ours with torch's own linear layers; and the
+floor, bare forward passes of as many tokens, without a cache and without drawing, with either kind of linear layers.
+No response stops early, so that all do the same work. Medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from record import print_table, save
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from sdpo.models.decoding import Decoding, sample_responses
+from sdpo.models.linear import speed_up_linear_layers
+from sdpo.models.processing import TokenPrompt
+
+PROMPTS, ROLLOUTS, PROMPT_LENGTH, RESPONSE_LENGTH = 8, 8, 56, 64
+VOCABULARIES = (4096, 32768)
+
+
+def build_model(vocab_size: int) -> Qwen2ForCausalLM:
+    config = Qwen2Config(
+        vocab_size=vocab_size,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=PROMPT_LENGTH + RESPONSE_LENGTH,
+        tie_word_embeddings=True,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(config).eval()
+
+
+def build_ways(model: Qwen2ForCausalLM) -> dict[str, Callable[[], Any]]:
+    rows = PROMPTS * ROLLOUTS
+    models = {False: model, True: copy.deepcopy(model)}
+    speed_up_linear_layers(models[True])
+    prompts = torch.randint(3, model.config.vocab_size, (PROMPTS, PROMPT_LENGTH))
+    repeated = prompts.repeat_interleave(ROLLOUTS, dim=0)
+    token, position = repeated[:, :1], torch.zeros(rows, 1, dtype=torch.long)
+    decoding = Decoding(
+        n=ROLLOUTS,
+        max_new_tokens=RESPONSE_LENGTH,
+        temperature=1.0,
+        top_p=1.0,
+        batch_size=rows,
+        stop_token_ids=[],
+        pad_token_id=0,
+    )
+
+    def generate() -> None:
+        model.generate(
+            repeated,
+            attention_mask=torch.ones_like(repeated),
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=RESPONSE_LENGTH,
+            pad_token_id=0,
+        )
+
+    def sample(*, fast: bool) -> None:
+        sample_responses([(models[fast], 1.0)], [TokenPrompt(ids) for ids in prompts.tolist()], decoding, seed=0)
+
+    def read(*, fast: bool) -> None:
+        with torch.no_grad():
+            models[fast](prompts, use_cache=False, logits_to_keep=1)
+            for _ in range(RESPONSE_LENGTH - 1):
+                models[fast](token, position_ids=position, use_cache=False)
+
+    return {
+        "generate": generate,
+        "ours": lambda: sample(fast=True),
+        "ours_torch_linear": lambda: sample(fast=False),
+        "forward_passes": lambda: read(fast=True),
+        "forward_passes_torch_linear": lambda: read(fast=False),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    table, results = [], {}
+    for vocab_size in VOCABULARIES:
+        ways = build_ways(build_model(vocab_size))
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for round_ in range(options.rounds + 1):
+            for name, way in ways.items():
+                started = time.perf_counter()
+                way()
+                if round_:  # the first one warms up
+                    seconds[name].append(time.perf_counter() - started)
+        medians = {name: statistics.median(times) for name, times in seconds.items()}
+        ratios = {
+            name: statistics.median(own / theirs for own, theirs in zip(times, seconds["generate"], strict=True))
+            for name, times in seconds.items()
+        }
+        for name in ways:
+            table.append([f"{vocab_size:,}: {name}", medians[name], min(seconds[name]), ratios[name]])
+        results[str(vocab_size)] = {
+            name: {"median": medians[name], "fastest": min(seconds[name]), "over_generate": ratios[name]}
+            for name in ways
+        }
+    print_table(
+        f"Seconds for {PROMPTS} prompts x {ROLLOUTS} rollouts, {PROMPT_LENGTH} + {RESPONSE_LENGTH} tokens",
+        ["vocabulary: way", "median", "fastest", "over generate"],
+        table,
+    )
+    save("sampling", {"rounds": options.rounds, "threads": options.threads, "load": os.getloadavg()[0], **results})
+
+
+if __name__ == "__main__":
+    main()
