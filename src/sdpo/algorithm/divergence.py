@@ -94,8 +94,7 @@ def differentiate_divergence(
     log_ratio.nan_to_num_(nan=0.0, posinf=-LOG_ZERO, neginf=LOG_ZERO)
     scratch = torch.clamp(log_ratio, max=0.0, out=student_log_probs if overwrite else None)
     value = alpha * (torch.linalg.vecdot(teacher, scratch) - math.log(alpha) * teacher.sum(-1))
-    exponent = torch.abs(log_ratio, out=scratch).neg_()
-    added = exponentiate(exponent, out=exponent).log1p_()
+    added = torch.abs(log_ratio, out=scratch).mul_(-LOG2_E).exp2_().log1p_()
     value -= alpha * torch.linalg.vecdot(teacher, added)
     derivative = log_ratio.clamp_(min=0.0).add_(added).add_(math.log1p(-alpha)).mul_(alpha - 1.0).mul_(student)
     return value + derivative.sum(-1), derivative
