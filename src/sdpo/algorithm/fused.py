@@ -153,7 +153,7 @@ def compute_token_log_probs(
             rows = every_row[chunk]
             policy.multiply(rows)
             for block in _cut_slice(len(rows), policy.block_size):
-                log_probs = policy.compute_log_probs(block)
+                log_probs, _ = policy.normalise(block)
                 result[rows[block]] = gather_log_probs(log_probs, sampled_ids[rows[block]])
     return result
 
@@ -292,25 +292,24 @@ class _Policy:
             torch.mm(part.hidden[rows], part.weight.T, out=product[: len(rows)])
         return self.products[-1][: len(rows)]
 
-    def compute_log_probs(self, block: slice) -> Tensor:
-        """[b, V] of some rows of the chunk; valid until the next call."""
-        logits, log_probs = self.probs[: block.stop - block.start], self.log_probs[: block.stop - block.start]
+    def normalise(self, block: slice) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and probabilities of some rows of the chunk, [b, V]; valid until the next call."""
+        log_probs, probs = self.log_probs[: block.stop - block.start], self.probs[: block.stop - block.start]
         for i, (part, product) in enumerate(zip(self.parts, self.products, strict=True)):
-            more = logits if i == 0 else log_probs
-            more.copy_(product[block])
+            logits = log_probs if i == 0 else probs
+            logits.copy_(product[block])
             if part.bias is not None:
-                more.add_(part.bias)
+                logits.add_(part.bias)
             if part.softcap is not None:
-                more.div_(part.softcap).tanh_().mul_(part.softcap)
+                logits.div_(part.softcap).tanh_().mul_(part.softcap)
             if part.coefficient != self.temperature:
-                more.mul_(part.coefficient / self.temperature)
+                logits.mul_(part.coefficient / self.temperature)
             if i > 0:
-                logits.add_(more)
-        return torch.log_softmax(logits, -1, out=log_probs)
-
-    def compute_probs(self, log_probs: Tensor) -> Tensor:
-        """Their exp; valid until the next call of ``compute_log_probs``."""
-        return exponentiate(log_probs, out=self.probs[: len(log_probs)])
+                log_probs.add_(logits)
+        # Both softmaxes at once take fewer passes than one after the other.
+        exponentiate(log_probs.sub_(log_probs.amax(-1, keepdim=True)), out=probs)
+        total = probs.sum(-1, keepdim=True)
+        return log_probs.sub_(total.log()), probs.div_(total)
 
     def compute_slope(self, block: slice, out: Tensor) -> Tensor:
         """Derivative of the soft-capped logits by the head's output, 1 - tanh^2, [b, V]."""
@@ -383,13 +382,11 @@ class _Pass:
         by_logits: Tensor,
     ) -> None:
         """Losses of a few tokens, and dL / dz where their logits were."""
-        student = self.student.compute_log_probs(block)
-        student_probs = self.student.compute_probs(student)
+        student, student_probs = self.student.normalise(block)
         teacher = teacher_probs = None
         if teacher_rows is not None:
             assert self.teacher is not None
-            teacher = self.teacher.compute_log_probs(teacher_block)
-            teacher_probs = self.teacher.compute_probs(teacher)
+            teacher, teacher_probs = self.teacher.normalise(teacher_block)
         inputs, sums = build_loss_inputs(
             student,
             config=self.config,
