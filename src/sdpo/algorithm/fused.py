@@ -34,9 +34,9 @@ from sdpo.algorithm.inputs import build_loss_inputs, gather_log_probs
 from sdpo.algorithm.loss import LossInputs, LossOutputs, Sums, add_sums, compute_loss, compute_token_weights
 from sdpo.config import SelfDistillationConfig
 
-# The student's logits of a chunk take at most this much, a teacher's half of it: the larger the chunk, the more seldom
+# The student's logits of a chunk take at most this much, a teacher's a quarter of it: the larger the chunk, the more seldom
 # is the head's gradient read and written, and the faster are the products.
-BUFFER_BYTES = 120_000_000
+BUFFER_BYTES = 156_000_000
 # Between the matrix products a processor works in blocks [block, V] of this much, four at a time: what stays in the
 # cache costs less to read again. An accelerator needs larger ones to be busy.
 BLOCK_BYTES = 2_500_000
@@ -338,7 +338,7 @@ class _Pass:
         self.differentiates = any(needed)
         self.head = student
         self.student = _Policy([student], temperature, chunk_size)
-        self.teacher_size = max(1, chunk_size // (2 * max(1, len(teacher))))
+        self.teacher_size = max(1, chunk_size // (4 * max(1, len(teacher))))
         self.teacher = _Policy(teacher, temperature, self.teacher_size) if teacher else None
         self.sums: Sums = {}
         self.token_losses = student.hidden.new_zeros(len(student.hidden), dtype=self.student.type)
@@ -368,7 +368,7 @@ class _Pass:
         if not self.differentiates:
             return
         if self.by_hidden is not None:
-            self.by_hidden[rows] = by_logits @ self.head.weight
+            self.by_hidden[rows] = _multiply_by_pieces(by_logits, self.head.weight, self.student.type)
         if self.by_weight is not None:
             self.by_weight.add(by_logits, self.head.hidden[rows])
 
@@ -511,6 +511,18 @@ class _SumOfProducts:
         for target in total.split(self.part_rows):
             target.copy_(self.parts.pop(0))
         return total
+
+
+def _multiply_by_pieces(by_logits: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """G W, [n, H]."""
+    if by_logits.dtype == dtype:
+        return by_logits @ weight
+    # In half precision sums over the whole vocabulary in one call are slower than those over pieces of it.
+    total = by_logits.new_zeros(len(by_logits), weight.shape[1], dtype=dtype)
+    rows = max(1, 4 * PIECE_BYTES // (weight.shape[1] * weight.dtype.itemsize))
+    for columns, piece in zip(by_logits.split(rows, dim=-1), weight.split(rows), strict=True):
+        total.add_(columns @ piece)
+    return total.to(weight.dtype)
 
 
 def _prepare(part: LazyLogits) -> LazyLogits:
