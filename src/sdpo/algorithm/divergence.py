@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 TAIL_LOG_SUM_MAX = -1e-7
 # Stands for log 0 where -inf on both sides would make the gradient of a logarithmic sum undefined; exp() of it is 0.
 LOG_ZERO = -1e4
+LOG2_E = math.log2(math.e)
 
 
 def compute_kl(p_log_probs: Tensor, q_log_probs: Tensor) -> Tensor:
@@ -32,12 +33,28 @@ def compute_kl(p_log_probs: Tensor, q_log_probs: Tensor) -> Tensor:
     return (p_log_probs.exp() * _compute_log_ratio(p_log_probs, q_log_probs)).sum(-1)
 
 
-def _compute_log_ratio(p_log_probs: Tensor, q_log_probs: Tensor) -> Tensor:
-    return (p_log_probs - q_log_probs).masked_fill_(torch.isneginf(p_log_probs), 0.0)
+def _compute_log_ratio(p_log_probs: Tensor, q_log_probs: Tensor, out: Tensor | None = None) -> Tensor:
+    ruled_out = torch.isneginf(p_log_probs.amin(-1))
+    # A mask of all entries takes longer than all the rest, and few distributions rule one out.
+    mask = torch.isneginf(p_log_probs) if bool(ruled_out.any()) else None
+    log_ratio = torch.sub(p_log_probs, q_log_probs, out=out)
+    return log_ratio if mask is None else log_ratio.masked_fill_(mask, 0.0)
+
+
+def exponentiate(log_values: Tensor, out: Tensor | None = None) -> Tensor:
+    """exp, elementwise; ``out`` may be the argument itself."""
+    # torch's exp2 takes a third of the time of its exp on a CPU.
+    return torch.mul(log_values, LOG2_E, out=out).exp2_()
 
 
 def differentiate_divergence(
-    student_log_probs: Tensor, teacher_log_probs: Tensor, alpha: float
+    student_log_probs: Tensor,
+    teacher_log_probs: Tensor,
+    alpha: float,
+    *,
+    student: Tensor | None = None,
+    teacher: Tensor | None = None,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The divergence of ``compute_divergence`` and its derivative by the student's log-probabilities.
 
@@ -49,26 +66,38 @@ def differentiate_divergence(
                             + a sum t log(t / m)              for what m adds to it cancels: with dm / ds = 1 - a,
                                                               (1 - a) - ((1 - a) s + a t) (1 - a) / m = 0
 
+    Args:
+        student, teacher: [..., V], the probabilities, if they are known already.
+        overwrite: both log-probabilities are of no further use: their memory is enough then.
+
     Returns:
         [...] and [..., V]. An entry that the student rules out has the derivative 0 (forward KL: -t).
     """
-    if alpha == 0.0:
-        teacher = teacher_log_probs.exp()
-        value = _compute_log_ratio(teacher_log_probs, student_log_probs).mul_(teacher).sum(-1)
-        return value, teacher.neg_()
-    student = student_log_probs.exp()
-    if alpha == 1.0:
-        terms = _compute_log_ratio(student_log_probs, teacher_log_probs).mul_(student)
-        return terms.sum(-1), terms.add_(student)
-    if not 0.0 < alpha < 1.0:
+    if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must be in [0, 1], got {alpha!r}")
-    mixture_log_probs = torch.logaddexp(
-        student_log_probs.clamp(min=LOG_ZERO).add_(math.log1p(-alpha)),
-        teacher_log_probs.clamp(min=LOG_ZERO).add_(math.log(alpha)),
-    )
-    terms = _compute_log_ratio(student_log_probs, mixture_log_probs).mul_(student)
-    value = (1.0 - alpha) * terms.sum(-1) + alpha * compute_kl(teacher_log_probs, mixture_log_probs)
-    return value, terms.mul_(1.0 - alpha)
+    out = teacher_log_probs if overwrite else torch.empty_like(student_log_probs)
+    if alpha == 0.0:
+        teacher = exponentiate(teacher_log_probs) if teacher is None else teacher
+        log_ratio = _compute_log_ratio(teacher_log_probs, student_log_probs, out)
+        return torch.linalg.vecdot(teacher, log_ratio), torch.neg(teacher, out=out)
+    student = exponentiate(student_log_probs) if student is None else student
+    if alpha == 1.0:
+        terms = _compute_log_ratio(student_log_probs, teacher_log_probs, out).mul_(student)
+        return terms.sum(-1), terms.add_(student)
+    # With r = log(a t / ((1 - a) s)), what m adds to the larger of the two is B = log(1 + exp(-|r|)), and
+    #     log(s / m) = -log(1 - a) - max(r, 0) - B        log(t / m) = -log a + min(r, 0) - B
+    # so that neither loses its digits, however small s or t. NaN is what both rule out.
+    teacher = exponentiate(teacher_log_probs) if teacher is None else teacher
+    log_ratio = torch.sub(teacher_log_probs, student_log_probs, out=out)
+    if alpha != 0.5:
+        log_ratio.add_(math.log(alpha) - math.log1p(-alpha))
+    log_ratio.nan_to_num_(nan=0.0, posinf=-LOG_ZERO, neginf=LOG_ZERO)
+    scratch = torch.clamp(log_ratio, max=0.0, out=student_log_probs if overwrite else None)
+    value = alpha * (torch.linalg.vecdot(teacher, scratch) - math.log(alpha) * teacher.sum(-1))
+    added = torch.abs(log_ratio, out=scratch).mul_(-LOG2_E).exp2_().log1p_()
+    value -= alpha * torch.linalg.vecdot(teacher, added)
+    derivative = log_ratio.clamp_(min=0.0).add_(added).add_(math.log1p(-alpha)).mul_(alpha - 1.0).mul_(student)
+    return value + derivative.sum(-1), derivative
 
 
 class _Divergence(torch.autograd.Function):
@@ -124,6 +153,14 @@ def compute_sampled_token_surrogate(student_log_probs: Tensor, teacher_log_probs
     return (student_log_probs - teacher_log_probs).detach() * student_log_probs
 
 
-def compute_entropy(log_probs: Tensor) -> Tensor:
-    """Entropy in nats of distributions [..., V], giving [...]; an entry of probability 0 contributes 0."""
-    return -(log_probs.exp() * log_probs.clamp(min=LOG_ZERO)).sum(-1)
+def compute_entropy(log_probs: Tensor, probs: Tensor | None = None) -> Tensor:
+    """Entropy in nats of distributions [..., V], giving [...]; an entry of probability 0 contributes 0.
+
+    ``probs`` [..., V] are the probabilities, if they are known already.
+    """
+    if probs is None:
+        probs = exponentiate(log_probs)
+    entropy = -torch.linalg.vecdot(probs, log_probs)
+    if bool(entropy.isnan().any()):  # 0 * -inf perhaps: rare enough to look again
+        entropy = -torch.linalg.vecdot(probs, log_probs.clamp(min=LOG_ZERO))
+    return entropy

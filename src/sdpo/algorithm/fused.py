@@ -29,17 +29,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sdpo import metrics
-from sdpo.algorithm.divergence import differentiate_divergence
+from sdpo.algorithm.divergence import differentiate_divergence, exponentiate
 from sdpo.algorithm.inputs import build_loss_inputs, gather_log_probs
 from sdpo.algorithm.loss import LossInputs, LossOutputs, Sums, add_sums, compute_loss, compute_token_weights
 from sdpo.config import SelfDistillationConfig
 
-# A buffer [chunk, V] takes at most this much: 263 tokens of V = 151,936 in float32. Student's and teacher's logits have
-# one each; two more are needed in half precision and where a teacher adds several models' logits up.
-BUFFER_BYTES = 160_000_000
-# Between the matrix products a processor works in blocks [block, V] of this much: what stays near the cache costs less
-# to read again, and small temporaries need no fresh pages. An accelerator takes the whole chunk.
-BLOCK_BYTES = 8_000_000
+# The student's logits of a chunk take at most this much, a teacher's a quarter of it: the larger the chunk, the more seldom
+# is the head's gradient read and written, and the faster are the products.
+BUFFER_BYTES = 156_000_000
+# Between the matrix products a processor works in blocks [block, V] of this much, four at a time: what stays in the
+# cache costs less to read again. An accelerator needs larger ones to be busy.
+BLOCK_BYTES = 2_500_000
+ACCELERATOR_BLOCK_BYTES = 60_000_000
+# In half precision the head's gradient is added up in pieces of this much, for the same reason, and so many of them are
+# one part, which is given free as a whole.
+PIECE_BYTES = 4_000_000
+PART_PIECES = 16
 
 
 @dataclass(frozen=True)
@@ -87,8 +92,8 @@ class FusedOutputs(LossOutputs):
 
 
 def choose_chunk_size(vocab_size: int, dtype: torch.dtype) -> int:
-    """Tokens a chunk, at least 1, so that a buffer of the softmax's type stays below ``BUFFER_BYTES``."""
-    return max(1, BUFFER_BYTES // (vocab_size * _softmax_type(dtype).itemsize))
+    """Tokens a chunk, at least 1, so that their logits in the hidden states' type stay below ``BUFFER_BYTES``."""
+    return max(1, BUFFER_BYTES // (vocab_size * dtype.itemsize))
 
 
 def compute_fused_loss(
@@ -118,17 +123,14 @@ def compute_fused_loss(
     needed = [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
     size = chunk_size or choose_chunk_size(len(student.weight), student.hidden.dtype)
     with torch.no_grad(), torch.autocast(student.hidden.device.type, enabled=False):
-        run = _Pass(_prepare(student), [_prepare(part) for part in teacher], config, temperature, needed)
+        run = _Pass(_prepare(student), [_prepare(part) for part in teacher], config, temperature, needed, size)
         every_row = torch.arange(len(student.hidden), device=student.hidden.device)
         for rows, teacher_rows in _cut(tokens.distilled if teacher else None, every_row, size):
             run.add(tokens.select(rows), rows, teacher_rows)
-        outputs, gradients = run.finish()
+        outputs, gradients = run.finish([None if leaf is None else leaf.dtype for leaf in leaves])
     if not any(needed):
         return outputs
-    casted = [
-        None if g is None or leaf is None else g.to(leaf.dtype) for g, leaf in zip(gradients, leaves, strict=True)
-    ]
-    attached: Tensor = _KnownGradients.apply(outputs.loss, casted, *leaves)  # type: ignore[no-untyped-call]
+    attached: Tensor = _KnownGradients.apply(outputs.loss, gradients, *leaves)  # type: ignore[no-untyped-call]
     return replace(outputs, loss=attached)
 
 
@@ -144,12 +146,15 @@ def compute_token_log_probs(
     """
     size = chunk_size or choose_chunk_size(len(student.weight), student.hidden.dtype)
     with torch.no_grad(), torch.autocast(student.hidden.device.type, enabled=False):
-        policy = [_prepare(student)]
-        buffers = _Buffers(policy[0])
-        result = student.hidden.new_empty(len(sampled_ids), dtype=buffers.type)
-        for rows in torch.arange(len(sampled_ids), device=sampled_ids.device).split(size):
-            logits = buffers.compute_logits("student", policy, rows, temperature)
-            result[rows] = gather_log_probs(logits, sampled_ids[rows]) - logits.logsumexp(-1)
+        policy = _Policy([_prepare(student)], temperature, size)
+        result = student.hidden.new_empty(len(sampled_ids), dtype=policy.type)
+        every_row = torch.arange(len(sampled_ids), device=sampled_ids.device)
+        for chunk in _cut_slice(len(sampled_ids), size):
+            rows = every_row[chunk]
+            policy.multiply(rows)
+            for block in _cut_slice(len(rows), policy.block_size):
+                log_probs, _ = policy.normalise(block)
+                result[rows[block]] = gather_log_probs(log_probs, sampled_ids[rows[block]])
     return result
 
 
@@ -265,43 +270,55 @@ class _KnownGradients(torch.autograd.Function):
         return None, None, *(None if known is None else known * scale for known in ctx.saved_tensors)
 
 
-class _Buffers:
-    """Buffers [chunk, V] by name, and logits in them."""
+class _Policy:
+    """A policy's log-probabilities in two steps: the products with the head by the chunk, the softmax by the block."""
 
-    def __init__(self, head: LazyLogits) -> None:
-        self.weight = head.weight
-        self.type = _softmax_type(head.hidden.dtype)
-        self.buffers: dict[str, Tensor] = {}
+    def __init__(self, parts: Sequence[LazyLogits], temperature: float, chunk_size: int) -> None:
+        self.parts = parts
+        self.temperature = temperature
+        hidden, (vocab_size, _) = parts[0].hidden, parts[0].weight.shape
+        self.type = _softmax_type(hidden.dtype)
+        block_bytes = BLOCK_BYTES if hidden.device.type == "cpu" else ACCELERATOR_BLOCK_BYTES
+        self.block_size = max(1, block_bytes // (vocab_size * self.type.itemsize))
+        rows = min(chunk_size, max(1, max(len(part.hidden) for part in parts)))
+        self.products = [part.hidden.new_empty(rows, vocab_size) for part in parts]
+        self.block_size = min(self.block_size, rows)
+        self.log_probs = hidden.new_empty(self.block_size, vocab_size, dtype=self.type)
+        self.probs = torch.empty_like(self.log_probs)
 
-    def get(self, name: str, num_rows: int, dtype: torch.dtype) -> Tensor:
-        # The first chunk is the largest but for that of undistilled tokens after a few distilled ones.
-        if name not in self.buffers or len(self.buffers[name]) < num_rows:
-            self.buffers[name] = self.weight.new_empty(num_rows, len(self.weight), dtype=dtype)
-        return self.buffers[name][:num_rows]
+    def multiply(self, rows: Tensor) -> Tensor:
+        """Hidden states times head at some rows, [n, V]; of several models, the last one's."""
+        for part, product in zip(self.parts, self.products, strict=True):
+            torch.mm(part.hidden[rows], part.weight.T, out=product[: len(rows)])
+        return self.products[-1][: len(rows)]
 
-    def compute_logits(self, name: str, policy: Sequence[LazyLogits], rows: Tensor, temperature: float) -> Tensor:
-        """[n, V] logits of a policy over the temperature, in the buffer of that name."""
-        logits = self.get(name, len(rows), self.type)
-        for i, part in enumerate(policy):
-            more = logits if i == 0 else self.get("more", len(rows), self.type)
-            self._apply_head(part, rows, more)
+    def normalise(self, block: slice) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and probabilities of some rows of the chunk, [b, V]; valid until the next call."""
+        log_probs, probs = self.log_probs[: block.stop - block.start], self.probs[: block.stop - block.start]
+        for i, (part, product) in enumerate(zip(self.parts, self.products, strict=True)):
+            logits = log_probs if i == 0 else probs
+            logits.copy_(product[block])
+            if part.bias is not None:
+                logits.add_(part.bias)
             if part.softcap is not None:
-                more.div_(part.softcap).tanh_().mul_(part.softcap)
-            if part.coefficient != temperature:
-                more.mul_(part.coefficient / temperature)
+                logits.div_(part.softcap).tanh_().mul_(part.softcap)
+            if part.coefficient != self.temperature:
+                logits.mul_(part.coefficient / self.temperature)
             if i > 0:
-                logits.add_(more)
-        return logits
+                log_probs.add_(logits)
+        # Both softmaxes at once take fewer passes than one after the other.
+        exponentiate(log_probs.sub_(log_probs.amax(-1, keepdim=True)), out=probs)
+        total = probs.sum(-1, keepdim=True)
+        return log_probs.sub_(total.log()), probs.div_(total)
 
-    def _apply_head(self, part: LazyLogits, rows: Tensor, out: Tensor) -> None:
-        hidden = part.hidden[rows]
-        if hidden.dtype == out.dtype:
-            torch.mm(hidden, part.weight.T, out=out)
-        else:
-            product = self.get("product", len(rows), hidden.dtype)
-            out.copy_(torch.mm(hidden, part.weight.T, out=product))
+    def compute_slope(self, block: slice, out: Tensor) -> Tensor:
+        """Derivative of the soft-capped logits by the head's output, 1 - tanh^2, [b, V]."""
+        (part,), (product,) = self.parts, self.products
+        assert part.softcap is not None
+        out.copy_(product[block])
         if part.bias is not None:
             out.add_(part.bias)
+        return out.div_(part.softcap).tanh_().square_().neg_().add_(1.0)
 
 
 class _Pass:
@@ -314,84 +331,107 @@ class _Pass:
         config: SelfDistillationConfig,
         temperature: float,
         needed: Sequence[bool],
+        chunk_size: int,
     ) -> None:
-        self.student = student
-        self.teacher = teacher
         self.config = config
         self.temperature = temperature
         self.differentiates = any(needed)
-        self.type = _softmax_type(student.hidden.dtype)
-        self.block_size = max(1, BLOCK_BYTES // (len(student.weight) * self.type.itemsize))
-        if student.hidden.device.type != "cpu":
-            self.block_size = len(student.hidden)
-        self.buffers = _Buffers(student)
+        self.head = student
+        self.student = _Policy([student], temperature, chunk_size)
+        self.teacher_size = max(1, chunk_size // (4 * max(1, len(teacher))))
+        self.teacher = _Policy(teacher, temperature, self.teacher_size) if teacher else None
         self.sums: Sums = {}
-        num_tokens = len(student.hidden)
-        num_taught = len(teacher[0].hidden) if teacher else 0
-        self.token_losses = student.hidden.new_zeros(num_tokens, dtype=self.type)
+        self.token_losses = student.hidden.new_zeros(len(student.hidden), dtype=self.student.type)
         self.student_log_probs = torch.zeros_like(self.token_losses)
-        self.teacher_log_probs = student.hidden.new_zeros(num_taught, dtype=self.type)
-        # Sums over many chunks: in half precision the later ones would be lost.
+        self.teacher_log_probs = self.token_losses.new_zeros(len(teacher[0].hidden) if teacher else 0)
         self.by_hidden = torch.zeros_like(student.hidden) if needed[0] else None
-        self.by_weight = torch.zeros_like(student.weight, dtype=self.type) if needed[1] else None
-        self.by_bias = student.weight.new_zeros(len(student.weight), dtype=self.type) if needed[2] else None
+        self.by_weight = _SumOfProducts(student.weight, self.student.type) if needed[1] else None
+        self.by_bias = self.token_losses.new_zeros(len(student.weight)) if needed[2] else None
 
     def add(self, tokens: TokenInputs, rows: Tensor, teacher_rows: Tensor | None) -> None:
         """The tokens at ``rows``; either all are distilled, by the teacher's rows, or none is."""
-        student = self.buffers.compute_logits("student", [self.student], rows, self.temperature)
-        teacher = None
-        if teacher_rows is not None:
-            teacher = self.buffers.compute_logits("teacher", self.teacher, teacher_rows, self.temperature)
-        for block in torch.arange(len(rows), device=rows.device).split(self.block_size):
-            part = slice(int(block[0]), int(block[-1]) + 1)
-            self._add_block(
-                tokens.select(part),
-                student[part],
-                None if teacher is None else teacher[part],
-                rows[part],
-                None if teacher_rows is None else teacher_rows[part],
-            )
-        if self.differentiates:
-            self._accumulate(student, rows)
+        by_logits = self.student.multiply(rows)
+        for part in _cut_slice(len(rows), len(rows) if teacher_rows is None else self.teacher_size):
+            if teacher_rows is not None:
+                assert self.teacher is not None
+                self.teacher.multiply(teacher_rows[part])
+            for block in _cut_slice(part.stop - part.start, self.student.block_size):
+                shifted = slice(part.start + block.start, part.start + block.stop)
+                self._add_block(
+                    tokens.select(shifted),
+                    rows[shifted],
+                    None if teacher_rows is None else teacher_rows[shifted],
+                    shifted,
+                    block,
+                    by_logits[shifted],
+                )
+        if not self.differentiates:
+            return
+        if self.by_hidden is not None:
+            self.by_hidden[rows] = _multiply_by_pieces(by_logits, self.head.weight, self.student.type)
+        if self.by_weight is not None:
+            self.by_weight.add(by_logits, self.head.hidden[rows])
 
     def _add_block(
         self,
         tokens: TokenInputs,
-        student_logits: Tensor,
-        teacher_logits: Tensor | None,
         rows: Tensor,
         teacher_rows: Tensor | None,
+        block: slice,
+        teacher_block: slice,
+        by_logits: Tensor,
     ) -> None:
-        """Losses of a few tokens; dL / dz takes the place of the student's logits."""
-        student = student_logits.log_softmax(-1)
-        teacher = None if teacher_logits is None else teacher_logits.log_softmax(-1)
-        inputs, sums = build_loss_inputs(student, config=self.config, teacher=teacher, **vars(tokens))
-        inputs, compared, derivative = self._find_leaves(inputs)
+        """Losses of a few tokens, and dL / dz where their logits were."""
+        student, student_probs = self.student.normalise(block)
+        teacher = teacher_probs = None
+        if teacher_rows is not None:
+            assert self.teacher is not None
+            teacher, teacher_probs = self.teacher.normalise(teacher_block)
+        inputs, sums = build_loss_inputs(
+            student,
+            config=self.config,
+            teacher=teacher,
+            student_probs=student_probs,
+            teacher_probs=teacher_probs,
+            **vars(tokens),
+        )
+        inputs, compared, derivative = self._find_leaves(inputs, student_probs, teacher_probs)
         with torch.enable_grad():
             outputs = compute_loss(inputs, self.config)
         add_sums(self.sums, sums | outputs.sums)
-        self.token_losses[rows] = outputs.token_losses.detach().to(self.type)
+        self.token_losses[rows] = outputs.token_losses.detach().to(self.student.type)
         self.student_log_probs[rows] = inputs.student_log_probs.detach()
         if inputs.teacher_log_probs is not None:
             self.teacher_log_probs[teacher_rows] = inputs.teacher_log_probs
         if not self.differentiates:
             return
-        slope = None
-        if self.student.softcap is not None:
-            slope = 1.0 - (student_logits * (self.temperature / self.student.softcap)).square()
-        torch.exp(student, out=student_logits)
-        self._differentiate(outputs.loss, inputs, student_logits, tokens.sampled_ids, compared, derivative)
-        if self.temperature != 1.0:
-            student_logits.div_(self.temperature)
-        if slope is not None:
-            student_logits.mul_(slope)
+        leaves = [leaf for leaf in (inputs.student_log_probs, compared) if leaf is not None]
+        by_leaf = torch.autograd.grad(outputs.loss, leaves, allow_unused=True, materialize_grads=True)
+        gradient = student_probs  # takes their place
+        self._differentiate(gradient, tokens.sampled_ids, inputs.kept_ids, derivative, *by_leaf)
+        if self.head.softcap is not None:
+            gradient.mul_(self.student.compute_slope(block, out=student))
+        if self.by_bias is not None:
+            self.by_bias += gradient.sum(0)
+        by_logits.copy_(gradient)
 
-    def finish(self) -> tuple[FusedOutputs, list[Tensor | None]]:
+    def finish(self, dtypes: Sequence[torch.dtype | None]) -> tuple[FusedOutputs, list[Tensor | None]]:
+        """Outputs; gradients by hidden states, weight and bias, where needed, of these types."""
+        del self.student, self.teacher  # their memory is needed for the gradients in half precision
         loss = self.token_losses.sum()
         outputs = FusedOutputs(loss, self.token_losses, self.sums, self.student_log_probs, self.teacher_log_probs)
-        return outputs, [self.by_hidden, self.by_weight, self.by_bias]
+        by_weight = None
+        if self.by_weight is not None and dtypes[1] is not None:
+            by_weight = self.by_weight.finish(dtypes[1])
+        by_hidden, by_bias = (
+            None if gradient is None or dtype is None else gradient.to(dtype)
+            for gradient, dtype in ((self.by_hidden, dtypes[0]), (self.by_bias, dtypes[2]))
+        )
+        return outputs, [by_hidden, by_weight, by_bias]
 
-    def _find_leaves(self, inputs: LossInputs) -> tuple[LossInputs, Tensor | None, Tensor | None]:
+    def _find_leaves(
+        self, inputs: LossInputs, student_probs: Tensor, teacher_probs: Tensor | None
+    ) -> tuple[LossInputs, Tensor | None, Tensor | None]:
         """The inputs with leaves for what the loss reads: few numbers a token.
 
         One is the sampled token's log-probability. The other, if whole distributions are compared: the divergence [m],
@@ -403,50 +443,86 @@ class _Pass:
             return inputs, None, None
         if self.config.distillation_topk is not None:
             return inputs, student.requires_grad_(), None
-        value, derivative = differentiate_divergence(student, teacher, self.config.alpha)
+        value, derivative = differentiate_divergence(
+            student, teacher, self.config.alpha, student=student_probs, teacher=teacher_probs, overwrite=True
+        )
         return replace(inputs, divergence=value), value.requires_grad_(), derivative
 
     def _differentiate(
         self,
-        loss: Tensor,
-        inputs: LossInputs,
         student: Tensor,
         sampled_ids: Tensor,
-        compared: Tensor | None,
+        kept_ids: Tensor | None,
         derivative: Tensor | None,
+        by_sampled: Tensor,
+        by_compared: Tensor | None = None,
     ) -> None:
-        """dL / dz = d - s sum(d), [n, V], in the place of the student's probabilities s.
+        """dL / dz = (d - s sum(d)) / temperature, [n, V], in the place of the student's probabilities s.
 
         d is the divergence's derivative times dL / d divergence, or dL / d log s at the kept entries, and on top of
         either dL / d log s of the sampled token.
         """
-        leaves = [leaf for leaf in (inputs.student_log_probs, compared) if leaf is not None]
-        by_leaf = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-        by_sampled = by_leaf[0][:, None]
-        if compared is None:
+        by_sampled = by_sampled[:, None] / self.temperature
+        if by_compared is None:
             student.mul_(-by_sampled)
         elif derivative is not None:
-            by_divergence = by_leaf[1][:, None]
+            by_divergence = by_compared[:, None] / self.temperature
             total = by_sampled + by_divergence * derivative.sum(-1, keepdim=True)
             student.mul_(-total).addcmul_(derivative, by_divergence)
         else:
-            assert inputs.kept_ids is not None
-            total = by_sampled + by_leaf[1].sum(-1, keepdim=True)
-            student.mul_(-total).scatter_add_(-1, inputs.kept_ids, by_leaf[1])
+            assert kept_ids is not None
+            by_kept = by_compared / self.temperature
+            total = by_sampled + by_kept.sum(-1, keepdim=True)
+            student.mul_(-total).scatter_add_(-1, kept_ids, by_kept)
         student.scatter_add_(-1, sampled_ids[:, None], by_sampled)
 
-    def _accumulate(self, by_logits: Tensor, rows: Tensor) -> None:
-        if self.by_bias is not None:
-            self.by_bias += by_logits.sum(0)
-        hidden = self.student.hidden[rows]
-        if hidden.dtype != by_logits.dtype:
-            by_logits = self.buffers.get("product", len(rows), hidden.dtype).copy_(by_logits)
-        if self.by_hidden is not None:
-            self.by_hidden[rows] = by_logits @ self.student.weight
-        if self.by_weight is not None and self.by_weight.dtype == hidden.dtype:
-            self.by_weight.addmm_(by_logits.T, hidden)
-        elif self.by_weight is not None:
-            self.by_weight += by_logits.T @ hidden
+
+class _SumOfProducts:
+    """sum of G^T X over chunks, [V, H], in the softmax's type: in half precision the later chunks would be lost."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        row_bytes = weight.shape[1] * dtype.itemsize
+        self.in_place = weight.dtype == dtype
+        self.piece_rows = max(1, PIECE_BYTES // row_bytes)
+        self.part_rows = len(weight) if self.in_place else PART_PIECES * self.piece_rows
+        self.parts = [torch.empty_like(part, dtype=dtype) for part in weight.split(self.part_rows)]
+        self.num_chunks = 0
+
+    def add(self, by_logits: Tensor, hidden: Tensor) -> None:
+        """G [n, V] and X [n, H]."""
+        product = None if self.in_place else hidden.new_empty(self.piece_rows, hidden.shape[1])
+        for part, columns in zip(self.parts, by_logits.split(self.part_rows, dim=-1), strict=True):
+            if product is None:
+                part.addmm_(columns.T, hidden, beta=min(self.num_chunks, 1))
+                continue
+            for piece, some in zip(part.split(self.piece_rows), columns.split(self.piece_rows, dim=-1), strict=True):
+                more = torch.mm(some.T, hidden, out=product[: len(piece)])
+                piece.add_(more) if self.num_chunks else piece.copy_(more)
+        self.num_chunks += 1
+
+    def finish(self, dtype: torch.dtype) -> Tensor:
+        """The sum. Parts are given free as they are converted, for the whole is there twice otherwise."""
+        if self.num_chunks == 0:
+            for part in self.parts:
+                part.zero_()
+        if self.in_place:
+            return self.parts.pop().to(dtype)
+        total = self.parts[0].new_empty(sum(map(len, self.parts)), self.parts[0].shape[1], dtype=dtype)
+        for target in total.split(self.part_rows):
+            target.copy_(self.parts.pop(0))
+        return total
+
+
+def _multiply_by_pieces(by_logits: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """G W, [n, H]."""
+    if by_logits.dtype == dtype:
+        return by_logits @ weight
+    # In half precision sums over the whole vocabulary in one call are slower than those over pieces of it.
+    total = by_logits.new_zeros(len(by_logits), weight.shape[1], dtype=dtype)
+    rows = max(1, 4 * PIECE_BYTES // (weight.shape[1] * weight.dtype.itemsize))
+    for columns, piece in zip(by_logits.split(rows, dim=-1), weight.split(rows), strict=True):
+        total.add_(columns @ piece)
+    return total.to(weight.dtype)
 
 
 def _prepare(part: LazyLogits) -> LazyLogits:
@@ -459,13 +535,18 @@ def _cut(distilled: Tensor | None, rows: Tensor, size: int) -> Iterator[tuple[Te
     """Chunks of rows with the teacher's rows for them, then chunks of those that have none."""
     if distilled is not None:
         taught = rows[distilled]
-        for chunk, teacher_rows in zip(taught.split(size), rows[: len(taught)].split(size), strict=True):
-            if len(chunk):  # nothing at all is split into one chunk of nothing
-                yield chunk, teacher_rows
+        for part in _cut_slice(len(taught), size):
+            yield taught[part], rows[part]
         rows = rows[~distilled]
-    for chunk in rows.split(size):
-        if len(chunk):
-            yield chunk, None
+    for part in _cut_slice(len(rows), size):
+        yield rows[part], None
+
+
+def _cut_slice(length: int, size: int) -> Iterator[slice]:
+    """Slices of at most that size, as equal as can be: a short one costs nearly as much as a long one."""
+    number = -(-length // size)
+    for i in range(number):
+        yield slice(i * length // number, (i + 1) * length // number)
 
 
 def _softmax_type(dtype: torch.dtype) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from sdpo import metrics
@@ -12,10 +13,32 @@ from sdpo.algorithm.divergence import compute_entropy
 from sdpo.algorithm.loss import LossInputs, Sums, mean_of
 from sdpo.config import SelfDistillationConfig
 
+# Entries a group in the search for the largest: few enough to look at those of k groups, enough to make few groups.
+TOP_GROUP = 64
+
 
 def gather_log_probs(log_probs: Tensor, token_ids: Tensor) -> Tensor:
     """The entries of ``token_ids`` [N] in distributions [N, V], giving [N]."""
     return log_probs.gather(-1, token_ids[:, None])[:, 0]
+
+
+def select_top(log_probs: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest entries of distributions [N, V], largest first, and which they are: [N, k] each."""
+    vocab_size = log_probs.shape[-1]
+    width = vocab_size // TOP_GROUP
+    if width <= k:
+        return log_probs.topk(k, dim=-1)
+    # The k largest are in the k groups whose own largest entry is largest, or in the rest that fills no group. Group g
+    # is entries g, g + width, g + 2 width ...
+    with torch.no_grad():
+        largest = log_probs[:, : width * TOP_GROUP].unflatten(-1, (TOP_GROUP, width)).amax(1)
+        groups = largest.topk(k, dim=-1, sorted=False).indices
+        offsets = torch.arange(0, width * TOP_GROUP, width, device=log_probs.device)
+        rest = torch.arange(width * TOP_GROUP, vocab_size, device=log_probs.device).expand(len(log_probs), -1)
+        candidates = torch.cat([(groups[:, :, None] + offsets).flatten(1), rest], dim=-1)
+        chosen = log_probs.gather(-1, candidates).topk(k, dim=-1).indices
+        ids = candidates.gather(-1, chosen)
+    return log_probs.gather(-1, ids), ids
 
 
 def build_loss_inputs(
@@ -31,6 +54,8 @@ def build_loss_inputs(
     rollout_is_threshold: float = math.inf,
     distilled: Tensor | None = None,
     teacher: Tensor | None = None,
+    student_probs: Tensor | None = None,
+    teacher_probs: Tensor | None = None,
     distillation_weights: Tensor | None = None,
     distillation_coef: float = 1.0,
 ) -> tuple[LossInputs, Sums]:
@@ -47,12 +72,13 @@ def build_loss_inputs(
         distillation_weights: [N], of which only those of distilled tokens are read.
         distilled: [N] bool, M of them set.
         teacher: [M, V] log-probabilities, normalised; None where nothing is distilled.
+        student_probs, teacher_probs: exp of the two, if it is known already.
     """
     student_log_probs = gather_log_probs(student, sampled_ids)
     old = student_log_probs.detach() if old_log_probs is None else old_log_probs
     if rollout_is_weights is None and rollout_log_probs is not None:
         rollout_is_weights = compute_ratio(old, rollout_log_probs).clamp(max=rollout_is_threshold)
-    sums: Sums = {metrics.ENTROPY: mean_of(compute_entropy(student.detach()))}
+    sums: Sums = {metrics.ENTROPY: mean_of(compute_entropy(student.detach(), student_probs))}
     common = {
         "student_log_probs": student_log_probs,
         "old_log_probs": old,
@@ -64,12 +90,13 @@ def build_loss_inputs(
     if teacher is None:
         return LossInputs(**common), sums  # type: ignore[arg-type]
     assert distilled is not None and distillation_weights is not None
-    sums[metrics.TEACHER_ENTROPY] = mean_of(compute_entropy(teacher))
+    teacher_entropy = compute_entropy(teacher, teacher_probs)
+    sums[metrics.TEACHER_ENTROPY] = mean_of(teacher_entropy)
     teacher_log_probs = gather_log_probs(teacher, sampled_ids[distilled])
     student_rows = student if bool(distilled.all()) else student[distilled]
     kept_ids = None
     if config.distillation_topk is not None:
-        student_rows, kept_ids = student_rows.topk(config.distillation_topk, dim=-1)
+        student_rows, kept_ids = select_top(student_rows, config.distillation_topk)
         teacher = teacher.gather(-1, kept_ids)
     inputs = LossInputs(
         **common,  # type: ignore[arg-type]
@@ -79,5 +106,6 @@ def build_loss_inputs(
         student_distribution=student_rows,
         teacher_distribution=teacher,
         kept_ids=kept_ids,
+        teacher_entropy=None if config.distillation_topk is not None else teacher_entropy.detach(),
     )
     return inputs, sums

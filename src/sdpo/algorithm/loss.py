@@ -54,6 +54,7 @@ class LossInputs:
     teacher_distribution: Tensor | None = None  # [M, V] or [M, K], same entries
     kept_ids: Tensor | None = None  # [M, K] which entries those are, for who wants to know
     divergence: Tensor | None = None  # [M] of whole distributions, where it is known already
+    teacher_entropy: Tensor | None = None  # [M] of whole distributions, where it is known already
     distillation_coef: float = 1.0  # the scheduled weight, >= 0
 
 
@@ -132,6 +133,16 @@ def _compute_clip_factor(divergence: Tensor, limit: float) -> Tensor:
     return limit / divergence.detach().abs().clamp(min=limit)
 
 
+def _compute_teacher_entropy(inputs: LossInputs, config: SelfDistillationConfig) -> Tensor:
+    if inputs.teacher_entropy is not None:
+        return inputs.teacher_entropy
+    teacher = inputs.teacher_distribution
+    assert teacher is not None
+    if config.distillation_topk is not None:
+        teacher = add_tail(teacher) if config.distillation_add_tail else renormalize(teacher)
+    return compute_entropy(teacher.detach())
+
+
 def compute_distillation_token_losses(inputs: LossInputs, config: SelfDistillationConfig) -> tuple[Tensor, Sums]:
     """Loss of each distilled token [M] before aggregation, and the sums for its metrics."""
     assert inputs.distilled is not None and inputs.teacher_log_probs is not None
@@ -146,11 +157,7 @@ def compute_distillation_token_losses(inputs: LossInputs, config: SelfDistillati
         metrics.TEACHER_GAP: mean_of(inputs.teacher_log_probs - student_log_probs),
     }
     if config.teacher_entropy_beta:
-        teacher = inputs.teacher_distribution
-        assert teacher is not None
-        if config.distillation_topk is not None:
-            teacher = add_tail(teacher) if config.distillation_add_tail else renormalize(teacher)
-        losses = losses * torch.exp(-config.teacher_entropy_beta * compute_entropy(teacher.detach()))
+        losses = losses * torch.exp(-config.teacher_entropy_beta * _compute_teacher_entropy(inputs, config))
     if config.is_clip is not None:
         ratio = compute_ratio(student_log_probs.detach(), inputs.old_log_probs[inputs.distilled])
         sums[metrics.IS_CLIP_FRACTION] = mean_of((ratio > config.is_clip).to(losses.dtype))
