@@ -32,17 +32,18 @@ from sdpo import metrics
 from sdpo.algorithm.divergence import differentiate_divergence, exponentiate
 from sdpo.algorithm.inputs import build_loss_inputs, gather_log_probs
 from sdpo.algorithm.loss import LossInputs, LossOutputs, Sums, add_sums, compute_loss, compute_token_weights
+from sdpo.algorithm.products import goes_to_onednn, multiply, multiply_into
 from sdpo.config import SelfDistillationConfig
 
-# The student's logits of a chunk take at most this much, a teacher's a quarter of it: the larger the chunk, the more seldom
-# is the head's gradient read and written, and the faster are the products.
+# The student's logits of a chunk take at most this much, a teacher's a quarter of it: the larger the chunk, the more
+# seldom is the head's gradient read and written, and the faster are the products.
 BUFFER_BYTES = 156_000_000
 # Between the matrix products a processor works in blocks [block, V] of this much, four at a time: what stays in the
 # cache costs less to read again. An accelerator needs larger ones to be busy.
 BLOCK_BYTES = 2_500_000
 ACCELERATOR_BLOCK_BYTES = 60_000_000
-# In half precision the head's gradient is added up in pieces of this much, for the same reason, and so many of them are
-# one part, which is given free as a whole.
+# Where oneDNN multiplies, the head's gradient is added up in pieces of this much, for the same reason. In half precision
+# so many of them are one part, which is given free as a whole.
 PIECE_BYTES = 4_000_000
 PART_PIECES = 16
 
@@ -289,7 +290,7 @@ class _Policy:
     def multiply(self, rows: Tensor) -> Tensor:
         """Hidden states times head at some rows, [n, V]; of several models, the last one's."""
         for part, product in zip(self.parts, self.products, strict=True):
-            torch.mm(part.hidden[rows], part.weight.T, out=product[: len(rows)])
+            multiply_into(product[: len(rows)], part.hidden[rows], part.weight)
         return self.products[-1][: len(rows)]
 
     def normalise(self, block: slice) -> tuple[Tensor, Tensor]:
@@ -482,21 +483,21 @@ class _SumOfProducts:
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         row_bytes = weight.shape[1] * dtype.itemsize
-        self.in_place = weight.dtype == dtype
+        self.in_place = weight.dtype == dtype and not goes_to_onednn(weight)
         self.piece_rows = max(1, PIECE_BYTES // row_bytes)
-        self.part_rows = len(weight) if self.in_place else PART_PIECES * self.piece_rows
+        self.part_rows = len(weight) if weight.dtype == dtype else PART_PIECES * self.piece_rows
         self.parts = [torch.empty_like(part, dtype=dtype) for part in weight.split(self.part_rows)]
         self.num_chunks = 0
 
     def add(self, by_logits: Tensor, hidden: Tensor) -> None:
         """G [n, V] and X [n, H]."""
-        product = None if self.in_place else hidden.new_empty(self.piece_rows, hidden.shape[1])
+        transposed = hidden.T.contiguous() if goes_to_onednn(hidden) else hidden.T
         for part, columns in zip(self.parts, by_logits.split(self.part_rows, dim=-1), strict=True):
-            if product is None:
+            if self.in_place:
                 part.addmm_(columns.T, hidden, beta=min(self.num_chunks, 1))
                 continue
             for piece, some in zip(part.split(self.piece_rows), columns.split(self.piece_rows, dim=-1), strict=True):
-                more = torch.mm(some.T, hidden, out=product[: len(piece)])
+                more = multiply(some.T, transposed)
                 piece.add_(more) if self.num_chunks else piece.copy_(more)
         self.num_chunks += 1
 
@@ -505,7 +506,7 @@ class _SumOfProducts:
         if self.num_chunks == 0:
             for part in self.parts:
                 part.zero_()
-        if self.in_place:
+        if len(self.parts) == 1:
             return self.parts.pop().to(dtype)
         total = self.parts[0].new_empty(sum(map(len, self.parts)), self.parts[0].shape[1], dtype=dtype)
         for target in total.split(self.part_rows):
@@ -515,13 +516,13 @@ class _SumOfProducts:
 
 def _multiply_by_pieces(by_logits: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """G W, [n, H]."""
-    if by_logits.dtype == dtype:
+    if by_logits.dtype == dtype and not goes_to_onednn(weight):
         return by_logits @ weight
-    # In half precision sums over the whole vocabulary in one call are slower than those over pieces of it.
+    # oneDNN's sums over the whole vocabulary in one call are slower than those over pieces of it.
     total = by_logits.new_zeros(len(by_logits), weight.shape[1], dtype=dtype)
     rows = max(1, 4 * PIECE_BYTES // (weight.shape[1] * weight.dtype.itemsize))
     for columns, piece in zip(by_logits.split(rows, dim=-1), weight.split(rows), strict=True):
-        total.add_(columns @ piece)
+        total.add_(multiply(columns, piece.T))
     return total.to(weight.dtype)
 
 

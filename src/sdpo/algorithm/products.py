@@ -14,15 +14,31 @@ from torch import Tensor
 
 # Multiplications in a product from which on oneDNN's longer start pays.
 MIN_SIZE = 2**20
+# Rows of a large matrix that are multiplied at once where the result is copied: it is in the cache then.
+PIECE_ROWS = 4096
 
 
 def multiply(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """left @ right.T + bias, of [..., K] and [N, K]; either may be a transposed view. No gradient."""
     size = left.numel() * len(right)
-    if left.is_cpu and left.dtype == right.dtype == torch.float32 and size >= MIN_SIZE and prefers_onednn():
+    if size >= MIN_SIZE and left.dtype == right.dtype and goes_to_onednn(right):
         product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
         return product
     return torch.nn.functional.linear(left, right, bias)
+
+
+def multiply_into(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """left @ right.T of [M, K] and [N, K] into ``out`` [M, N]; no gradient."""
+    if not goes_to_onednn(right):
+        torch.mm(left, right.T, out=out)
+        return
+    for columns, rows in zip(out.split(PIECE_ROWS, dim=1), right.split(PIECE_ROWS), strict=True):
+        columns.copy_(multiply(left, rows))  # oneDNN makes tensors of its own
+
+
+def goes_to_onednn(tensor: Tensor) -> bool:
+    """Whether large products with this tensor do, if the other one has its type."""
+    return tensor.is_cpu and tensor.dtype == torch.float32 and prefers_onednn()
 
 
 @cache
