@@ -38,13 +38,17 @@ from sdpo.config import SelfDistillationConfig
 # The student's logits of a chunk take at most this much, a teacher's a quarter of it: the larger the chunk, the more
 # seldom is the head's gradient read and written, and the faster are the products.
 BUFFER_BYTES = 156_000_000
-# Between the matrix products a processor works in blocks [block, V] of this much, four at a time: what stays in the
-# cache costs less to read again. An accelerator needs larger ones to be busy.
+# Between the products a processor works in blocks [block, V] of this much, five at a time: what stays in the cache
+# costs less to read again.
 BLOCK_BYTES = 2_500_000
-ACCELERATOR_BLOCK_BYTES = 60_000_000
-# Where oneDNN multiplies, the head's gradient is added up in pieces of this much, for the same reason. In half precision
-# so many of them are one part, which is given free as a whole.
+# Where oneDNN multiplies, products that add up to the head's gradient are made in pieces of this much, for the same
+# reason.
 PIECE_BYTES = 4_000_000
+# An accelerator needs larger ones to be busy.
+ACCELERATOR_BUFFER_BYTES = 280_000_000
+ACCELERATOR_BLOCK_BYTES = 60_000_000
+ACCELERATOR_PIECE_BYTES = 64_000_000
+# So many pieces of a gradient are given free at once: fewer and the system backs them with small pages only.
 PART_PIECES = 16
 
 
@@ -92,9 +96,16 @@ class FusedOutputs(LossOutputs):
     teacher_log_probs: Tensor  # [M]
 
 
-def choose_chunk_size(vocab_size: int, dtype: torch.dtype) -> int:
-    """Tokens a chunk, at least 1, so that their logits in the hidden states' type stay below ``BUFFER_BYTES``."""
-    return max(1, BUFFER_BYTES // (vocab_size * dtype.itemsize))
+def choose_chunk_size(vocab_size: int, dtype: torch.dtype, device: torch.device | None = None) -> int:
+    """Tokens a chunk, at least 1, for hidden states of that type.
+
+    Their logits stay below ``BUFFER_BYTES``; on CUDA below ``ACCELERATOR_BUFFER_BYTES`` and an eighth of what is free.
+    """
+    num_bytes = BUFFER_BYTES
+    if device is not None and device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        num_bytes = min(ACCELERATOR_BUFFER_BYTES, (torch.cuda.mem_get_info(device)[0] + cached) // 8)
+    return max(1, num_bytes // (vocab_size * dtype.itemsize))
 
 
 def compute_fused_loss(
@@ -122,7 +133,7 @@ def compute_fused_loss(
     """
     leaves = (student.hidden, student.weight, student.bias)
     needed = [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
-    size = chunk_size or choose_chunk_size(len(student.weight), student.hidden.dtype)
+    size = chunk_size or choose_chunk_size(len(student.weight), student.hidden.dtype, student.hidden.device)
     with torch.no_grad(), torch.autocast(student.hidden.device.type, enabled=False):
         run = _Pass(_prepare(student), [_prepare(part) for part in teacher], config, temperature, needed, size)
         every_row = torch.arange(len(student.hidden), device=student.hidden.device)
@@ -145,7 +156,7 @@ def compute_token_log_probs(
         temperature: of the sampler, > 0.
         chunk_size: tokens at a time, >= 1; by default ``choose_chunk_size``.
     """
-    size = chunk_size or choose_chunk_size(len(student.weight), student.hidden.dtype)
+    size = chunk_size or choose_chunk_size(len(student.weight), student.hidden.dtype, student.hidden.device)
     with torch.no_grad(), torch.autocast(student.hidden.device.type, enabled=False):
         policy = _Policy([_prepare(student)], temperature, size)
         result = student.hidden.new_empty(len(sampled_ids), dtype=policy.type)
@@ -198,7 +209,7 @@ def fused_self_distillation_loss(
         temperature: of the sampler, > 0; both sides' logits are divided by it.
         softcap: logits -> softcap * tanh(logits / softcap) on both sides, > 0.
         student_bias, teacher_bias: [V], the heads' biases.
-        chunk_size: tokens at a time, >= 1; by default as many as keep a buffer [chunk, V] below ``BUFFER_BYTES``.
+        chunk_size: tokens at a time, >= 1; by default ``choose_chunk_size``.
 
     Returns:
         The scalar loss and its metrics, those of distilled tokens only if there are any. No counted token at all gives
@@ -482,9 +493,8 @@ class _SumOfProducts:
     """sum of G^T X over chunks, [V, H], in the softmax's type: in half precision the later chunks would be lost."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        row_bytes = weight.shape[1] * dtype.itemsize
         self.in_place = weight.dtype == dtype and not goes_to_onednn(weight)
-        self.piece_rows = max(1, PIECE_BYTES // row_bytes)
+        self.piece_rows = _count_piece_rows(weight)
         self.part_rows = len(weight) if weight.dtype == dtype else PART_PIECES * self.piece_rows
         self.parts = [torch.empty_like(part, dtype=dtype) for part in weight.split(self.part_rows)]
         self.num_chunks = 0
@@ -520,10 +530,15 @@ def _multiply_by_pieces(by_logits: Tensor, weight: Tensor, dtype: torch.dtype) -
         return by_logits @ weight
     # oneDNN's sums over the whole vocabulary in one call are slower than those over pieces of it.
     total = by_logits.new_zeros(len(by_logits), weight.shape[1], dtype=dtype)
-    rows = max(1, 4 * PIECE_BYTES // (weight.shape[1] * weight.dtype.itemsize))
+    rows = 4 * _count_piece_rows(weight)
     for columns, piece in zip(by_logits.split(rows, dim=-1), weight.split(rows), strict=True):
         total.add_(multiply(columns, piece.T))
     return total.to(weight.dtype)
+
+
+def _count_piece_rows(weight: Tensor) -> int:
+    piece_bytes = PIECE_BYTES if weight.device.type == "cpu" else ACCELERATOR_PIECE_BYTES
+    return min(len(weight), max(1, piece_bytes // (weight.shape[1] * torch.float32.itemsize)))
 
 
 def _prepare(part: LazyLogits) -> LazyLogits:

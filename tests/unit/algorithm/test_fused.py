@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -514,7 +515,100 @@ def test_a_ratio_needs_the_old_policy() -> None:
     assert float(loss.detach()) > 0
 
 
-def test_the_default_chunk_keeps_a_buffer_below_160_megabytes() -> None:
-    assert choose_chunk_size(151_936, torch.bfloat16) == 263  # 263 * 151,936 * 4 bytes = 159.8 MB
-    assert choose_chunk_size(151_936, torch.float64) == 131
+def test_the_default_chunk_keeps_the_student_s_logits_below_156_megabytes() -> None:
+    assert choose_chunk_size(151_936, torch.bfloat16) == 513  # 513 * 151,936 * 2 bytes = 155.9 MB
+    assert choose_chunk_size(151_936, torch.float32) == 256
     assert choose_chunk_size(10**9, torch.float32) == 1
+    assert choose_chunk_size(151_936, torch.bfloat16, torch.device("cpu")) == 513
+
+
+def test_on_cuda_the_default_chunk_takes_an_eighth_of_the_free_memory_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = 10**12
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**12))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * 10**8)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10**8)
+    device = torch.device("cuda", 0)
+    assert choose_chunk_size(151_936, torch.bfloat16, device) == 921  # 280 MB
+    free = 10**9
+    assert choose_chunk_size(100_000, torch.bfloat16, device) == 750  # (1 GB + 0.2 GB that the cache holds) / 8
+
+
+# Sizes, pieces, precision
+
+
+@pytest.mark.parametrize("size", [1, 4, 63, 64, 65, 640])
+def test_slices_are_as_equal_as_can_be(size: int) -> None:
+    slices = list(fused._cut_slice(640, size))
+    assert [i for s in slices for i in range(s.start, s.stop)] == list(range(640))
+    lengths = {s.stop - s.start for s in slices}
+    assert len(slices) == -(-640 // size)
+    assert max(lengths) - min(lengths) <= 1
+    assert list(fused._cut_slice(0, size)) == []
+
+
+# Not the top k: rounding exchanges which entries are kept.
+@pytest.mark.parametrize("level", [level for level in LEVELS if "full" in level or level == "sampled token"])
+def test_bfloat16_is_within_its_rounding_of_float64_in_any_pieces(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head's gradient in pieces of 3 of 40 rows, two pieces a part. What is exact is taken from the same numbers.
+
+    A bfloat16 has 8 bits, so it is off by 2^-9 of itself at most: logits, and so probabilities by as much as their size
+    (about 8); then the gradient by the logits, and its products.
+    """
+    monkeypatch.setattr(fused, "PIECE_BYTES", 3 * 16 * 4)
+    monkeypatch.setattr(fused, "PART_PIECES", 2)
+    config = SelfDistillationConfig(**LEVELS[level], is_clip=None)
+    half = replace(make_case(torch.bfloat16, size=(70, 40, 16)), temperature=1.0)
+    tensors = {name: value for name, value in vars(half).items() if isinstance(value, Tensor)}
+    whole = replace(half, **{n: v.detach().double() for n, v in tensors.items() if v.dtype == torch.bfloat16})
+    for leaf in whole.leaves():
+        leaf.requires_grad_()
+    mask = torch.ones(70)
+    for size in (16, 70):
+        results = []
+        for case in (whole, half):
+            loss, _ = run_fused(case, config, mask, mask, size)
+            loss.backward()
+            assert [leaf.grad.dtype for leaf in case.leaves() if leaf.grad is not None] == 3 * [case.head.dtype]
+            results.append((float(loss.detach()), case.gradients()))
+        (expected, gradients), (loss_in_half, half_gradients) = results
+        assert loss_in_half == pytest.approx(expected, rel=0.01)
+        for wanted, result in zip(gradients, half_gradients, strict=True):
+            assert float((result.double() - wanted).norm() / wanted.norm()) < 0.015
+
+
+def test_in_bfloat16_many_chunks_are_summed_up_in_float32() -> None:
+    """2,048 equal tokens in chunks of 8: a sum in bfloat16 stands still when a chunk is 2^-9 of it."""
+    case = replace(make_case(torch.bfloat16, size=(7, 40, 16)), temperature=1.0)
+    many = {name: getattr(case, name).detach()[:1].repeat(2048, 1) for name in ("hidden", "teacher_hidden")}
+    ids, old, rollout = (getattr(case, name)[:1].repeat(2048) for name in ("ids", "old", "rollout"))
+    case = replace(case, ids=ids, old=old, rollout=rollout, **many)
+    mask = torch.ones(2048)
+    gradients = []
+    for size in (8, 2048):
+        run_fused(case, SelfDistillationConfig(alpha=0.5), mask, mask, size)[0].backward()
+        gradients.append(case.gradients()[1].float())
+    torch.testing.assert_close(*gradients, rtol=0.01, atol=1e-6)
+    assert float(gradients[1].abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("level", ["full, alpha=0.0", "full, alpha=0.5", "tail, alpha=1.0", "sampled token"])
+def test_memory_does_not_grow_with_the_tokens(
+    level: str, dtype: torch.dtype, count_peak: Callable[[Callable[[], Any]], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """V = 2,000, H = 4, chunks of 32, blocks of 4. A token itself costs its gradient and some numbers."""
+    monkeypatch.setattr(fused, "BLOCK_BYTES", 4 * 2000 * 4)
+    config = SelfDistillationConfig(**LEVELS[level])
+    peaks = {}
+    for number in (96, 288):
+        case = make_case(dtype, size=(number, 2000, 4))
+        mask = torch.ones(number)
+
+        def run(case: Case = case, mask: Tensor = mask) -> None:
+            run_fused(case, config, mask, mask, 32)[0].backward()
+
+        peaks[number] = count_peak(run)
+    # The student's logits, a quarter of it for the teacher's, ten blocks in float32, gradients of head and bias.
+    logits = 32 * 2000 * dtype.itemsize
+    assert peaks[96] < 1.25 * logits + 10 * 4 * 2000 * 4 + 3 * 2000 * 5 * 4 + 96 * 300
+    assert peaks[288] - peaks[96] < 192 * 300 < logits
