@@ -17,9 +17,9 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
 from verl.workers.utils.padding import left_right_2_no_padding
 
+from sdpo.algorithm.fused import FusedOutputs, TokenInputs, compute_fused_loss
 from sdpo.config import SelfDistillationConfig
 from sdpo.verl_backend import engine as engine_module
-from sdpo.verl_backend.engine import LossThroughLogits
 from sdpo.verl_backend.towers import share_images
 from sdpo.verl_backend.worker import SelfDistillationTrainingWorker
 
@@ -94,23 +94,19 @@ def full_weights(module: torch.nn.Module | None) -> dict[str, torch.Tensor]:
 def record_log_probs(recorded: list[dict[str, Any]]) -> None:
     """Keep what student and teacher say of each sampled token, micro-batch by micro-batch."""
 
-    class Recording(LossThroughLogits):
-        def __call__(self, *, student_logits: torch.Tensor | None = None, **others: Any) -> Any:
-            if student_logits is not None:
-                ids = self.tokens.sampled_ids
-                student = student_logits[0].detach()[self.tokens.rows].float().log_softmax(-1)
-                teacher, distilled = self.teacher_log_probs, ids[self.tokens.distilled]
-                recorded.append(
-                    {
-                        "ids": ids,
-                        "student": student.gather(1, ids[:, None])[:, 0],
-                        "distilled": self.tokens.distilled,
-                        "teacher": ids.new_zeros(0) if teacher is None else teacher.gather(1, distilled[:, None])[:, 0],
-                    }
-                )
-            return super().__call__(student_logits=student_logits, **others)
+    def compute(student: Any, teacher: Any, tokens: TokenInputs, config: Any, **settings: Any) -> FusedOutputs:
+        outputs = compute_fused_loss(student, teacher, tokens, config, **settings)
+        recorded.append(
+            {
+                "ids": tokens.sampled_ids,
+                "student": outputs.student_log_probs,
+                "distilled": tokens.distilled,
+                "teacher": outputs.teacher_log_probs,
+            }
+        )
+        return outputs
 
-    engine_module.LossThroughLogits = Recording  # type: ignore[misc]
+    engine_module.compute_fused_loss = compute
 
 
 def count_patches(tower: Any, seen: list[int]) -> None:
@@ -149,7 +145,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         record_log_probs(recorded)
         count_patches(worker.engine.module.model.visual, num_patches)
     else:
-        engine_module.LossThroughLogits = LossThroughLogits  # type: ignore[misc]
+        engine_module.compute_fused_loss = compute_fused_loss
     before = full_weights(worker.engine.teacher.module) if worker.engine.teacher else {}
     values, students = [], []
     for batch in case["batches"]:
