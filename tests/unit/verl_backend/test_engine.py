@@ -15,6 +15,7 @@ from sdpo.embedded.samples import Sample
 from sdpo.tasks.hidden_rule import build_tokenizer
 
 BUDGET = 60
+VOCABULARY = 20_000
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,42 @@ def results(
         },
     }
     return train_on_verl(cases, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("teacher", ["ema", "trust-region", "live"])
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_logits_of_all_tokens_are_never_there(
+    teacher: str,
+    packed: bool,
+    base: dict[str, Any],
+    make_model: Callable[..., PreTrainedModel],
+    make_samples: Callable[..., list[Sample]],
+    pad_for_verl: Callable[..., dict[str, torch.Tensor]],
+    train_on_verl: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    model = make_model(vocab_size=VOCABULARY)
+    model.save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    samples = make_samples(24, seed=2)
+    case = {
+        **base,
+        "model": str(tmp_path),
+        "settings": {"alpha": 0.5, "teacher_regularization": teacher, "grpo_coef": 0.3},
+        "batches": [pad_for_verl(samples, [torch.tensor(sample.response.log_probs) for sample in samples], 2.0)],
+        "mini_batch_size": 24,
+        "max_tokens": None,
+        "micro_batch_size": 24,
+        "use_remove_padding": packed,
+        "buffer_bytes": 8 * VOCABULARY * 4,
+    }
+    result = train_on_verl({"large": case}, 1)["large"]
+    num_scored = sum(len(sample.response.token_ids) for sample in samples)
+    head = model.lm_head.weight.nbytes  # FSDP2 gathers it; the loss makes its gradient
+    assert head < num_scored * VOCABULARY * 4 / 4
+    assert 0 < result["largest"] <= 2 * head
+    assert 0 < result["largest_of_scores"] <= 2 * head
 
 
 @pytest.mark.slow
