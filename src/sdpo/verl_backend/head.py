@@ -64,7 +64,7 @@ def compute_at_head(
     known = build_lazy_logits(module, torch.ones(1, 1))
     scale = float(known.hidden)
     one = scale if known.softcap is None else known.softcap * math.tanh(scale / known.softcap)
-    if len(results) != 1 or not math.isclose(float(said[0, 0, 0]), one, rel_tol=0.01):
+    if len(results) != 1 or not math.isclose(float(said[0, 0, 0].detach()), one, rel_tol=0.01):
         raise UserError(
             f"actor_rollout_ref.model.path: {_name(module)} makes logits of its hidden states in a way that "
             "actor_rollout_ref.actor.policy_loss.loss_mode=sdpo does not know; take another model"
