@@ -184,8 +184,6 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
 
     def _score(self, micro_batch: TensorDict, loss_function: Any) -> Any:
         """Log-probabilities and entropies of all tokens of a micro-batch, as verl's ``forward_step`` returns them."""
-        if tu.get_non_tensor_data(data=micro_batch, key="calculate_sum_pi_squared", default=False):
-            return super().forward_step(micro_batch, loss_function, True)  # of logits as a whole
         token_ids = micro_batch["input_ids"]
         next_ids, temperature = token_ids.values().roll(-1), float(micro_batch["temperature"])
         inputs, _ = self.prepare_model_inputs(micro_batch)

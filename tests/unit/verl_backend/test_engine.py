@@ -16,6 +16,7 @@ from sdpo.tasks.hidden_rule import build_tokenizer
 
 BUDGET = 60
 VOCABULARY = 20_000
+BFLOAT16 = {"param_dtype": "bf16", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,7 @@ def results(
         "offloaded": {**base, "engine": {"param_offload": True, "optimizer_offload": True}},
         "kept gathered": {**base, "engine": {"reshard_after_forward": False}},
         "half precision": {**base, "engine": {"model_dtype": "bf16"}},
+        "bfloat16 products": {**base, "engine": {"mixed_precision": BFLOAT16}},
         "rejected": {**base, "batches": [rejected]},
         "without them": {**base, "batches": [pad_for_verl(samples[:6], old[:6], 2.0)], "mini_batch_size": 6},
         "broken": {**base, "batches": [broken]},
@@ -168,6 +170,20 @@ def test_the_average_of_a_student_in_half_precision_is_kept_in_float32(results: 
         for student in result["students"]:
             teacher = 0.95 * teacher + 0.05 * student[name].float()
         torch.testing.assert_close(result["teacher"][name], teacher, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_products_in_bfloat16_are_near_those_in_float32(results: dict[str, Any]) -> None:
+    half, plain = results["bfloat16 products"], results["plain"]
+    for step in range(2):
+        values, expected = half["metrics"][step], plain["metrics"][step]
+        assert values["loss"] == pytest.approx(expected["loss"], rel=0.05)
+        assert values["loss"] != expected["loss"]
+        assert values["grad_norm"][0] == pytest.approx(expected["grad_norm"][0], rel=0.1)
+    for name, value in half["students"][-1].items():
+        assert value.dtype == torch.float32
+        before, after = plain["teacher_before"][name], plain["students"][-1][name]
+        assert (value - after).norm() < 0.5 * (after - before).norm(), name
 
 
 @pytest.mark.slow
