@@ -180,10 +180,10 @@ def test_products_in_bfloat16_are_near_those_in_float32(results: dict[str, Any])
         assert values["loss"] == pytest.approx(expected["loss"], rel=0.05)
         assert values["loss"] != expected["loss"]
         assert values["grad_norm"][0] == pytest.approx(expected["grad_norm"][0], rel=0.1)
-    for name, value in half["students"][-1].items():
-        assert value.dtype == torch.float32
-        before, after = plain["teacher_before"][name], plain["students"][-1][name]
-        assert (value - after).norm() < 0.5 * (after - before).norm(), name
+    moved = {name: value - plain["teacher_before"][name] for name, value in plain["students"][-1].items()}
+    off = {name: value - half["students"][-1][name] for name, value in plain["students"][-1].items()}
+    assert all(value.dtype == torch.float32 for value in half["students"][-1].values())
+    assert sum(v.square().sum() for v in off.values()) < 0.1 * sum(v.square().sum() for v in moved.values())
 
 
 @pytest.mark.slow
