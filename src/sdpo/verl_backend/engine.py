@@ -180,7 +180,7 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         # verl adds up the ranks' gradients and divides by their number, and the token weights are those of the whole
         # mini-batch, over all ranks.
         loss = loss * self.get_data_parallel_size()
-        return loss, {"model_output": {}, "loss": loss.item(), "metrics": {}}
+        return loss, {"model_output": {}, "loss": loss.detach().item(), "metrics": {}}
 
     def _score(self, micro_batch: TensorDict, loss_function: Any) -> Any:
         """Log-probabilities and entropies of all tokens of a micro-batch, as verl's ``forward_step`` returns them."""
@@ -203,7 +203,7 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
             loss, metrics = loss_function(
                 model_output=output, data=micro_batch, dp_group=self.get_data_parallel_group()
             )
-        return loss, {"model_output": output, "loss": loss.item(), "metrics": metrics}
+        return loss, {"model_output": output, "loss": loss.detach().item(), "metrics": metrics}
 
     @torch.no_grad()
     def _read_teacher(self, tokens: PackedTokens, micro_batch: TensorDict) -> list[tuple[nn.Module, LazyLogits]]:
