@@ -43,23 +43,33 @@ def compute_dense_logits(lazy: LazyLogits) -> Tensor:
 
 
 @torch.no_grad()
-def check_head(model: nn.Module) -> None:
-    """Compare the logits of a few tokens with the model's own.
+def measure_logit_scale(model: nn.Module) -> float:
+    """By what a model multiplies its hidden states, beyond what ``build_lazy_logits`` knows: 1 for nearly all models.
+
+    A few tokens are read, and the model's logits of them compared with those of its output layer.
 
     Raises:
-        UserError: this model makes logits in a way that is not known here.
+        UserError: they are not proportional, so this model makes logits in a way that is not known here.
     """
     transformer: Any = model
     device = next(model.parameters()).device
+    if device.type == "meta":  # a model to count with: nothing can be computed
+        return 1.0
     token_ids = torch.arange(PROBE_LENGTH, device=device)[None]
     was_training = model.training
     model.eval()
-    hidden = transformer.base_model(input_ids=token_ids, use_cache=False).last_hidden_state
-    logits = transformer(input_ids=token_ids, use_cache=False).logits
+    hidden = transformer.base_model(input_ids=token_ids, use_cache=False).last_hidden_state[0]
+    logits = transformer(input_ids=token_ids, use_cache=False).logits[0].float()
     model.train(was_training)
-    difference = (compute_dense_logits(build_lazy_logits(model, hidden[0])) - logits[0]).abs().max()
-    if float(difference) > (1e-3 if logits.dtype == torch.float32 else 0.05) * float(logits.abs().max()):
+    plain = compute_dense_logits(build_lazy_logits(model, hidden)).float()
+    scale = float((logits * plain).sum() / plain.square().sum())
+    tolerance = 1e-3 if hidden.dtype == torch.float32 else 0.05
+    if abs(scale - 1.0) < tolerance:
+        scale = 1.0
+    difference = (compute_dense_logits(build_lazy_logits(model, hidden * scale)).float() - logits).abs().max()
+    if not float(difference) <= tolerance * float(logits.abs().max()):
         raise UserError(
             f"model.path: {type(model).__name__} makes logits of its hidden states in a way that is not supported "
             f"(off by {float(difference):.2g})"
         )
+    return scale
