@@ -76,6 +76,22 @@ def test_the_page_has_the_same_table() -> None:
         assert written == expected, name
 
 
+def test_the_full_vocabulary_fits_as_the_page_says() -> None:
+    page = (ROOT / "docs" / "geo3k_memory.md").read_text()
+    path, full = CONFIGS / "geo3k_2gpus.yaml", "self_distillation.distillation_topk=null"
+    assert load_run(path).learner.micro_batch_tokens == 8192
+    cost = dry_run(path, full)
+    vocabulary, hidden, unit = 151_936, 2048, 160_000_000
+    parts = [11 * unit, 6 * vocabulary * hidden, 2 * vocabulary * hidden, (4096 * 2 + 8192 // 2) * hidden * 4]
+    assert cost.phases["a micro-batch"]["logits"] == sum(parts)
+    for size in (*parts, sum(parts)):
+        assert f"| {format_bytes(size)} |" in page
+    assert f"It takes {format_bytes(cost.learner_peak)} now, as with top-k" in page
+    assert cost.learner_peak == dry_run(path).learner_peak < 72 * 2**30
+    twice = dry_run(path, full, "learner.micro_batch_tokens=16384")
+    assert f"At 16384 tokens a micro-batch the learner takes {format_bytes(twice.learner_peak)}" in page
+
+
 @pytest.mark.parametrize("path", GEO3K, ids=lambda path: path.stem)
 def test_a_peers_solution_fits_as_the_page_says(path: Path) -> None:
     shown = ["self_distillation.demonstration_source=peer_then_ground_truth", "self_distillation.max_reprompt_len=4608"]

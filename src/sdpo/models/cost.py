@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from sdpo.algorithm import fused
 from sdpo.config import ModelConfig, Run, SelfDistillationConfig
 from sdpo.models.loading import build_meta_model, get_window, reads_images
 from sdpo.models.vision import CHUNK_SIZE, get_tower_parameters
@@ -266,3 +267,30 @@ def count_logits(config: SelfDistillationConfig, vocab_size: int) -> int:
     else:
         units = 11
     return units * 4 * vocab_size
+
+
+def count_fused_loss(
+    config: SelfDistillationConfig, vocab_size: int, hidden_size: int, size: int, num_tokens: int
+) -> int:
+    """Bytes at the worst moment of ``compute_fused_loss`` and its backward pass: chunks, whatever the number of tokens.
+
+    In units of ``fused.BUFFER_BYTES``, as counted by torch's profiler where a chunk is worked on as a whole.
+
+    Args:
+        size: bytes of a value in the products.
+        num_tokens: whose hidden states have gradients.
+    """
+    if not config.distills:
+        units = 6
+    elif config.distillation_topk is None and config.full_logit_distillation and config.alpha not in (0.0, 1.0):
+        units = 11
+    else:
+        units = 8
+    units += config.distills and config.teacher_regularization == "trust-region"
+    # The gradient of the head is added up in float32; next to it is what is added, and then what it is cast to.
+    return units * fused.BUFFER_BYTES + (4 + size) * vocab_size * hidden_size + 4 * size * num_tokens * hidden_size
+
+
+def count_log_probs() -> int:
+    """Bytes at the worst moment of log-probabilities and entropies that are computed in chunks."""
+    return 5 * fused.BUFFER_BYTES

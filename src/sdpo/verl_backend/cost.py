@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sdpo.config import Run
-from sdpo.models.cost import BYTES, Cost, Lengths, ModelSize, bound_lengths, count_logits, measure_model
+from sdpo.models.cost import (
+    BYTES,
+    Cost,
+    Lengths,
+    ModelSize,
+    bound_lengths,
+    count_fused_loss,
+    count_log_probs,
+    measure_model,
+)
 
 # Settings of verl that say how many GPUs there are, with the defaults of config/sdpo_trainer.yaml.
 GPUS = {
@@ -73,16 +82,19 @@ def _sizes(run: Run) -> tuple[int, int]:
     return size, 2 if run.learner.autocast else size
 
 
+def _has_module(run: Run) -> bool:
+    return run.self_distillation.distills and run.self_distillation.teacher_regularization != "live"
+
+
 def _averages(run: Run) -> bool:
     return run.self_distillation.distills and run.self_distillation.teacher_regularization == "ema"
 
 
 def _hold(run: Run, model: ModelSize, num_gpus: int) -> dict[str, int]:
-    config = run.self_distillation
     size, gathered = _sizes(run)
     shards = _share(model.num_params * size, num_gpus)
     teacher = _share(model.num_params * 4, num_gpus) if _averages(run) else shards
-    has_module = config.distills and config.teacher_regularization != "live"
+    has_module = _has_module(run)
     layer = max(stack.num_params // stack.num_layers for stack in (model.language, model.tower) if stack is not None)
     # What is outside the layers stays gathered from forward to backward pass; of layers, one and the next. Their
     # gradients are gathered too, and cast to float32 before the ranks add them up.
@@ -98,20 +110,21 @@ def _hold(run: Run, model: ModelSize, num_gpus: int) -> dict[str, int]:
 
 
 def _learn(run: Run, model: ModelSize, lengths: Lengths) -> dict[str, int]:
-    """What is not a response may be an image's, whose patches go through the tower in the same pass."""
+    """Any token may be an image's, whose patches go through the tower in the same pass."""
     _, size = _sizes(run)
+    config = run.self_distillation
     checkpointing = run.learner.gradient_checkpointing
     stack, image_token = model.language, 0
     if model.tower is not None:
         image_token = model.patches_a_token * model.tower.count_learning(size, size, checkpointing=checkpointing)
-    response_token = max(count_logits(run.self_distillation, model.vocab_size), image_token)
-    # verl makes logits of prompts too, scales them by the temperature, and takes the gradient of all.
-    every = lengths.student * 3 + lengths.teacher
+    hidden_size, head = stack.hidden_size, model.vocab_size * stack.hidden_size * size
+    loss = count_fused_loss(config, model.vocab_size, hidden_size, size, lengths.scored)
     return {
         "activations": lengths.student * stack.count_learning(size, size, checkpointing=checkpointing)
         + lengths.teacher * stack.count_reading(size),
-        "activations of the image tower": (lengths.student - lengths.scored) * image_token,
-        "logits": lengths.scored * response_token + every * model.vocab_size * size,
+        "activations of the image tower": lengths.student * image_token,
+        # The teacher's output layer outlasts the teacher's pass.
+        "logits": loss + head * _has_module(run) + lengths.teacher * hidden_size * size,
     }
 
 
@@ -120,7 +133,7 @@ def _score(run: Run, model: ModelSize, lengths: Lengths) -> dict[str, int]:
     tokens = max(run.learner.micro_batch_tokens, lengths.prompt + lengths.response)
     return {
         "activations": tokens * model.language.count_reading(size),
-        "logits": tokens * 3 * model.vocab_size * size,
+        "logits": count_log_probs(),
     }
 
 

@@ -1,9 +1,11 @@
-"""verl's FSDP2 engine with a teacher beside the student and the SDPO loss behind verl's logits hook."""
+"""verl's FSDP2 engine with a teacher beside the student and the SDPO loss where the student's logits would be made."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,11 @@ from verl.utils.fsdp_utils import load_fsdp_model_to_gpu, offload_fsdp_model_to_
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from sdpo.algorithm.inputs import build_loss_inputs
-from sdpo.algorithm.loss import Sums, add_sums, compute_loss, compute_token_weights
+from sdpo.algorithm.fused import LazyLogits, compute_fused_loss
+from sdpo.algorithm.loss import Sums, add_sums, compute_token_weights
 from sdpo.algorithm.teacher import Teacher
 from sdpo.config import SelfDistillationConfig
+from sdpo.verl_backend.head import compute_at_head, compute_log_probs
 from sdpo.verl_backend.packing import (
     DISTILLATION_WEIGHTS,
     POLICY_WEIGHTS,
@@ -39,47 +42,6 @@ from sdpo.verl_backend.towers import compute_positions, freeze_tower, share_imag
 
 MODEL_TYPE = "self_distillation_language_model"
 FORWARD_SETTINGS = ("temperature", "use_remove_padding", "pad_mode", "pad_token_id")
-
-
-class LossThroughLogits:
-    """The SDPO loss of one micro-batch in verl's two calls: per token where the logits are, then as a scalar.
-
-    verl adds up the ranks' gradients and divides by their number, so the scalar is multiplied by it: the token weights
-    are those of the whole mini-batch, over all ranks.
-    """
-
-    def __init__(
-        self, tokens: PackedTokens, teacher_log_probs: Tensor | None, config: SelfDistillationConfig, num_ranks: int
-    ) -> None:
-        self.tokens = tokens
-        self.teacher_log_probs = teacher_log_probs
-        self.config = config
-        self.num_ranks = num_ranks
-        self.sums: Sums = {}
-
-    def __call__(
-        self, *, model_output: Any = None, student_logits: Tensor | None = None, **_: Any
-    ) -> dict[str, Tensor] | tuple[Tensor, dict[str, Any]]:
-        if student_logits is None:
-            return model_output["token_losses"].values().sum() * self.num_ranks, {}
-        logits, tokens = student_logits[0], self.tokens  # over the temperature already
-        inputs, self.sums = build_loss_inputs(
-            torch.log_softmax(logits[tokens.rows].float(), dim=-1),
-            tokens.sampled_ids,
-            self.config,
-            old_log_probs=tokens.old_log_probs,
-            policy_weights=tokens.policy_weights,
-            advantages=tokens.advantages,
-            rollout_is_weights=tokens.rollout_is_weights,
-            distilled=tokens.distilled,
-            teacher=self.teacher_log_probs,
-            distillation_weights=tokens.distillation_weights,
-            distillation_coef=tokens.distillation_coef,
-        )
-        outputs = compute_loss(inputs, self.config)
-        self.sums |= outputs.sums
-        spread = outputs.token_losses.new_zeros(len(logits)).index_put((tokens.rows,), outputs.token_losses)
-        return {"token_losses": spread[None]}
 
 
 @EngineRegistry.register(model_type=MODEL_TYPE, backend=["fsdp2"], device=["cuda", "cpu"])
@@ -195,43 +157,74 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         return output
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
-        if forward_only:
-            return super().forward_step(micro_batch, loss_function, forward_only)
         micro_batch = micro_batch.to(get_device_id())
+        if forward_only:
+            return self._score(micro_batch, loss_function)
         tokens = pack_tokens(micro_batch)
-        loss = LossThroughLogits(
-            tokens, self._compute_teacher_log_probs(tokens, micro_batch), self.config, self.get_data_parallel_size()
-        )
-        # The loss needs nothing of what verl computes by itself: the hook's tensor is the only output.
-        tu.assign_non_tensor(micro_batch, distillation_use_topk=True, distillation_only=True, calculate_entropy=False)
-        result = super().forward_step(micro_batch, loss, forward_only)
-        add_sums(self._sums, loss.sums)
-        return result
+        teacher = self._read_teacher(tokens, micro_batch)
+
+        def compute(student: LazyLogits) -> Tensor:
+            # Of a teacher that is the student the weight is gathered again by now.
+            parts = [
+                replace(part, weight=student.weight, bias=student.bias) if module is self.module else part
+                for module, part in teacher
+            ]
+            temperature = float(micro_batch["temperature"])
+            outputs = compute_fused_loss(student, parts, tokens.inputs, self.config, temperature=temperature)
+            add_sums(self._sums, outputs.sums)
+            return outputs.loss
+
+        inputs, _ = self.prepare_model_inputs(micro_batch)
+        with self._autocast():
+            loss = compute_at_head(self.module, inputs, tokens.rows, compute)
+        # verl adds up the ranks' gradients and divides by their number, and the token weights are those of the whole
+        # mini-batch, over all ranks.
+        loss = loss * self.get_data_parallel_size()
+        return loss, {"model_output": {}, "loss": loss.detach().item(), "metrics": {}}
+
+    def _score(self, micro_batch: TensorDict, loss_function: Any) -> Any:
+        """Log-probabilities and entropies of all tokens of a micro-batch, as verl's ``forward_step`` returns them."""
+        token_ids = micro_batch["input_ids"]
+        next_ids, temperature = token_ids.values().roll(-1), float(micro_batch["temperature"])
+        inputs, _ = self.prepare_model_inputs(micro_batch)
+        with self._autocast():
+            values = compute_at_head(
+                self.module,
+                inputs,
+                slice(None),
+                partial(compute_log_probs, token_ids=next_ids, temperature=temperature),
+            )
+        log_probs, entropies = (torch.nested.nested_tensor_from_jagged(v, token_ids.offsets()) for v in values)
+        output = {"log_probs": log_probs}
+        if tu.get_non_tensor_data(data=micro_batch, key="calculate_entropy", default=False):
+            output["entropy"] = entropies
+        loss, metrics = log_probs.values().new_ones(()), {}
+        if loss_function is not None:
+            loss, metrics = loss_function(
+                model_output=output, data=micro_batch, dp_group=self.get_data_parallel_group()
+            )
+        return loss, {"model_output": output, "loss": loss.detach().item(), "metrics": metrics}
 
     @torch.no_grad()
-    def _compute_teacher_log_probs(self, tokens: PackedTokens, micro_batch: TensorDict) -> Tensor | None:
-        """[M, V] log-probabilities of the teacher, over the sampling temperature; None if no sample is distilled."""
+    def _read_teacher(self, tokens: PackedTokens, micro_batch: TensorDict) -> list[tuple[nn.Module, LazyLogits]]:
+        """What the teacher's logits [M, V] are made of, model by model; nothing if no sample is distilled."""
         if self.teacher is None:
-            return None
-        batch = self._build_teacher_inputs(tokens, micro_batch)
-        inputs, _ = self.prepare_model_inputs(batch)
-        mask = inputs["attention_mask"]
-        total: Tensor | None = None
+            return []
+        inputs, _ = self.prepare_model_inputs(self._build_teacher_inputs(tokens, micro_batch))
+        parts = []
         for module, coefficient in self.teacher.policy(self.module):
+            keep = partial(_keep, coefficient=coefficient, with_weight=module is not self.module)
             with self._autocast():
-                logits = module(**inputs, use_cache=False).logits
-            logits = logits[0] if mask is None else logits[mask.bool()]
-            logits = logits[tokens.teacher_rows].float() * (coefficient / float(batch["temperature"]))
-            total = logits if total is None else total + logits
-            for part in module.modules():
-                if isinstance(part, FSDPModule):
-                    part.reshard()  # what is still gathered would hide the shards that the average is taken of
-        return torch.log_softmax(total, dim=-1) if tokens.teacher_sequences and total is not None else None
+                parts.append((module, compute_at_head(module, inputs, tokens.teacher_rows, keep)))
+            for each in module.modules():
+                if isinstance(each, FSDPModule):
+                    each.reshard()  # what is still gathered would hide the shards that the average is taken of
+        return parts if tokens.teacher_sequences else []
 
     def _build_teacher_inputs(self, tokens: PackedTokens, micro_batch: TensorDict) -> TensorDict:
         """The teacher's sequences as a micro-batch of verl's, with the images of their samples."""
         # Every rank runs the teacher as often as every other, since its forward pass gathers shards.
-        sequences = tokens.teacher_sequences or [tokens.sampled_ids.new_zeros(1)]
+        sequences = tokens.teacher_sequences or [tokens.inputs.sampled_ids.new_zeros(1)]
         images = read_images(micro_batch)
         shown = [images[i] for i in tokens.teacher_samples] or [{}]
         batch = TensorDict(
@@ -296,6 +289,15 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         table = torch.tensor([[float(total), float(count)] for total, count in pairs], dtype=torch.float64).to(device)
         dist.all_reduce(table, group=self.get_data_parallel_group())
         return {name: total / max(count, 1.0) for name, (total, count) in zip(every, table.tolist(), strict=True)}
+
+
+def _keep(logits: LazyLogits, coefficient: float, with_weight: bool) -> LazyLogits:
+    """Logits that outlast the forward pass, after which the weights that were gathered for it are gone."""
+    kept = replace(logits, coefficient=coefficient)
+    if with_weight:
+        bias = None if logits.bias is None else logits.bias.clone()
+        kept = replace(kept, weight=logits.weight.clone(), bias=bias)
+    return kept
 
 
 def read_images(micro_batch: TensorDict) -> list[dict[str, Tensor]]:

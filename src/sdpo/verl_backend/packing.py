@@ -1,7 +1,7 @@
 """verl's micro-batch as packed response tokens, the form that the loss reads.
 
 verl hands the engine sequences without padding (nested), and what belongs to response tokens either padded on the right
-(one-step-off) or nested (V1 trainers). A row of logits predicts the token after it, so the response token ``t`` of a
+(one-step-off) or nested (V1 trainers). A row predicts the token after it, so the response token ``t`` of a
 sequence that ends at ``end`` with ``length`` response tokens is predicted by row ``end - length - 1 + t``.
 """
 
@@ -13,6 +13,8 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
+
+from sdpo.algorithm.fused import TokenInputs
 
 # Fields that the trainer adds to verl's batch, one entry a sample.
 TEACHER_PROMPTS = "teacher_prompts"  # [B, L] token ids, padded on the right
@@ -32,19 +34,12 @@ class PackedTokens:
     the N, but stays in the sequences.
     """
 
-    rows: Tensor  # [N] rows of the student's packed logits
-    sampled_ids: Tensor  # [N]
-    old_log_probs: Tensor  # [N]
-    advantages: Tensor  # [N]
-    rollout_is_weights: Tensor | None  # [N]
-    policy_weights: Tensor  # [N]
-    distillation_weights: Tensor  # [N]
-    distillation_coef: float
-    distilled: Tensor  # [N] bool, M of them set
+    rows: Tensor  # [N] rows of the student's packed hidden states
+    inputs: TokenInputs  # N of them, M distilled
     teacher_samples: list[int]  # which of the samples are distilled
     teacher_sequences: list[Tensor]  # token ids, one each distilled sample
     teacher_prompt_lengths: list[int]  # of these sequences
-    teacher_rows: Tensor  # [M] rows of the teacher's packed logits
+    teacher_rows: Tensor  # [M] rows of the teacher's packed hidden states
 
 
 def pad_right(values: Tensor) -> Tensor:
@@ -98,14 +93,16 @@ def pack_tokens(data: TensorDict) -> PackedTokens:
     distilled = is_distilled[samples]
     return PackedTokens(
         rows=rows,
-        sampled_ids=token_ids[rows + 1],
-        old_log_probs=by_token("old_log_probs"),
-        advantages=by_token("advantages"),
-        rollout_is_weights=by_token("rollout_is_weights") if data.get("rollout_is_weights") is not None else None,
-        policy_weights=data[POLICY_WEIGHTS][samples],
-        distillation_weights=data[DISTILLATION_WEIGHTS][samples],
-        distillation_coef=float(data[DISTILLATION_COEF][0]),
-        distilled=distilled,
+        inputs=TokenInputs(
+            sampled_ids=token_ids[rows + 1],
+            old_log_probs=by_token("old_log_probs"),
+            policy_weights=data[POLICY_WEIGHTS][samples],
+            advantages=by_token("advantages"),
+            rollout_is_weights=by_token("rollout_is_weights") if data.get("rollout_is_weights") is not None else None,
+            distilled=distilled,
+            distillation_weights=data[DISTILLATION_WEIGHTS][samples],
+            distillation_coef=float(data[DISTILLATION_COEF][0]),
+        ),
         teacher_samples=samples_distilled,
         teacher_sequences=sequences,
         teacher_prompt_lengths=prompt_lengths[samples_distilled].tolist(),

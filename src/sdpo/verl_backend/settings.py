@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from verl.utils.import_utils import import_external_libs
+from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config import FSDPActorConfig
 
 from sdpo.config import SelfDistillationConfig
@@ -78,6 +79,7 @@ def check_config(config: DictConfig) -> None:
         f"{ACTOR}.entropy_coeff": (actor.entropy_coeff, 0),
         f"{ACTOR}.use_kl_loss": (actor.use_kl_loss, False),
         f"{ACTOR}.calculate_entropy": (actor.calculate_entropy, False),
+        f"{ACTOR}.calculate_sum_pi_squared": (actor.get("calculate_sum_pi_squared", False), False),
         f"{ACTOR}.use_prefix_grouper": (actor.get("use_prefix_grouper", False), False),
         f"{ACTOR}.clip_ratio_low": (actor.clip_ratio_low, settings.clip_ratio_low),
         f"{ACTOR}.clip_ratio_high": (actor.clip_ratio_high, settings.clip_ratio_high),
@@ -101,6 +103,17 @@ def check_config(config: DictConfig) -> None:
             if key.split(".")[-1] in ("clip_ratio_low", "clip_ratio_high", "norm_adv_by_std_in_grpo"):
                 hint = f"; set {ACTOR}.self_distillation.{key.split('.')[-1]} instead"
             raise UserError(f"{key}={value} has no meaning with loss_mode=sdpo, it must be {wanted}{hint}")
+    if model.get("enable_activation_offload", False):
+        raise UserError(
+            "actor_rollout_ref.model.enable_activation_offload=True is not supported with loss_mode=sdpo: it would "
+            "run the output layer twice, inside of which the loss is computed; set it to false"
+        )
+    precision = actor.fsdp_config.get("mixed_precision") or {}
+    if PrecisionType.is_fp16(precision.get("param_dtype")):
+        raise UserError(
+            f"{ACTOR}.fsdp_config.mixed_precision.param_dtype={precision.get('param_dtype')} is not supported with "
+            "loss_mode=sdpo: a token's gradient is too small for it; use bf16 or fp32"
+        )
     if actor.loss_agg_mode == "token-sum":
         raise UserError(f"{ACTOR}.loss_agg_mode=token-sum is not supported with loss_mode=sdpo; use token-mean")
     correction = config.algorithm.rollout_correction

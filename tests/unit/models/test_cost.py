@@ -22,8 +22,10 @@ from transformers import (
     Qwen2Model,
 )
 
-from sdpo.config import ModelConfig
-from sdpo.models.cost import Stack, measure_model
+from sdpo.algorithm import fused
+from sdpo.algorithm.fused import LazyLogits, TokenInputs, compute_fused_loss
+from sdpo.config import ModelConfig, SelfDistillationConfig
+from sdpo.models.cost import Stack, count_fused_loss, measure_model
 from sdpo.models.loading import load_model
 from sdpo.models.processing import load_reader
 from sdpo.models.vision import SeenImages, get_tower_parameters
@@ -180,3 +182,49 @@ def test_activations_stay_below_their_bound_and_near_it(family: str, precision: 
     with torch.no_grad():
         peak = count_peak(call)
     assert bound / 3 < peak <= bound
+
+
+# ---- the loss in chunks ---------------------------------------------------------------------------------------------
+
+LOSSES: dict[str, dict[str, Any]] = {
+    "Jensen-Shannon": {"alpha": 0.5},
+    "forward KL": {"alpha": 0.0},
+    "reverse KL": {"alpha": 1.0},
+    "top-k": {"alpha": 0.5, "distillation_topk": 100},
+    "sampled token": {"alpha": 1.0, "full_logit_distillation": False},
+    "trust region": {"alpha": 0.5, "teacher_regularization": "trust-region"},
+    "entropy weight": {"alpha": 0.5, "teacher_entropy_beta": 0.3},
+    "GRPO": {"grpo_coef": 1.0},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_loss_in_chunks_stays_below_its_bound(
+    loss: str, dtype: torch.dtype, count_peak: CountPeak, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocab_size, hidden_size, config = 4000, 32, SelfDistillationConfig(**LOSSES[loss])
+    monkeypatch.setattr(fused, "BUFFER_BYTES", 100 * vocab_size * 4)
+    monkeypatch.setattr(fused, "BLOCK_BYTES", 1 << 60)  # a chunk as a whole, as an accelerator takes it
+
+    def make(num_tokens: int) -> LazyLogits:
+        hidden, weight = torch.randn(num_tokens, hidden_size), torch.randn(vocab_size, hidden_size)
+        return LazyLogits(hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_())
+
+    for n in (100, 400):
+        student, teacher = make(n), [make(n)] * (2 if loss == "trust region" else config.distills)
+        tokens = TokenInputs(
+            sampled_ids=torch.randint(0, vocab_size, (n,)),
+            old_log_probs=torch.full((n,), -8.0),
+            policy_weights=torch.full((n,), 1 / n),
+            advantages=torch.randn(n),
+            distilled=torch.ones(n, dtype=torch.bool),
+            distillation_weights=torch.full((n,), 1 / n),
+        )
+
+        def learn(student: LazyLogits = student, teacher: Any = teacher, tokens: TokenInputs = tokens) -> None:
+            compute_fused_loss(student, teacher, tokens, config).loss.backward()
+
+        bound = count_fused_loss(config, vocab_size, hidden_size, dtype.itemsize, n)
+        assert bound / 2 < count_peak(learn) <= bound, n

@@ -97,7 +97,19 @@ def test_taking_turns_the_gpus_that_train_sample(estimate: Callable[..., Any]) -
     assert cost.takes_turns and cost.num_samplers == 4
 
 
-def test_a_token_of_a_response_or_of_an_image(estimate: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    ("settings", "buffers", "heads"),
+    [
+        ({"alpha": 0.5, "distillation_topk": 100}, 8, 1),
+        ({"alpha": 0.5}, 11, 1),
+        ({"alpha": 0.0}, 8, 1),
+        ({"alpha": 0.5, "teacher_regularization": "trust-region"}, 12, 1),
+        ({"alpha": 0.5, "teacher_regularization": "live"}, 11, 0),
+    ],
+)
+def test_logits_take_chunks_and_the_output_layer(
+    settings: dict[str, Any], buffers: int, heads: int, estimate: Callable[..., Any]
+) -> None:
     cost = estimate(
         model__dtype="bfloat16",
         data__train_batch_size=32,
@@ -106,10 +118,20 @@ def test_a_token_of_a_response_or_of_an_image(estimate: Callable[..., Any]) -> N
         sampler__max_response_length=2048,
         learner__micro_batch_tokens=6144,
         learner__gradient_checkpointing=True,
-        self_distillation__distillation_topk=100,
-        self_distillation__alpha=0.5,
         self_distillation__max_reprompt_len=2816,
+        **{f"self_distillation__{name}": value for name, value in settings.items()},
     )
-    # At most 3072 response tokens, 4352 of the student and 6144 of the teacher: one sample is always let in.
-    assert cost.phases["a micro-batch"]["logits"] == 151_936 * (3072 * 6 * 4 + (4352 * 3 + 6144) * 2)
-    assert cost.phases["old log-probabilities"]["logits"] == 151_936 * 6144 * 3 * 2
+    # The gradient of the output layer in float32 and once more in bfloat16, and the teacher's.
+    chunks = buffers * 160_000_000 + 151_936 * 2048 * (4 + 2 + 2 * heads)
+    # At most 3072 response tokens of the student and 6144 tokens of the teacher.
+    assert cost.phases["a micro-batch"]["logits"] == chunks + 2048 * (3072 * 4 * 2 + 6144 * 2)
+    assert cost.phases["old log-probabilities"]["logits"] == 5 * 160_000_000
+
+
+def test_any_token_of_the_student_may_be_an_images(estimate: Callable[..., Any]) -> None:
+    one, two = (
+        estimate(data__train_batch_size=64, sampler__n=8, learner__micro_batch_tokens=n).phases["a micro-batch"]
+        for n in (16384, 32768)
+    )
+    name = "activations of the image tower"
+    assert two[name] == 2 * one[name] > 0

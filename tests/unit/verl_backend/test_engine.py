@@ -15,6 +15,8 @@ from sdpo.embedded.samples import Sample
 from sdpo.tasks.hidden_rule import build_tokenizer
 
 BUDGET = 60
+VOCABULARY = 20_000
+BFLOAT16 = {"param_dtype": "bf16", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,7 @@ def results(
         "offloaded": {**base, "engine": {"param_offload": True, "optimizer_offload": True}},
         "kept gathered": {**base, "engine": {"reshard_after_forward": False}},
         "half precision": {**base, "engine": {"model_dtype": "bf16"}},
+        "bfloat16 products": {**base, "engine": {"mixed_precision": BFLOAT16}},
         "rejected": {**base, "batches": [rejected]},
         "without them": {**base, "batches": [pad_for_verl(samples[:6], old[:6], 2.0)], "mini_batch_size": 6},
         "broken": {**base, "batches": [broken]},
@@ -86,6 +89,42 @@ def results(
         },
     }
     return train_on_verl(cases, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("teacher", ["ema", "trust-region", "live"])
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_logits_of_all_tokens_are_never_there(
+    teacher: str,
+    packed: bool,
+    base: dict[str, Any],
+    make_model: Callable[..., PreTrainedModel],
+    make_samples: Callable[..., list[Sample]],
+    pad_for_verl: Callable[..., dict[str, torch.Tensor]],
+    train_on_verl: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    model = make_model(vocab_size=VOCABULARY)
+    model.save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    samples = make_samples(24, seed=2)
+    case = {
+        **base,
+        "model": str(tmp_path),
+        "settings": {"alpha": 0.5, "teacher_regularization": teacher, "grpo_coef": 0.3},
+        "batches": [pad_for_verl(samples, [torch.tensor(sample.response.log_probs) for sample in samples], 2.0)],
+        "mini_batch_size": 24,
+        "max_tokens": None,
+        "micro_batch_size": 24,
+        "use_remove_padding": packed,
+        "buffer_bytes": 8 * VOCABULARY * 4,
+    }
+    result = train_on_verl({"large": case}, 1)["large"]
+    num_scored = sum(len(sample.response.token_ids) for sample in samples)
+    head = model.lm_head.weight.nbytes  # FSDP2 gathers it; the loss makes its gradient
+    assert head < num_scored * VOCABULARY * 4 / 4
+    assert 0 < result["largest"] <= 2 * head
+    assert 0 < result["largest_of_scores"] <= 2 * head
 
 
 @pytest.mark.slow
@@ -131,6 +170,20 @@ def test_the_average_of_a_student_in_half_precision_is_kept_in_float32(results: 
         for student in result["students"]:
             teacher = 0.95 * teacher + 0.05 * student[name].float()
         torch.testing.assert_close(result["teacher"][name], teacher, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_products_in_bfloat16_are_near_those_in_float32(results: dict[str, Any]) -> None:
+    half, plain = results["bfloat16 products"], results["plain"]
+    for step in range(2):
+        values, expected = half["metrics"][step], plain["metrics"][step]
+        assert values["loss"] == pytest.approx(expected["loss"], rel=0.05)
+        assert values["loss"] != expected["loss"]
+        assert values["grad_norm"][0] == pytest.approx(expected["grad_norm"][0], rel=0.1)
+    moved = {name: value - plain["teacher_before"][name] for name, value in plain["students"][-1].items()}
+    off = {name: value - half["students"][-1][name] for name, value in plain["students"][-1].items()}
+    assert all(value.dtype == torch.float32 for value in half["students"][-1].values())
+    assert sum(v.square().sum() for v in off.values()) < 0.1 * sum(v.square().sum() for v in moved.values())
 
 
 @pytest.mark.slow

@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from sdpo import metrics
 from sdpo.context.encode import TeacherPrompt
@@ -44,6 +54,27 @@ WAYS: dict[str, dict[str, Any]] = {
     "temperature": {"sampler__temperature": 0.7},
     "no rollout weights": {"learner__rollout_is": "none"},
 }
+SHAPE: dict[str, Any] = {
+    "vocab_size": 12,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+PHI = {"partial_rotary_factor": 1.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": None, "final_logit_softcapping": 2.0}
+# Models whose logits are not those of a linear layer of its own without a bias.
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "tied weights": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True)),
+    "soft-capped logits": lambda: Gemma2ForCausalLM(Gemma2Config(**SHAPE, **GEMMA)),
+    "scaled logits": lambda: GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=0.5)),
+    "biased output layer": lambda: PhiForCausalLM(PhiConfig(**SHAPE, **PHI)),
+}
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +84,32 @@ def samples(make_samples: Callable[..., list[Sample]]) -> list[Sample]:
 
 
 @pytest.fixture(scope="module")
-def model_dir(make_model: Callable[..., PreTrainedModel], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    make_model().save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
-    return folder
+def build_model(make_model: Callable[..., PreTrainedModel]) -> Callable[[str], PreTrainedModel]:
+    """The model of a run by the run's name, always with the same random weights."""
+
+    def build(name: str) -> PreTrainedModel:
+        if name not in MODELS:
+            return make_model()
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            model = MODELS[name]().eval()
+            for weight, param in model.named_parameters():
+                if "norm" not in weight:
+                    param.normal_(std=0.4)
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def model_dirs(
+    build_model: Callable[[str], PreTrainedModel], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    folders = {name: tmp_path_factory.mktemp("model") for name in ("", *MODELS)}
+    for name, folder in folders.items():
+        build_model(name).save_pretrained(folder)
+        build_tokenizer().save_pretrained(folder)
+    return folders
 
 
 def all_runs() -> dict[str, dict[str, Any]]:
@@ -65,12 +117,13 @@ def all_runs() -> dict[str, dict[str, Any]]:
         name: {f"self_distillation__{key}": value for key, value in settings.items()}
         for name, settings in SETTINGS.items()
     }
-    return {**runs, **WAYS}
+    models = {name: {"self_distillation__grpo_coef": 0.3} for name in MODELS}
+    return {**runs, **WAYS, **models}
 
 
 @pytest.fixture(scope="module")
 def embedded(
-    make_model: Callable[..., PreTrainedModel],
+    build_model: Callable[[str], PreTrainedModel],
     samples: list[Sample],
     make_run_in: Callable[..., Any],
 ) -> dict[str, dict[str, Any]]:
@@ -81,7 +134,7 @@ def embedded(
         run = make_run_in(data__train_batch_size=PROMPTS, sampler__n=N, optim__lr=1e-3, **settings)
         nothing = TeacherPrompt(None, [], truncated=False)
         samples = [s if run.self_distillation.distills else replace(s, teacher_prompt=nothing) for s in everything]
-        learner = Learner(make_model(), run, pad_token_id=0)
+        learner = Learner(build_model(name), run, pad_token_id=0)
         old, values = [], []
         for _ in range(2):
             old.append(learner.compute_log_probs(samples))
@@ -104,7 +157,7 @@ def on_verl(
     train_on_verl: Callable[..., dict[str, Any]],
     pad_for_verl: Callable[..., dict[str, torch.Tensor]],
     embedded: dict[str, dict[str, Any]],
-    model_dir: Path,
+    model_dirs: dict[str, Path],
 ) -> dict[str, Any]:
     cases = {}
     # verl cuts a batch into ranks first and each rank's share into mini-batches then: sample i of ours goes there.
@@ -114,7 +167,7 @@ def on_verl(
         run = result["run"]
         threshold = run.learner.rollout_is_threshold if run.learner.rollout_is == "token" else None
         cases[name] = {
-            "model": str(model_dir),
+            "model": str(model_dirs.get(name, model_dirs[""])),
             "settings": asdict(run.self_distillation),
             "batches": [
                 pad_for_verl([result["samples"][i] for i in order], [old[i] for i in order], threshold)
@@ -129,7 +182,8 @@ def on_verl(
             "use_remove_padding": number % 2 == 0,
             "max_tokens": None if number % 3 == 0 else 60,
             "micro_batch_size": 2,
-            "engine": {},
+            "score": True,
+            "engine": {"use_no_sync_for_gradient_accumulation": number % 4 != 0},
         }
     return train_on_verl(cases, request.param)
 
@@ -151,6 +205,17 @@ def test_a_step_is_the_same_on_both_engines(
         assert weights.keys() == expected.keys()
         for weight, value in expected.items():
             torch.testing.assert_close(weights[weight], value, rtol=1e-4, atol=2e-6, msg=weight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", all_runs())
+def test_old_log_probs_are_the_same_on_both_engines(
+    name: str, on_verl: dict[str, Any], embedded: dict[str, dict[str, Any]]
+) -> None:
+    for scores, old in zip(on_verl[name]["scores"], embedded[name]["old"], strict=True):
+        mine = [0, 1, 4, 5] if len(scores["log_probs"]) < len(old) else range(len(old))  # of the first of two ranks
+        for log_probs, i in zip(scores["log_probs"], mine, strict=True):
+            torch.testing.assert_close(log_probs, old[i], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -5,8 +5,12 @@ Usage: train_cases.py CASES.pt RESULTS.pt, with RANK, WORLD_SIZE, MASTER_ADDR, M
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +21,10 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
 from verl.workers.utils.padding import left_right_2_no_padding
 
+from sdpo.algorithm import fused
+from sdpo.algorithm.fused import FusedOutputs, TokenInputs, compute_fused_loss
 from sdpo.config import SelfDistillationConfig
 from sdpo.verl_backend import engine as engine_module
-from sdpo.verl_backend.engine import LossThroughLogits
 from sdpo.verl_backend.towers import share_images
 from sdpo.verl_backend.worker import SelfDistillationTrainingWorker
 
@@ -64,15 +69,21 @@ def share_of_rank(batch: dict[str, Any]) -> dict[str, Any]:
     return {name: values[mine] for name, values in batch.items()}
 
 
-def learn(worker: SelfDistillationTrainingWorker, case: dict[str, Any], batch: dict[str, Any]) -> Any:
+def send(case: dict[str, Any], batch: dict[str, Any], **settings: Any) -> TensorDict:
+    """This rank's share of a batch, as verl's trainer would send it."""
     mine = share_of_rank(batch)
     images = mine.pop("multi_modal_inputs", None)
     data = left_right_2_no_padding(TensorDict(mine, batch_size=len(mine["input_ids"])))
     if images is not None:
         data["multi_modal_inputs"] = NonTensorStack(*map(NonTensorData, images))
-    tu.assign_non_tensor(
-        data,
-        temperature=case["temperature"],
+    tu.assign_non_tensor(data, temperature=case["temperature"], **settings)
+    return data
+
+
+def learn(worker: SelfDistillationTrainingWorker, case: dict[str, Any], batch: dict[str, Any]) -> Any:
+    data = send(
+        case,
+        batch,
         mini_batch_size=case["mini_batch_size"],
         epochs=1,
         seed=0,
@@ -80,6 +91,26 @@ def learn(worker: SelfDistillationTrainingWorker, case: dict[str, Any], batch: d
         compute_loss=True,
     )
     return tu.get(worker.train_mini_batch(data), "metrics")
+
+
+def score(worker: SelfDistillationTrainingWorker, case: dict[str, Any], batch: dict[str, Any]) -> dict[str, Any]:
+    """Log-probabilities and entropies of each of this rank's responses, as the trainer asks for them."""
+    output = worker.infer_batch(send(case, batch, calculate_entropy=True, compute_loss=False))
+    lengths = share_of_rank(batch)["response_mask"].sum(1).tolist()
+    return {
+        name: [values[-length - 1 : -1] for values, length in zip(output[name].unbind(), lengths, strict=True)]
+        for name in ("log_probs", "entropy")
+    }
+
+
+def find_largest(call: Callable[[], Any]) -> int:
+    """Bytes of the largest tensor that a call allocates."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        profile.export_chrome_trace(file.name)
+        events = json.loads(Path(file.name).read_text())["traceEvents"]
+    return max(event["args"]["Bytes"] for event in events if event.get("name") == "[memory]")
 
 
 def full_weights(module: torch.nn.Module | None) -> dict[str, torch.Tensor]:
@@ -94,23 +125,19 @@ def full_weights(module: torch.nn.Module | None) -> dict[str, torch.Tensor]:
 def record_log_probs(recorded: list[dict[str, Any]]) -> None:
     """Keep what student and teacher say of each sampled token, micro-batch by micro-batch."""
 
-    class Recording(LossThroughLogits):
-        def __call__(self, *, student_logits: torch.Tensor | None = None, **others: Any) -> Any:
-            if student_logits is not None:
-                ids = self.tokens.sampled_ids
-                student = student_logits[0].detach()[self.tokens.rows].float().log_softmax(-1)
-                teacher, distilled = self.teacher_log_probs, ids[self.tokens.distilled]
-                recorded.append(
-                    {
-                        "ids": ids,
-                        "student": student.gather(1, ids[:, None])[:, 0],
-                        "distilled": self.tokens.distilled,
-                        "teacher": ids.new_zeros(0) if teacher is None else teacher.gather(1, distilled[:, None])[:, 0],
-                    }
-                )
-            return super().__call__(student_logits=student_logits, **others)
+    def compute(student: Any, teacher: Any, tokens: TokenInputs, config: Any, **settings: Any) -> FusedOutputs:
+        outputs = compute_fused_loss(student, teacher, tokens, config, **settings)
+        recorded.append(
+            {
+                "ids": tokens.sampled_ids,
+                "student": outputs.student_log_probs,
+                "distilled": tokens.distilled,
+                "teacher": outputs.teacher_log_probs,
+            }
+        )
+        return outputs
 
-    engine_module.LossThroughLogits = Recording  # type: ignore[misc]
+    engine_module.compute_fused_loss = compute
 
 
 def count_patches(tower: Any, seen: list[int]) -> None:
@@ -138,9 +165,9 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     engine_module.share_images = share_images
     num_passes, forward_step = [0], worker.engine.forward_step
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        num_passes[0] += 1
-        return forward_step(*args, **kwargs)
+    def counted(*args: Any, forward_only: bool, **kwargs: Any) -> Any:
+        num_passes[0] += not forward_only
+        return forward_step(*args, forward_only=forward_only, **kwargs)
 
     worker.engine.forward_step = counted
     recorded: list[dict[str, Any]] = []
@@ -149,21 +176,29 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         record_log_probs(recorded)
         count_patches(worker.engine.module.model.visual, num_patches)
     else:
-        engine_module.LossThroughLogits = LossThroughLogits  # type: ignore[misc]
+        engine_module.compute_fused_loss = compute_fused_loss
     before = full_weights(worker.engine.teacher.module) if worker.engine.teacher else {}
-    values, students = [], []
+    values, students, scores = [], [], []
     for batch in case["batches"]:
+        if case.get("score"):
+            scores.append(score(worker, case, batch))
         values.append(learn(worker, case, batch))
         students.append(full_weights(worker.engine.module))
     result = {
         "metrics": values,
         "students": students,
+        "scores": scores,
         "teacher_before": before,
         "num_passes": num_passes[0],
         "log_probs": gather_in_order(recorded),
         "num_patches": num_patches[0],
         "teacher": full_weights(worker.engine.teacher.module) if worker.engine.teacher else {},
     }
+    if "buffer_bytes" in case:
+        fused.BUFFER_BYTES, usual = case["buffer_bytes"], fused.BUFFER_BYTES
+        result["largest"] = find_largest(lambda: learn(worker, case, case["batches"][0]))
+        result["largest_of_scores"] = find_largest(lambda: score(worker, case, case["batches"][0]))
+        fused.BUFFER_BYTES = usual
     if "checkpoint" in case:
         worker.engine.save_checkpoint(case["checkpoint"], global_step=1)
         again = build_worker({**case, "settings": {**case["settings"], **case.get("changed", {})}})
