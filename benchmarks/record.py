@@ -13,6 +13,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
+from importlib.metadata import version
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -78,7 +80,11 @@ def describe_kernels() -> dict[str, Any]:
         "onednn_max_isa": os.environ.get("ONEDNN_MAX_CPU_ISA", "default"),
         "aten_capability": torch.backends.cpu.get_cpu_capability(),
         "processor_flags": sorted(flag for flag in flags if re.match(r"avx|amx|fma|bf16", flag)),
-        "libraries": [line.strip(" -") for line in torch.__config__.show().splitlines() if "Version" in line],
+        "libraries": [
+            line.strip(" -")
+            for line in torch.__config__.show().splitlines()
+            if re.search("Kernel|DNN|CUDA Runtime", line)
+        ],
         "huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled").strip(),
         HUGE_PAGES: os.environ.get(HUGE_PAGES, "not set"),
     }
@@ -101,6 +107,7 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        **{package: version(package) for package in ("trl", "liger_kernel") if find_spec(package)},
     }
 
 
@@ -110,7 +117,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row])
-    Console(width=110).print(table)
+    Console(width=130).print(table)
 
 
 def save(name: str, results: Mapping[str, Any]) -> None:

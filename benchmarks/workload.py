@@ -75,7 +75,9 @@ class Workload:
 
         def count(text: str) -> int:
             message = [{"role": "user", "content": text}]
-            return len(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"])
+            return len(
+                tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+            )
 
         num_digits = self.prompt_length - count("")
         rows = []
@@ -131,9 +133,7 @@ class Workload:
             for _ in range(self.num_prompts)
         ]
         prompts = parts.prompts_of(1)
-        return build_samples(
-            parts.task, parts.tokenizer, prompts, responses, run.self_distillation, parts.window, rng
-        )
+        return build_samples(parts.task, parts.tokenizer, prompts, responses, run.self_distillation, parts.window, rng)
 
 
 def build_tokenizer(vocab_size: int) -> Any:
