@@ -5,10 +5,10 @@
     python benchmarks/gpu_step.py --tiny             # a trial without a GPU
 
 The model has the architecture of Qwen2.5 and random weights in bfloat16; samples are made beforehand. A phase is what
-``Learner.learn`` does with the rollouts of a step: forward pass of the teacher, forward and backward pass of the student,
-loss over the full vocabulary, optimizer, teacher update. Tokens are those that student and teacher read. Utilisation is
-the floating-point operations that the model needs (none for recomputed ones) by the time of the phase, over the rate at
-which the same GPU multiplies large matrices in the same run.
+``Learner.learn`` does with the rollouts of a step: forward pass of the teacher, forward and backward pass of the
+student, loss over the full vocabulary, optimizer, teacher update. Tokens are those that student and teacher read.
+Utilisation is the floating-point operations that the model needs (none for recomputed ones) by the time of the phase,
+over the rate at which the same GPU multiplies large matrices in the same run.
 """
 
 from __future__ import annotations

@@ -119,9 +119,8 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     base = BASE
     if options.tiny:
-        base = replace(
-            base, hidden_size=32, intermediate_size=64, num_prompts=1, n=2, vocab_size=512, response_length=8
-        )
+        base = replace(base, hidden_size=32, intermediate_size=64, vocab_size=512)
+        base = replace(base, num_prompts=1, n=2, response_length=8)
     (kernels,) = run_all(describe_kernels, [()], workers=1)
     axes: list[dict[str, Any]] = []
     for axis in options.axes:

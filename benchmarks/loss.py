@@ -13,9 +13,9 @@
 
 Each line is a process of its own on one thread. There it takes turns with the floor: the time ratio is the median of
 theirs turn by turn. Peak memory is the highest resident set of one loss with its backward pass (on a GPU, the most
-memory allocated), less what was resident with the inputs made (hidden states of both sides [N, H], output layers of both
-[V, H], ids, mask), less the two gradients [N, H] and [V, H] that every line leaves behind. Half-precision logits are
-made float32 before the softmax, as TRL's mixed precision does; only Liger leaves them as they are.
+memory allocated), less what was resident with the inputs made (hidden states of both sides [N, H], output layers of
+both [V, H], ids, mask), less the two gradients [N, H] and [V, H] that every line leaves behind. Half-precision logits
+are made float32 before the softmax, as TRL's mixed precision does; only Liger leaves them as they are.
 
 A line for which the memory given by --memory-gib is not enough is skipped and marked so.
 """
@@ -222,10 +222,10 @@ def measure(case: Case, chunk: int) -> dict[str, Any]:
     except RuntimeError as error:  # a compiler's message may be pages long
         message = str(error)
         if re.search("allocate memory|out of memory|Cannot allocate", message):
-            return {"skipped": f"needs more than {case.memory_bytes / 2**30:.0f} GiB"}
+            return {"skipped": f"needs more than {case.memory_bytes / 2**30:.1f} GiB"}
         return {"skipped": (message.strip() or type(error).__name__).splitlines()[0][:200]}
     except MemoryError:
-        return {"skipped": f"needs more than {case.memory_bytes / 2**30:.0f} GiB"}
+        return {"skipped": f"needs more than {case.memory_bytes / 2**30:.1f} GiB"}
 
 
 def _measure(case: Case, chunk: int) -> dict[str, Any]:
@@ -233,10 +233,8 @@ def _measure(case: Case, chunk: int) -> dict[str, Any]:
     floor = partial(run_floor, chunk, inputs)
     if case.line == "floor":
         peak = _find_peak(case, inputs, floor)
-        return {
-            "seconds": statistics.median(_time(case.device, floor) for _ in range(case.repeats)),
-            "peak_bytes": peak,
-        }
+        seconds = statistics.median(_time(case.device, floor) for _ in range(case.repeats))
+        return {"seconds": seconds, "of_floor": 1.0, "peak_bytes": peak}
     losses: list[Any] = []
 
     def line() -> None:
@@ -314,7 +312,7 @@ def measure_alone(case: Case, chunk: int) -> dict[str, Any]:
     try:
         return run_all(measure, [(case, chunk)], workers=1)[0]
     except BrokenProcessPool:
-        return {"skipped": f"its process ended, within {case.memory_bytes / 2**30:.0f} GiB"}
+        return {"skipped": f"its process ended, within {case.memory_bytes / 2**30:.1f} GiB"}
 
 
 def tabulate(rows: list[dict[str, Any]]) -> list[list[Any]]:
@@ -324,7 +322,7 @@ def tabulate(rows: list[dict[str, Any]]) -> list[list[Any]]:
         if "skipped" in row:
             table.append([*name, row["skipped"], "", ""])
         else:
-            table.append([*name, row["seconds"], row.get("of_floor", 1.0), row["peak_bytes"] // 10**6])
+            table.append([*name, row["seconds"], row["of_floor"], row["peak_bytes"] // 10**6])
     return table
 
 
@@ -335,9 +333,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--lines", nargs="+", default=list(LINES), choices=LINES)
-    parser.add_argument(
-        "--settings-tokens", type=int, help="where all divergences are measured; default: the second size"
-    )
+    parser.add_argument("--settings-tokens", type=int, help="where to measure all divergences; default: the second")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=3, help="turns")
     parser.add_argument("--memory-gib", type=float, help="of a line's process; default: what is free, less one")
@@ -345,6 +341,7 @@ def main() -> None:
     parser.add_argument("--note", default="", help="what else ran on the machine; kept with the numbers")
     chosen = parser.parse_args()
     os.environ[HUGE_PAGES] = "0" if chosen.no_huge_pages else "1"
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     memory = int((chosen.memory_gib or _find_free_gib() - 1) * 2**30)
     at = chosen.settings_tokens or chosen.tokens[min(1, len(chosen.tokens) - 1)]
     sizes = (chosen.hidden, chosen.vocab, chosen.device, chosen.repeats, memory)
@@ -370,7 +367,7 @@ def main() -> None:
                     row = {key: asdict(case)[key] for key in ("tokens", "dtype", "setting", "line")}
                     results["measured"].append(row | measure_alone(case, chunk))
                     print(*tabulate(results["measured"][-1:])[0], flush=True)
-        save("loss", results)
+        save("loss" if chosen.device == "cpu" else "loss_gpu", results)
     print_table(
         f"Loss and gradients, vocabulary {chosen.vocab}, hidden size {chosen.hidden}, {chosen.device}, one thread",
         ["tokens", "dtype", "setting", "line", "seconds", "of the floor", "peak MB"],

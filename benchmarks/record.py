@@ -80,11 +80,7 @@ def describe_kernels() -> dict[str, Any]:
         "onednn_max_isa": os.environ.get("ONEDNN_MAX_CPU_ISA", "default"),
         "aten_capability": torch.backends.cpu.get_cpu_capability(),
         "processor_flags": sorted(flag for flag in flags if re.match(r"avx|amx|fma|bf16", flag)),
-        "libraries": [
-            line.strip(" -")
-            for line in torch.__config__.show().splitlines()
-            if re.search("Kernel|DNN|CUDA Runtime", line)
-        ],
+        "libraries": re.findall(r"- (.*(?:Math Kernel|MKL-DNN|CUDA Runtime|CuDNN).*)", torch.__config__.show()),
         "huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled").strip(),
         HUGE_PAGES: os.environ.get(HUGE_PAGES, "not set"),
     }

@@ -77,10 +77,7 @@ def main() -> None:
     print_table(
         f"Seconds from the start of the process, of {options.repeats} times",
         ["", "median", "slowest", "target"],
-        [
-            [line, m["seconds"], m["slowest"], f"< {m['target']:g}" if m["target"] else ""]
-            for line, m in measured.items()
-        ],
+        [[line, m["seconds"], m["slowest"], f"< {m['target']}" if m["target"] else ""] for line, m in measured.items()],
     )
     save("startup", {"note": options.note, "repeats": options.repeats, "measured": measured})
 

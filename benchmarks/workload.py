@@ -74,10 +74,8 @@ class Workload:
         rng = random.Random(0)
 
         def count(text: str) -> int:
-            message = [{"role": "user", "content": text}]
-            return len(
-                tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
-            )
+            chat = [{"role": "user", "content": text}]
+            return len(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"])
 
         num_digits = self.prompt_length - count("")
         rows = []
