@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512, help="tokens a prompt")
     parser.add_argument("--feedback", type=int, default=256, help="tokens of feedback that the teacher is shown")
     parser.add_argument("--response", type=int, default=1024, help="tokens a response")
-    parser.add_argument("--micro-batch-tokens", type=int, default=32_768)
+    parser.add_argument("--micro-batch-tokens", type=int, default=16_384)
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tiny", action="store_true", help="least sizes, on the processor")
@@ -150,7 +150,10 @@ def main() -> None:
     if options.tiny:
         options.models, options.prompts, options.n = ["tiny"], 2, 2
         options.prompt, options.feedback, options.response = 64, 8, 16
-    measured = [run_all(measure, [(model, options)], workers=1)[0] for model in options.models]
+    measured: list[dict[str, Any]] = []
+    for model in options.models:
+        measured += run_all(measure, [(model, options)], workers=1)
+        save("gpu_step", {"note": options.note, "options": vars(options), "measured": measured})
     print_table(
         f"Learning from {options.prompts} x {options.n} rollouts of {options.response} tokens",
         ["", "seconds", "tokens/s", "TFLOP/s", "products, TFLOP/s", "utilisation", "peak, GB"],
@@ -167,7 +170,6 @@ def main() -> None:
             for m in measured
         ],
     )
-    save("gpu_step", {"note": options.note, "options": vars(options), "measured": measured})
 
 
 if __name__ == "__main__":

@@ -47,8 +47,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "top 100 with tail": {"alpha": 0.5, "distillation_topk": 100},
     "sampled token": {"alpha": 1.0, "full_logit_distillation": False},
 }
-CHUNKS = (64, 128, 256, 512)
-CHUNK_TRIAL = 512  # tokens with which the floor's chunk size is chosen
+CHUNKS = {"cpu": (64, 128, 256, 512), "cuda": (512, 1024, 2048, 4096, 8192)}  # of the floor, the best is chosen
 
 
 @dataclass(frozen=True)
@@ -296,7 +295,7 @@ def choose_chunk(case: Case) -> tuple[int, dict[str, Any]]:
     torch.set_num_threads(1)
     inputs = build_inputs(case)
     seconds = {}
-    for chunk in [size for size in CHUNKS if size <= case.tokens] or [case.tokens]:
+    for chunk in [size for size in CHUNKS[case.device] if size <= case.tokens] or [case.tokens]:
         seconds[chunk] = min(_time(case.device, partial(run_floor, chunk, inputs)) for _ in range(2))
     return min(seconds, key=lambda chunk: seconds[chunk]), describe_kernels()
 
@@ -342,7 +341,7 @@ def main() -> None:
     chosen = parser.parse_args()
     os.environ[HUGE_PAGES] = "0" if chosen.no_huge_pages else "1"
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-    memory = int((chosen.memory_gib or _find_free_gib() - 1) * 2**30)
+    memory = int((chosen.memory_gib or _find_free_gib(chosen.device) - 1) * 2**30)
     at = chosen.settings_tokens or chosen.tokens[min(1, len(chosen.tokens) - 1)]
     sizes = (chosen.hidden, chosen.vocab, chosen.device, chosen.repeats, memory)
     results: dict[str, Any] = {
@@ -356,7 +355,7 @@ def main() -> None:
         "measured": [],
     }
     for dtype in chosen.dtypes:
-        trial = Case("floor", "", min(CHUNK_TRIAL, max(chosen.tokens)), dtype, *sizes)
+        trial = Case("floor", "", min(max(CHUNKS[chosen.device]), max(chosen.tokens)), dtype, *sizes)
         (chunk, results["kernels"]) = run_all(choose_chunk, [(trial,)], workers=1)[0]
         results["floor_chunk"][dtype] = chunk
         for tokens in chosen.tokens:
@@ -375,7 +374,11 @@ def main() -> None:
     )
 
 
-def _find_free_gib() -> float:
+def _find_free_gib(device: str) -> float:
+    if device == "cuda":
+        import torch
+
+        return float(torch.cuda.mem_get_info()[0]) / 2**30
     match = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), flags=re.MULTILINE)
     assert match is not None
     return int(match[1]) / 2**20
