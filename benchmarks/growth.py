@@ -5,9 +5,9 @@
 
 Each point is a process of its own on one thread, the fastest of several calls. Time counts above what the same learner
 takes for a sample of one response token (optimizer and teacher, which grow with the model alone); memory above what was
-resident before the call, with model, teacher and optimizer there. The exponent is the slope of the last two points on
-logarithmic axes: 1 is linear, 0 does not grow. Nothing should be above linear, but for attention, whose part grows with
-the square of a length.
+resident before the call, with model, teacher and optimizer there. The exponent is the slope of the last three points on
+logarithmic axes: 1 is linear, 0 does not grow. Nothing should be above linear but attention, whose part grows with the
+square of a length.
 """
 
 from __future__ import annotations

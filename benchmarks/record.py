@@ -58,9 +58,11 @@ def _read_status(name: str) -> int:
 
 
 def compute_slope(points: Sequence[tuple[float, float]]) -> float | None:
-    """The exponent p of y ~ x^p between the last two points (x, y); None where y is not above 0."""
-    (x, y), (larger_x, larger_y) = points[-2:]
-    return math.log(larger_y / y) / math.log(larger_x / x) if min(y, larger_y) > 0 else None
+    """The exponent p of y ~ x^p that fits the last three points (x, y) best; None where a y is not above 0."""
+    if min(y for _, y in points[-3:]) <= 0:
+        return None
+    xs, ys = zip(*((math.log(x), math.log(y)) for x, y in points[-3:]), strict=True)
+    return statistics.linear_regression(xs, ys).slope
 
 
 def median_of(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -86,7 +86,7 @@ def run_trl(folder: str, workload: Workload, topk: int | None, steps: int, at_on
     import pyarrow.parquet as pq
     import torch
     from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
     from transformers.utils import logging
     from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
@@ -186,6 +186,7 @@ def run_trl(folder: str, workload: Workload, topk: int | None, steps: int, at_on
         processing_class=AutoTokenizer.from_pretrained(path / "model"),
         callbacks=None,
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Clock())  # the last, after that which updates the teacher
     backward = trainer.accelerator.backward
 

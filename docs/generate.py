@@ -138,8 +138,8 @@ Target: at most 0.5 times TRL's time and 0.4 times its memory.
 """
 
 GROWTH = """\
-Time and memory of a step as one size grows and the others stay, three octaves each: the exponents between the last two
-points, above what does not grow. 1 is linear.
+Time and memory of a step as one size grows and the others stay, over three octaves: exponents over the last two, above
+what does not grow. 1 is linear.
 
 Target: none above 1 in tokens or vocabulary.
 """
