@@ -6,8 +6,9 @@
 A random Qwen2 of 5.2 million parameters (at 4,096 tokens; tied output layer), 8 prompts x 8 rollouts, 56 prompt tokens
 and 64 response tokens, of which none ends early; float32, one thread, an EMA teacher, Jensen-Shannon with alpha 0.5. On
 both sides every sample is distilled, from the same feedback in the same words, so that the teacher's prompts are as
-long. TRL goes through forward and backward pass with all 64 samples at once, and with 8 at a time; ours cuts by tokens,
-as its default settings do. Sides take turns, each time in a new process.
+long. TRL goes through forward and backward pass with all 64 samples at once, and with 8 at a time; so does ours, which
+cuts by tokens: by as many as its default says, and by as many as 8 samples have. Sides take turns, each time in a new
+process.
 
     sampling   the rollouts
     learning   teacher, student, loss, backward pass, optimizer, the teacher's update
@@ -36,10 +37,11 @@ from workload import Workload
 TOPK = 100
 SETTINGS = {"full vocabulary": None, f"top {TOPK} with tail": TOPK}
 WARM_UP = 1  # steps left out
+TEMPLATE_LENGTH = 24  # tokens that the words around the feedback take at most
 
 
-def run_ours(folder: str, workload: Workload, topk: int | None, steps: int) -> dict[str, Any]:
-    """Medians over the steps, tokens a step, bytes."""
+def run_ours(folder: str, workload: Workload, topk: int | None, steps: int, at_once: int | None) -> dict[str, Any]:
+    """Medians over the steps, tokens a step, bytes; ``at_once`` samples in a forward pass, or as many as by default."""
     import torch
 
     from sdpo import train
@@ -50,6 +52,9 @@ def run_ours(folder: str, workload: Workload, topk: int | None, steps: int) -> d
     overrides = ["learner.num_threads=1", f"total_steps={steps + WARM_UP}"]
     if topk is not None:
         overrides.append(f"self_distillation.distillation_topk={topk}")
+    if at_once is not None:
+        prompts = 2 * workload.prompt_length + workload.feedback_length + TEMPLATE_LENGTH
+        overrides.append(f"learner.micro_batch_tokens={at_once * (prompts + 2 * workload.response_length)}")
     run = workload.load(Path(folder), overrides)
     rows = list(read_run(train(run).run_dir).rows)[WARM_UP:]
     peak = read_peak()
@@ -209,21 +214,27 @@ def prepare(folder: str, workload: Workload) -> dict[str, Any]:
 
 
 def compare(folder: str, workload: Workload, topk: int | None, options: argparse.Namespace) -> dict[str, Any]:
-    """Medians over the rounds, by side; the ratios are those of neighbours in time."""
+    """Medians over the rounds, by side; ratios to ours with as many samples at once, of neighbours in time."""
     num_samples = workload.num_prompts * workload.n
-    sides: dict[str, Any] = {"ours": (run_ours, ())}
-    sides |= {f"TRL, {size} at once": (run_trl, (size,)) for size in (num_samples, max(1, num_samples // 8))}
+    few = max(1, num_samples // 8)
+    sides: dict[str, Any] = {
+        "ours": (run_ours, None, None),
+        f"TRL, {num_samples} at once": (run_trl, num_samples, "ours"),
+        f"ours, {few} at once": (run_ours, few, None),
+        f"TRL, {few} at once": (run_trl, few, f"ours, {few} at once"),
+    }
     measured: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for _ in range(options.rounds):
-        for side, (work, more) in sides.items():
-            measured[side] += run_all(work, [(folder, workload, topk, options.steps, *more)], workers=1)
+        for side, (work, at_once, _) in sides.items():
+            measured[side] += run_all(work, [(folder, workload, topk, options.steps, at_once)], workers=1)
     result = {}
-    for side, rows in measured.items():
-        result[side] = median_of(rows)
-        pairs = list(zip(measured["ours"], rows, strict=True))
-        if side != "ours":
+    for side, (_, _, ours) in sides.items():
+        result[side] = median_of(measured[side])
+        if ours is not None:
             result[side]["ours_over_it"] = {
-                name: statistics.median(ours[name] / theirs[name] for ours, theirs in pairs)
+                name: statistics.median(
+                    m[name] / it[name] for m, it in zip(measured[ours], measured[side], strict=True)
+                )
                 for name in ("step", "sampling", "learning", "peak_bytes", "bytes_above_imports")
             }
     return result

@@ -132,7 +132,8 @@ gradients. No line can pass the floor: over it, 1.00 is the aim.
 STEP_TRL = """\
 A whole step beside TRL's `SDPOTrainer`: sampling, teacher, student, loss, backward pass, optimizer, teacher update. One
 random Qwen2 of 5.2 million parameters, prompts, lengths, divergence and EMA teacher are the same; float32. Peak memory
-is the highest resident set of the process; its ratio is of what comes on top of the imports.
+is the highest resident set of the process; its ratio is of what comes on top of the imports. Either side goes through
+forward and backward pass with all rollouts at once (ours: as many as its default lets in) and with 8.
 
 Target: at most 0.5 times TRL's time and 0.4 times its memory.
 """
