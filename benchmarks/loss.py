@@ -1,6 +1,6 @@
 """The loss alone, forward and backward, from hidden states and output layer: ours, and what else computes the same.
 
-    python benchmarks/loss.py                                              # hours on a processor
+    python benchmarks/loss.py                                              # about four hours on one core
     python benchmarks/loss.py --tokens 256 512 --dtypes float32            # minutes
     python benchmarks/loss.py --device cuda --tokens 8192 --hidden 2048 --dtypes bfloat16
 
