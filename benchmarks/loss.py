@@ -1,133 +1,387 @@
-"""The loss alone, forward and backward: from hidden states in chunks, against the logits of all tokens and autograd.
+"""The loss alone, forward and backward, from hidden states and output layer: ours, and what else computes the same.
 
-    python benchmarks/loss.py                                    # under two minutes on a processor
-    python benchmarks/loss.py --tokens 4096 --vocab 151936 --hidden 1024
+    python benchmarks/loss.py                                              # about four hours on one core
+    python benchmarks/loss.py --tokens 256 512 --dtypes float32            # minutes
+    python benchmarks/loss.py --device cuda --tokens 8192 --hidden 2048 --dtypes bfloat16
 
-The floor is what no implementation can do without: four matrix products, 8 N H V operations (logits of student and
-teacher, gradients by hidden states and head). Each line is a process of its own on one thread, one after the other:
-peak memory is what that process had resident at most, less what it had with the inputs made; at the default size one
-chunk holds all tokens, so that it says little there.
+    floor      what no implementation can do without: four matrix products, 8 N H V operations (logits of student and
+               teacher, gradients by hidden states and output layer), in the best of several chunk sizes
+    ours       sdpo.fused_self_distillation_loss
+    official   the formula on [1, N, V] log-probabilities of both sides, differentiated by autograd
+    trl        the functions by which TRL's SDPOTrainer computes its loss from logits
+    liger      LigerFusedLinearJSDLoss as it comes, compiled; liger, eager is the same without the compiler
+
+Each line is a process of its own on one thread. There it takes turns with the floor: the time ratio is the median of
+theirs turn by turn. Peak memory is the highest resident set of one loss with its backward pass (on a GPU, the most
+memory allocated), less what was resident with the inputs made (hidden states of both sides [N, H], output layers of
+both [V, H], ids, mask), less the two gradients [N, H] and [V, H] that every line leaves behind. Half-precision logits
+are made float32 before the softmax, as TRL's mixed precision does; only Liger leaves them as they are.
+
+A line for which the memory given by --memory-gib is not enough is skipped and marked so.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
+import re
 import resource
 import statistics
 import time
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from record import print_table, run_all, save
+from record import HUGE_PAGES, describe_kernels, print_table, read_peak, reset_peak, run_all, save
 
-LINES = ("floor", "fused", "materialised")
+LINES = ("floor", "ours", "official", "trl", "liger", "liger, eager")
+NEEDS = {"trl": "trl", "liger": "liger_kernel", "liger, eager": "liger_kernel"}
 SETTINGS: dict[str, dict[str, Any]] = {
+    "Jensen-Shannon": {"alpha": 0.5},
     "forward KL": {"alpha": 0.0},
     "reverse KL": {"alpha": 1.0},
-    "Jensen-Shannon": {"alpha": 0.5},
     "top 100 with tail": {"alpha": 0.5, "distillation_topk": 100},
     "sampled token": {"alpha": 1.0, "full_logit_distillation": False},
 }
+CHUNKS = {"cpu": (64, 128, 256, 512), "cuda": (512, 1024, 2048, 4096, 8192)}  # of the floor, the best is chosen
 
 
-def measure(
-    line: str, setting: str, num_tokens: int, vocab_size: int, hidden_size: int, repeats: int
-) -> dict[str, Any]:
-    """Median seconds and peak bytes of one loss with its backward pass."""
+@dataclass(frozen=True)
+class Case:
+    """One line at one size."""
+
+    line: str
+    setting: str
+    tokens: int
+    dtype: str
+    hidden: int
+    vocab: int
+    device: str
+    repeats: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """N tokens; student's hidden states and output layer are leaves."""
+
+    hidden: Any  # [N, H]
+    head: Any  # [V, H]
+    teacher_hidden: Any  # [N, H]
+    teacher_head: Any  # [V, H]
+    ids: Any  # [N]
+    mask: Any  # [N]
+
+
+def build_inputs(case: Case) -> Inputs:
     import torch
 
-    from sdpo import SelfDistillationConfig
-
-    torch.set_num_threads(1)
     torch.manual_seed(0)
-    student, teacher = torch.randn(num_tokens, hidden_size), torch.randn(num_tokens, hidden_size)
-    head = torch.randn(vocab_size, hidden_size).div_(hidden_size**0.5)  # in place: nothing freed may hide in the peak
-    ids = torch.randint(vocab_size, (num_tokens,))
-    config = SelfDistillationConfig(**SETTINGS[setting], is_clip=None)
-    step = {"floor": _floor, "fused": _fused, "materialised": _materialised}[line]
-    before = _peak()
-    seconds = []
-    for _ in range(repeats + 1):
-        leaves = student.clone().requires_grad_(), head.detach().requires_grad_()
-        start = time.perf_counter()
-        step(*leaves, teacher, ids, config)
-        seconds.append(time.perf_counter() - start)
-    return {"seconds": statistics.median(seconds[1:]), "peak_bytes": _peak() - before}
+
+    def draw(*shape: int) -> Any:
+        return torch.randn(*shape, device=case.device, dtype=getattr(torch, case.dtype))
+
+    n, h, v = case.tokens, case.hidden, case.vocab
+    scale = h**-0.5  # in place: nothing freed may hide in the peak
+    return Inputs(
+        draw(n, h).requires_grad_(),
+        draw(v, h).mul_(scale).requires_grad_(),
+        draw(n, h),
+        draw(v, h).mul_(scale),
+        torch.randint(v, (n,), device=case.device),
+        torch.ones(n, device=case.device),
+    )
 
 
-def _floor(hidden: Any, head: Any, teacher: Any, ids: Any, config: Any) -> None:
+def run_floor(chunk: int, inputs: Inputs) -> None:
     import torch
 
-    from sdpo.algorithm.fused import choose_chunk_size
-
-    size = choose_chunk_size(len(head), head.dtype)
+    hidden, head = inputs.hidden.detach(), inputs.head.detach()
     with torch.no_grad():
         by_head = torch.zeros_like(head)
-        for some, shown in zip(hidden.split(size), teacher.split(size), strict=True):
+        by_hidden = torch.empty_like(hidden)
+        for some, shown, out in zip(
+            hidden.split(chunk), inputs.teacher_hidden.split(chunk), by_hidden.split(chunk), strict=True
+        ):
             logits = torch.mm(some, head.T)
-            torch.mm(shown, head.T, out=logits)
-            torch.mm(logits, head)
+            torch.mm(shown, inputs.teacher_head.T, out=logits)
+            torch.mm(logits, head, out=out)
             by_head.addmm_(logits.T, some)
 
 
-def _fused(hidden: Any, head: Any, teacher: Any, ids: Any, config: Any) -> None:
+def compute_ours(settings: dict[str, Any], x: Inputs) -> Any:
+    from sdpo import SelfDistillationConfig, fused_self_distillation_loss
+
+    config = SelfDistillationConfig(**settings, is_clip=None)
+    loss, _ = fused_self_distillation_loss(x.hidden, x.head, x.teacher_hidden, x.teacher_head, x.ids, x.mask, config)
+    return loss
+
+
+def compute_logits(x: Inputs) -> tuple[Any, Any]:
+    """[1, N, V] of student and teacher, in float32."""
     import torch
 
-    from sdpo import fused_self_distillation_loss
-
-    fused_self_distillation_loss(hidden, head, teacher, head, ids, torch.ones(len(ids)), config)[0].backward()
-
-
-def _materialised(hidden: Any, head: Any, teacher: Any, ids: Any, config: Any) -> None:
-    import torch
-
-    from sdpo.algorithm.inputs import build_loss_inputs
-    from sdpo.algorithm.loss import compute_loss
-
+    student = (x.hidden[None] @ x.head.T).float()
     with torch.no_grad():
-        teacher_log_probs = (teacher @ head.T).log_softmax(-1)
-    inputs, _ = build_loss_inputs(
-        (hidden @ head.T).log_softmax(-1),
-        ids,
-        config,
-        distilled=torch.ones(len(ids), dtype=torch.bool),
-        teacher=teacher_log_probs,
-        distillation_weights=torch.full((len(ids),), 1.0 / len(ids)),
+        teacher = (x.teacher_hidden[None] @ x.teacher_head.T).float()
+    return student, teacher
+
+
+def compute_official(settings: dict[str, Any], x: Inputs) -> Any:
+    import torch
+    from torch.nn.functional import kl_div
+
+    alpha, topk = settings["alpha"], settings.get("distillation_topk")
+    student, teacher = compute_logits(x)
+    student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)
+    if not settings.get("full_logit_distillation", True):
+        student, teacher = (side.gather(-1, x.ids[None, :, None])[..., 0] for side in (student, teacher))
+        token_losses = (student - teacher).detach() * student
+        return (token_losses * x.mask).sum() / x.mask.sum()
+    if topk is not None:
+        student, kept = student.topk(topk, dim=-1)
+        teacher = teacher.gather(-1, kept)
+        student, teacher = (torch.cat([side, _compute_tail(side)], dim=-1) for side in (student, teacher))
+    if alpha == 0.0:
+        token_losses = kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+    elif alpha == 1.0:
+        token_losses = kl_div(teacher, student, reduction="none", log_target=True).sum(-1)
+    else:
+        weights = torch.tensor([1 - alpha, alpha], device=student.device).log()
+        mixture = torch.logsumexp(torch.stack([student + weights[0], teacher + weights[1]]), dim=0)
+        of_student, of_teacher = (
+            kl_div(mixture, side, reduction="none", log_target=True).sum(-1) for side in (student, teacher)
+        )
+        token_losses = (1 - alpha) * of_student + alpha * of_teacher
+    return (token_losses * x.mask).sum() / x.mask.sum()
+
+
+def _compute_tail(kept: Any) -> Any:
+    """log(1 - what the kept entries hold)."""
+    import torch
+
+    return torch.log(-torch.expm1(torch.logsumexp(kept, dim=-1, keepdim=True).clamp(max=-1e-7)))
+
+
+def compute_trl(settings: dict[str, Any], x: Inputs) -> Any:
+    from trl.experimental.sdpo import loss_utils
+
+    temperature = 1.0
+    student, teacher = (side / temperature for side in compute_logits(x))  # as its trainer does, also by 1
+    if not settings.get("full_logit_distillation", True):
+        token_losses = loss_utils.compute_sampled_token_self_distillation_loss(
+            student, teacher, x.ids[None], distillation_alpha=settings["alpha"]
+        )
+    elif "distillation_topk" in settings:
+        token_losses = loss_utils.compute_topk_self_distillation_loss(
+            student,
+            teacher,
+            distillation_topk=settings["distillation_topk"],
+            distillation_alpha=settings["alpha"],
+            distillation_add_tail=True,
+        )
+    else:
+        token_losses = loss_utils.compute_full_logit_self_distillation_loss(
+            student, teacher, distillation_alpha=settings["alpha"]
+        )
+    return ((token_losses * x.mask).sum(-1) / x.mask.sum(-1)).mean()
+
+
+def compute_liger(compiled: bool, settings: dict[str, Any], x: Inputs) -> Any:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=settings["alpha"], compiled=compiled
     )
-    compute_loss(inputs, config).loss.backward()
+    return loss(x.hidden, x.head, x.teacher_hidden, x.teacher_head, x.ids)
 
 
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+COMPUTE: dict[str, Callable[[dict[str, Any], Inputs], Any]] = {
+    "ours": compute_ours,
+    "official": compute_official,
+    "trl": compute_trl,
+    "liger": partial(compute_liger, True),
+    "liger, eager": partial(compute_liger, False),
+}
+
+
+def measure(case: Case, chunk: int) -> dict[str, Any]:
+    """What one line takes, with the floor in turns; ``skipped`` says why where it could not."""
+    import torch
+
+    torch.set_num_threads(1)
+    if case.device == "cpu":
+        resource.setrlimit(resource.RLIMIT_DATA, (case.memory_bytes, case.memory_bytes))
+    try:
+        return _measure(case, chunk)
+    except RuntimeError as error:  # a compiler's message may be pages long
+        message = str(error)
+        if re.search("allocate memory|out of memory|Cannot allocate", message):
+            return {"skipped": f"needs more than {case.memory_bytes / 2**30:.1f} GiB"}
+        return {"skipped": (message.strip() or type(error).__name__).splitlines()[0][:200]}
+    except MemoryError:
+        return {"skipped": f"needs more than {case.memory_bytes / 2**30:.1f} GiB"}
+
+
+def _measure(case: Case, chunk: int) -> dict[str, Any]:
+    inputs = build_inputs(case)
+    floor = partial(run_floor, chunk, inputs)
+    if case.line == "floor":
+        peak = _find_peak(case, inputs, floor)
+        seconds = statistics.median(_time(case.device, floor) for _ in range(case.repeats))
+        return {"seconds": seconds, "of_floor": 1.0, "peak_bytes": peak}
+    losses: list[Any] = []
+
+    def line() -> None:
+        inputs.hidden.grad = inputs.head.grad = None
+        loss = COMPUTE[case.line](SETTINGS[case.setting], inputs)
+        loss.backward()
+        losses.append(loss.detach())
+
+    peak = _find_peak(case, inputs, line)
+    norms = [float(leaf.grad.float().norm()) for leaf in (inputs.hidden, inputs.head)]
+    inputs.hidden.grad = inputs.head.grad = None
+    floor()
+    turns = [(_time(case.device, floor), _time(case.device, line)) for _ in range(case.repeats)]
+    return {
+        "seconds": statistics.median(seconds for _, seconds in turns),
+        "of_floor": statistics.median(seconds / of_floor for of_floor, seconds in turns),
+        "peak_bytes": peak,
+        "loss": float(losses[-1]),
+        "gradient_norms": norms,
+    }
+
+
+def _find_peak(case: Case, inputs: Inputs, step: Callable[[], None]) -> int:
+    """Bytes beyond inputs and gradients; the first call compiles and warms up, the second counts."""
+    import torch
+
+    step()
+    inputs.hidden.grad = inputs.head.grad = None
+    gradients = (inputs.hidden.numel() + inputs.head.numel()) * inputs.head.itemsize
+    if case.device == "cpu":
+        before = reset_peak()
+        step()
+        return max(0, read_peak() - before - gradients)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return max(0, torch.cuda.max_memory_allocated() - before - gradients)
+
+
+def _time(device: str, step: Callable[[], None]) -> float:
+    import torch
+
+    if device == "cpu":
+        started = time.perf_counter()
+        step()
+        return time.perf_counter() - started
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    step()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1000
+
+
+def choose_chunk(case: Case) -> tuple[int, dict[str, Any]]:
+    """Tokens a chunk with which the four products are fastest; and what they run on."""
+    import torch
+
+    torch.set_num_threads(1)
+    inputs = build_inputs(case)
+    seconds = {}
+    for chunk in [size for size in CHUNKS[case.device] if size <= case.tokens] or [case.tokens]:
+        seconds[chunk] = min(_time(case.device, partial(run_floor, chunk, inputs)) for _ in range(2))
+    return min(seconds, key=lambda chunk: seconds[chunk]), describe_kernels()
+
+
+def has_line(line: str, setting: str) -> bool:
+    return not (line.startswith("liger") and setting in ("top 100 with tail", "sampled token"))
+
+
+def measure_alone(case: Case, chunk: int) -> dict[str, Any]:
+    package = NEEDS.get(case.line)
+    if package is not None and importlib.util.find_spec(package) is None:
+        return {"skipped": f"{package} is not installed"}
+    try:
+        return run_all(measure, [(case, chunk)], workers=1)[0]
+    except BrokenProcessPool:
+        return {"skipped": f"its process ended, within {case.memory_bytes / 2**30:.1f} GiB"}
+
+
+def tabulate(rows: list[dict[str, Any]]) -> list[list[Any]]:
+    table: list[list[Any]] = []
+    for row in rows:
+        name = [row["tokens"], row["dtype"], row["setting"], row["line"]]
+        if "skipped" in row:
+            table.append([*name, row["skipped"], "", ""])
+        else:
+            table.append([*name, row["seconds"], row["of_floor"], row["peak_bytes"] // 10**6])
+    return table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--vocab", type=int, default=32_768)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
+    parser.add_argument("--vocab", type=int, default=151_936)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--lines", nargs="+", default=list(LINES), choices=LINES)
+    parser.add_argument("--settings-tokens", type=int, help="where to measure all divergences; default: the second")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--repeats", type=int, default=3, help="turns")
+    parser.add_argument("--memory-gib", type=float, help="of a line's process; default: what is free, less one")
+    parser.add_argument("--no-huge-pages", action="store_true", help="do not ask for them in any line")
     parser.add_argument("--note", default="", help="what else ran on the machine; kept with the numbers")
     chosen = parser.parse_args()
-    sizes = (chosen.tokens, chosen.vocab, chosen.hidden)
-    pairs = [("floor", "forward KL"), *((line, setting) for setting in SETTINGS for line in LINES[1:])]
-    measured = [run_all(measure, [(*pair, *sizes, chosen.repeats)], workers=1)[0] for pair in pairs]
-    floor = measured[0]["seconds"]
+    os.environ[HUGE_PAGES] = "0" if chosen.no_huge_pages else "1"
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    memory = int((chosen.memory_gib or _find_free_gib(chosen.device) - 1) * 2**30)
+    at = chosen.settings_tokens or chosen.tokens[min(1, len(chosen.tokens) - 1)]
+    sizes = (chosen.hidden, chosen.vocab, chosen.device, chosen.repeats, memory)
+    results: dict[str, Any] = {
+        "note": chosen.note,
+        "vocab_size": chosen.vocab,
+        "hidden_size": chosen.hidden,
+        "device": chosen.device,
+        "repeats": chosen.repeats,
+        "memory_gib": memory / 2**30,
+        "floor_chunk": {},
+        "measured": [],
+    }
+    for dtype in chosen.dtypes:
+        trial = Case("floor", "", min(max(CHUNKS[chosen.device]), max(chosen.tokens)), dtype, *sizes)
+        (chunk, results["kernels"]) = run_all(choose_chunk, [(trial,)], workers=1)[0]
+        results["floor_chunk"][dtype] = chunk
+        for tokens in chosen.tokens:
+            for setting in list(SETTINGS) if tokens == at else ["Jensen-Shannon"]:
+                lines = [line for line in chosen.lines if has_line(line, setting)]
+                for line in lines if setting == "Jensen-Shannon" else [line for line in lines if line != "floor"]:
+                    case = Case(line, setting, tokens, dtype, *sizes)
+                    row = {key: asdict(case)[key] for key in ("tokens", "dtype", "setting", "line")}
+                    results["measured"].append(row | measure_alone(case, chunk))
+                    print(*tabulate(results["measured"][-1:])[0], flush=True)
+        save("loss" if chosen.device == "cpu" else "loss_gpu", results)
     print_table(
-        f"Loss and gradients of {sizes[0]} tokens, vocabulary {sizes[1]}, hidden size {sizes[2]}, float32, one thread",
-        ("", "seconds", "of the floor", "peak MB"),
-        [
-            (
-                line if line == "floor" else f"{setting}, {line}",
-                m["seconds"],
-                m["seconds"] / floor,
-                m["peak_bytes"] // 10**6,
-            )
-            for (line, setting), m in zip(pairs, measured, strict=True)
-        ],
+        f"Loss and gradients, vocabulary {chosen.vocab}, hidden size {chosen.hidden}, {chosen.device}, one thread",
+        ["tokens", "dtype", "setting", "line", "seconds", "of the floor", "peak MB"],
+        tabulate(results["measured"]),
     )
-    rows = [{"line": line, "setting": setting, **m} for (line, setting), m in zip(pairs, measured, strict=True)]
-    names = ("tokens", "vocab_size", "hidden_size")
-    save("loss", {"note": chosen.note, **dict(zip(names, sizes, strict=True)), "measured": rows})
+
+
+def _find_free_gib(device: str) -> float:
+    if device == "cuda":
+        import torch
+
+        return float(torch.cuda.mem_get_info()[0]) / 2**30
+    match = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), flags=re.MULTILINE)
+    assert match is not None
+    return int(match[1]) / 2**20
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -16,6 +18,7 @@ from sdpo.config import describe_range, iterate_settings
 from sdpo.verl_backend.hooks import HOOKS, VERL_VERSION
 
 DOCS = Path(__file__).parent
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", DOCS.parent / "benchmarks" / "results"))
 
 CONFIGURATION = """\
 # Configuration
@@ -99,7 +102,233 @@ def verl_hooks() -> str:
     return HOOKS_PAGE.format(version=VERL_VERSION) + table(("Where", "How", "Why"), rows)
 
 
-PAGES = {"configuration.md": configuration, "metrics.md": metric_names, "verl_hooks.md": verl_hooks}
+PERFORMANCE = """\
+# Performance
+
+What the code costs, beside what no implementation can do without and beside others that do the same. Every table is
+made from `benchmarks/results/*.json` by `docs/generate.py`; the command above a table measures it again. What was tried
+and did not help stands in `benchmarks/notes.md`.
+
+Ratios are medians of measurements that take turns, in one process or in processes one after the other, each on one
+thread. TRL and Liger come with the extra `bench`, on Python 3.11 or 3.12; a line whose package is missing is left out:
+
+```bash
+pip install torch==2.13.0                # where there is no GPU: --index-url https://download.pytorch.org/whl/cpu
+pip install -c constraints.txt -e '.[bench]'
+```
+"""
+
+LOSS = """\
+The loss alone, from hidden states and output layers to the gradients of both. Memory is what comes on top of inputs and
+gradients. No line can pass the floor: over it, 1.00 is the aim.
+
+- **floor**: the four matrix products that nothing can do without.
+- **ours**: `sdpo.fused_self_distillation_loss`.
+- **official**: the paper's formula on log-probabilities [1, N, V] of both sides, by autograd.
+- **trl**: the functions of TRL's `SDPOTrainer`.
+- **liger**: `LigerFusedLinearJSDLoss` as it comes, compiled; **liger, eager**: without the compiler.
+"""
+
+STEP_TRL = """\
+A whole step beside TRL's `SDPOTrainer`: sampling, teacher, student, loss, backward pass, optimizer, teacher update. One
+random Qwen2 of 5.2 million parameters, prompts, lengths, divergence and EMA teacher are the same; float32. Peak memory
+is the highest resident set of the process; its ratio is of what comes on top of the imports. Either side goes through
+forward and backward pass with all rollouts at once (ours: as many as its default lets in) and with 8.
+
+Target: at most 0.5 times TRL's time and 0.4 times its memory.
+"""
+
+GROWTH = """\
+Time and memory of a step as one size grows and the others stay, over three octaves: exponents over the last two, above
+what does not grow. 1 is linear.
+
+Target: none above 1 in tokens or vocabulary.
+"""
+
+STARTUP = """\
+Seconds from the start of the process; model and data are there already.
+"""
+
+GPU_STEP = """\
+What `Learner.learn` makes of a step's rollouts on one GPU: a random Qwen2.5 in bfloat16, full vocabulary, EMA teacher.
+Utilisation is the model's operations a second, over those of large matrix products on the same GPU in the same run.
+"""
+
+OVERLAP = """\
+A step with sampler and learner in turns (staleness 0) and at the same time (staleness 1), over the longer of the two:
+1.00 is perfect overlap.
+"""
+
+VISION_TOWER = """\
+A step of rollouts with an image each, where the image goes through the tower for every sequence, over one where it goes
+through once a step.
+"""
+
+
+def loss_table(results: Mapping[str, Any]) -> str:
+    measured = results["measured"]
+    ours = {row_key(row): row for row in measured if row["line"] == "ours" and "skipped" not in row}
+    rows = []
+    for row in measured:
+        name = (f"{row['tokens']:,}", row["dtype"], row["setting"], row["line"])
+        if "skipped" in row:
+            rows.append((*name, row["skipped"], "", "", "", ""))
+            continue
+        other = ours.get(row_key(row))
+        ratios = ("", "")
+        if other is not None and row["line"] not in ("ours", "floor"):
+            ratios = (ratio(row["of_floor"], other["of_floor"]), ratio(row["peak_bytes"], other["peak_bytes"]))
+        rows.append((*name, f"{row['seconds']:.3g}", f"{row['of_floor']:.2f}", megabytes(row["peak_bytes"]), *ratios))
+    sizes = f"Vocabulary {results['vocab_size']:,}, hidden size {results['hidden_size']:,}.\n\n"
+    columns = ("Tokens", "Type", "Divergence", "Line", "Seconds", "Over the floor", "Peak MB")
+    return sizes + table((*columns, "Its time over ours", "Its memory over ours"), rows)
+
+
+def row_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["tokens"], row["dtype"], row["setting"]
+
+
+def ratio(value: float, other: float) -> str:
+    return f"{value / other:.2f}" if other else ""
+
+
+def megabytes(value: float) -> str:
+    return f"{value / 10**6:,.0f}"
+
+
+def step_trl_table(results: Mapping[str, Any]) -> str:
+    rows = []
+    for entry in results["measured"]:
+        for side, m in entry["sides"].items():
+            shares = m.get("ours_over_it")
+            rows.append(
+                (
+                    f"{entry['vocab_size']:,}, {entry['setting']}",
+                    side,
+                    *(f"{m[part]:.2f}" for part in ("sampling", "learning", "rest", "step")),
+                    megabytes(m["peak_bytes"]),
+                    *((f"{shares['step']:.2f}", f"{shares['bytes_above_imports']:.2f}") if shares else ("", "")),
+                )
+            )
+    parts = ("Sampling, s", "Learning, s", "Rest, s", "Step, s", "Peak MB")
+    sides = results["measured"][0]["sides"].values()
+    tokens = " and ".join(sorted({f"{m['teacher_prompt_tokens']:,.0f}" for m in sides}))
+    return (
+        table(("Vocabulary, loss", "", *parts, "Our time over its", "Our memory over its"), rows)
+        + f"\nThe teacher's prompts are {tokens} tokens a step on either side.\n"
+    )
+
+
+def growth_table(results: Mapping[str, Any]) -> str:
+    names = ("learning_seconds", "learning_bytes", "sampling_seconds", "sampling_bytes")
+    rows = []
+    for axis in results["measured"]:
+        slopes = (axis["exponents"][name] for name in names)
+        cells = ("-" if slope is None else f"{slope:.2f}" for slope in slopes)
+        rows.append((axis["axis"], f"{axis['sizes'][0]:,} to {axis['sizes'][-1]:,}", *cells))
+    return table(("Size", "From, to", "Learning, time", "memory", "Sampling, time", "memory"), rows)
+
+
+def startup_table(results: Mapping[str, Any]) -> str:
+    rows = (
+        (f"`{line}`", f"{m['seconds']:.2f}", f"{m['slowest']:.2f}", f"below {m['target']:g}" if m["target"] else "")
+        for line, m in results["measured"].items()
+    )
+    return table(("", "Median", f"Slowest of {results['repeats']}", "Target"), rows)
+
+
+def gpu_step_table(results: Mapping[str, Any]) -> str:
+    rows = (
+        (
+            f"{m['model']} ({m['parameters'] / 1e9:.2f} billion parameters)",
+            f"{m['seconds']:.2f}",
+            f"{m['tokens_a_second']:,.0f}",
+            f"{m['operations_a_second'] / 1e12:.1f}",
+            f"{m['product_operations_a_second'] / 1e12:.1f}",
+            f"{m['utilisation']:.2f}",
+            f"{m['peak_bytes'] / 1e9:.1f}",
+        )
+        for m in results["measured"]
+    )
+    columns = ("Model", "Seconds", "Tokens a second", "TFLOP/s", "Products, TFLOP/s", "Utilisation", "Peak GB")
+    return table(columns, rows)
+
+
+def overlap_table(results: Mapping[str, Any]) -> str:
+    rows = (
+        (f"staleness {i}", *(f"{m[part]:.2f}" for part in ("sampling", "learning", "step", "ratio")))
+        for i, m in ((i, results[f"staleness_{i}"]) for i in (0, 1))
+    )
+    return table(("", "Sampling, s", "Learning, s", "Step, s", "Step over the longer"), rows)
+
+
+def vision_tower_table(results: Mapping[str, Any]) -> str:
+    parts = ("sampling", "learning", "step")
+    rows = (
+        (f"tower {tower}", *(f"{results[tower]['ratios'][part]:.2f}" for part in parts))
+        for tower in ("trained", "frozen")
+    )
+    return table(("", "Sampling", "Learning", "Step"), rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """A section of the page: the results' file, what was measured, how to repeat it, its table."""
+
+    name: str
+    title: str
+    text: str
+    command: str
+    tabulate: Callable[[Mapping[str, Any]], str]
+
+
+MEASUREMENTS: Sequence[Measurement] = (
+    Measurement("loss", "The loss, on a processor", LOSS, "benchmarks/loss.py", loss_table),
+    Measurement(
+        "loss_gpu",
+        "The loss, on a GPU",
+        "The same lines there.\n",
+        "benchmarks/loss.py --device cuda --tokens 8192 --hidden 2048 --dtypes bfloat16",
+        loss_table,
+    ),
+    Measurement("step_trl", "A step beside TRL", STEP_TRL, "benchmarks/step_trl.py", step_trl_table),
+    Measurement("gpu_step", "Learning on a GPU", GPU_STEP, "benchmarks/gpu_step.py", gpu_step_table),
+    Measurement("growth", "Growth", GROWTH, "benchmarks/growth.py", growth_table),
+    Measurement("startup", "Start-up", STARTUP, "benchmarks/startup.py", startup_table),
+    Measurement("overlap", "Sampling and learning at the same time", OVERLAP, "benchmarks/overlap.py", overlap_table),
+    Measurement("vision_tower", "Images", VISION_TOWER, "benchmarks/vision_tower.py", vision_tower_table),
+)
+
+
+def performance() -> str:
+    page = PERFORMANCE
+    for part in MEASUREMENTS:
+        page += f"\n## {part.title}\n\n{part.text}\n```bash\npython {part.command}\n```\n\n"
+        path = RESULTS / f"{part.name}.json"
+        if not path.is_file():
+            page += "Not measured yet.\n"
+            continue
+        results = json.loads(path.read_text(encoding="utf-8"))
+        page += f"{part.tabulate(results)}\n{describe_origin(results)}\n"
+    return page
+
+
+def describe_origin(results: Mapping[str, Any]) -> str:
+    """When, on what and with what a file was measured."""
+    machine = results["machine"]
+    where = machine["processor"] if machine["device"] == "cpu" else f"{machine['device']}, {machine['processor']}"
+    packages = ("python", "torch", "transformers", "trl", "liger_kernel")
+    versions = ", ".join(f"{name.replace('_', '-')} {machine[name]}" for name in packages if name in machine)
+    note = f" {results['note'].rstrip('.')}." if results.get("note") else ""
+    return f"{machine['date']}; {where}, {machine['cores']} cores; {versions}.{note}"
+
+
+PAGES = {
+    "configuration.md": configuration,
+    "metrics.md": metric_names,
+    "performance.md": performance,
+    "verl_hooks.md": verl_hooks,
+}
 
 
 def main(arguments: list[str]) -> int:

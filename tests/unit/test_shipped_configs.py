@@ -81,8 +81,14 @@ def test_the_full_vocabulary_fits_as_the_page_says() -> None:
     path, full = CONFIGS / "geo3k_2gpus.yaml", "self_distillation.distillation_topk=null"
     assert load_run(path).learner.micro_batch_tokens == 8192
     cost = dry_run(path, full)
-    vocabulary, hidden, unit = 151_936, 2048, 160_000_000
-    parts = [11 * unit, 6 * vocabulary * hidden, 2 * vocabulary * hidden, (4096 * 2 + 8192 // 2) * hidden * 4]
+    vocabulary, hidden = 151_936, 2048
+    parts = [
+        350_000_000,
+        9 * 60_000_000,
+        6 * vocabulary * hidden,
+        2 * vocabulary * hidden,
+        (4096 * 2 + 8192 // 2) * hidden * 4,
+    ]
     assert cost.phases["a micro-batch"]["logits"] == sum(parts)
     for size in (*parts, sum(parts)):
         assert f"| {format_bytes(size)} |" in page

@@ -2,9 +2,9 @@
 
 With a vocabulary of 150,000 the logits of a batch outweigh the model. So tokens go through head, softmax and loss in
 chunks; what is kept of a chunk is its losses and its share of the gradients, which are accumulated in this one pass.
-Four products remain of it, of which each reads the whole head: the student's logits, the teacher's, and the gradients by
-hidden states and head. What is between them is done block by block in float32, while the block is in the cache; so in
-half precision no chunk is ever held in float32.
+Four products remain of it, of which each reads the whole head: the student's logits, the teacher's, and the gradients
+by hidden states and head. What is between them is done block by block in float32, while the block is in the cache; so
+in half precision no chunk is ever held in float32.
 
 The gradient of one token's loss L, with z its logits, s = softmax(z) and d = dL / d log s:
 
@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sdpo import metrics
-from sdpo.algorithm.divergence import differentiate_divergence, exponentiate
+from sdpo.algorithm.divergence import compute_entropy, differentiate_divergence, exponentiate
 from sdpo.algorithm.inputs import build_loss_inputs, gather_log_probs
 from sdpo.algorithm.loss import LossInputs, LossOutputs, Sums, add_sums, compute_loss, compute_token_weights
 from sdpo.algorithm.products import goes_to_onednn, multiply, multiply_into
@@ -149,10 +149,12 @@ def compute_fused_loss(
     return replace(outputs, loss=attached)
 
 
-def compute_token_log_probs(
+def score_tokens(
     student: LazyLogits, sampled_ids: Tensor, *, temperature: float = 1.0, chunk_size: int | None = None
-) -> Tensor:
-    """Log-probabilities [N] of the sampled tokens [N], without a graph; float32 (float64 if the hidden states are it).
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the sampled tokens [N] and entropies of their distributions in nats, [N] each.
+
+    Without a graph; float32 (float64 if the hidden states are it).
 
     Args:
         student: [N, H].
@@ -162,15 +164,16 @@ def compute_token_log_probs(
     size = chunk_size or choose_chunk_size(len(student.weight), student.hidden.dtype, student.hidden.device)
     with torch.no_grad(), torch.autocast(student.hidden.device.type, enabled=False):
         policy = _Policy([_prepare(student)], temperature, size)
-        result = student.hidden.new_empty(len(sampled_ids), dtype=policy.type)
+        scores = student.hidden.new_empty(2, len(sampled_ids), dtype=policy.type)
         every_row = torch.arange(len(sampled_ids), device=sampled_ids.device)
         for chunk in _cut_slice(len(sampled_ids), size):
             rows = every_row[chunk]
             policy.multiply(rows)
             for block in _cut_slice(len(rows), policy.block_size):
-                log_probs, _ = policy.normalise(block)
-                result[rows[block]] = gather_log_probs(log_probs, sampled_ids[rows[block]])
-    return result
+                log_probs, probs = policy.normalise(block)
+                scores[0, rows[block]] = gather_log_probs(log_probs, sampled_ids[rows[block]])
+                scores[1, rows[block]] = compute_entropy(log_probs, probs)
+    return scores[0], scores[1]
 
 
 def fused_self_distillation_loss(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sdpo.config import Run
-from sdpo.models.cost import BYTES, Cost, Lengths, ModelSize, bound_lengths, count_logits, measure_model
+from sdpo.models.cost import BYTES, Cost, Lengths, ModelSize, bound_lengths, count_fused_loss, measure_model
 
 # Float32 rows of the vocabulary while a token is drawn; with a nucleus they are sorted too.
 DRAWING, DRAWING_FROM_NUCLEUS = 5, 12
@@ -63,7 +63,8 @@ def _learn(run: Run, model: ModelSize, lengths: Lengths) -> dict[str, int]:
     mask = (lengths.prompt + lengths.response) * (1 + size)  # of one row of attention
     return {
         "activations": lengths.student * (student + mask) + lengths.teacher * stack.count_reading(size),
-        "logits": lengths.scored * count_logits(run.self_distillation, model.vocab_size),
+        "logits": count_fused_loss(model.vocab_size, stack.hidden_size, size, lengths.scored)
+        + lengths.teacher * stack.hidden_size * size,
         # Autocast keeps its copies of the student's weights for the backward pass; the teacher's go with its pass.
         "weights in bfloat16": stack.num_params * 2 * (2 if lengths.teacher else 1) if run.learner.autocast else 0,
     }

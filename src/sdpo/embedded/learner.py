@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from sdpo import metrics
 from sdpo.algorithm.correction import compute_rollout_ratio
-from sdpo.algorithm.fused import FusedOutputs, LazyLogits, TokenInputs, compute_fused_loss, compute_token_log_probs
+from sdpo.algorithm.fused import FusedOutputs, LazyLogits, TokenInputs, compute_fused_loss, score_tokens
 from sdpo.algorithm.loss import Sums, add_sums, compute_distillation_coef, compute_token_weights, mean_of
 from sdpo.algorithm.teacher import build_teacher
 from sdpo.config import Run
@@ -228,7 +228,7 @@ class Learner:
         return build_lazy_logits(module, hidden, coefficient)
 
     def _compute_log_probs(self, student: LazyLogits, batch: MicroBatch) -> Tensor:
-        return compute_token_log_probs(student, batch.sampled_ids, temperature=self.run.sampler.temperature)
+        return score_tokens(student, batch.sampled_ids, temperature=self.run.sampler.temperature)[0]
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.learner.autocast)

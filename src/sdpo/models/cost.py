@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from sdpo.algorithm import fused
-from sdpo.config import ModelConfig, Run, SelfDistillationConfig
+from sdpo.config import ModelConfig, Run
 from sdpo.models.loading import build_meta_model, get_window, reads_images
 from sdpo.models.vision import CHUNK_SIZE, get_tower_parameters
 
@@ -22,6 +22,8 @@ BYTES = {"float32": 4, "bfloat16": 2}
 KEPT_BY_LAYER = 2.2
 # The same for what a layer without gradients holds at once.
 HELD_BY_LAYER = 1.7
+# Blocks of the loss that are there at once: log-probabilities and probabilities of both sides, what is made of them.
+BLOCKS_OF_LOSS = 9
 
 
 @dataclass(frozen=True)
@@ -252,45 +254,22 @@ def bound_lengths(run: Run, window: int | None) -> Lengths:
     )
 
 
-def count_logits(config: SelfDistillationConfig, vocab_size: int) -> int:
-    """Bytes a response token at the worst moment between the student's logits and their gradient.
+def count_fused_loss(vocab_size: int, hidden_size: int, size: int, num_tokens: int) -> int:
+    """Bytes at the worst moment of ``compute_fused_loss`` and its backward pass on an accelerator.
 
-    In units of one float32 a vocabulary entry, as counted by torch's profiler over a whole step. With top-k the whole
-    distributions of both are still made, and their entropies taken; what is saved is the divergence's intermediates.
-    """
-    if not config.distills:
-        units = 5
-    elif config.distillation_topk is not None or not config.full_logit_distillation:
-        units = 6
-    elif config.alpha in (0.0, 1.0):
-        units = 7
-    else:
-        units = 11
-    return units * 4 * vocab_size
-
-
-def count_fused_loss(
-    config: SelfDistillationConfig, vocab_size: int, hidden_size: int, size: int, num_tokens: int
-) -> int:
-    """Bytes at the worst moment of ``compute_fused_loss`` and its backward pass: chunks, whatever the number of tokens.
-
-    In units of ``fused.BUFFER_BYTES``, as counted by torch's profiler where a chunk is worked on as a whole.
+    Logits of a chunk and the blocks that are worked on, which do not depend on the number of tokens: a fifth of the
+    student's chunk for the teacher, and as many blocks as torch's profiler counted.
 
     Args:
         size: bytes of a value in the products.
         num_tokens: whose hidden states have gradients.
     """
-    if not config.distills:
-        units = 6
-    elif config.distillation_topk is None and config.full_logit_distillation and config.alpha not in (0.0, 1.0):
-        units = 11
-    else:
-        units = 8
-    units += config.distills and config.teacher_regularization == "trust-region"
+    chunks = int(1.25 * fused.ACCELERATOR_BUFFER_BYTES)
+    blocks = BLOCKS_OF_LOSS * fused.ACCELERATOR_BLOCK_BYTES
     # The gradient of the head is added up in float32; next to it is what is added, and then what it is cast to.
-    return units * fused.BUFFER_BYTES + (4 + size) * vocab_size * hidden_size + 4 * size * num_tokens * hidden_size
+    return chunks + blocks + (4 + size) * vocab_size * hidden_size + 4 * size * num_tokens * hidden_size
 
 
 def count_log_probs() -> int:
     """Bytes at the worst moment of log-probabilities and entropies that are computed in chunks."""
-    return 5 * fused.BUFFER_BYTES
+    return fused.ACCELERATOR_BUFFER_BYTES + BLOCKS_OF_LOSS // 2 * fused.ACCELERATOR_BLOCK_BYTES

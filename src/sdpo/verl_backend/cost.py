@@ -112,13 +112,12 @@ def _hold(run: Run, model: ModelSize, num_gpus: int) -> dict[str, int]:
 def _learn(run: Run, model: ModelSize, lengths: Lengths) -> dict[str, int]:
     """Any token may be an image's, whose patches go through the tower in the same pass."""
     _, size = _sizes(run)
-    config = run.self_distillation
     checkpointing = run.learner.gradient_checkpointing
     stack, image_token = model.language, 0
     if model.tower is not None:
         image_token = model.patches_a_token * model.tower.count_learning(size, size, checkpointing=checkpointing)
     hidden_size, head = stack.hidden_size, model.vocab_size * stack.hidden_size * size
-    loss = count_fused_loss(config, model.vocab_size, hidden_size, size, lengths.scored)
+    loss = count_fused_loss(model.vocab_size, hidden_size, size, lengths.scored)
     return {
         "activations": lengths.student * stack.count_learning(size, size, checkpointing=checkpointing)
         + lengths.teacher * stack.count_reading(size),

@@ -22,11 +22,11 @@ from verl.utils.fsdp_utils import load_fsdp_model_to_gpu, offload_fsdp_model_to_
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from sdpo.algorithm.fused import LazyLogits, compute_fused_loss
+from sdpo.algorithm.fused import LazyLogits, compute_fused_loss, score_tokens
 from sdpo.algorithm.loss import Sums, add_sums, compute_token_weights
 from sdpo.algorithm.teacher import Teacher
 from sdpo.config import SelfDistillationConfig
-from sdpo.verl_backend.head import compute_at_head, compute_log_probs
+from sdpo.verl_backend.head import compute_at_head
 from sdpo.verl_backend.packing import (
     DISTILLATION_WEIGHTS,
     POLICY_WEIGHTS,
@@ -192,7 +192,7 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
                 self.module,
                 inputs,
                 slice(None),
-                partial(compute_log_probs, token_ids=next_ids, temperature=temperature),
+                partial(score_tokens, sampled_ids=next_ids, temperature=temperature),
             )
         log_probs, entropies = (torch.nested.nested_tensor_from_jagged(v, token_ids.offsets()) for v in values)
         output = {"log_probs": log_probs}

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from sdpo.algorithm.divergence import compute_entropy
-from sdpo.algorithm.fused import LazyLogits, choose_chunk_size
-from sdpo.algorithm.inputs import gather_log_probs
+from sdpo.algorithm.fused import LazyLogits
 from sdpo.errors import UserError
 from sdpo.models.head import build_lazy_logits
 
@@ -79,32 +76,3 @@ def _get_graph(result: Any) -> Tensor | None:
 
 def _name(module: nn.Module) -> str:
     return type(module).__name__.removeprefix("FSDP")
-
-
-@torch.no_grad()
-def compute_log_probs(lazy: LazyLogits, token_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of given tokens and entropies of their distributions, [N] each, in chunks of rows.
-
-    Args:
-        lazy: N rows.
-        token_ids: [N].
-        temperature: > 0, by which the logits are divided.
-    """
-    log_probs, entropies = [], []
-    size = choose_chunk_size(len(lazy.weight), lazy.hidden.dtype)
-    for hidden, ids in zip(lazy.hidden.split(size), token_ids.split(size), strict=True):
-        distribution = _compute_logits(replace(lazy, hidden=hidden)).div_(temperature).log_softmax(-1)
-        log_probs.append(gather_log_probs(distribution, ids))
-        entropies.append(compute_entropy(distribution))
-    return torch.cat(log_probs), torch.cat(entropies)
-
-
-def _compute_logits(lazy: LazyLogits) -> Tensor:
-    """The product in the type of the hidden states, what follows in float32 at least, as the loss does it."""
-    logits = lazy.hidden @ lazy.weight.to(lazy.hidden.dtype).T
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if lazy.bias is not None:
-        logits += lazy.bias
-    if lazy.softcap is not None:
-        logits.div_(lazy.softcap).tanh_().mul_(lazy.softcap)
-    return logits

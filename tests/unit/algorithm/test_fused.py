@@ -19,7 +19,7 @@ from sdpo.algorithm.fused import (
     TokenInputs,
     choose_chunk_size,
     compute_fused_loss,
-    compute_token_log_probs,
+    score_tokens,
 )
 from sdpo.algorithm.inputs import build_loss_inputs
 from sdpo.algorithm.loss import compute_loss
@@ -411,17 +411,19 @@ def test_rollout_weights_made_in_the_pass_are_the_truncated_ratios_by_token(leve
 
 
 @pytest.mark.parametrize("size", [1, 3, N, None])
-def test_log_probabilities_of_the_sampled_tokens(size: int | None) -> None:
+def test_log_probabilities_of_the_sampled_tokens_and_entropies(size: int | None) -> None:
     case = replace(make_case(), softcap=1.5)
     student = LazyLogits(case.hidden, case.head, case.bias, case.softcap)
-    result = compute_token_log_probs(student, case.ids, temperature=case.temperature, chunk_size=size)
-    wanted = case.student().gather(-1, case.ids[:, None])[:, 0].detach()
+    result, entropies = score_tokens(student, case.ids, temperature=case.temperature, chunk_size=size)
+    distributions = case.student().detach()
+    wanted = distributions.gather(-1, case.ids[:, None])[:, 0]
     torch.testing.assert_close(result, wanted, rtol=0.0, atol=1e-12)
+    torch.testing.assert_close(entropies, -(distributions.exp() * distributions).sum(-1), rtol=0.0, atol=1e-12)
     assert not result.requires_grad
-    none = compute_token_log_probs(LazyLogits(case.hidden[:0], case.head), case.ids[:0])
+    none, _ = score_tokens(LazyLogits(case.hidden[:0], case.head), case.ids[:0])
     assert none.shape == (0,)
     half = LazyLogits(case.hidden.bfloat16(), case.head.bfloat16(), case.bias.bfloat16())
-    assert compute_token_log_probs(half, case.ids, chunk_size=size).dtype == torch.float32
+    assert score_tokens(half, case.ids, chunk_size=size)[0].dtype == torch.float32
 
 
 def test_the_public_blend_averages_each_part_over_its_own_tokens() -> None:

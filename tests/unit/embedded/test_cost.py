@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from sdpo.algorithm import fused
 from sdpo.config import Run
 from sdpo.embedded.cost import estimate_cost
 from sdpo.embedded.learner import Learner
-from sdpo.models.cost import Cost, count_logits
+from sdpo.models.cost import Cost
 from sdpo.models.decoding import Decoding, sample_responses
 from sdpo.models.processing import TokenPrompt
 from sdpo.report.dry_run import list_memory
@@ -134,41 +135,24 @@ def test_phases_follow_each_other_and_do_not_add_up() -> None:
 
 # ---- against what a step allocates ----------------------------------------------------------------------------------
 
-MANY = 4096
-DISTILLATIONS: list[dict[str, Any]] = [
-    {"alpha": 0.5},
-    {"alpha": 0.0},
-    {"alpha": 1.0},
-    {"alpha": 0.5, "distillation_topk": 20},
-    {"alpha": 1.0, "full_logit_distillation": False},
-    {"alpha": 0.5, "teacher_entropy_beta": 0.5},
-    {"grpo_coef": 1.0},
-    {"grpo_coef": 0.5, "alpha": 0.5},
-    {"alpha": 0.5, "distillation_topk": 20, "teacher_regularization": "trust-region"},
-]
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("settings", DISTILLATIONS, ids=str)
-def test_logits_stay_below_their_bound_and_near_it(
-    make_model: Callable[..., Any],
-    make_run: MakeRun,
-    make_sample: Any,
-    count_peak: CountPeak,
-    settings: dict[str, Any],
-    dtype: str,
+def test_logits_take_the_same_however_many_tokens_there_are(
+    make_model: Callable[..., Any], make_run: MakeRun, make_sample: Any, count_peak: CountPeak, dtype: str
 ) -> None:
-    named = {f"self_distillation__{name}": value for name, value in settings.items()}
-    run = make_run(sampler__max_response_length=32, model__dtype=dtype, **named)
-    model = make_model(vocab_size=MANY, dtype=getattr(torch, dtype))  # next to its logits the rest is nothing
-    learner = Learner(model, run, 0)
-    teacher = [3, 4, 5] if run.self_distillation.distills else None
-    samples = [make_sample([3, 4], range(3, 35), teacher, advantage=1.0) for _ in range(6)]
-    learner.learn(samples)
-    bound = 6 * 32 * count_logits(run.self_distillation, MANY)
-    weights = sum(param.numel() * param.element_size() for param in model.parameters())
-    assert 0.6 * bound < count_peak(lambda: learner.learn(samples)) - 2 * weights <= bound
+    """Next to its logits the rest of this model is nothing: all of them would be 12 and 50 MB, several times over."""
+    many, peaks = 16_384, []
+    for num_samples in (6, 24):
+        run = make_run(sampler__max_response_length=32, model__dtype=dtype, self_distillation__alpha=0.5)
+        learner = Learner(make_model(vocab_size=many, dtype=getattr(torch, dtype)), run, 0)
+        samples = [make_sample([3, 4], range(3, 35), [3, 4, 5]) for _ in range(num_samples)]
+        learner.learn(samples)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fused, "BUFFER_BYTES", 32 * many * 4)  # 2 MB
+            peaks.append(count_peak(lambda learner=learner, samples=samples: learner.learn(samples)))
+    assert max(peaks) < 30e6
+    assert peaks[1] < 1.1 * peaks[0]
 
 
 @pytest.mark.slow
@@ -179,6 +163,7 @@ def test_a_step_stays_below_what_was_said_of_it(
     make_sample: Any,
     count_peak: CountPeak,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     checkpointing: bool,
 ) -> None:
     shape = {"hidden_size": 64, "intermediate_size": 256, "vocab_size": 256, "num_hidden_layers": 3}
@@ -193,6 +178,9 @@ def test_a_step_stays_below_what_was_said_of_it(
         self_distillation__alpha=0.5,
         self_distillation__max_reprompt_len=64,
     )
+    for name in ("BUFFER_BYTES", "BLOCK_BYTES"):  # an accelerator's are larger than this whole step
+        monkeypatch.setattr(fused, f"ACCELERATOR_{name}", 2**20)
+        monkeypatch.setattr(fused, name, 2**20)
     cost = estimate_cost(run)
     learner = Learner(model, run, 0)
     samples = [make_sample([5] * 64, [3 + i] * 64, [6] * 64) for i in range(12)]

@@ -205,8 +205,9 @@ def test_the_loss_in_chunks_stays_below_its_bound(
     loss: str, dtype: torch.dtype, count_peak: CountPeak, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vocab_size, hidden_size, config = 4000, 32, SelfDistillationConfig(**LOSSES[loss])
-    monkeypatch.setattr(fused, "BUFFER_BYTES", 100 * vocab_size * 4)
-    monkeypatch.setattr(fused, "BLOCK_BYTES", 1 << 60)  # a chunk as a whole, as an accelerator takes it
+    for name, num_rows in (("BUFFER_BYTES", 100), ("BLOCK_BYTES", 20)):  # in the proportions of an accelerator
+        for kind in ("", "ACCELERATOR_"):
+            monkeypatch.setattr(fused, kind + name, num_rows * vocab_size * 4)
 
     def make(num_tokens: int) -> LazyLogits:
         hidden, weight = torch.randn(num_tokens, hidden_size), torch.randn(vocab_size, hidden_size)
@@ -226,5 +227,5 @@ def test_the_loss_in_chunks_stays_below_its_bound(
         def learn(student: LazyLogits = student, teacher: Any = teacher, tokens: TokenInputs = tokens) -> None:
             compute_fused_loss(student, teacher, tokens, config).loss.backward()
 
-        bound = count_fused_loss(config, vocab_size, hidden_size, dtype.itemsize, n)
-        assert bound / 2 < count_peak(learn) <= bound, n
+        bound = count_fused_loss(vocab_size, hidden_size, dtype.itemsize, n)
+        assert bound / 3 < count_peak(learn) <= bound, n

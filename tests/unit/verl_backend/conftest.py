@@ -34,6 +34,23 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
+def assert_same_after_adamw() -> Callable[..., None]:
+    """Weights of both engines after a few steps.
+
+    AdamW makes steps of gradients however small; of one that is nothing but rounding, the engines make different steps.
+    So of a tensor's entries 3% may be off, by a tenth of a step of the learning rate at most.
+    """
+
+    def check(actual: torch.Tensor, expected: torch.Tensor, *, rtol: float, atol: float, lr: float, msg: str) -> None:
+        difference = (actual - expected).abs()
+        off = difference > atol + rtol * expected.abs()
+        assert float(off.float().mean()) <= 0.03, f"{msg}: {int(off.sum())} of {off.numel()} entries are off"
+        assert float(difference.max()) <= 0.1 * lr + atol + rtol * float(expected.abs().max()), msg
+
+    return check
+
+
+@pytest.fixture(scope="session")
 def train_on_verl(tmp_path_factory: pytest.TempPathFactory) -> TrainOnVerl:
     """Runs cases (see ``train_cases.py``) on so many ranks and gives the results of the first by the case's name."""
 

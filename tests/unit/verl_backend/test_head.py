@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
-from sdpo.algorithm.fused import LazyLogits
+from sdpo.algorithm.fused import LazyLogits, score_tokens
 from sdpo.errors import UserError
-from sdpo.verl_backend.head import compute_at_head, compute_log_probs
+from sdpo.verl_backend.head import compute_at_head
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 12,
@@ -87,7 +87,7 @@ def test_log_probs_and_entropies_in_chunks(family: str, make_model: MakeModel, m
     with torch.no_grad():
         distribution = (model(**inputs, use_cache=False).logits[MASK.bool()] / 0.7).log_softmax(-1)
     monkeypatch.setattr("sdpo.algorithm.fused.BUFFER_BYTES", 3 * 12 * 4)
-    read = partial(compute_log_probs, token_ids=NEXT, temperature=0.7)
+    read = partial(score_tokens, sampled_ids=NEXT, temperature=0.7)
     log_probs, entropies = compute_at_head(model, inputs, slice(None), read)
     torch.testing.assert_close(log_probs, distribution.gather(1, NEXT[:, None])[:, 0], rtol=0, atol=1e-5)
     torch.testing.assert_close(entropies, -(distribution.exp() * distribution).sum(-1), rtol=0, atol=1e-5)

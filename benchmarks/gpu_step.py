@@ -1,0 +1,176 @@
+"""A learning phase on a GPU by the embedded engine: tokens a second, and the share of the GPU's matrix products.
+
+    python benchmarks/gpu_step.py                    # Qwen2.5 of 0.5B and 1.5B parameters, one GPU of 80 GB
+    python benchmarks/gpu_step.py --models 3B
+    python benchmarks/gpu_step.py --tiny             # a trial without a GPU
+
+The model has the architecture of Qwen2.5 and random weights in bfloat16; samples are made beforehand. A phase is what
+``Learner.learn`` does with the rollouts of a step: forward pass of the teacher, forward and backward pass of the
+student, loss over the full vocabulary, optimizer, teacher update. Tokens are those that student and teacher read.
+Utilisation is the floating-point operations that the model needs (none for recomputed ones) by the time of the phase,
+over the rate at which the same GPU multiplies large matrices in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from record import print_table, read_peak, reset_peak, run_all, save
+from workload import Workload
+
+# hidden size, intermediate size, layers, heads, key-value heads, as the released configurations have them
+SHAPES = {
+    "0.5B": (896, 4864, 24, 14, 2),
+    "1.5B": (1536, 8960, 28, 12, 2),
+    "3B": (2048, 11_008, 36, 16, 2),
+    "tiny": (64, 128, 2, 4, 2),
+}
+VOCAB_SIZE = 151_936
+
+
+def build_workload(model: str, options: argparse.Namespace) -> Workload:
+    hidden_size, intermediate_size, num_layers, num_heads, num_key_value_heads = SHAPES[model]
+    return Workload(
+        vocab_size=512 if options.tiny else VOCAB_SIZE,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_key_value_heads=num_key_value_heads,
+        dtype="bfloat16",
+        num_prompts=options.prompts,
+        n=options.n,
+        prompt_length=options.prompt,
+        response_length=options.response,
+        feedback_length=options.feedback,
+    )
+
+
+def count_operations(model: Any, lengths: Sequence[int], num_kept: int) -> int:
+    """Floating-point operations of one forward pass of sequences whose last layer is read at ``num_kept`` tokens."""
+    head = model.get_output_embeddings().weight
+    embeddings = {id(param): param.numel() for param in (head, model.get_input_embeddings().weight)}
+    in_layers = sum(param.numel() for param in model.parameters()) - sum(embeddings.values())
+    # Scores and weighted values: 2 operations each for a pair of tokens, of which causality leaves half. All heads
+    # together are as wide as the model.
+    a_pair = 2 * 2 * model.config.hidden_size * model.config.num_hidden_layers
+    attention = sum(a_pair * length * length // 2 for length in lengths)
+    return 2 * in_layers * sum(lengths) + attention + 2 * head.numel() * num_kept
+
+
+def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from sdpo.embedded.setup import build_parts
+    from sdpo.observer import Silent
+
+    device = torch.device("cpu" if options.tiny else "cuda")
+    if options.tiny:
+        torch.set_num_threads(1)
+    workload = build_workload(model, options)
+    overrides = [f"learner.device={device.type}", f"learner.micro_batch_tokens={options.micro_batch_tokens}"]
+    overrides.append(f"learner.gradient_checkpointing={options.gradient_checkpointing}")
+    with tempfile.TemporaryDirectory() as name:
+        workload.write(Path(name))
+        run = workload.load(Path(name), overrides)
+        parts = build_parts(run, Silent())
+    samples = workload.build_samples(parts, run)
+    responses = [len(sample.response.token_ids) for sample in samples]
+    student = [len(sample.prompt.token_ids) + length for sample, length in zip(samples, responses, strict=True)]
+    teacher = [len(s.teacher_prompt.token_ids) + length for s, length in zip(samples, responses, strict=True)]
+    operations = [count_operations(parts.learner.student, each, sum(responses)) for each in (student, teacher)]
+
+    parts.learner.learn(samples)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        reset_peak()
+    seconds = statistics.median(time_call(device, lambda: parts.learner.learn(samples)) for _ in range(options.repeats))
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else read_peak()
+    rate = (3 * operations[0] + operations[1]) / seconds  # a backward pass is twice its forward pass
+    best = measure_products(device, options)
+    return {
+        "model": model,
+        "parameters": sum(param.numel() for param in parts.learner.student.parameters()),
+        "samples": len(samples),
+        "response_tokens": sum(responses),
+        "tokens": sum(student) + sum(teacher),
+        "seconds": seconds,
+        "tokens_a_second": (sum(student) + sum(teacher)) / seconds,
+        "operations_a_second": rate,
+        "product_operations_a_second": best,
+        "utilisation": rate / best,
+        "peak_bytes": peak,
+    }
+
+
+def measure_products(device: Any, options: argparse.Namespace) -> float:
+    """Operations a second of a product of large square matrices in bfloat16."""
+    import torch
+
+    size = 512 if options.tiny else 8192
+    left, right = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    torch.mm(left, right)
+    seconds = statistics.median(time_call(device, lambda: torch.mm(left, right)) for _ in range(10))
+    return 2 * size**3 / seconds
+
+
+def time_call(device: Any, call: Callable[[], Any]) -> float:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["0.5B", "1.5B"], choices=SHAPES)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("-n", type=int, default=8, help="rollouts a prompt")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens a prompt")
+    parser.add_argument("--feedback", type=int, default=256, help="tokens of feedback that the teacher is shown")
+    parser.add_argument("--response", type=int, default=1024, help="tokens a response")
+    parser.add_argument("--micro-batch-tokens", type=int, default=16_384)
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tiny", action="store_true", help="least sizes, on the processor")
+    parser.add_argument("--note", default="", help="what else ran on the machine; kept with the numbers")
+    options = parser.parse_args()
+    if options.tiny:
+        options.models, options.prompts, options.n = ["tiny"], 2, 2
+        options.prompt, options.feedback, options.response = 64, 8, 16
+    measured: list[dict[str, Any]] = []
+    for model in options.models:
+        measured += run_all(measure, [(model, options)], workers=1)
+        save("gpu_step", {"note": options.note, "options": vars(options), "measured": measured})
+    print_table(
+        f"Learning from {options.prompts} x {options.n} rollouts of {options.response} tokens",
+        ["", "seconds", "tokens/s", "TFLOP/s", "products, TFLOP/s", "utilisation", "peak, GB"],
+        [
+            [
+                m["model"],
+                m["seconds"],
+                round(m["tokens_a_second"]),
+                m["operations_a_second"] / 1e12,
+                m["product_operations_a_second"] / 1e12,
+                m["utilisation"],
+                m["peak_bytes"] / 1e9,
+            ]
+            for m in measured
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()

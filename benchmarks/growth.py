@@ -1,0 +1,144 @@
+"""What a step costs as one of its sizes grows: time and memory of learning and sampling, each size alone by octaves.
+
+    python benchmarks/growth.py            # a quarter of an hour
+    python benchmarks/growth.py --axes vocabulary "prompts a step"
+
+Each point is a process of its own on one thread, the fastest of several calls. Time counts above what the same learner
+takes for a sample of one response token (optimizer and teacher, which grow with the model alone); memory above what was
+resident before the call, with model, teacher and optimizer there. The exponent is the slope of the last three points on
+logarithmic axes: 1 is linear, 0 does not grow. Nothing should be above linear but attention, whose part grows with the
+square of a length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from record import HUGE_PAGES, compute_slope, describe_kernels, print_table, read_peak, reset_peak, run_all, save
+from workload import Workload
+
+BASE = Workload(
+    vocab_size=4096,
+    hidden_size=128,
+    intermediate_size=512,
+    num_layers=2,
+    num_heads=4,
+    num_key_value_heads=4,
+    num_prompts=4,
+    n=4,
+    prompt_length=64,
+    response_length=64,
+)
+AXES = {
+    "prompts a step": "num_prompts",
+    "rollouts a prompt": "n",
+    "prompt length": "prompt_length",
+    "response length": "response_length",
+    "vocabulary": "vocab_size",
+    "layers": "num_layers",
+}
+FACTORS = (1, 2, 4, 8)
+QUANTITIES = ("learning_seconds", "learning_bytes", "sampling_seconds", "sampling_bytes")
+
+
+def measure(workload: Workload, repeats: int) -> dict[str, float]:
+    """Seconds and bytes of learning and of sampling, above what does not grow."""
+    import torch
+
+    from sdpo.embedded.setup import build_parts
+    from sdpo.models.decoding import Response
+    from sdpo.observer import Silent
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        workload.write(Path(name))
+        run = workload.load(Path(name), ["learner.num_threads=1"])
+        parts = build_parts(run, Silent())
+    samples = workload.build_samples(parts, run)
+    first = samples[0].response
+    least = replace(samples[0], response=Response(first.token_ids[:1], first.log_probs[:1], finished=False))
+    parts.sampler.load_weights(parts.learner.student, 0)
+    prompts = [prompt.tokens for prompt in parts.prompts_of(1)]
+
+    def sample() -> None:
+        parts.sampler.submit(prompts, 0)
+        parts.sampler.collect()
+
+    parts.learner.learn([least])  # the optimizer's state is made at the first step
+    fixed, _ = find_least(lambda: parts.learner.learn([least]), repeats)
+    learning, learning_bytes = find_least(lambda: parts.learner.learn(samples), repeats)
+    sampling, sampling_bytes = find_least(sample, repeats)
+    return {
+        "fixed_seconds": fixed,
+        "learning_seconds": max(0.0, learning - fixed),
+        "learning_bytes": learning_bytes,
+        "sampling_seconds": sampling,
+        "sampling_bytes": sampling_bytes,
+    }
+
+
+def find_least(call: Callable[[], Any], repeats: int) -> tuple[float, int]:
+    """Seconds of the fastest call; bytes above those before, of the call that took fewest."""
+    seconds, peaks = [], []
+    for _ in range(repeats):
+        before = reset_peak()
+        started = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - started)
+        peaks.append(read_peak() - before)
+    return min(seconds), min(peaks)
+
+
+def tabulate(axes: list[dict[str, Any]]) -> list[list[Any]]:
+    table: list[list[Any]] = []
+    for axis in axes:
+        for size, point in zip(axis["sizes"], axis["points"], strict=True):
+            cells = [point[name] if name.endswith("seconds") else point[name] // 10**6 for name in QUANTITIES]
+            table.append([f"{axis['axis']}: {size}", *cells])
+        slopes = [axis["exponents"][name] for name in QUANTITIES]
+        table.append(["    exponent", *("-" if slope is None else f"{slope:.2f}" for slope in slopes)])
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--axes", nargs="+", default=list(AXES), choices=AXES, metavar="AXIS", help=", ".join(AXES))
+    parser.add_argument("--factors", type=int, nargs="+", default=FACTORS, help="two or more")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tiny", action="store_true", help="a trial with the least sizes")
+    parser.add_argument("--note", default="", help="what else ran on the machine; kept with the numbers")
+    options = parser.parse_args()
+    os.environ[HUGE_PAGES] = "1"
+    os.environ["OMP_NUM_THREADS"] = "1"
+    base = BASE
+    if options.tiny:
+        base = replace(base, hidden_size=32, intermediate_size=64, vocab_size=512)
+        base = replace(base, num_prompts=1, n=2, response_length=8)
+    (kernels,) = run_all(describe_kernels, [()], workers=1)
+    axes: list[dict[str, Any]] = []
+    for axis in options.axes:
+        field = AXES[axis]
+        sizes = [getattr(base, field) * factor for factor in options.factors]
+        points = [run_all(measure, [(replace(base, **{field: size}), options.repeats)], workers=1)[0] for size in sizes]
+        exponents = {
+            name: compute_slope([(size, point[name]) for size, point in zip(sizes, points, strict=True)])
+            for name in QUANTITIES
+        }
+        axes.append({"axis": axis, "sizes": sizes, "points": points, "exponents": exponents})
+        save("growth", {"note": options.note, "base": vars(base), "kernels": kernels, "measured": axes})
+    print_table(
+        "A step as one size grows",
+        ["", "learning, s", "learning, MB", "sampling, s", "sampling, MB"],
+        tabulate(axes),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""A whole training step beside TRL's SDPOTrainer: the same model, prompts, lengths, divergence and teacher.
+
+    python benchmarks/step_trl.py                        # half an hour
+    python benchmarks/step_trl.py --vocab 4096 --steps 2 --rounds 1
+
+A random Qwen2 of 5.2 million parameters (at 4,096 tokens; tied output layer), 8 prompts x 8 rollouts, 56 prompt tokens
+and 64 response tokens, of which none ends early; float32, one thread, an EMA teacher, Jensen-Shannon with alpha 0.5. On
+both sides every sample is distilled, from the same feedback in the same words, so that the teacher's prompts are as
+long. TRL goes through forward and backward pass with all 64 samples at once, and with 8 at a time; so does ours, which
+cuts by tokens: by as many as its default says, and by as many as 8 samples have. Sides take turns, each time in a new
+process.
+
+    sampling   the rollouts
+    learning   teacher, student, loss, backward pass, optimizer, the teacher's update
+    rest       all else of a step
+
+Peak memory is the highest resident set of the process; above imports is the same less what was resident once everything
+was imported: models, optimizer and all that a step needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from record import HUGE_PAGES, describe_kernels, median_of, print_table, read_peak, reset_peak, run_all, save
+from workload import Workload
+
+TOPK = 100
+SETTINGS = {"full vocabulary": None, f"top {TOPK} with tail": TOPK}
+WARM_UP = 1  # steps left out
+TEMPLATE_LENGTH = 24  # tokens that the words around the feedback take at most
+
+
+def run_ours(folder: str, workload: Workload, topk: int | None, steps: int, at_once: int | None) -> dict[str, Any]:
+    """Medians over the steps, tokens a step, bytes; ``at_once`` samples in a forward pass, or as many as by default."""
+    import torch
+
+    from sdpo import train
+    from sdpo.report import read_run
+
+    torch.set_num_threads(1)
+    imported = reset_peak()
+    overrides = ["learner.num_threads=1", f"total_steps={steps + WARM_UP}"]
+    if topk is not None:
+        overrides.append(f"self_distillation.distillation_topk={topk}")
+    if at_once is not None:
+        prompts = 2 * workload.prompt_length + workload.feedback_length + TEMPLATE_LENGTH
+        overrides.append(f"learner.micro_batch_tokens={at_once * (prompts + 2 * workload.response_length)}")
+    run = workload.load(Path(folder), overrides)
+    rows = list(read_run(train(run).run_dir).rows)[WARM_UP:]
+    peak = read_peak()
+    parts = [
+        {
+            "sampling": row["timing_s/gen"],
+            "learning": row["timing_s/update_actor"],
+            "rest": row["timing_s/step"] - row["timing_s/gen"] - row["timing_s/update_actor"],
+            "step": row["timing_s/step"],
+        }
+        for row in rows
+    ]
+    num_samples = workload.num_prompts * workload.n
+    assert all(row["self_distillation/distilled_sample_fraction"] == 1.0 for row in rows)
+    return {
+        **median_of(parts),
+        "response_tokens": rows[0]["response_length/mean"] * num_samples,
+        "teacher_prompt_tokens": _count_teacher_tokens(run, workload),
+        "peak_bytes": peak,
+        "bytes_above_imports": peak - imported,
+    }
+
+
+def _count_teacher_tokens(run: Any, workload: Workload) -> int:
+    from sdpo.embedded.setup import build_parts
+    from sdpo.observer import Silent
+
+    samples = workload.build_samples(build_parts(run, Silent()), run)
+    return sum(len(sample.teacher_prompt.token_ids) for sample in samples)
+
+
+def run_trl(folder: str, workload: Workload, topk: int | None, steps: int, at_once: int) -> dict[str, Any]:
+    """The same by TRL, ``at_once`` samples in a forward pass; with what its learning consists of."""
+    import pyarrow.parquet as pq
+    import torch
+    from datasets import Dataset
+    from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
+    from transformers.utils import logging
+    from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
+
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    imported = reset_peak()
+    seconds: dict[str, float] = defaultdict(float)  # since the step began
+    rows: list[dict[str, float]] = []
+    tokens: dict[str, int] = {}
+
+    @contextmanager
+    def timed(part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        seconds[part] += time.perf_counter() - started
+
+    class TimedTrainer(SDPOTrainer):
+        def _generate(self, prompt_ids: Any) -> Any:
+            with timed("sampling"):
+                return super()._generate(prompt_ids)
+
+        def _prepare_inputs(self, batch: Any) -> Any:
+            with timed("preparing"):
+                inputs = super()._prepare_inputs(batch)
+            assert bool(inputs["self_distillation_mask"].all())
+            return inputs
+
+        def _prepare_training_batch(self, inputs: Any) -> Any:
+            batch = super()._prepare_training_batch(inputs)
+            length = batch["completion_mask"].shape[1]
+            tokens["response_tokens"] = int(batch["completion_mask"].sum())
+            tokens["teacher_prompt_tokens"] = int(batch["teacher_attention_mask"][:, :-length].sum())
+            return batch
+
+        def _forward_logits(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+            with timed("teacher" if model is self.teacher_model else "student"):
+                return super()._forward_logits(model, *args, **kwargs)
+
+        def _compute_self_distillation_loss(self, *args: Any, **kwargs: Any) -> Any:
+            with timed("loss"):
+                return super()._compute_self_distillation_loss(*args, **kwargs)
+
+    class Clock(TrainerCallback):
+        """A step is from one beginning to the next; learning ends when the teacher has followed."""
+
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.finish()
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            seconds["learning"] = time.perf_counter() - self.started - seconds["preparing"]
+
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            self.finish()
+
+        def finish(self) -> None:
+            if seconds:
+                step = time.perf_counter() - self.started
+                rest = step - seconds["sampling"] - seconds["learning"]
+                rows.append({**seconds, "rest": rest, "step": step})
+                seconds.clear()
+
+    path = Path(folder)
+    data = [
+        {"prompt": row["prompt"], "privileged_context": row["reward_model"]["ground_truth"]}
+        for row in pq.read_table(path / "train.parquet").to_pylist()
+    ]
+    num_samples = workload.num_prompts * workload.n
+    trainer = TimedTrainer(
+        model=str(path / "model"),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=SDPOConfig(
+            output_dir=str(path / "trl"),
+            max_steps=steps + WARM_UP,
+            per_device_train_batch_size=at_once,
+            gradient_accumulation_steps=num_samples // at_once,
+            num_generations=workload.n,
+            max_prompt_length=workload.prompt_length,
+            max_completion_length=workload.response_length,
+            distillation_mode="full_logits" if topk is None else "topk_logits",
+            distillation_topk=topk,
+            distillation_add_tail=True,
+            distillation_alpha=0.5,
+            teacher_model_kind="ema",
+            include_environment_feedback=True,
+            model_init_kwargs={"dtype": "float32"},
+            learning_rate=1e-5,
+            bf16=False,
+            gradient_checkpointing=False,
+            use_cpu=True,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            diagnostics_warning_interval=0,  # that every score is 0 is as it should be
+        ),
+        train_dataset=Dataset.from_list(data),
+        processing_class=AutoTokenizer.from_pretrained(path / "model"),
+        callbacks=None,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Clock())  # the last, after that which updates the teacher
+    backward = trainer.accelerator.backward
+
+    def timed_backward(*args: Any, **kwargs: Any) -> None:
+        with timed("backward"):
+            backward(*args, **kwargs)
+
+    trainer.accelerator.backward = timed_backward
+    trainer.train()
+    peak = read_peak()
+    return {**median_of(rows[WARM_UP:]), **tokens, "peak_bytes": peak, "bytes_above_imports": peak - imported}
+
+
+def prepare(folder: str, workload: Workload) -> dict[str, Any]:
+    import torch
+
+    torch.set_num_threads(1)
+    workload.write(Path(folder))
+    return describe_kernels()
+
+
+def compare(folder: str, workload: Workload, topk: int | None, options: argparse.Namespace) -> dict[str, Any]:
+    """Medians over the rounds, by side; ratios to ours with as many samples at once, of neighbours in time."""
+    num_samples = workload.num_prompts * workload.n
+    few = max(1, num_samples // 8)
+    sides: dict[str, Any] = {
+        "ours": (run_ours, None, None),
+        f"TRL, {num_samples} at once": (run_trl, num_samples, "ours"),
+        f"ours, {few} at once": (run_ours, few, None),
+        f"TRL, {few} at once": (run_trl, few, f"ours, {few} at once"),
+    }
+    measured: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    for _ in range(options.rounds):
+        for side, (work, at_once, _) in sides.items():
+            measured[side] += run_all(work, [(folder, workload, topk, options.steps, at_once)], workers=1)
+    result = {}
+    for side, (_, _, ours) in sides.items():
+        result[side] = median_of(measured[side])
+        if ours is not None:
+            result[side]["ours_over_it"] = {
+                name: statistics.median(
+                    m[name] / it[name] for m, it in zip(measured[ours], measured[side], strict=True)
+                )
+                for name in ("step", "sampling", "learning", "peak_bytes", "bytes_above_imports")
+            }
+    return result
+
+
+def tabulate(measured: list[dict[str, Any]]) -> list[list[Any]]:
+    table: list[list[Any]] = []
+    for row in measured:
+        for side, m in row["sides"].items():
+            ratios = m.get("ours_over_it")
+            shares = [ratios["step"], ratios["bytes_above_imports"]] if ratios else ["", ""]
+            table.append(
+                [
+                    f"{row['vocab_size']}, {row['setting']}: {side}",
+                    *(m[part] for part in ("sampling", "learning", "rest", "step")),
+                    round(m["peak_bytes"] / 10**6),
+                    round(m["bytes_above_imports"] / 10**6),
+                    *shares,
+                ]
+            )
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocab", type=int, nargs="+", default=[4096, 32_768])
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("-n", type=int, default=8, help="rollouts a prompt")
+    parser.add_argument("--response", type=int, default=64, help="tokens a response")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps of a process")
+    parser.add_argument("--rounds", type=int, default=3, help="processes a side")
+    parser.add_argument("--no-huge-pages", action="store_true", help="do not ask for them on any side")
+    parser.add_argument("--note", default="", help="what else ran on the machine; kept with the numbers")
+    options = parser.parse_args()
+    os.environ[HUGE_PAGES] = "0" if options.no_huge_pages else "1"
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ |= {"TRL_EXPERIMENTAL_SILENCE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    measured: list[dict[str, Any]] = []
+    for vocab_size in options.vocab:
+        workload = Workload(
+            vocab_size=vocab_size, num_prompts=options.prompts, n=options.n, response_length=options.response
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            (kernels,) = run_all(prepare, [(folder, workload)], workers=1)
+            for setting, topk in SETTINGS.items():
+                sides = compare(folder, workload, topk, options)
+                measured.append({"vocab_size": vocab_size, "setting": setting, "sides": sides})
+        results = {"note": options.note, "options": vars(options), "kernels": kernels}
+        save("step_trl", results | {"measured": measured})
+    print_table(
+        f"Seconds a step of {options.prompts} x {options.n} rollouts, and MB: peak, above imports, ours / it",
+        ["", "sampling", "learning", "rest", "step", "peak", "above", "time", "memory"],
+        tabulate(measured),
+    )
+
+
+if __name__ == "__main__":
+    main()

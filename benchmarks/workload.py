@@ -1,0 +1,155 @@
+"""What benchmarks of whole steps work on: a random Qwen2, prompts of exact lengths, responses that never end early.
+
+This file is also the task of such a run: every response fails and is told the row's ground truth, so that every sample
+is distilled and its teacher's prompt is known beforehand.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdpo.config import Run, load_run
+
+END = "<|never|>"  # its id is that of no logit
+
+
+def grade(row: Any, response: str) -> dict[str, Any]:
+    return {"score": 0.0, "feedback": row.ground_truth}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Sizes of a step; lengths in tokens, the prompt's with the chat template."""
+
+    vocab_size: int = 4096
+    hidden_size: int = 256
+    intermediate_size: int = 1024
+    num_layers: int = 4
+    num_heads: int = 4
+    num_key_value_heads: int = 4
+    dtype: str = "float32"
+    num_prompts: int = 8
+    n: int = 8
+    prompt_length: int = 56
+    response_length: int = 64
+    feedback_length: int = 32
+
+    def write(self, folder: Path) -> None:
+        """Fill a folder with ``model/``, ``train.parquet`` and ``run.yaml``."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+        import torch
+        from transformers import Qwen2Config, Qwen2ForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        tokenizer = build_tokenizer(self.vocab_size)
+        config = Qwen2Config(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_layers,
+            num_attention_heads=self.num_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            max_position_embeddings=32_768,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        torch.manual_seed(0)
+        Qwen2ForCausalLM(config).to(getattr(torch, self.dtype)).save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        pq.write_table(pa.Table.from_pylist(self.build_rows(tokenizer)), folder / "train.parquet")
+        (folder / "run.yaml").write_text(json.dumps(self._describe_run(folder)))  # JSON is YAML
+
+    def build_rows(self, tokenizer: Any) -> list[dict[str, Any]]:
+        """Rows in verl's schema; all digits are tokens of their own."""
+        rng = random.Random(0)
+
+        def count(text: str) -> int:
+            chat = [{"role": "user", "content": text}]
+            return len(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+        num_digits = self.prompt_length - count("")
+        rows = []
+        for _ in range(self.num_prompts):
+            prompt = "".join(rng.choices("0123456789", k=num_digits))
+            assert count(prompt) == self.prompt_length, "the tokenizer joins digits"
+            rows.append(
+                {
+                    "data_source": "random",
+                    "prompt": [{"role": "user", "content": prompt}],
+                    "reward_model": {"ground_truth": "".join(rng.choices("0123456789", k=self.feedback_length))},
+                }
+            )
+        return rows
+
+    def _describe_run(self, folder: Path) -> dict[str, Any]:
+        rows = str(folder / "train.parquet")
+        return {
+            "run_dir": str(folder / "run"),
+            "eval_every": 0,
+            "model": {"path": str(folder / "model"), "dtype": self.dtype},
+            "data": {
+                "task": __file__,
+                "train_files": [rows],
+                "val_files": [rows],
+                "train_batch_size": self.num_prompts,
+                "max_prompt_length": self.prompt_length,
+            },
+            "sampler": {"n": self.n, "max_response_length": self.response_length},
+            "optim": {"warmup_steps": 0},
+            "self_distillation": {
+                "alpha": 0.5,
+                "demonstration_source": "none",
+                "include_environment_feedback": True,
+            },
+            "eval": {"before_training": False, "max_prompts": 1},
+            "tracking": {"rollouts_every": 0},
+        }
+
+    def load(self, folder: Path, overrides: Sequence[str] = ()) -> Run:
+        return load_run(folder / "run.yaml", overrides)
+
+    def build_samples(self, parts: Any, run: Run) -> list[Any]:
+        """Samples of one step with random responses, of a model that need not have sampled them."""
+        from sdpo.embedded.samples import build_samples
+        from sdpo.models.decoding import Response
+
+        rng = random.Random(0)
+        log_probs = [-math.log(self.vocab_size)] * self.response_length
+        ids = range(3, self.vocab_size)
+        responses = [
+            [Response(rng.choices(ids, k=self.response_length), log_probs, finished=False) for _ in range(self.n)]
+            for _ in range(self.num_prompts)
+        ]
+        prompts = parts.prompts_of(1)
+        return build_samples(parts.task, parts.tokenizer, prompts, responses, run.self_distillation, parts.window, rng)
+
+
+def build_tokenizer(vocab_size: int) -> Any:
+    """That of the offline tasks with as many tokens as the model has logits, and one more, which ends a response."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    from sdpo.tasks.hidden_rule import CHAT_TEMPLATE
+    from sdpo.tasks.offline import build_tokenizer
+
+    content = json.loads(build_tokenizer([], CHAT_TEMPLATE).backend_tokenizer.to_str())
+    vocabulary = content["model"]["vocab"]
+    assert len(vocabulary) <= vocab_size, f"the templates' words alone are {len(vocabulary)} tokens"
+    vocabulary.update({f"<{i}>": i for i in range(len(vocabulary), vocab_size)})
+    vocabulary[END] = vocab_size
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
+        eos_token=END,
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+    )

@@ -1,0 +1,217 @@
+"""The benchmarks measure what they say, run at small sizes, and leave what the page on performance reads."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+has_trl = importlib.util.find_spec("trl") is not None
+has_liger = importlib.util.find_spec("liger_kernel") is not None
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture
+def run_benchmark(tmp_path: Path) -> Callable[..., tuple[str, dict[str, Any], str]]:
+    """Runs a script; gives what it printed, the numbers it left, and the page made from them."""
+
+    def run(name: str, *options: str) -> tuple[str, dict[str, Any], str]:
+        results = tmp_path / "results"
+        environment = os.environ | {"BENCHMARK_RESULTS": str(results)}
+        command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *options]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        code = "import generate; print(generate.performance())"
+        made = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT / "docs", env=environment, capture_output=True, text=True
+        )
+        assert made.returncode == 0, made.stderr
+        return done.stdout, json.loads((results / f"{name}.json").read_text()), made.stdout
+
+    return run
+
+
+def read_rows(page: str, title: str) -> list[list[str]]:
+    """Cells of the table in a section, without its head."""
+    section = page.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
+
+
+def test_the_exponent_is_that_of_a_power() -> None:
+    record = importlib.import_module("record")
+    power = [(x, 3 * x**1.5) for x in (2, 8, 16)]
+    assert record.compute_slope([(1, 7.0), *power]) == pytest.approx(1.5)
+    assert record.compute_slope(power[:2]) == pytest.approx(1.5)
+    assert record.compute_slope([(1, 0.0), (2, 1.0)]) is None
+
+
+def test_the_peak_counts_what_is_gone_again() -> None:
+    record = importlib.import_module("record")
+    before = record.reset_peak()
+    torch.ones(25_000_000)
+    assert record.read_peak() - before == pytest.approx(100e6, rel=0.1)
+    record.reset_peak()
+    assert record.read_peak() - before < 20e6
+
+
+@pytest.mark.parametrize(
+    "setting", ["Jensen-Shannon", "forward KL", "reverse KL", "top 100 with tail", "sampled token"]
+)
+def test_all_lines_of_the_loss_compute_the_same(setting: str) -> None:
+    loss = importlib.import_module("loss")
+    case = loss.Case("ours", setting, 24, "float32", 16, 300, "cpu", 1, 0)
+    lines = ["ours", "official", *(["trl"] if has_trl else [])]
+    if has_liger and loss.has_line("liger, eager", setting):
+        lines.append("liger, eager")
+    found = []
+    for line in lines:
+        inputs = loss.build_inputs(case)
+        value = loss.COMPUTE[line](loss.SETTINGS[setting], inputs)
+        value.backward()
+        found.append((value.detach(), inputs.hidden.grad, inputs.head.grad))
+    assert abs(float(found[0][0])) > 0.01
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-6)
+
+
+def test_the_floor_is_four_products_whatever_the_chunk() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    loss = importlib.import_module("loss")
+    inputs = loss.build_inputs(loss.Case("floor", "", 24, "float32", 16, 300, "cpu", 1, 0))
+    for chunk in (5, 24):
+        with FlopCounterMode(display=False) as counter:
+            loss.run_floor(chunk, inputs)
+        assert counter.get_total_flops() == 6 * 24 * 16 * 300  # it does not see the product that is added in place
+
+
+def test_operations_of_a_model_are_those_that_it_runs() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    gpu_step = importlib.import_module("gpu_step")
+    sizes = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
+    config = Qwen2Config(vocab_size=500, num_key_value_heads=2, tie_word_embeddings=True, pad_token_id=0, **sizes)
+    model = Qwen2ForCausalLM._from_config(config, attn_implementation="eager")
+    length, kept = 64, 16
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=torch.zeros(3, length, dtype=torch.long), logits_to_keep=kept)
+    above_the_diagonal = 3 * 2 * 2 * length * length // 2 * 64 * 2  # which the eager implementation computes too
+    found = gpu_step.count_operations(model, [length] * 3, 3 * kept)
+    assert found == pytest.approx(counter.get_total_flops() - above_the_diagonal, rel=0.01)
+
+
+def test_the_workload_is_as_long_as_it_says_and_never_ends_early(tmp_path: Path) -> None:
+    from sdpo.embedded.setup import build_parts
+    from sdpo.observer import Silent
+
+    workload_module = importlib.import_module("workload")
+    small = dict(vocab_size=512, hidden_size=16, intermediate_size=32, num_layers=1, num_prompts=2, n=3)
+    workload = workload_module.Workload(**small, response_length=5)
+    workload.write(tmp_path)
+    run = workload.load(tmp_path)
+    parts = build_parts(run, Silent())
+    samples = workload.build_samples(parts, run)
+    assert len(samples) == 6
+    assert all(len(sample.prompt.token_ids) == workload.prompt_length for sample in samples)
+    assert all(sample.is_distilled and len(sample.response.token_ids) == 5 for sample in samples)
+    longer = replace(workload, feedback_length=workload.feedback_length + 7)
+    rows = longer.build_rows(parts.tokenizer)
+    assert len(rows[0]["reward_model"]["ground_truth"]) == workload.feedback_length + 7
+    assert parts.learner.student.config.vocab_size == parts.tokenizer.convert_tokens_to_ids(workload_module.END)
+
+
+@pytest.mark.slow
+def test_a_loss_that_does_not_fit_is_skipped_and_said_so() -> None:
+    loss = importlib.import_module("loss")
+    case = loss.Case("official", "Jensen-Shannon", 512, "float32", 8, 65_536, "cpu", 1, 2**29)
+    assert loss.measure_alone(case, 64) == {"skipped": "needs more than 0.5 GiB"}
+
+
+@pytest.mark.slow
+def test_the_loss(run_benchmark: Callable[..., Any]) -> None:
+    sizes = ["--tokens", "8", "16", "--vocab", "300", "--hidden", "16"]
+    lines = ["floor", "ours", "official", "trl"]
+    printed, results, page = run_benchmark(
+        "loss", *sizes, "--dtypes", "float32", "--lines", *lines, "--repeats", "1", "--settings-tokens", "8"
+    )
+    rows = {(row["tokens"], row["setting"], row["line"]): row for row in results["measured"]}
+    assert len(rows) == 4 + 4 * 3 + 4
+    ours, official = (rows[8, "forward KL", line] for line in ("ours", "official"))
+    assert ours["loss"] == pytest.approx(official["loss"], rel=1e-5)
+    assert ours["gradient_norms"] == pytest.approx(official["gradient_norms"], rel=1e-4)
+    assert results["kernels"]["threads"] == 1 and results["kernels"]["THP_MEM_ALLOC_ENABLE"] == "1"
+    assert "official" in printed
+    table = read_rows(page, "The loss, on a processor")
+    assert len(table) == len(rows)
+    for cells, row in zip(table, results["measured"], strict=True):
+        assert cells[2:4] == [row["setting"], row["line"]]
+        assert ("skipped" in row) == (row["line"] == "trl" and not has_trl)
+        assert "skipped" in row or cells[5] == f"{row['of_floor']:.2f}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_trl, reason="needs sdpo[bench]")
+def test_a_step_beside_trl(run_benchmark: Callable[..., Any]) -> None:
+    sizes = ["--vocab", "512", "--prompts", "1", "-n", "2", "--response", "4"]
+    _, results, page = run_benchmark("step_trl", *sizes, "--steps", "1", "--rounds", "1")
+    assert [row["setting"] for row in results["measured"]] == ["full vocabulary", "top 100 with tail"]
+    for row in results["measured"]:
+        ours, trl, ours_by_one, trl_by_one = row["sides"].values()
+        for mine, theirs in ((ours, trl), (ours_by_one, trl_by_one)):
+            assert theirs["response_tokens"] == mine["response_tokens"] == 2 * 4
+            assert theirs["teacher_prompt_tokens"] == mine["teacher_prompt_tokens"]
+            assert theirs["ours_over_it"]["step"] == pytest.approx(mine["step"] / theirs["step"])
+            passes = sum(theirs[part] for part in ("teacher", "student", "loss", "backward"))
+            assert 0 < passes <= theirs["learning"] <= theirs["step"]
+    assert len(read_rows(page, "A step beside TRL")) == 2 * 4
+
+
+@pytest.mark.slow
+def test_growth(run_benchmark: Callable[..., Any]) -> None:
+    _, results, page = run_benchmark(
+        "growth", "--tiny", "--axes", "prompts a step", "--factors", "1", "16", "--repeats", "2"
+    )
+    (axis,) = results["measured"]
+    assert axis["sizes"] == [1, 16]
+    least, most = axis["points"]
+    assert most["learning_seconds"] > least["learning_seconds"] > 0
+    assert 0 < axis["exponents"]["learning_seconds"] < 1.5
+    ((name, sizes, *cells),) = read_rows(page, "Growth")
+    assert (name, sizes) == ("prompts a step", "1 to 16")
+    assert cells[0] == f"{axis['exponents']['learning_seconds']:.2f}"
+
+
+@pytest.mark.slow
+def test_startup(run_benchmark: Callable[..., Any]) -> None:
+    _, results, page = run_benchmark("startup", "--repeats", "1")
+    seconds = {line: m["seconds"] for line, m in results["measured"].items()}
+    assert seconds["python -c pass"] < seconds["sdpo --help"] < seconds["sdpo train, first step"]
+    rows = read_rows(page, "Start-up")
+    assert rows[1][0] == "`sdpo --help`" and rows[1][-1] == "below 0.5"
+
+
+@pytest.mark.slow
+def test_learning_on_a_gpu_also_runs_without(run_benchmark: Callable[..., Any]) -> None:
+    _, results, page = run_benchmark("gpu_step", "--tiny", "--repeats", "1")
+    (m,) = results["measured"]
+    assert m["response_tokens"] == 4 * 16
+    assert m["utilisation"] == pytest.approx(m["operations_a_second"] / m["product_operations_a_second"])
+    assert 0 < m["utilisation"] < 1
+    assert read_rows(page, "Learning on a GPU")[0][5] == f"{m['utilisation']:.2f}"
