@@ -2,9 +2,9 @@
 
 With a vocabulary of 150,000 the logits of a batch outweigh the model. So tokens go through head, softmax and loss in
 chunks; what is kept of a chunk is its losses and its share of the gradients, which are accumulated in this one pass.
-Four products remain of it, of which each reads the whole head: the student's logits, the teacher's, and the gradients by
-hidden states and head. What is between them is done block by block in float32, while the block is in the cache; so in
-half precision no chunk is ever held in float32.
+Nearly all of the time goes into four products, each as large as the head times the tokens: logits of student and
+teacher, gradients by hidden states and head. What is between them is done block by block in float32, while the block is
+in the cache; so in half precision no chunk is ever held in float32.
 
 The gradient of one token's loss L, with z its logits, s = softmax(z) and d = dL / d log s:
 
