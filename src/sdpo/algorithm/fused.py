@@ -37,9 +37,11 @@ from sdpo.algorithm.inputs import build_loss_inputs, gather_log_probs
 from sdpo.algorithm.loss import LossInputs, LossOutputs, Sums, add_sums, compute_loss, compute_token_weights
 from sdpo.config import SelfDistillationConfig
 
-# The student's logits of a chunk take at most this much, a teacher's a fifth of it: the larger the chunk, the more
-# seldom is the head's gradient read and written, and the faster are the products.
+# The student's logits of a chunk take at most this much, and the teacher's too: the larger the chunk, the more seldom is
+# the head's gradient read and written, and the faster are the products.
 BUFFER_BYTES = 156_000_000
+# In half precision, where the head's gradient is there in float32 besides, the teacher's take a part of it only.
+HALF_PRECISION_TEACHER_SHARE = 5
 # Between the products a processor works in blocks [block, V] of this much, five at a time: what stays in the cache
 # costs less to read again.
 BLOCK_BYTES = 2_500_000
@@ -351,7 +353,8 @@ class _Pass:
         self.differentiates = any(needed)
         self.head = student
         self.student = _Policy([student], temperature, chunk_size)
-        self.teacher_size = -(-chunk_size // (5 * max(1, len(teacher))))
+        share = 1 if student.hidden.dtype == self.student.type else HALF_PRECISION_TEACHER_SHARE
+        self.teacher_size = -(-chunk_size // (share * max(1, len(teacher))))
         self.teacher = _Policy(teacher, temperature, self.teacher_size) if teacher else None
         self.sums: Sums = {}
         self.token_losses = student.hidden.new_zeros(len(student.hidden), dtype=self.student.type)

@@ -630,7 +630,8 @@ def test_memory_does_not_grow_with_the_tokens(
             run_fused(case, config, mask, mask, 32)[0].backward()
 
         peaks[number] = count_peak(run)
-    # The student's logits, a fifth of it for the teacher's, ten blocks in float32, gradients of head and bias.
+    # The student's logits, as many or a fifth of it for the teacher's, ten blocks in float32, gradients of head and bias.
     logits = 32 * 2000 * dtype.itemsize
-    assert peaks[96] < 1.22 * logits + 10 * 4 * 2000 * 4 + 3 * 2000 * 5 * 4 + 96 * 300
+    both = 2.0 if dtype == torch.float32 else 1.22
+    assert peaks[96] < both * logits + 10 * 4 * 2000 * 4 + 3 * 2000 * 5 * 4 + 96 * 300
     assert peaks[288] - peaks[96] < 192 * 300 < logits
