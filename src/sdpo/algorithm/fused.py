@@ -37,8 +37,8 @@ from sdpo.algorithm.inputs import build_loss_inputs, gather_log_probs
 from sdpo.algorithm.loss import LossInputs, LossOutputs, Sums, add_sums, compute_loss, compute_token_weights
 from sdpo.config import SelfDistillationConfig
 
-# The student's logits of a chunk take at most this much, and the teacher's too: the larger the chunk, the more seldom is
-# the head's gradient read and written, and the faster are the products.
+# The student's logits of a chunk take at most this much, and the teacher's too: the larger the chunk, the more seldom
+# is the head's gradient read and written, and the faster are the products.
 BUFFER_BYTES = 156_000_000
 # In half precision, where the head's gradient is there in float32 besides, the teacher's take a part of it only.
 HALF_PRECISION_TEACHER_SHARE = 5
