@@ -2,9 +2,9 @@
 
 With a vocabulary of 150,000 the logits of a batch outweigh the model. So tokens go through head, softmax and loss in
 chunks; what is kept of a chunk is its losses and its share of the gradients, which are accumulated in this one pass.
-Four products remain of it, of which each reads the whole head: the student's logits, the teacher's, and the gradients
-by hidden states and head. What is between them is done block by block in float32, while the block is in the cache; so
-in half precision no chunk is ever held in float32.
+Nearly all of the time goes into four products, each as large as the head times the tokens: logits of student and
+teacher, gradients by hidden states and head. What is between them is done block by block in float32, while the block is
+in the cache; so in half precision no chunk is ever held in float32.
 
 The gradient of one token's loss L, with z its logits, s = softmax(z) and d = dL / d log s:
 
@@ -38,9 +38,11 @@ from sdpo.algorithm.loss import LossInputs, LossOutputs, Sums, add_sums, compute
 from sdpo.algorithm.products import goes_to_onednn, multiply, multiply_into
 from sdpo.config import SelfDistillationConfig
 
-# The student's logits of a chunk take at most this much, a teacher's a fifth of it: the larger the chunk, the more
-# seldom is the head's gradient read and written, and the faster are the products.
+# The student's logits of a chunk take at most this much, and the teacher's too: the larger the chunk, the more seldom
+# is the head's gradient read and written, and the faster are the products.
 BUFFER_BYTES = 156_000_000
+# In half precision, where the head's gradient is there in float32 besides, the teacher's take a part of it only.
+HALF_PRECISION_TEACHER_SHARE = 5
 # Between the products a processor works in blocks [block, V] of this much, five at a time: what stays in the cache
 # costs less to read again.
 BLOCK_BYTES = 2_500_000
@@ -356,7 +358,8 @@ class _Pass:
         self.differentiates = any(needed)
         self.head = student
         self.student = _Policy([student], temperature, chunk_size)
-        self.teacher_size = -(-chunk_size // (5 * max(1, len(teacher))))
+        share = 1 if student.hidden.dtype == self.student.type else HALF_PRECISION_TEACHER_SHARE
+        self.teacher_size = -(-chunk_size // (share * max(1, len(teacher))))
         self.teacher = _Policy(teacher, temperature, self.teacher_size) if teacher else None
         self.sums: Sums = {}
         self.token_losses = student.hidden.new_zeros(len(student.hidden), dtype=self.student.type)

@@ -257,14 +257,14 @@ def bound_lengths(run: Run, window: int | None) -> Lengths:
 def count_fused_loss(vocab_size: int, hidden_size: int, size: int, num_tokens: int) -> int:
     """Bytes at the worst moment of ``compute_fused_loss`` and its backward pass on an accelerator.
 
-    Logits of a chunk and the blocks that are worked on, which do not depend on the number of tokens: a fifth of the
-    student's chunk for the teacher, and as many blocks as torch's profiler counted.
+    Logits of a chunk and the blocks that are worked on, which do not depend on the number of tokens: as much for the
+    teacher as for the student, or a fifth of it in half precision, and as many blocks as torch's profiler counted.
 
     Args:
         size: bytes of a value in the products.
         num_tokens: whose hidden states have gradients.
     """
-    chunks = int(1.25 * fused.ACCELERATOR_BUFFER_BYTES)
+    chunks = int((2 if size == 4 else 1.25) * fused.ACCELERATOR_BUFFER_BYTES)
     blocks = BLOCKS_OF_LOSS * fused.ACCELERATOR_BLOCK_BYTES
     # The gradient of the head is added up in float32; next to it is what is added, and then what it is cast to.
     return chunks + blocks + (4 + size) * vocab_size * hidden_size + 4 * size * num_tokens * hidden_size

@@ -212,11 +212,14 @@ def test_softcap_bounds_the_logits_before_the_temperature() -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_logits_of_thousands(level: str) -> None:
-    """Most probabilities underflow, in float64 too; exp of the logits themselves would overflow."""
+    """Most probabilities underflow, in float64 too; exp of the logits themselves would overflow.
+
+    Logits of 3,000 are off by 3,000 * 2^-53, and hidden states of 1,000 multiply that.
+    """
     case = make_case()
     hidden, teacher_hidden = (1000.0 * h.detach() for h in (case.hidden, case.teacher_hidden))
     case = replace(case, hidden=hidden.requires_grad_(), teacher_hidden=teacher_hidden)
-    assert float((case.hidden @ case.head.T).max()) > 2000
+    assert float((hidden @ case.head.T).max().detach()) > 2000
     assert int((case.student().exp() == 0).sum()) > N * V // 2
     config = SelfDistillationConfig(**LEVELS[level], is_clip=None)
     loss, _ = run_materialised(case, config, torch.ones(N), torch.ones(N))
@@ -226,7 +229,7 @@ def test_logits_of_thousands(level: str) -> None:
     fused_loss.backward()
     assert float(fused_loss.detach()) == pytest.approx(float(loss.detach()), rel=1e-12)
     for result, wanted in zip(case.gradients(), expected, strict=True):
-        torch.testing.assert_close(result, wanted, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(result, wanted, rtol=1e-12, atol=1e-9)
 
 
 def test_gradients_by_finite_differences() -> None:
@@ -629,7 +632,8 @@ def test_memory_does_not_grow_with_the_tokens(
             run_fused(case, config, mask, mask, 32)[0].backward()
 
         peaks[number] = count_peak(run)
-    # The student's logits, a fifth of it for the teacher's, ten blocks in float32, gradients of head and bias.
+    # The student's logits, the teacher's, ten blocks in float32, gradients of head and bias.
     logits = 32 * 2000 * dtype.itemsize
-    assert peaks[96] < 1.22 * logits + 10 * 4 * 2000 * 4 + 3 * 2000 * 5 * 4 + 96 * 300
+    both = 2.0 if dtype == torch.float32 else 1.22
+    assert peaks[96] < both * logits + 10 * 4 * 2000 * 4 + 3 * 2000 * 5 * 4 + 96 * 300
     assert peaks[288] - peaks[96] < 192 * 300 < logits
