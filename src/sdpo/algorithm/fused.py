@@ -42,7 +42,7 @@ from sdpo.config import SelfDistillationConfig
 # is the head's gradient read and written, and the faster are the products.
 BUFFER_BYTES = 156_000_000
 # In half precision, where the head's gradient is there in float32 besides, the teacher's take a part of it only.
-HALF_PRECISION_TEACHER_SHARE = 5
+HALF_PRECISION_TEACHER_SHARE = 4
 # Between the products a processor works in blocks [block, V] of this much, five at a time: what stays in the cache
 # costs less to read again.
 BLOCK_BYTES = 2_500_000

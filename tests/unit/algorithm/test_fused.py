@@ -634,6 +634,6 @@ def test_memory_does_not_grow_with_the_tokens(
         peaks[number] = count_peak(run)
     # The student's logits, the teacher's, ten blocks in float32, gradients of head and bias.
     logits = 32 * 2000 * dtype.itemsize
-    both = 2.0 if dtype == torch.float32 else 1.22
+    both = 2.0 if dtype == torch.float32 else 1.25
     assert peaks[96] < both * logits + 10 * 4 * 2000 * 4 + 3 * 2000 * 5 * 4 + 96 * 300
     assert peaks[288] - peaks[96] < 192 * 300 < logits
