@@ -23,7 +23,7 @@ KEPT_BY_LAYER = 2.2
 # The same for what a layer without gradients holds at once.
 HELD_BY_LAYER = 1.7
 # Blocks of the loss that are there at once: log-probabilities and probabilities of both sides, what is made of them.
-BLOCKS_OF_LOSS = 9
+BLOCKS_OF_LOSS = 10
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ def count_fused_loss(vocab_size: int, hidden_size: int, size: int, num_tokens: i
     """Bytes at the worst moment of ``compute_fused_loss`` and its backward pass on an accelerator.
 
     Logits of a chunk and the blocks that are worked on, which do not depend on the number of tokens: as much for the
-    teacher as for the student, or a fifth of it in half precision, and as many blocks as torch's profiler counted.
+    teacher as for the student, or a quarter of it in half precision, and as many blocks as torch's profiler counted.
 
     Args:
         size: bytes of a value in the products.
