@@ -6,6 +6,7 @@
 
     floor      what no implementation can do without: four matrix products, 8 N H V operations (logits of student and
                teacher, gradients by hidden states and output layer), in the best of several chunk sizes
+    floor, oneDNN   the same products in float32 by oneDNN, where ours goes to it (AMD's processors with AVX-512)
     ours       sdpo.fused_self_distillation_loss
     official   the formula on [1, N, V] log-probabilities of both sides, differentiated by autograd
     trl        the functions by which TRL's SDPOTrainer computes its loss from logits
@@ -38,7 +39,7 @@ from typing import Any
 
 from record import HUGE_PAGES, describe_kernels, print_table, read_peak, reset_peak, run_all, save
 
-LINES = ("floor", "ours", "official", "trl", "liger", "liger, eager")
+LINES = ("floor", "floor, oneDNN", "ours", "official", "trl", "liger", "liger, eager")
 NEEDS = {"trl": "trl", "liger": "liger_kernel", "liger, eager": "liger_kernel"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "Jensen-Shannon": {"alpha": 0.5},
@@ -111,6 +112,29 @@ def run_floor(chunk: int, inputs: Inputs) -> None:
             torch.mm(shown, inputs.teacher_head.T, out=logits)
             torch.mm(logits, head, out=out)
             by_head.addmm_(logits.T, some)
+
+
+def run_floor_by_onednn(chunk: int, inputs: Inputs) -> None:
+    import torch
+
+    from sdpo.algorithm.products import PIECE_ROWS, multiply, multiply_into
+
+    hidden, head = inputs.hidden.detach(), inputs.head.detach()
+    with torch.no_grad():
+        by_head = torch.zeros_like(head)
+        by_hidden = torch.zeros_like(hidden)
+        logits = torch.empty(chunk, len(head))
+        for some, shown, out in zip(
+            hidden.split(chunk), inputs.teacher_hidden.split(chunk), by_hidden.split(chunk), strict=True
+        ):
+            of_chunk = logits[: len(some)]
+            multiply_into(of_chunk, some, head)
+            multiply_into(of_chunk, shown, inputs.teacher_head)
+            for columns, rows, more in zip(
+                of_chunk.split(PIECE_ROWS, dim=1), head.split(PIECE_ROWS), by_head.split(PIECE_ROWS), strict=True
+            ):
+                out += multiply(columns, rows.T)
+                more += multiply(columns.T, some.T)
 
 
 def compute_ours(settings: dict[str, Any], x: Inputs) -> Any:
@@ -230,10 +254,11 @@ def measure(case: Case, chunk: int) -> dict[str, Any]:
 def _measure(case: Case, chunk: int) -> dict[str, Any]:
     inputs = build_inputs(case)
     floor = partial(run_floor, chunk, inputs)
-    if case.line == "floor":
-        peak = _find_peak(case, inputs, floor)
-        seconds = statistics.median(_time(case.device, floor) for _ in range(case.repeats))
-        return {"seconds": seconds, "of_floor": 1.0, "peak_bytes": peak}
+    if case.line.startswith("floor"):
+        products = partial(run_floor_by_onednn, chunk, inputs) if "oneDNN" in case.line else floor
+        peak = _find_peak(case, inputs, products)
+        turns = [(_time(case.device, floor), _time(case.device, products)) for _ in range(case.repeats)]
+        return _summarize(turns) | {"peak_bytes": peak}
     losses: list[Any] = []
 
     def line() -> None:
@@ -247,12 +272,14 @@ def _measure(case: Case, chunk: int) -> dict[str, Any]:
     inputs.hidden.grad = inputs.head.grad = None
     floor()
     turns = [(_time(case.device, floor), _time(case.device, line)) for _ in range(case.repeats)]
+    return _summarize(turns) | {"peak_bytes": peak, "loss": float(losses[-1]), "gradient_norms": norms}
+
+
+def _summarize(turns: list[tuple[float, float]]) -> dict[str, float]:
+    """Of seconds of the floor and of the line, turn by turn."""
     return {
         "seconds": statistics.median(seconds for _, seconds in turns),
         "of_floor": statistics.median(seconds / of_floor for of_floor, seconds in turns),
-        "peak_bytes": peak,
-        "loss": float(losses[-1]),
-        "gradient_norms": norms,
     }
 
 
@@ -305,6 +332,8 @@ def has_line(line: str, setting: str) -> bool:
 
 
 def measure_alone(case: Case, chunk: int) -> dict[str, Any]:
+    if "oneDNN" in case.line and not _goes_to_onednn(case):
+        return {"skipped": "ours goes to torch's own products here"}
     package = NEEDS.get(case.line)
     if package is not None and importlib.util.find_spec(package) is None:
         return {"skipped": f"{package} is not installed"}
@@ -312,6 +341,14 @@ def measure_alone(case: Case, chunk: int) -> dict[str, Any]:
         return run_all(measure, [(case, chunk)], workers=1)[0]
     except BrokenProcessPool:
         return {"skipped": f"its process ended, within {case.memory_bytes / 2**30:.1f} GiB"}
+
+
+def _goes_to_onednn(case: Case) -> bool:
+    import torch
+
+    from sdpo.algorithm.products import goes_to_onednn
+
+    return goes_to_onednn(torch.empty(0, device=case.device, dtype=getattr(torch, case.dtype)))
 
 
 def tabulate(rows: list[dict[str, Any]]) -> list[list[Any]]:
@@ -361,7 +398,7 @@ def main() -> None:
         for tokens in chosen.tokens:
             for setting in list(SETTINGS) if tokens == at else ["Jensen-Shannon"]:
                 lines = [line for line in chosen.lines if has_line(line, setting)]
-                for line in lines if setting == "Jensen-Shannon" else [line for line in lines if line != "floor"]:
+                for line in [line for line in lines if setting == "Jensen-Shannon" or not line.startswith("floor")]:
                     case = Case(line, setting, tokens, dtype, *sizes)
                     row = {key: asdict(case)[key] for key in ("tokens", "dtype", "setting", "line")}
                     results["measured"].append(row | measure_alone(case, chunk))
