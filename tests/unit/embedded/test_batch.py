@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -33,6 +33,7 @@ def read_tokens(batcher: Batcher, samples: Sequence[Sample]) -> int:
 
 
 @pytest.mark.parametrize("cost", COSTS.values(), ids=COSTS)
+@settings(deadline=None)
 @given(lengths=st.lists(LENGTHS, min_size=1, max_size=8), max_tokens=st.integers(1, 400))
 def test_every_sample_once_and_within_the_budget(
     make_sample: Callable[..., Sample],
