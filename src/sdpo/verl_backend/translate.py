@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,9 +81,9 @@ def quote(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{key}:{quote(each)}" for key, each in value.items()) + "}"
     if isinstance(value, str):
-        # A backslash escapes only before a quote, and there every backslash must be doubled.
-        escaped = value.replace('\\"', '\\\\"').replace('"', '\\"')
-        return f'"{escaped}' + ("\\" if value.endswith("\\") else "") + '"'
+        # A backslash escapes only before a quote, and there each of several must be doubled: also before the last one.
+        doubled = re.sub(r'(\\+)("|\Z)', r"\1\1\2", value)
+        return '"' + doubled.replace('"', '\\"') + '"'
     return repr(value)
 
 

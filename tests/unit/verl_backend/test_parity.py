@@ -203,7 +203,8 @@ def test_a_step_is_the_same_on_both_engines(
             assert mean == pytest.approx(values[metric], rel=1e-4, abs=1e-7), (step, metric)
         for metric in values.keys() & verl_values.keys() - {metrics.LR}:
             mean = sum(verl_values[metric]) / len(verl_values[metric])
-            assert mean == pytest.approx(values[metric], rel=1e-4, abs=1e-6), (step, metric)
+            # Differences of log-probabilities, by weights that AdamW has moved apart by rounding after the first step.
+            assert mean == pytest.approx(values[metric], rel=1e-4, abs=1e-5 if step else 1e-6), (step, metric)
     for weights, expected in ((theirs["students"][-1], ours["student"]), (theirs["teacher"], ours["teacher"])):
         assert weights.keys() == expected.keys()
         for weight, value in expected.items():

@@ -23,13 +23,16 @@ CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 PARSER = OverridesParser.create()
 
 
-@given(st.text(st.characters(exclude_categories=("Cs", "Cc"), include_characters="\n\t")))
+@given(st.text(st.characters(exclude_categories=("Cs", "Cc"), include_characters="\n\t")) | st.text('\\"a \n'))
 def test_any_text_survives_hydras_grammar(text: str) -> None:
     (override,) = PARSER.parse_overrides([f"key={quote(text)}"])
     assert override.value() == text
 
 
-@pytest.mark.parametrize("value", [None, True, False, 3, 1e-5, -2.5, [1, 0.5], ["a b", "c,d"], 'it\'s "so"', "a\\", ""])
+@pytest.mark.parametrize(
+    "value",
+    [None, True, False, 3, 1e-5, -2.5, [1, 0.5], ["a b", "c,d"], 'it\'s "so"', "a\\", "\\\\", 'a\\\\"b\\"', "\\\n", ""],
+)
 def test_values_survive_hydras_grammar(value: Any) -> None:
     (override,) = PARSER.parse_overrides([f"key={quote(value)}"])
     assert override.value() == value
