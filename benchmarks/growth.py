@@ -21,8 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from record import HUGE_PAGES, compute_slope, describe_kernels, print_table, read_peak, reset_peak, run_all, save
+from record import compute_slope, describe_kernels, print_table, read_peak, reset_peak, run_all, save
 from workload import Workload
+
+from sdpo.embedded.allocation import keep_freed_memory
 
 BASE = Workload(
     vocab_size=4096,
@@ -115,7 +117,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a trial with the least sizes")
     parser.add_argument("--note", default="", help="what else ran on the machine; kept with the numbers")
     options = parser.parse_args()
-    os.environ[HUGE_PAGES] = "1"
+    keep_freed_memory()
     os.environ["OMP_NUM_THREADS"] = "1"
     base = BASE
     if options.tiny:

@@ -37,7 +37,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from record import HUGE_PAGES, describe_kernels, print_table, read_peak, reset_peak, run_all, save
+from record import describe_kernels, print_table, read_peak, reset_peak, run_all, save
+
+from sdpo.embedded.allocation import keep_freed_memory
 
 LINES = ("floor", "floor, oneDNN", "ours", "official", "trl", "liger", "liger, eager")
 NEEDS = {"trl": "trl", "liger": "liger_kernel", "liger, eager": "liger_kernel"}
@@ -373,10 +375,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=3, help="turns")
     parser.add_argument("--memory-gib", type=float, help="of a line's process; default: what is free, less one")
-    parser.add_argument("--no-huge-pages", action="store_true", help="do not ask for them in any line")
+    parser.add_argument("--return-memory", action="store_true", help="do not let glibc keep what is freed, in any line")
     parser.add_argument("--note", default="", help="what else ran on the machine; kept with the numbers")
     chosen = parser.parse_args()
-    os.environ[HUGE_PAGES] = "0" if chosen.no_huge_pages else "1"
+    if not chosen.return_memory:
+        keep_freed_memory()
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     memory = int((chosen.memory_gib or _find_free_gib(chosen.device) - 1) * 2**30)
     at = chosen.settings_tokens or chosen.tokens[min(1, len(chosen.tokens) - 1)]

@@ -25,7 +25,7 @@ from rich.table import Table
 
 # Where the numbers go; another folder for a trial that is not to be published.
 RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", Path(__file__).parent / "results"))
-HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # with 1, torch asks for huge pages; read when a process first allocates
+ALLOCATION = ("THP_MEM_ALLOC_ENABLE", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")  # of torch and of glibc
 
 
 def run_all(work: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], workers: int) -> list[Any]:
@@ -84,7 +84,7 @@ def describe_kernels() -> dict[str, Any]:
         "processor_flags": sorted(flag for flag in flags if re.match(r"avx|amx|fma|bf16", flag)),
         "libraries": re.findall(r"- (.*(?:Math Kernel|MKL-DNN|CUDA Runtime|CuDNN).*)", torch.__config__.show()),
         "huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled").strip(),
-        HUGE_PAGES: os.environ.get(HUGE_PAGES, "not set"),
+        **{name: os.environ.get(name, "not set") for name in ALLOCATION},
     }
 
 

@@ -31,8 +31,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from record import HUGE_PAGES, describe_kernels, median_of, print_table, read_peak, reset_peak, run_all, save
+from record import describe_kernels, median_of, print_table, read_peak, reset_peak, run_all, save
 from workload import Workload
+
+from sdpo.embedded.allocation import keep_freed_memory
 
 TOPK = 100
 SETTINGS = {"full vocabulary": None, f"top {TOPK} with tail": TOPK}
@@ -266,10 +268,11 @@ def main() -> None:
     parser.add_argument("--response", type=int, default=64, help="tokens a response")
     parser.add_argument("--steps", type=int, default=3, help="measured steps of a process")
     parser.add_argument("--rounds", type=int, default=3, help="processes a side")
-    parser.add_argument("--no-huge-pages", action="store_true", help="do not ask for them on any side")
+    parser.add_argument("--return-memory", action="store_true", help="do not let glibc keep what is freed, on any side")
     parser.add_argument("--note", default="", help="what else ran on the machine; kept with the numbers")
     options = parser.parse_args()
-    os.environ[HUGE_PAGES] = "0" if options.no_huge_pages else "1"
+    if not options.return_memory:
+        keep_freed_memory()
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     os.environ |= {"TRL_EXPERIMENTAL_SILENCE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     measured: list[dict[str, Any]] = []

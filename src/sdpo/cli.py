@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -45,12 +44,12 @@ def train(
         print_dry_run(run, estimate_cost(run))
         return
 
-    # Read by torch when it first allocates: with huge pages, large tensors cost far fewer page faults.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    from sdpo.embedded.allocation import keep_freed_memory
     from sdpo.embedded.trainer import train as run_training
     from sdpo.report import read_run
     from sdpo.report.console import ConsoleObserver, print_result_table
 
+    keep_freed_memory()
     with ConsoleObserver(run.total_steps) as observer:
         result = run_training(run, observer)
     if result.metrics:  # none if it was stopped before the first

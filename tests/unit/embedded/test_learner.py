@@ -422,6 +422,25 @@ def test_the_distillation_weight_is_scheduled(model: Any, make_run: MakeRun, mak
     assert [v[metrics.DISTILLATION_LOSS] for v in values] == pytest.approx([losses[0]] * 3, rel=1e-4)
 
 
+def test_logits_that_a_model_scales_are_learned_from_as_they_are(
+    make_model: MakeModel, make_run: MakeRun, make_samples: MakeSamples
+) -> None:
+    by_head, by_model = make_model(), make_model()
+    with torch.no_grad():
+        by_head.lm_head.weight.mul_(-2.0)
+    run = by_model.forward
+
+    def forward(**inputs: Any) -> Any:
+        output = run(**inputs)
+        output.logits = -2.0 * output.logits
+        return output
+
+    by_model.forward = forward
+    results = [Learner(model, make_run(), 0).learn(make_samples()) for model in (by_head, by_model)]
+    for metric in (metrics.LOSS, metrics.ENTROPY, metrics.ROLLOUT_KL):
+        assert results[0][metric] == pytest.approx(results[1][metric], rel=1e-4)
+
+
 def test_plain_grpo_has_no_teacher(model: Any, make_run: MakeRun, make_samples: MakeSamples) -> None:
     learner = Learner(model, make_run(self_distillation__grpo_coef=1.0), 0)
     values = learner.learn(make_samples(undistilled=range(6)))

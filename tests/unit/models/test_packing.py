@@ -33,6 +33,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 from sdpo.models.attention import NAME
@@ -80,6 +82,9 @@ NOT_PACKABLE: dict[str, Callable[[], Any]] = {
     "sliding window": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=8)),
     "capped attention": lambda: Gemma2ForCausalLM(Gemma2Config(**SHAPE)),
     "positions in attention": lambda: BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=64, n_layer=3, n_head=4)),
+    "hybrid": lambda: Qwen3NextForCausalLM(
+        Qwen3NextConfig(**{**SHAPE, "num_hidden_layers": 4}, num_experts=4, num_experts_per_tok=2)
+    ),
     "recurrent": lambda: MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=3)),
 }
 # Reading a token is all that costs; only pairs cost, so that nothing is padded; calls are dear.
@@ -211,6 +216,16 @@ def test_what_prompts_begin_with() -> None:
     two = (b"one", b"two")  # the second image comes after what differs: neither is shared
     assert count([1, 99, 2, 99], [1, 99, 3, 99], images=two) == 1
     assert count([1, 99, 99, 2], [1, 99, 99, 2]) == 4  # without images it is a token like any other
+
+
+@pytest.mark.parametrize(("prefix", "num_images"), [(3, 1), (1, 2), (0, 2)])
+def test_images_stand_in_a_row_as_often_as_their_tokens(prefix: int, num_images: int) -> None:
+    prompts = [TokenPrompt([1, 99, 99, 5], (b"image",)), TokenPrompt([1, 99, 99, 6], (b"image",))]
+    families = [Family(prefix, (5, 6))] if prefix else [Family(0, (5,)), Family(0, (6,))]
+    positions = [torch.arange(5), torch.arange(6)]
+    row = pack_sequences(families, prompts, [[2], [3, 4]], positions, ALWAYS, CPU, [99])
+    assert row.images == (b"image",) * num_images
+    assert row.token_ids.tolist()[0].count(99) == 2 * num_images
 
 
 def test_sharing_pays_where_it_saves_more_than_its_calls_cost() -> None:

@@ -1,0 +1,28 @@
+"""How a process of ours gets its memory on a CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+# glibc's own numbers and names of two of its settings (mallopt(3)).
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+VARIABLES = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
+
+
+def keep_freed_memory() -> None:
+    """Let glibc hand out again what was freed, in this process and those that it starts, for tensors of any size.
+
+    By itself it returns large pieces to the system, which must fill each page with zeros when it is asked for anew: a
+    fifth of the time of a loss over a large vocabulary. The price is a tenth more memory. What is set in the
+    environment already is left alone; other C libraries are, too.
+    """
+    if VARIABLES.keys() & os.environ.keys():
+        return
+    os.environ |= VARIABLES
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
