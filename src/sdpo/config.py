@@ -155,7 +155,7 @@ class LearnerConfig(Section):
     device: str = setting("auto", "Where student and teacher are trained: auto, cpu, cuda, cuda:1, mps, ...")
     mini_batch_size: int | None = setting(None, "Prompts an optimizer step; all prompts of the step if not set.", ge=1)
     micro_batch_tokens: int = setting(
-        8192,
+        4096,
         "Most tokens in one micro-batch, the teacher's included, and padding where the model cannot read packed rows; "
         "one sample is always let in.",
         ge=1,
