@@ -131,8 +131,8 @@ gradients.
 - **liger**: `LigerFusedLinearJSDLoss` as it comes, compiled; **liger, eager**: without the compiler.
 
 Target at 1,024 tokens: at most 1.15 times the floor in float32 and 1.3 times in bfloat16, and a twentieth of the
-official formula's memory. In all lines glibc keeps freed memory, as `sdpo train` has it, which is faster and takes more:
-with `--return-memory` ours is at a twentieth, and 1.45 times the floor in bfloat16.
+official formula's memory. In all lines glibc keeps freed memory, as `sdpo train` has it, which is faster and takes
+more: with `--return-memory` ours is at a twentieth, and 1.45 times the floor in bfloat16.
 """
 
 STEP_TRL = """\
