@@ -32,44 +32,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sdpo import metrics
-from sdpo.algorithm.divergence import compute_entropy, differentiate_divergence, exponentiate
-from sdpo.algorithm.inputs import build_loss_inputs, gather_log_probs
+from sdpo.algorithm.backward_products import SumOfProducts, multiply_by_pieces
+from sdpo.algorithm.divergence import differentiate_divergence
+from sdpo.algorithm.inputs import build_loss_inputs
+from sdpo.algorithm.logits import ChunkedPolicy, LazyLogits, choose_chunk_size, cut_slice, softmax_type
 from sdpo.algorithm.loss import LossInputs, LossOutputs, Sums, add_sums, compute_loss, compute_token_weights
-from sdpo.algorithm.products import goes_to_onednn, multiply, multiply_into
 from sdpo.config import SelfDistillationConfig
 
-# The student's logits of a chunk take at most this much, and the teacher's too: the larger the chunk, the more seldom
-# is the head's gradient read and written, and the faster are the products.
-BUFFER_BYTES = 156_000_000
 # In half precision, where the head's gradient is there in float32 besides, the teacher's take a part of it only.
 HALF_PRECISION_TEACHER_SHARE = 4
-# Between the products a processor works in blocks [block, V] of this much, five at a time: what stays in the cache
-# costs less to read again.
-BLOCK_BYTES = 2_500_000
-# Where oneDNN multiplies, products that add up to the head's gradient are made in pieces of this much, for the same
-# reason.
-PIECE_BYTES = 4_000_000
-# An accelerator needs larger ones to be busy.
-ACCELERATOR_BUFFER_BYTES = 280_000_000
-ACCELERATOR_BLOCK_BYTES = 60_000_000
-ACCELERATOR_PIECE_BYTES = 64_000_000
-# So many pieces of a gradient are given free at once: fewer and the system backs them with small pages only.
-PART_PIECES = 16
-
-
-@dataclass(frozen=True)
-class LazyLogits:
-    """Logits [N, V] that are not computed yet: hidden states and the head that makes logits of them.
-
-    logits = coefficient * softcap * tanh((hidden @ weight.T + bias) / softcap); without a soft-cap the head's output
-    itself. The product has the type of the hidden states, everything after it float32 (float64 if they are float64).
-    """
-
-    hidden: Tensor  # [N, H]
-    weight: Tensor  # [V, H]
-    bias: Tensor | None = None  # [V]
-    softcap: float | None = None  # > 0
-    coefficient: float = 1.0  # with which a policy of several models adds its logits up
 
 
 @dataclass(frozen=True)
@@ -101,18 +72,6 @@ class FusedOutputs(LossOutputs):
     teacher_log_probs: Tensor  # [M]
 
 
-def choose_chunk_size(vocab_size: int, dtype: torch.dtype, device: torch.device | None = None) -> int:
-    """Tokens a chunk, at least 1, for hidden states of that type.
-
-    Their logits stay below ``BUFFER_BYTES``; on CUDA below ``ACCELERATOR_BUFFER_BYTES`` and an eighth of what is free.
-    """
-    num_bytes = BUFFER_BYTES
-    if device is not None and device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        num_bytes = min(ACCELERATOR_BUFFER_BYTES, (torch.cuda.mem_get_info(device)[0] + cached) // 8)
-    return max(1, num_bytes // (vocab_size * dtype.itemsize))
-
-
 def compute_fused_loss(
     student: LazyLogits,
     teacher: Sequence[LazyLogits],
@@ -140,7 +99,7 @@ def compute_fused_loss(
     needed = [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
     size = chunk_size or choose_chunk_size(len(student.weight), student.hidden.dtype, student.hidden.device)
     with torch.no_grad(), torch.autocast(student.hidden.device.type, enabled=False):
-        run = _Pass(_prepare(student), [_prepare(part) for part in teacher], config, temperature, needed, size)
+        run = _Pass(student.detach(), [part.detach() for part in teacher], config, temperature, needed, size)
         every_row = torch.arange(len(student.hidden), device=student.hidden.device)
         for rows, teacher_rows in _cut(tokens.distilled if teacher else None, every_row, size):
             run.add(tokens.select(rows), rows, teacher_rows)
@@ -149,33 +108,6 @@ def compute_fused_loss(
         return outputs
     attached: Tensor = _KnownGradients.apply(outputs.loss, gradients, *leaves)  # type: ignore[no-untyped-call]
     return replace(outputs, loss=attached)
-
-
-def score_tokens(
-    student: LazyLogits, sampled_ids: Tensor, *, temperature: float = 1.0, chunk_size: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the sampled tokens [N] and entropies of their distributions in nats, [N] each.
-
-    Without a graph; float32 (float64 if the hidden states are it).
-
-    Args:
-        student: [N, H].
-        temperature: of the sampler, > 0.
-        chunk_size: tokens at a time, >= 1; by default ``choose_chunk_size``.
-    """
-    size = chunk_size or choose_chunk_size(len(student.weight), student.hidden.dtype, student.hidden.device)
-    with torch.no_grad(), torch.autocast(student.hidden.device.type, enabled=False):
-        policy = _Policy([_prepare(student)], temperature, size)
-        scores = student.hidden.new_empty(2, len(sampled_ids), dtype=policy.type)
-        every_row = torch.arange(len(sampled_ids), device=sampled_ids.device)
-        for chunk in _cut_slice(len(sampled_ids), size):
-            rows = every_row[chunk]
-            policy.multiply(rows)
-            for block in _cut_slice(len(rows), policy.block_size):
-                log_probs, probs = policy.normalise(block)
-                scores[0, rows[block]] = gather_log_probs(log_probs, sampled_ids[rows[block]])
-                scores[1, rows[block]] = compute_entropy(log_probs, probs)
-    return scores[0], scores[1]
 
 
 def fused_self_distillation_loss(
@@ -272,7 +204,7 @@ def fused_self_distillation_loss(
 
 def _average(mask: Tensor, like: Tensor) -> Tensor:
     """What a token counts in the mean over the tokens of a mask, [N]."""
-    count = mask.sum()[None].to(_softmax_type(like.dtype))
+    count = mask.sum()[None].to(softmax_type(like.dtype))
     return compute_token_weights(count, "token-mean").expand(len(mask))
 
 
@@ -288,57 +220,6 @@ class _KnownGradients(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *(None if known is None else known * scale for known in ctx.saved_tensors)
-
-
-class _Policy:
-    """A policy's log-probabilities in two steps: the products with the head by the chunk, the softmax by the block."""
-
-    def __init__(self, parts: Sequence[LazyLogits], temperature: float, chunk_size: int) -> None:
-        self.parts = parts
-        self.temperature = temperature
-        hidden, (vocab_size, _) = parts[0].hidden, parts[0].weight.shape
-        self.type = _softmax_type(hidden.dtype)
-        block_bytes = BLOCK_BYTES if hidden.device.type == "cpu" else ACCELERATOR_BLOCK_BYTES
-        self.block_size = max(1, block_bytes // (vocab_size * self.type.itemsize))
-        rows = min(chunk_size, max(1, max(len(part.hidden) for part in parts)))
-        self.products = [part.hidden.new_empty(rows, vocab_size) for part in parts]
-        self.block_size = min(self.block_size, rows)
-        self.log_probs = hidden.new_empty(self.block_size, vocab_size, dtype=self.type)
-        self.probs = torch.empty_like(self.log_probs)
-
-    def multiply(self, rows: Tensor) -> Tensor:
-        """Hidden states times head at some rows, [n, V]; of several models, the last one's."""
-        for part, product in zip(self.parts, self.products, strict=True):
-            multiply_into(product[: len(rows)], part.hidden[rows], part.weight)
-        return self.products[-1][: len(rows)]
-
-    def normalise(self, block: slice) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and probabilities of some rows of the chunk, [b, V]; valid until the next call."""
-        log_probs, probs = self.log_probs[: block.stop - block.start], self.probs[: block.stop - block.start]
-        for i, (part, product) in enumerate(zip(self.parts, self.products, strict=True)):
-            logits = log_probs if i == 0 else probs
-            logits.copy_(product[block])
-            if part.bias is not None:
-                logits.add_(part.bias)
-            if part.softcap is not None:
-                logits.div_(part.softcap).tanh_().mul_(part.softcap)
-            if part.coefficient != self.temperature:
-                logits.mul_(part.coefficient / self.temperature)
-            if i > 0:
-                log_probs.add_(logits)
-        # Both softmaxes at once take fewer passes than one after the other.
-        exponentiate(log_probs.sub_(log_probs.amax(-1, keepdim=True)), out=probs)
-        total = probs.sum(-1, keepdim=True)
-        return log_probs.sub_(total.log()), probs.div_(total)
-
-    def compute_slope(self, block: slice, out: Tensor) -> Tensor:
-        """Derivative of the soft-capped logits by the head's output, 1 - tanh^2, [b, V]."""
-        (part,), (product,) = self.parts, self.products
-        assert part.softcap is not None
-        out.copy_(product[block])
-        if part.bias is not None:
-            out.add_(part.bias)
-        return out.div_(part.softcap).tanh_().square_().neg_().add_(1.0)
 
 
 class _Pass:
@@ -357,26 +238,26 @@ class _Pass:
         self.temperature = temperature
         self.differentiates = any(needed)
         self.head = student
-        self.student = _Policy([student], temperature, chunk_size)
+        self.student = ChunkedPolicy([student], temperature, chunk_size)
         share = 1 if student.hidden.dtype == self.student.type else HALF_PRECISION_TEACHER_SHARE
         self.teacher_size = -(-chunk_size // (share * max(1, len(teacher))))
-        self.teacher = _Policy(teacher, temperature, self.teacher_size) if teacher else None
+        self.teacher = ChunkedPolicy(teacher, temperature, self.teacher_size) if teacher else None
         self.sums: Sums = {}
         self.token_losses = student.hidden.new_zeros(len(student.hidden), dtype=self.student.type)
         self.student_log_probs = torch.zeros_like(self.token_losses)
         self.teacher_log_probs = self.token_losses.new_zeros(len(teacher[0].hidden) if teacher else 0)
         self.by_hidden = torch.zeros_like(student.hidden) if needed[0] else None
-        self.by_weight = _SumOfProducts(student.weight, self.student.type) if needed[1] else None
+        self.by_weight = SumOfProducts(student.weight, self.student.type) if needed[1] else None
         self.by_bias = self.token_losses.new_zeros(len(student.weight)) if needed[2] else None
 
     def add(self, tokens: TokenInputs, rows: Tensor, teacher_rows: Tensor | None) -> None:
         """The tokens at ``rows``; either all are distilled, by the teacher's rows, or none is."""
         by_logits = self.student.multiply(rows)
-        for part in _cut_slice(len(rows), len(rows) if teacher_rows is None else self.teacher_size):
+        for part in cut_slice(len(rows), len(rows) if teacher_rows is None else self.teacher_size):
             if teacher_rows is not None:
                 assert self.teacher is not None
                 self.teacher.multiply(teacher_rows[part])
-            for block in _cut_slice(part.stop - part.start, self.student.block_size):
+            for block in cut_slice(part.stop - part.start, self.student.block_size):
                 shifted = slice(part.start + block.start, part.start + block.stop)
                 self._add_block(
                     tokens.select(shifted),
@@ -389,7 +270,7 @@ class _Pass:
         if not self.differentiates:
             return
         if self.by_hidden is not None:
-            self.by_hidden[rows] = _multiply_by_pieces(by_logits, self.head.weight, self.student.type)
+            self.by_hidden[rows] = multiply_by_pieces(by_logits, self.head.weight, self.student.type)
         if self.by_weight is not None:
             self.by_weight.add(by_logits, self.head.hidden[rows])
 
@@ -498,81 +379,12 @@ class _Pass:
         student.scatter_add_(-1, sampled_ids[:, None], by_sampled)
 
 
-class _SumOfProducts:
-    """sum of G^T X over chunks, [V, H], in the softmax's type: in half precision the later chunks would be lost."""
-
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        self.in_place = weight.dtype == dtype and not goes_to_onednn(weight)
-        self.piece_rows = _count_piece_rows(weight)
-        self.part_rows = len(weight) if weight.dtype == dtype else PART_PIECES * self.piece_rows
-        self.parts = [torch.empty_like(part, dtype=dtype) for part in weight.split(self.part_rows)]
-        self.num_chunks = 0
-
-    def add(self, by_logits: Tensor, hidden: Tensor) -> None:
-        """G [n, V] and X [n, H]."""
-        transposed = hidden.T.contiguous() if goes_to_onednn(hidden) else hidden.T
-        for part, columns in zip(self.parts, by_logits.split(self.part_rows, dim=-1), strict=True):
-            if self.in_place:
-                part.addmm_(columns.T, hidden, beta=min(self.num_chunks, 1))
-                continue
-            for piece, some in zip(part.split(self.piece_rows), columns.split(self.piece_rows, dim=-1), strict=True):
-                more = multiply(some.T, transposed)
-                piece.add_(more) if self.num_chunks else piece.copy_(more)
-        self.num_chunks += 1
-
-    def finish(self, dtype: torch.dtype) -> Tensor:
-        """The sum. Parts are given free as they are converted, for the whole is there twice otherwise."""
-        if self.num_chunks == 0:
-            for part in self.parts:
-                part.zero_()
-        if len(self.parts) == 1:
-            return self.parts.pop().to(dtype)
-        total = self.parts[0].new_empty(sum(map(len, self.parts)), self.parts[0].shape[1], dtype=dtype)
-        for target in total.split(self.part_rows):
-            target.copy_(self.parts.pop(0))
-        return total
-
-
-def _multiply_by_pieces(by_logits: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """G W, [n, H]."""
-    if by_logits.dtype == dtype and not goes_to_onednn(weight):
-        return by_logits @ weight
-    # oneDNN's sums over the whole vocabulary in one call are slower than those over pieces of it.
-    total = by_logits.new_zeros(len(by_logits), weight.shape[1], dtype=dtype)
-    rows = 4 * _count_piece_rows(weight)
-    for columns, piece in zip(by_logits.split(rows, dim=-1), weight.split(rows), strict=True):
-        total.add_(multiply(columns, piece.T))
-    return total.to(weight.dtype)
-
-
-def _count_piece_rows(weight: Tensor) -> int:
-    piece_bytes = PIECE_BYTES if weight.device.type == "cpu" else ACCELERATOR_PIECE_BYTES
-    return min(len(weight), max(1, piece_bytes // (weight.shape[1] * torch.float32.itemsize)))
-
-
-def _prepare(part: LazyLogits) -> LazyLogits:
-    """Without a graph, and with the head in the type of the hidden states."""
-    hidden = part.hidden.detach()
-    return replace(part, hidden=hidden, weight=part.weight.detach().to(hidden.dtype))
-
-
 def _cut(distilled: Tensor | None, rows: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Chunks of rows with the teacher's rows for them, then chunks of those that have none."""
     if distilled is not None:
         taught = rows[distilled]
-        for part in _cut_slice(len(taught), size):
+        for part in cut_slice(len(taught), size):
             yield taught[part], rows[part]
         rows = rows[~distilled]
-    for part in _cut_slice(len(rows), size):
+    for part in cut_slice(len(rows), size):
         yield rows[part], None
-
-
-def _cut_slice(length: int, size: int) -> Iterator[slice]:
-    """Slices of at most that size, as equal as can be: a short one costs nearly as much as a long one."""
-    number = -(-length // size)
-    for i in range(number):
-        yield slice(i * length // number, (i + 1) * length // number)
-
-
-def _softmax_type(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

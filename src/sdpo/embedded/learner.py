@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, get_scheduler
 
 from sdpo import metrics
 from sdpo.algorithm.correction import compute_rollout_ratio
-from sdpo.algorithm.fused import FusedOutputs, LazyLogits, TokenInputs, compute_fused_loss, score_tokens
+from sdpo.algorithm.fused import FusedOutputs, TokenInputs, compute_fused_loss
+from sdpo.algorithm.logits import LazyLogits, score_tokens
 from sdpo.algorithm.loss import Sums, add_sums, compute_distillation_coef, compute_token_weights, mean_of
 from sdpo.algorithm.teacher import build_teacher
 from sdpo.config import Run

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from sdpo.algorithm import fused
+from sdpo.algorithm import logits
 from sdpo.config import ModelConfig, Run
 from sdpo.models.loading import build_meta_model, get_window, reads_images
 from sdpo.models.vision import CHUNK_SIZE, get_tower_parameters
@@ -264,12 +264,12 @@ def count_fused_loss(vocab_size: int, hidden_size: int, size: int, num_tokens: i
         size: bytes of a value in the products.
         num_tokens: whose hidden states have gradients.
     """
-    chunks = int((2 if size == 4 else 1.25) * fused.ACCELERATOR_BUFFER_BYTES)
-    blocks = BLOCKS_OF_LOSS * fused.ACCELERATOR_BLOCK_BYTES
+    chunks = int((2 if size == 4 else 1.25) * logits.ACCELERATOR_BUFFER_BYTES)
+    blocks = BLOCKS_OF_LOSS * logits.ACCELERATOR_BLOCK_BYTES
     # The gradient of the head is added up in float32; next to it is what is added, and then what it is cast to.
     return chunks + blocks + (4 + size) * vocab_size * hidden_size + 4 * size * num_tokens * hidden_size
 
 
 def count_log_probs() -> int:
     """Bytes at the worst moment of log-probabilities and entropies that are computed in chunks."""
-    return fused.ACCELERATOR_BUFFER_BYTES + BLOCKS_OF_LOSS // 2 * fused.ACCELERATOR_BLOCK_BYTES
+    return logits.ACCELERATOR_BUFFER_BYTES + BLOCKS_OF_LOSS // 2 * logits.ACCELERATOR_BLOCK_BYTES

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdpo.algorithm.fused import LazyLogits
+from sdpo.algorithm.logits import LazyLogits
 from sdpo.errors import UserError
 
 PROBE_LENGTH = 4

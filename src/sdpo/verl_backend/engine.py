@@ -22,7 +22,8 @@ from verl.utils.fsdp_utils import load_fsdp_model_to_gpu, offload_fsdp_model_to_
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from sdpo.algorithm.fused import LazyLogits, compute_fused_loss, score_tokens
+from sdpo.algorithm.fused import compute_fused_loss
+from sdpo.algorithm.logits import LazyLogits, score_tokens
 from sdpo.algorithm.loss import Sums, add_sums, compute_token_weights
 from sdpo.algorithm.teacher import Teacher
 from sdpo.config import SelfDistillationConfig

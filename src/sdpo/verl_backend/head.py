@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sdpo.algorithm.fused import LazyLogits
+from sdpo.algorithm.logits import LazyLogits
 from sdpo.errors import UserError
 from sdpo.models.head import build_lazy_logits
 

@@ -13,15 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sdpo import SelfDistillationConfig, compute_self_distillation_loss, fused_self_distillation_loss, metrics
-from sdpo.algorithm import fused
-from sdpo.algorithm.fused import (
-    LazyLogits,
-    TokenInputs,
-    choose_chunk_size,
-    compute_fused_loss,
-    score_tokens,
-)
+from sdpo.algorithm.fused import TokenInputs, compute_fused_loss
 from sdpo.algorithm.inputs import build_loss_inputs
+from sdpo.algorithm.logits import LazyLogits, choose_chunk_size, cut_slice, score_tokens
 from sdpo.algorithm.loss import compute_loss
 
 N, V, H = 7, 11, 4
@@ -361,7 +355,7 @@ def test_the_blend_is_that_of_compute_loss(level: str, grpo_coef: float) -> None
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("rows", [1, 2])
 def test_blocks_within_a_chunk_change_nothing(level: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "BLOCK_BYTES", rows * V * 8)
+    monkeypatch.setattr("sdpo.algorithm.logits.BLOCK_BYTES", rows * V * 8)
     config = SelfDistillationConfig(**LEVELS[level], grpo_coef=0.3, divergence_clip=0.1)
     some = torch.tensor([True, False, True, True, True, True, True])
     for size in (3, N):
@@ -562,12 +556,12 @@ def test_on_cuda_the_default_chunk_takes_an_eighth_of_the_free_memory_at_most(mo
 
 @pytest.mark.parametrize("size", [1, 4, 63, 64, 65, 640])
 def test_slices_are_as_equal_as_can_be(size: int) -> None:
-    slices = list(fused._cut_slice(640, size))
+    slices = list(cut_slice(640, size))
     assert [i for s in slices for i in range(s.start, s.stop)] == list(range(640))
     lengths = {s.stop - s.start for s in slices}
     assert len(slices) == -(-640 // size)
     assert max(lengths) - min(lengths) <= 1
-    assert list(fused._cut_slice(0, size)) == []
+    assert list(cut_slice(0, size)) == []
 
 
 # Not the top k: rounding exchanges which entries are kept.
@@ -578,8 +572,8 @@ def test_bfloat16_is_within_its_rounding_of_float64_in_any_pieces(level: str, mo
     A bfloat16 has 8 bits, so it is off by 2^-9 of itself at most: logits, and so probabilities by as much as their size
     (about 8); then the gradient by the logits, and its products.
     """
-    monkeypatch.setattr(fused, "PIECE_BYTES", 3 * 16 * 4)
-    monkeypatch.setattr(fused, "PART_PIECES", 2)
+    monkeypatch.setattr("sdpo.algorithm.backward_products.PIECE_BYTES", 3 * 16 * 4)
+    monkeypatch.setattr("sdpo.algorithm.backward_products.PART_PIECES", 2)
     config = SelfDistillationConfig(**LEVELS[level], is_clip=None)
     half = replace(make_case(torch.bfloat16, size=(70, 40, 16)), temperature=1.0)
     tensors = {name: value for name, value in vars(half).items() if isinstance(value, Tensor)}
@@ -621,7 +615,7 @@ def test_memory_does_not_grow_with_the_tokens(
     level: str, dtype: torch.dtype, count_peak: Callable[[Callable[[], Any]], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """V = 2,000, H = 4, chunks of 32, blocks of 4. A token itself costs its gradient and some numbers."""
-    monkeypatch.setattr(fused, "BLOCK_BYTES", 4 * 2000 * 4)
+    monkeypatch.setattr("sdpo.algorithm.logits.BLOCK_BYTES", 4 * 2000 * 4)
     config = SelfDistillationConfig(**LEVELS[level])
     peaks = {}
     for number in (96, 288):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdpo.algorithm import fused
+from sdpo.algorithm import logits
 from sdpo.config import Run
 from sdpo.embedded.cost import estimate_cost
 from sdpo.embedded.learner import Learner
@@ -149,7 +149,7 @@ def test_logits_take_the_same_however_many_tokens_there_are(
         samples = [make_sample([3, 4], range(3, 35), [3, 4, 5]) for _ in range(num_samples)]
         learner.learn(samples)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fused, "BUFFER_BYTES", 32 * many * 4)  # 2 MB
+            patch.setattr(logits, "BUFFER_BYTES", 32 * many * 4)  # 2 MB
             peaks.append(count_peak(lambda learner=learner, samples=samples: learner.learn(samples)))
     assert max(peaks) < 30e6
     assert peaks[1] < 1.1 * peaks[0]
@@ -179,8 +179,8 @@ def test_a_step_stays_below_what_was_said_of_it(
         self_distillation__max_reprompt_len=64,
     )
     for name in ("BUFFER_BYTES", "BLOCK_BYTES"):  # an accelerator's are larger than this whole step
-        monkeypatch.setattr(fused, f"ACCELERATOR_{name}", 2**20)
-        monkeypatch.setattr(fused, name, 2**20)
+        monkeypatch.setattr(logits, f"ACCELERATOR_{name}", 2**20)
+        monkeypatch.setattr(logits, name, 2**20)
     cost = estimate_cost(run)
     learner = Learner(model, run, 0)
     samples = [make_sample([5] * 64, [3 + i] * 64, [6] * 64) for i in range(12)]

@@ -22,8 +22,9 @@ from transformers import (
     Qwen2Model,
 )
 
-from sdpo.algorithm import fused
-from sdpo.algorithm.fused import LazyLogits, TokenInputs, compute_fused_loss
+from sdpo.algorithm import logits
+from sdpo.algorithm.fused import TokenInputs, compute_fused_loss
+from sdpo.algorithm.logits import LazyLogits
 from sdpo.config import ModelConfig, SelfDistillationConfig
 from sdpo.models.cost import Stack, count_fused_loss, measure_model
 from sdpo.models.loading import load_model
@@ -207,7 +208,7 @@ def test_the_loss_in_chunks_stays_below_its_bound(
     vocab_size, hidden_size, config = 4000, 32, SelfDistillationConfig(**LOSSES[loss])
     for name, num_rows in (("BUFFER_BYTES", 100), ("BLOCK_BYTES", 20)):  # in the proportions of an accelerator
         for kind in ("", "ACCELERATOR_"):
-            monkeypatch.setattr(fused, kind + name, num_rows * vocab_size * 4)
+            monkeypatch.setattr(logits, kind + name, num_rows * vocab_size * 4)
 
     def make(num_tokens: int) -> LazyLogits:
         hidden, weight = torch.randn(num_tokens, hidden_size), torch.randn(vocab_size, hidden_size)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
-from sdpo.algorithm.fused import LazyLogits, score_tokens
+from sdpo.algorithm.logits import LazyLogits, score_tokens
 from sdpo.errors import UserError
 from sdpo.verl_backend.head import compute_at_head
 
@@ -86,7 +86,7 @@ def test_log_probs_and_entropies_in_chunks(family: str, make_model: MakeModel, m
     inputs = {"input_ids": IDS, "attention_mask": MASK}
     with torch.no_grad():
         distribution = (model(**inputs, use_cache=False).logits[MASK.bool()] / 0.7).log_softmax(-1)
-    monkeypatch.setattr("sdpo.algorithm.fused.BUFFER_BYTES", 3 * 12 * 4)
+    monkeypatch.setattr("sdpo.algorithm.logits.BUFFER_BYTES", 3 * 12 * 4)
     read = partial(score_tokens, sampled_ids=NEXT, temperature=0.7)
     log_probs, entropies = compute_at_head(model, inputs, slice(None), read)
     torch.testing.assert_close(log_probs, distribution.gather(1, NEXT[:, None])[:, 0], rtol=0, atol=1e-5)

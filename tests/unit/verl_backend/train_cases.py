@@ -21,7 +21,7 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
 from verl.workers.utils.padding import left_right_2_no_padding
 
-from sdpo.algorithm import fused
+from sdpo.algorithm import logits
 from sdpo.algorithm.fused import FusedOutputs, TokenInputs, compute_fused_loss
 from sdpo.config import SelfDistillationConfig
 from sdpo.verl_backend import engine as engine_module
@@ -195,10 +195,10 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         "teacher": full_weights(worker.engine.teacher.module) if worker.engine.teacher else {},
     }
     if "buffer_bytes" in case:
-        fused.BUFFER_BYTES, usual = case["buffer_bytes"], fused.BUFFER_BYTES
+        logits.BUFFER_BYTES, usual = case["buffer_bytes"], logits.BUFFER_BYTES
         result["largest"] = find_largest(lambda: learn(worker, case, case["batches"][0]))
         result["largest_of_scores"] = find_largest(lambda: score(worker, case, case["batches"][0]))
-        fused.BUFFER_BYTES = usual
+        logits.BUFFER_BYTES = usual
     if "checkpoint" in case:
         worker.engine.save_checkpoint(case["checkpoint"], global_step=1)
         again = build_worker({**case, "settings": {**case["settings"], **case.get("changed", {})}})

@@ -1,0 +1,71 @@
+"""From dL / dz to the gradients by hidden states and head: their two products, in pieces that the processor likes.
+
+G is dL / dz of some tokens, one row a token; X their hidden states; W the head's weight.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sdpo.algorithm.products import goes_to_onednn, multiply
+
+# Where oneDNN multiplies, products that add up to the head's gradient are made in pieces of this much: what
+# stays in the cache costs less to read again.
+PIECE_BYTES = 4_000_000
+# An accelerator needs larger ones to be busy.
+ACCELERATOR_PIECE_BYTES = 64_000_000
+# So many pieces of a gradient are given free at once: fewer and the system backs them with small pages only.
+PART_PIECES = 16
+
+
+class SumOfProducts:
+    """sum of G^T X over chunks, [V, H], in the softmax's type: in half precision the later chunks would be lost."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        self.in_place = weight.dtype == dtype and not goes_to_onednn(weight)
+        self.piece_rows = _count_piece_rows(weight)
+        self.part_rows = len(weight) if weight.dtype == dtype else PART_PIECES * self.piece_rows
+        self.parts = [torch.empty_like(part, dtype=dtype) for part in weight.split(self.part_rows)]
+        self.num_chunks = 0
+
+    def add(self, by_logits: Tensor, hidden: Tensor) -> None:
+        """G [n, V] and X [n, H]."""
+        transposed = hidden.T.contiguous() if goes_to_onednn(hidden) else hidden.T
+        for part, columns in zip(self.parts, by_logits.split(self.part_rows, dim=-1), strict=True):
+            if self.in_place:
+                part.addmm_(columns.T, hidden, beta=min(self.num_chunks, 1))
+                continue
+            for piece, some in zip(part.split(self.piece_rows), columns.split(self.piece_rows, dim=-1), strict=True):
+                more = multiply(some.T, transposed)
+                piece.add_(more) if self.num_chunks else piece.copy_(more)
+        self.num_chunks += 1
+
+    def finish(self, dtype: torch.dtype) -> Tensor:
+        """The sum. Parts are given free as they are converted, for the whole is there twice otherwise."""
+        if self.num_chunks == 0:
+            for part in self.parts:
+                part.zero_()
+        if len(self.parts) == 1:
+            return self.parts.pop().to(dtype)
+        total = self.parts[0].new_empty(sum(map(len, self.parts)), self.parts[0].shape[1], dtype=dtype)
+        for target in total.split(self.part_rows):
+            target.copy_(self.parts.pop(0))
+        return total
+
+
+def multiply_by_pieces(by_logits: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """G W, [n, H]."""
+    if by_logits.dtype == dtype and not goes_to_onednn(weight):
+        return by_logits @ weight
+    # oneDNN's sums over the whole vocabulary in one call are slower than those over pieces of it.
+    total = by_logits.new_zeros(len(by_logits), weight.shape[1], dtype=dtype)
+    rows = 4 * _count_piece_rows(weight)
+    for columns, piece in zip(by_logits.split(rows, dim=-1), weight.split(rows), strict=True):
+        total.add_(multiply(columns, piece.T))
+    return total.to(weight.dtype)
+
+
+def _count_piece_rows(weight: Tensor) -> int:
+    piece_bytes = PIECE_BYTES if weight.device.type == "cpu" else ACCELERATOR_PIECE_BYTES
+    return min(len(weight), max(1, piece_bytes // (weight.shape[1] * torch.float32.itemsize)))
