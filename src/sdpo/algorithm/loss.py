@@ -12,7 +12,7 @@ The core works on packed tokens [N]; ``compute_self_distillation_loss`` is the o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -113,7 +113,17 @@ def compute_prompt_weights(success_rates: Tensor) -> Tensor:
     return (success_rates * (1.0 - success_rates)).clamp(min=0).sqrt()
 
 
-def compute_token_divergence(inputs: LossInputs, config: SelfDistillationConfig) -> Tensor:
+def _complete_kept_entries(inputs: LossInputs, config: SelfDistillationConfig) -> LossInputs:
+    """The top k entries [M, K] as distributions: [M, K + 1] with their tail, or [M, K] renormalised."""
+    if config.distillation_topk is None or not config.full_logit_distillation:
+        return inputs
+    student, teacher = inputs.student_distribution, inputs.teacher_distribution
+    assert student is not None and teacher is not None
+    complete = add_tail if config.distillation_add_tail else renormalize
+    return replace(inputs, student_distribution=complete(student), teacher_distribution=complete(teacher.detach()))
+
+
+def _compute_token_divergence(inputs: LossInputs, config: SelfDistillationConfig) -> Tensor:
     """Divergence of each distilled token in nats, [M]; for the sampled-token level its surrogate."""
     if inputs.divergence is not None:
         return inputs.divergence
@@ -121,11 +131,7 @@ def compute_token_divergence(inputs: LossInputs, config: SelfDistillationConfig)
         assert inputs.distilled is not None and inputs.teacher_log_probs is not None
         return compute_sampled_token_surrogate(inputs.student_log_probs[inputs.distilled], inputs.teacher_log_probs)
     assert inputs.student_distribution is not None and inputs.teacher_distribution is not None
-    student, teacher = inputs.student_distribution, inputs.teacher_distribution.detach()
-    if config.distillation_topk is not None:
-        complete = add_tail if config.distillation_add_tail else renormalize
-        student, teacher = complete(student), complete(teacher)
-    return compute_divergence(student, teacher, config.alpha)
+    return compute_divergence(inputs.student_distribution, inputs.teacher_distribution.detach(), config.alpha)
 
 
 def _compute_clip_factor(divergence: Tensor, limit: float) -> Tensor:
@@ -133,21 +139,19 @@ def _compute_clip_factor(divergence: Tensor, limit: float) -> Tensor:
     return limit / divergence.detach().abs().clamp(min=limit)
 
 
-def _compute_teacher_entropy(inputs: LossInputs, config: SelfDistillationConfig) -> Tensor:
+def _compute_teacher_entropy(inputs: LossInputs) -> Tensor:
     if inputs.teacher_entropy is not None:
         return inputs.teacher_entropy
-    teacher = inputs.teacher_distribution
-    assert teacher is not None
-    if config.distillation_topk is not None:
-        teacher = add_tail(teacher) if config.distillation_add_tail else renormalize(teacher)
-    return compute_entropy(teacher.detach())
+    assert inputs.teacher_distribution is not None
+    return compute_entropy(inputs.teacher_distribution.detach())
 
 
 def compute_distillation_token_losses(inputs: LossInputs, config: SelfDistillationConfig) -> tuple[Tensor, Sums]:
     """Loss of each distilled token [M] before aggregation, and the sums for its metrics."""
+    inputs = _complete_kept_entries(inputs, config)
     assert inputs.distilled is not None and inputs.teacher_log_probs is not None
     student_log_probs = inputs.student_log_probs[inputs.distilled]
-    losses = compute_token_divergence(inputs, config)
+    losses = _compute_token_divergence(inputs, config)
     # The sampled token's surrogate is no divergence; the log-ratio, of either sign, estimates it.
     divergence = losses if config.full_logit_distillation else student_log_probs - inputs.teacher_log_probs
     if config.divergence_clip is not None:
@@ -157,7 +161,7 @@ def compute_distillation_token_losses(inputs: LossInputs, config: SelfDistillati
         metrics.TEACHER_GAP: mean_of(inputs.teacher_log_probs - student_log_probs),
     }
     if config.teacher_entropy_beta:
-        losses = losses * torch.exp(-config.teacher_entropy_beta * _compute_teacher_entropy(inputs, config))
+        losses = losses * torch.exp(-config.teacher_entropy_beta * _compute_teacher_entropy(inputs))
     if config.is_clip is not None:
         ratio = compute_ratio(student_log_probs.detach(), inputs.old_log_probs[inputs.distilled])
         sums[metrics.IS_CLIP_FRACTION] = mean_of((ratio > config.is_clip).to(losses.dtype))
