@@ -57,7 +57,7 @@ def measure(model: Any, cost: Any, prompt_length: int, num_rollouts: int, repeat
     prompt = TokenPrompt(rng.choices(range(4096), k=prompt_length))
     responses = [rng.choices(range(4096), k=rng.randint(RESPONSE // 4, RESPONSE)) for _ in range(num_rollouts)]
     prompts = [prompt] * num_rollouts
-    positions = [compute_positions(prompt, len(response), None) for response in responses]
+    positions = compute_positions(prompts, RESPONSE, None)
     lengths = tuple(prompt_length + len(response) for response in responses)
     families = {"apart": [Family(0, (length,)) for length in lengths], "shared": [Family(prompt_length, lengths)]}
     rows = {name: pack_sequences(f, prompts, responses, positions, cost, device) for name, f in families.items()}

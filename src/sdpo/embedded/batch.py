@@ -100,7 +100,7 @@ class Batcher:
             self._find_families(samples, prompts),
             prompts,
             responses,
-            [compute_positions(p, len(r), self.vision) for p, r in zip(prompts, responses, strict=True)],
+            compute_positions(prompts, max(map(len, responses)), self.vision),
             self.cost,
             self.device,
             self._image_token_ids(),

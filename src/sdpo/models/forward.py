@@ -56,11 +56,9 @@ def pad_sequences(
     position_ids = (mask.cumsum(1) - 1).clamp(min=0)
     if vision is not None and vision.num_axes > 1:
         position_ids = position_ids.repeat(vision.num_axes, 1, 1)
-        for row, prompt in enumerate(prompts):
-            if prompt.images:
-                position_ids[:, row, prompt_length - lengths[row] :] = compute_positions(
-                    prompt, response_length, vision
-                )
+        for row, own in enumerate(compute_positions(prompts, response_length, vision)):
+            if prompts[row].images:
+                position_ids[:, row, prompt_length - lengths[row] :] = own
     return PaddedSequences(
         token_ids=token_ids.to(device),
         attention_mask=mask.to(device),
@@ -70,11 +68,19 @@ def pad_sequences(
     )
 
 
-def compute_positions(prompt: TokenPrompt, response_length: int, vision: Vision | None) -> Tensor:
-    """Position ids [L], or [3, L] in models with multimodal rotary positions, of a prompt and its response.
+def compute_positions(prompts: Sequence[TokenPrompt], response_length: int, vision: Vision | None) -> list[Tensor]:
+    """Position ids [L], or [3, L] in models with multimodal rotary positions, of each prompt and a response to it.
 
-    A response's positions go on by one from the highest of its prompt's, on every axis.
+    A response's positions go on by one from the highest of its prompt's, on every axis; so those of a shorter response
+    are the first of these. Equal prompts, as rollouts have them, share one tensor.
     """
+    keys = [(tuple(prompt.token_ids), prompt.images) for prompt in prompts]
+    distinct = dict(zip(keys, prompts, strict=True))
+    positions = {key: _compute_positions(prompt, response_length, vision) for key, prompt in distinct.items()}
+    return [positions[key] for key in keys]
+
+
+def _compute_positions(prompt: TokenPrompt, response_length: int, vision: Vision | None) -> Tensor:
     length = len(prompt.token_ids)
     text = torch.arange(length + response_length)
     if vision is None or vision.num_axes == 1:

@@ -37,8 +37,7 @@ def enable_packing(model: nn.Module, vision: Vision | None = None) -> ReadingCos
     cost = measure_reading(model, vision)
     device = next(model.parameters()).device
     family, prompts = Family(2, (3, 4)), [TokenPrompt([0, 1]), TokenPrompt([0, 1])]
-    positions = [compute_positions(prompts[0], length - 2, vision) for length in family.lengths]
-    row = pack_sequences([family], prompts, [[1], [0, 1]], positions, cost, device)
+    row = pack_sequences([family], prompts, [[1], [0, 1]], compute_positions(prompts, 2, vision), cost, device)
     layers: list[nn.Module] = []
 
     def probe(module: nn.Module, *states: Any, **settings: Any) -> Any:

@@ -162,7 +162,7 @@ def pack_sequences(
 
     Args:
         families: of the sequences, in order.
-        positions: position ids [..., L] of each whole sequence.
+        positions: position ids [..., L] of each sequence, the whole of it or more.
     """
     token_ids: list[int] = []
     places: list[Tensor] = []
@@ -183,7 +183,7 @@ def pack_sequences(
             before = torch.arange(len(prompts[i].token_ids) - 1, len(whole) - 1)
             scored.append(torch.where(before < family.prefix, before + start, before - family.prefix + rests[-1]))
             token_ids += whole[skipped:]
-            places.append(positions[i][..., skipped:])
+            places.append(positions[i][..., skipped : len(whole)])
         starts.append((start, rests))
         member += len(family.lengths)
     return PackedSequences(

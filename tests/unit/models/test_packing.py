@@ -107,7 +107,7 @@ def make_sequences() -> tuple[list[TokenPrompt], list[list[int]], list[int]]:
 def pack(cost: ReadingCost) -> tuple[PackedSequences, list[Family]]:
     prompts, responses, groups = make_sequences()
     families = find_families(prompts, [len(r) for r in responses], groups, cost)
-    positions = [compute_positions(p, len(r), None) for p, r in zip(prompts, responses, strict=True)]
+    positions = compute_positions(prompts, max(map(len, responses)), None)
     return pack_sequences(families, prompts, responses, positions, cost, CPU), families
 
 

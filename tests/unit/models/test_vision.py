@@ -26,7 +26,7 @@ from sdpo.errors import UserError
 from sdpo.models import processing as processing_module
 from sdpo.models import vision as vision_module
 from sdpo.models.decoding import Decoding, Response, sample_responses
-from sdpo.models.forward import compute_logits, pad_sequences
+from sdpo.models.forward import compute_logits, compute_positions, pad_sequences
 from sdpo.models.loading import reads_images
 from sdpo.models.processing import TokenPrompt, load_processor, load_reader
 from sdpo.models.vision import ImageFeatures, SeenImages, get_tower_parameters, showing
@@ -95,6 +95,22 @@ def test_positions_of_many_images_need_no_image_again(
     monkeypatch.setattr(processing_module, "open_image", lambda *_: read.append(1))
     assert torch.equal(loaded.vision.compute_positions(prompt), expected)
     assert read == []
+
+
+def test_positions_of_equal_prompts_are_found_once(vision_model: VisionModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rollouts of one prompt, one of another with an image, one without; a copy counts as equal."""
+    loaded = vision_model("qwen2_5_vl")
+    first, other, text = (loaded.encode(make_messages(number)) for number in (2, 1, 0))
+    copy = TokenPrompt(list(first.token_ids), tuple(bytes(bytearray(image)) for image in first.images))
+    alone = [compute_positions([prompt], 5, loaded.vision)[0] for prompt in (first, first, other, text)]
+    found, find = [], loaded.vision.compute_positions
+    monkeypatch.setattr(loaded.vision, "compute_positions", lambda prompt: (found.append(prompt), find(prompt))[1])
+    together = compute_positions([first, copy, other, text], 5, loaded.vision)
+    assert len(found) == 2
+    for own, expected, prompt in zip(together, alone, (first, first, other, text), strict=True):
+        assert torch.equal(own, expected)
+        shorter = compute_positions([prompt], 2, loaded.vision)[0]
+        assert torch.equal(own[:, : len(prompt.token_ids) + 2], shorter)
 
 
 def test_the_processor_does_without_videos_and_is_saved(vision_dir: Callable[[str], Path], tmp_path: Path) -> None:
