@@ -17,30 +17,10 @@ from collections.abc import Callable
 from typing import Any
 
 from record import print_table, save
+from workload import Workload
 
 PROMPTS = (2, 8, 32, 128, 512)
 RESPONSE = 64
-
-
-def build_model(hidden_size: int) -> Any:
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    from sdpo.models.linear import speed_up_linear_layers
-
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=4096,
-        hidden_size=hidden_size,
-        intermediate_size=4 * hidden_size,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        tie_word_embeddings=True,
-    )
-    model = Qwen2ForCausalLM(config)
-    speed_up_linear_layers(model)
-    return model
 
 
 def measure(model: Any, cost: Any, prompt_length: int, num_rollouts: int, repeats: int) -> dict[str, Any]:
@@ -94,6 +74,7 @@ def _time(work: Callable[[], None]) -> float:
 def main() -> None:
     import torch
 
+    from sdpo.models.linear import speed_up_linear_layers
     from sdpo.models.packable import enable_packing
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,7 +82,8 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    model = build_model(options.hidden)
+    model = Workload(hidden_size=options.hidden, intermediate_size=4 * options.hidden).build_model()
+    speed_up_linear_layers(model)
     cost = enable_packing(model)
     measured = [measure(model, cost, length, n, options.repeats) for n in (2, 8, 16) for length in PROMPTS]
     print_table(

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from record import print_table, save
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
+from workload import Workload
 
 from sdpo.models.decoding import Decoding, sample_responses
 from sdpo.models.linear import speed_up_linear_layers
@@ -27,22 +28,6 @@ from sdpo.models.processing import TokenPrompt
 
 PROMPTS, ROLLOUTS, PROMPT_LENGTH, RESPONSE_LENGTH = 8, 8, 56, 64
 VOCABULARIES = (4096, 32768)
-
-
-def build_model(vocab_size: int) -> Qwen2ForCausalLM:
-    config = Qwen2Config(
-        vocab_size=vocab_size,
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=PROMPT_LENGTH + RESPONSE_LENGTH,
-        tie_word_embeddings=True,
-        eos_token_id=None,
-    )
-    torch.manual_seed(0)
-    return Qwen2ForCausalLM(config).eval()
 
 
 def build_ways(model: Qwen2ForCausalLM) -> dict[str, Callable[[], Any]]:
@@ -98,7 +83,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     table, results = [], {}
     for vocab_size in VOCABULARIES:
-        ways = build_ways(build_model(vocab_size))
+        ways = build_ways(Workload(vocab_size, num_heads=8, num_key_value_heads=8).build_model().eval())
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for round_ in range(options.rounds + 1):
             for name, way in ways.items():

@@ -1,7 +1,7 @@
-"""What benchmarks of whole steps work on: a random Qwen2, prompts of exact lengths, responses that never end early.
+"""What benchmarks work on: a random Qwen2, prompts of exact lengths, responses that never end early.
 
-This file is also the task of such a run: every response fails and is told the row's ground truth, so that every sample
-is distilled and its teacher's prompt is known beforehand.
+This file is also the task of runs of whole steps: every response fails and is told the row's ground truth, so that
+every sample is distilled and its teacher's prompt is known beforehand.
 """
 
 from __future__ import annotations
@@ -40,16 +40,11 @@ class Workload:
     response_length: int = 64
     feedback_length: int = 32
 
-    def write(self, folder: Path) -> None:
-        """Fill a folder with ``model/``, ``train.parquet`` and ``run.yaml``."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+    def build_model(self, pad_token_id: int | None = None) -> Any:
+        """The random Qwen2 by itself, for benchmarks that need no text."""
         import torch
         from transformers import Qwen2Config, Qwen2ForCausalLM
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()
-        tokenizer = build_tokenizer(self.vocab_size)
         config = Qwen2Config(
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
@@ -61,10 +56,20 @@ class Workload:
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=None,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=pad_token_id,
         )
         torch.manual_seed(0)
-        Qwen2ForCausalLM(config).to(getattr(torch, self.dtype)).save_pretrained(folder / "model")
+        return Qwen2ForCausalLM(config).to(getattr(torch, self.dtype))
+
+    def write(self, folder: Path) -> None:
+        """Fill a folder with ``model/``, ``train.parquet`` and ``run.yaml``."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        tokenizer = build_tokenizer(self.vocab_size)
+        self.build_model(tokenizer.pad_token_id).save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
         pq.write_table(pa.Table.from_pylist(self.build_rows(tokenizer)), folder / "train.parquet")
         (folder / "run.yaml").write_text(json.dumps(self._describe_run(folder)))  # JSON is YAML
