@@ -30,8 +30,12 @@ def setting(
     le: float | None = None,
     choices: Sequence[str] | None = None,
     is_path: bool = False,
+    fixed: bool = False,
 ) -> Any:
-    """A dataclass field with its documentation and its range beside its default."""
+    """A dataclass field with its documentation and its range beside its default.
+
+    ``fixed``: with another value a resumed run would be another run, so that it is refused.
+    """
     metadata = {
         "help": help,
         "ge": ge,
@@ -39,6 +43,7 @@ def setting(
         "le": le,
         "choices": tuple(choices) if choices else None,
         "is_path": is_path,
+        "fixed": fixed,
     }
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -94,8 +99,10 @@ class Section:
 class ModelConfig(Section):
     section: ClassVar[str] = "model"
 
-    path: str = setting(MISSING, "Folder or hub name of the model, in the Hugging Face format.", is_path=True)
-    dtype: str = setting("float32", "Data type of the student's weights.", choices=["float32", "bfloat16"])
+    path: str = setting(
+        MISSING, "Folder or hub name of the model, in the Hugging Face format.", is_path=True, fixed=True
+    )
+    dtype: str = setting("float32", "Data type of the student's weights.", choices=["float32", "bfloat16"], fixed=True)
     attn_implementation: str = setting(
         "sdpa", "Attention kernel of transformers.", choices=["sdpa", "eager", "flash_attention_2"]
     )
@@ -111,11 +118,12 @@ class DataConfig(Section):
         "What grades a response: the name of a built-in task, or a Python file or module that defines `grade(row, "
         "response)`.",
         is_path=True,
+        fixed=True,
     )
-    task_args: dict[str, Any] = setting({}, "Arguments of the task, by name.")
-    train_files: list[str] = setting([], "Parquet files of training rows, in verl's schema.", is_path=True)
+    task_args: dict[str, Any] = setting({}, "Arguments of the task, by name.", fixed=True)
+    train_files: list[str] = setting([], "Parquet files of training rows, in verl's schema.", is_path=True, fixed=True)
     val_files: list[str] = setting([], "Parquet files of held-out rows, in verl's schema.", is_path=True)
-    train_batch_size: int = setting(32, "Prompts a step.", ge=1)
+    train_batch_size: int = setting(32, "Prompts a step.", ge=1, fixed=True)
     max_prompt_length: int = setting(2048, "Longest prompt, in tokens.", ge=1)
     filter_overlong_prompts: bool = setting(False, "Skip and count longer prompts; otherwise they are an error.")
     max_pixels: int = setting(
@@ -126,7 +134,7 @@ class DataConfig(Section):
     filter_unreadable_images: bool = setting(
         False, "Skip and count rows whose images cannot be read; otherwise they are an error."
     )
-    shuffle: bool = setting(True, "Draw the training rows in an order given by the seed, anew each epoch.")
+    shuffle: bool = setting(True, "Draw the training rows in an order given by the seed, anew each epoch.", fixed=True)
 
 
 @dataclass(frozen=True)
@@ -139,13 +147,16 @@ class SamplerConfig(Section):
         choices=["transformers", "vllm"],
     )
     device: str = setting("auto", "Where rollouts are sampled: auto, cpu, cuda, cuda:0, mps, ...")
-    n: int = setting(8, "Rollouts a prompt.", ge=1)
+    n: int = setting(8, "Rollouts a prompt.", ge=1, fixed=True)
     temperature: float = setting(1.0, "Sampling temperature; student and teacher logits are divided by it too.", gt=0)
     top_p: float = setting(1.0, "Nucleus sampling: keep the likeliest tokens that reach this mass.", gt=0, le=1)
     max_response_length: int = setting(1024, "Longest response, in tokens.", ge=1)
     batch_size: int = setting(256, "Sequences decoded side by side.", ge=1)
     kv_cache_gib: float = setting(4.0, "Size of vLLM's key-value cache, in GiB (engine vllm).", gt=0)
     num_threads: int | None = setting(None, "CPU threads of the sampler's own process (staleness 1).", ge=1)
+    max_restarts: int = setting(
+        3, "How often in a run that process is started again if it is killed (staleness 1).", ge=0
+    )
 
 
 @dataclass(frozen=True)
@@ -153,7 +164,9 @@ class LearnerConfig(Section):
     section: ClassVar[str] = "learner"
 
     device: str = setting("auto", "Where student and teacher are trained: auto, cpu, cuda, cuda:1, mps, ...")
-    mini_batch_size: int | None = setting(None, "Prompts an optimizer step; all prompts of the step if not set.", ge=1)
+    mini_batch_size: int | None = setting(
+        None, "Prompts an optimizer step; all prompts of the step if not set.", ge=1, fixed=True
+    )
     micro_batch_tokens: int = setting(
         4096,
         "Most tokens in one micro-batch, the teacher's included, and padding where the model cannot read packed rows; "
@@ -173,7 +186,9 @@ class LearnerConfig(Section):
     rollout_is_threshold: float = setting(2.0, "Those weights are truncated above this.", gt=0)
     autocast: bool = setting(False, "Run forward and backward in bfloat16 autocast; weights keep model.dtype.")
     freeze_vision: bool = setting(
-        False, "Train the language model alone and leave the image tower and its projector as they are."
+        False,
+        "Train the language model alone and leave the image tower and its projector as they are.",
+        fixed=True,
     )
     gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
     num_threads: int | None = setting(None, "CPU threads of the learner's process; torch's choice if not set.", ge=1)
@@ -189,7 +204,10 @@ class OptimConfig(Section):
     beta2: float = setting(0.999, "AdamW's second-moment decay.", ge=0, le=1)
     warmup_steps: int = setting(10, "Optimizer steps of linear warm-up.", ge=0)
     schedule: str = setting(
-        "constant", "Learning rate after warm-up, over the whole run.", choices=["constant", "linear", "cosine"]
+        "constant",
+        "Learning rate after warm-up, over the whole run.",
+        choices=["constant", "linear", "cosine"],
+        fixed=True,
     )
     grad_clip: float = setting(1.0, "Largest global gradient norm.", gt=0)
 
@@ -234,7 +252,11 @@ class SelfDistillationConfig(Section):
 
     # The blend with GRPO
     grpo_coef: float = setting(
-        0.0, "grpo_coef * GRPO + (1 - grpo_coef) * SDPO; 1 is plain GRPO, without a teacher.", ge=0, le=1
+        0.0,
+        "grpo_coef * GRPO + (1 - grpo_coef) * SDPO; 1 is plain GRPO, without a teacher.",
+        ge=0,
+        le=1,
+        fixed=True,
     )
     clip_ratio_low: float = setting(0.2, "PPO clipping of the ratio below 1, in the GRPO part.", ge=0, le=1)
     clip_ratio_high: float = setting(0.2, "PPO clipping of the ratio above 1, in the GRPO part.", ge=0)
@@ -246,6 +268,7 @@ class SelfDistillationConfig(Section):
         "ema: moving average of the student; trust-region: logits between the initial model and the student; frozen: "
         "the initial model; live: the student itself; snapshot: the student of some steps ago.",
         choices=["ema", "trust-region", "frozen", "live", "snapshot"],
+        fixed=True,
     )
     ema_update_rate: float = setting(
         0.05,
@@ -366,13 +389,30 @@ class Run(Section):
     ``verl.trainer.nnodes=2`` on the command line arrives.
     """
 
-    seed: int = setting(0, "Seed of everything that is random.", ge=0)
+    seed: int = setting(0, "Seed of everything that is random.", ge=0, fixed=True)
     run_dir: str = setting(MISSING, "Folder of the run; everything it writes stands directly under it.", is_path=True)
     total_steps: int = setting(100, "Training steps (rollout batches).", ge=1)
     eval_every: int = setting(10, "Steps between evaluations; 0: only before the first and after the last step.", ge=0)
     save_every: int = setting(0, "Steps between checkpoints; 0: only after the last step.", ge=0)
+    keep_last: int = setting(2, "Newest checkpoints that are kept.", ge=1)
+    keep_best: int = setting(
+        1, "Besides, so many of those with the highest held-out accuracy; one counts if its step was evaluated.", ge=0
+    )
+    resume: str = setting(
+        "never",
+        "What becomes of an earlier run in run_dir. never: it is moved aside; auto: it goes on from its newest whole "
+        "checkpoint, if there is one; must: the same, and without one is an error.",
+        choices=["never", "auto", "must"],
+    )
+    stop_within: float = setting(
+        20.0, "Seconds that a stopped run (Ctrl-C, SIGTERM) waits for rollouts in flight before it saves.", ge=0
+    )
     staleness: int = setting(
-        0, "0: sample, then learn. 1: batch k+1 is sampled in another process while batch k is learned.", ge=0, le=1
+        0,
+        "0: sample, then learn. 1: batch k+1 is sampled in another process while batch k is learned.",
+        ge=0,
+        le=1,
+        fixed=True,
     )
     verl: dict[str, Any] = setting(
         {},

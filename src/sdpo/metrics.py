@@ -5,6 +5,8 @@ Names after verl where verl has the quantity, ``self_distillation/`` where it do
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 STEP = "training/global_step"
 EPOCH = "training/epoch"
 
@@ -108,6 +110,12 @@ DESCRIPTIONS: dict[str, str] = {
     TOKENS: "Prompt and response tokens of the step's rollouts.",
     THROUGHPUT: "Those tokens a second.",
 }
+
+
+def find_score(values: Mapping[str, float]) -> float | None:
+    """The held-out accuracy by which checkpoints are compared: greedy, mean over data sources; None without one."""
+    found = [value for name, value in values.items() if name.startswith("val-core/") and name.endswith("/acc/mean@1")]
+    return sum(found) / len(found) if found else None
 
 
 def val_name(data_source: str, statistic: str) -> str:

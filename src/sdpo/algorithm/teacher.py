@@ -7,7 +7,8 @@ averaged copy is float32 whatever the model's dtype, and what the forward pass u
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +97,18 @@ class Teacher:
                 self._copy_into_module(self._average)
         elif self.kind == "snapshot" and self.num_steps % self.snapshot_every == 0:
             self._copy_into_module(_local_params(student))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the module does not hold itself: how often it has followed, and its float32 average."""
+        return {"num_steps": self.num_steps, "average": self._average}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state_dict``; the module's weights are loaded by whoever saved them."""
+        self.num_steps = state["num_steps"]
+        if self._average is not None:
+            for own, saved in zip(self._average, state["average"], strict=True):
+                own.copy_(saved)
 
     def _params(self) -> list[Tensor]:
         return _local_params(self.module) if self.module is not None else []

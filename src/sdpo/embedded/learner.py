@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,11 @@ from sdpo.algorithm.fused import FusedOutputs, LazyLogits, TokenInputs, compute_
 from sdpo.algorithm.loss import Sums, add_sums, compute_distillation_coef, compute_token_weights, mean_of
 from sdpo.algorithm.teacher import build_teacher
 from sdpo.config import Run
+from sdpo.embedded.allocation import is_out_of_memory
 from sdpo.embedded.batch import Batcher, MicroBatch
 from sdpo.embedded.samples import Sample
 from sdpo.embedded.step_images import StepImages
+from sdpo.embedded.weights import copy_parameters
 from sdpo.errors import UserError
 from sdpo.models.forward import PaddedSequences, compute_hidden
 from sdpo.models.head import build_lazy_logits, measure_logit_scale
@@ -30,19 +33,32 @@ from sdpo.models.vision import Vision
 class Learner:
     """Trains the student on graded samples.
 
+    Args:
+        tell: hears of what a person should know, such as memory that was too small.
+
     Attributes:
         student: the model that learns.
         teacher: its teacher; None where nothing is distilled (``grpo_coef=1``).
         version: how many steps' updates the student has had.
+        micro_batch_tokens: most tokens in a micro-batch; halved each time that memory was too small for one.
     """
 
-    def __init__(self, student: PreTrainedModel, run: Run, pad_token_id: int, vision: Vision | None = None) -> None:
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        run: Run,
+        pad_token_id: int,
+        vision: Vision | None = None,
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self.run = run
         self.config = run.self_distillation
         self.student = student
         self.device = student.device
         self.vision = vision
+        self.tell = tell
         self.version = 0
+        self.micro_batch_tokens = run.learner.micro_batch_tokens
         self._check_topk()
         self.logit_scale = measure_logit_scale(student)
         self.batcher = Batcher(pad_token_id, self.device, vision, enable_packing(student, vision))
@@ -63,11 +79,43 @@ class Learner:
             num_training_steps=run.total_steps * minis,
         )
 
-    def learn(self, samples: Sequence[Sample]) -> dict[str, float]:
+    def state_dict(self) -> dict[str, Any]:
+        """All that decides how learning goes on, beside the weights of the student and of the teacher's module."""
+        return {
+            "version": self.version,
+            "micro_batch_tokens": self.micro_batch_tokens,
+            "moments": self.optimizer.state_dict()["state"],
+            "num_updates": self.scheduler.last_epoch,
+            "teacher": self.teacher.state_dict() if self.teacher is not None else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], teacher_module: torch.nn.Module | None) -> None:
+        """Go on from ``state_dict``, the student being as it was then; learning rate and decay are the run's.
+
+        Args:
+            teacher_module: what the teacher's module was then, if it has one.
+        """
+        self.version = state["version"]
+        self.micro_batch_tokens = min(self.micro_batch_tokens, state["micro_batch_tokens"])
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["moments"]})
+        count = state["num_updates"]
+        lrs = [lr * scale(count) for lr, scale in zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)]
+        self.scheduler.load_state_dict(
+            {**self.scheduler.state_dict(), "last_epoch": count, "_step_count": count + 1, "_last_lr": lrs}
+        )
+        for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
+            group["lr"] = lr
+        if self.teacher is not None:
+            self.teacher.load_state_dict(state["teacher"])
+            if self.teacher.module is not None and teacher_module is not None:
+                copy_parameters(dict(teacher_module.named_parameters()), self.teacher.module)
+
+    def learn(self, samples: Sequence[Sample], before_update: Callable[[], None] = lambda: None) -> dict[str, float]:
         """One step: every sample once, an optimizer step a mini-batch, then the teacher follows.
 
         Args:
             samples: ``n`` consecutive ones a prompt.
+            before_update: called before weights change; from then until it returns they are of no step.
 
         Returns:
             The step's metrics.
@@ -81,7 +129,11 @@ class Learner:
         coef = compute_distillation_coef(self.config, step, self.run.total_steps)
         results = [
             self._learn_mini_batch(
-                [samples[i] for i in mini], [old_log_probs[i] for i in mini] if old_log_probs else None, coef, images
+                [samples[i] for i in mini],
+                [old_log_probs[i] for i in mini] if old_log_probs else None,
+                coef,
+                images,
+                before_update,
             )
             for mini in minis
         ]
@@ -100,8 +152,15 @@ class Learner:
         ``images`` has the features of the samples' images, where other passes need them too.
         """
         images = images or self._step_images()
+        while True:
+            try:
+                return self._compute_log_probs_by_piece(samples, images)
+            except (RuntimeError, MemoryError) as error:
+                self._take_less_memory(error, samples)
+
+    def _compute_log_probs_by_piece(self, samples: Sequence[Sample], images: StepImages | None) -> list[Tensor]:
         result: list[Tensor] = [torch.empty(0)] * len(samples)
-        for piece in self.batcher.split(samples, self.run.learner.micro_batch_tokens):
+        for piece in self.batcher.split(samples, self.micro_batch_tokens):
             batch = self.batcher.build([samples[i] for i in piece])
             log_probs = self._compute_log_probs(self._read_student(batch, images), batch)
             for i, values in zip(
@@ -111,14 +170,23 @@ class Learner:
         return result
 
     def _learn_mini_batch(
-        self, samples: list[Sample], old_log_probs: list[Tensor] | None, coef: float, images: StepImages | None
+        self,
+        samples: list[Sample],
+        old_log_probs: list[Tensor] | None,
+        coef: float,
+        images: StepImages | None,
+        before_update: Callable[[], None],
     ) -> dict[str, float]:
         num_dropped = 0
         while True:
             self.optimizer.zero_grad(set_to_none=True)
             if images is not None:
                 images.forget_gradients()
-            sums, nonfinite = self._accumulate_gradients(samples, old_log_probs, coef, images)
+            try:
+                sums, nonfinite = self._accumulate_gradients(samples, old_log_probs, coef, images)
+            except (RuntimeError, MemoryError) as error:
+                self._take_less_memory(error, samples)
+                continue
             if not nonfinite:
                 break
             # A NaN that is only masked still comes back through the backward pass: begin again without its sample.
@@ -128,6 +196,7 @@ class Learner:
             old_log_probs = [old_log_probs[i] for i in kept] if old_log_probs else None
         values = {name: float(total) / max(int(count), 1) for name, (total, count) in sums.items()}
         values |= {metrics.NONFINITE_SAMPLES: float(num_dropped), metrics.LR: self.scheduler.get_last_lr()[0]}
+        before_update()
         values |= self._update()
         if images is not None:
             images.forget_student()
@@ -148,7 +217,7 @@ class Learner:
         distillation_weights = compute_token_weights(lengths * distilled, mode, horizon)
         distillation_weights = distillation_weights * torch.tensor([s.distillation_weight for s in samples])
         sums: Sums = {}
-        for piece in self.batcher.split(samples, self.run.learner.micro_batch_tokens):
+        for piece in self.batcher.split(samples, self.micro_batch_tokens):
             batch = self.batcher.build([samples[i] for i in piece])
             old = torch.cat([old_log_probs[i] for i in piece]) if old_log_probs else None
             weights = [w[piece].to(self.device)[batch.sample_index] for w in (policy_weights, distillation_weights)]
@@ -258,6 +327,29 @@ class Learner:
             self.scheduler.step()
         return {metrics.GRAD_NORM: norm, metrics.SKIPPED_UPDATES: float(not finite)}
 
+    def _take_less_memory(self, error: Exception, samples: Sequence[Sample]) -> None:
+        """Halve the micro-batches if it was memory that was lacking.
+
+        Raises:
+            UserError: they are single samples already.
+            Exception: the error itself, if it was another one.
+        """
+        if not is_out_of_memory(error):
+            raise error
+        self.optimizer.zero_grad(set_to_none=True)
+        largest = max(map(len, self.batcher.split(samples, self.micro_batch_tokens)))
+        if largest == 1:
+            longest = max(_count_tokens(sample) for sample in samples)
+            raise UserError(
+                f"learner: memory is too small for the longest sample of {longest} tokens; lower "
+                "data.max_prompt_length or sampler.max_response_length, or set learner.gradient_checkpointing=true"
+            ) from error
+        while max(map(len, self.batcher.split(samples, self.micro_batch_tokens))) == largest:
+            self.micro_batch_tokens //= 2
+        self.tell(
+            f"memory was too small for a micro-batch; learner.micro_batch_tokens={self.micro_batch_tokens} from here on"
+        )
+
     def _check_topk(self) -> None:
         topk, vocab_size = self.config.distillation_topk, self.student.config.get_text_config().vocab_size
         if topk is not None and topk > vocab_size:
@@ -265,6 +357,13 @@ class Learner:
                 f"self_distillation.distillation_topk={topk} is more than the model's vocabulary of {vocab_size}; "
                 "lower it or remove it"
             )
+
+
+def _count_tokens(sample: Sample) -> int:
+    """What student and teacher read of it."""
+    response = len(sample.response.token_ids)
+    teacher = len(sample.teacher_prompt.token_ids) + response if sample.teacher_prompt.token_ids is not None else 0
+    return len(sample.prompt.token_ids) + response + teacher
 
 
 def _average(results: Sequence[dict[str, float]]) -> dict[str, float]:

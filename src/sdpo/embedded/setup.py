@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -13,8 +14,10 @@ from sdpo.context.encode import Tokenizer
 from sdpo.embedded.data import Prompt, PromptOrder, load_prompts
 from sdpo.embedded.evaluation import Evaluator
 from sdpo.embedded.learner import Learner
-from sdpo.embedded.run_folder import RunFolder
+from sdpo.embedded.resume import Resumption, find_resumption
+from sdpo.embedded.run_folder import RunFolder, require_idle
 from sdpo.embedded.sampler import LocalSampler, ProcessSampler, Sampler, TransformersEngine
+from sdpo.embedded.training_state import compute_fingerprint, set_random_states
 from sdpo.embedded.vllm_engine import VllmEngine, require_vllm
 from sdpo.errors import UserError
 from sdpo.models.decoding import Decoding
@@ -42,6 +45,9 @@ class Parts:
     evaluator: Evaluator
     folder: RunFolder
     window: int | None
+    resumption: Resumption | None
+    data: str
+    observer: Observer
 
     def prompts_of(self, step: int) -> list[Prompt]:
         return [self.prompts[i] for i in self.order.batch(step)]
@@ -58,6 +64,8 @@ def build_parts(run: Run, observer: Observer) -> Parts:
     if run.learner.num_threads is not None:
         torch.set_num_threads(run.learner.num_threads)
     torch.manual_seed(run.seed)
+    require_idle(Path(run.run_dir))
+    resumption = find_resumption(run, observer)
     learner_device = resolve_device(run.learner.device, "learner.device")
     sampler_device = resolve_device(run.sampler.device, "sampler.device")
     if run.sampler.engine == "vllm":
@@ -69,7 +77,7 @@ def build_parts(run: Run, observer: Observer) -> Parts:
     tokenizer: Tokenizer = reader or text_tokenizer
     if reader is not None and run.sampler.engine == "vllm":
         raise UserError("sampler.engine=vllm does not sample from models that read images yet; use transformers")
-    student = load_model(run.model, learner_device)
+    student = load_model(resumption.locate_student(run.model) if resumption else run.model, learner_device)
     vision = Vision(student, reader) if reader is not None else None
     if run.learner.freeze_vision:
         if vision is None:
@@ -88,9 +96,12 @@ def build_parts(run: Run, observer: Observer) -> Parts:
         pad_token_id=int(text_tokenizer.pad_token_id),
         forbidden_token_ids=vision.placeholder_ids if vision is not None else (),
     )
-    learner = Learner(student, run, decoding.pad_token_id, vision)
-    folder = RunFolder(run, observer)
-    sampler = _build_sampler(run, student, decoding, sampler_device, window, vision)
+    learner = Learner(student, run, decoding.pad_token_id, vision, observer.message)
+    data = compute_fingerprint(prompts)
+    if resumption is not None:
+        _restore(learner, run, resumption, data)
+    folder = RunFolder(run, observer, resumption.step if resumption else None)
+    sampler = _build_sampler(run, student, decoding, sampler_device, window, vision, observer)
     return Parts(
         task=task,
         tokenizer=tokenizer,
@@ -102,7 +113,22 @@ def build_parts(run: Run, observer: Observer) -> Parts:
         evaluator=Evaluator(run, task, tokenizer, held_out[: run.eval.max_prompts], decoding, window, vision),
         folder=folder,
         window=window,
+        resumption=resumption,
+        data=data,
+        observer=observer,
     )
+
+
+def _restore(learner: Learner, run: Run, resumption: Resumption, data: str) -> None:
+    state = resumption.state
+    if state.data != data:
+        raise UserError(
+            "data.train_files: other rows than when the run began; restore them or begin in another run_dir"
+        )
+    has_module = learner.teacher is not None and learner.teacher.module is not None
+    teacher = load_model(resumption.locate_teacher(run.model), learner.device) if has_module else None
+    learner.load_state_dict(state.learner, teacher)
+    set_random_states(state.random)
 
 
 def _build_sampler(
@@ -112,15 +138,17 @@ def _build_sampler(
     device: torch.device,
     window: int | None,
     vision: Vision | None,
+    observer: Observer,
 ) -> Sampler:
+    threads = run.sampler.num_threads
     if run.sampler.engine == "vllm":
         needed = run.data.max_prompt_length + run.sampler.max_response_length
         max_length = needed if window is None else min(needed, window)
         build_vllm = partial(VllmEngine, run.model, decoding, device, max_length, run.sampler.kv_cache_gib)
         if run.staleness == 1:
-            return ProcessSampler(student, build_vllm, run.sampler.num_threads, probes=True)
+            return ProcessSampler(student, build_vllm, threads, True, run.sampler.max_restarts, observer.message)
         return LocalSampler(build_vllm(), probes=True)
     build_engine = partial(TransformersEngine.from_config, run.model, decoding, device, run.data.max_pixels)
     if run.staleness == 1:
-        return ProcessSampler(student, build_engine, run.sampler.num_threads)
+        return ProcessSampler(student, build_engine, threads, False, run.sampler.max_restarts, observer.message)
     return LocalSampler(build_engine() if device != student.device else TransformersEngine(student, decoding, vision))

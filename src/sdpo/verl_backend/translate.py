@@ -20,6 +20,9 @@ MODEL = "actor_rollout_ref.model"
 
 # Settings of the embedded engine that verl has no counterpart for.
 WITHOUT_COUNTERPART = (
+    "keep_best",
+    "stop_within",
+    "sampler.max_restarts",
     "sampler.engine",
     "sampler.kv_cache_gib",
     "sampler.device",
@@ -163,6 +166,8 @@ def _bookkeeping(run: Run) -> dict[str, Any]:
         "trainer.val_before_train": run.eval.before_training,
         "trainer.test_freq": run.eval_every or run.total_steps,
         "trainer.save_freq": run.save_every or run.total_steps,
+        "trainer.max_actor_ckpt_to_keep": run.keep_last,
+        "trainer.resume_mode": "disable" if run.resume == "never" else "auto",
         "trainer.default_local_dir": str(folder / "checkpoints"),
         "trainer.rollout_data_dir": str(folder / "rollouts") if run.tracking.rollouts_every else None,
         "trainer.logger": ["console", "file", *run.tracking.backends],

@@ -53,11 +53,11 @@ class Recorder:
         self.old_log_probs: list[list[Tensor]] = []
         learn, compute_log_probs = Learner.learn, Learner.compute_log_probs
 
-        def watch_learning(learner: Learner, samples: Sequence[Sample]) -> Any:
+        def watch_learning(learner: Learner, samples: Sequence[Sample], **how: Any) -> Any:
             self.student = learner.student
             self.samples.append(samples)
             self.keep(learner)
-            values = learn(learner, samples)
+            values = learn(learner, samples, **how)
             self.keep(learner)
             return values
 
@@ -291,7 +291,7 @@ def test_every_step_draws_other_noise(make_task_run: MakeRun, monkeypatch: pytes
 
 
 def test_what_is_written_when(make_task_run: MakeRun) -> None:
-    run = make_task_run(total_steps=5, eval_every=2, save_every=2, tracking__rollouts_every=3)
+    run = make_task_run(total_steps=5, eval_every=2, save_every=2, keep_last=3, tracking__rollouts_every=3)
     result = train(run)
     rows = rows_of(run.run_dir)
     accuracy = "val-core/hidden_rule/acc/mean@1"
@@ -300,6 +300,7 @@ def test_what_is_written_when(make_task_run: MakeRun) -> None:
     assert [row[metrics.STEP] for row in rows if metrics.TIME_SAVE in row] == [2, 4, 5]
     folder = Path(run.run_dir)
     assert sorted(p.name for p in folder.iterdir()) == [
+        ".lock",
         "checkpoints",
         "metrics.jsonl",
         "rollouts",
@@ -341,42 +342,7 @@ def test_numbers_of_a_row_fit_together(make_task_run: MakeRun, monkeypatch: pyte
         assert row[metrics.TIME_STEP] >= row[metrics.TIME_SAMPLE] + row[metrics.TIME_LEARN]
 
 
-# --- interruption
-
-
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, version: int) -> None:
-    """Ctrl-C in the middle of the step that would make this version, after weights have changed."""
-    learn_mini_batch = Learner._learn_mini_batch
-
-    def interrupted(learner: Learner, *arguments: Any) -> Any:
-        values = learn_mini_batch(learner, *arguments)
-        if learner.version + 1 == version:
-            raise KeyboardInterrupt
-        return values
-
-    monkeypatch.setattr(Learner, "_learn_mini_batch", interrupted)
-
-
-def test_an_interruption_saves_a_checkpoint_that_loads(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupt_at(monkeypatch, 3)
-    run = make_task_run(total_steps=5)
-    result = train(run)
-    assert result.interrupted
-    assert [row[metrics.STEP] for row in rows_of(run.run_dir)] == [0, 1, 2]
-    [folder] = (Path(run.run_dir) / "checkpoints").iterdir()
-    assert folder.name == "step_2"
-    assert torch.isfinite(AutoModelForCausalLM.from_pretrained(folder).lm_head.weight).all()
-
-
-def test_an_interruption_leaves_a_checkpoint_of_whole_steps_alone(
-    make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    train(whole := make_task_run(total_steps=2, run_dir=str(tmp_path / "whole")))
-    interrupt_at(monkeypatch, 3)
-    assert train(run := make_task_run(total_steps=5, save_every=1)).interrupted
-    assert sorted(p.name for p in (Path(run.run_dir) / "checkpoints").iterdir()) == ["step_1", "step_2"]
-    name = "step_2/model.safetensors"
-    assert checkpoint_bytes(run.run_dir)[name] == checkpoint_bytes(whole.run_dir)[name]
+# --- errors
 
 
 def test_an_error_in_a_step_is_raised_as_it_is_and_rows_before_it_stay(
@@ -421,7 +387,9 @@ def test_what_can_be_refused_is_refused_before_there_is_a_run_folder(
 
 def test_only_as_many_held_out_prompts_as_asked_for(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluated = []
-    monkeypatch.setattr(trainer, "_train", lambda run, parts: evaluated.append(len(parts.evaluator.prompts)))
+    monkeypatch.setattr(
+        trainer._Training, "run_to_end", lambda training: evaluated.append(len(training.parts.evaluator.prompts))
+    )
     for max_prompts in (None, 3):
         train(make_task_run(eval__max_prompts=max_prompts))
     assert evaluated == [8, 3]
