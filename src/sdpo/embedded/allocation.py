@@ -32,4 +32,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch failed for want of memory: on a GPU by an exception of its own, on a CPU by a message alone."""
     import torch
 
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "could not create a primitive"))

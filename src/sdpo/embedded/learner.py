@@ -340,8 +340,9 @@ class Learner:
         largest = max(map(len, self.batcher.split(samples, self.micro_batch_tokens)))
         if largest == 1:
             longest = max(_count_tokens(sample) for sample in samples)
+            reason = " ".join(str(error).split())
             raise UserError(
-                f"learner: memory is too small for the longest sample of {longest} tokens; lower "
+                f"learner: memory is too small for the longest sample of {longest} tokens ({reason:.200}); lower "
                 "data.max_prompt_length or sampler.max_response_length, or set learner.gradient_checkpointing=true"
             ) from error
         while max(map(len, self.batcher.split(samples, self.micro_batch_tokens))) == largest:
