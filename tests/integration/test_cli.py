@@ -321,7 +321,7 @@ def test_ctrl_c_saves_and_stops(write_run_file: WriteRunFile, tmp_path: Path, st
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
     assert process.returncode == 130, err
-    assert err == "stopped by Ctrl-C after saving a checkpoint\n"
+    assert err == "stopped by SIGINT; add --resume to go on\n"
     assert f"run folder: {run_dir}" in out
     assert time.monotonic() - sent < 20
     [checkpoint] = (run_dir / "checkpoints").iterdir()

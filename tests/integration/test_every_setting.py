@@ -372,6 +372,38 @@ class Runner:
             build_parts(change(BASE, changes), Silent()).folder.close()
         return asked
 
+    def find_first_step(self, changes: Mapping[str, Any]) -> int:
+        """Where the run begins in the folder of one that has had a step."""
+        with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=self.folder) as place:
+            patch.chdir(place)
+            train(change(BASE, {**changes, "resume": "never", "total_steps": 1}))
+            parts = build_parts(change(BASE, changes), Silent())
+            parts.folder.close()
+            return parts.learner.version + 1
+
+    def find_wait(self, changes: Mapping[str, Any]) -> float:
+        """How long a run that is stopped would wait for rollouts in flight."""
+        waits: list[float] = []
+
+        def stop(_: Any) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=self.folder) as place:
+            patch.chdir(place)
+            patch.setattr("sdpo.embedded.trainer._Training.run_to_end", stop)
+            patch.setattr("sdpo.embedded.trainer._Training.rescue", lambda _, wait: waits.append(wait))
+            train(change(BASE, changes))
+        return waits[0]
+
+    def find_restarts(self, changes: Mapping[str, Any]) -> int:
+        """How often the sampler's process may be started again."""
+        with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=self.folder) as place:
+            patch.chdir(place)
+            parts = build_parts(change(BASE, changes), Silent())
+            parts.folder.close()
+            parts.sampler.close()
+            return parts.sampler._restarts_left  # type: ignore[attr-defined,no-any-return]
+
     def _keep_code_here(self, patch: pytest.MonkeyPatch) -> None:
         # Where transformers copies a model's code: read from the environment when it is imported, so in a new process.
         patch.setenv("HF_MODULES_CACHE", str(self.folder / "code"))
@@ -383,7 +415,7 @@ def add_trackers(tracked: list[Any], patch: pytest.MonkeyPatch) -> None:
     """Stand-ins for the tracking libraries, which tell what they are given."""
 
     class SummaryWriter:
-        def __init__(self, folder: str) -> None:
+        def __init__(self, folder: str, purge_step: int | None) -> None:
             tracked.append(("tensorboard", folder))
 
         def add_scalar(self, name: str, value: float, step: int) -> None:
@@ -431,11 +463,16 @@ class Case:
     look: Callable[[Runner, Mapping[str, Any]], Any] = Runner.__call__
 
 
+def itself(found: Any) -> Any:
+    return found
+
+
 def calls(name: str) -> Callable[[Ran], int]:
     return lambda ran: ran.calls[name]
 
 
 ONE_STEP = {"total_steps": 1}
+SAVING = {"total_steps": 4, "save_every": 1, "eval_every": 1}
 THREE = {"total_steps": 3}
 GRPO = {"self_distillation.grpo_coef": 1.0}
 MINIS = {"learner.mini_batch_size": 1}
@@ -455,6 +492,10 @@ CASES = {
     "total_steps": Case([3]),
     "eval_every": Case([1]),
     "save_every": Case([1], observe=lambda ran: set(ran.checkpoints)),
+    "keep_last": Case([1, 4], SAVING, observe=lambda ran: set(ran.checkpoints), keeps=Ran.outcome),
+    "keep_best": Case([4], SAVING, observe=lambda ran: set(ran.checkpoints), keeps=Ran.outcome),
+    "resume": Case(["auto"], look=Runner.find_first_step, observe=itself),
+    "stop_within": Case([0.0], look=Runner.find_wait, observe=itself),
     "staleness": Case([1], WITH_CODE),
     # What verl makes of them is seen in tests/unit/verl_backend/test_translate.py.
     "verl": Case([{"trainer.nnodes": 2}], observe=lambda ran: ran.messages, keeps=Ran.outcome),
@@ -483,6 +524,7 @@ CASES = {
     "sampler.kv_cache_gib": Case(
         [0.5], {"sampler.engine": "vllm"}, observe=itemgetter("kv_cache_memory_bytes"), look=Runner.find_engine
     ),
+    "sampler.max_restarts": Case([0], {"staleness": 1}, look=Runner.find_restarts, observe=itself),
     "sampler.num_threads": Case([2], {"staleness": 1, **WITH_CODE}, observe=lambda ran: ran.sampler_threads),
     "learner.device": Case(["meta"], observe=itemgetter("learner"), look=Runner.find_devices),
     "learner.mini_batch_size": Case([2, 1]),
@@ -832,7 +874,7 @@ def test_teacher_follows_by_rate_and_by_snapshot(ran: Runner, initial: Mapping[s
     expected = {name: 0.7 * initial[name] + 0.3 * param for name, param in averaged["step_1"].items()}
     assert not same(averaged["step_1"], initial) and same(averaged["step_1/teacher"], expected)
     snapshot = sd(teacher_regularization="snapshot", teacher_snapshot_every=2)
-    taken = ran({**THREE, **snapshot, "save_every": 1}).checkpoints
+    taken = ran({**THREE, **snapshot, "save_every": 1, "keep_last": 3}).checkpoints
     assert same(taken["step_1/teacher"], initial)
     assert same(taken["step_2/teacher"], taken["step_2"]) and same(taken["step_3/teacher"], taken["step_2"])
     assert not same(taken["step_3"], taken["step_2"])
