@@ -142,7 +142,7 @@ class Teacher:
             return
         if self.kind == "ema":
             update_teacher_ema(self.weights.values.values(), self.weights.read(student), self.rate)
-        elif self.num_steps % self.snapshot_every == 0:
+        elif self.kind == "snapshot" and self.num_steps % self.snapshot_every == 0:
             _copy(self.weights.values.values(), self.weights.read(student))
         else:
             return
