@@ -147,6 +147,19 @@ def data_figures(
 
 
 @app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="RUN_DIR/checkpoints/step_K.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
+    teacher: Annotated[bool, typer.Option("--teacher", help="The teacher, and not the student.")] = False,
+) -> None:
+    """Write a checkpoint's student or teacher as a plain model, LoRA adapters merged into it."""
+    from sdpo.embedded.export import export_model
+
+    export_model(checkpoint, out, teacher=teacher)
+    print(f"model: {out}")
+
+
+@app.command()
 def report(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Folders of one or more runs.")],
     out: Annotated[Path | None, typer.Option(help="Where to write; the first run's folder if not given.")] = None,

@@ -195,6 +195,30 @@ class LearnerConfig(Section):
 
 
 @dataclass(frozen=True)
+class LoraConfig(Section):
+    """Low-rank adapters; with them all other weights, an image tower's too, stay as they are."""
+
+    section: ClassVar[str] = "lora"
+
+    rank: int = setting(0, "Rank of the adapters; 0: none, all weights are trained. Embedded engine.", ge=0, fixed=True)
+    alpha: int | None = setting(
+        None, "An adapter's product is multiplied by alpha / rank; twice the rank if not set.", ge=1, fixed=True
+    )
+    target_modules: list[str] = setting(
+        [],
+        "Linear layers of the language model that get adapters, by the end of their names (q_proj); if empty, all but "
+        "the output layer.",
+        fixed=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("alpha", "target_modules"):
+            if self.rank == 0 and getattr(self, name):
+                raise UserError(f"lora.{name} has no effect with lora.rank=0; set lora.rank or remove it")
+
+
+@dataclass(frozen=True)
 class OptimConfig(Section):
     section: ClassVar[str] = "optim"
 
@@ -423,6 +447,7 @@ class Run(Section):
     data: DataConfig = field(default_factory=DataConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     self_distillation: SelfDistillationConfig = field(default_factory=SelfDistillationConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -435,6 +460,15 @@ class Run(Section):
             raise UserError(
                 f"learner.mini_batch_size={mini} must divide data.train_batch_size={self.data.train_batch_size}"
             )
+        if self.lora.rank and self.learner.freeze_vision:
+            raise UserError(
+                "learner.freeze_vision has no effect with lora.rank > 0, which never trains the image tower; remove it"
+            )
+
+    @property
+    def trains_vision(self) -> bool:
+        """Whether the image tower, where there is one, learns."""
+        return not self.learner.freeze_vision and self.lora.rank == 0
 
 
 _SECTIONS = tuple(f.name for f in dataclasses.fields(Run) if f.default_factory is not dataclasses.MISSING)
@@ -545,8 +579,9 @@ def _refuse_unknown_keys(origin: str, values: Any, schema: Any = None, prefix: s
         if key not in known:
             every = [k for k, _ in iterate_settings()] + [f.name for f in dataclasses.fields(Run)]
             near = difflib.get_close_matches(f"{prefix}{key}", every, n=1, cutoff=0.5)
-            near = near or [k for k in every if k.split(".")[-1] == str(key)][:1]
-            hint = f"; did you mean {near[0]}?" if near else "; docs/configuration.md lists all keys"
+            same = [k for k in every if k.split(".")[-1] == str(key)]  # without its section, or in another's
+            near = same if same and not prefix else near or same[:1]
+            hint = f"; did you mean {' or '.join(near)}?" if near else "; docs/configuration.md lists all keys"
             raise UserError(f"{origin}: unknown key {prefix}{key}{hint}")
         if isinstance(known[key], Section):
             _refuse_unknown_keys(origin, value, known[key], f"{key}.")

@@ -65,7 +65,7 @@ def rows_of(run_dir: Path) -> list[dict[str, float]]:
 def test_help_lists_the_commands(sdpo: Callable[..., Outcome]) -> None:
     outcome = sdpo("--help")
     assert outcome.code == 0
-    for command in ("train", "data", "report", "doctor"):
+    for command in ("train", "data", "export", "report", "doctor"):
         assert f"\n  {command} " in outcome.out
     assert "--dry-run" in sdpo("train", "--help").out
     assert "hidden-rule" in sdpo("data", "--help").out
@@ -153,6 +153,12 @@ def test_a_run_and_its_report(sdpo: Callable[..., Outcome], write_run_file: Writ
     assert "step 2/2" in done.stdout
     assert load_run(tmp_path / "run" / "run.yaml").seed == 5
     assert (tmp_path / "run" / "checkpoints" / "step_2" / "model.safetensors").is_file()
+
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_2"
+    exported = sdpo("export", checkpoint, tmp_path / "teacher", "--teacher")
+    assert (exported.code, exported.out) == (0, f"model: {tmp_path}/teacher\n")
+    assert (tmp_path / "teacher" / "model.safetensors").is_file()
+    assert one_line(sdpo("export", checkpoint, tmp_path / "teacher")).endswith("exists already; name another folder\n")
 
     outcome = sdpo("report", tmp_path / "run")
     assert outcome.code == 0

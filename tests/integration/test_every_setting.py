@@ -536,6 +536,9 @@ CASES = {
     "learner.freeze_vision": Case([True], IMAGES),
     "learner.gradient_checkpointing": Case([True], observe=calls("layer with gradient"), keeps=Ran.outcome),
     "learner.num_threads": Case([2], ONE_STEP, observe=lambda ran: ran.num_threads),
+    "lora.rank": Case([2, 4]),
+    "lora.alpha": Case([1, 16], {"lora.rank": 2}),
+    "lora.target_modules": Case([["q_proj"], ["q_proj", "down_proj"]], {"lora.rank": 2}),
     "optim.lr": Case([2e-2]),
     "optim.weight_decay": Case([10.0]),
     "optim.beta1": Case([0.1], THREE),
@@ -589,7 +592,7 @@ CASES = {
 
 IN_ANOTHER_PROCESS = {"staleness", "sampler.num_threads"}
 # What comes after sampling leaves the first step's responses alone.
-AFTER_SAMPLING = ("learner.", "optim.", "self_distillation.", "eval.")
+AFTER_SAMPLING = ("learner.", "lora.", "optim.", "self_distillation.", "eval.")
 
 
 def in_turn() -> list[Any]:

@@ -34,6 +34,7 @@ SECTIONS = {
     "data": sections.DataConfig,
     "sampler": sections.SamplerConfig,
     "learner": sections.LearnerConfig,
+    "lora": sections.LoraConfig,
     "optim": sections.OptimConfig,
     "self_distillation": sections.SelfDistillationConfig,
     "eval": sections.EvalConfig,

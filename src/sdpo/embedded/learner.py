@@ -25,6 +25,7 @@ from sdpo.embedded.weights import copy_parameters
 from sdpo.errors import UserError
 from sdpo.models.forward import PaddedSequences, compute_hidden
 from sdpo.models.head import build_lazy_logits, measure_logit_scale
+from sdpo.models.lora_teacher import build_lora_teacher
 from sdpo.models.packable import enable_packing
 from sdpo.models.packing import PackedSequences
 from sdpo.models.vision import Vision
@@ -64,7 +65,8 @@ class Learner:
         self.batcher = Batcher(pad_token_id, self.device, vision, enable_packing(student, vision))
         if run.learner.gradient_checkpointing:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.teacher = build_teacher(student, self.config) if self.config.distills else None
+        build = build_lora_teacher if run.lora.rank else build_teacher
+        self.teacher = build(student, self.config) if self.config.distills else None
         self.optimizer = torch.optim.AdamW(
             [param for param in student.parameters() if param.requires_grad],
             lr=run.optim.lr,
@@ -305,7 +307,7 @@ class Learner:
     def _step_images(self) -> StepImages | None:
         if self.vision is None:
             return None
-        return StepImages(self.vision, self.student, frozen=self.run.learner.freeze_vision, precision=self._precision)
+        return StepImages(self.vision, self.student, frozen=not self.run.trains_vision, precision=self._precision)
 
     def _correct(self, old: Tensor, batch: MicroBatch) -> tuple[Tensor | None, Sums]:
         """The truncated importance weight old policy / sampler of each token, and its metrics."""

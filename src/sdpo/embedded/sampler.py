@@ -27,6 +27,7 @@ from sdpo.embedded.weights import Probe, SharedWeights, compute_probe, copy_para
 from sdpo.errors import UserError
 from sdpo.models.decoding import Decoding, Response, sample_responses
 from sdpo.models.loading import load_model
+from sdpo.models.lora import MergedParameters
 from sdpo.models.processing import TokenPrompt, load_reader
 from sdpo.models.vision import Vision
 
@@ -67,19 +68,26 @@ class Engine(Protocol):
         """Responses to each prompt, in the prompts' order; the same seed gives the same ones."""
 
     def load(self, parameters: Mapping[str, Tensor], probe: Probe | None) -> None:
-        """Take these weights, named as the student's; compare what comes of them with the probe, if there is one."""
+        """Take these weights, named as the model's; compare what comes of them with the probe, if there is one."""
 
     def close(self) -> None:
         """Let go of memory."""
 
 
 class TransformersEngine:
-    """Samples with a model of transformers: a copy of the student, or the student itself."""
+    """Samples with a model of transformers.
 
-    def __init__(self, model: nn.Module, decoding: Decoding, vision: Vision | None = None) -> None:
+    Args:
+        is_student: the model is the student itself, which no weights have to be loaded into, and not a copy of it.
+    """
+
+    def __init__(
+        self, model: nn.Module, decoding: Decoding, vision: Vision | None = None, *, is_student: bool = False
+    ) -> None:
         self._model = model
         self._decoding = decoding
         self._vision = vision
+        self._is_student = is_student
 
     @classmethod
     def from_config(
@@ -92,7 +100,8 @@ class TransformersEngine:
         return sample_responses([(self._model, 1.0)], prompts, self._decoding, seed, self._vision)
 
     def load(self, parameters: Mapping[str, Tensor], probe: Probe | None) -> None:
-        copy_parameters(parameters, self._model)
+        if not self._is_student:
+            copy_parameters(parameters, self._model)
 
     def close(self) -> None:
         pass
@@ -124,7 +133,7 @@ class LocalSampler:
 
     def load_weights(self, student: nn.Module, version: int) -> None:
         probe = compute_probe(student) if self._probes else None
-        self._engine.load(dict(student.named_parameters()), probe)
+        self._engine.load(MergedParameters(student), probe)
         self._version = version
 
     def close(self) -> None:

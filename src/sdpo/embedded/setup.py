@@ -22,6 +22,7 @@ from sdpo.embedded.vllm_engine import VllmEngine, require_vllm
 from sdpo.errors import UserError
 from sdpo.models.decoding import Decoding
 from sdpo.models.loading import get_stop_token_ids, get_window, load_model, load_tokenizer, resolve_device
+from sdpo.models.lora import add_adapters, load_adapter, require_peft
 from sdpo.models.processing import load_reader
 from sdpo.models.vision import Vision, freeze_tower
 from sdpo.observer import Observer
@@ -70,6 +71,8 @@ def build_parts(run: Run, observer: Observer) -> Parts:
     sampler_device = resolve_device(run.sampler.device, "sampler.device")
     if run.sampler.engine == "vllm":
         require_vllm(sampler_device)
+    if run.lora.rank:
+        require_peft()
     task = load_task(run.data.task, run.data.task_args)
     prepare_task(task, observer)
     text_tokenizer = load_tokenizer(run.model)
@@ -77,7 +80,7 @@ def build_parts(run: Run, observer: Observer) -> Parts:
     tokenizer: Tokenizer = reader or text_tokenizer
     if reader is not None and run.sampler.engine == "vllm":
         raise UserError("sampler.engine=vllm does not sample from models that read images yet; use transformers")
-    student = load_model(resumption.locate_student(run.model) if resumption else run.model, learner_device)
+    student = _load_student(run, resumption, learner_device)
     vision = Vision(student, reader) if reader is not None else None
     if run.learner.freeze_vision:
         if vision is None:
@@ -119,14 +122,24 @@ def build_parts(run: Run, observer: Observer) -> Parts:
     )
 
 
+def _load_student(run: Run, resumption: Resumption | None, device: torch.device) -> PreTrainedModel:
+    if not run.lora.rank:
+        return load_model(resumption.locate_student(run.model) if resumption else run.model, device)
+    student = load_model(run.model, device)
+    add_adapters(student, run.lora)
+    if resumption is not None:
+        load_adapter(student, resumption.checkpoint)
+    return student
+
+
 def _restore(learner: Learner, run: Run, resumption: Resumption, data: str) -> None:
     state = resumption.state
     if state.data != data:
         raise UserError(
             "data.train_files: other rows than when the run began; restore them or begin in another run_dir"
         )
-    has_module = learner.teacher is not None and learner.teacher.module is not None
-    teacher = load_model(resumption.locate_teacher(run.model), learner.device) if has_module else None
+    is_saved = learner.teacher is not None and learner.teacher.module is not None and not run.lora.rank
+    teacher = load_model(resumption.locate_teacher(run.model), learner.device) if is_saved else None
     learner.load_state_dict(state.learner, teacher)
     set_random_states(state.random)
 
@@ -151,4 +164,6 @@ def _build_sampler(
     build_engine = partial(TransformersEngine.from_config, run.model, decoding, device, run.data.max_pixels)
     if run.staleness == 1:
         return ProcessSampler(student, build_engine, threads, False, run.sampler.max_restarts, observer.message)
-    return LocalSampler(build_engine() if device != student.device else TransformersEngine(student, decoding, vision))
+    if device != student.device:
+        return LocalSampler(build_engine())
+    return LocalSampler(TransformersEngine(student, decoding, vision, is_student=True))

@@ -1,7 +1,7 @@
 """What a checkpoint holds so that training goes on as if it had never stopped, and how it gets there and back.
 
-step_K/                     the student in the Hugging Face format, with its tokenizer or processor
-step_K/teacher/             the teacher, where it has weights of its own
+step_K/                     the student in the Hugging Face format, or its adapters in PEFT's; tokenizer or processor
+step_K/teacher/             the teacher, where it has weights of its own; with adapters it is among everything else
 step_K/training_state.pt    everything else, below
 """
 
@@ -23,6 +23,7 @@ from sdpo.embedded.learner import Learner
 from sdpo.embedded.sampler import Rollouts
 from sdpo.errors import UserError
 from sdpo.models.decoding import Response
+from sdpo.models.lora import save_adapter
 
 FILE = "training_state.pt"
 
@@ -61,9 +62,12 @@ class TrainingState:
 
 
 def save_models(folder: Path, learner: Learner, processing: PreTrainedTokenizerBase | ProcessorMixin) -> None:
-    """Student and teacher, as ``from_pretrained`` loads them."""
-    learner.student.save_pretrained(folder)
+    """Student and teacher, as ``from_pretrained`` loads them; of a student with adapters these alone, as PEFT does."""
     processing.save_pretrained(folder)
+    if learner.run.lora.rank:
+        save_adapter(learner.student, folder)
+        return
+    learner.student.save_pretrained(folder)
     if learner.teacher is not None and learner.teacher.module is not None:
         learner.teacher.module.save_pretrained(folder / "teacher")  # type: ignore[operator]
 

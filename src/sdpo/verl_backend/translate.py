@@ -51,6 +51,11 @@ def translate(run: Run) -> Translation:
     """
     if run.optim.schedule == "linear":
         raise UserError("optim.schedule=linear does not exist in verl; use constant or cosine")
+    if run.lora.rank:
+        raise UserError(
+            f"lora.rank={run.lora.rank}: on verl the teacher cannot be the average of the adapters' product; "
+            "use the embedded engine (sdpo train) or lora.rank=0"
+        )
     settings: dict[str, Any] = {
         **_data(run),
         **_policy(run),
