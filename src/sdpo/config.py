@@ -126,6 +126,16 @@ class DataConfig(Section):
     filter_unreadable_images: bool = setting(
         False, "Skip and count rows whose images cannot be read; otherwise they are an error."
     )
+    grader_timeout: float | None = setting(
+        30.0, "Seconds that grading one response may take; longer is a failure of the grader.", gt=0, le=86_400
+    )
+    max_grader_failures: float = setting(
+        0.1,
+        "Largest share of a step's or an evaluation's responses on which the grader may fail (raise, take too long, "
+        "return no score); with more, the run stops.",
+        ge=0,
+        le=1,
+    )
     shuffle: bool = setting(True, "Draw the training rows in an order given by the seed, anew each epoch.")
 
 

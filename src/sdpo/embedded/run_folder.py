@@ -97,8 +97,9 @@ def _describe(sample: Sample) -> str:
     def conversation(messages: Sequence[Mapping[str, Any]]) -> str:
         return "\n".join(f"[{message['role']}] {format_content(message['content'])}" for message in messages)
 
+    verdict = f"score {sample.grade.score:g}" if sample.is_graded else "not graded"
     parts = [
-        f"=== score {sample.grade.score:g}, advantage {sample.advantage:g}, {len(sample.response.token_ids)} tokens",
+        f"=== {verdict}, advantage {sample.advantage:g}, {len(sample.response.token_ids)} tokens",
         "--- prompt",
         conversation(sample.prompt.row.prompt),
         "--- response" + ("" if sample.response.finished else " (cut off)"),

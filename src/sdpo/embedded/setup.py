@@ -22,7 +22,8 @@ from sdpo.models.loading import get_stop_token_ids, get_window, load_model, load
 from sdpo.models.processing import load_reader
 from sdpo.models.vision import Vision, freeze_tower
 from sdpo.observer import Observer
-from sdpo.tasks.interface import Task, load_task, prepare_task
+from sdpo.tasks.grading import Grader
+from sdpo.tasks.interface import load_task, prepare_task
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Parts:
     ``tokenizer`` writes chats, images included; ``processing`` is what a checkpoint needs beside the weights.
     """
 
-    task: Task
+    grader: Grader
     tokenizer: Tokenizer
     processing: PreTrainedTokenizerBase | ProcessorMixin
     prompts: list[Prompt]
@@ -64,6 +65,7 @@ def build_parts(run: Run, observer: Observer) -> Parts:
         require_vllm(sampler_device)
     task = load_task(run.data.task, run.data.task_args)
     prepare_task(task, observer)
+    grader = Grader(task, run.data, observer)
     text_tokenizer = load_tokenizer(run.model)
     reader = load_reader(run.model, run.data.max_pixels)
     tokenizer: Tokenizer = reader or text_tokenizer
@@ -92,14 +94,14 @@ def build_parts(run: Run, observer: Observer) -> Parts:
     folder = RunFolder(run, observer)
     sampler = _build_sampler(run, student, decoding, sampler_device, window, vision)
     return Parts(
-        task=task,
+        grader=grader,
         tokenizer=tokenizer,
         processing=reader.processor if reader is not None else text_tokenizer,
         prompts=prompts,
         order=PromptOrder(len(prompts), run.data.train_batch_size, shuffle=run.data.shuffle, seed=run.seed),
         learner=learner,
         sampler=sampler,
-        evaluator=Evaluator(run, task, tokenizer, held_out[: run.eval.max_prompts], decoding, window, vision),
+        evaluator=Evaluator(run, grader, tokenizer, held_out[: run.eval.max_prompts], decoding, window, vision),
         folder=folder,
         window=window,
     )

@@ -73,7 +73,7 @@ def _train(run: Run, parts: Parts) -> None:
 
         prompts = parts.prompts_of(step)
         samples = build_samples(
-            parts.task,
+            parts.grader,
             parts.tokenizer,
             prompts,
             rollouts.responses,

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import math
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +48,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Grade:
-    """What a grader says of one response: a score, and in words what was wrong, if it can tell."""
+    """What a grader says of one response: a score, and in words what was wrong, if it can tell.
+
+    A score of NaN stands for a grader that failed; no grader may return one.
+    """
 
     score: float
     feedback: str | None = None
@@ -134,14 +138,19 @@ def load_task(name: str, args: Mapping[str, Any]) -> Task:
     """Find a task by built-in name, Python file or module, and build it with its arguments.
 
     Raises:
-        UserError: there is no such task, it has neither ``build_task`` nor ``grade``, or does not take the arguments.
+        UserError: there is no such task, it cannot be imported, it has neither ``build_task`` nor ``grade``, or does
+            not take the arguments.
     """
     module = _import_task(name)
     if hasattr(module, "build_task"):
         try:
             return module.build_task(**args)
+        except UserError:
+            raise
         except TypeError as error:
-            raise UserError(f"data.task_args: {name}: {error}") from error
+            raise UserError(f"data.task_args: {name}: {' '.join(str(error).split())}") from error
+        except Exception as error:  # a task of one's own may raise anything
+            raise UserError(f"data.task_args: {name}: {_explain(error, name)}") from error
     if not hasattr(module, "grade"):
         raise UserError(f"data.task: {name} defines neither grade(row, response) nor build_task(**task_args)")
     if args:
@@ -166,15 +175,28 @@ def _import_task(name: str) -> ModuleType:
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses look their module up there
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # a file of one's own may raise anything
+            del sys.modules[spec.name]
+            raise UserError(f"data.task: {name}: cannot be imported ({_explain(error, name)})") from error
         return module
+    unknown = UserError(f"data.task: no task {name!r}; built in: {', '.join(BUILT_IN)}; or a Python file or module")
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise unknown
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not name.startswith(error.name):
-            raise
-        known = ", ".join(BUILT_IN)
-        raise UserError(f"data.task: no task {name!r}; built in: {known}; or a Python file or module") from error
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
+            raise unknown from error
+        raise UserError(f"data.task: {name}: cannot be imported ({_explain(error)})") from error
+
+
+def _explain(error: Exception, file: str = "") -> str:
+    """Type and message in one line, with the last line of ``file`` that led to it."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    place = f", {file}:{lines[-1]}" if lines else ""  # a SyntaxError says its line itself
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.300}{place}"
 
 
 def grade_response(task: Task, row: Row, response: str) -> Grade:
@@ -183,17 +205,32 @@ def grade_response(task: Task, row: Row, response: str) -> Grade:
     Raises:
         UserError: the grader returned something that is no score.
     """
-    value = task.grade(row, response)
+    try:
+        return parse_grade(task.grade(row, response))
+    except BadGradeError as error:
+        raise UserError(f"data.task: {error}; for a response to a {row.data_source} row") from error
+
+
+class BadGradeError(ValueError):
+    """What a grader returned is no grade."""
+
+
+def parse_grade(value: Any) -> Grade:
+    """The grade in what a grader returned.
+
+    Raises:
+        BadGradeError: the score is no finite number, or the feedback no text.
+    """
     if isinstance(value, Mapping):
         value = Grade(value.get("score"), value.get("feedback"))  # type: ignore[arg-type]
     if not isinstance(value, Grade):
         value = Grade(value)
     try:
         score = float(value.score)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         score = math.nan
     if not math.isfinite(score):
-        raise UserError(f"data.task: the grader returned {value.score!r} for a response to a {row.data_source} row")
+        raise BadGradeError(f"the grader's score must be a finite number, got {value.score!r:.80}")
     if value.feedback is not None and not isinstance(value.feedback, str):
-        raise UserError(f"data.task: the grader's feedback must be text, got {value.feedback!r:.80}")
+        raise BadGradeError(f"the grader's feedback must be text, got {value.feedback!r:.80}")
     return Grade(score, value.feedback)

@@ -20,6 +20,8 @@ MODEL = "actor_rollout_ref.model"
 
 # Settings of the embedded engine that verl has no counterpart for.
 WITHOUT_COUNTERPART = (
+    "data.grader_timeout",
+    "data.max_grader_failures",
     "sampler.engine",
     "sampler.kv_cache_gib",
     "sampler.device",

@@ -175,7 +175,7 @@ def learn_one_behind(run: Run) -> Learner:
         if step < run.total_steps:
             upcoming = sample(step + 1)
         samples = build_samples(
-            parts.task,
+            parts.grader,
             parts.tokenizer,
             parts.prompts_of(step),
             rollouts.responses,
@@ -425,3 +425,38 @@ def test_only_as_many_held_out_prompts_as_asked_for(make_task_run: MakeRun, monk
     for max_prompts in (None, 3):
         train(make_task_run(eval__max_prompts=max_prompts))
     assert evaluated == [8, 3]
+
+
+def test_a_grader_that_fails_now_and_then_costs_those_responses(make_task_run: MakeRun, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "count = 0\n"
+        "def grade(row, response):\n"
+        "    global count\n"
+        "    count += 1\n"
+        "    return {'score': 1 / (count % 8 != 3), 'feedback': 'No.'}\n"
+    )
+    settings = {"data__task": str(tmp_path / "mine.py"), "data__task_args": {}, "eval__before_training": False}
+    run = make_task_run(**settings, data__max_grader_failures=0.3, self_distillation__success_reward_threshold=2.0)
+    messages: list[str] = []
+
+    class Watch(Silent):
+        def message(self, text: str) -> None:
+            messages.append(text)
+
+    train(run, Watch())
+    rows = [json.loads(line) for line in (Path(run.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    assert [row[metrics.GRADER_FAILURES] for row in rows] == [1, 1, 1]
+    assert [row[metrics.SCORE_MEAN] for row in rows] == [1, 1, 1]
+    assert [row[metrics.DISTILLED_FRACTION] for row in rows] == [7 / 8] * 3
+    assert [text for text in messages if "grading failed" in text][1:] == []
+    assert "=== not graded, advantage 0," in (Path(run.run_dir) / "rollouts" / "step_1.txt").read_text()
+
+
+def test_a_grader_that_always_fails_ends_the_run_at_the_first_step(make_task_run: MakeRun, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def grade(row, response):\n    return row.answer\n")
+    run = make_task_run(data__task=str(tmp_path / "mine.py"), data__task_args={}, eval__before_training=False)
+    with pytest.raises(UserError) as caught:
+        train(run)
+    assert str(caught.value).startswith(f"data.task: {tmp_path}/mine.py: grading failed for 1 of the 1 responses")
+    assert f"AttributeError: 'Row' object has no attribute 'answer' ({tmp_path}/mine.py:2)" in str(caught.value)
+    assert "\n" not in str(caught.value)
