@@ -18,7 +18,15 @@ from sdpo.embedded.sampler import LocalSampler, ProcessSampler, Sampler, Transfo
 from sdpo.embedded.vllm_engine import VllmEngine, require_vllm
 from sdpo.errors import UserError
 from sdpo.models.decoding import Decoding
-from sdpo.models.loading import get_stop_token_ids, get_window, load_model, load_tokenizer, resolve_device
+from sdpo.models.loading import (
+    count_embeddings,
+    get_stop_token_ids,
+    get_window,
+    load_model,
+    load_tokenizer,
+    require_same_vocabulary,
+    resolve_device,
+)
 from sdpo.models.processing import load_reader
 from sdpo.models.vision import Vision, freeze_tower
 from sdpo.observer import Observer
@@ -77,9 +85,11 @@ def build_parts(run: Run, observer: Observer) -> Parts:
         if vision is None:
             raise UserError("learner.freeze_vision=true, but the model has no image tower; remove it")
         freeze_tower(student)
+    require_same_vocabulary(student, text_tokenizer, run.model.path)
     window = get_window(student)
     prompts = load_prompts(run.data.train_files, "data.train_files", run, tokenizer, window, observer)
     held_out = load_prompts(run.data.val_files, "data.val_files", run, tokenizer, window, observer)
+    _require_known_tokens([*prompts, *held_out], count_embeddings(student))
     decoding = Decoding(
         n=run.sampler.n,
         max_new_tokens=run.sampler.max_response_length,
@@ -105,6 +115,16 @@ def build_parts(run: Run, observer: Observer) -> Parts:
         folder=folder,
         window=window,
     )
+
+
+def _require_known_tokens(prompts: list[Prompt], num_embeddings: int) -> None:
+    for prompt in prompts:
+        largest = max(prompt.token_ids, default=0)
+        if largest >= num_embeddings:
+            raise UserError(
+                f"{prompt.row.origin}: its prompt has token {largest}, and the model of model.path embeddings of "
+                f"{num_embeddings}; its tokenizer's files and its weights do not belong together"
+            )
 
 
 def _build_sampler(
