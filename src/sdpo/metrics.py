@@ -102,7 +102,7 @@ DESCRIPTIONS: dict[str, str] = {
     IS_CLIP_FRACTION: "Share of distilled tokens whose ratio was truncated at is_clip.",
     NONFINITE_SAMPLES: "Samples dropped because a number of theirs was not finite.",
     STALENESS: "Weight updates between the weights that sampled and the weights that learn.",
-    VAL_GRADER_FAILURES: "Held-out responses on which the grader failed: no mean has them (only if there are any).",
+    VAL_GRADER_FAILURES: "Held-out responses on which the grader failed: no mean has them.",
     TIME_SAMPLE: "Seconds the sampler spent on the step's rollouts.",
     TIME_WAIT: "Seconds the learner waited for them.",
     TIME_LEARN: "Seconds of forward, backward, optimizer and teacher update.",

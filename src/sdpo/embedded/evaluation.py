@@ -55,9 +55,7 @@ class Evaluator:
             values |= _mean_by_source(self.prompts, best, lambda source: val_name(source, f"best@{config.n}/mean"))
         if teacher is not None and config.teacher:
             values |= self._evaluate_teacher(teacher.policy(student), shown)
-        if self.grader.num_failures > failures_before:
-            values[VAL_GRADER_FAILURES] = self.grader.num_failures - failures_before
-        return values
+        return values | {VAL_GRADER_FAILURES: self.grader.num_failures - failures_before}
 
     def _respond(self, policy: Policy, n: int, temperature: float) -> list[GradedResponse]:
         decoding = replace(self.decoding, n=n, temperature=temperature, top_p=self.run.eval.top_p)

@@ -122,7 +122,7 @@ def get_stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     for token_id in more:
         if not isinstance(token_id, int | None):
             raise UserError(
-                f"model.path: its generation_config.json has the eos_token_id {token_id!r}; a token's number is due"
+                f"model.path: its generation_config.json has the eos_token_id {token_id!r:.40}, not a token's number"
             )
     return sorted({tokenizer.eos_token_id, *(token for token in more if token is not None)})
 

@@ -23,7 +23,6 @@ from sdpo.embedded.trainer import train
 from sdpo.errors import UserError
 from sdpo.models.decoding import Response
 from sdpo.observer import Silent
-from sdpo.tasks.hidden_rule import HiddenRule
 
 MakeRun = Callable[..., Run]
 Weights = dict[str, Tensor]
@@ -382,13 +381,12 @@ def test_an_interruption_leaves_a_checkpoint_of_whole_steps_alone(
 def test_an_error_in_a_step_is_raised_as_it_is_and_rows_before_it_stay(
     make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grade, calls = HiddenRule.grade, []
+    learn = Learner.learn
 
-    def fail(task: Any, row: Any, response: str) -> Any:
-        calls.append(response)
-        return 1 / 0 if len(calls) > 12 else grade(task, row, response)
+    def fail(learner: Learner, samples: Any) -> Any:
+        return 1 / 0 if learner.version == 1 else learn(learner, samples)
 
-    monkeypatch.setattr(HiddenRule, "grade", fail)
+    monkeypatch.setattr(Learner, "learn", fail)
     closed = []
     monkeypatch.setattr(LocalSampler, "close", lambda self: closed.append(self))
     run = make_task_run(eval__before_training=False)
