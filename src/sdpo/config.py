@@ -521,8 +521,10 @@ def _build_run(sources: Sequence[tuple[str, DictConfig]]) -> Run:
             raise UserError(f"{origin}: {_explain(error)}") from error
     origin = " + ".join(name for name, _ in sources)
     try:
-        for key, _ in iterate_settings():
-            OmegaConf.select(merged, key)  # unlike resolve, it names the key whose interpolation fails
+        for key, f in iterate_settings():
+            value = OmegaConf.select(merged, key)  # unlike resolve, it names the key whose interpolation fails
+            if str(f.type).startswith("list") and not isinstance(value, ListConfig):
+                raise UserError(f"{key} must be a list, in brackets, got {value!r}")
         OmegaConf.resolve(merged)
         _expand_home(merged)
         missing = sorted(OmegaConf.missing_keys(merged))
@@ -566,6 +568,8 @@ def _refuse_unknown_keys(origin: str, values: Any, schema: Any = None, prefix: s
             near = near or [k for k in every if k.split(".")[-1] == str(key)][:1]
             hint = f"; did you mean {near[0]}?" if near else "; docs/configuration.md lists all keys"
             raise UserError(f"{origin}: unknown key {prefix}{key}{hint}")
+        if not isinstance(known[key], Section) and not _can_be_written(value):
+            raise UserError(f"{origin}: {prefix}{key} has characters that no file can be named by, got {value!r}")
         if _is_too_large(value):  # of which a float cannot even be made
             raise UserError(f"{origin}: {prefix}{key} must be an integer of 64 bits, got {value!r:.40}")
         if isinstance(known[key], Section):
@@ -576,6 +580,15 @@ def _refuse_unknown_keys(origin: str, values: Any, schema: Any = None, prefix: s
             raise UserError(f"{origin}: {prefix}{key} must be a list of names, got {value!r}")
         elif isinstance(known[key], dict) and not isinstance(value, Mapping):
             raise UserError(f"{origin}: {prefix}{key} must be a mapping of names to values, got {value!r}")
+
+
+def _can_be_written(value: Any) -> bool:
+    """Whether all texts in a value are free of NUL and of halves of surrogate pairs."""
+    if isinstance(value, Mapping):
+        return all(_can_be_written(each) for each in [*value, *value.values()])
+    if isinstance(value, list):
+        return all(map(_can_be_written, value))
+    return not isinstance(value, str) or not any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value)
 
 
 def _explain(error: OmegaConfBaseException) -> str:

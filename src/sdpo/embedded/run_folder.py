@@ -28,8 +28,8 @@ class RunFolder:
         self._run = run
         self._observer = observer
         require_trackers(run)
-        _make_room(self.path, observer)
         try:
+            _make_room(self.path, observer)
             self.path.mkdir(parents=True, exist_ok=True)
             save_run(run, self.path / "run.yaml")
         except OSError as error:
