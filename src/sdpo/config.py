@@ -15,10 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import yaml
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sdpo.errors import UserError
+
+LARGEST_INTEGER = 2**63 - 1
+MOST_ROLLOUTS = 1_000_000
+MOST_YAML_NODES = 100_000
+DEEPEST_YAML = 50
 
 
 def setting(
@@ -55,10 +61,18 @@ def describe_range(metadata: Mapping[str, Any]) -> str:
     if metadata.get("choices"):
         return "one of " + ", ".join(metadata["choices"])
     ge, gt, le = metadata.get("ge"), metadata.get("gt"), metadata.get("le")
-    low = f"[{ge:g}" if ge is not None else f"({gt:g}" if gt is not None else None
+    low = f"[{_format_bound(ge)}" if ge is not None else f"({_format_bound(gt)}" if gt is not None else None
     if low is None and le is None:
         return ""
-    return f"in {low or '(-inf'}, {f'{le:g}]' if le is not None else 'inf)'}"
+    return f"in {low or '(-inf'}, {f'{_format_bound(le)}]' if le is not None else 'inf)'}"
+
+
+def _format_bound(bound: float | None) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
+
+
+def _is_too_large(value: Any) -> bool:
+    return isinstance(value, int) and abs(value) > LARGEST_INTEGER
 
 
 def _in_range(value: Any, metadata: Mapping[str, Any]) -> bool:
@@ -87,6 +101,8 @@ class Section:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
+            if _is_too_large(value):
+                raise UserError(f"{self._key(f.name)} must be an integer of 64 bits, got {value!r:.40}")
             if value is None or value == MISSING or _in_range(value, f.metadata):
                 continue
             raise UserError(f"{self._key(f.name)} must be {describe_range(f.metadata) or 'finite'}, got {value!r}")
@@ -134,6 +150,16 @@ class DataConfig(Section):
     filter_unreadable_images: bool = setting(
         False, "Skip and count rows whose images cannot be read; otherwise they are an error."
     )
+    grader_timeout: float | None = setting(
+        30.0, "Seconds that grading one response may take; longer is a failure of the grader.", gt=0, le=86_400
+    )
+    max_grader_failures: float = setting(
+        0.1,
+        "Largest share of a step's or an evaluation's responses on which the grader may fail (raise, take too long, "
+        "return no score); with more, the run stops.",
+        ge=0,
+        le=1,
+    )
     shuffle: bool = setting(True, "Draw the training rows in an order given by the seed, anew each epoch.", fixed=True)
 
 
@@ -150,10 +176,10 @@ class SamplerConfig(Section):
     n: int = setting(8, "Rollouts a prompt.", ge=1, fixed=True)
     temperature: float = setting(1.0, "Sampling temperature; student and teacher logits are divided by it too.", gt=0)
     top_p: float = setting(1.0, "Nucleus sampling: keep the likeliest tokens that reach this mass.", gt=0, le=1)
-    max_response_length: int = setting(1024, "Longest response, in tokens.", ge=1)
+    max_response_length: int = setting(1024, "Longest response, in tokens.", ge=1, le=10_000_000)
     batch_size: int = setting(256, "Sequences decoded side by side.", ge=1)
     kv_cache_gib: float = setting(4.0, "Size of vLLM's key-value cache, in GiB (engine vllm).", gt=0)
-    num_threads: int | None = setting(None, "CPU threads of the sampler's own process (staleness 1).", ge=1)
+    num_threads: int | None = setting(None, "CPU threads of the sampler's own process (staleness 1).", ge=1, le=1024)
     max_restarts: int = setting(
         3, "How often in a run that process is started again if it is killed (staleness 1).", ge=0
     )
@@ -191,7 +217,9 @@ class LearnerConfig(Section):
         fixed=True,
     )
     gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
-    num_threads: int | None = setting(None, "CPU threads of the learner's process; torch's choice if not set.", ge=1)
+    num_threads: int | None = setting(
+        None, "CPU threads of the learner's process; torch's choice if not set.", ge=1, le=1024
+    )
 
 
 @dataclass(frozen=True)
@@ -379,7 +407,10 @@ class EvalConfig(Section):
     before_training: bool = setting(True, "Also evaluate before the first step.")
     max_prompts: int | None = setting(None, "Held-out rows used, from the first; all if not set.", ge=1)
     n: int = setting(
-        0, "Sampled responses a held-out prompt for mean@n and best@n (pass@n), at least 2; 0: greedy only.", ge=0
+        0,
+        "Sampled responses a held-out prompt for mean@n and best@n (pass@n), at least 2; 0: greedy only.",
+        ge=0,
+        le=10_000,
     )
     temperature: float = setting(1.0, "Temperature of those samples.", gt=0)
     top_p: float = setting(1.0, "Nucleus of those samples.", gt=0, le=1)
@@ -415,7 +446,7 @@ class Run(Section):
 
     seed: int = setting(0, "Seed of everything that is random.", ge=0, fixed=True)
     run_dir: str = setting(MISSING, "Folder of the run; everything it writes stands directly under it.", is_path=True)
-    total_steps: int = setting(100, "Training steps (rollout batches).", ge=1)
+    total_steps: int = setting(100, "Training steps (rollout batches).", ge=1, le=1_000_000_000)
     eval_every: int = setting(10, "Steps between evaluations; 0: only before the first and after the last step.", ge=0)
     save_every: int = setting(0, "Steps between checkpoints; 0: only after the last step.", ge=0)
     keep_last: int = setting(2, "Newest checkpoints that are kept.", ge=1)
@@ -455,6 +486,11 @@ class Run(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.data.train_batch_size * self.sampler.n > MOST_ROLLOUTS:
+            raise UserError(
+                f"data.train_batch_size={self.data.train_batch_size} times sampler.n={self.sampler.n} is more than "
+                f"{MOST_ROLLOUTS} rollouts a step; lower one of them"
+            )
         mini = self.learner.mini_batch_size
         if mini is not None and self.data.train_batch_size % mini:
             raise UserError(
@@ -504,10 +540,13 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
             wrong type or is out of range, or a mandatory key is not set. One line each.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path}: no such run file; shipped ones are in configs/")
     try:
+        _refuse_endless_yaml(path)
         loaded = OmegaConf.load(path)
+    except UserError:
+        raise
     except Exception as error:  # yaml raises its own family of errors
         raise UserError(f"{path}: not a YAML file: {_one_line(error)}") from error
     if isinstance(loaded, ListConfig) or not isinstance(loaded, DictConfig):
@@ -520,6 +559,25 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     except Exception as error:
         raise UserError(f"overrides {' '.join(overrides)}: {_one_line(error)}") from error
     return _build_run([(str(path), loaded), *([("command line", changes)] if overrides else [])])
+
+
+def _refuse_endless_yaml(path: Path) -> None:
+    """An alias can stand for itself, or a few of them for more than memory holds."""
+    with path.open(encoding="utf-8") as file:
+        pending = [(yaml.compose(file), 1)]
+    num_nodes = 0
+    while pending:
+        node, depth = pending.pop()
+        num_nodes += 1
+        if depth > DEEPEST_YAML or num_nodes > MOST_YAML_NODES:
+            raise UserError(
+                f"{path}: line {node.start_mark.line + 1}: more than {DEEPEST_YAML} levels or {MOST_YAML_NODES} "
+                "values, aliases written out; a run is a few sections with settings in them"
+            )
+        if isinstance(node, yaml.MappingNode):
+            pending += [(child, depth + 1) for pair in node.value for child in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            pending += [(child, depth + 1) for child in node.value]
 
 
 def _build_run(sources: Sequence[tuple[str, DictConfig]]) -> Run:
@@ -537,8 +595,10 @@ def _build_run(sources: Sequence[tuple[str, DictConfig]]) -> Run:
             raise UserError(f"{origin}: {_explain(error)}") from error
     origin = " + ".join(name for name, _ in sources)
     try:
-        for key, _ in iterate_settings():
-            OmegaConf.select(merged, key)  # unlike resolve, it names the key whose interpolation fails
+        for key, f in iterate_settings():
+            value = OmegaConf.select(merged, key)  # unlike resolve, it names the key whose interpolation fails
+            if str(f.type).startswith("list") and not isinstance(value, ListConfig):
+                raise UserError(f"{key} must be a list, in brackets, got {value!r}")
         OmegaConf.resolve(merged)
         _expand_home(merged)
         missing = sorted(OmegaConf.missing_keys(merged))
@@ -583,10 +643,27 @@ def _refuse_unknown_keys(origin: str, values: Any, schema: Any = None, prefix: s
             near = same if same and not prefix else near or same[:1]
             hint = f"; did you mean {' or '.join(near)}?" if near else "; docs/configuration.md lists all keys"
             raise UserError(f"{origin}: unknown key {prefix}{key}{hint}")
+        if not isinstance(known[key], Section) and not _can_be_written(value):
+            raise UserError(f"{origin}: {prefix}{key} has characters that no file can be named by, got {value!r}")
+        if _is_too_large(value):  # of which a float cannot even be made
+            raise UserError(f"{origin}: {prefix}{key} must be an integer of 64 bits, got {value!r:.40}")
         if isinstance(known[key], Section):
             _refuse_unknown_keys(origin, value, known[key], f"{key}.")
         elif isinstance(known[key], list) and not isinstance(value, list) and "${" not in str(value):
             raise UserError(f"{origin}: {prefix}{key} must be a list, in brackets, got {value!r}")
+        elif isinstance(known[key], list) and any(isinstance(each, (list, Mapping)) for each in value):
+            raise UserError(f"{origin}: {prefix}{key} must be a list of names, got {value!r}")
+        elif isinstance(known[key], dict) and not isinstance(value, Mapping):
+            raise UserError(f"{origin}: {prefix}{key} must be a mapping of names to values, got {value!r}")
+
+
+def _can_be_written(value: Any) -> bool:
+    """Whether all texts in a value are free of NUL and of halves of surrogate pairs."""
+    if isinstance(value, Mapping):
+        return all(_can_be_written(each) for each in [*value, *value.values()])
+    if isinstance(value, list):
+        return all(map(_can_be_written, value))
+    return not isinstance(value, str) or not any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value)
 
 
 def _explain(error: OmegaConfBaseException) -> str:

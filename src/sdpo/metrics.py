@@ -13,6 +13,7 @@ EPOCH = "training/epoch"
 SCORE_MEAN = "critic/score/mean"
 SCORE_MAX = "critic/score/max"
 SCORE_MIN = "critic/score/min"
+GRADER_FAILURES = "critic/grader_failures"
 ADVANTAGES_MEAN = "critic/advantages/mean"
 
 LOSS = "actor/loss"
@@ -51,6 +52,8 @@ IS_CLIP_FRACTION = "self_distillation/is_clip_fraction"
 NONFINITE_SAMPLES = "self_distillation/nonfinite_samples"
 STALENESS = "self_distillation/staleness"
 
+VAL_GRADER_FAILURES = "val-aux/grader_failures"
+
 TIME_SAMPLE = "timing_s/gen"
 TIME_WAIT = "timing_s/wait_for_rollouts"
 TIME_LEARN = "timing_s/update_actor"
@@ -67,6 +70,7 @@ DESCRIPTIONS: dict[str, str] = {
     SCORE_MEAN: "Mean score of the step's rollouts.",
     SCORE_MAX: "Highest score of the step's rollouts.",
     SCORE_MIN: "Lowest score of the step's rollouts.",
+    GRADER_FAILURES: "Rollouts on which the grader failed: they teach nothing, and no mean has them.",
     ADVANTAGES_MEAN: "Mean group-relative advantage over response tokens (only if grpo_coef > 0).",
     LOSS: "The loss that was differentiated, summed over the micro-batches of a mini-batch, mean over mini-batches.",
     PG_LOSS: "Its GRPO part, before grpo_coef (only if grpo_coef > 0).",
@@ -100,6 +104,7 @@ DESCRIPTIONS: dict[str, str] = {
     IS_CLIP_FRACTION: "Share of distilled tokens whose ratio was truncated at is_clip.",
     NONFINITE_SAMPLES: "Samples dropped because a number of theirs was not finite.",
     STALENESS: "Weight updates between the weights that sampled and the weights that learn.",
+    VAL_GRADER_FAILURES: "Held-out responses on which the grader failed: no mean has them.",
     TIME_SAMPLE: "Seconds the sampler spent on the step's rollouts.",
     TIME_WAIT: "Seconds the learner waited for them.",
     TIME_LEARN: "Seconds of forward, backward, optimizer and teacher update.",

@@ -83,6 +83,16 @@ class Task:
 build_task = Task
 """
 
+SLOWLY = """
+import time
+
+class build_task(Task):
+    def grade(self, row, response):
+        grade = super().grade(row, response)
+        time.sleep(0.1 * (grade["score"] < 0.5))
+        return grade
+"""
+
 # A model that comes with code: it turns its distribution upside down, and tells with how many threads it samples.
 MODEL_CODE = """
 import os
@@ -141,6 +151,7 @@ def make_files(folder: Path) -> None:
 
     (folder / "task.py").write_text(TASK.replace("SALT", "0"))
     (folder / "other_task.py").write_text(TASK.replace("SALT", "1"))
+    (folder / "slow_task.py").write_text(TASK.replace("SALT", "0") + SLOWLY)
     for name, first, count in (("train", 0, 10), ("other_train", 100, 4), ("test", 200, 6), ("other_test", 300, 6)):
         rows = [
             {
@@ -484,6 +495,7 @@ IMAGES = {
     "data.train_files": ["../images.parquet"],
     "data.val_files": ["../images.parquet"],
 }
+SLOW_GRADER = {"data.task": "../slow_task.py"}
 WANDB = {"tracking.backends": ["wandb"]}
 
 CASES = {
@@ -512,6 +524,12 @@ CASES = {
     "data.filter_overlong_prompts": Case([True], {"data.max_prompt_length": 11}),
     "data.max_pixels": Case([800], IMAGES),
     "data.filter_unreadable_images": Case([True], {**IMAGES, "data.train_files": ["../broken_images.parquet"]}),
+    "data.grader_timeout": Case(
+        [0.02],
+        {**SLOW_GRADER, "data.max_grader_failures": 1.0},
+        observe=lambda ran: ran.series(metrics.GRADER_FAILURES),
+    ),
+    "data.max_grader_failures": Case([1.0], {**SLOW_GRADER, "data.grader_timeout": 0.02}),
     "data.shuffle": Case([False]),
     # That vLLM then samples, and that its cache has this size, is seen in tests/vllm.
     "sampler.engine": Case(["vllm"], observe=itemgetter("engine"), look=Runner.find_engine),

@@ -57,13 +57,14 @@ def summarize_lessons(
     def share(flags: Sequence[bool]) -> float:
         return sum(flags) / len(flags)
 
-    succeeded = [g.score >= config.success_reward_threshold for g in graded]
-    groups = {g.group for g in graded}
-    values = {
-        metrics.SUCCESS_FRACTION: share(succeeded),
-        metrics.SUCCESS_GROUP_FRACTION: len({g.group for g, ok in zip(graded, succeeded, strict=True) if ok})
-        / len(groups),
-    }
+    known = [g for g in graded if g.is_graded]
+    succeeded = [g for g in known if g.score >= config.success_reward_threshold]
+    values = {}
+    if known:
+        values = {
+            metrics.SUCCESS_FRACTION: len(succeeded) / len(known),
+            metrics.SUCCESS_GROUP_FRACTION: len({g.group for g in succeeded}) / len({g.group for g in known}),
+        }
     if not config.distills:
         return values
     return values | {

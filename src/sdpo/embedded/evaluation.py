@@ -15,11 +15,11 @@ from sdpo.context.demonstration import GradedResponse, select_demonstrations
 from sdpo.context.encode import Tokenizer, encode_teacher_prompt
 from sdpo.embedded.data import Prompt
 from sdpo.embedded.samples import grade_responses
-from sdpo.metrics import teacher_prompted_name, teacher_val_name, val_name
+from sdpo.metrics import VAL_GRADER_FAILURES, teacher_prompted_name, teacher_val_name, val_name
 from sdpo.models.decoding import Decoding, sample_responses
 from sdpo.models.processing import TokenPrompt
 from sdpo.models.vision import Vision
-from sdpo.tasks.interface import Task
+from sdpo.tasks.grading import Grader
 
 # Evaluation draws the same noise every time, so that two of them differ by the weights alone.
 SEED = 20_601_20_802
@@ -30,7 +30,7 @@ class Evaluator:
     """Grades greedy and sampled responses to held-out prompts."""
 
     run: Run
-    task: Task
+    grader: Grader
     tokenizer: Tokenizer
     prompts: Sequence[Prompt]
     decoding: Decoding
@@ -38,8 +38,12 @@ class Evaluator:
     vision: Vision | None = None
 
     def evaluate(self, student: nn.Module, teacher: Teacher | None) -> dict[str, float]:
-        """Accuracy by data source: ``mean@1`` greedy, ``mean@n`` and ``best@n/mean`` (pass@n) of ``eval.n`` samples."""
+        """Accuracy by data source: ``mean@1`` greedy, ``mean@n`` and ``best@n/mean`` (pass@n) of ``eval.n`` samples.
+
+        Responses that could not be graded are left out and counted.
+        """
         config = self.run.eval
+        failures_before = self.grader.num_failures
         policy: Policy = [(student, 1.0)]
         greedy = self._respond(policy, n=1, temperature=0.0)
         values = _mean_by_source(self.prompts, greedy, lambda source: val_name(source, "mean@1"))
@@ -51,12 +55,12 @@ class Evaluator:
             values |= _mean_by_source(self.prompts, best, lambda source: val_name(source, f"best@{config.n}/mean"))
         if teacher is not None and config.teacher:
             values |= self._evaluate_teacher(teacher.policy(student), shown)
-        return values
+        return values | {VAL_GRADER_FAILURES: self.grader.num_failures - failures_before}
 
     def _respond(self, policy: Policy, n: int, temperature: float) -> list[GradedResponse]:
         decoding = replace(self.decoding, n=n, temperature=temperature, top_p=self.run.eval.top_p)
         responses = sample_responses(policy, [p.tokens for p in self.prompts], decoding, SEED, self.vision)
-        return grade_responses(self.task, self.tokenizer, self.prompts, responses)
+        return grade_responses(self.grader, self.tokenizer, self.prompts, responses)
 
     def _evaluate_teacher(self, policy: Policy, shown: Sequence[GradedResponse]) -> dict[str, float]:
         """Greedy accuracy of the teacher, shown what training would show it of the student's responses.
@@ -85,7 +89,7 @@ class Evaluator:
         if prompted:
             decoding = replace(self.decoding, n=1, temperature=0.0)
             responses = sample_responses(policy, list(contexts.values()), decoding, SEED, self.vision)
-            graded = grade_responses(self.task, self.tokenizer, prompted, responses)
+            graded = grade_responses(self.grader, self.tokenizer, prompted, responses)
             values |= _mean_by_source(prompted, graded, lambda source: teacher_val_name(source, "mean@1"))
         return values
 
@@ -93,9 +97,11 @@ class Evaluator:
 def _mean_by_source(prompts: Sequence[Prompt], graded: Sequence[GradedResponse], name) -> dict[str, float]:  # type: ignore[no-untyped-def]
     scores = defaultdict(list)
     for response in graded:
-        scores[prompts[int(response.group)].row.data_source].append(response.score)
+        if response.is_graded:
+            scores[prompts[int(response.group)].row.data_source].append(response.score)
     return {name(source): sum(values) / len(values) for source, values in scores.items()}
 
 
 def _best_of_groups(graded: Sequence[GradedResponse], n: int) -> list[GradedResponse]:
-    return [max(graded[i : i + n], key=lambda g: g.score) for i in range(0, len(graded), n)]
+    groups = [[g for g in graded[i : i + n] if g.is_graded] for i in range(0, len(graded), n)]
+    return [max(group, key=lambda g: g.score) for group in groups if group]

@@ -116,7 +116,7 @@ class Learner:
         """One step: every sample once, an optimizer step a mini-batch, then the teacher follows.
 
         Args:
-            samples: ``n`` consecutive ones a prompt.
+            samples: ``n`` consecutive ones a prompt; those that were not graded are left out.
             before_update: called before weights change; from then until it returns they are of no step.
 
         Returns:
@@ -124,7 +124,10 @@ class Learner:
         """
         step = self.version + 1
         mini_size = (self.run.learner.mini_batch_size or self.run.data.train_batch_size) * self.run.sampler.n
-        minis = [list(range(i, min(i + mini_size, len(samples)))) for i in range(0, len(samples), mini_size)]
+        minis = [
+            [j for j in range(i, min(i + mini_size, len(samples))) if samples[j].is_graded]
+            for i in range(0, len(samples), mini_size)
+        ]
         images = self._step_images()
         # With a single optimizer step the student still is the old policy, and its own forward pass tells.
         old_log_probs = self.compute_log_probs(samples, images) if len(minis) > 1 else None

@@ -43,10 +43,10 @@ class RunFolder:
         self._run = run
         self._observer = observer
         require_trackers(run)
-        require_idle(self.path)
-        if resumed_step is None:
-            _make_room(self.path, observer)
         try:
+            require_idle(self.path)
+            if resumed_step is None:
+                _make_room(self.path, observer)
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.path)
             save_run(run, self.path / "run.yaml")
@@ -184,8 +184,9 @@ def _describe(sample: Sample) -> str:
     def conversation(messages: Sequence[Mapping[str, Any]]) -> str:
         return "\n".join(f"[{message['role']}] {format_content(message['content'])}" for message in messages)
 
+    verdict = f"score {sample.grade.score:g}" if sample.is_graded else "not graded"
     parts = [
-        f"=== score {sample.grade.score:g}, advantage {sample.advantage:g}, {len(sample.response.token_ids)} tokens",
+        f"=== {verdict}, advantage {sample.advantage:g}, {len(sample.response.token_ids)} tokens",
         "--- prompt",
         conversation(sample.prompt.row.prompt),
         "--- response" + ("" if sample.response.finished else " (cut off)"),

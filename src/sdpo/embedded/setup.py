@@ -21,12 +21,21 @@ from sdpo.embedded.training_state import compute_fingerprint, set_random_states
 from sdpo.embedded.vllm_engine import VllmEngine, require_vllm
 from sdpo.errors import UserError
 from sdpo.models.decoding import Decoding
-from sdpo.models.loading import get_stop_token_ids, get_window, load_model, load_tokenizer, resolve_device
+from sdpo.models.loading import (
+    count_embeddings,
+    get_stop_token_ids,
+    get_window,
+    load_model,
+    load_tokenizer,
+    require_same_vocabulary,
+    resolve_device,
+)
 from sdpo.models.lora import add_adapters, load_adapter, require_peft
 from sdpo.models.processing import load_reader
 from sdpo.models.vision import Vision, freeze_tower
 from sdpo.observer import Observer
-from sdpo.tasks.interface import Task, load_task, prepare_task
+from sdpo.tasks.grading import Grader
+from sdpo.tasks.interface import load_task, prepare_task
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,7 @@ class Parts:
     ``tokenizer`` writes chats, images included; ``processing`` is what a checkpoint needs beside the weights.
     """
 
-    task: Task
+    grader: Grader
     tokenizer: Tokenizer
     processing: PreTrainedTokenizerBase | ProcessorMixin
     prompts: list[Prompt]
@@ -75,6 +84,7 @@ def build_parts(run: Run, observer: Observer) -> Parts:
         require_peft()
     task = load_task(run.data.task, run.data.task_args)
     prepare_task(task, observer)
+    grader = Grader(task, run.data, observer)
     text_tokenizer = load_tokenizer(run.model)
     reader = load_reader(run.model, run.data.max_pixels)
     tokenizer: Tokenizer = reader or text_tokenizer
@@ -86,9 +96,11 @@ def build_parts(run: Run, observer: Observer) -> Parts:
         if vision is None:
             raise UserError("learner.freeze_vision=true, but the model has no image tower; remove it")
         freeze_tower(student)
+    require_same_vocabulary(student, text_tokenizer, run.model.path)
     window = get_window(student)
     prompts = load_prompts(run.data.train_files, "data.train_files", run, tokenizer, window, observer)
     held_out = load_prompts(run.data.val_files, "data.val_files", run, tokenizer, window, observer)
+    _require_known_tokens([*prompts, *held_out], count_embeddings(student))
     decoding = Decoding(
         n=run.sampler.n,
         max_new_tokens=run.sampler.max_response_length,
@@ -106,14 +118,14 @@ def build_parts(run: Run, observer: Observer) -> Parts:
     folder = RunFolder(run, observer, resumption.step if resumption else None)
     sampler = _build_sampler(run, student, decoding, sampler_device, window, vision, observer)
     return Parts(
-        task=task,
+        grader=grader,
         tokenizer=tokenizer,
         processing=reader.processor if reader is not None else text_tokenizer,
         prompts=prompts,
         order=PromptOrder(len(prompts), run.data.train_batch_size, shuffle=run.data.shuffle, seed=run.seed),
         learner=learner,
         sampler=sampler,
-        evaluator=Evaluator(run, task, tokenizer, held_out[: run.eval.max_prompts], decoding, window, vision),
+        evaluator=Evaluator(run, grader, tokenizer, held_out[: run.eval.max_prompts], decoding, window, vision),
         folder=folder,
         window=window,
         resumption=resumption,
@@ -142,6 +154,16 @@ def _restore(learner: Learner, run: Run, resumption: Resumption, data: str) -> N
     teacher = load_model(resumption.locate_teacher(run.model), learner.device) if is_saved else None
     learner.load_state_dict(state.learner, teacher)
     set_random_states(state.random)
+
+
+def _require_known_tokens(prompts: list[Prompt], num_embeddings: int) -> None:
+    for prompt in prompts:
+        largest = max(prompt.token_ids, default=0)
+        if largest >= num_embeddings:
+            raise UserError(
+                f"{prompt.row.origin}: its prompt has token {largest}, and the model of model.path embeddings of "
+                f"{num_embeddings}; its tokenizer's files and its weights do not belong together"
+            )
 
 
 def _build_sampler(

@@ -114,7 +114,7 @@ class _Training:
             values |= self._hand_over(step + 1)
 
         samples = build_samples(
-            parts.task,
+            parts.grader,
             parts.tokenizer,
             parts.prompts_of(step),
             rollouts.responses,

@@ -23,6 +23,8 @@ WITHOUT_COUNTERPART = (
     "keep_best",
     "stop_within",
     "sampler.max_restarts",
+    "data.grader_timeout",
+    "data.max_grader_failures",
     "sampler.engine",
     "sampler.kv_cache_gib",
     "sampler.device",

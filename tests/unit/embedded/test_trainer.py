@@ -23,7 +23,6 @@ from sdpo.embedded.trainer import train
 from sdpo.errors import UserError
 from sdpo.models.decoding import Response
 from sdpo.observer import Silent
-from sdpo.tasks.hidden_rule import HiddenRule
 
 MakeRun = Callable[..., Run]
 Weights = dict[str, Tensor]
@@ -175,7 +174,7 @@ def learn_one_behind(run: Run) -> Learner:
         if step < run.total_steps:
             upcoming = sample(step + 1)
         samples = build_samples(
-            parts.task,
+            parts.grader,
             parts.tokenizer,
             parts.prompts_of(step),
             rollouts.responses,
@@ -348,13 +347,12 @@ def test_numbers_of_a_row_fit_together(make_task_run: MakeRun, monkeypatch: pyte
 def test_an_error_in_a_step_is_raised_as_it_is_and_rows_before_it_stay(
     make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grade, calls = HiddenRule.grade, []
+    learn = Learner.learn
 
-    def fail(task: Any, row: Any, response: str) -> Any:
-        calls.append(response)
-        return 1 / 0 if len(calls) > 12 else grade(task, row, response)
+    def fail(learner: Learner, samples: Any) -> Any:
+        return 1 / 0 if learner.version == 1 else learn(learner, samples)
 
-    monkeypatch.setattr(HiddenRule, "grade", fail)
+    monkeypatch.setattr(Learner, "learn", fail)
     closed = []
     monkeypatch.setattr(LocalSampler, "close", lambda self: closed.append(self))
     run = make_task_run(eval__before_training=False)
@@ -393,3 +391,38 @@ def test_only_as_many_held_out_prompts_as_asked_for(make_task_run: MakeRun, monk
     for max_prompts in (None, 3):
         train(make_task_run(eval__max_prompts=max_prompts))
     assert evaluated == [8, 3]
+
+
+def test_a_grader_that_fails_now_and_then_costs_those_responses(make_task_run: MakeRun, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "count = 0\n"
+        "def grade(row, response):\n"
+        "    global count\n"
+        "    count += 1\n"
+        "    return {'score': 1 / (count % 8 != 3), 'feedback': 'No.'}\n"
+    )
+    settings = {"data__task": str(tmp_path / "mine.py"), "data__task_args": {}, "eval__before_training": False}
+    run = make_task_run(**settings, data__max_grader_failures=0.3, self_distillation__success_reward_threshold=2.0)
+    messages: list[str] = []
+
+    class Watch(Silent):
+        def message(self, text: str) -> None:
+            messages.append(text)
+
+    train(run, Watch())
+    rows = [json.loads(line) for line in (Path(run.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    assert [row[metrics.GRADER_FAILURES] for row in rows] == [1, 1, 1]
+    assert [row[metrics.SCORE_MEAN] for row in rows] == [1, 1, 1]
+    assert [row[metrics.DISTILLED_FRACTION] for row in rows] == [7 / 8] * 3
+    assert [text for text in messages if "grading failed" in text][1:] == []
+    assert "=== not graded, advantage 0," in (Path(run.run_dir) / "rollouts" / "step_1.txt").read_text()
+
+
+def test_a_grader_that_always_fails_ends_the_run_at_the_first_step(make_task_run: MakeRun, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def grade(row, response):\n    return row.answer\n")
+    run = make_task_run(data__task=str(tmp_path / "mine.py"), data__task_args={}, eval__before_training=False)
+    with pytest.raises(UserError) as caught:
+        train(run)
+    assert str(caught.value).startswith(f"data.task: {tmp_path}/mine.py: grading failed for 1 of the 1 responses")
+    assert f"AttributeError: 'Row' object has no attribute 'answer' ({tmp_path}/mine.py:2)" in str(caught.value)
+    assert "\n" not in str(caught.value)
