@@ -58,6 +58,7 @@ class Teacher:
         config: which teacher.
 
     Attributes:
+        kind: which teacher; ``frozen`` once it is.
         num_steps: how often it has followed.
     """
 
@@ -96,6 +97,15 @@ class Teacher:
                 self._copy_into_module(self._average)
         elif self.kind == "snapshot" and self.num_steps % self.snapshot_every == 0:
             self._copy_into_module(_local_params(student))
+
+    def freeze(self, student: nn.Module) -> None:
+        """Follow no more, and stay as it is: the live teacher as the student is now, an average or snapshot as it was.
+
+        Of the trust region the initial model alone is left, for the other part of it is the student itself.
+        """
+        if self.module is None:
+            self.module = copy.deepcopy(student).requires_grad_(False).eval()
+        self.kind = "frozen"
 
     def _params(self) -> list[Tensor]:
         return _local_params(self.module) if self.module is not None else []

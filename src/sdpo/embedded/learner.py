@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from sdpo.embedded.batch import Batcher, MicroBatch
 from sdpo.embedded.samples import Sample
 from sdpo.embedded.step_images import StepImages
 from sdpo.errors import UserError
+from sdpo.estimates import ClusteredMean, name_interval
 from sdpo.models.forward import PaddedSequences, compute_hidden
 from sdpo.models.head import build_lazy_logits, measure_logit_scale
 from sdpo.models.packable import enable_packing
@@ -34,6 +36,7 @@ class Learner:
         student: the model that learns.
         teacher: its teacher; None where nothing is distilled (``grpo_coef=1``).
         version: how many steps' updates the student has had.
+        distillation_factor: what the scheduled weight of the distillation loss is multiplied by; alarms lower it.
     """
 
     def __init__(self, student: PreTrainedModel, run: Run, pad_token_id: int, vision: Vision | None = None) -> None:
@@ -43,12 +46,14 @@ class Learner:
         self.device = student.device
         self.vision = vision
         self.version = 0
+        self.distillation_factor = 1.0
         self._check_topk()
         self.logit_scale = measure_logit_scale(student)
         self.batcher = Batcher(pad_token_id, self.device, vision, enable_packing(student, vision))
         if run.learner.gradient_checkpointing:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.teacher = build_teacher(student, self.config) if self.config.distills else None
+        self.initial = self._keep_initial(student)
         self.optimizer = torch.optim.AdamW(
             [param for param in student.parameters() if param.requires_grad],
             lr=run.optim.lr,
@@ -78,7 +83,8 @@ class Learner:
         images = self._step_images()
         # With a single optimizer step the student still is the old policy, and its own forward pass tells.
         old_log_probs = self.compute_log_probs(samples, images) if len(minis) > 1 else None
-        coef = compute_distillation_coef(self.config, step, self.run.total_steps)
+        kl = self._estimate_kl_to_initial(samples, old_log_probs, images) if self._measures_kl(step) else {}
+        coef = compute_distillation_coef(self.config, step, self.run.total_steps) * self.distillation_factor
         results = [
             self._learn_mini_batch(
                 [samples[i] for i in mini], [old_log_probs[i] for i in mini] if old_log_probs else None, coef, images
@@ -88,14 +94,31 @@ class Learner:
         if self.teacher is not None:
             self.teacher.step(self.student)
         self.version = step
-        values = _average(results)
+        values = _average(results) | kl
         if self.config.distills:
             values[metrics.DISTILLATION_WEIGHT] = coef
         return values
 
+    @property
+    def teacher_is_frozen(self) -> bool:
+        """Whether ``freeze_teacher`` has been called."""
+        return self.teacher is not None and self.teacher.kind != self.config.teacher_regularization
+
+    def lower_distillation(self) -> None:
+        """Make the weight of the distillation loss ``health.lower_factor`` times what it is, not below the floor."""
+        health = self.run.health
+        self.distillation_factor = max(self.distillation_factor * health.lower_factor, health.lower_floor)
+
+    def freeze_teacher(self) -> None:
+        """From now on the teacher stays as it is."""
+        if self.teacher is not None:
+            self.teacher.freeze(self.student)
+
     @torch.no_grad()
-    def compute_log_probs(self, samples: Sequence[Sample], images: StepImages | None = None) -> list[Tensor]:
-        """Log-probabilities of each sample's response tokens under the student as it is now.
+    def compute_log_probs(
+        self, samples: Sequence[Sample], images: StepImages | None = None, model: torch.nn.Module | None = None
+    ) -> list[Tensor]:
+        """Log-probabilities of each sample's response tokens under the student as it is now, or another model.
 
         ``images`` has the features of the samples' images, where other passes need them too.
         """
@@ -103,7 +126,8 @@ class Learner:
         result: list[Tensor] = [torch.empty(0)] * len(samples)
         for piece in self.batcher.split(samples, self.run.learner.micro_batch_tokens):
             batch = self.batcher.build([samples[i] for i in piece])
-            log_probs = self._compute_log_probs(self._read_student(batch, images), batch)
+            hidden = self._read_student(batch, images) if model is None else self._read(model, batch.student, images)
+            log_probs = self._compute_log_probs(hidden, batch)
             for i, values in zip(
                 piece, log_probs.split([len(samples[i].response.token_ids) for i in piece]), strict=True
             ):
@@ -118,7 +142,8 @@ class Learner:
             self.optimizer.zero_grad(set_to_none=True)
             if images is not None:
                 images.forget_gradients()
-            sums, nonfinite = self._accumulate_gradients(samples, old_log_probs, coef, images)
+            spreads = {metrics.ENTROPY: ClusteredMean(), metrics.TEACHER_GAP: ClusteredMean()}
+            sums, nonfinite = self._accumulate_gradients(samples, old_log_probs, coef, images, spreads)
             if not nonfinite:
                 break
             # A NaN that is only masked still comes back through the backward pass: begin again without its sample.
@@ -127,6 +152,8 @@ class Learner:
             samples = [samples[i] for i in kept]
             old_log_probs = [old_log_probs[i] for i in kept] if old_log_probs else None
         values = {name: float(total) / max(int(count), 1) for name, (total, count) in sums.items()}
+        for name, spread in spreads.items():
+            values |= name_interval(name, spread.normal_interval())
         values |= {metrics.NONFINITE_SAMPLES: float(num_dropped), metrics.LR: self.scheduler.get_last_lr()[0]}
         values |= self._update()
         if images is not None:
@@ -139,6 +166,7 @@ class Learner:
         old_log_probs: Sequence[Tensor] | None,
         coef: float,
         images: StepImages | None,
+        spreads: dict[str, ClusteredMean],
     ) -> tuple[Sums, set[int]]:
         """Gradients of the mini-batch's loss; stops at the first micro-batch with samples that are not finite."""
         mode, horizon = self.run.learner.loss_agg_mode, self.run.sampler.max_response_length
@@ -159,6 +187,11 @@ class Learner:
                 return sums, {piece[i] for i in batch.sample_index[broken].unique().tolist()}
             outputs.loss.backward()
             add_sums(sums, {**outputs.sums, **more})
+            prompts = [id(samples[i].prompt) for i in piece]
+            _add_by_prompt(spreads[metrics.ENTROPY], outputs.student_entropies, batch.sample_index, prompts)
+            if batch.teacher is not None:
+                gap = outputs.teacher_log_probs - outputs.student_log_probs[batch.distilled]
+                _add_by_prompt(spreads[metrics.TEACHER_GAP], gap, batch.sample_index[batch.distilled], prompts)
         if images is not None:
             images.backward()
         return sums, set()
@@ -227,6 +260,29 @@ class Learner:
             hidden = hidden * self.logit_scale
         return build_lazy_logits(module, hidden, coefficient)
 
+    def _keep_initial(self, student: PreTrainedModel) -> torch.nn.Module | None:
+        """The initial model, if it is to be compared with: the teacher's module where that is the one anyway."""
+        if self.run.health.kl_to_initial_every == 0:
+            return None
+        if self.teacher is not None and self.config.teacher_regularization in ("frozen", "trust-region"):
+            return self.teacher.module
+        return copy.deepcopy(student).requires_grad_(False).eval()
+
+    def _measures_kl(self, step: int) -> bool:
+        every = self.run.health.kl_to_initial_every
+        return every > 0 and (step == 1 or step % every == 0)
+
+    def _estimate_kl_to_initial(
+        self, samples: Sequence[Sample], log_probs: list[Tensor] | None, images: StepImages | None
+    ) -> dict[str, float]:
+        """KL(student || initial model) by token, on the tokens that the student drew: unbiased, of either sign."""
+        student = log_probs or self.compute_log_probs(samples, images)
+        initial = self.compute_log_probs(samples, images, self.initial)
+        kl = ClusteredMean()
+        for sample, ours, theirs in zip(samples, student, initial, strict=True):
+            kl.add(id(sample.prompt), float((ours - theirs).sum()), len(ours))
+        return {metrics.KL_TO_INITIAL: kl.mean} | name_interval(metrics.KL_TO_INITIAL, kl.normal_interval())
+
     def _compute_log_probs(self, student: LazyLogits, batch: MicroBatch) -> Tensor:
         return score_tokens(student, batch.sampled_ids, temperature=self.run.sampler.temperature)[0]
 
@@ -277,3 +333,11 @@ def _average(results: Sequence[dict[str, float]]) -> dict[str, float]:
     for name in (metrics.NONFINITE_SAMPLES, metrics.SKIPPED_UPDATES):
         values[name] = sum(collected[name])
     return values | {metrics.LR: results[-1][metrics.LR]}
+
+
+def _add_by_prompt(mean: ClusteredMean, values: Tensor, sample_index: Tensor, prompts: Sequence[int]) -> None:
+    """Add values [N] of tokens, each in the cluster of its sample's prompt."""
+    totals = values.new_zeros(len(prompts)).index_add_(0, sample_index, values)
+    counts = values.new_zeros(len(prompts)).index_add_(0, sample_index, torch.ones_like(values))
+    for prompt, total, count in zip(prompts, totals.tolist(), counts.tolist(), strict=True):
+        mean.add(prompt, total, count)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from sdpo.config import Run, flatten_keys
 from sdpo.context.encode import Tokenizer
+from sdpo.embedded.alarms import ALARMS_FILE, Guard
 from sdpo.embedded.data import Prompt, PromptOrder, load_prompts
 from sdpo.embedded.evaluation import Evaluator
 from sdpo.embedded.learner import Learner
@@ -17,6 +18,7 @@ from sdpo.embedded.run_folder import RunFolder
 from sdpo.embedded.sampler import LocalSampler, ProcessSampler, Sampler, TransformersEngine
 from sdpo.embedded.vllm_engine import VllmEngine, require_vllm
 from sdpo.errors import UserError
+from sdpo.health import HealthMonitor
 from sdpo.models.decoding import Decoding
 from sdpo.models.loading import get_stop_token_ids, get_window, load_model, load_tokenizer, resolve_device
 from sdpo.models.processing import load_reader
@@ -41,6 +43,7 @@ class Parts:
     sampler: Sampler
     evaluator: Evaluator
     folder: RunFolder
+    guard: Guard
     window: int | None
 
     def prompts_of(self, step: int) -> list[Prompt]:
@@ -101,6 +104,7 @@ def build_parts(run: Run, observer: Observer) -> Parts:
         sampler=sampler,
         evaluator=Evaluator(run, task, tokenizer, held_out[: run.eval.max_prompts], decoding, window, vision),
         folder=folder,
+        guard=Guard(HealthMonitor(run.health), learner, folder.path / ALARMS_FILE, observer),
         window=window,
     )
 

@@ -28,11 +28,13 @@ from sdpo.observer import Observer, Silent
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to: the last value of every metric, the run's folder, and whether Ctrl-C cut it short."""
+    """What a run came to: the last value of every metric, the run's folder, whether Ctrl-C cut it short, and the reason
+    of the alarm that did, if one did."""
 
     metrics: dict[str, float]
     run_dir: Path
     interrupted: bool = False
+    stopped_by: str | None = None
 
 
 def train(run: Run, observer: Observer | None = None) -> Result:
@@ -52,7 +54,9 @@ def train(run: Run, observer: Observer | None = None) -> Result:
     finally:
         parts.sampler.close()
         parts.folder.close()
-    return Result(dict(parts.folder.final), parts.folder.path, interrupted)
+    alarm = parts.guard.stopped_by
+    stopped_by = f"{alarm.rule}: {alarm.reason}" if alarm is not None else None
+    return Result(dict(parts.folder.final), parts.folder.path, interrupted, stopped_by)
 
 
 def _train(run: Run, parts: Parts) -> None:
@@ -93,13 +97,20 @@ def _train(run: Run, parts: Parts) -> None:
         elapsed = time.perf_counter() - started
         values |= {metrics.TIME_STEP: elapsed, metrics.THROUGHPUT: values[metrics.TOKENS] / elapsed}
         last = step == run.total_steps
-        if last or (run.eval_every and step % run.eval_every == 0):
+        evaluates = last or (run.eval_every > 0 and step % run.eval_every == 0)
+        if evaluates:
             values |= _evaluate(parts)
+        values |= parts.guard.watch(step, values)
+        if parts.guard.stopped_by is not None:
+            last = True
+            values |= {} if evaluates else _evaluate(parts)
         if last or (run.save_every and step % run.save_every == 0):
             saving = time.perf_counter()
             save_checkpoint(folder.checkpoints, learner, parts.processing)
             values[metrics.TIME_SAVE] = time.perf_counter() - saving
         folder.log(step, values)
+        if last:
+            return
 
 
 def _request(run: Run, parts: Parts, step: int) -> tuple[list[TokenPrompt], int]:

@@ -1,0 +1,65 @@
+"""What is done about an alarm: it is told, written down, counted, and acted upon."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from sdpo import metrics
+from sdpo.embedded.learner import Learner
+from sdpo.health import Alarm, HealthMonitor
+from sdpo.observer import Observer
+
+ALARMS_FILE = "alarms.jsonl"
+
+
+class Guard:
+    """Watches a run and does what ``health`` says.
+
+    Args:
+        monitor: which raises the alarms; its state is what a checkpoint needs.
+        learner: whose distillation weight is lowered and whose teacher is frozen.
+        file: to which a line an alarm is appended; it is made when there is one.
+        observer: who is told.
+
+    Attributes:
+        stopped_by: the alarm that ends the run, once there is one.
+    """
+
+    def __init__(self, monitor: HealthMonitor, learner: Learner, file: Path, observer: Observer) -> None:
+        self.monitor = monitor
+        self.stopped_by: Alarm | None = None
+        self._learner = learner
+        self._file = file
+        self._observer = observer
+
+    def watch(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
+        """Look at a step's metrics and act; gives metrics of its own."""
+        alarms = self.monitor.check(step, values)
+        for alarm in alarms:
+            self._observer.message(f"step {step}: {alarm.rule}: {alarm.reason}; {_DONE[alarm.action]}")
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(dataclasses.asdict(alarm)) + "\n")
+            self._act(alarm)
+        return {
+            metrics.ALARMS: float(len(alarms)),
+            metrics.TEACHER_FROZEN: float(self._learner.teacher_is_frozen),
+        }
+
+    def _act(self, alarm: Alarm) -> None:
+        if alarm.action == "lower":
+            self._learner.lower_distillation()
+        elif alarm.action == "freeze":
+            self._learner.freeze_teacher()
+        elif alarm.action == "stop":
+            self.stopped_by = self.stopped_by or alarm
+
+
+_DONE = {
+    "warn": "nothing is done about it (docs/health.md)",
+    "lower": "the distillation weight is lowered",
+    "freeze": "the teacher is frozen",
+    "stop": "the run stops here",
+}
