@@ -404,6 +404,15 @@ class HealthConfig(Section):
         ge=0,
     )
 
+    @property
+    def actions(self) -> dict[str, str]:
+        """What each rule does, by the rule's name."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["choices"]}
+
+    @property
+    def may_freeze(self) -> bool:
+        return "freeze" in self.actions.values()
+
 
 @dataclass(frozen=True)
 class TrackingConfig(Section):
@@ -452,16 +461,15 @@ class Run(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for f in dataclasses.fields(HealthConfig):
-            action = getattr(self.health, f.name)
+        for rule, action in self.health.actions.items():
             if action in ("lower", "freeze") and not self.self_distillation.distills:
                 raise UserError(
-                    f"health.{f.name}={action} has no effect with self_distillation.grpo_coef=1, where nothing is "
+                    f"health.{rule}={action} has no effect with self_distillation.grpo_coef=1, where nothing is "
                     "distilled; use warn or stop"
                 )
             if action == "freeze" and self.self_distillation.teacher_regularization == "frozen":
                 raise UserError(
-                    f"health.{f.name}=freeze has no effect with self_distillation.teacher_regularization=frozen; use "
+                    f"health.{rule}=freeze has no effect with self_distillation.teacher_regularization=frozen; use "
                     "warn, lower or stop"
                 )
         mini = self.learner.mini_batch_size

@@ -78,7 +78,8 @@ class Trend:
 
     @property
     def mean(self) -> float:
-        return sum(self._recent) / len(self._recent)
+        """Of the last steps; NaN before the first."""
+        return sum(self._recent) / len(self._recent) if self._recent else math.nan
 
     @property
     def noise(self) -> float:

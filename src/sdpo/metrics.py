@@ -151,6 +151,11 @@ def val_name(data_source: str, statistic: str) -> str:
     return f"val-core/{data_source}/acc/{statistic}"
 
 
+def is_headline_accuracy(name: str) -> bool:
+    """Whether it is the student's greedy held-out accuracy on some data source."""
+    return name.startswith("val-core/") and name.endswith("/acc/mean@1")
+
+
 def teacher_prompted_name(data_source: str) -> str:
     """Share of held-out prompts whose teacher had something to be shown; the teacher's accuracy is over those."""
     return f"val-teacher/{data_source}/prompted_fraction"

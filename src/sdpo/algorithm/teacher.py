@@ -99,9 +99,9 @@ class Teacher:
             self._copy_into_module(_local_params(student))
 
     def freeze(self, student: nn.Module) -> None:
-        """Follow no more, and stay as it is: the live teacher as the student is now, an average or snapshot as it was.
+        """Follow no more, and stay as it is; the live teacher, which has no weights, becomes a copy of ``student``.
 
-        Of the trust region the initial model alone is left, for the other part of it is the student itself.
+        Of the trust region the initial model alone is left, for the other part of it is the student as it learns.
         """
         if self.module is None:
             self.module = copy.deepcopy(student).requires_grad_(False).eval()

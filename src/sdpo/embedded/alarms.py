@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from sdpo import metrics
 from sdpo.embedded.learner import Learner
@@ -19,24 +20,27 @@ class Guard:
     """Watches a run and does what ``health`` says.
 
     Args:
-        monitor: which raises the alarms; its state is what a checkpoint needs.
+        monitor: which raises the alarms.
         learner: whose distillation weight is lowered and whose teacher is frozen.
         file: to which a line an alarm is appended; it is made when there is one.
         observer: who is told.
 
     Attributes:
         stopped_by: the alarm that ends the run, once there is one.
+        best_accuracy: the best held-out accuracy so far, greedy, mean over data sources; None before an evaluation.
     """
 
     def __init__(self, monitor: HealthMonitor, learner: Learner, file: Path, observer: Observer) -> None:
         self.monitor = monitor
         self.stopped_by: Alarm | None = None
+        self.best_accuracy: float | None = None
         self._learner = learner
         self._file = file
         self._observer = observer
 
     def watch(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
         """Look at a step's metrics and act; gives metrics of its own."""
+        self._compare(values)
         alarms = self.monitor.check(step, values)
         for alarm in alarms:
             self._observer.message(f"step {step}: {alarm.rule}: {alarm.reason}; {_DONE[alarm.action]}")
@@ -47,6 +51,24 @@ class Guard:
             metrics.ALARMS: float(len(alarms)),
             metrics.TEACHER_FROZEN: float(self._learner.teacher_is_frozen),
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that it remembers, in JSON's types."""
+        return {"monitor": self.monitor.state_dict(), "best_accuracy": self.best_accuracy}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.monitor.load_state_dict(state["monitor"])
+        self.best_accuracy = state["best_accuracy"]
+
+    def _compare(self, values: Mapping[str, float]) -> None:
+        accuracies = [values[name] for name in values if metrics.is_headline_accuracy(name)]
+        if not accuracies:
+            return
+        accuracy = sum(accuracies) / len(accuracies)
+        # Of equals the first: it is furthest from whatever is to come.
+        if self.best_accuracy is None or accuracy > self.best_accuracy:
+            self.best_accuracy = accuracy
+            self._learner.keep_as_best()
 
     def _act(self, alarm: Alarm) -> None:
         if alarm.action == "lower":

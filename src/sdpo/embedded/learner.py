@@ -36,6 +36,7 @@ class Learner:
         student: the model that learns.
         teacher: its teacher; None where nothing is distilled (``grpo_coef=1``).
         version: how many steps' updates the student has had.
+        best: the student at its best evaluation so far, if it is to become the teacher once that is frozen.
         distillation_factor: what the scheduled weight of the distillation loss is multiplied by; alarms lower it.
     """
 
@@ -47,6 +48,7 @@ class Learner:
         self.vision = vision
         self.version = 0
         self.distillation_factor = 1.0
+        self.best: torch.nn.Module | None = None
         self._check_topk()
         self.logit_scale = measure_logit_scale(student)
         self.batcher = Batcher(pad_token_id, self.device, vision, enable_packing(student, vision))
@@ -109,10 +111,16 @@ class Learner:
         health = self.run.health
         self.distillation_factor = max(self.distillation_factor * health.lower_factor, health.lower_floor)
 
+    def keep_as_best(self) -> None:
+        """Remember the student as it is, where the live teacher may be frozen once the student is no longer well."""
+        if self.run.health.may_freeze and self.teacher is not None and self.teacher.module is None:
+            self.best = copy.deepcopy(self.student).requires_grad_(False).eval()
+
     def freeze_teacher(self) -> None:
-        """From now on the teacher stays as it is."""
+        """From now on the teacher stays as it is; the live one becomes the student at its best evaluation."""
         if self.teacher is not None:
-            self.teacher.freeze(self.student)
+            self.teacher.freeze(self.best or self.student)
+            self.best = None
 
     @torch.no_grad()
     def compute_log_probs(
