@@ -344,7 +344,7 @@ class EvalConfig(Section):
             raise UserError("eval.n must be 0 or at least 2, got 1: mean@1 is the name of the greedy accuracy")
 
 
-ALARM_ACTIONS = ("off", "warn", "lower", "freeze", "stop")
+ALARM_ACTIONS = ("ignore", "warn", "lower", "freeze", "stop")
 
 
 @dataclass(frozen=True)
@@ -355,7 +355,8 @@ class HealthConfig(Section):
 
     score_collapse: str = setting(
         "warn",
-        "What to do when the training score falls: off; warn; lower the distillation weight; freeze the teacher; stop.",
+        "What to do when the training score falls: ignore it; warn; lower the distillation weight; freeze the teacher; "
+        "stop.",
         choices=ALARM_ACTIONS,
     )
     entropy_collapse: str = setting(
@@ -586,8 +587,8 @@ def _refuse_unknown_keys(origin: str, values: Any, schema: Any = None, prefix: s
     for key, value in values.items():
         if key not in known:
             every = [k for k, _ in iterate_settings()] + [f.name for f in dataclasses.fields(Run)]
-            near = difflib.get_close_matches(f"{prefix}{key}", every, n=1, cutoff=0.5)
-            near = near or [k for k in every if k.split(".")[-1] == str(key)][:1]
+            near = [k for k in every if k.split(".")[-1] == str(key)][:1]
+            near = near or difflib.get_close_matches(f"{prefix}{key}", every, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]}?" if near else "; docs/configuration.md lists all keys"
             raise UserError(f"{origin}: unknown key {prefix}{key}{hint}")
         if isinstance(known[key], Section):

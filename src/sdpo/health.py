@@ -132,7 +132,7 @@ class HealthMonitor:
         alarms = []
         for name, rule in self._rules.items():
             action = getattr(self.config, name)
-            finding = rule() if action != "off" else None
+            finding = rule() if action != "ignore" else None
             if finding is not None and name not in self._well_since:
                 alarms.append(Alarm(step, name, action, finding.reason, finding.values))
             self._note(name, finding is not None)
