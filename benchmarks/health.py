@@ -91,12 +91,12 @@ def draw(folder: str, seed: int) -> None:
 
     record = replace(read_run(find_run_dir(folder, COLLAPSED, seed)), name="live teacher")
     panels = [
-        Panel("Held-out accuracy", ACCURACY, unit_range=True),
+        Panel("Held-out accuracy", ACCURACY, unit_range=True, smooth=False),
         Panel("Training score", metrics.SCORE_MEAN, unit_range=True),
         Panel("Entropy, nats", metrics.ENTROPY, teacher=metrics.TEACHER_ENTROPY),
         Panel("Log-prob gap, positive part", metrics.GAP_POSITIVE_PART),
         Panel("Share of responses cut off", metrics.RESPONSE_LENGTH_CLIP_RATIO, unit_range=True),
-        Panel("KL to the initial model, nats", metrics.KL_TO_INITIAL),
+        Panel("KL to the initial model, nats", metrics.KL_TO_INITIAL, smooth=False),
     ]
     plot_panels([record], panels, PICTURE)
     print(f"picture: {PICTURE}")

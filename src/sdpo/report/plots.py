@@ -44,6 +44,7 @@ class Panel:
     teacher: str | None = None
     unit_range: bool = False
     is_accuracy: bool = False
+    smooth: bool = True
 
     def has_data(self, records: Sequence[RunRecord]) -> bool:
         return any(math.isfinite(value) for record in records for value in record.series(self.student)[1])
@@ -151,7 +152,7 @@ def _draw_panel(axes: Axes, panel: Panel, records: Sequence[RunRecord], theme: T
     for record, colour in _coloured(records, theme):
         for metric, style in ((panel.teacher, _DASHED), (panel.student, _SOLID)):
             if metric and record.series(metric)[0]:
-                _draw_curve(axes, record, metric, smooth=not panel.is_accuracy, color=colour, **style)
+                _draw_curve(axes, record, metric, smooth=panel.smooth and not panel.is_accuracy, color=colour, **style)
         for alarm in record.alarms:
             axes.axvline(alarm["step"], color=colour, **_DOTTED)
     axes.set_xlim(0, max(record.last_step for record in records) or 1)
@@ -244,7 +245,10 @@ def _legend_entries(records: Sequence[RunRecord], rows: Sequence[PanelRow], them
         entries.append(Line2D([], [], color=theme.muted, **_DASHED, label="teacher"))
     if any(record.alarms for record in records):
         entries.append(Line2D([], [], color=theme.muted, **_DOTTED, label="alarm"))
-    if any(not panel.is_accuracy and len(record.series(panel.student)[0]) > _FEW_POINTS for record, panel in shown):
+    if any(
+        panel.smooth and not panel.is_accuracy and len(record.series(panel.student)[0]) > _FEW_POINTS
+        for record, panel in shown
+    ):
         entries.append(Line2D([], [], color=theme.muted, **_FAINT, label="each step (bold: running mean)"))
     return entries
 
