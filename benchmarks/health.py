@@ -21,9 +21,15 @@ PICTURE = Path(__file__).parent.parent / "docs" / "images" / "health.png"
 LOST = 0.2  # of the held-out score
 
 # What is trained, in which mode, with what changed.
-LIVE = ["self_distillation.teacher_regularization=live", "total_steps=200", "eval_every=5", "eval.n=0"]
+LIVE = [
+    "self_distillation.teacher_regularization=live",
+    "total_steps=150",
+    "eval_every=2",
+    "eval.max_prompts=200",
+    "eval.n=0",
+]
 RUNS: dict[str, tuple[str, str, list[str]]] = {
-    "live teacher": ("hidden_rule_peers.yaml", "peers", [*LIVE, "health.kl_to_initial_every=5"]),
+    "live teacher": ("hidden_rule_peers.yaml", "peers", [*LIVE, "health.kl_to_initial_every=2"]),
     "live teacher, frozen by an alarm": (
         "hidden_rule_peers.yaml",
         "peers",

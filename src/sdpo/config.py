@@ -374,7 +374,7 @@ class HealthConfig(Section):
     nothing_to_distil: str = setting(
         "warn", "... when hardly a sample is distilled, though many fail.", choices=ALARM_ACTIONS
     )
-    window: int = setting(10, "Steps whose mean is compared; no rule holds before twice as many.", ge=1)
+    window: int = setting(5, "Steps whose mean is compared; no rule holds before twice as many.", ge=1)
     tolerance: float = setting(
         5.0, "A change counts only if it is more than so many standard errors, as neighbouring steps differ.", ge=0
     )

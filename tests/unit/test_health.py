@@ -115,7 +115,7 @@ def test_noise_alone_raises_no_alarm(seed: int) -> None:
     rng = random.Random(seed)
     series = {
         SCORE: [rng.gauss(0.5, 0.12) for _ in range(500)],
-        ENTROPY: [abs(rng.gauss(0.1, 0.05)) for _ in range(500)],
+        ENTROPY: [abs(rng.gauss(0.1, 0.03)) for _ in range(500)],
         LENGTH: [rng.gauss(100, 30) for _ in range(500)],
         CLIPPED: [rng.random() * 0.4 for _ in range(500)],
         DISTILLED: [rng.random() for _ in range(500)],

@@ -36,7 +36,7 @@ class Learner:
         student: the model that learns.
         teacher: its teacher; None where nothing is distilled (``grpo_coef=1``).
         version: how many steps' updates the student has had.
-        best: the student at its best evaluation so far, if it is to become the teacher once that is frozen.
+        best: the student at its best evaluation so far, if it is to go back there once a live teacher is frozen.
         distillation_factor: what the scheduled weight of the distillation loss is multiplied by; alarms lower it.
     """
 
@@ -117,10 +117,17 @@ class Learner:
             self.best = copy.deepcopy(self.student).requires_grad_(False).eval()
 
     def freeze_teacher(self) -> None:
-        """From now on the teacher stays as it is; the live one becomes the student at its best evaluation."""
-        if self.teacher is not None:
-            self.teacher.freeze(self.best or self.student)
+        """From now on the teacher stays as it is.
+
+        The live one is the student, and both go back to what they were at the best evaluation, if there was one: a
+        student that has lost everything has no success left to learn from.
+        """
+        if self.teacher is None:
+            return
+        if self.best is not None:
+            self.student.load_state_dict(self.best.state_dict())
             self.best = None
+        self.teacher.freeze(self.student)
 
     @torch.no_grad()
     def compute_log_probs(

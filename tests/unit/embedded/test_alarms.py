@@ -122,7 +122,8 @@ def test_a_live_teacher_becomes_the_student_at_its_best_evaluation(
     assert learner.teacher.policy(learner.student)[0][0] is learner.student
     guard.watch(4, {metrics.SCORE_MEAN: 0.5})
     ((module, share),) = learner.teacher.policy(learner.student)
-    assert share == 1.0 and same_weights(module, best) and not same_weights(learner.student, best)
+    assert share == 1.0 and same_weights(module, best) and module is not learner.student
+    assert same_weights(learner.student, best)  # it goes back too
     learner.learn(make_samples())
     assert same_weights(module, best)
 
