@@ -376,7 +376,7 @@ class HealthConfig(Section):
     )
     window: int = setting(5, "Steps whose mean is compared; no rule holds before twice as many.", ge=1)
     tolerance: float = setting(
-        5.0, "A change counts only if it is more than so many standard errors, as neighbouring steps differ.", ge=0
+        6.0, "A change counts only if it is more than so many standard errors, as neighbouring steps differ.", ge=0
     )
     score_drop: float = setting(0.1, "Score: falls by more than this share of its best.", ge=0)
     entropy_fall: float = setting(0.1, "Entropy: falls below this share of the first window's.", ge=0, le=1)

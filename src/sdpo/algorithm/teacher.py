@@ -98,13 +98,13 @@ class Teacher:
         elif self.kind == "snapshot" and self.num_steps % self.snapshot_every == 0:
             self._copy_into_module(_local_params(student))
 
-    def freeze(self, student: nn.Module) -> None:
-        """Follow no more, and stay as it is; the live teacher, which has no weights, becomes a copy of ``student``.
+    def freeze(self, initial: nn.Module | None = None) -> None:
+        """Follow no more. An average or a snapshot stays as it is; of the trust region the initial model is left.
 
-        Of the trust region the initial model alone is left, for the other part of it is the student as it learns.
+        The live teacher, which has no weights of its own, becomes ``initial``, the initial model without gradients.
         """
-        if self.module is None:
-            self.module = copy.deepcopy(student).requires_grad_(False).eval()
+        self.module = self.module if self.module is not None else initial
+        assert self.module is not None, "the live teacher is frozen to the initial model only"
         self.kind = "frozen"
 
     def _params(self) -> list[Tensor]:

@@ -119,15 +119,16 @@ class Learner:
     def freeze_teacher(self) -> None:
         """From now on the teacher stays as it is.
 
-        The live one is the student, and both go back to what they were at the best evaluation, if there was one: a
-        student that has lost everything has no success left to learn from.
+        The live one becomes the initial model: as a teacher, the student of a while ago may be spoilt already. And that
+        one's student goes back to its best evaluation, if there was one: where everything is lost, no success is left
+        to learn from.
         """
         if self.teacher is None:
             return
         if self.best is not None:
             self.student.load_state_dict(self.best.state_dict())
             self.best = None
-        self.teacher.freeze(self.student)
+        self.teacher.freeze(self.initial)
 
     @torch.no_grad()
     def compute_log_probs(
@@ -276,8 +277,9 @@ class Learner:
         return build_lazy_logits(module, hidden, coefficient)
 
     def _keep_initial(self, student: PreTrainedModel) -> torch.nn.Module | None:
-        """The initial model, if it is to be compared with: the teacher's module where that is the one anyway."""
-        if self.run.health.kl_to_initial_every == 0:
+        """The initial model, if it may be needed: the teacher's module where that is the one anyway."""
+        becomes_teacher = self.run.health.may_freeze and self.teacher is not None and self.teacher.module is None
+        if self.run.health.kl_to_initial_every == 0 and not becomes_teacher:
             return None
         if self.teacher is not None and self.config.teacher_regularization in ("frozen", "trust-region"):
             return self.teacher.module

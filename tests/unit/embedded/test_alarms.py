@@ -105,7 +105,7 @@ def test_of_the_trust_region_the_initial_model_is_left(model: Any, make_run: Mak
     ]
 
 
-def test_a_live_teacher_becomes_the_student_at_its_best_evaluation(
+def test_a_live_teacher_becomes_the_initial_model_and_the_student_goes_back(
     model: Any, make_run: MakeRun, make_samples: MakeSamples, tmp_path: Path
 ) -> None:
     learner = Learner(
@@ -113,6 +113,7 @@ def test_a_live_teacher_becomes_the_student_at_its_best_evaluation(
     )
     guard = build_guard(learner, tmp_path, score_collapse="freeze")
     assert learner.teacher is not None
+    initial = weights_of(learner.student)
     guard.watch(1, {metrics.SCORE_MEAN: 1.0, ACCURACY: 0.8})
     learner.learn(make_samples())
     guard.watch(2, {metrics.SCORE_MEAN: 1.0, ACCURACY: 0.9})
@@ -122,19 +123,23 @@ def test_a_live_teacher_becomes_the_student_at_its_best_evaluation(
     assert learner.teacher.policy(learner.student)[0][0] is learner.student
     guard.watch(4, {metrics.SCORE_MEAN: 0.5})
     ((module, share),) = learner.teacher.policy(learner.student)
-    assert share == 1.0 and same_weights(module, best) and module is not learner.student
-    assert same_weights(learner.student, best)  # it goes back too
+    assert share == 1.0 and same_weights(module, initial) and not same_weights(best, initial)
+    assert same_weights(learner.student, best)
     learner.learn(make_samples())
-    assert same_weights(module, best)
+    assert same_weights(module, initial) and not same_weights(learner.student, best)
 
 
-def test_without_an_evaluation_it_becomes_the_student_as_it_is(model: Any, make_run: MakeRun, tmp_path: Path) -> None:
+def test_without_an_evaluation_the_student_stays(
+    model: Any, make_run: MakeRun, make_samples: MakeSamples, tmp_path: Path
+) -> None:
     learner = Learner(
         model, make_run(self_distillation__teacher_regularization="live", health__score_collapse="freeze"), 0
     )
+    learner.learn(make_samples())
+    before = weights_of(learner.student)
     fall(build_guard(learner, tmp_path, score_collapse="freeze"))
-    assert learner.teacher is not None and learner.teacher.module is not None
-    assert same_weights(learner.teacher.module, learner.student) and learner.teacher.module is not learner.student
+    assert same_weights(learner.student, before)
+    assert learner.teacher is not None and learner.teacher.module is learner.initial
 
 
 def test_alarm_is_told_and_written(model: Any, make_run: MakeRun, tmp_path: Path) -> None:
