@@ -3,7 +3,7 @@ silent where nothing is wrong?
 
     python benchmarks/health.py --seeds 3
 
-About 20 minutes on one core. Models, data and runs go to --folder, which is used again. The picture of the page on
+About 10 minutes on one core. Models, data and runs go to --folder, which is used again. The picture of the page on
 health is drawn from the collapse of the first seed.
 """
 
@@ -35,18 +35,12 @@ RUNS: dict[str, tuple[str, str, list[str]]] = {
         "peers",
         [*LIVE, "health.score_collapse=freeze", "health.entropy_explosion=freeze"],
     ),
-    "live teacher, stopped by an alarm": (
-        "hidden_rule_peers.yaml",
-        "peers",
-        [*LIVE, "health.score_collapse=stop", "health.entropy_explosion=stop"],
-    ),
     "feedback, frozen teacher": ("hidden_rule.yaml", "feedback", []),
     "peers, trust region": (
         "hidden_rule_peers.yaml",
         "peers",
         ["self_distillation.teacher_regularization=trust-region"],
     ),
-    "peers, EMA 0.05": ("hidden_rule_peers.yaml", "peers", []),
 }
 COLLAPSED = "live teacher"
 
