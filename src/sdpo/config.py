@@ -422,6 +422,77 @@ class EvalConfig(Section):
             raise UserError("eval.n must be 0 or at least 2, got 1: mean@1 is the name of the greedy accuracy")
 
 
+ALARM_ACTIONS = ("ignore", "warn", "lower", "freeze", "stop")
+
+
+@dataclass(frozen=True)
+class HealthConfig(Section):
+    """Rules that watch the training, explained in ``docs/health.md``. The embedded engine alone has them."""
+
+    section: ClassVar[str] = "health"
+
+    score_collapse: str = setting(
+        "warn",
+        "What to do when the training score falls: ignore it; warn; lower the distillation weight; freeze the teacher; "
+        "stop.",
+        choices=ALARM_ACTIONS,
+    )
+    entropy_collapse: str = setting(
+        "warn", "... when the entropy falls and the score does not rise.", choices=ALARM_ACTIONS
+    )
+    entropy_explosion: str = setting("warn", "... when the entropy rises.", choices=ALARM_ACTIONS)
+    length_collapse: str = setting(
+        "warn",
+        "... when responses become short and the score does not rise, or many more are cut off.",
+        choices=ALARM_ACTIONS,
+    )
+    teacher_worse: str = setting(
+        "warn", "... when the teacher is worse than the student at an evaluation.", choices=ALARM_ACTIONS
+    )
+    nothing_to_distil: str = setting(
+        "warn", "... when hardly a sample is distilled, though many fail.", choices=ALARM_ACTIONS
+    )
+    window: int = setting(5, "Steps whose mean is compared; no rule holds before twice as many.", ge=1)
+    tolerance: float = setting(
+        6.0, "A change counts only if it is more than so many standard errors, as neighbouring steps differ.", ge=0
+    )
+    score_drop: float = setting(0.1, "Score: falls by more than this share of its best.", ge=0)
+    entropy_fall: float = setting(0.1, "Entropy: falls below this share of the first window's.", ge=0, le=1)
+    entropy_rise: float = setting(2.0, "Entropy: rises above so many times its lowest.", ge=1)
+    length_fall: float = setting(0.5, "Length: falls below this share of the first window's.", ge=0, le=1)
+    clip_rise: float = setting(
+        0.25, "Length: the share of responses that are cut off rises by more than this above its lowest.", ge=0, le=1
+    )
+    teacher_margin: float = setting(
+        0.02, "Teacher: its held-out accuracy is below the student's by more than this, with 95 % confidence.", ge=0
+    )
+    distilled_share: float = setting(
+        0.02,
+        "Distilled: at most this share of the samples is, though more than this share fails.",
+        ge=0,
+        le=1,
+    )
+    lower_factor: float = setting(
+        0.5, "The action lower multiplies the weight of the distillation loss by this, each time.", gt=0, le=1
+    )
+    lower_floor: float = setting(0.1, "... but never makes it less than this share of what is scheduled.", gt=0, le=1)
+    kl_to_initial_every: int = setting(
+        0,
+        "Steps between estimates of the KL divergence from the initial model; 0: never. Costs two forward passes each "
+        "time and, unless the teacher is frozen or trust-region, a copy of the initial weights.",
+        ge=0,
+    )
+
+    @property
+    def actions(self) -> dict[str, str]:
+        """What each rule does, by the rule's name."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["choices"]}
+
+    @property
+    def may_freeze(self) -> bool:
+        return "freeze" in self.actions.values()
+
+
 @dataclass(frozen=True)
 class TrackingConfig(Section):
     section: ClassVar[str] = "tracking"
@@ -482,6 +553,7 @@ class Run(Section):
     optim: OptimConfig = field(default_factory=OptimConfig)
     self_distillation: SelfDistillationConfig = field(default_factory=SelfDistillationConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
@@ -491,6 +563,17 @@ class Run(Section):
                 f"data.train_batch_size={self.data.train_batch_size} times sampler.n={self.sampler.n} is more than "
                 f"{MOST_ROLLOUTS} rollouts a step; lower one of them"
             )
+        for rule, action in self.health.actions.items():
+            if action in ("lower", "freeze") and not self.self_distillation.distills:
+                raise UserError(
+                    f"health.{rule}={action} has no effect with self_distillation.grpo_coef=1, where nothing is "
+                    "distilled; use warn or stop"
+                )
+            if action == "freeze" and self.self_distillation.teacher_regularization == "frozen":
+                raise UserError(
+                    f"health.{rule}=freeze has no effect with self_distillation.teacher_regularization=frozen; use "
+                    "warn, lower or stop"
+                )
         mini = self.learner.mini_batch_size
         if mini is not None and self.data.train_batch_size % mini:
             raise UserError(

@@ -200,6 +200,7 @@ class Ran:
     sampler_threads: frozenset[int] = frozenset()  # of the sampler's own process, if the model came with code
     tracked: Sequence[Any] = ()
     messages: Sequence[str] = ()
+    alarms: Sequence[Mapping[str, Any]] = ()
 
     def outcome(self) -> Any:
         return self.error, self.rows, self.rollouts
@@ -322,6 +323,8 @@ class Runner:
                 hook.remove()
         run_dir = Path(run.run_dir)
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        alarms_file = run_dir / "alarms.jsonl"
+        raised = alarms_file.read_text().splitlines() if alarms_file.exists() else []
         return Ran(
             error=None,
             rows=[
@@ -341,6 +344,7 @@ class Runner:
             ),
             tracked=tracked,
             messages=messages,
+            alarms=[json.loads(line) for line in raised],
         )
 
     def find_devices(self, changes: Mapping[str, Any]) -> dict[str, str]:
@@ -478,6 +482,10 @@ def itself(found: Any) -> Any:
     return found
 
 
+def alarms(ran: Ran) -> list[Any]:
+    return [(alarm["step"], alarm["rule"], alarm["action"]) for alarm in ran.alarms]
+
+
 def calls(name: str) -> Callable[[Ran], int]:
     return lambda ran: ran.calls[name]
 
@@ -497,6 +505,16 @@ IMAGES = {
 }
 SLOW_GRADER = {"data.task": "../slow_task.py"}
 WANDB = {"tracking.backends": ["wandb"]}
+# So that chance alone makes alarms.
+UNWELL = {"total_steps": 6, "health.window": 1, "health.tolerance": 0.0, "health.score_drop": 0.0}
+WORSE = {"total_steps": 6, "health.window": 1, "eval_every": 1, "health.teacher_margin": 0.0, "optim.lr": 1e-1}
+NOTHING = {
+    "total_steps": 6,
+    "health.window": 1,
+    "self_distillation.demonstration_source": "peer",
+    "data.train_batch_size": 1,
+    "sampler.n": 2,
+}
 
 CASES = {
     "seed": Case([1]),
@@ -601,6 +619,24 @@ CASES = {
     "eval.temperature": Case([0.2], {"eval.n": 3}),
     "eval.top_p": Case([0.2], {"eval.n": 3}),
     "eval.teacher": Case([False]),
+    "health.score_collapse": Case(["ignore", "stop"], UNWELL, observe=alarms),
+    "health.entropy_collapse": Case(["ignore", "stop"], {**UNWELL, "health.entropy_fall": 1.0}, observe=alarms),
+    "health.entropy_explosion": Case(["ignore", "stop"], {**UNWELL, "health.entropy_rise": 1.0}, observe=alarms),
+    "health.length_collapse": Case(["ignore", "stop"], {**UNWELL, "health.length_fall": 1.0}, observe=alarms),
+    "health.teacher_worse": Case(["ignore", "stop"], WORSE, observe=alarms),
+    "health.nothing_to_distil": Case(["ignore", "stop"], NOTHING, observe=alarms),
+    "health.window": Case([2, 3], UNWELL, observe=alarms),
+    "health.tolerance": Case([100.0], UNWELL, observe=alarms),
+    "health.score_drop": Case([10.0], UNWELL, observe=alarms),
+    "health.entropy_fall": Case([1.0], UNWELL, observe=alarms),
+    "health.entropy_rise": Case([1.0], UNWELL, observe=alarms),
+    "health.length_fall": Case([1.0], UNWELL, observe=alarms),
+    "health.clip_rise": Case([0.0], UNWELL, observe=alarms),
+    "health.teacher_margin": Case([1.0], WORSE, observe=alarms),
+    "health.distilled_share": Case([1.0], NOTHING, observe=alarms),
+    "health.lower_factor": Case([0.9], {**UNWELL, "health.score_collapse": "lower"}),
+    "health.lower_floor": Case([0.9], {**UNWELL, "health.score_collapse": "lower"}),
+    "health.kl_to_initial_every": Case([1, 3], THREE),
     "tracking.backends": Case([["tensorboard"], ["wandb"], ["trackio"]], observe=lambda ran: ran.tracked),
     "tracking.project": Case(["another"], WANDB, observe=lambda ran: ran.tracked),
     "tracking.name": Case(["another"], WANDB, observe=lambda ran: ran.tracked),

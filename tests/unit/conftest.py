@@ -38,6 +38,7 @@ SECTIONS = {
     "optim": sections.OptimConfig,
     "self_distillation": sections.SelfDistillationConfig,
     "eval": sections.EvalConfig,
+    "health": sections.HealthConfig,
     "tracking": sections.TrackingConfig,
 }
 

@@ -14,7 +14,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "src" / "sdpo"
 
-GROUND = {"config", "errors", "metrics", "observer"}
+GROUND = {"config", "errors", "estimates", "health", "metrics", "observer"}
 BELOW_ENGINES = GROUND | {"algorithm", "context", "models", "tasks"}
 ENGINES = {"embedded", "verl_backend"}
 EVERYTHING = BELOW_ENGINES | ENGINES | {"doctor", "report", "cli"}

@@ -105,6 +105,7 @@ class Teacher:
         weights: what follows the student; all of the module's parameters if None.
 
     Attributes:
+        kind: which teacher; ``frozen`` once it is.
         num_steps: how often it has followed.
         weights: None where nothing follows: live, frozen, trust region.
     """
@@ -148,10 +149,19 @@ class Teacher:
             return
         self.weights.apply()
 
+    def freeze(self, initial: nn.Module | None = None) -> None:
+        """Follow no more. An average or a snapshot stays as it is; of the trust region the initial model is left.
+
+        The live teacher, which has no weights of its own, becomes ``initial``, the initial model without gradients.
+        """
+        self.module = self.module if self.module is not None else initial
+        assert self.module is not None, "the live teacher is frozen to the initial model only"
+        self.kind = "frozen"
+
     def state_dict(self) -> dict[str, Any]:
-        """How often it has followed, and what follows where the module's parameters are not all that there is of it."""
+        """Which it is, how often it has followed, and what follows where the module's parameters are not all of it."""
         outside = None if self.weights is None or self.weights.in_module else dict(self.weights.values)
-        return {"num_steps": self.num_steps, "weights": outside}
+        return {"kind": self.kind, "num_steps": self.num_steps, "weights": outside}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +24,10 @@ from sdpo.embedded.samples import Sample
 from sdpo.embedded.step_images import StepImages
 from sdpo.embedded.weights import copy_parameters
 from sdpo.errors import UserError
+from sdpo.estimates import ClusteredMean, name_interval
 from sdpo.models.forward import PaddedSequences, compute_hidden
 from sdpo.models.head import build_lazy_logits, measure_logit_scale
+from sdpo.models.lora import copy_without_adapters
 from sdpo.models.lora_teacher import build_lora_teacher
 from sdpo.models.packable import enable_packing
 from sdpo.models.packing import PackedSequences
@@ -42,6 +45,10 @@ class Learner:
         teacher: its teacher; None where nothing is distilled (``grpo_coef=1``).
         version: how many steps' updates the student has had.
         micro_batch_tokens: most tokens in a micro-batch; halved each time that memory was too small for one.
+        best: what is trained of the student, at its best evaluation so far, if it is to go back there once a live
+            teacher is frozen.
+        initial: the initial model, if something is compared with it or it may become the teacher.
+        distillation_factor: what the scheduled weight of the distillation loss is multiplied by; alarms lower it.
     """
 
     def __init__(
@@ -60,6 +67,8 @@ class Learner:
         self.tell = tell
         self.version = 0
         self.micro_batch_tokens = run.learner.micro_batch_tokens
+        self.distillation_factor = 1.0
+        self.best: dict[str, Tensor] | None = None
         self._check_topk()
         self.logit_scale = measure_logit_scale(student)
         self.batcher = Batcher(pad_token_id, self.device, vision, enable_packing(student, vision))
@@ -67,6 +76,7 @@ class Learner:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         build = build_lora_teacher if run.lora.rank else build_teacher
         self.teacher = build(student, self.config) if self.config.distills else None
+        self.initial = self._keep_initial(student)
         self.optimizer = torch.optim.AdamW(
             [param for param in student.parameters() if param.requires_grad],
             lr=run.optim.lr,
@@ -89,6 +99,8 @@ class Learner:
             "moments": self.optimizer.state_dict()["state"],
             "num_updates": self.scheduler.last_epoch,
             "teacher": self.teacher.state_dict() if self.teacher is not None else None,
+            "distillation_factor": self.distillation_factor,
+            "best": self.best,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], teacher_module: torch.nn.Module | None) -> None:
@@ -97,6 +109,7 @@ class Learner:
         Args:
             teacher_module: what the teacher's module was then, if it has one.
         """
+        self.distillation_factor, self.best = state["distillation_factor"], state["best"]
         self.version = state["version"]
         self.micro_batch_tokens = min(self.micro_batch_tokens, state["micro_batch_tokens"])
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["moments"]})
@@ -108,6 +121,8 @@ class Learner:
         for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
             group["lr"] = lr
         if self.teacher is not None:
+            if state["teacher"]["kind"] != self.teacher.kind:
+                self.teacher.freeze(self.initial)
             self.teacher.load_state_dict(state["teacher"])
             if self.teacher.module is not None and teacher_module is not None:
                 copy_parameters(dict(teacher_module.named_parameters()), self.teacher.module)
@@ -131,7 +146,8 @@ class Learner:
         images = self._step_images()
         # With a single optimizer step the student still is the old policy, and its own forward pass tells.
         old_log_probs = self.compute_log_probs(samples, images) if len(minis) > 1 else None
-        coef = compute_distillation_coef(self.config, step, self.run.total_steps)
+        kl = self._estimate_kl_to_initial(samples, old_log_probs, images) if self._measures_kl(step) else {}
+        coef = compute_distillation_coef(self.config, step, self.run.total_steps) * self.distillation_factor
         results = [
             self._learn_mini_batch(
                 [samples[i] for i in mini],
@@ -145,29 +161,63 @@ class Learner:
         if self.teacher is not None:
             self.teacher.step(self.student)
         self.version = step
-        values = _average(results)
+        values = _average(results) | kl
         if self.config.distills:
             values[metrics.DISTILLATION_WEIGHT] = coef
         return values
 
+    @property
+    def teacher_is_frozen(self) -> bool:
+        """Whether ``freeze_teacher`` has been called."""
+        return self.teacher is not None and self.teacher.kind != self.config.teacher_regularization
+
+    def lower_distillation(self) -> None:
+        """Make the weight of the distillation loss ``health.lower_factor`` times what it is, not below the floor."""
+        health = self.run.health
+        self.distillation_factor = max(self.distillation_factor * health.lower_factor, health.lower_floor)
+
+    def keep_as_best(self) -> None:
+        """Remember the student as it is, where the live teacher may be frozen once the student is no longer well."""
+        if self.run.health.may_freeze and self.teacher is not None and self.teacher.module is None:
+            self.best = {name: param.detach().clone() for name, param in self._trained()}
+
+    def freeze_teacher(self) -> None:
+        """From now on the teacher stays as it is.
+
+        The live one becomes the initial model: as a teacher, the student of a while ago may be spoilt already. And that
+        one's student goes back to its best evaluation, if there was one: where everything is lost, no success is left
+        to learn from.
+        """
+        if self.teacher is None:
+            return
+        if self.best is not None:
+            self._go_back_to(self.best)
+            self.best = None
+        self.teacher.freeze(self.initial)
+
     @torch.no_grad()
-    def compute_log_probs(self, samples: Sequence[Sample], images: StepImages | None = None) -> list[Tensor]:
-        """Log-probabilities of each sample's response tokens under the student as it is now.
+    def compute_log_probs(
+        self, samples: Sequence[Sample], images: StepImages | None = None, model: torch.nn.Module | None = None
+    ) -> list[Tensor]:
+        """Log-probabilities of each sample's response tokens under the student as it is now, or another model.
 
         ``images`` has the features of the samples' images, where other passes need them too.
         """
         images = images or self._step_images()
         while True:
             try:
-                return self._compute_log_probs_by_piece(samples, images)
+                return self._compute_log_probs_by_piece(samples, images, model)
             except (RuntimeError, MemoryError) as error:
                 self._take_less_memory(error, samples)
 
-    def _compute_log_probs_by_piece(self, samples: Sequence[Sample], images: StepImages | None) -> list[Tensor]:
+    def _compute_log_probs_by_piece(
+        self, samples: Sequence[Sample], images: StepImages | None, model: torch.nn.Module | None
+    ) -> list[Tensor]:
         result: list[Tensor] = [torch.empty(0)] * len(samples)
         for piece in self.batcher.split(samples, self.micro_batch_tokens):
             batch = self.batcher.build([samples[i] for i in piece])
-            log_probs = self._compute_log_probs(self._read_student(batch, images), batch)
+            hidden = self._read_student(batch, images) if model is None else self._read(model, batch.student, images)
+            log_probs = self._compute_log_probs(hidden, batch)
             for i, values in zip(
                 piece, log_probs.split([len(samples[i].response.token_ids) for i in piece]), strict=True
             ):
@@ -187,8 +237,9 @@ class Learner:
             self.optimizer.zero_grad(set_to_none=True)
             if images is not None:
                 images.forget_gradients()
+            spreads = {metrics.ENTROPY: ClusteredMean(), metrics.TEACHER_GAP: ClusteredMean()}
             try:
-                sums, nonfinite = self._accumulate_gradients(samples, old_log_probs, coef, images)
+                sums, nonfinite = self._accumulate_gradients(samples, old_log_probs, coef, images, spreads)
             except (RuntimeError, MemoryError) as error:
                 self._take_less_memory(error, samples)
                 continue
@@ -200,6 +251,8 @@ class Learner:
             samples = [samples[i] for i in kept]
             old_log_probs = [old_log_probs[i] for i in kept] if old_log_probs else None
         values = {name: float(total) / max(int(count), 1) for name, (total, count) in sums.items()}
+        for name, spread in spreads.items():
+            values |= name_interval(name, spread.normal_interval())
         values |= {metrics.NONFINITE_SAMPLES: float(num_dropped), metrics.LR: self.scheduler.get_last_lr()[0]}
         before_update()
         values |= self._update()
@@ -213,6 +266,7 @@ class Learner:
         old_log_probs: Sequence[Tensor] | None,
         coef: float,
         images: StepImages | None,
+        spreads: dict[str, ClusteredMean],
     ) -> tuple[Sums, set[int]]:
         """Gradients of the mini-batch's loss; stops at the first micro-batch with samples that are not finite."""
         mode, horizon = self.run.learner.loss_agg_mode, self.run.sampler.max_response_length
@@ -233,6 +287,11 @@ class Learner:
                 return sums, {piece[i] for i in batch.sample_index[broken].unique().tolist()}
             outputs.loss.backward()
             add_sums(sums, {**outputs.sums, **more})
+            prompts = [id(samples[i].prompt) for i in piece]
+            _add_by_prompt(spreads[metrics.ENTROPY], outputs.student_entropies, batch.sample_index, prompts)
+            if batch.teacher is not None:
+                gap = outputs.teacher_log_probs - outputs.student_log_probs[batch.distilled]
+                _add_by_prompt(spreads[metrics.TEACHER_GAP], gap, batch.sample_index[batch.distilled], prompts)
         if images is not None:
             images.backward()
         return sums, set()
@@ -300,6 +359,39 @@ class Learner:
         if self.logit_scale != 1.0:
             hidden = hidden * self.logit_scale
         return build_lazy_logits(module, hidden, coefficient)
+
+    def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(name, param) for name, param in self.student.named_parameters() if param.requires_grad]
+
+    @torch.no_grad()
+    def _go_back_to(self, weights: Mapping[str, Tensor]) -> None:
+        for name, param in self._trained():
+            param.copy_(weights[name])
+
+    def _keep_initial(self, student: PreTrainedModel) -> torch.nn.Module | None:
+        """The initial model, if it may be needed: the teacher's module where that is the one anyway."""
+        becomes_teacher = self.run.health.may_freeze and self.teacher is not None and self.teacher.module is None
+        if self.run.health.kl_to_initial_every == 0 and not becomes_teacher:
+            return None
+        if self.teacher is not None and self.config.teacher_regularization in ("frozen", "trust-region"):
+            return self.teacher.module
+        initial = copy_without_adapters(student) if self.run.lora.rank else copy.deepcopy(student)
+        return initial.requires_grad_(False).eval()
+
+    def _measures_kl(self, step: int) -> bool:
+        every = self.run.health.kl_to_initial_every
+        return every > 0 and (step == 1 or step % every == 0)
+
+    def _estimate_kl_to_initial(
+        self, samples: Sequence[Sample], log_probs: list[Tensor] | None, images: StepImages | None
+    ) -> dict[str, float]:
+        """KL(student || initial model) by token, on the tokens that the student drew: unbiased, of either sign."""
+        student = log_probs or self.compute_log_probs(samples, images)
+        initial = self.compute_log_probs(samples, images, self.initial)
+        kl = ClusteredMean()
+        for sample, ours, theirs in zip(samples, student, initial, strict=True):
+            kl.add(id(sample.prompt), float((ours - theirs).sum()), len(ours))
+        return {metrics.KL_TO_INITIAL: kl.mean} | name_interval(metrics.KL_TO_INITIAL, kl.normal_interval())
 
     def _compute_log_probs(self, student: LazyLogits, batch: MicroBatch) -> Tensor:
         return score_tokens(student, batch.sampled_ids, temperature=self.run.sampler.temperature)[0]
@@ -382,3 +474,11 @@ def _average(results: Sequence[dict[str, float]]) -> dict[str, float]:
     for name in (metrics.NONFINITE_SAMPLES, metrics.SKIPPED_UPDATES):
         values[name] = sum(collected[name])
     return values | {metrics.LR: results[-1][metrics.LR]}
+
+
+def _add_by_prompt(mean: ClusteredMean, values: Tensor, sample_index: Tensor, prompts: Sequence[int]) -> None:
+    """Add values [N] of tokens, each in the cluster of its sample's prompt."""
+    totals = values.new_zeros(len(prompts)).index_add_(0, sample_index, values)
+    counts = values.new_zeros(len(prompts)).index_add_(0, sample_index, torch.ones_like(values))
+    for prompt, total, count in zip(prompts, totals.tolist(), counts.tolist(), strict=True):
+        mean.add(prompt, total, count)

@@ -21,6 +21,7 @@ from sdpo.errors import UserError
 from sdpo.observer import Observer
 
 METRICS_FILE = "metrics.jsonl"
+ALARMS_FILE = "alarms.jsonl"
 LOCK_FILE = ".lock"
 PACKAGES = ("sdpo", "torch", "transformers", "omegaconf", "pyarrow", "numpy")
 
@@ -53,6 +54,8 @@ class RunFolder:
             (self.path / "versions.json").write_text(json.dumps(_collect_versions(), indent=2) + "\n", encoding="utf-8")
             kept = _read_rows_before(self.path / METRICS_FILE, resumed_step) if resumed_step is not None else []
             _write_rows(self.path / METRICS_FILE, kept)
+            if resumed_step is not None:
+                _forget_alarms_after(self.path / ALARMS_FILE, resumed_step)
             self._metrics = (self.path / METRICS_FILE).open("a", buffering=1, encoding="utf-8")
         except OSError as error:
             raise UserError(f"run_dir: {self.path}: cannot be written ({error.strerror})") from error
@@ -74,6 +77,11 @@ class RunFolder:
         for tracker in self._trackers:
             tracker.log(step, row)
         self._observer.metrics(step, row)
+
+    def log_alarm(self, alarm: Mapping[str, Any]) -> None:
+        """Append an alarm to the file of them, which is made when there is one."""
+        with self._writing(), (self.path / ALARMS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(alarm) + "\n")
 
     def save_rollouts(self, step: int, samples: Sequence[Sample]) -> None:
         """Write some of the step's samples, with the teacher's prompt, for a person to read."""
@@ -150,7 +158,13 @@ def _read_rows_before(path: Path, step: int) -> list[dict[str, float]]:
     return rows
 
 
-def _write_rows(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
+def _forget_alarms_after(path: Path, step: int) -> None:
+    if path.exists():
+        alarms = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        _write_rows(path, [alarm for alarm in alarms if alarm["step"] <= step])
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     partial.replace(path)

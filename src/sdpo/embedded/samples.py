@@ -17,6 +17,7 @@ from sdpo.context.demonstration import Demonstration, GradedResponse, compute_su
 from sdpo.context.encode import TeacherPrompt, Tokenizer
 from sdpo.context.teacher_prompts import Lesson, build_lessons, summarize_lessons
 from sdpo.embedded.data import Prompt
+from sdpo.estimates import ClusteredMean, name_interval
 from sdpo.models.decoding import Response
 from sdpo.tasks.grading import Grader
 from sdpo.tasks.interface import Grade
@@ -130,6 +131,33 @@ def summarize_samples(samples: Sequence[Sample], config: SelfDistillationConfig)
             metrics.SCORE_MAX: max(scores),
             metrics.SCORE_MIN: min(scores),
         }
+    prompts = [id(s.prompt) for s in samples]
+    graded_prompts = [id(s.prompt) for s in samples if s.is_graded]
+    for name, mean_of in (
+        (metrics.SCORE_MEAN, ClusteredMean.of(scores, graded_prompts)),
+        (metrics.RESPONSE_LENGTH_MEAN, ClusteredMean.of(lengths, prompts)),
+    ):
+        values |= name_interval(name, mean_of.normal_interval())
+    cut_off = ClusteredMean.of([not s.response.finished for s in samples], prompts)
+    values |= name_interval(metrics.RESPONSE_LENGTH_CLIP_RATIO, cut_off.share_interval())
+    values |= _summarize_repetition(samples)
     graded = [GradedResponse(id(s.prompt), s.text, s.grade.score) for s in samples]
     lessons = [Lesson(s.demonstration, s.teacher_prompt) for s in samples]
     return values | summarize_lessons(graded, lessons, config)
+
+
+def compute_repetition(token_ids: Sequence[int], length: int = 4) -> float | None:
+    """Share of the n-grams of that length that have been there before, in [0, 1); None where there is no n-gram."""
+    ngrams = [tuple(token_ids[i : i + length]) for i in range(len(token_ids) - length + 1)]
+    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else None
+
+
+def _summarize_repetition(samples: Sequence[Sample]) -> dict[str, float]:
+    repeated = ClusteredMean()
+    for sample in samples:
+        share = compute_repetition(sample.response.token_ids)
+        if share is not None:
+            repeated.add(id(sample.prompt), share, 1)
+    if repeated.num_clusters == 0:
+        return {}
+    return {metrics.REPEATED_4GRAMS: repeated.mean} | name_interval(metrics.REPEATED_4GRAMS, repeated.share_interval())

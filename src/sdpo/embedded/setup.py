@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from sdpo.config import Run, flatten_keys
 from sdpo.context.encode import Tokenizer
+from sdpo.embedded.alarms import Guard
 from sdpo.embedded.data import Prompt, PromptOrder, load_prompts
 from sdpo.embedded.evaluation import Evaluator
 from sdpo.embedded.learner import Learner
@@ -19,7 +20,9 @@ from sdpo.embedded.run_folder import RunFolder, require_idle
 from sdpo.embedded.sampler import LocalSampler, ProcessSampler, Sampler, TransformersEngine
 from sdpo.embedded.training_state import compute_fingerprint, set_random_states
 from sdpo.embedded.vllm_engine import VllmEngine, require_vllm
+from sdpo.embedded.weights import copy_parameters
 from sdpo.errors import UserError
+from sdpo.health import HealthMonitor
 from sdpo.models.decoding import Decoding
 from sdpo.models.loading import (
     count_embeddings,
@@ -54,6 +57,7 @@ class Parts:
     sampler: Sampler
     evaluator: Evaluator
     folder: RunFolder
+    guard: Guard
     window: int | None
     resumption: Resumption | None
     data: str
@@ -116,6 +120,9 @@ def build_parts(run: Run, observer: Observer) -> Parts:
     if resumption is not None:
         _restore(learner, run, resumption, data)
     folder = RunFolder(run, observer, resumption.step if resumption else None)
+    guard = Guard(HealthMonitor(run.health), learner, folder.log_alarm, observer)
+    if resumption is not None:
+        guard.load_state_dict(resumption.state.guard)
     sampler = _build_sampler(run, student, decoding, sampler_device, window, vision, observer)
     return Parts(
         grader=grader,
@@ -127,6 +134,7 @@ def build_parts(run: Run, observer: Observer) -> Parts:
         sampler=sampler,
         evaluator=Evaluator(run, grader, tokenizer, held_out[: run.eval.max_prompts], decoding, window, vision),
         folder=folder,
+        guard=guard,
         window=window,
         resumption=resumption,
         data=data,
@@ -150,7 +158,9 @@ def _restore(learner: Learner, run: Run, resumption: Resumption, data: str) -> N
         raise UserError(
             "data.train_files: other rows than when the run began; restore them or begin in another run_dir"
         )
-    is_saved = learner.teacher is not None and learner.teacher.module is not None and not run.lora.rank
+    if learner.initial is not None and not run.lora.rank:  # which was made from the student as it is now
+        copy_parameters(dict(load_model(run.model, learner.device).named_parameters()), learner.initial)
+    is_saved = (resumption.checkpoint / "teacher").is_dir()
     teacher = load_model(resumption.locate_teacher(run.model), learner.device) if is_saved else None
     learner.load_state_dict(state.learner, teacher)
     set_random_states(state.random)

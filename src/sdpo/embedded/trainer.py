@@ -37,12 +37,14 @@ class Result:
     Attributes:
         metrics: the last value of every metric.
         run_dir: the run's folder.
-        interrupted: the signal that cut it short (SIGINT is Ctrl-C); None if it went to its end.
+        interrupted: the signal that cut it short (SIGINT is Ctrl-C); None if none did.
+        stopped_by: the alarm that cut it short and its reason; None if none did.
     """
 
     metrics: dict[str, float]
     run_dir: Path
     interrupted: str | None = None
+    stopped_by: str | None = None
 
 
 def train(run: Run, observer: Observer | None = None) -> Result:
@@ -68,7 +70,9 @@ def train(run: Run, observer: Observer | None = None) -> Result:
         finally:
             parts.sampler.close()
             parts.folder.close()
-    return Result(dict(parts.folder.final), parts.folder.path, interrupted)
+    alarm = parts.guard.stopped_by
+    stopped_by = f"{alarm.rule}: {alarm.reason}" if alarm is not None else None
+    return Result(dict(parts.folder.final), parts.folder.path, interrupted, stopped_by)
 
 
 class _Training:
@@ -85,28 +89,31 @@ class _Training:
         state = parts.resumption.state if parts.resumption else None
         self.rollouts: Rollouts | None = state.rollouts if state else None
         self.row: dict[str, float] = state.row if state else {}
-        self.is_evaluated = state.is_evaluated if state else False
+        self.is_checked = state.is_checked if state else False
         self.saved_step = parts.resumption.step if parts.resumption else None
         self.is_sampling = False
 
     def run_to_end(self) -> None:
         self._finish_step()
-        first = self.learner.version + 1
-        if self.rollouts is None:
-            self._hand_over(first)
-        for step in range(first, self.run.total_steps + 1):
+        for step in range(self.learner.version + 1, self.run.total_steps + 1):
             self._take_step(step)
             self._finish_step()
+            if self.parts.guard.stopped_by is not None:
+                return
 
     def _take_step(self, step: int) -> None:
         run, learner, parts = self.run, self.learner, self.parts
         started = time.perf_counter()
+        values: dict[str, float] = {}
         if self.rollouts is None:
-            self.rollouts = parts.sampler.collect()
-            self.is_sampling = False
+            if not self.is_sampling:
+                values |= self._hand_over(step)
+            waiting = time.perf_counter()
+            self.rollouts, self.is_sampling = parts.sampler.collect(), False
+            values[metrics.TIME_WAIT] = time.perf_counter() - waiting
         rollouts = self.rollouts
         assert rollouts is not None
-        values = {metrics.TIME_SAMPLE: rollouts.seconds, metrics.TIME_WAIT: time.perf_counter() - started}
+        values[metrics.TIME_SAMPLE] = rollouts.seconds
         staleness = learner.version - rollouts.version
         if staleness > run.staleness:
             raise RuntimeError(f"step {step}: rollouts are {staleness} updates old, the bound is {run.staleness}")
@@ -128,11 +135,8 @@ class _Training:
         values[metrics.TIME_LEARN] = time.perf_counter() - learning
         values |= summarize_samples(samples, run.self_distillation)
         values |= {metrics.STALENESS: staleness, metrics.EPOCH: parts.order.epoch(step)}
-        self.row, self.is_evaluated, self.rollouts = values, False, None
+        self.row, self.is_checked, self.rollouts = values, False, None
         self.interruption.release()
-
-        if run.staleness == 0:
-            values |= self._hand_over(step + 1)
         elapsed = time.perf_counter() - started
         values |= {metrics.TIME_STEP: elapsed, metrics.THROUGHPUT: values[metrics.TOKENS] / elapsed}
 
@@ -140,11 +144,14 @@ class _Training:
         """Evaluate, save and log the last step; step 0 is before training."""
         run, step = self.run, self.learner.version
         is_last = step == run.total_steps
-        if not self.is_evaluated and (
-            is_last or _is_due(step, run.eval_every) or (not step and run.eval.before_training)
-        ):
-            self.row |= self._evaluate()
-        self.is_evaluated = True
+        if not self.is_checked:
+            evaluates = is_last or _is_due(step, run.eval_every) if step else run.eval.before_training
+            if evaluates:
+                self.row |= self._evaluate()
+            is_stopped = self._check()
+            if is_stopped and not evaluates:
+                self.row |= self._evaluate()
+            is_last |= is_stopped
         if step != self.saved_step and (is_last or _is_due(step, run.save_every)):
             saving = time.perf_counter()
             if self.is_sampling and run.staleness == 1:  # rollouts of weights that nobody has any more
@@ -153,6 +160,15 @@ class _Training:
             self.row[metrics.TIME_SAVE] = time.perf_counter() - saving
         if self.row:
             self.parts.folder.log(step, self.row)
+
+    def _check(self) -> bool:
+        """Have the step's metrics looked at; gives whether the run is to stop. An alarm may change the weights."""
+        if self.learner.version:
+            self.interruption.hold()
+            self.row |= self.parts.guard.watch(self.learner.version, self.row)
+        self.is_checked = True
+        self.interruption.release()
+        return self.parts.guard.stopped_by is not None
 
     def rescue(self, wait: float) -> None:
         """Save the last whole step of a run that is stopped.
@@ -176,7 +192,14 @@ class _Training:
     def _save(self) -> None:
         parts, step = self.parts, self.learner.version
         parts.folder.sync()
-        state = TrainingState(self.learner.state_dict(), self.row, self.is_evaluated, self.rollouts, parts.data)
+        state = TrainingState(
+            self.learner.state_dict(),
+            parts.guard.state_dict(),
+            self.row,
+            self.is_checked,
+            self.rollouts,
+            parts.data,
+        )
 
         def write(folder: Path) -> None:
             save_models(folder, self.learner, parts.processing)

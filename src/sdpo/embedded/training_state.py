@@ -34,22 +34,24 @@ class TrainingState:
 
     Attributes:
         learner: see ``Learner.state_dict``.
+        guard: see ``Guard.state_dict``.
         row: the step's metrics so far.
-        is_evaluated: whether those of its evaluation, if it has one, are among them.
+        is_checked: whether it has been evaluated, if that is due, and the alarms have seen it.
         rollouts: of the next step where they have been sampled already, by older weights; else None.
         data: what the training rows come to (``compute_fingerprint``).
         random: states of the generators of torch, numpy and Python, of which a task may draw.
     """
 
     learner: dict[str, Any]
+    guard: dict[str, Any]
     row: dict[str, float]
-    is_evaluated: bool
+    is_checked: bool
     rollouts: Rollouts | None
     data: str
     random: dict[str, Any] = field(default_factory=lambda: get_random_states())
 
     def save(self, folder: Path) -> None:
-        content = {name: getattr(self, name) for name in ("learner", "row", "is_evaluated", "data", "random")}
+        content = {name: getattr(self, name) for name in ("learner", "guard", "row", "is_checked", "data", "random")}
         torch.save({**content, "rollouts": asdict(self.rollouts) if self.rollouts else None}, folder / FILE)
 
     @classmethod

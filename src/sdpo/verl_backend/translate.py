@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdpo.config import Run, SelfDistillationConfig, flatten_keys, iterate_settings
+from sdpo.config import HealthConfig, Run, SelfDistillationConfig, flatten_keys, iterate_settings
 from sdpo.errors import UserError
 from sdpo.models.loading import looks_local
 
@@ -32,6 +32,7 @@ WITHOUT_COUNTERPART = (
     "learner.device",
     "learner.num_threads",
     "eval.teacher",
+    *(f"health.{f.name}" for f in dataclasses.fields(HealthConfig)),
     "tracking.rollouts_per_save",
 )
 

@@ -15,6 +15,8 @@ from sdpo.embedded import evaluation
 from sdpo.embedded.data import Prompt
 from sdpo.embedded.evaluation import Evaluator
 from sdpo.embedded.samples import build_samples
+from sdpo.estimates import compute_wilson_interval
+from sdpo.metrics import ci95_names
 from sdpo.models.decoding import Decoding, Response
 from sdpo.models.processing import TokenPrompt
 from sdpo.models.vision import Vision
@@ -80,11 +82,18 @@ def copier(text: str, _: int) -> str:
     return text.split("Expected: ")[1].split("\n")[0] if "Expected: " in text else ""
 
 
+def means(values: dict[str, float]) -> dict[str, float]:
+    """Without their intervals."""
+    return {name: value for name, value in values.items() if "/ci95_" not in name}
+
+
 def test_greedy_accuracy_by_data_source(make_run: MakeRun, scripted: Scripted) -> None:
     student = nn.Linear(1, 1)
     scripted.answers[student] = lambda text, _: "321" if "123" in text else "87" if "78" in text else "09"
     values = evaluate(make_run(), student, None)
-    assert values == {"val-core/near/acc/mean@1": 0.5, "val-core/far/acc/mean@1": 1.0, **NO_FAILURES}
+    assert means(values) == {"val-core/near/acc/mean@1": 0.5, "val-core/far/acc/mean@1": 1.0, **NO_FAILURES}
+    ends = [values[name] for name in ci95_names("val-core/near/acc/mean@1")]
+    assert ends == pytest.approx(compute_wilson_interval(0.5, 2))
     [(_, ids, decoding, _)] = scripted.calls
     assert ids == [p.token_ids for p in PROMPTS]
     assert (decoding.n, decoding.temperature) == (1, 0.0)
@@ -99,7 +108,7 @@ def test_accuracy_of_several_samples(make_run: MakeRun, scripted: Scripted) -> N
 
     scripted.answers[student] = answer
     values = evaluate(make_run(eval__n=4, eval__temperature=0.6, eval__top_p=0.9), student, None)
-    assert values == {
+    assert means(values) == {
         "val-core/near/acc/mean@1": 0.5,
         "val-core/far/acc/mean@1": 0.5,
         "val-core/near/acc/mean@4": 0.25,
@@ -136,8 +145,8 @@ def test_what_cannot_be_graded_is_left_out_and_counted(make_run: MakeRun, script
         "val-core/far/acc/best@4/mean": 0.5,
         "val-aux/grader_failures": 2 + 7,
     }
-    assert evaluator.evaluate(student, None) == expected
-    assert evaluator.evaluate(student, None) == expected  # counted anew each time
+    assert means(evaluator.evaluate(student, None)) == expected
+    assert means(evaluator.evaluate(student, None)) == expected  # counted anew each time
 
 
 def test_the_teacher_answers_with_its_weights_and_its_context(make_run: MakeRun, scripted: Scripted) -> None:
@@ -148,7 +157,7 @@ def test_the_teacher_answers_with_its_weights_and_its_context(make_run: MakeRun,
     scripted.answers[student] = lambda text, _: "321" if "123" in text else "0"
     scripted.answers[teacher.module] = copier
     values = evaluate(run, student, teacher)
-    assert values == {
+    assert means(values) == {
         "val-core/near/acc/mean@1": 0.5,
         "val-core/far/acc/mean@1": 0.0,
         # The right answer got no feedback, so its teacher has nothing to be shown.
@@ -157,7 +166,27 @@ def test_the_teacher_answers_with_its_weights_and_its_context(make_run: MakeRun,
         "val-teacher/near/acc/mean@1": 1.0,
         "val-teacher/far/acc/mean@1": 1.0,
         **NO_FAILURES,
+        "val-teacher/near/gain/mean@1": 1.0,
+        "val-teacher/far/gain/mean@1": 1.0,
     }
+
+
+def test_the_teacher_s_gain_is_over_the_student_s_answers_to_the_same_prompts(
+    make_run: MakeRun, scripted: Scripted
+) -> None:
+    student = nn.Linear(1, 1)
+    run = make_run(self_distillation__demonstration_source="ground_truth")
+    teacher = build_teacher(student, run.self_distillation)
+    assert teacher.module is not None
+    scripted.answers[student] = lambda text, _: "321" if "123" in text else "87" if "78" in text else "0"
+    scripted.answers[teacher.module] = lambda text, _: "87" if "78" in text else "0"
+    values = evaluate(run, student, teacher)
+    assert (values["val-core/near/acc/mean@1"], values["val-teacher/near/acc/mean@1"]) == (0.5, 0.0)
+    # Differences -1 and 0: mean -0.5, standard error sqrt(2 * 0.5) / 2 = 0.5.
+    assert values["val-teacher/near/gain/mean@1"] == -0.5
+    ends = [values[name] for name in ci95_names("val-teacher/near/gain/mean@1")]
+    assert ends == pytest.approx([-0.5 - 1.96 * 0.5, -0.5 + 1.96 * 0.5], abs=1e-3)
+    assert values["val-teacher/far/gain/mean@1"] == 0.0
 
 
 @pytest.mark.parametrize("source", ["none", "peer", "ground_truth"])
@@ -223,7 +252,7 @@ def test_no_teacher_is_asked(make_run: MakeRun, scripted: Scripted, settings: di
     teacher = build_teacher(student, run.self_distillation) if run.self_distillation.distills else None
     scripted.answers[student] = lambda *_: "0"
     values = evaluate(run, student, teacher)
-    assert values == {"val-core/near/acc/mean@1": 0.0, "val-core/far/acc/mean@1": 0.0, **NO_FAILURES}
+    assert means(values) == {"val-core/near/acc/mean@1": 0.0, "val-core/far/acc/mean@1": 0.0, **NO_FAILURES}
 
 
 def test_every_evaluation_draws_the_same_noise(make_run: MakeRun, make_model: Any) -> None:

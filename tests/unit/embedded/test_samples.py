@@ -126,7 +126,7 @@ def test_the_summary_by_hand() -> None:
     values = summarize_samples(samples, config)
     lengths = [3, 3, 2, 6, 2, 4]
     prompt_lengths = [10, 10, 10, 11, 11, 11]
-    assert values == {
+    assert {name: value for name, value in values.items() if "/ci95_" not in name} == {
         metrics.GRADER_FAILURES: 0,
         metrics.SCORE_MEAN: pytest.approx(2 / 6),
         metrics.SCORE_MAX: 1,
@@ -134,6 +134,7 @@ def test_the_summary_by_hand() -> None:
         metrics.RESPONSE_LENGTH_MEAN: pytest.approx(sum(lengths) / 6),
         metrics.RESPONSE_LENGTH_MAX: 6,
         metrics.RESPONSE_LENGTH_CLIP_RATIO: pytest.approx(1 / 6),
+        metrics.REPEATED_4GRAMS: 0,
         metrics.PROMPT_LENGTH_MEAN: pytest.approx(10.5),
         metrics.PROMPT_LENGTH_MAX: 11,
         metrics.TOKENS: sum(lengths) + sum(prompt_lengths),

@@ -318,11 +318,15 @@ def test_what_is_written_when(make_task_run: MakeRun) -> None:
 
 
 def test_every_metric_has_a_description(make_task_run: MakeRun) -> None:
-    run = make_task_run(self_distillation__grpo_coef=0.5, learner__mini_batch_size=2, eval__n=2)
+    run = make_task_run(
+        self_distillation__grpo_coef=0.5, learner__mini_batch_size=2, eval__n=2, health__kl_to_initial_every=1
+    )
     train(run)
     names = {name for row in rows_of(run.run_dir) for name in row}
+    ends = {end for name in metrics.ESTIMATES for end in metrics.ci95_names(name)}
     undescribed = {name for name in names if not name.startswith(("val-core/", "val-teacher/"))}
-    assert undescribed <= metrics.DESCRIPTIONS.keys()
+    assert undescribed <= metrics.DESCRIPTIONS.keys() | ends
+    assert ends <= names
     assert metrics.DESCRIPTIONS.keys() - names == set(), "described but never written"
 
 
@@ -349,8 +353,8 @@ def test_an_error_in_a_step_is_raised_as_it_is_and_rows_before_it_stay(
 ) -> None:
     learn = Learner.learn
 
-    def fail(learner: Learner, samples: Any) -> Any:
-        return 1 / 0 if learner.version == 1 else learn(learner, samples)
+    def fail(learner: Learner, samples: Any, **how: Any) -> Any:
+        return 1 / 0 if learner.version == 1 else learn(learner, samples, **how)
 
     monkeypatch.setattr(Learner, "learn", fail)
     closed = []

@@ -90,12 +90,12 @@ def test_the_state_comes_back_as_it_was(
     learner.learn(make_samples())
     rollouts = Rollouts([[Response([5, 2], [-0.1, -0.3], True)], [Response([7], [-2.5], False)]], 4, 0.25)
     random.seed(3), np.random.seed(3), torch.manual_seed(3)
-    saved = TrainingState(learner.state_dict(), {"a": 0.1}, False, rollouts, "rows")
+    saved = TrainingState(learner.state_dict(), {"monitor": {}}, {"a": 0.1}, False, rollouts, "rows")
     saved.save(tmp_path)
     drawn = random.random(), np.random.rand(), torch.rand(1)
 
     loaded = TrainingState.load(tmp_path)
-    assert (loaded.row, loaded.is_evaluated, loaded.rollouts, loaded.data) == ({"a": 0.1}, False, rollouts, "rows")
+    assert (loaded.row, loaded.is_checked, loaded.rollouts, loaded.data) == ({"a": 0.1}, False, rollouts, "rows")
     set_random_states(loaded.random)
     assert (random.random(), np.random.rand(), torch.rand(1)) == drawn
     assert loaded.learner.keys() == saved.learner.keys()
