@@ -136,7 +136,9 @@ class Workload:
             for _ in range(self.num_prompts)
         ]
         prompts = parts.prompts_of(1)
-        return build_samples(parts.task, parts.tokenizer, prompts, responses, run.self_distillation, parts.window, rng)
+        return build_samples(
+            parts.grader, parts.tokenizer, prompts, responses, run.self_distillation, parts.window, rng
+        )
 
 
 def build_tokenizer(vocab_size: int) -> Any:

@@ -31,7 +31,13 @@ METRICS = """\
 # Metrics
 
 Every step appends one line to `metrics.jsonl` in the run folder. Names follow verl where verl has the quantity; what
-is SDPO's own stands under `self_distillation/`.
+is SDPO's own stands under `self_distillation/`, what [Training health](health.md) adds under `health/`.
+
+Some are estimates, and so have an interval of 95 %: `NAME/ci95_low` and `NAME/ci95_high`. A prompt is one observation
+in it, however many rollouts and tokens it has. That of a mean is the mean -+ 1.96 standard errors; that of a share is
+Wilson's. Those are {estimates}, and all accuracies on held-out prompts. On verl only
+`self_distillation/success_sample_fraction`, `self_distillation/success_group_fraction` and
+`self_distillation/distilled_sample_fraction` have it.
 """
 
 
@@ -69,7 +75,7 @@ def configuration() -> str:
 
 
 def metric_names() -> str:
-    page = METRICS
+    page = METRICS.format(estimates=", ".join(f"`{name}`" for name in metrics.ESTIMATES))
     for family, members in groupby(metrics.DESCRIPTIONS.items(), key=lambda item: item[0].split("/")[0]):
         rows = ((f"`{name}`", meaning) for name, meaning in members)
         page += f"\n## {family}\n\n" + table(("Name", "Meaning"), rows)
@@ -82,7 +88,18 @@ def metric_names() -> str:
         ("val-core", "student", metrics.val_name),
         ("val-teacher", "teacher, prompted as in training", metrics.teacher_val_name),
     ):
-        rows = ((f"`{name('DATA_SOURCE', key)}`", text.format(who=who)) for key, text in statistics.items())
+        rows = [(f"`{name('DATA_SOURCE', key)}`", text.format(who=who)) for key, text in statistics.items()]
+        if family == "val-teacher":
+            rows += [
+                (
+                    f"`{metrics.teacher_prompted_name('DATA_SOURCE')}`",
+                    "Share of prompts whose teacher had something to be shown.",
+                ),
+                (
+                    f"`{metrics.teacher_gain_name('DATA_SOURCE')}`",
+                    "Teacher minus student on those prompts, one greedy response each.",
+                ),
+            ]
         page += f"\n## {family}\n\n" + table(("Name", "Meaning"), rows)
     return page
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -32,11 +33,12 @@ def train(
     run_file: RunFile,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved run and what it would cost.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from run_dir's newest whole checkpoint.")] = False,
 ) -> None:
     """Train on the embedded engine: torch and transformers, nothing else."""
     from sdpo.config import load_run
 
-    run = load_run(run_file, overrides or [])
+    run = load_run(run_file, [*(overrides or []), *(["resume=must"] if resume else [])])
     if dry_run:
         from sdpo.embedded.cost import estimate_cost
         from sdpo.report.dry_run import print_dry_run
@@ -56,8 +58,8 @@ def train(
         print_result_table([read_run(result.run_dir)])
     print(f"run folder: {result.run_dir}")
     if result.interrupted:
-        print("stopped by Ctrl-C after saving a checkpoint", file=sys.stderr)
-        raise typer.Exit(130)
+        print(f"stopped by {result.interrupted}; add --resume to go on", file=sys.stderr)
+        raise typer.Exit(128 + signal.Signals[result.interrupted])
 
 
 @app.command()
@@ -142,6 +144,19 @@ def data_figures(
     with ConsoleObserver(0) as observer:
         Figures(dir=str(out), seed=seed).prepare(observer)
     print(f"made {out}/model, {out}/train.parquet, {out}/test.parquet")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="RUN_DIR/checkpoints/step_K.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
+    teacher: Annotated[bool, typer.Option("--teacher", help="The teacher, and not the student.")] = False,
+) -> None:
+    """Write a checkpoint's student or teacher as a plain model, LoRA adapters merged into it."""
+    from sdpo.embedded.export import export_model
+
+    export_model(checkpoint, out, teacher=teacher)
+    print(f"model: {out}")
 
 
 @app.command()

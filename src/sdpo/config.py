@@ -15,10 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import yaml
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sdpo.errors import UserError
+
+LARGEST_INTEGER = 2**63 - 1
+MOST_ROLLOUTS = 1_000_000
+MOST_YAML_NODES = 100_000
+DEEPEST_YAML = 50
 
 
 def setting(
@@ -30,8 +36,12 @@ def setting(
     le: float | None = None,
     choices: Sequence[str] | None = None,
     is_path: bool = False,
+    fixed: bool = False,
 ) -> Any:
-    """A dataclass field with its documentation and its range beside its default."""
+    """A dataclass field with its documentation and its range beside its default.
+
+    ``fixed``: with another value a resumed run would be another run, so that it is refused.
+    """
     metadata = {
         "help": help,
         "ge": ge,
@@ -39,6 +49,7 @@ def setting(
         "le": le,
         "choices": tuple(choices) if choices else None,
         "is_path": is_path,
+        "fixed": fixed,
     }
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -50,10 +61,18 @@ def describe_range(metadata: Mapping[str, Any]) -> str:
     if metadata.get("choices"):
         return "one of " + ", ".join(metadata["choices"])
     ge, gt, le = metadata.get("ge"), metadata.get("gt"), metadata.get("le")
-    low = f"[{ge:g}" if ge is not None else f"({gt:g}" if gt is not None else None
+    low = f"[{_format_bound(ge)}" if ge is not None else f"({_format_bound(gt)}" if gt is not None else None
     if low is None and le is None:
         return ""
-    return f"in {low or '(-inf'}, {f'{le:g}]' if le is not None else 'inf)'}"
+    return f"in {low or '(-inf'}, {f'{_format_bound(le)}]' if le is not None else 'inf)'}"
+
+
+def _format_bound(bound: float | None) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
+
+
+def _is_too_large(value: Any) -> bool:
+    return isinstance(value, int) and abs(value) > LARGEST_INTEGER
 
 
 def _in_range(value: Any, metadata: Mapping[str, Any]) -> bool:
@@ -82,6 +101,8 @@ class Section:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
+            if _is_too_large(value):
+                raise UserError(f"{self._key(f.name)} must be an integer of 64 bits, got {value!r:.40}")
             if value is None or value == MISSING or _in_range(value, f.metadata):
                 continue
             raise UserError(f"{self._key(f.name)} must be {describe_range(f.metadata) or 'finite'}, got {value!r}")
@@ -94,8 +115,10 @@ class Section:
 class ModelConfig(Section):
     section: ClassVar[str] = "model"
 
-    path: str = setting(MISSING, "Folder or hub name of the model, in the Hugging Face format.", is_path=True)
-    dtype: str = setting("float32", "Data type of the student's weights.", choices=["float32", "bfloat16"])
+    path: str = setting(
+        MISSING, "Folder or hub name of the model, in the Hugging Face format.", is_path=True, fixed=True
+    )
+    dtype: str = setting("float32", "Data type of the student's weights.", choices=["float32", "bfloat16"], fixed=True)
     attn_implementation: str = setting(
         "sdpa", "Attention kernel of transformers.", choices=["sdpa", "eager", "flash_attention_2"]
     )
@@ -111,11 +134,12 @@ class DataConfig(Section):
         "What grades a response: the name of a built-in task, or a Python file or module that defines `grade(row, "
         "response)`.",
         is_path=True,
+        fixed=True,
     )
-    task_args: dict[str, Any] = setting({}, "Arguments of the task, by name.")
-    train_files: list[str] = setting([], "Parquet files of training rows, in verl's schema.", is_path=True)
+    task_args: dict[str, Any] = setting({}, "Arguments of the task, by name.", fixed=True)
+    train_files: list[str] = setting([], "Parquet files of training rows, in verl's schema.", is_path=True, fixed=True)
     val_files: list[str] = setting([], "Parquet files of held-out rows, in verl's schema.", is_path=True)
-    train_batch_size: int = setting(32, "Prompts a step.", ge=1)
+    train_batch_size: int = setting(32, "Prompts a step.", ge=1, fixed=True)
     max_prompt_length: int = setting(2048, "Longest prompt, in tokens.", ge=1)
     filter_overlong_prompts: bool = setting(False, "Skip and count longer prompts; otherwise they are an error.")
     max_pixels: int = setting(
@@ -126,7 +150,17 @@ class DataConfig(Section):
     filter_unreadable_images: bool = setting(
         False, "Skip and count rows whose images cannot be read; otherwise they are an error."
     )
-    shuffle: bool = setting(True, "Draw the training rows in an order given by the seed, anew each epoch.")
+    grader_timeout: float | None = setting(
+        30.0, "Seconds that grading one response may take; longer is a failure of the grader.", gt=0, le=86_400
+    )
+    max_grader_failures: float = setting(
+        0.1,
+        "Largest share of a step's or an evaluation's responses on which the grader may fail (raise, take too long, "
+        "return no score); with more, the run stops.",
+        ge=0,
+        le=1,
+    )
+    shuffle: bool = setting(True, "Draw the training rows in an order given by the seed, anew each epoch.", fixed=True)
 
 
 @dataclass(frozen=True)
@@ -139,13 +173,16 @@ class SamplerConfig(Section):
         choices=["transformers", "vllm"],
     )
     device: str = setting("auto", "Where rollouts are sampled: auto, cpu, cuda, cuda:0, mps, ...")
-    n: int = setting(8, "Rollouts a prompt.", ge=1)
+    n: int = setting(8, "Rollouts a prompt.", ge=1, fixed=True)
     temperature: float = setting(1.0, "Sampling temperature; student and teacher logits are divided by it too.", gt=0)
     top_p: float = setting(1.0, "Nucleus sampling: keep the likeliest tokens that reach this mass.", gt=0, le=1)
-    max_response_length: int = setting(1024, "Longest response, in tokens.", ge=1)
+    max_response_length: int = setting(1024, "Longest response, in tokens.", ge=1, le=10_000_000)
     batch_size: int = setting(256, "Sequences decoded side by side.", ge=1)
     kv_cache_gib: float = setting(4.0, "Size of vLLM's key-value cache, in GiB (engine vllm).", gt=0)
-    num_threads: int | None = setting(None, "CPU threads of the sampler's own process (staleness 1).", ge=1)
+    num_threads: int | None = setting(None, "CPU threads of the sampler's own process (staleness 1).", ge=1, le=1024)
+    max_restarts: int = setting(
+        3, "How often in a run that process is started again if it is killed (staleness 1).", ge=0
+    )
 
 
 @dataclass(frozen=True)
@@ -153,7 +190,9 @@ class LearnerConfig(Section):
     section: ClassVar[str] = "learner"
 
     device: str = setting("auto", "Where student and teacher are trained: auto, cpu, cuda, cuda:1, mps, ...")
-    mini_batch_size: int | None = setting(None, "Prompts an optimizer step; all prompts of the step if not set.", ge=1)
+    mini_batch_size: int | None = setting(
+        None, "Prompts an optimizer step; all prompts of the step if not set.", ge=1, fixed=True
+    )
     micro_batch_tokens: int = setting(
         4096,
         "Most tokens in one micro-batch, the teacher's included, and padding where the model cannot read packed rows; "
@@ -173,10 +212,38 @@ class LearnerConfig(Section):
     rollout_is_threshold: float = setting(2.0, "Those weights are truncated above this.", gt=0)
     autocast: bool = setting(False, "Run forward and backward in bfloat16 autocast; weights keep model.dtype.")
     freeze_vision: bool = setting(
-        False, "Train the language model alone and leave the image tower and its projector as they are."
+        False,
+        "Train the language model alone and leave the image tower and its projector as they are.",
+        fixed=True,
     )
     gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
-    num_threads: int | None = setting(None, "CPU threads of the learner's process; torch's choice if not set.", ge=1)
+    num_threads: int | None = setting(
+        None, "CPU threads of the learner's process; torch's choice if not set.", ge=1, le=1024
+    )
+
+
+@dataclass(frozen=True)
+class LoraConfig(Section):
+    """Low-rank adapters; with them all other weights, an image tower's too, stay as they are."""
+
+    section: ClassVar[str] = "lora"
+
+    rank: int = setting(0, "Rank of the adapters; 0: none, all weights are trained. Embedded engine.", ge=0, fixed=True)
+    alpha: int | None = setting(
+        None, "An adapter's product is multiplied by alpha / rank; twice the rank if not set.", ge=1, fixed=True
+    )
+    target_modules: list[str] = setting(
+        [],
+        "Linear layers of the language model that get adapters, by the end of their names (q_proj); if empty, all but "
+        "the output layer.",
+        fixed=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("alpha", "target_modules"):
+            if self.rank == 0 and getattr(self, name):
+                raise UserError(f"lora.{name} has no effect with lora.rank=0; set lora.rank or remove it")
 
 
 @dataclass(frozen=True)
@@ -189,7 +256,10 @@ class OptimConfig(Section):
     beta2: float = setting(0.999, "AdamW's second-moment decay.", ge=0, le=1)
     warmup_steps: int = setting(10, "Optimizer steps of linear warm-up.", ge=0)
     schedule: str = setting(
-        "constant", "Learning rate after warm-up, over the whole run.", choices=["constant", "linear", "cosine"]
+        "constant",
+        "Learning rate after warm-up, over the whole run.",
+        choices=["constant", "linear", "cosine"],
+        fixed=True,
     )
     grad_clip: float = setting(1.0, "Largest global gradient norm.", gt=0)
 
@@ -234,7 +304,11 @@ class SelfDistillationConfig(Section):
 
     # The blend with GRPO
     grpo_coef: float = setting(
-        0.0, "grpo_coef * GRPO + (1 - grpo_coef) * SDPO; 1 is plain GRPO, without a teacher.", ge=0, le=1
+        0.0,
+        "grpo_coef * GRPO + (1 - grpo_coef) * SDPO; 1 is plain GRPO, without a teacher.",
+        ge=0,
+        le=1,
+        fixed=True,
     )
     clip_ratio_low: float = setting(0.2, "PPO clipping of the ratio below 1, in the GRPO part.", ge=0, le=1)
     clip_ratio_high: float = setting(0.2, "PPO clipping of the ratio above 1, in the GRPO part.", ge=0)
@@ -246,6 +320,7 @@ class SelfDistillationConfig(Section):
         "ema: moving average of the student; trust-region: logits between the initial model and the student; frozen: "
         "the initial model; live: the student itself; snapshot: the student of some steps ago.",
         choices=["ema", "trust-region", "frozen", "live", "snapshot"],
+        fixed=True,
     )
     ema_update_rate: float = setting(
         0.05,
@@ -332,7 +407,10 @@ class EvalConfig(Section):
     before_training: bool = setting(True, "Also evaluate before the first step.")
     max_prompts: int | None = setting(None, "Held-out rows used, from the first; all if not set.", ge=1)
     n: int = setting(
-        0, "Sampled responses a held-out prompt for mean@n and best@n (pass@n), at least 2; 0: greedy only.", ge=0
+        0,
+        "Sampled responses a held-out prompt for mean@n and best@n (pass@n), at least 2; 0: greedy only.",
+        ge=0,
+        le=10_000,
     )
     temperature: float = setting(1.0, "Temperature of those samples.", gt=0)
     top_p: float = setting(1.0, "Nucleus of those samples.", gt=0, le=1)
@@ -342,6 +420,77 @@ class EvalConfig(Section):
         super().__post_init__()
         if self.n == 1:
             raise UserError("eval.n must be 0 or at least 2, got 1: mean@1 is the name of the greedy accuracy")
+
+
+ALARM_ACTIONS = ("ignore", "warn", "lower", "freeze", "stop")
+
+
+@dataclass(frozen=True)
+class HealthConfig(Section):
+    """Rules that watch the training, explained in ``docs/health.md``. The embedded engine alone has them."""
+
+    section: ClassVar[str] = "health"
+
+    score_collapse: str = setting(
+        "warn",
+        "What to do when the training score falls: ignore it; warn; lower the distillation weight; freeze the teacher; "
+        "stop.",
+        choices=ALARM_ACTIONS,
+    )
+    entropy_collapse: str = setting(
+        "warn", "... when the entropy falls and the score does not rise.", choices=ALARM_ACTIONS
+    )
+    entropy_explosion: str = setting("warn", "... when the entropy rises.", choices=ALARM_ACTIONS)
+    length_collapse: str = setting(
+        "warn",
+        "... when responses become short and the score does not rise, or many more are cut off.",
+        choices=ALARM_ACTIONS,
+    )
+    teacher_worse: str = setting(
+        "warn", "... when the teacher is worse than the student at an evaluation.", choices=ALARM_ACTIONS
+    )
+    nothing_to_distil: str = setting(
+        "warn", "... when hardly a sample is distilled, though many fail.", choices=ALARM_ACTIONS
+    )
+    window: int = setting(5, "Steps whose mean is compared; no rule holds before twice as many.", ge=1)
+    tolerance: float = setting(
+        6.0, "A change counts only if it is more than so many standard errors, as neighbouring steps differ.", ge=0
+    )
+    score_drop: float = setting(0.1, "Score: falls by more than this share of its best.", ge=0)
+    entropy_fall: float = setting(0.1, "Entropy: falls below this share of the first window's.", ge=0, le=1)
+    entropy_rise: float = setting(2.0, "Entropy: rises above so many times its lowest.", ge=1)
+    length_fall: float = setting(0.5, "Length: falls below this share of the first window's.", ge=0, le=1)
+    clip_rise: float = setting(
+        0.25, "Length: the share of responses that are cut off rises by more than this above its lowest.", ge=0, le=1
+    )
+    teacher_margin: float = setting(
+        0.02, "Teacher: its held-out accuracy is below the student's by more than this, with 95 % confidence.", ge=0
+    )
+    distilled_share: float = setting(
+        0.02,
+        "Distilled: at most this share of the samples is, though more than this share fails.",
+        ge=0,
+        le=1,
+    )
+    lower_factor: float = setting(
+        0.5, "The action lower multiplies the weight of the distillation loss by this, each time.", gt=0, le=1
+    )
+    lower_floor: float = setting(0.1, "... but never makes it less than this share of what is scheduled.", gt=0, le=1)
+    kl_to_initial_every: int = setting(
+        0,
+        "Steps between estimates of the KL divergence from the initial model; 0: never. Costs two forward passes each "
+        "time and, unless the teacher is frozen or trust-region, a copy of the initial weights.",
+        ge=0,
+    )
+
+    @property
+    def actions(self) -> dict[str, str]:
+        """What each rule does, by the rule's name."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["choices"]}
+
+    @property
+    def may_freeze(self) -> bool:
+        return "freeze" in self.actions.values()
 
 
 @dataclass(frozen=True)
@@ -366,13 +515,30 @@ class Run(Section):
     ``verl.trainer.nnodes=2`` on the command line arrives.
     """
 
-    seed: int = setting(0, "Seed of everything that is random.", ge=0)
+    seed: int = setting(0, "Seed of everything that is random.", ge=0, fixed=True)
     run_dir: str = setting(MISSING, "Folder of the run; everything it writes stands directly under it.", is_path=True)
-    total_steps: int = setting(100, "Training steps (rollout batches).", ge=1)
+    total_steps: int = setting(100, "Training steps (rollout batches).", ge=1, le=1_000_000_000)
     eval_every: int = setting(10, "Steps between evaluations; 0: only before the first and after the last step.", ge=0)
     save_every: int = setting(0, "Steps between checkpoints; 0: only after the last step.", ge=0)
+    keep_last: int = setting(2, "Newest checkpoints that are kept.", ge=1)
+    keep_best: int = setting(
+        1, "Besides, so many of those with the highest held-out accuracy; one counts if its step was evaluated.", ge=0
+    )
+    resume: str = setting(
+        "never",
+        "What becomes of an earlier run in run_dir. never: it is moved aside; auto: it goes on from its newest whole "
+        "checkpoint, if there is one; must: the same, and without one is an error.",
+        choices=["never", "auto", "must"],
+    )
+    stop_within: float = setting(
+        20.0, "Seconds that a stopped run (Ctrl-C, SIGTERM) waits for rollouts in flight before it saves.", ge=0
+    )
     staleness: int = setting(
-        0, "0: sample, then learn. 1: batch k+1 is sampled in another process while batch k is learned.", ge=0, le=1
+        0,
+        "0: sample, then learn. 1: batch k+1 is sampled in another process while batch k is learned.",
+        ge=0,
+        le=1,
+        fixed=True,
     )
     verl: dict[str, Any] = setting(
         {},
@@ -383,18 +549,45 @@ class Run(Section):
     data: DataConfig = field(default_factory=DataConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     self_distillation: SelfDistillationConfig = field(default_factory=SelfDistillationConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.data.train_batch_size * self.sampler.n > MOST_ROLLOUTS:
+            raise UserError(
+                f"data.train_batch_size={self.data.train_batch_size} times sampler.n={self.sampler.n} is more than "
+                f"{MOST_ROLLOUTS} rollouts a step; lower one of them"
+            )
+        for rule, action in self.health.actions.items():
+            if action in ("lower", "freeze") and not self.self_distillation.distills:
+                raise UserError(
+                    f"health.{rule}={action} has no effect with self_distillation.grpo_coef=1, where nothing is "
+                    "distilled; use warn or stop"
+                )
+            if action == "freeze" and self.self_distillation.teacher_regularization == "frozen":
+                raise UserError(
+                    f"health.{rule}=freeze has no effect with self_distillation.teacher_regularization=frozen; use "
+                    "warn, lower or stop"
+                )
         mini = self.learner.mini_batch_size
         if mini is not None and self.data.train_batch_size % mini:
             raise UserError(
                 f"learner.mini_batch_size={mini} must divide data.train_batch_size={self.data.train_batch_size}"
             )
+        if self.lora.rank and self.learner.freeze_vision:
+            raise UserError(
+                "learner.freeze_vision has no effect with lora.rank > 0, which never trains the image tower; remove it"
+            )
+
+    @property
+    def trains_vision(self) -> bool:
+        """Whether the image tower, where there is one, learns."""
+        return not self.learner.freeze_vision and self.lora.rank == 0
 
 
 _SECTIONS = tuple(f.name for f in dataclasses.fields(Run) if f.default_factory is not dataclasses.MISSING)
@@ -430,10 +623,13 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
             wrong type or is out of range, or a mandatory key is not set. One line each.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path}: no such run file; shipped ones are in configs/")
     try:
+        _refuse_endless_yaml(path)
         loaded = OmegaConf.load(path)
+    except UserError:
+        raise
     except Exception as error:  # yaml raises its own family of errors
         raise UserError(f"{path}: not a YAML file: {_one_line(error)}") from error
     if isinstance(loaded, ListConfig) or not isinstance(loaded, DictConfig):
@@ -446,6 +642,25 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     except Exception as error:
         raise UserError(f"overrides {' '.join(overrides)}: {_one_line(error)}") from error
     return _build_run([(str(path), loaded), *([("command line", changes)] if overrides else [])])
+
+
+def _refuse_endless_yaml(path: Path) -> None:
+    """An alias can stand for itself, or a few of them for more than memory holds."""
+    with path.open(encoding="utf-8") as file:
+        pending = [(yaml.compose(file), 1)]
+    num_nodes = 0
+    while pending:
+        node, depth = pending.pop()
+        num_nodes += 1
+        if depth > DEEPEST_YAML or num_nodes > MOST_YAML_NODES:
+            raise UserError(
+                f"{path}: line {node.start_mark.line + 1}: more than {DEEPEST_YAML} levels or {MOST_YAML_NODES} "
+                "values, aliases written out; a run is a few sections with settings in them"
+            )
+        if isinstance(node, yaml.MappingNode):
+            pending += [(child, depth + 1) for pair in node.value for child in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            pending += [(child, depth + 1) for child in node.value]
 
 
 def _build_run(sources: Sequence[tuple[str, DictConfig]]) -> Run:
@@ -463,8 +678,10 @@ def _build_run(sources: Sequence[tuple[str, DictConfig]]) -> Run:
             raise UserError(f"{origin}: {_explain(error)}") from error
     origin = " + ".join(name for name, _ in sources)
     try:
-        for key, _ in iterate_settings():
-            OmegaConf.select(merged, key)  # unlike resolve, it names the key whose interpolation fails
+        for key, f in iterate_settings():
+            value = OmegaConf.select(merged, key)  # unlike resolve, it names the key whose interpolation fails
+            if str(f.type).startswith("list") and not isinstance(value, ListConfig):
+                raise UserError(f"{key} must be a list, in brackets, got {value!r}")
         OmegaConf.resolve(merged)
         _expand_home(merged)
         missing = sorted(OmegaConf.missing_keys(merged))
@@ -505,13 +722,31 @@ def _refuse_unknown_keys(origin: str, values: Any, schema: Any = None, prefix: s
         if key not in known:
             every = [k for k, _ in iterate_settings()] + [f.name for f in dataclasses.fields(Run)]
             near = difflib.get_close_matches(f"{prefix}{key}", every, n=1, cutoff=0.5)
-            near = near or [k for k in every if k.split(".")[-1] == str(key)][:1]
-            hint = f"; did you mean {near[0]}?" if near else "; docs/configuration.md lists all keys"
+            same = [k for k in every if k.split(".")[-1] == str(key)]  # without its section, or in another's
+            near = same if same and not prefix else near or same[:1]
+            hint = f"; did you mean {' or '.join(near)}?" if near else "; docs/configuration.md lists all keys"
             raise UserError(f"{origin}: unknown key {prefix}{key}{hint}")
+        if not isinstance(known[key], Section) and not _can_be_written(value):
+            raise UserError(f"{origin}: {prefix}{key} has characters that no file can be named by, got {value!r}")
+        if _is_too_large(value):  # of which a float cannot even be made
+            raise UserError(f"{origin}: {prefix}{key} must be an integer of 64 bits, got {value!r:.40}")
         if isinstance(known[key], Section):
             _refuse_unknown_keys(origin, value, known[key], f"{key}.")
         elif isinstance(known[key], list) and not isinstance(value, list) and "${" not in str(value):
             raise UserError(f"{origin}: {prefix}{key} must be a list, in brackets, got {value!r}")
+        elif isinstance(known[key], list) and any(isinstance(each, (list, Mapping)) for each in value):
+            raise UserError(f"{origin}: {prefix}{key} must be a list of names, got {value!r}")
+        elif isinstance(known[key], dict) and not isinstance(value, Mapping):
+            raise UserError(f"{origin}: {prefix}{key} must be a mapping of names to values, got {value!r}")
+
+
+def _can_be_written(value: Any) -> bool:
+    """Whether all texts in a value are free of NUL and of halves of surrogate pairs."""
+    if isinstance(value, Mapping):
+        return all(_can_be_written(each) for each in [*value, *value.values()])
+    if isinstance(value, list):
+        return all(map(_can_be_written, value))
+    return not isinstance(value, str) or not any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value)
 
 
 def _explain(error: OmegaConfBaseException) -> str:

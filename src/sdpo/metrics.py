@@ -5,12 +5,15 @@ Names after verl where verl has the quantity, ``self_distillation/`` where it do
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 STEP = "training/global_step"
 EPOCH = "training/epoch"
 
 SCORE_MEAN = "critic/score/mean"
 SCORE_MAX = "critic/score/max"
 SCORE_MIN = "critic/score/min"
+GRADER_FAILURES = "critic/grader_failures"
 ADVANTAGES_MEAN = "critic/advantages/mean"
 
 LOSS = "actor/loss"
@@ -25,6 +28,7 @@ SKIPPED_UPDATES = "actor/skipped_updates"
 RESPONSE_LENGTH_MEAN = "response_length/mean"
 RESPONSE_LENGTH_MAX = "response_length/max"
 RESPONSE_LENGTH_CLIP_RATIO = "response_length/clip_ratio"
+REPEATED_4GRAMS = "response/repeated_4gram_fraction"
 PROMPT_LENGTH_MEAN = "prompt_length/mean"
 PROMPT_LENGTH_MAX = "prompt_length/max"
 
@@ -43,11 +47,19 @@ FEEDBACK_FRACTION = "self_distillation/feedback_used_fraction"
 TRUNCATED_FRACTION = "self_distillation/reprompt_truncated_fraction"
 OVERLONG_FRACTION = "self_distillation/reprompt_overlong_fraction"
 TEACHER_GAP = "self_distillation/teacher_student_log_prob_gap"
+GAP_POSITIVE_FRACTION = "self_distillation/teacher_student_log_prob_gap_positive_fraction"
+GAP_POSITIVE_PART = "self_distillation/teacher_student_log_prob_gap_positive_part"
+GAP_NEGATIVE_PART = "self_distillation/teacher_student_log_prob_gap_negative_part"
 TEACHER_ENTROPY = "self_distillation/teacher_entropy"
 IS_RATIO_MEAN = "self_distillation/is_ratio_mean"
 IS_CLIP_FRACTION = "self_distillation/is_clip_fraction"
 NONFINITE_SAMPLES = "self_distillation/nonfinite_samples"
 STALENESS = "self_distillation/staleness"
+
+VAL_GRADER_FAILURES = "val-aux/grader_failures"
+KL_TO_INITIAL = "health/kl_to_initial"
+ALARMS = "health/alarms"
+TEACHER_FROZEN = "health/teacher_frozen"
 
 TIME_SAMPLE = "timing_s/gen"
 TIME_WAIT = "timing_s/wait_for_rollouts"
@@ -65,6 +77,7 @@ DESCRIPTIONS: dict[str, str] = {
     SCORE_MEAN: "Mean score of the step's rollouts.",
     SCORE_MAX: "Highest score of the step's rollouts.",
     SCORE_MIN: "Lowest score of the step's rollouts.",
+    GRADER_FAILURES: "Rollouts on which the grader failed: they teach nothing, and no mean has them.",
     ADVANTAGES_MEAN: "Mean group-relative advantage over response tokens (only if grpo_coef > 0).",
     LOSS: "The loss that was differentiated, summed over the micro-batches of a mini-batch, mean over mini-batches.",
     PG_LOSS: "Its GRPO part, before grpo_coef (only if grpo_coef > 0).",
@@ -77,6 +90,7 @@ DESCRIPTIONS: dict[str, str] = {
     RESPONSE_LENGTH_MEAN: "Mean response length in tokens, end-of-sequence included.",
     RESPONSE_LENGTH_MAX: "Longest response.",
     RESPONSE_LENGTH_CLIP_RATIO: "Share of responses cut off at sampler.max_response_length.",
+    REPEATED_4GRAMS: "Share of a response's 4-grams of tokens that stood in it before, mean over responses with any.",
     PROMPT_LENGTH_MEAN: "Mean prompt length in tokens.",
     PROMPT_LENGTH_MAX: "Longest prompt.",
     ROLLOUT_IS_MEAN: "Mean truncated importance weight old policy / sampler over response tokens.",
@@ -84,7 +98,7 @@ DESCRIPTIONS: dict[str, str] = {
     ROLLOUT_KL: "Estimate of KL(sampler || old policy), mean of log sampler - log old over response tokens.",
     DISTILLATION_LOSS: "The distillation part of the loss, before its weight and the blend (only if grpo_coef < 1).",
     DIVERGENCE: "Mean divergence of a distilled token in nats, before ratios and weights.",
-    DISTILLATION_WEIGHT: "The scheduled weight of the distillation part.",
+    DISTILLATION_WEIGHT: "The weight of the distillation part: as scheduled, times what alarms made of it.",
     DISTILLED_FRACTION: "Share of samples that were distilled (their teacher was shown something).",
     SUCCESS_FRACTION: "Share of samples that reached success_reward_threshold.",
     SUCCESS_GROUP_FRACTION: "Share of prompts with at least one success.",
@@ -93,11 +107,19 @@ DESCRIPTIONS: dict[str, str] = {
     TRUNCATED_FRACTION: "Share of samples whose demonstration or feedback was trimmed to fit max_reprompt_len.",
     OVERLONG_FRACTION: "Share of samples left out because even an empty demonstration did not fit.",
     TEACHER_GAP: "Mean of teacher minus student log-probability of the sampled tokens, over distilled tokens.",
+    GAP_POSITIVE_FRACTION: "Share of distilled tokens that the teacher finds likelier than the student does.",
+    GAP_POSITIVE_PART: "What those tokens contribute to the gap: mean of max(gap, 0) over distilled tokens.",
+    GAP_NEGATIVE_PART: "What the others do: mean of min(gap, 0) over distilled tokens. The two add up to the gap.",
     TEACHER_ENTROPY: "Entropy of the teacher's next-token distribution in nats, mean over distilled tokens.",
     IS_RATIO_MEAN: "Mean truncated ratio student / old policy over distilled tokens.",
     IS_CLIP_FRACTION: "Share of distilled tokens whose ratio was truncated at is_clip.",
     NONFINITE_SAMPLES: "Samples dropped because a number of theirs was not finite.",
     STALENESS: "Weight updates between the weights that sampled and the weights that learn.",
+    VAL_GRADER_FAILURES: "Held-out responses on which the grader failed: no mean has them.",
+    KL_TO_INITIAL: "Estimate of KL(student || initial model), mean of log student - log initial over response tokens, "
+    "before the step's update (only if health.kl_to_initial_every > 0).",
+    ALARMS: "Alarms raised at this step.",
+    TEACHER_FROZEN: "1 once an alarm has frozen the teacher.",
     TIME_SAMPLE: "Seconds the sampler spent on the step's rollouts.",
     TIME_WAIT: "Seconds the learner waited for them.",
     TIME_LEARN: "Seconds of forward, backward, optimizer and teacher update.",
@@ -110,9 +132,40 @@ DESCRIPTIONS: dict[str, str] = {
 }
 
 
+# Metrics with an interval beside them; so have all held-out ones.
+ESTIMATES = (
+    SCORE_MEAN,
+    ENTROPY,
+    RESPONSE_LENGTH_MEAN,
+    RESPONSE_LENGTH_CLIP_RATIO,
+    REPEATED_4GRAMS,
+    DISTILLED_FRACTION,
+    SUCCESS_FRACTION,
+    SUCCESS_GROUP_FRACTION,
+    TEACHER_GAP,
+    KL_TO_INITIAL,
+)
+
+
+def ci95_names(metric: str) -> tuple[str, str]:
+    """Names of the two ends of its 95 % interval."""
+    return f"{metric}/ci95_low", f"{metric}/ci95_high"
+
+
+def find_score(values: Mapping[str, float]) -> float | None:
+    """The held-out accuracy by which checkpoints are compared: greedy, mean over data sources; None without one."""
+    found = [value for name, value in values.items() if is_headline_accuracy(name)]
+    return sum(found) / len(found) if found else None
+
+
 def val_name(data_source: str, statistic: str) -> str:
     """Name of a held-out accuracy of the student, e.g. ``val-core/hidden_rule/acc/mean@1`` (greedy)."""
     return f"val-core/{data_source}/acc/{statistic}"
+
+
+def is_headline_accuracy(name: str) -> bool:
+    """Whether it is the student's greedy held-out accuracy on some data source."""
+    return name.startswith("val-core/") and name.endswith("/acc/mean@1")
 
 
 def teacher_prompted_name(data_source: str) -> str:
@@ -123,3 +176,8 @@ def teacher_prompted_name(data_source: str) -> str:
 def teacher_val_name(data_source: str, statistic: str) -> str:
     """The same for the teacher, prompted as it is in training."""
     return f"val-teacher/{data_source}/acc/{statistic}"
+
+
+def teacher_gain_name(data_source: str) -> str:
+    """Teacher minus student on the prompts whose teacher had something to be shown, one greedy response each."""
+    return f"val-teacher/{data_source}/gain/mean@1"

@@ -83,6 +83,16 @@ class Task:
 build_task = Task
 """
 
+SLOWLY = """
+import time
+
+class build_task(Task):
+    def grade(self, row, response):
+        grade = super().grade(row, response)
+        time.sleep(0.1 * (grade["score"] < 0.5))
+        return grade
+"""
+
 # A model that comes with code: it turns its distribution upside down, and tells with how many threads it samples.
 MODEL_CODE = """
 import os
@@ -141,6 +151,7 @@ def make_files(folder: Path) -> None:
 
     (folder / "task.py").write_text(TASK.replace("SALT", "0"))
     (folder / "other_task.py").write_text(TASK.replace("SALT", "1"))
+    (folder / "slow_task.py").write_text(TASK.replace("SALT", "0") + SLOWLY)
     for name, first, count in (("train", 0, 10), ("other_train", 100, 4), ("test", 200, 6), ("other_test", 300, 6)):
         rows = [
             {
@@ -189,6 +200,7 @@ class Ran:
     sampler_threads: frozenset[int] = frozenset()  # of the sampler's own process, if the model came with code
     tracked: Sequence[Any] = ()
     messages: Sequence[str] = ()
+    alarms: Sequence[Mapping[str, Any]] = ()
 
     def outcome(self) -> Any:
         return self.error, self.rows, self.rollouts
@@ -311,6 +323,8 @@ class Runner:
                 hook.remove()
         run_dir = Path(run.run_dir)
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        alarms_file = run_dir / "alarms.jsonl"
+        raised = alarms_file.read_text().splitlines() if alarms_file.exists() else []
         return Ran(
             error=None,
             rows=[
@@ -330,6 +344,7 @@ class Runner:
             ),
             tracked=tracked,
             messages=messages,
+            alarms=[json.loads(line) for line in raised],
         )
 
     def find_devices(self, changes: Mapping[str, Any]) -> dict[str, str]:
@@ -372,6 +387,38 @@ class Runner:
             build_parts(change(BASE, changes), Silent()).folder.close()
         return asked
 
+    def find_first_step(self, changes: Mapping[str, Any]) -> int:
+        """Where the run begins in the folder of one that has had a step."""
+        with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=self.folder) as place:
+            patch.chdir(place)
+            train(change(BASE, {**changes, "resume": "never", "total_steps": 1}))
+            parts = build_parts(change(BASE, changes), Silent())
+            parts.folder.close()
+            return parts.learner.version + 1
+
+    def find_wait(self, changes: Mapping[str, Any]) -> float:
+        """How long a run that is stopped would wait for rollouts in flight."""
+        waits: list[float] = []
+
+        def stop(_: Any) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=self.folder) as place:
+            patch.chdir(place)
+            patch.setattr("sdpo.embedded.trainer._Training.run_to_end", stop)
+            patch.setattr("sdpo.embedded.trainer._Training.rescue", lambda _, wait: waits.append(wait))
+            train(change(BASE, changes))
+        return waits[0]
+
+    def find_restarts(self, changes: Mapping[str, Any]) -> int:
+        """How often the sampler's process may be started again."""
+        with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=self.folder) as place:
+            patch.chdir(place)
+            parts = build_parts(change(BASE, changes), Silent())
+            parts.folder.close()
+            parts.sampler.close()
+            return parts.sampler._restarts_left  # type: ignore[attr-defined,no-any-return]
+
     def _keep_code_here(self, patch: pytest.MonkeyPatch) -> None:
         # Where transformers copies a model's code: read from the environment when it is imported, so in a new process.
         patch.setenv("HF_MODULES_CACHE", str(self.folder / "code"))
@@ -383,7 +430,7 @@ def add_trackers(tracked: list[Any], patch: pytest.MonkeyPatch) -> None:
     """Stand-ins for the tracking libraries, which tell what they are given."""
 
     class SummaryWriter:
-        def __init__(self, folder: str) -> None:
+        def __init__(self, folder: str, purge_step: int | None) -> None:
             tracked.append(("tensorboard", folder))
 
         def add_scalar(self, name: str, value: float, step: int) -> None:
@@ -431,11 +478,20 @@ class Case:
     look: Callable[[Runner, Mapping[str, Any]], Any] = Runner.__call__
 
 
+def itself(found: Any) -> Any:
+    return found
+
+
+def alarms(ran: Ran) -> list[Any]:
+    return [(alarm["step"], alarm["rule"], alarm["action"]) for alarm in ran.alarms]
+
+
 def calls(name: str) -> Callable[[Ran], int]:
     return lambda ran: ran.calls[name]
 
 
 ONE_STEP = {"total_steps": 1}
+SAVING = {"total_steps": 4, "save_every": 1, "eval_every": 1}
 THREE = {"total_steps": 3}
 GRPO = {"self_distillation.grpo_coef": 1.0}
 MINIS = {"learner.mini_batch_size": 1}
@@ -447,7 +503,18 @@ IMAGES = {
     "data.train_files": ["../images.parquet"],
     "data.val_files": ["../images.parquet"],
 }
+SLOW_GRADER = {"data.task": "../slow_task.py"}
 WANDB = {"tracking.backends": ["wandb"]}
+# So that chance alone makes alarms.
+UNWELL = {"total_steps": 6, "health.window": 1, "health.tolerance": 0.0, "health.score_drop": 0.0}
+WORSE = {"total_steps": 6, "health.window": 1, "eval_every": 1, "health.teacher_margin": 0.0, "optim.lr": 1e-1}
+NOTHING = {
+    "total_steps": 6,
+    "health.window": 1,
+    "self_distillation.demonstration_source": "peer",
+    "data.train_batch_size": 1,
+    "sampler.n": 2,
+}
 
 CASES = {
     "seed": Case([1]),
@@ -455,6 +522,10 @@ CASES = {
     "total_steps": Case([3]),
     "eval_every": Case([1]),
     "save_every": Case([1], observe=lambda ran: set(ran.checkpoints)),
+    "keep_last": Case([1, 4], SAVING, observe=lambda ran: set(ran.checkpoints), keeps=Ran.outcome),
+    "keep_best": Case([4], SAVING, observe=lambda ran: set(ran.checkpoints), keeps=Ran.outcome),
+    "resume": Case(["auto"], look=Runner.find_first_step, observe=itself),
+    "stop_within": Case([0.0], look=Runner.find_wait, observe=itself),
     "staleness": Case([1], WITH_CODE),
     # What verl makes of them is seen in tests/unit/verl_backend/test_translate.py.
     "verl": Case([{"trainer.nnodes": 2}], observe=lambda ran: ran.messages, keeps=Ran.outcome),
@@ -471,6 +542,12 @@ CASES = {
     "data.filter_overlong_prompts": Case([True], {"data.max_prompt_length": 11}),
     "data.max_pixels": Case([800], IMAGES),
     "data.filter_unreadable_images": Case([True], {**IMAGES, "data.train_files": ["../broken_images.parquet"]}),
+    "data.grader_timeout": Case(
+        [0.02],
+        {**SLOW_GRADER, "data.max_grader_failures": 1.0},
+        observe=lambda ran: ran.series(metrics.GRADER_FAILURES),
+    ),
+    "data.max_grader_failures": Case([1.0], {**SLOW_GRADER, "data.grader_timeout": 0.02}),
     "data.shuffle": Case([False]),
     # That vLLM then samples, and that its cache has this size, is seen in tests/vllm.
     "sampler.engine": Case(["vllm"], observe=itemgetter("engine"), look=Runner.find_engine),
@@ -483,6 +560,7 @@ CASES = {
     "sampler.kv_cache_gib": Case(
         [0.5], {"sampler.engine": "vllm"}, observe=itemgetter("kv_cache_memory_bytes"), look=Runner.find_engine
     ),
+    "sampler.max_restarts": Case([0], {"staleness": 1}, look=Runner.find_restarts, observe=itself),
     "sampler.num_threads": Case([2], {"staleness": 1, **WITH_CODE}, observe=lambda ran: ran.sampler_threads),
     "learner.device": Case(["meta"], observe=itemgetter("learner"), look=Runner.find_devices),
     "learner.mini_batch_size": Case([2, 1]),
@@ -494,6 +572,9 @@ CASES = {
     "learner.freeze_vision": Case([True], IMAGES),
     "learner.gradient_checkpointing": Case([True], observe=calls("layer with gradient"), keeps=Ran.outcome),
     "learner.num_threads": Case([2], ONE_STEP, observe=lambda ran: ran.num_threads),
+    "lora.rank": Case([2, 4]),
+    "lora.alpha": Case([1, 16], {"lora.rank": 2}),
+    "lora.target_modules": Case([["q_proj"], ["q_proj", "down_proj"]], {"lora.rank": 2}),
     "optim.lr": Case([2e-2]),
     "optim.weight_decay": Case([10.0]),
     "optim.beta1": Case([0.1], THREE),
@@ -538,6 +619,24 @@ CASES = {
     "eval.temperature": Case([0.2], {"eval.n": 3}),
     "eval.top_p": Case([0.2], {"eval.n": 3}),
     "eval.teacher": Case([False]),
+    "health.score_collapse": Case(["ignore", "stop"], UNWELL, observe=alarms),
+    "health.entropy_collapse": Case(["ignore", "stop"], {**UNWELL, "health.entropy_fall": 1.0}, observe=alarms),
+    "health.entropy_explosion": Case(["ignore", "stop"], {**UNWELL, "health.entropy_rise": 1.0}, observe=alarms),
+    "health.length_collapse": Case(["ignore", "stop"], {**UNWELL, "health.length_fall": 1.0}, observe=alarms),
+    "health.teacher_worse": Case(["ignore", "stop"], WORSE, observe=alarms),
+    "health.nothing_to_distil": Case(["ignore", "stop"], NOTHING, observe=alarms),
+    "health.window": Case([2, 3], UNWELL, observe=alarms),
+    "health.tolerance": Case([100.0], UNWELL, observe=alarms),
+    "health.score_drop": Case([10.0], UNWELL, observe=alarms),
+    "health.entropy_fall": Case([1.0], UNWELL, observe=alarms),
+    "health.entropy_rise": Case([1.0], UNWELL, observe=alarms),
+    "health.length_fall": Case([1.0], UNWELL, observe=alarms),
+    "health.clip_rise": Case([0.0], UNWELL, observe=alarms),
+    "health.teacher_margin": Case([1.0], WORSE, observe=alarms),
+    "health.distilled_share": Case([1.0], NOTHING, observe=alarms),
+    "health.lower_factor": Case([0.9], {**UNWELL, "health.score_collapse": "lower"}),
+    "health.lower_floor": Case([0.9], {**UNWELL, "health.score_collapse": "lower"}),
+    "health.kl_to_initial_every": Case([1, 3], THREE),
     "tracking.backends": Case([["tensorboard"], ["wandb"], ["trackio"]], observe=lambda ran: ran.tracked),
     "tracking.project": Case(["another"], WANDB, observe=lambda ran: ran.tracked),
     "tracking.name": Case(["another"], WANDB, observe=lambda ran: ran.tracked),
@@ -547,7 +646,7 @@ CASES = {
 
 IN_ANOTHER_PROCESS = {"staleness", "sampler.num_threads"}
 # What comes after sampling leaves the first step's responses alone.
-AFTER_SAMPLING = ("learner.", "optim.", "self_distillation.", "eval.")
+AFTER_SAMPLING = ("learner.", "lora.", "optim.", "self_distillation.", "eval.")
 
 
 def in_turn() -> list[Any]:
@@ -829,7 +928,7 @@ def test_teacher_follows_by_rate_and_by_snapshot(ran: Runner, initial: Mapping[s
     expected = {name: 0.7 * initial[name] + 0.3 * param for name, param in averaged["step_1"].items()}
     assert not same(averaged["step_1"], initial) and same(averaged["step_1/teacher"], expected)
     snapshot = sd(teacher_regularization="snapshot", teacher_snapshot_every=2)
-    taken = ran({**THREE, **snapshot, "save_every": 1}).checkpoints
+    taken = ran({**THREE, **snapshot, "save_every": 1, "keep_last": 3}).checkpoints
     assert same(taken["step_1/teacher"], initial)
     assert same(taken["step_2/teacher"], taken["step_2"]) and same(taken["step_3/teacher"], taken["step_2"])
     assert not same(taken["step_3"], taken["step_2"])

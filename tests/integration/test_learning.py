@@ -40,6 +40,10 @@ def test_sdpo_learns_the_hidden_rule_and_grpo_does_not(tmp_path: Path, monkeypat
     assert sdpo[0][TEACHER_ACCURACY] >= 0.95, "the model must be able to use what its teacher's prompt tells it"
     assert sdpo[-1][ACCURACY] >= 0.95
 
+    adapted = run_shipped("hidden_rule_lora.yaml", "total_steps=80", "eval_every=0")
+    assert adapted[0][ACCURACY] == sdpo[0][ACCURACY], "adapters change nothing at first"
+    assert adapted[-1][ACCURACY] >= 0.95
+
     grpo = run_shipped("hidden_rule_grpo.yaml", "total_steps=20", "eval_every=0")
     assert len(grpo) == 21
     # A permutation of 5 digits is hit by chance now and then; of 8 it is not.

@@ -34,9 +34,11 @@ SECTIONS = {
     "data": sections.DataConfig,
     "sampler": sections.SamplerConfig,
     "learner": sections.LearnerConfig,
+    "lora": sections.LoraConfig,
     "optim": sections.OptimConfig,
     "self_distillation": sections.SelfDistillationConfig,
     "eval": sections.EvalConfig,
+    "health": sections.HealthConfig,
     "tracking": sections.TrackingConfig,
 }
 

@@ -103,11 +103,34 @@ def outside(metadata: Any) -> list[float]:
     ]
 
 
+@pytest.mark.parametrize("setting", ["alpha=4", "target_modules=[q_proj]"])
+def test_settings_of_adapters_need_adapters(
+    refusal: Callable[..., str], load: Callable[..., Run], setting: str
+) -> None:
+    name = setting.split("=")[0]
+    said = refusal(f"lora.{setting}")
+    assert said.endswith(f"lora.{name} has no effect with lora.rank=0; set lora.rank or remove it")
+    assert load(f"lora.{setting}", "lora.rank=2").lora.rank == 2
+
+
+def test_adapters_leave_the_tower_alone_so_that_it_need_not_be_frozen(
+    refusal: Callable[..., str], load: Callable[..., Run]
+) -> None:
+    assert "learner.freeze_vision has no effect with lora.rank > 0" in refusal(
+        "lora.rank=2", "learner.freeze_vision=true"
+    )
+    runs = [load(), load("learner.freeze_vision=true"), load("lora.rank=2")]
+    assert [run.trains_vision for run in runs] == [True, False, False]
+
+
+NEEDS = {"lora.alpha": {"rank": 4}}  # without which the setting would be refused
+
+
 def build(key: str, value: Any) -> Any:
     """The section of a setting, made with this value; the file is left out, since reading it takes 100 times longer."""
     section, _, name = key.rpartition(".")
     kind = type(getattr(Run(), section)) if section else Run
-    return getattr(kind(**{name: value}), name)
+    return getattr(kind(**{**NEEDS.get(key, {}), name: value}), name)
 
 
 BEYOND = [(key, value) for key, f in NUMERIC.items() for value in outside(f.metadata)]
@@ -251,7 +274,7 @@ def test_plain_grpo_has_no_distillation(load: Callable[..., Run]) -> None:
         ("total_step", "total_steps"),
         ("otpim.lr", "optim"),
         ("lr", "optim.lr"),
-        ("alpha", "self_distillation.alpha"),
+        ("alpha", "lora.alpha or self_distillation.alpha"),
         ("+seed", "seed"),
     ],
 )

@@ -14,7 +14,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "src" / "sdpo"
 
-GROUND = {"config", "errors", "metrics", "observer"}
+GROUND = {"config", "errors", "estimates", "health", "metrics", "observer"}
 BELOW_ENGINES = GROUND | {"algorithm", "context", "models", "tasks"}
 ENGINES = {"embedded", "verl_backend"}
 EVERYTHING = BELOW_ENGINES | ENGINES | {"doctor", "report", "cli"}
@@ -34,6 +34,7 @@ MAY_IMPORT = {
 
 ENGINE_LIBRARIES = {"torch", "transformers", "ray", "verl", "vllm"}
 OF_TRANSFORMERS = {"huggingface_hub", "safetensors", "tokenizers"}  # they are part of its interface
+OF_OMEGACONF = {"yaml"}  # what it reads run files with
 NAMED_OTHERWISE = {"pillow": "PIL", "math-verify": "math_verify"}
 
 
@@ -130,10 +131,12 @@ def test_the_algorithm_imports_torch_alone() -> None:
 def test_the_core_imports_only_what_its_installation_brings() -> None:
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")
     project = tomllib.loads((PACKAGE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    # Of the extras, trackers are named like what they bring; the data set's brings what its two files import.
+    # Of the extras, trackers are named like what they bring; the data set's and LoRA's bring what a file or two import.
     extras = project["optional-dependencies"]
-    names = {re.split(r"[^\w-]", dependency)[0] for dependency in [*project["dependencies"], *extras["geo3k"]]}
-    brought = {NAMED_OTHERWISE.get(name, name) for name in names} | OF_TRANSFORMERS | set(extras)
+    everything = [*project["dependencies"], *extras["geo3k"], *extras["lora"]]
+    names = {re.split(r"[^\w-]", dependency)[0] for dependency in everything}
+    brought = {NAMED_OTHERWISE.get(name, name) for name in names}
+    brought |= OF_TRANSFORMERS | OF_OMEGACONF | set(extras)
     assert [found for found, root in libraries(IMPORTS) if found.floor != "verl_backend" and root not in brought] == []
 
 

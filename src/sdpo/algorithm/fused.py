@@ -69,6 +69,7 @@ class FusedOutputs(LossOutputs):
     """The loss to differentiate; ``token_losses`` and what follows are without a graph here."""
 
     student_log_probs: Tensor  # [N] of the sampled tokens
+    student_entropies: Tensor  # [N] in nats
     teacher_log_probs: Tensor  # [M]
 
 
@@ -245,6 +246,7 @@ class _Pass:
         self.sums: Sums = {}
         self.token_losses = student.hidden.new_zeros(len(student.hidden), dtype=self.student.type)
         self.student_log_probs = torch.zeros_like(self.token_losses)
+        self.student_entropies = torch.zeros_like(self.token_losses)
         self.teacher_log_probs = self.token_losses.new_zeros(len(teacher[0].hidden) if teacher else 0)
         self.by_hidden = torch.zeros_like(student.hidden) if needed[0] else None
         self.by_weight = SumOfProducts(student.weight, self.student.type) if needed[1] else None
@@ -303,6 +305,8 @@ class _Pass:
         add_sums(self.sums, sums | outputs.sums)
         self.token_losses[rows] = outputs.token_losses.detach().to(self.student.type)
         self.student_log_probs[rows] = inputs.student_log_probs.detach()
+        assert inputs.student_entropies is not None
+        self.student_entropies[rows] = inputs.student_entropies
         if inputs.teacher_log_probs is not None:
             self.teacher_log_probs[teacher_rows] = inputs.teacher_log_probs
         if not self.differentiates:
@@ -321,7 +325,9 @@ class _Pass:
         """Outputs; gradients by hidden states, weight and bias, where needed, of these types."""
         del self.student, self.teacher  # their memory is needed for the gradients in half precision
         loss = self.token_losses.sum()
-        outputs = FusedOutputs(loss, self.token_losses, self.sums, self.student_log_probs, self.teacher_log_probs)
+        outputs = FusedOutputs(
+            loss, self.token_losses, self.sums, self.student_log_probs, self.student_entropies, self.teacher_log_probs
+        )
         by_weight = None
         if self.by_weight is not None and dtypes[1] is not None:
             by_weight = self.by_weight.finish(dtypes[1])

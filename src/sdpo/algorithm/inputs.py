@@ -78,8 +78,10 @@ def build_loss_inputs(
     old = student_log_probs.detach() if old_log_probs is None else old_log_probs
     if rollout_is_weights is None and rollout_log_probs is not None:
         rollout_is_weights = compute_ratio(old, rollout_log_probs).clamp(max=rollout_is_threshold)
-    sums: Sums = {metrics.ENTROPY: mean_of(compute_entropy(student.detach(), student_probs))}
+    entropies = compute_entropy(student.detach(), student_probs)
+    sums: Sums = {metrics.ENTROPY: mean_of(entropies)}
     common = {
+        "student_entropies": entropies,
         "student_log_probs": student_log_probs,
         "old_log_probs": old,
         "policy_weights": policy_weights,

@@ -46,6 +46,7 @@ class LossInputs:
     policy_weights: Tensor | None = None  # [N] weights in the GRPO part
     advantages: Tensor | None = None  # [N]
     rollout_is_weights: Tensor | None = None  # [N] truncated, detached
+    student_entropies: Tensor | None = None  # [N] in nats, for who wants to know
 
     distilled: Tensor | None = None  # [N] bool, M of them set
     distillation_weights: Tensor | None = None  # [M]
@@ -156,9 +157,13 @@ def compute_distillation_token_losses(inputs: LossInputs, config: SelfDistillati
     divergence = losses if config.full_logit_distillation else student_log_probs - inputs.teacher_log_probs
     if config.divergence_clip is not None:
         losses = losses * _compute_clip_factor(divergence, config.divergence_clip)
+    gap = (inputs.teacher_log_probs - student_log_probs).detach()
     sums = {
         metrics.DIVERGENCE: mean_of(divergence),
-        metrics.TEACHER_GAP: mean_of(inputs.teacher_log_probs - student_log_probs),
+        metrics.TEACHER_GAP: mean_of(gap),
+        metrics.GAP_POSITIVE_FRACTION: mean_of((gap > 0).to(gap.dtype)),
+        metrics.GAP_POSITIVE_PART: mean_of(gap.clamp(min=0)),
+        metrics.GAP_NEGATIVE_PART: mean_of(gap.clamp(max=0)),
     }
     if config.teacher_entropy_beta:
         losses = losses * torch.exp(-config.teacher_entropy_beta * _compute_teacher_entropy(inputs))

@@ -7,7 +7,8 @@ averaged copy is float32 whatever the model's dtype, and what the forward pass u
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,52 @@ def update_teacher_ema(teacher_params: Iterable[Tensor], student_params: Iterabl
         torch._foreach_lerp_(teachers, casted, ema_rate)
 
 
+class TeacherWeights(Protocol):
+    """Tensors, by name, that follow those of the student, and how the teacher's module makes use of them."""
+
+    @property
+    def values(self) -> Mapping[str, Tensor]:
+        """The teacher's; float32 or float64 if they are averaged."""
+
+    @property
+    def in_module(self) -> bool:
+        """Whether they are the module's own parameters, so that whoever saves those has saved all."""
+
+    def read(self, student: nn.Module) -> Sequence[Tensor]:
+        """The student's, of the same shapes in the same order."""
+
+    def apply(self) -> None:
+        """Compute with ``values`` from now on."""
+
+
+class ModuleWeights:
+    """All parameters of the teacher's module; of one in half precision a float32 copy is averaged.
+
+    Parameters may be shards (DTensor): those of the same rank follow each other, nothing is gathered.
+    """
+
+    def __init__(self, module: nn.Module, averaged: bool) -> None:
+        self._module = module
+        params = _local_params(module)
+        half = averaged and any(p.dtype not in (torch.float32, torch.float64) for p in params.values())
+        self._average = {name: p.float() for name, p in params.items()} if half else None
+
+    @property
+    def values(self) -> Mapping[str, Tensor]:
+        return self._average if self._average is not None else _local_params(self._module)
+
+    @property
+    def in_module(self) -> bool:
+        return self._average is None
+
+    def read(self, student: nn.Module) -> Sequence[Tensor]:
+        return list(_local_params(student).values())
+
+    def apply(self) -> None:
+        if self._average is not None:
+            _copy(_local_params(self._module).values(), self._average.values())
+
+
 class Teacher:
     """The teacher that ``teacher_regularization`` names.
 
@@ -53,25 +100,28 @@ class Teacher:
     make the teacher's distribution, and follows the student in ``step``, once a rollout batch.
 
     Args:
-        module: with the student's initial weights, without gradients; None for the live teacher only. Its parameters
-            may be shards (DTensor): those of the same rank are averaged, nothing is gathered.
+        module: with the student's initial weights, without gradients; None for the live teacher only.
         config: which teacher.
+        weights: what follows the student; all of the module's parameters if None.
 
     Attributes:
+        kind: which teacher; ``frozen`` once it is.
         num_steps: how often it has followed.
+        weights: None where nothing follows: live, frozen, trust region.
     """
 
-    def __init__(self, module: nn.Module | None, config: SelfDistillationConfig) -> None:
+    def __init__(
+        self, module: nn.Module | None, config: SelfDistillationConfig, weights: TeacherWeights | None = None
+    ) -> None:
         self.kind = config.teacher_regularization
         self.rate = config.ema_update_rate
         self.snapshot_every = config.teacher_snapshot_every
         self.num_steps = 0
         self.module = module
         assert (module is None) == (self.kind == "live"), "only the live teacher has no module of its own"
-        # Of a module in half precision a float32 copy is averaged; a float32 module is its own average.
-        self._average: list[Tensor] | None = None
-        if self.kind == "ema" and any(p.dtype not in (torch.float32, torch.float64) for p in self._params()):
-            self._average = [p.float() for p in self._params()]
+        self.weights: TeacherWeights | None = None
+        if module is not None and follows(config):
+            self.weights = weights or ModuleWeights(module, averaged=self.kind == "ema")
 
     def policy(self, student: nn.Module) -> Policy:
         """Whose logits to add up: one module, or two for the trust region.
@@ -89,28 +139,56 @@ class Teacher:
     def step(self, student: nn.Module) -> None:
         """Follow the student after all optimizer steps of a rollout batch."""
         self.num_steps += 1
+        if self.weights is None:
+            return
         if self.kind == "ema":
-            average = self._average if self._average is not None else self._params()
-            update_teacher_ema(average, _local_params(student), self.rate)
-            if self._average is not None:
-                self._copy_into_module(self._average)
+            update_teacher_ema(self.weights.values.values(), self.weights.read(student), self.rate)
         elif self.kind == "snapshot" and self.num_steps % self.snapshot_every == 0:
-            self._copy_into_module(_local_params(student))
+            _copy(self.weights.values.values(), self.weights.read(student))
+        else:
+            return
+        self.weights.apply()
 
-    def _params(self) -> list[Tensor]:
-        return _local_params(self.module) if self.module is not None else []
+    def freeze(self, initial: nn.Module | None = None) -> None:
+        """Follow no more. An average or a snapshot stays as it is; of the trust region the initial model is left.
 
-    def _copy_into_module(self, source: Iterable[Tensor]) -> None:
-        for param, value in zip(self._params(), source, strict=True):
-            param.copy_(value)
+        The live teacher, which has no weights of its own, becomes ``initial``, the initial model without gradients.
+        """
+        self.module = self.module if self.module is not None else initial
+        assert self.module is not None, "the live teacher is frozen to the initial model only"
+        self.kind = "frozen"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which it is, how often it has followed, and what follows where the module's parameters are not all of it."""
+        outside = None if self.weights is None or self.weights.in_module else dict(self.weights.values)
+        return {"kind": self.kind, "num_steps": self.num_steps, "weights": outside}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state_dict``; parameters that are not in it are loaded by whoever saved them."""
+        self.num_steps = state["num_steps"]
+        if self.weights is not None and not self.weights.in_module:
+            values = self.weights.values
+            _copy(values.values(), [state["weights"][name] for name in values])
+            self.weights.apply()
 
 
-def _local_params(module: nn.Module) -> list[Tensor]:
-    """Parameters, or the shards of them that this rank holds."""
-    return [p.to_local() if isinstance(p, DTensor) else p.data for p in module.parameters()]
+def follows(config: SelfDistillationConfig) -> bool:
+    """Whether the teacher's module changes, rather than that there is none or that it stays the initial model."""
+    return config.teacher_regularization in ("ema", "snapshot")
 
 
 def build_teacher(student: nn.Module, config: SelfDistillationConfig) -> Teacher:
     """The teacher of a student that fits into one process: its module begins as a copy of the student."""
     is_live = config.teacher_regularization == "live"
     return Teacher(None if is_live else copy.deepcopy(student).requires_grad_(False).eval(), config)
+
+
+def _local_params(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters, or the shards of them that this rank holds."""
+    return {name: p.to_local() if isinstance(p, DTensor) else p.data for name, p in module.named_parameters()}
+
+
+def _copy(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)

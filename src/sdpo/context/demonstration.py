@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ class GradedResponse:
     Attributes:
         group: the same for all rollouts of one prompt.
         response: the decoded response.
-        score: the grader's score; NaN is never a success.
+        score: the grader's score; NaN where the grader failed.
         feedback: what the grader says about this response, if anything.
         ground_truth: the solution in the data row, if it has one.
     """
@@ -28,6 +29,11 @@ class GradedResponse:
     score: float
     feedback: str | None = None
     ground_truth: str | None = None
+
+    @property
+    def is_graded(self) -> bool:
+        """Whether anything is known of the response; if not, nothing is to be learned from it."""
+        return not math.isnan(self.score)
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,8 @@ def select_demonstrations(
     A peer is drawn uniformly from the successes (score >= ``success_reward_threshold``) of the sample's group that
     have text left after the removal of reasoning; the sample itself is among them only if
     ``dont_reprompt_on_self_success`` is false. A missing or blank ground truth is no solution. Reasoning is removed
-    from peers and ground truths alike, since both may hold worked solutions; feedback is shown as it is.
+    from peers and ground truths alike, since both may hold worked solutions; feedback is shown as it is. A response
+    that was not graded is shown nothing and to nobody.
 
     The same samples, config and state of ``rng`` give the same choice. Numbers are drawn from ``rng`` for samples with
     a peer to choose only.
@@ -75,10 +82,13 @@ def select_demonstrations(
 
 
 def compute_success_rates(samples: Sequence[GradedResponse], threshold: float) -> list[float]:
-    """The share of successes (score >= threshold) in each sample's group, in [0, 1], in the order of the samples."""
-    num_samples = Counter(sample.group for sample in samples)
+    """The share of successes (score >= threshold) among the graded samples of each sample's group, in [0, 1].
+
+    In the order of the samples; 0 where none was graded.
+    """
+    num_graded = Counter(sample.group for sample in samples if sample.is_graded)
     num_successes = Counter(sample.group for sample in samples if sample.score >= threshold)
-    return [num_successes[sample.group] / num_samples[sample.group] for sample in samples]
+    return [num_successes[sample.group] / max(num_graded[sample.group], 1) for sample in samples]
 
 
 def _select(
@@ -88,6 +98,8 @@ def _select(
     config: SelfDistillationConfig,
     rng: random.Random,
 ) -> Demonstration:
+    if not sample.is_graded:
+        return Demonstration()
     if config.distill_only_failed and sample.score >= config.success_reward_threshold:
         return Demonstration()
     solution = _select_solution(index, sample, peers, config, rng)

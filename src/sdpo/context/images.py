@@ -20,13 +20,13 @@ MAX_ASPECT_RATIO = 200
 def place_images(prompt: Sequence[Mapping[str, Any]], images: Sequence[bytes]) -> list[dict[str, Any]]:
     """Chat messages with each ``<image>`` of their texts replaced by a content part ``{"type": "image", ...}``.
 
-    A row without images is left as it is, its tags included, as verl leaves it. Content that is in parts already gets
-    its images in the order of the parts of type image.
+    The texts of a row without images are left as they are, tags included, as verl leaves them. Content that is in parts
+    already gets its images in the order of the parts of type image.
 
     Raises:
-        UserError: there are not as many tags as images.
+        UserError: there are not as many tags, or parts of type image, as images.
     """
-    if not images:
+    if not images and all(isinstance(message["content"], str) for message in prompt):
         return [dict(message) for message in prompt]
     remaining = list(images)
     num_tags = 0
@@ -34,7 +34,7 @@ def place_images(prompt: Sequence[Mapping[str, Any]], images: Sequence[bytes]) -
     for message in prompt:
         content = message["content"]
         # A text without an image stays a text: some chat templates know nothing else in system messages.
-        if not isinstance(content, str) or TAG in content:
+        if not isinstance(content, str) or (images and TAG in content):
             parts = _split(content) if isinstance(content, str) else content
             content = []
             for part in parts:

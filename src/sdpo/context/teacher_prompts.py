@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from sdpo import metrics
@@ -11,6 +11,7 @@ from sdpo.config import SelfDistillationConfig
 from sdpo.context.demonstration import Demonstration, GradedResponse, select_demonstrations
 from sdpo.context.encode import TeacherPrompt, Tokenizer, encode_teacher_prompt
 from sdpo.context.reprompt import Message
+from sdpo.estimates import ClusteredMean, compute_wilson_interval, name_interval
 
 
 @dataclass(frozen=True)
@@ -57,17 +58,24 @@ def summarize_lessons(
     def share(flags: Sequence[bool]) -> float:
         return sum(flags) / len(flags)
 
-    succeeded = [g.score >= config.success_reward_threshold for g in graded]
-    groups = {g.group for g in graded}
-    values = {
-        metrics.SUCCESS_FRACTION: share(succeeded),
-        metrics.SUCCESS_GROUP_FRACTION: len({g.group for g, ok in zip(graded, succeeded, strict=True) if ok})
-        / len(groups),
-    }
+    def interval(name: str, flags: Sequence[bool], clusters: Sequence[Hashable]) -> dict[str, float]:
+        return name_interval(name, ClusteredMean.of(flags, clusters).share_interval())
+
+    known = [g for g in graded if g.is_graded]
+    succeeded = [g.score >= config.success_reward_threshold for g in known]
+    values: dict[str, float] = {}
+    if known:
+        groups = {g.group for g in known}
+        solved = len({g.group for g, ok in zip(known, succeeded, strict=True) if ok}) / len(groups)
+        values = {metrics.SUCCESS_FRACTION: share(succeeded), metrics.SUCCESS_GROUP_FRACTION: solved}
+        values |= interval(metrics.SUCCESS_FRACTION, succeeded, [g.group for g in known])
+        values |= name_interval(metrics.SUCCESS_GROUP_FRACTION, compute_wilson_interval(solved, len(groups)))
     if not config.distills:
         return values
+    is_distilled = [x.is_distilled for x in lessons]
+    values |= interval(metrics.DISTILLED_FRACTION, is_distilled, [g.group for g in graded])
     return values | {
-        metrics.DISTILLED_FRACTION: share([x.is_distilled for x in lessons]),
+        metrics.DISTILLED_FRACTION: share(is_distilled),
         metrics.DEMONSTRATION_FRACTION: share(
             [x.is_distilled and x.demonstration.solution is not None for x in lessons]
         ),

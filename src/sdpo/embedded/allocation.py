@@ -1,4 +1,4 @@
-"""How a process of ours gets its memory on a CPU."""
+"""How a process of ours gets its memory, and how it is told that there is none left."""
 
 from __future__ import annotations
 
@@ -26,3 +26,12 @@ def keep_freed_memory() -> None:
         return
     mallopt(M_MMAP_MAX, 0)
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch failed for want of memory: on a GPU by an exception of its own, on a CPU by a message alone."""
+    import torch
+
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "could not create a primitive"))

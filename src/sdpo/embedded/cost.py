@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sdpo.algorithm.teacher import follows
 from sdpo.config import Run
 from sdpo.models.cost import BYTES, Cost, Lengths, ModelSize, bound_lengths, count_fused_loss, measure_model
 
@@ -16,7 +17,7 @@ def estimate_cost(run: Run) -> Cost:
     tokens = run.data.train_batch_size * run.sampler.n * (run.data.max_prompt_length + run.sampler.max_response_length)
     if run.data.task_args.get("dir") and not Path(run.model.path).exists():
         return Cost(tokens, None)
-    model = measure_model(run.model)
+    model = measure_model(run.model, run.lora)
     lengths = bound_lengths(run, model.window)
     return Cost(
         tokens_a_step=tokens,
@@ -33,24 +34,36 @@ def estimate_cost(run: Run) -> Cost:
     )
 
 
-def _count_trained(run: Run, model: ModelSize) -> int:
-    return model.language.num_params if run.learner.freeze_vision else model.num_params
+def _count_trained_bytes(run: Run, model: ModelSize) -> int:
+    if model.adapters is not None:
+        return model.adapters.num_params * 4
+    return (model.num_params if run.trains_vision else model.language.num_params) * BYTES[run.model.dtype]
+
+
+def _count_averaged(run: Run, model: ModelSize) -> int:
+    """Parameters that the teacher holds in float32 beside its module's weights, and makes anew of the student's."""
+    config = run.self_distillation
+    if not config.distills or not follows(config):
+        return 0
+    if model.adapters is not None:
+        return model.adapters.num_adapted
+    return model.num_params if config.teacher_regularization == "ema" and run.model.dtype != "float32" else 0
 
 
 def _hold(run: Run, model: ModelSize, lengths: Lengths) -> dict[str, int]:
     config, size = run.self_distillation, BYTES[run.model.dtype]
-    trained = _count_trained(run, model) * size
+    trained = _count_trained_bytes(run, model)
     has_module = config.distills and config.teacher_regularization != "live"
-    has_average = config.distills and config.teacher_regularization == "ema" and size < 4
+    teacher = model.num_params if model.adapters is None else model.adapters.num_adapted * follows(config)
     # The student's features of all of a step's images, their gradient, and another tower's.
-    copies = 1 if run.learner.freeze_vision else 2 + has_module
+    copies = 2 + has_module if run.trains_vision else 1
     image_tokens = run.data.train_batch_size * lengths.prompt if model.tower else 0
     return {
-        "student": model.num_params * size,
+        "student": model.num_params * size + (trained if model.adapters is not None else 0),
         "gradients": trained,
         "AdamW's moments": 2 * trained,
-        "teacher": model.num_params * size * has_module,
-        "teacher's float32 average": model.num_params * 4 * has_average,
+        "teacher": teacher * size * has_module,
+        "teacher's float32 average": _count_averaged(run, model) * 4,
         "features of a step's images": image_tokens * model.feature_values * size * copies,
     }
 
@@ -60,6 +73,8 @@ def _learn(run: Run, model: ModelSize, lengths: Lengths) -> dict[str, int]:
     size = 2 if run.learner.autocast else residual
     stack = model.language
     student = stack.count_learning(size, residual, checkpointing=run.learner.gradient_checkpointing)
+    if model.adapters is not None:  # their inputs are cast to float32
+        student += model.adapters.kept * 4 // (stack.num_layers if run.learner.gradient_checkpointing else 1)
     mask = (lengths.prompt + lengths.response) * (1 + size)  # of one row of attention
     return {
         "activations": lengths.student * (student + mask) + lengths.teacher * stack.count_reading(size),
@@ -84,9 +99,7 @@ def _learn_tower(run: Run, model: ModelSize) -> dict[str, int]:
 
 def _update(run: Run, model: ModelSize) -> dict[str, int]:
     """AdamW makes the square roots of its second moments; after it the teacher's average casts the student."""
-    config, size = run.self_distillation, BYTES[run.model.dtype]
-    casts = config.distills and config.teacher_regularization == "ema" and size < 4
-    return {"copies of the weights": max(_count_trained(run, model) * size, model.num_params * 4 * casts)}
+    return {"copies of the weights": max(_count_trained_bytes(run, model), _count_averaged(run, model) * 4)}
 
 
 def _sample(run: Run, model: ModelSize, lengths: Lengths) -> dict[str, int]:

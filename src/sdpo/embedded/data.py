@@ -79,13 +79,21 @@ def _encode_rows(rows: Sequence[Row], setting: str, run: Run, tokenizer: Tokeniz
             )
         try:
             messages = place_images(row.prompt, row.images)
-            prompts.append(Prompt(replace(row, prompt=messages), encode_prompt(tokenizer, messages)))
+            token_ids = encode_prompt(tokenizer, messages)
+            if not token_ids:
+                raise UserError("its prompt has no tokens; does the folder of model.path hold the tokenizer's files?")
+            prompts.append(Prompt(replace(row, prompt=messages), token_ids))
         except UserError as error:
-            if not row.images:
+            if not tokenizer.chat_template:  # no fault of the row
                 raise
+            if not row.images:
+                raise UserError(f"{row.origin}: {error}") from error
             unreadable.append(f"{row.origin}: {error}")
             if not run.data.filter_unreadable_images:
                 raise UserError(f"{unreadable[0]}; set data.filter_unreadable_images=true to skip such rows") from error
+        except Exception as error:  # a template is code, and raises what it likes
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise UserError(f"{row.origin}: the model's chat template refuses the prompt ({reason})") from error
         if row.images:  # which take as long as a hundred texts
             observer.progress(f"reading {setting}", number, len(rows))
     if unreadable:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -15,11 +15,12 @@ from sdpo.context.demonstration import GradedResponse, select_demonstrations
 from sdpo.context.encode import Tokenizer, encode_teacher_prompt
 from sdpo.embedded.data import Prompt
 from sdpo.embedded.samples import grade_responses
-from sdpo.metrics import teacher_prompted_name, teacher_val_name, val_name
+from sdpo.estimates import ClusteredMean, name_interval
+from sdpo.metrics import VAL_GRADER_FAILURES, teacher_gain_name, teacher_prompted_name, teacher_val_name, val_name
 from sdpo.models.decoding import Decoding, sample_responses
 from sdpo.models.processing import TokenPrompt
 from sdpo.models.vision import Vision
-from sdpo.tasks.interface import Task
+from sdpo.tasks.grading import Grader
 
 # Evaluation draws the same noise every time, so that two of them differ by the weights alone.
 SEED = 20_601_20_802
@@ -30,7 +31,7 @@ class Evaluator:
     """Grades greedy and sampled responses to held-out prompts."""
 
     run: Run
-    task: Task
+    grader: Grader
     tokenizer: Tokenizer
     prompts: Sequence[Prompt]
     decoding: Decoding
@@ -38,8 +39,12 @@ class Evaluator:
     vision: Vision | None = None
 
     def evaluate(self, student: nn.Module, teacher: Teacher | None) -> dict[str, float]:
-        """Accuracy by data source: ``mean@1`` greedy, ``mean@n`` and ``best@n/mean`` (pass@n) of ``eval.n`` samples."""
+        """Accuracy by data source: ``mean@1`` greedy, ``mean@n`` and ``best@n/mean`` (pass@n) of ``eval.n`` samples.
+
+        Responses that could not be graded are left out and counted.
+        """
         config = self.run.eval
+        failures_before = self.grader.num_failures
         policy: Policy = [(student, 1.0)]
         greedy = self._respond(policy, n=1, temperature=0.0)
         values = _mean_by_source(self.prompts, greedy, lambda source: val_name(source, "mean@1"))
@@ -50,18 +55,21 @@ class Evaluator:
             values |= _mean_by_source(self.prompts, shown, lambda source: val_name(source, f"mean@{config.n}"))
             values |= _mean_by_source(self.prompts, best, lambda source: val_name(source, f"best@{config.n}/mean"))
         if teacher is not None and config.teacher:
-            values |= self._evaluate_teacher(teacher.policy(student), shown)
-        return values
+            values |= self._evaluate_teacher(teacher.policy(student), shown, greedy)
+        return values | {VAL_GRADER_FAILURES: self.grader.num_failures - failures_before}
 
     def _respond(self, policy: Policy, n: int, temperature: float) -> list[GradedResponse]:
         decoding = replace(self.decoding, n=n, temperature=temperature, top_p=self.run.eval.top_p)
         responses = sample_responses(policy, [p.tokens for p in self.prompts], decoding, SEED, self.vision)
-        return grade_responses(self.task, self.tokenizer, self.prompts, responses)
+        return grade_responses(self.grader, self.tokenizer, self.prompts, responses)
 
-    def _evaluate_teacher(self, policy: Policy, shown: Sequence[GradedResponse]) -> dict[str, float]:
+    def _evaluate_teacher(
+        self, policy: Policy, shown: Sequence[GradedResponse], greedy: Sequence[GradedResponse]
+    ) -> dict[str, float]:
         """Greedy accuracy of the teacher, shown what training would show it of the student's responses.
 
-        The first response of each prompt that gets a demonstration or feedback speaks for its prompt.
+        The first response of each prompt that gets a demonstration or feedback speaks for its prompt. Its gain is over
+        the student's greedy responses to the same prompts.
         """
         config = self.run.self_distillation
         demonstrations = select_demonstrations(shown, config, random.Random(SEED))
@@ -85,17 +93,35 @@ class Evaluator:
         if prompted:
             decoding = replace(self.decoding, n=1, temperature=0.0)
             responses = sample_responses(policy, list(contexts.values()), decoding, SEED, self.vision)
-            graded = grade_responses(self.task, self.tokenizer, prompted, responses)
+            graded = grade_responses(self.grader, self.tokenizer, prompted, responses)
             values |= _mean_by_source(prompted, graded, lambda source: teacher_val_name(source, "mean@1"))
+            student = {int(g.group): g.score for g in greedy}
+            gains = [replace(g, score=g.score - student[group]) for g, group in zip(graded, contexts, strict=True)]
+            values |= _mean_by_source(prompted, gains, teacher_gain_name, is_difference=True)
         return values
 
 
-def _mean_by_source(prompts: Sequence[Prompt], graded: Sequence[GradedResponse], name) -> dict[str, float]:  # type: ignore[no-untyped-def]
+def _mean_by_source(
+    prompts: Sequence[Prompt],
+    graded: Sequence[GradedResponse],
+    name: Callable[[str], str],
+    *,
+    is_difference: bool = False,
+) -> dict[str, float]:
+    """Means and their intervals; a prompt is one observation."""
     scores = defaultdict(list)
     for response in graded:
-        scores[prompts[int(response.group)].row.data_source].append(response.score)
-    return {name(source): sum(values) / len(values) for source, values in scores.items()}
+        if response.is_graded:
+            scores[prompts[int(response.group)].row.data_source].append(response)
+    values: dict[str, float] = {}
+    for source, of_source in scores.items():
+        mean = ClusteredMean.of([r.score for r in of_source], [r.group for r in of_source])
+        is_share = not is_difference and all(0 <= r.score <= 1 for r in of_source)
+        interval = mean.share_interval() if is_share else mean.normal_interval()
+        values |= {name(source): mean.mean} | name_interval(name(source), interval)
+    return values
 
 
 def _best_of_groups(graded: Sequence[GradedResponse], n: int) -> list[GradedResponse]:
-    return [max(graded[i : i + n], key=lambda g: g.score) for i in range(0, len(graded), n)]
+    groups = [[g for g in graded[i : i + n] if g.is_graded] for i in range(0, len(graded), n)]
+    return [max(group, key=lambda g: g.score) for group in groups if group]

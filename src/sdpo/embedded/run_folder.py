@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sdpo import metrics
 from sdpo.config import Run, save_run
@@ -17,27 +20,49 @@ from sdpo.embedded.tracking import Tracker, build_trackers, require_trackers
 from sdpo.errors import UserError
 from sdpo.observer import Observer
 
+METRICS_FILE = "metrics.jsonl"
+ALARMS_FILE = "alarms.jsonl"
+LOCK_FILE = ".lock"
 PACKAGES = ("sdpo", "torch", "transformers", "omegaconf", "pyarrow", "numpy")
 
 
 class RunFolder:
-    """The folder of one run, open for writing; everything stands directly under it."""
+    """The folder of one run, open for writing; everything stands directly under it.
 
-    def __init__(self, run: Run, observer: Observer) -> None:
+    Args:
+        run: whose folder it is.
+        observer: is told what becomes of an earlier run in it, and every row of metrics.
+        resumed_step: the step of the checkpoint that the run goes on from; its row and all later ones are written anew.
+            None if it begins.
+
+    Raises:
+        UserError: the folder cannot be written, holds something else than a run, or another run is writing to it.
+    """
+
+    def __init__(self, run: Run, observer: Observer, resumed_step: int | None = None) -> None:
         self.path = Path(run.run_dir)
         self._run = run
         self._observer = observer
         require_trackers(run)
-        _make_room(self.path, observer)
         try:
+            require_idle(self.path)
+            if resumed_step is None:
+                _make_room(self.path, observer)
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.path)
             save_run(run, self.path / "run.yaml")
+            (self.path / "versions.json").write_text(json.dumps(_collect_versions(), indent=2) + "\n", encoding="utf-8")
+            kept = _read_rows_before(self.path / METRICS_FILE, resumed_step) if resumed_step is not None else []
+            _write_rows(self.path / METRICS_FILE, kept)
+            if resumed_step is not None:
+                _forget_alarms_after(self.path / ALARMS_FILE, resumed_step)
+            self._metrics = (self.path / METRICS_FILE).open("a", buffering=1, encoding="utf-8")
         except OSError as error:
             raise UserError(f"run_dir: {self.path}: cannot be written ({error.strerror})") from error
-        (self.path / "versions.json").write_text(json.dumps(_collect_versions(), indent=2) + "\n", encoding="utf-8")
-        self._trackers: list[Tracker] = build_trackers(run)
-        self._metrics = (self.path / "metrics.jsonl").open("w", buffering=1, encoding="utf-8")
+        self._trackers: list[Tracker] = build_trackers(run, resumed_step)
         self.final: dict[str, float] = {}
+        for row in kept:
+            self.final |= row
 
     @property
     def checkpoints(self) -> Path:
@@ -46,27 +71,103 @@ class RunFolder:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one row of metrics, and tell the trackers and whoever watches."""
         row = {metrics.STEP: step, **{name: float(value) for name, value in values.items()}}
-        self._metrics.write(json.dumps(row) + "\n")
+        with self._writing():
+            self._metrics.write(json.dumps(row) + "\n")
         self.final |= row
         for tracker in self._trackers:
             tracker.log(step, row)
         self._observer.metrics(step, row)
+
+    def log_alarm(self, alarm: Mapping[str, Any]) -> None:
+        """Append an alarm to the file of them, which is made when there is one."""
+        with self._writing(), (self.path / ALARMS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(alarm) + "\n")
 
     def save_rollouts(self, step: int, samples: Sequence[Sample]) -> None:
         """Write some of the step's samples, with the teacher's prompt, for a person to read."""
         every, count = self._run.tracking.rollouts_every, self._run.tracking.rollouts_per_save
         if every == 0 or (step % every and step != 1):
             return
-        folder = self.path / "rollouts"
-        folder.mkdir(exist_ok=True)
         stride = max(1, len(samples) // count)
         text = "\n".join(_describe(sample) for sample in samples[::stride][:count])
-        (folder / f"step_{step}.txt").write_text(text, encoding="utf-8")
+        with self._writing():
+            folder = self.path / "rollouts"
+            folder.mkdir(exist_ok=True)
+            (folder / f"step_{step}.txt").write_text(text, encoding="utf-8")
+
+    def sync(self) -> None:
+        """Have the disk itself hold the rows so far."""
+        with self._writing():
+            os.fsync(self._metrics.fileno())
 
     def close(self) -> None:
-        self._metrics.close()
+        with contextlib.suppress(OSError):  # what could not be written has been said
+            self._metrics.close()
         for tracker in self._trackers:
             tracker.close()
+        self._lock.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"run_dir: {self.path}: cannot be written ({error.strerror}); what was saved before is intact: "
+                "make room and resume"
+            ) from error
+
+
+def require_idle(path: Path) -> None:
+    """Refuse a folder that another run is writing to.
+
+    Raises:
+        UserError: there is such a run; names its process.
+    """
+    if (path / LOCK_FILE).is_file():
+        with contextlib.suppress(OSError):  # a folder that cannot be written is refused elsewhere
+            _lock(path).close()
+
+
+def _lock(path: Path) -> IO[str]:
+    """The file whose lock says that a run is writing here; the system lets go of it when the process ends."""
+    file = (path / LOCK_FILE).open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        who = file.read().strip()
+        file.close()
+        raise UserError(
+            f"run_dir: {path}: another run is writing to it ({who}); wait for it, stop it, or name another folder"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
+
+
+def _read_rows_before(path: Path, step: int) -> list[dict[str, float]]:
+    """Whole rows of earlier steps; the last line may be half a one."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            if row[metrics.STEP] < step:
+                rows.append(row)
+    return rows
+
+
+def _forget_alarms_after(path: Path, step: int) -> None:
+    if path.exists():
+        alarms = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        _write_rows(path, [alarm for alarm in alarms if alarm["step"] <= step])
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(path)
 
 
 def _make_room(path: Path, observer: Observer) -> None:
@@ -97,8 +198,9 @@ def _describe(sample: Sample) -> str:
     def conversation(messages: Sequence[Mapping[str, Any]]) -> str:
         return "\n".join(f"[{message['role']}] {format_content(message['content'])}" for message in messages)
 
+    verdict = f"score {sample.grade.score:g}" if sample.is_graded else "not graded"
     parts = [
-        f"=== score {sample.grade.score:g}, advantage {sample.advantage:g}, {len(sample.response.token_ids)} tokens",
+        f"=== {verdict}, advantage {sample.advantage:g}, {len(sample.response.token_ids)} tokens",
         "--- prompt",
         conversation(sample.prompt.row.prompt),
         "--- response" + ("" if sample.response.finished else " (cut off)"),

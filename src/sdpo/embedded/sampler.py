@@ -7,6 +7,7 @@ Both kinds have the same calls. ``LocalSampler`` works when it is asked to colle
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import signal
 import threading
@@ -26,6 +27,7 @@ from sdpo.embedded.weights import Probe, SharedWeights, compute_probe, copy_para
 from sdpo.errors import UserError
 from sdpo.models.decoding import Decoding, Response, sample_responses
 from sdpo.models.loading import load_model
+from sdpo.models.lora import MergedParameters
 from sdpo.models.processing import TokenPrompt, load_reader
 from sdpo.models.vision import Vision
 
@@ -49,8 +51,8 @@ class Sampler(Protocol):
     def submit(self, prompts: Sequence[TokenPrompt], seed: int) -> None:
         """Ask for rollouts of these prompts, with the weights loaded last."""
 
-    def collect(self) -> Rollouts:
-        """The rollouts asked for, once they are there."""
+    def collect(self, timeout: float | None = None) -> Rollouts | None:
+        """The rollouts asked for, once they are there; None if that takes another process longer than ``timeout``."""
 
     def load_weights(self, student: nn.Module, version: int) -> None:
         """Sample with these weights from now on; never called between submit and collect."""
@@ -66,19 +68,26 @@ class Engine(Protocol):
         """Responses to each prompt, in the prompts' order; the same seed gives the same ones."""
 
     def load(self, parameters: Mapping[str, Tensor], probe: Probe | None) -> None:
-        """Take these weights, named as the student's; compare what comes of them with the probe, if there is one."""
+        """Take these weights, named as the model's; compare what comes of them with the probe, if there is one."""
 
     def close(self) -> None:
         """Let go of memory."""
 
 
 class TransformersEngine:
-    """Samples with a model of transformers: a copy of the student, or the student itself."""
+    """Samples with a model of transformers.
 
-    def __init__(self, model: nn.Module, decoding: Decoding, vision: Vision | None = None) -> None:
+    Args:
+        is_student: the model is the student itself, which no weights have to be loaded into, and not a copy of it.
+    """
+
+    def __init__(
+        self, model: nn.Module, decoding: Decoding, vision: Vision | None = None, *, is_student: bool = False
+    ) -> None:
         self._model = model
         self._decoding = decoding
         self._vision = vision
+        self._is_student = is_student
 
     @classmethod
     def from_config(
@@ -91,7 +100,8 @@ class TransformersEngine:
         return sample_responses([(self._model, 1.0)], prompts, self._decoding, seed, self._vision)
 
     def load(self, parameters: Mapping[str, Tensor], probe: Probe | None) -> None:
-        copy_parameters(parameters, self._model)
+        if not self._is_student:
+            copy_parameters(parameters, self._model)
 
     def close(self) -> None:
         pass
@@ -114,7 +124,7 @@ class LocalSampler:
     def submit(self, prompts: Sequence[TokenPrompt], seed: int) -> None:
         self._request = (prompts, seed)
 
-    def collect(self) -> Rollouts:
+    def collect(self, timeout: float | None = None) -> Rollouts:
         assert self._request is not None, "collect before submit"
         started = time.perf_counter()
         responses = self._engine.sample(*self._request)
@@ -123,7 +133,7 @@ class LocalSampler:
 
     def load_weights(self, student: nn.Module, version: int) -> None:
         probe = compute_probe(student) if self._probes else None
-        self._engine.load(dict(student.named_parameters()), probe)
+        self._engine.load(MergedParameters(student), probe)
         self._version = version
 
     def close(self) -> None:
@@ -133,11 +143,16 @@ class LocalSampler:
 class ProcessSampler:
     """Samples in a process of its own while the learner learns.
 
+    A process that is killed from outside is started again with the weights and the request that it had, so that the
+    same rollouts come of it.
+
     Args:
         student: whose weights are sampled with from the start.
         build_engine: called in that process.
         num_threads: CPU threads of that process; torch's choice if None.
         probes: whether each hand-over comes with a probe of the student.
+        max_restarts: how often it is started again in all.
+        tell: hears of each time.
     """
 
     def __init__(
@@ -146,53 +161,98 @@ class ProcessSampler:
         build_engine: Callable[[], Engine],
         num_threads: int | None,
         probes: bool = False,
+        max_restarts: int = 0,
+        tell: Callable[[str], None] = lambda text: None,
     ) -> None:
-        context = mp.get_context("spawn")
         self._weights = SharedWeights(student)
+        self._build_engine = build_engine
+        self._num_threads = num_threads
         self._probes = probes
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve,
-            args=(theirs, self._weights, build_engine, num_threads),
-            name="sdpo-sampler",
-            daemon=True,
-        )
-        with _deaf_to_ctrl_c():
-            self._process.start()
-        theirs.close()
+        self._restarts_left = max_restarts
+        self._tell = tell
+        self._loaded: tuple[Any, ...] | None = None  # the last hand-over
+        self._asked: tuple[Any, ...] | None = None  # the request that has not been answered
+        self._start()
+        atexit.register(self.close)  # else multiprocessing would wait for the process, which no SIGTERM ends
 
     def submit(self, prompts: Sequence[TokenPrompt], seed: int) -> None:
-        self._send(("sample", prompts, seed))
+        self._asked = ("sample", prompts, seed)
+        self._send(self._asked)
 
-    def collect(self) -> Rollouts:
-        outcome = self._receive()
+    def collect(self, timeout: float | None = None) -> Rollouts | None:
+        try:
+            if timeout is not None and not self._connection.poll(timeout):
+                return None
+            outcome = self._receive()
+        except _GONE:
+            self._restart()
+            return self.collect(timeout)
         assert isinstance(outcome, Rollouts)
+        self._asked = None
         return outcome
 
     def load_weights(self, student: nn.Module, version: int) -> None:
         self._weights.write(student)
-        self._send(("weights", version, compute_probe(student) if self._probes else None))
+        self._loaded = ("weights", version, compute_probe(student) if self._probes else None)
+        self._send(self._loaded)
 
     def close(self) -> None:
+        atexit.unregister(self.close)
         self._connection.close()
         self._process.join(timeout=1)
         if self._process.is_alive():  # sampling or starting, which nobody waits for any more
-            self._process.terminate()
+            self._process.kill()
             self._process.join()
+
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve,
+            args=(theirs, self._weights, self._build_engine, self._num_threads),
+            name="sdpo-sampler",
+            daemon=True,
+        )
+        with _deaf_to_signals():
+            self._process.start()
+        theirs.close()
+
+    def _restart(self) -> None:
+        """Start the process again where it was.
+
+        Raises:
+            UserError: it has been killed too often.
+            RuntimeError: it ended by itself.
+        """
+        self._process.join(timeout=5)
+        code = self._process.exitcode
+        if code is None or code >= 0:
+            raise RuntimeError(f"the sampler's process ended with exit code {code}")
+        how = f"the sampler's process was killed by {signal.Signals(-code).name}"
+        if self._restarts_left == 0:
+            raise UserError(
+                f"sampler: {how}, and may not be started again (sampler.max_restarts); "
+                "if memory ran out, lower sampler.batch_size or sampler.max_response_length"
+            )
+        self._restarts_left -= 1
+        self._tell(f"{how}; it is started again, {self._restarts_left} more times at most")
+        self._connection.close()
+        self._start()
+        for request in (self._loaded, self._asked):
+            if request is not None:
+                self._send(request)
 
     def _send(self, request: tuple[Any, ...]) -> None:
         try:
             self._connection.send(request)
         except _GONE:
-            while True:  # what it sent last tells why it is gone
-                self._receive()
+            with contextlib.suppress(*_GONE):
+                while True:  # what it sent last tells why it is gone
+                    self._receive()
+            self._restart()  # which sends the request
 
     def _receive(self) -> Any:
-        try:
-            outcome = self._connection.recv()
-        except _GONE:
-            self._process.join(timeout=5)
-            raise RuntimeError(f"the sampler's process ended with exit code {self._process.exitcode}") from None
+        outcome = self._connection.recv()
         if isinstance(outcome, UserError):
             raise outcome
         if isinstance(outcome, str):
@@ -202,25 +262,32 @@ class ProcessSampler:
 
 # What a connection raises once the process at its other end is gone.
 _GONE = (EOFError, BrokenPipeError, ConnectionResetError)
+# Signals that the learner handles; it closes the connection once it has saved.
+_OF_THE_LEARNER = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """A process started in here never hears Ctrl-C, which a terminal sends to every process, even while it starts."""
+def _deaf_to_signals() -> Iterator[None]:
+    """A process started in here never hears what a terminal or a batch system sends to every process of a run.
+
+    Not even while it starts; it ends with the learner, whose part it is to save first.
+    """
     if threading.current_thread() is not threading.main_thread():  # only the main thread may say
         yield
         return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in _OF_THE_LEARNER}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _serve(
     connection: Connection, weights: SharedWeights, build_engine: Callable[[], Engine], num_threads: int | None
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the learner's to handle; it closes the connection
+    for number in _OF_THE_LEARNER:
+        signal.signal(number, signal.SIG_IGN)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     version = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,13 +17,15 @@ from sdpo.context.demonstration import Demonstration, GradedResponse, compute_su
 from sdpo.context.encode import TeacherPrompt, Tokenizer
 from sdpo.context.teacher_prompts import Lesson, build_lessons, summarize_lessons
 from sdpo.embedded.data import Prompt
+from sdpo.estimates import ClusteredMean, name_interval
 from sdpo.models.decoding import Response
-from sdpo.tasks.interface import Grade, Task, grade_response
+from sdpo.tasks.grading import Grader
+from sdpo.tasks.interface import Grade
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One graded rollout with all that the loss needs of it."""
+    """One graded rollout with all that the loss needs of it; the score is NaN where the grader failed."""
 
     prompt: Prompt
     response: Response
@@ -37,25 +40,33 @@ class Sample:
     def is_distilled(self) -> bool:
         return self.teacher_prompt.token_ids is not None
 
+    @property
+    def is_graded(self) -> bool:
+        return not math.isnan(self.grade.score)
+
 
 def grade_responses(
-    task: Task,
+    grader: Grader,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     responses: Sequence[Sequence[Response]],
 ) -> list[GradedResponse]:
     """Grade every response, in the order prompt by prompt; a response's group is its prompt's place in the batch."""
-    graded = []
-    for group, (prompt, of_prompt) in enumerate(zip(prompts, responses, strict=True)):
-        for response in of_prompt:
-            text = tokenizer.decode(response.token_ids, skip_special_tokens=True)
-            grade = grade_response(task, prompt.row, text)
-            graded.append(GradedResponse(group, text, grade.score, grade.feedback, prompt.row.ground_truth))
-    return graded
+    texts = [
+        (group, tokenizer.decode(response.token_ids, skip_special_tokens=True))
+        for group, of_prompt in enumerate(responses)
+        for response in of_prompt
+    ]
+    rows = [prompt.row for prompt in prompts]
+    grades = grader.grade([(rows[group], text) for group, text in texts])
+    return [
+        GradedResponse(group, text, grade.score, grade.feedback, rows[group].ground_truth)
+        for (group, text), grade in zip(texts, grades, strict=True)
+    ]
 
 
 def build_samples(
-    task: Task,
+    grader: Grader,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     responses: Sequence[Sequence[Response]],
@@ -64,7 +75,7 @@ def build_samples(
     rng: random.Random,
 ) -> list[Sample]:
     """Training samples of one step, prompt by prompt."""
-    graded = grade_responses(task, tokenizer, prompts, responses)
+    graded = grade_responses(grader, tokenizer, prompts, responses)
     flat = [response for of_prompt in responses for response in of_prompt]
     lessons = build_lessons(
         tokenizer,
@@ -102,13 +113,11 @@ def summarize_samples(samples: Sequence[Sample], config: SelfDistillationConfig)
     def mean(values: Sequence[float]) -> float:
         return sum(values) / len(values)
 
-    scores = [s.grade.score for s in samples]
+    scores = [s.grade.score for s in samples if s.is_graded]
     lengths = [len(s.response.token_ids) for s in samples]
     prompt_lengths = [len(s.prompt.token_ids) for s in samples]
     values = {
-        metrics.SCORE_MEAN: mean(scores),
-        metrics.SCORE_MAX: max(scores),
-        metrics.SCORE_MIN: min(scores),
+        metrics.GRADER_FAILURES: len(samples) - len(scores),
         metrics.RESPONSE_LENGTH_MEAN: mean(lengths),
         metrics.RESPONSE_LENGTH_MAX: max(lengths),
         metrics.RESPONSE_LENGTH_CLIP_RATIO: mean([not s.response.finished for s in samples]),
@@ -116,6 +125,39 @@ def summarize_samples(samples: Sequence[Sample], config: SelfDistillationConfig)
         metrics.PROMPT_LENGTH_MAX: max(prompt_lengths),
         metrics.TOKENS: sum(lengths) + sum(prompt_lengths),
     }
+    if scores:
+        values |= {
+            metrics.SCORE_MEAN: mean(scores),
+            metrics.SCORE_MAX: max(scores),
+            metrics.SCORE_MIN: min(scores),
+        }
+    prompts = [id(s.prompt) for s in samples]
+    graded_prompts = [id(s.prompt) for s in samples if s.is_graded]
+    for name, mean_of in (
+        (metrics.SCORE_MEAN, ClusteredMean.of(scores, graded_prompts)),
+        (metrics.RESPONSE_LENGTH_MEAN, ClusteredMean.of(lengths, prompts)),
+    ):
+        values |= name_interval(name, mean_of.normal_interval())
+    cut_off = ClusteredMean.of([not s.response.finished for s in samples], prompts)
+    values |= name_interval(metrics.RESPONSE_LENGTH_CLIP_RATIO, cut_off.share_interval())
+    values |= _summarize_repetition(samples)
     graded = [GradedResponse(id(s.prompt), s.text, s.grade.score) for s in samples]
     lessons = [Lesson(s.demonstration, s.teacher_prompt) for s in samples]
     return values | summarize_lessons(graded, lessons, config)
+
+
+def compute_repetition(token_ids: Sequence[int], length: int = 4) -> float | None:
+    """Share of the n-grams of that length that have been there before, in [0, 1); None where there is no n-gram."""
+    ngrams = [tuple(token_ids[i : i + length]) for i in range(len(token_ids) - length + 1)]
+    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else None
+
+
+def _summarize_repetition(samples: Sequence[Sample]) -> dict[str, float]:
+    repeated = ClusteredMean()
+    for sample in samples:
+        share = compute_repetition(sample.response.token_ids)
+        if share is not None:
+            repeated.add(id(sample.prompt), share, 1)
+    if repeated.num_clusters == 0:
+        return {}
+    return {metrics.REPEATED_4GRAMS: repeated.mean} | name_interval(metrics.REPEATED_4GRAMS, repeated.share_interval())

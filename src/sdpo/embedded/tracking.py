@@ -25,9 +25,9 @@ LIBRARIES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "tracki
 class TensorBoard:
     """Event files in ``RUN_DIR/tensorboard``."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, resumed_step: int | None) -> None:
         module = _require("tensorboard")
-        self._writer: Any = module.SummaryWriter(str(Path(run.run_dir) / "tensorboard"))
+        self._writer: Any = module.SummaryWriter(str(Path(run.run_dir) / "tensorboard"), purge_step=resumed_step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -62,14 +62,18 @@ def require_trackers(run: Run) -> None:
         _require(backend)
 
 
-def build_trackers(run: Run) -> list[Tracker]:
+def build_trackers(run: Run, resumed_step: int | None = None) -> list[Tracker]:
     """The trackers that ``tracking.backends`` names; they may write into the run's folder at once.
+
+    TensorBoard forgets the rows from ``resumed_step`` on; which run the others go on with is theirs to be told, by
+    their environment variables.
 
     Raises:
         UserError: a library is not installed.
     """
     return [
-        TensorBoard(run) if backend == "tensorboard" else WandbLike(run, backend) for backend in run.tracking.backends
+        TensorBoard(run, resumed_step) if backend == "tensorboard" else WandbLike(run, backend)
+        for backend in run.tracking.backends
     ]
 
 

@@ -14,25 +14,26 @@ import torch
 from torch import Tensor, nn
 
 from sdpo.algorithm.inputs import gather_log_probs
+from sdpo.models.lora import MergedParameters
 
 PROBE_LENGTH = 16
 
 
 class SharedWeights:
-    """A copy of a model's parameters in shared memory."""
+    """A copy of a student's parameters in shared memory, adapters merged into them."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, student: nn.Module) -> None:
         self.tensors: dict[str, Tensor] = {
-            name: torch.empty_like(param, device="cpu", requires_grad=False).share_memory_()
-            for name, param in model.named_parameters()
+            name: param.to("cpu", copy=True).share_memory_() for name, param in MergedParameters(student).items()
         }
-        self.write(model)
 
     @torch.no_grad()
-    def write(self, model: nn.Module) -> None:
-        """Copy the model's parameters in; they have arrived when this returns, from a GPU too."""
-        for name, param in model.named_parameters():
-            self.tensors[name].copy_(param)
+    def write(self, student: nn.Module) -> None:
+        """Copy in what training changes; it has arrived when this returns, from a GPU too."""
+        params = MergedParameters(student)
+        for name, tensor in self.tensors.items():
+            if params.changes(name):
+                tensor.copy_(params[name])
 
 
 @dataclass(frozen=True)
@@ -68,5 +69,4 @@ def copy_parameters(source: Mapping[str, Tensor], target: nn.Module) -> None:
     if params.keys() != source.keys():
         raise ValueError(f"weights of another model: {sorted(params.keys() ^ source.keys())[:3]} differ")
     for name, param in params.items():
-        if param is not source[name]:  # a model is up to date with itself
-            param.copy_(source[name])
+        param.copy_(source[name])

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from sdpo.algorithm import logits
-from sdpo.config import ModelConfig, Run
+from sdpo.config import LoraConfig, ModelConfig, Run
 from sdpo.models.loading import build_meta_model, get_window, reads_images
+from sdpo.models.lora import find_target_layers
 from sdpo.models.vision import CHUNK_SIZE, get_tower_parameters
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -99,6 +101,21 @@ class Stack:
 
 
 @dataclass(frozen=True)
+class Adapters:
+    """What LoRA puts beside a model's weights.
+
+    Attributes:
+        num_params: of the adapters.
+        num_adapted: parameters of the layers' weights that they adapt.
+        kept: values that all of them keep for the backward pass, a token: their inputs and what A makes of those.
+    """
+
+    num_params: int
+    num_adapted: int
+    kept: int
+
+
+@dataclass(frozen=True)
 class ModelSize:
     """A model's parts.
 
@@ -112,6 +129,7 @@ class ModelSize:
         patches_a_token: of those, how many become one token.
         outside_layers: parameters outside the layers that transformers never splits; FSDP2 gathers them together.
         window: most tokens the model reads; None if it does not say.
+        adapters: of LoRA; None without it.
     """
 
     language: Stack
@@ -123,6 +141,7 @@ class ModelSize:
     patches_a_token: int
     outside_layers: int
     window: int | None
+    adapters: Adapters | None = None
 
     @property
     def num_params(self) -> int:
@@ -138,8 +157,12 @@ class ModelSize:
         return numbers * 4 + -(-numbers // self.patch_values) * patch
 
 
-def measure_model(config: ModelConfig) -> ModelSize:
-    """Count the parameters of the architecture; only ``config.json`` of the model is read."""
+def measure_model(config: ModelConfig, lora: LoraConfig | None = None) -> ModelSize:
+    """Count the parameters of the architecture; only ``config.json`` of the model is read.
+
+    Raises:
+        UserError: as ``build_meta_model`` and ``find_target_layers`` do.
+    """
     model = build_meta_model(config)
     shape: Any = model.config.get_text_config()
     tower = _measure_tower(model) if reads_images(config) else None
@@ -169,6 +192,16 @@ def measure_model(config: ModelConfig) -> ModelSize:
         patches_a_token=(_first_of(vision, "spatial_merge_size") or 1) ** 2,
         outside_layers=num_params - sum(layers.values()),
         window=get_window(model),
+        adapters=_measure_adapters(model, lora) if lora is not None and lora.rank else None,
+    )
+
+
+def _measure_adapters(model: PreTrainedModel, lora: LoraConfig) -> Adapters:
+    weights = [layer.weight for layer in find_target_layers(model, lora).values()]
+    return Adapters(
+        num_params=lora.rank * sum(sum(weight.shape) for weight in weights),
+        num_adapted=sum(weight.numel() for weight in weights),
+        kept=sum(weight.shape[1] + lora.rank for weight in weights),
     )
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -42,17 +41,29 @@ def resolve_device(name: str, setting: str) -> torch.device:
 
 
 def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
-    """The model in evaluation mode, its weights in ``model.dtype`` on ``device``."""
+    """The model in evaluation mode, its weights in ``model.dtype`` on ``device``.
+
+    Raises:
+        UserError: it cannot be loaded, or its files lack weights, which transformers would draw at random.
+    """
     kind = _get_auto_class(_load_architecture(config))
     try:
-        model = kind.from_pretrained(
+        model, found = kind.from_pretrained(
             config.path,
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by their names
         )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise UserError(f"model.path: {config.path}: cannot be loaded ({_first_line(error)})") from error
+    except Exception as error:  # transformers and the model's own code raise anything
+        raise UserError(f"model.path: {config.path}: cannot be loaded ({_explain(error)})") from error
+    lacking = sorted({*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])})
+    if lacking:
+        raise UserError(
+            f"model.path: {config.path}: its files lack {len(lacking)} of the model's weights, or have them in another "
+            f"shape: {', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}; take files that belong together"
+        )
     speed_up_linear_layers(model)
     return model.to(device).eval()
 
@@ -62,8 +73,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     _require_model(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"model.path: {config.path}: its tokenizer cannot be loaded ({_first_line(error)})") from error
+    except Exception as error:  # broken files make it raise anything
+        raise UserError(f"model.path: {config.path}: its tokenizer cannot be loaded ({_explain(error)})") from error
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"model.path: {config.path}: the tokenizer has no end-of-sequence token; responses could not end"
@@ -79,8 +90,8 @@ def build_meta_model(config: ModelConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return _get_auto_class(architecture).from_config(architecture, trust_remote_code=config.trust_remote_code)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"model.path: {config.path}: cannot be loaded ({_first_line(error)})") from error
+    except Exception as error:  # odd settings make it raise anything
+        raise UserError(f"model.path: {config.path}: cannot be loaded ({_explain(error)})") from error
 
 
 def reads_images(config: ModelConfig) -> bool:
@@ -92,8 +103,8 @@ def _load_architecture(config: ModelConfig) -> PretrainedConfig:
     _require_model(config)
     try:
         return AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"model.path: {config.path}: cannot be loaded ({_first_line(error)})") from error
+    except Exception as error:  # broken files make it raise anything
+        raise UserError(f"model.path: {config.path}: cannot be loaded ({_explain(error)})") from error
 
 
 def _get_auto_class(architecture: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
@@ -108,7 +119,35 @@ def get_stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     """Tokens that end a response: the tokenizer's and those that the model's generation settings add."""
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     more = configured if isinstance(configured, list) else [configured]
+    for token_id in more:
+        if not isinstance(token_id, int | None):
+            raise UserError(
+                f"model.path: its generation_config.json has the eos_token_id {token_id!r:.40}, not a token's number"
+            )
     return sorted({tokenizer.eos_token_id, *(token for token in more if token is not None)})
+
+
+def require_same_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """See that the model reads what the tokenizer writes.
+
+    Added tokens may lie beyond the embeddings, as Gemma's for an image does in models of text alone.
+
+    Raises:
+        UserError: another token does, or the one that ends a response.
+    """
+    size = count_embeddings(model)
+    added = set(tokenizer.added_tokens_decoder) - {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    largest = max((token_id for token_id in tokenizer.get_vocab().values() if token_id not in added), default=0)
+    if largest >= size:
+        raise UserError(
+            f"model.path: {path}: its tokenizer writes tokens up to {largest}, and the model has embeddings of {size}; "
+            "take files that belong together"
+        )
+
+
+def count_embeddings(model: PreTrainedModel) -> int:
+    """Tokens that the model can read."""
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def get_window(model: PreTrainedModel) -> int | None:
@@ -123,13 +162,16 @@ def looks_local(path: str) -> bool:
 
 
 def _require_model(config: ModelConfig) -> None:
-    if not Path(config.path).exists() and looks_local(config.path):
+    exists = os.path.exists(config.path)
+    if not exists and looks_local(config.path):
         raise UserError(f"model.path: {config.path}: no such folder")
-    if Path(config.path).exists() and not (Path(config.path) / "config.json").is_file():
+    if exists and not os.path.isfile(os.path.join(config.path, "config.json")):
         raise UserError(
             f"model.path: {config.path}: holds no config.json; a model folder in the Hugging Face format does"
         )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _explain(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    # The text of these is a name alone.
+    return f"{type(error).__name__} {text}".strip() if isinstance(error, KeyError) or not text else f"{text:.250}"

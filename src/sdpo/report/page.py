@@ -107,6 +107,12 @@ def _run_section(index: int, record: RunRecord) -> str:
             _definitions((name, f"{value:.6g}", DESCRIPTIONS.get(name, "")) for name, value in last_row.items()),
         ),
     ]
+    if record.alarms:
+        alarms = [
+            (f"step {alarm['step']}, {alarm.get('rule')}", str(alarm.get("action")), str(alarm.get("reason")))
+            for alarm in record.alarms
+        ]
+        parts.append(_details(f"Alarms, {len(alarms)}", _definitions(alarms)))
     if record.settings:
         help_of = {key: field.metadata["help"] for key, field in iterate_settings()}
         settings = _definitions((key, _show(value), help_of.get(key, "")) for key, value in record.settings.items())

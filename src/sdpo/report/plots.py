@@ -31,6 +31,7 @@ _WIDTH, _LEFT, _RIGHT, _BETWEEN, _ABOVE, _BELOW = 12.0, 0.6, 0.25, 0.6, 0.4, 0.5
 
 _SOLID: dict[str, Any] = {"linewidth": 2, "solid_capstyle": "round"}
 _DASHED: dict[str, Any] = {"linewidth": 1.4, "linestyle": (0, (4, 2))}
+_DOTTED: dict[str, Any] = {"linewidth": 1.2, "linestyle": (0, (1, 2)), "zorder": 1}
 _FAINT: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.3}
 
 
@@ -43,6 +44,7 @@ class Panel:
     teacher: str | None = None
     unit_range: bool = False
     is_accuracy: bool = False
+    smooth: bool = True
 
     def has_data(self, records: Sequence[RunRecord]) -> bool:
         return any(math.isfinite(value) for record in records for value in record.series(self.student)[1])
@@ -78,7 +80,13 @@ def build_figure(records: Sequence[RunRecord], theme: Theme = LIGHT) -> Figure:
     """A figure with one panel for each metric that at least one run has."""
     accuracy = _accuracy_panels(records)
     training = [panel for panel in _TRAINING_PANELS if panel.has_data(records)]
-    rows = [(3.0, row) for row in _in_rows(accuracy)] + [(1.8, row) for row in _in_rows(training)]
+    return _draw(
+        records, [(3.0, row) for row in _in_rows(accuracy)] + [(1.8, row) for row in _in_rows(training)], theme
+    )
+
+
+def _draw(records: Sequence[RunRecord], rows: Sequence[PanelRow], theme: Theme) -> Figure:
+    accuracy = [panel for _, row in rows for panel in row if panel.is_accuracy]
     # Not through pyplot: a report leaves whatever figures and backend the caller has alone.
     figure = Figure(facecolor=theme.background)
     FigureCanvasAgg(figure)
@@ -90,6 +98,12 @@ def build_figure(records: Sequence[RunRecord], theme: Theme = LIGHT) -> Figure:
             _label_ends(axes, panel, records, theme)
     _add_legend(figure, legend, columns, theme)
     return figure
+
+
+def plot_panels(records: Sequence[RunRecord], panels: Sequence[Panel], path: str | Path, theme: Theme = LIGHT) -> None:
+    """Write small plots of any metrics as a PNG, in the style of the learning curves."""
+    figure = _draw(records, [(1.8, row) for row in _in_rows(list(panels))], theme)
+    figure.savefig(path, format="png", dpi=_DOTS_PER_INCH)
 
 
 def _accuracy_panels(records: Sequence[RunRecord]) -> list[Panel]:
@@ -138,7 +152,9 @@ def _draw_panel(axes: Axes, panel: Panel, records: Sequence[RunRecord], theme: T
     for record, colour in _coloured(records, theme):
         for metric, style in ((panel.teacher, _DASHED), (panel.student, _SOLID)):
             if metric and record.series(metric)[0]:
-                _draw_curve(axes, record, metric, smooth=not panel.is_accuracy, color=colour, **style)
+                _draw_curve(axes, record, metric, smooth=panel.smooth and not panel.is_accuracy, color=colour, **style)
+        for alarm in record.alarms:
+            axes.axvline(alarm["step"], color=colour, **_DOTTED)
     axes.set_xlim(0, max(record.last_step for record in records) or 1)
     _style_axes(axes, panel, theme)
 
@@ -227,7 +243,12 @@ def _legend_entries(records: Sequence[RunRecord], rows: Sequence[PanelRow], them
     shown = [(record, panel) for record in records for _, panels in rows for panel in panels]
     if any(panel.teacher and record.series(panel.teacher)[0] for record, panel in shown):
         entries.append(Line2D([], [], color=theme.muted, **_DASHED, label="teacher"))
-    if any(not panel.is_accuracy and len(record.series(panel.student)[0]) > _FEW_POINTS for record, panel in shown):
+    if any(record.alarms for record in records):
+        entries.append(Line2D([], [], color=theme.muted, **_DOTTED, label="alarm"))
+    if any(
+        panel.smooth and not panel.is_accuracy and len(record.series(panel.student)[0]) > _FEW_POINTS
+        for record, panel in shown
+    ):
         entries.append(Line2D([], [], color=theme.muted, **_FAINT, label="each step (bold: running mean)"))
     return entries
 

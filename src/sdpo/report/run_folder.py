@@ -15,6 +15,7 @@ from sdpo.errors import UserError
 from sdpo.metrics import STEP, val_name
 
 METRICS_FILE = "metrics.jsonl"
+ALARMS_FILE = "alarms.jsonl"
 RUN_FILE = "run.yaml"
 
 _ACCURACY = re.compile(re.escape(val_name("SOURCE", "mean@")).replace("SOURCE", "(.+)") + r"(\d+)")
@@ -22,12 +23,13 @@ _ACCURACY = re.compile(re.escape(val_name("SOURCE", "mean@")).replace("SOURCE", 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run: a row of metrics a step, in order, and its settings by dotted key."""
+    """One run: a row of metrics a step, in order, its settings by dotted key, and the alarms that it raised."""
 
     name: str
     path: Path
     rows: Sequence[Mapping[str, float]]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    alarms: Sequence[Mapping[str, Any]] = ()
 
     @property
     def last_step(self) -> int:
@@ -76,7 +78,8 @@ def read_run(path: str | Path) -> RunRecord:
     if not rows:
         raise UserError(f"{metrics_file}: no metrics in it yet; wait for the run's first step")
     settings = _read_settings(path / RUN_FILE)
-    return RunRecord(str(settings.get("tracking.name") or path.resolve().name), path, rows, settings)
+    alarms = _read_alarms(path / ALARMS_FILE, last_step=int(rows[-1][STEP]))
+    return RunRecord(str(settings.get("tracking.name") or path.resolve().name), path, rows, settings, alarms)
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[RunRecord]:
@@ -125,6 +128,19 @@ def _to_row(content: Any, where: str) -> dict[str, float]:
     if not math.isfinite(row.get(STEP, math.nan)):
         raise UserError(f"{where}: no number under {STEP}; mend or remove the line")
     return row
+
+
+def _read_alarms(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """Alarms up to the last step; a line that a killed run left half written is none."""
+    alarms = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            alarm = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(alarm, dict) and isinstance(alarm.get("step"), int) and alarm["step"] <= last_step:
+            alarms.append(alarm)
+    return alarms
 
 
 def _append(rows: list[dict[str, float]], row: dict[str, float]) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import os
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +49,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Grade:
-    """What a grader says of one response: a score, and in words what was wrong, if it can tell."""
+    """What a grader says of one response: a score, and in words what was wrong, if it can tell.
+
+    A score of NaN stands for a grader that failed; no grader may return one.
+    """
 
     score: float
     feedback: str | None = None
@@ -68,24 +73,25 @@ def load_rows(files: Sequence[str], setting: str) -> list[Row]:
             prompt is not a list of messages or whose images are no files; names the file, and the row or the column.
     """
     import pyarrow.parquet as pq
-    from pyarrow import ArrowException
 
     if not files:
         raise UserError(f"{setting} is empty; name at least one parquet file")
     rows: list[Row] = []
     for name in files:
-        if not Path(name).is_file():
+        if not os.path.isfile(name):
             raise UserError(f"{setting}: {name}: no such file")
         try:
             table = pq.read_table(name)
-        except (ArrowException, OSError) as error:
-            raise UserError(f"{setting}: {name}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+            records = table.to_pylist()
+        except Exception as error:  # readers raise whatever a broken file makes them raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{setting}: {name}: not a readable parquet file ({reason})") from error
         missing = [column for column in REQUIRED_COLUMNS if column not in table.column_names]
         if missing:
             raise UserError(
                 f"{setting}: {name}: column {missing[0]!r} is missing; it has {', '.join(table.column_names) or 'none'}"
             )
-        rows.extend(_parse_row(record, f"{setting}: {name}: row {i}") for i, record in enumerate(table.to_pylist()))
+        rows.extend(_parse_row(record, f"{setting}: {name}: row {i}") for i, record in enumerate(records))
     if not rows:
         raise UserError(f"{setting}: {', '.join(files)}: no rows")
     return rows
@@ -96,21 +102,44 @@ def _parse_row(record: Mapping[str, Any], where: str) -> Row:
     if not isinstance(prompt, list) or not prompt:
         raise UserError(f"{where}: prompt must be a list of messages with role and content, got {prompt!r:.80}")
     for message in prompt:
-        if not isinstance(message, dict) or not message.get("role") or message.get("content") is None:
-            raise UserError(f"{where}: a message of the prompt needs role and content, got {message!r:.80}")
+        _check_message(message, where)
     if not any(message["role"] == "user" for message in prompt):
         raise UserError(f"{where}: the prompt has no user message")
     if not isinstance(record["reward_model"], Mapping):
         raise UserError(f"{where}: reward_model must have ground_truth in it, got {record['reward_model']!r:.80}")
+    if record["data_source"] is None:
+        raise UserError(f"{where}: data_source must be a name, got None")
+    for column, kind in (("extra_info", Mapping), ("images", list)):
+        if not isinstance(record.get(column), (kind, type(None))):
+            name = "a mapping" if kind is Mapping else "a list"
+            raise UserError(f"{where}: {column} must be {name} or null, got {record[column]!r:.80}")
     return Row(
         data_source=str(record["data_source"]),
         prompt=prompt,
         reward_model=record["reward_model"],
-        ability=record.get("ability") or "",
+        ability=str(record.get("ability") or ""),
         extra_info=record.get("extra_info") or {},
         images=tuple(read_image(image, where) for image in record.get("images") or ()),
         origin=where,
     )
+
+
+def _check_message(message: Any, where: str) -> None:
+    if not isinstance(message, dict) or not message.get("role") or message.get("content") is None:
+        raise UserError(f"{where}: a message of the prompt needs role and content, got {message!r:.80}")
+    role, content = message["role"], message["content"]
+    if not isinstance(role, str):
+        raise UserError(f"{where}: a message's role must be text, got {role!r:.80}")
+    if isinstance(content, str):
+        return
+    if not isinstance(content, list) or not content:
+        raise UserError(f"{where}: a message's content must be text or a list of parts, got {content!r:.80}")
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "image" and not (kind == "text" and isinstance(part.get("text"), str)):
+            raise UserError(
+                f"{where}: a part of a message must be of type image, or of type text with a text, got {part!r:.80}"
+            )
 
 
 def read_image(image: Any, where: str) -> bytes:
@@ -134,14 +163,19 @@ def load_task(name: str, args: Mapping[str, Any]) -> Task:
     """Find a task by built-in name, Python file or module, and build it with its arguments.
 
     Raises:
-        UserError: there is no such task, it has neither ``build_task`` nor ``grade``, or does not take the arguments.
+        UserError: there is no such task, it cannot be imported, it has neither ``build_task`` nor ``grade``, or does
+            not take the arguments.
     """
     module = _import_task(name)
     if hasattr(module, "build_task"):
         try:
             return module.build_task(**args)
+        except UserError:
+            raise
         except TypeError as error:
-            raise UserError(f"data.task_args: {name}: {error}") from error
+            raise UserError(f"data.task_args: {name}: {' '.join(str(error).split())}") from error
+        except Exception as error:  # a task of one's own may raise anything
+            raise UserError(f"data.task_args: {name}: {_explain(error, name)}") from error
     if not hasattr(module, "grade"):
         raise UserError(f"data.task: {name} defines neither grade(row, response) nor build_task(**task_args)")
     if args:
@@ -166,15 +200,28 @@ def _import_task(name: str) -> ModuleType:
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses look their module up there
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # a file of one's own may raise anything
+            del sys.modules[spec.name]
+            raise UserError(f"data.task: {name}: cannot be imported ({_explain(error, name)})") from error
         return module
+    unknown = UserError(f"data.task: no task {name!r}; built in: {', '.join(BUILT_IN)}; or a Python file or module")
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise unknown
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not name.startswith(error.name):
-            raise
-        known = ", ".join(BUILT_IN)
-        raise UserError(f"data.task: no task {name!r}; built in: {known}; or a Python file or module") from error
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
+            raise unknown from error
+        raise UserError(f"data.task: {name}: cannot be imported ({_explain(error)})") from error
+
+
+def _explain(error: Exception, file: str = "") -> str:
+    """Type and message in one line, with the last line of ``file`` that led to it."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    place = f", {file}:{lines[-1]}" if lines else ""  # a SyntaxError says its line itself
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.300}{place}"
 
 
 def grade_response(task: Task, row: Row, response: str) -> Grade:
@@ -183,17 +230,32 @@ def grade_response(task: Task, row: Row, response: str) -> Grade:
     Raises:
         UserError: the grader returned something that is no score.
     """
-    value = task.grade(row, response)
+    try:
+        return parse_grade(task.grade(row, response))
+    except BadGradeError as error:
+        raise UserError(f"data.task: {error}; for a response to a {row.data_source} row") from error
+
+
+class BadGradeError(ValueError):
+    """What a grader returned is no grade."""
+
+
+def parse_grade(value: Any) -> Grade:
+    """The grade in what a grader returned.
+
+    Raises:
+        BadGradeError: the score is no finite number, or the feedback no text.
+    """
     if isinstance(value, Mapping):
         value = Grade(value.get("score"), value.get("feedback"))  # type: ignore[arg-type]
     if not isinstance(value, Grade):
         value = Grade(value)
     try:
         score = float(value.score)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         score = math.nan
     if not math.isfinite(score):
-        raise UserError(f"data.task: the grader returned {value.score!r} for a response to a {row.data_source} row")
+        raise BadGradeError(f"the grader's score must be a finite number, got {value.score!r:.80}")
     if value.feedback is not None and not isinstance(value.feedback, str):
-        raise UserError(f"data.task: the grader's feedback must be text, got {value.feedback!r:.80}")
+        raise BadGradeError(f"the grader's feedback must be text, got {value.feedback!r:.80}")
     return Grade(score, value.feedback)

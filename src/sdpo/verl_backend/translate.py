@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdpo.config import Run, SelfDistillationConfig, flatten_keys, iterate_settings
+from sdpo.config import HealthConfig, Run, SelfDistillationConfig, flatten_keys, iterate_settings
 from sdpo.errors import UserError
 from sdpo.models.loading import looks_local
 
@@ -20,6 +20,11 @@ MODEL = "actor_rollout_ref.model"
 
 # Settings of the embedded engine that verl has no counterpart for.
 WITHOUT_COUNTERPART = (
+    "keep_best",
+    "stop_within",
+    "sampler.max_restarts",
+    "data.grader_timeout",
+    "data.max_grader_failures",
     "sampler.engine",
     "sampler.kv_cache_gib",
     "sampler.device",
@@ -27,6 +32,7 @@ WITHOUT_COUNTERPART = (
     "learner.device",
     "learner.num_threads",
     "eval.teacher",
+    *(f"health.{f.name}" for f in dataclasses.fields(HealthConfig)),
     "tracking.rollouts_per_save",
 )
 
@@ -48,6 +54,11 @@ def translate(run: Run) -> Translation:
     """
     if run.optim.schedule == "linear":
         raise UserError("optim.schedule=linear does not exist in verl; use constant or cosine")
+    if run.lora.rank:
+        raise UserError(
+            f"lora.rank={run.lora.rank}: on verl the teacher cannot be the average of the adapters' product; "
+            "use the embedded engine (sdpo train) or lora.rank=0"
+        )
     settings: dict[str, Any] = {
         **_data(run),
         **_policy(run),
@@ -163,6 +174,8 @@ def _bookkeeping(run: Run) -> dict[str, Any]:
         "trainer.val_before_train": run.eval.before_training,
         "trainer.test_freq": run.eval_every or run.total_steps,
         "trainer.save_freq": run.save_every or run.total_steps,
+        "trainer.max_actor_ckpt_to_keep": run.keep_last,
+        "trainer.resume_mode": "disable" if run.resume == "never" else "auto",
         "trainer.default_local_dir": str(folder / "checkpoints"),
         "trainer.rollout_data_dir": str(folder / "rollouts") if run.tracking.rollouts_every else None,
         "trainer.logger": ["console", "file", *run.tracking.backends],

@@ -364,6 +364,9 @@ def test_sums(grpo_coef: float, name: str) -> None:
             metrics.DISTILLATION_LOSS: (apart[0], 0),
             metrics.DIVERGENCE: (divergences[distilled].sum(), 5),
             metrics.TEACHER_GAP: (gaps[distilled].sum(), 5),
+            metrics.GAP_POSITIVE_FRACTION: (float((gaps[distilled] > 0).sum()), 5),
+            metrics.GAP_POSITIVE_PART: (np.maximum(gaps, 0)[distilled].sum(), 5),
+            metrics.GAP_NEGATIVE_PART: (np.minimum(gaps, 0)[distilled].sum(), 5),
             metrics.IS_RATIO_MEAN: (np.minimum(ratios, 1.4)[distilled].sum(), 5),
             metrics.IS_CLIP_FRACTION: (2.0, 5),  # distilled are 0, 2, 3, 5, 6, of which 2.5 and 1.5 are above 1.4
         }

@@ -49,21 +49,21 @@ def test_integer_and_text_groups_are_kept_apart() -> None:
     assert solutions(samples, demonstration_source="peer") == [None, None]
 
 
-def test_success_is_at_least_the_threshold_and_never_nan() -> None:
-    samples = rollouts(0.5, 0.4999, math.nan, 0.0)
-    assert solutions(samples, demonstration_source="peer", success_reward_threshold=0.5) == [
-        None,
-        "0:0",
-        "0:0",
-        "0:0",
-    ]
-    assert solutions(samples, demonstration_source="peer", success_reward_threshold=1.0) == [None] * 4
-    nan = rollouts(math.nan, math.nan)
-    assert solutions(nan, demonstration_source="peer", success_reward_threshold=-1e9) == [None] * 2
-    failed_only = solutions(
-        rollouts(math.nan, 1.0, ground_truth="4"), demonstration_source="ground_truth", distill_only_failed=True
-    )
-    assert failed_only == ["4", None]
+def test_success_is_at_least_the_threshold() -> None:
+    samples = rollouts(0.5, 0.4999, 0.0)
+    assert solutions(samples, demonstration_source="peer", success_reward_threshold=0.5) == [None, "0:0", "0:0"]
+    assert solutions(samples, demonstration_source="peer", success_reward_threshold=1.0) == [None] * 3
+
+
+@pytest.mark.parametrize("source", ["peer", "ground_truth", "peer_then_ground_truth"])
+@pytest.mark.parametrize("threshold", [1.0, -1e9])
+@pytest.mark.parametrize("only_failed", [False, True])
+def test_what_was_not_graded_is_shown_nothing_and_to_nobody(source: Any, threshold: float, only_failed: bool) -> None:
+    settings = {"demonstration_source": source, "distill_only_failed": only_failed}
+    samples = [replace(s, feedback="Wrong.") for s in rollouts(math.nan, 1.0, math.nan, 0.0, ground_truth="4")]
+    shown = select(samples, success_reward_threshold=threshold, include_environment_feedback=True, **settings)
+    assert [shown[0], shown[2]] == [Demonstration()] * 2
+    assert not {"0:0", "0:2"} & {demonstration.solution for demonstration in shown}
 
 
 @settings(max_examples=100, deadline=None)
@@ -86,7 +86,7 @@ def test_a_peer_is_a_success_of_the_group_and_not_itself(
             for j, peer in enumerate(samples)
             if peer.group == sample.group and peer.score == 1.0 and not (exclude and j == i)
         }
-        assert (solution in allowed) if allowed else (solution is None)
+        assert (solution in allowed) if allowed and sample.is_graded else (solution is None)
 
 
 def test_own_rollout_is_shown_only_if_allowed() -> None:
@@ -179,9 +179,10 @@ def test_a_solution_of_reasoning_alone_is_no_solution() -> None:
 
 def test_success_rates() -> None:
     samples = [*rollouts(1.0, 0.0, math.nan, 0.5, group="a"), *rollouts(0.2, group="b"), *rollouts(1.0, group=3)]
-    assert compute_success_rates(samples, 1.0) == [0.25, 0.25, 0.25, 0.25, 0.0, 1.0]
-    assert compute_success_rates(samples, 0.5) == [0.5, 0.5, 0.5, 0.5, 0.0, 1.0]
-    assert compute_success_rates(samples, -math.inf) == [0.75, 0.75, 0.75, 0.75, 1.0, 1.0]
+    assert compute_success_rates(samples, 1.0) == [1 / 3] * 4 + [0.0, 1.0]
+    assert compute_success_rates(samples, 0.5) == [2 / 3] * 4 + [0.0, 1.0]
+    assert compute_success_rates(samples, -math.inf) == [1.0] * 6
+    assert compute_success_rates(rollouts(math.nan), 0.0) == [0.0]
     assert compute_success_rates([], 1.0) == []
 
 

@@ -1,96 +1,145 @@
-"""Checkpoints are models of transformers: the student, and its teacher beside it."""
+"""Checkpoint folders are whole or not there; what is damaged is found; old ones go, the best stays."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sdpo.config import Run
-from sdpo.embedded.checkpoint import save_checkpoint
-from sdpo.embedded.learner import Learner
-from sdpo.embedded.samples import Sample
-from sdpo.tasks.hidden_rule import build_tokenizer
-
-MakeModel = Callable[..., Any]
-MakeRun = Callable[..., Run]
-MakeSamples = Callable[..., list[Sample]]
-TOKENIZER = build_tokenizer()
-IDS = torch.tensor([[5, 6, 7, 8, 3]])
+from sdpo.embedded import checkpoint
+from sdpo.embedded.checkpoint import find_fault, find_newest, read_manifest, retire_checkpoints, save_checkpoint
+from sdpo.errors import UserError
 
 
-def assert_same_model(folder: Path, model: torch.nn.Module, dtype: torch.dtype) -> None:
-    with torch.no_grad():
-        loaded = AutoModelForCausalLM.from_pretrained(folder)
-        assert loaded.dtype == dtype
-        for (name, param), expected in zip(loaded.named_parameters(), model.parameters(), strict=True):
-            assert torch.equal(param, expected), name
-        if dtype == torch.float32:
-            torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+def write(folder: Path) -> None:
+    (folder / "weights").write_bytes(b"0123456789")
+    (folder / "teacher").mkdir()
+    (folder / "teacher" / "weights").write_bytes(b"abc")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["ema", "trust-region", "frozen", "snapshot"])
-def test_student_teacher_and_tokenizer_load(
-    make_model: MakeModel, make_run: MakeRun, make_samples: MakeSamples, tmp_path: Path, dtype: torch.dtype, kind: str
+def write_other(folder: Path) -> None:
+    (folder / "weights").write_bytes(b"other")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_manifest_has_every_file(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path, 3, 0.5, write)
+    assert folder == tmp_path / "step_3"
+    assert names(tmp_path) == ["step_3"]
+    manifest = read_manifest(folder)
+    assert (manifest.step, manifest.score) == (3, 0.5)
+    # by sha256sum
+    assert manifest.files == {
+        "weights": (10, "84d89877f0d4041efb6bf91a16f0248f2fd573e6af05c19f96bedb9f882f7882"),
+        "teacher/weights": (3, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"),
+    }
+    assert find_fault(folder) is None
+
+
+@pytest.mark.parametrize("fails", ["write", "_seal", "_sync", "rename"])
+def test_a_failure_at_any_moment_leaves_what_was_saved_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
-    run = make_run(
-        self_distillation__teacher_regularization=kind,
-        self_distillation__ema_update_rate=0.5,
-        optim__lr=0.1,
-    )
-    learner = Learner(make_model(dtype=dtype), run, 0)
-    for _ in range(2):
-        learner.learn(make_samples())
-    folder = save_checkpoint(tmp_path, learner, TOKENIZER)
-    assert folder == tmp_path / "step_2"
-    assert [p.name for p in tmp_path.iterdir()] == ["step_2"]
-    assert learner.teacher is not None and learner.teacher.module is not None
-    assert_same_model(folder, learner.student.eval(), dtype)
-    assert_same_model(folder / "teacher", learner.teacher.module, dtype)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    messages = [{"role": "user", "content": "123"}]
-    assert tokenizer.apply_chat_template(messages, tokenize=False) == TOKENIZER.apply_chat_template(
-        messages, tokenize=False
-    )
-    with torch.no_grad():
-        difference = (learner.student(IDS).logits - learner.teacher.module(IDS).logits).abs().max()
-    assert difference > 1e-2, "teacher and student must differ for this to tell them apart"
+    save_checkpoint(tmp_path, 3, None, write)
 
-
-@pytest.mark.parametrize("settings", [{"teacher_regularization": "live"}, {"grpo_coef": 1.0}])
-def test_no_teacher_is_saved_where_there_is_none(
-    model: Any, make_run: MakeRun, tmp_path: Path, settings: dict[str, Any]
-) -> None:
-    run = make_run(**{f"self_distillation__{name}": value for name, value in settings.items()})
-    folder = save_checkpoint(tmp_path, Learner(model, run, 0), TOKENIZER)
-    assert folder == tmp_path / "step_0"
-    assert not (folder / "teacher").exists()
-
-
-def test_an_interruption_leaves_the_checkpoint_before_it_whole(
-    model: Any, make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    learner = Learner(model, make_run(), 0)
-    whole = {p.name: p.read_bytes() for p in save_checkpoint(tmp_path, learner, TOKENIZER).iterdir() if p.is_file()}
-    with torch.no_grad():
-        learner.student.lm_head.weight.zero_()
-
-    def interrupt(*_: Any) -> None:
+    def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(type(TOKENIZER), "save_pretrained", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(tmp_path, learner, TOKENIZER)
-    kept = {p.name: p.read_bytes() for p in (tmp_path / "step_0").iterdir() if p.is_file()}
-    assert kept == whole
-    assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["step_0"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if fails == "rename":
+            patch.setattr(Path, "rename", fail)
+        elif fails != "write":
+            patch.setattr(checkpoint, fails, fail)
+        save_checkpoint(tmp_path, 4, None, fail if fails == "write" else write_other)
+    assert names(tmp_path) == [".step_4.partial", "step_3"]
+    assert find_newest(tmp_path, print) == tmp_path / "step_3"
+    save_checkpoint(tmp_path, 4, None, write_other)
+    assert names(tmp_path) == ["step_3", "step_4"]
 
-    monkeypatch.undo()
-    save_checkpoint(tmp_path, learner, TOKENIZER)
-    assert [p.name for p in tmp_path.iterdir()] == ["step_0"]
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "step_0").lm_head.weight.abs().max() == 0
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[0] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "fault"),
+    [
+        ("weights", truncate, "weights has 9 bytes, not 10"),
+        ("teacher/weights", flip, "teacher/weights has other content than was written"),
+        ("teacher/weights", Path.unlink, "teacher/weights is missing"),
+        ("manifest.json", truncate, None),
+        ("manifest.json", flip, "manifest.json: JSONDecodeError"),
+        ("manifest.json", Path.unlink, "manifest.json: FileNotFoundError"),
+    ],
+)
+def test_damage_is_named_and_the_one_before_is_taken(
+    tmp_path: Path, name: str, damage: Callable[[Path], None], fault: str | None
+) -> None:
+    for step in (9, 10):
+        save_checkpoint(tmp_path, step, None, write)
+    damage(tmp_path / "step_10" / name)
+    told: list[str] = []
+    if fault is None:  # the newline at its end
+        assert find_newest(tmp_path, told.append) == tmp_path / "step_10"
+        return
+    assert find_newest(tmp_path, told.append) == tmp_path / "step_9"
+    [message] = told
+    assert message.startswith(f"{tmp_path / 'step_10'} is damaged ({fault}")
+    assert message.endswith("the one before it is taken")
+    save_checkpoint(tmp_path, 10, None, write_other)
+    assert find_newest(tmp_path, told.append) == tmp_path / "step_10"
+    assert names(tmp_path) == ["step_10", "step_9"]
+
+
+def test_none_is_found_where_all_are_damaged_or_there_is_none(tmp_path: Path) -> None:
+    assert find_newest(tmp_path / "nowhere", print) is None
+    save_checkpoint(tmp_path, 1, None, write)
+    (tmp_path / "step_1" / "weights").unlink()
+    told: list[str] = []
+    assert find_newest(tmp_path, told.append) is None
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_best", "kept"),
+    [
+        (1, 0, [6]),
+        (2, 0, [5, 6]),
+        (1, 1, [4, 6]),  # of 2 and 4, which are alike, the newer
+        (1, 2, [2, 4, 6]),
+        (1, 3, [1, 2, 4, 6]),
+        (9, 0, [1, 2, 3, 4, 5, 6]),
+    ],
+)
+def test_the_newest_and_the_best_are_kept(tmp_path: Path, keep_last: int, keep_best: int, kept: list[int]) -> None:
+    for step, score in enumerate([0.2, 0.9, None, 0.9, None, 0.1], start=1):
+        save_checkpoint(tmp_path, step, score, write_other)
+    retire_checkpoints(tmp_path, keep_last, keep_best)
+    assert names(tmp_path) == [f"step_{step}" for step in kept]
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("no folder")
+    with pytest.raises(
+        UserError, match=r"step_1: cannot be saved \(.*Not a directory.*\); what was saved before is intact"
+    ):
+        save_checkpoint(tmp_path / "checkpoints", 1, None, write)
+
+
+def test_an_error_of_the_program_stays_one(tmp_path: Path) -> None:
+    def fail(_: Path) -> None:
+        raise RuntimeError("a shape is wrong")
+
+    with pytest.raises(RuntimeError, match="a shape is wrong"):
+        save_checkpoint(tmp_path, 1, None, fail)
+    assert names(tmp_path) == []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from sdpo.embedded.cost import estimate_cost
 from sdpo.embedded.learner import Learner
 from sdpo.models.cost import Cost
 from sdpo.models.decoding import Decoding, sample_responses
+from sdpo.models.lora import add_adapters
 from sdpo.models.processing import TokenPrompt
 from sdpo.report.dry_run import list_memory
 
@@ -115,6 +116,39 @@ def test_a_frozen_tower_has_weights_and_nothing_else(make_run: MakeRun, frozen: 
     assert cost.phases["the update"] == {"copies of the weights": 4 * (language + tower)}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["ema", "snapshot", "frozen", "live"])
+def test_adapters_and_what_follows_them_are_as_large_as_they_turn_out(
+    make_model: Callable[..., Any], make_run: MakeRun, make_samples: Any, tmp_path: Path, dtype: str, kind: str
+) -> None:
+    make_model().save_pretrained(tmp_path / "model")
+    run = make_run(
+        lora__rank=3,
+        lora__target_modules=["q_proj", "up_proj"],
+        model__dtype=dtype,
+        self_distillation__teacher_regularization=kind,
+    )
+    cost = estimate_cost(run)
+    student = make_model(dtype=getattr(torch, dtype))
+    add_adapters(student, run.lora)
+    learner = Learner(student, run, 0)
+    learner.learn(make_samples())
+
+    def size(tensors: Iterable[torch.Tensor]) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    assert learner.teacher is not None
+    module, weights = learner.teacher.module, learner.teacher.weights
+    shared = {param.data_ptr() for param in student.parameters()}
+    own = [param for param in module.parameters() if param.data_ptr() not in shared] if module is not None else []
+    assert cost.learner["student"] == size(student.parameters())
+    assert cost.learner["gradients"] == size(p.grad for p in student.parameters() if p.grad is not None) > 0
+    moments = [state[name] for state in learner.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert cost.learner["AdamW's moments"] == size(moments)
+    assert cost.learner["teacher"] == size(own)
+    assert cost.learner["teacher's float32 average"] == (size(weights.values.values()) if weights is not None else 0)
+
+
 def test_phases_follow_each_other_and_do_not_add_up() -> None:
     phases = {"a": {"x": 5, "y": 1}, "b": {"x": 7}}
     cost = Cost(1, 1, learner={"held": 10, "more": 2}, phases=phases, sampler={"cache": 9})
@@ -156,6 +190,7 @@ def test_logits_take_the_same_however_many_tokens_there_are(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("rank", "dtype"), [(0, "float32"), (8, "float32"), (8, "bfloat16")])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_step_stays_below_what_was_said_of_it(
     make_model: Callable[..., Any],
@@ -165,11 +200,15 @@ def test_a_step_stays_below_what_was_said_of_it(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     checkpointing: bool,
+    dtype: str,
+    rank: int,
 ) -> None:
     shape = {"hidden_size": 64, "intermediate_size": 256, "vocab_size": 256, "num_hidden_layers": 3}
-    model = make_model(max_position_embeddings=256, **shape)
+    model = make_model(max_position_embeddings=256, dtype=getattr(torch, dtype), **shape)
     model.save_pretrained(tmp_path / "model")
     run = make_run(
+        lora__rank=rank,
+        model__dtype=dtype,
         data__max_prompt_length=64,
         data__train_batch_size=4,
         sampler__max_response_length=64,
@@ -182,11 +221,13 @@ def test_a_step_stays_below_what_was_said_of_it(
         monkeypatch.setattr(logits, f"ACCELERATOR_{name}", 2**20)
         monkeypatch.setattr(logits, name, 2**20)
     cost = estimate_cost(run)
+    if rank:
+        add_adapters(model, run.lora)
     learner = Learner(model, run, 0)
     samples = [make_sample([5] * 64, [3 + i] * 64, [6] * 64) for i in range(12)]
     learner.learn(samples)
     bound = sum(cost.phases["a micro-batch"].values()) + cost.learner["gradients"]
-    assert bound / 6 < count_peak(lambda: learner.learn(samples)) <= bound
+    assert bound / (8 if rank else 6) < count_peak(lambda: learner.learn(samples)) <= bound
 
 
 def test_a_model_that_is_made_on_first_use_has_no_size_yet(make_run: MakeRun, tmp_path: Path) -> None:

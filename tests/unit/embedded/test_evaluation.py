@@ -15,14 +15,19 @@ from sdpo.embedded import evaluation
 from sdpo.embedded.data import Prompt
 from sdpo.embedded.evaluation import Evaluator
 from sdpo.embedded.samples import build_samples
+from sdpo.estimates import compute_wilson_interval
+from sdpo.metrics import ci95_names
 from sdpo.models.decoding import Decoding, Response
 from sdpo.models.processing import TokenPrompt
 from sdpo.models.vision import Vision
+from sdpo.observer import Silent
+from sdpo.tasks.grading import Grader
 from sdpo.tasks.hidden_rule import build_tokenizer
 from sdpo.tasks.interface import Grade, Row
 
 MakeRun = Callable[..., Run]
 TOKENIZER = build_tokenizer()
+NO_FAILURES = {"val-aux/grader_failures": 0}
 DECODING = Decoding(8, 8, 1.0, 1.0, 64, [TOKENIZER.eos_token_id], 0)
 
 
@@ -68,7 +73,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Scripted:
 
 
 def evaluate(run: Run, student: nn.Module, teacher: Teacher | None) -> dict[str, float]:
-    return Evaluator(run, Reversal(), TOKENIZER, PROMPTS, DECODING, None).evaluate(student, teacher)  # type: ignore[arg-type]
+    grader = Grader(Reversal(), run.data, Silent())
+    return Evaluator(run, grader, TOKENIZER, PROMPTS, DECODING, None).evaluate(student, teacher)  # type: ignore[arg-type]
 
 
 def copier(text: str, _: int) -> str:
@@ -76,11 +82,18 @@ def copier(text: str, _: int) -> str:
     return text.split("Expected: ")[1].split("\n")[0] if "Expected: " in text else ""
 
 
+def means(values: dict[str, float]) -> dict[str, float]:
+    """Without their intervals."""
+    return {name: value for name, value in values.items() if "/ci95_" not in name}
+
+
 def test_greedy_accuracy_by_data_source(make_run: MakeRun, scripted: Scripted) -> None:
     student = nn.Linear(1, 1)
     scripted.answers[student] = lambda text, _: "321" if "123" in text else "87" if "78" in text else "09"
     values = evaluate(make_run(), student, None)
-    assert values == {"val-core/near/acc/mean@1": 0.5, "val-core/far/acc/mean@1": 1.0}
+    assert means(values) == {"val-core/near/acc/mean@1": 0.5, "val-core/far/acc/mean@1": 1.0, **NO_FAILURES}
+    ends = [values[name] for name in ci95_names("val-core/near/acc/mean@1")]
+    assert ends == pytest.approx(compute_wilson_interval(0.5, 2))
     [(_, ids, decoding, _)] = scripted.calls
     assert ids == [p.token_ids for p in PROMPTS]
     assert (decoding.n, decoding.temperature) == (1, 0.0)
@@ -95,17 +108,45 @@ def test_accuracy_of_several_samples(make_run: MakeRun, scripted: Scripted) -> N
 
     scripted.answers[student] = answer
     values = evaluate(make_run(eval__n=4, eval__temperature=0.6, eval__top_p=0.9), student, None)
-    assert values == {
+    assert means(values) == {
         "val-core/near/acc/mean@1": 0.5,
         "val-core/far/acc/mean@1": 0.5,
         "val-core/near/acc/mean@4": 0.25,
         "val-core/far/acc/mean@4": 5 / 8,
         "val-core/near/acc/best@4/mean": 0.5,
         "val-core/far/acc/best@4/mean": 1.0,
+        **NO_FAILURES,
     }
     greedy, several = (call[2] for call in scripted.calls)
     assert (greedy.n, greedy.temperature) == (1, 0.0)
     assert (several.n, several.temperature, several.top_p) == (4, 0.6, 0.9)
+
+
+def test_what_cannot_be_graded_is_left_out_and_counted(make_run: MakeRun, scripted: Scripted) -> None:
+    """Where 0 would be the score, nobody would see that the grader failed."""
+
+    class Fails:
+        def grade(self, row: Row, response: str) -> float:
+            if response == "13":
+                raise ZeroDivisionError
+            return float(response == row.ground_truth)
+
+    student = nn.Linear(1, 1)
+    answers = {"123": ["321", "13", "0", "13"], "456": ["13"] * 4, "78": ["13", "87", "87", "0"], "90": ["0"] * 4}
+    scripted.answers[student] = lambda text, k: next(a[k] for digits, a in answers.items() if digits in text)
+    run = make_run(eval__n=4, data__max_grader_failures=0.5)
+    evaluator = Evaluator(run, Grader(Fails(), run.data, Silent()), TOKENIZER, PROMPTS, DECODING, None)
+    expected = {
+        "val-core/near/acc/mean@1": 1.0,
+        "val-core/far/acc/mean@1": 0.0,
+        "val-core/near/acc/mean@4": 1 / 2,
+        "val-core/far/acc/mean@4": 2 / 7,
+        "val-core/near/acc/best@4/mean": 1.0,  # of the one prompt that has a grade
+        "val-core/far/acc/best@4/mean": 0.5,
+        "val-aux/grader_failures": 2 + 7,
+    }
+    assert means(evaluator.evaluate(student, None)) == expected
+    assert means(evaluator.evaluate(student, None)) == expected  # counted anew each time
 
 
 def test_the_teacher_answers_with_its_weights_and_its_context(make_run: MakeRun, scripted: Scripted) -> None:
@@ -116,7 +157,7 @@ def test_the_teacher_answers_with_its_weights_and_its_context(make_run: MakeRun,
     scripted.answers[student] = lambda text, _: "321" if "123" in text else "0"
     scripted.answers[teacher.module] = copier
     values = evaluate(run, student, teacher)
-    assert values == {
+    assert means(values) == {
         "val-core/near/acc/mean@1": 0.5,
         "val-core/far/acc/mean@1": 0.0,
         # The right answer got no feedback, so its teacher has nothing to be shown.
@@ -124,7 +165,28 @@ def test_the_teacher_answers_with_its_weights_and_its_context(make_run: MakeRun,
         "val-teacher/far/prompted_fraction": 1.0,
         "val-teacher/near/acc/mean@1": 1.0,
         "val-teacher/far/acc/mean@1": 1.0,
+        **NO_FAILURES,
+        "val-teacher/near/gain/mean@1": 1.0,
+        "val-teacher/far/gain/mean@1": 1.0,
     }
+
+
+def test_the_teacher_s_gain_is_over_the_student_s_answers_to_the_same_prompts(
+    make_run: MakeRun, scripted: Scripted
+) -> None:
+    student = nn.Linear(1, 1)
+    run = make_run(self_distillation__demonstration_source="ground_truth")
+    teacher = build_teacher(student, run.self_distillation)
+    assert teacher.module is not None
+    scripted.answers[student] = lambda text, _: "321" if "123" in text else "87" if "78" in text else "0"
+    scripted.answers[teacher.module] = lambda text, _: "87" if "78" in text else "0"
+    values = evaluate(run, student, teacher)
+    assert (values["val-core/near/acc/mean@1"], values["val-teacher/near/acc/mean@1"]) == (0.5, 0.0)
+    # Differences -1 and 0: mean -0.5, standard error sqrt(2 * 0.5) / 2 = 0.5.
+    assert values["val-teacher/near/gain/mean@1"] == -0.5
+    ends = [values[name] for name in ci95_names("val-teacher/near/gain/mean@1")]
+    assert ends == pytest.approx([-0.5 - 1.96 * 0.5, -0.5 + 1.96 * 0.5], abs=1e-3)
+    assert values["val-teacher/far/gain/mean@1"] == 0.0
 
 
 @pytest.mark.parametrize("source", ["none", "peer", "ground_truth"])
@@ -148,7 +210,15 @@ def test_the_teacher_s_context_is_that_of_training(make_run: MakeRun, scripted: 
         [Response(TOKENIZER(answer(TOKENIZER.decode(p.token_ids), k))["input_ids"], [], True) for k in range(2)]
         for p in PROMPTS
     ]
-    samples = build_samples(Reversal(), TOKENIZER, PROMPTS, responses, run.self_distillation, None, random.Random(0))
+    samples = build_samples(
+        Grader(Reversal(), run.data, Silent()),
+        TOKENIZER,
+        PROMPTS,
+        responses,
+        run.self_distillation,
+        None,
+        random.Random(0),
+    )
     shown = {
         i: next((s.teacher_prompt.token_ids for s in samples if s.prompt is p and s.is_distilled), None)
         for i, p in enumerate(PROMPTS)
@@ -182,7 +252,7 @@ def test_no_teacher_is_asked(make_run: MakeRun, scripted: Scripted, settings: di
     teacher = build_teacher(student, run.self_distillation) if run.self_distillation.distills else None
     scripted.answers[student] = lambda *_: "0"
     values = evaluate(run, student, teacher)
-    assert values == {"val-core/near/acc/mean@1": 0.0, "val-core/far/acc/mean@1": 0.0}
+    assert means(values) == {"val-core/near/acc/mean@1": 0.0, "val-core/far/acc/mean@1": 0.0, **NO_FAILURES}
 
 
 def test_every_evaluation_draws_the_same_noise(make_run: MakeRun, make_model: Any) -> None:
@@ -193,5 +263,5 @@ def test_every_evaluation_draws_the_same_noise(make_run: MakeRun, make_model: An
         def grade(self, row: Row, response: str) -> float:
             return float(sum(map(ord, response)) % 97)
 
-    evaluator = Evaluator(run, Length(), TOKENIZER, PROMPTS, DECODING, None)
+    evaluator = Evaluator(run, Grader(Length(), run.data, Silent()), TOKENIZER, PROMPTS, DECODING, None)
     assert evaluator.evaluate(model, None) == evaluator.evaluate(model, None)

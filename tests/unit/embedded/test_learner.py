@@ -24,6 +24,7 @@ from sdpo.embedded.samples import Sample
 from sdpo.errors import UserError
 from sdpo.models.decoding import Decoding, sample_responses
 from sdpo.models.processing import TokenPrompt
+from sdpo.tasks.interface import Grade
 
 MakeModel = Callable[..., Any]
 MakeRun = Callable[..., Run]
@@ -496,6 +497,42 @@ def test_dropped_samples_are_counted_over_mini_batches(
     assert values[metrics.NONFINITE_SAMPLES] == 3
     assert all(math.isfinite(v) for v in values.values())
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"])
+@pytest.mark.parametrize("minis", [None, 1])
+@pytest.mark.parametrize("coef", [0.0, 0.5])
+def test_a_sample_that_was_not_graded_is_as_if_it_were_not_there(
+    mode: str, minis: int | None, coef: float, make_model: Any, make_run: MakeRun, make_samples: MakeSamples
+) -> None:
+    """Gradients and loss are those of the step without it; its place in a mini-batch is taken by nobody."""
+    run = make_run(
+        learner__loss_agg_mode=mode, learner__mini_batch_size=minis, self_distillation__grpo_coef=coef, sampler__n=3
+    )
+    samples = make_samples(undistilled=(1,))
+    failed = [replace(s, grade=Grade(math.nan), advantage=0.0) if i == 1 else s for i, s in enumerate(samples)]
+    with_it, without = Learner(make_model(), run, 0), Learner(make_model(), run, 0)
+    steps, expected_steps = record_steps(with_it), record_steps(without)
+    values = with_it.learn(failed)
+    expected = [
+        without._learn_mini_batch(list(mini), list(old) if old else None, 1.0, None, lambda: None)
+        for mini, old in split_without(without, samples, 1, minis)
+    ]
+    assert len(steps) == len(expected_steps) == (1 if minis is None else 2)
+    for step, expected_step in zip(steps, expected_steps, strict=True):
+        assert_same_gradients(step.gradients, expected_step.gradients)
+    losses = [values[metrics.LOSS] for values in expected]
+    assert values[metrics.LOSS] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert values[metrics.NONFINITE_SAMPLES] == 0
+
+
+def split_without(learner: Learner, samples: list[Sample], left_out: int, minis: int | None) -> Any:
+    """The two prompts' samples, by mini-batch, without one; with old log-probabilities where there are several."""
+    old = learner.compute_log_probs(samples)
+    places = [range(6)] if minis is None else [range(3), range(3, 6)]
+    for mini in places:
+        kept = [i for i in mini if i != left_out]
+        yield [samples[i] for i in kept], None if minis is None else [old[i] for i in kept]
 
 
 def test_a_batch_of_bad_samples_alone_changes_nothing(model: Any, make_run: MakeRun, make_samples: MakeSamples) -> None:

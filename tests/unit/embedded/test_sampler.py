@@ -57,11 +57,11 @@ def start(make_model: MakeModel, tmp_path: Path) -> Iterator[Callable[[], Proces
     started: list[ProcessSampler] = []
     make_model(seed=1).save_pretrained(tmp_path)
 
-    def start() -> ProcessSampler:
+    def start(**how: Any) -> ProcessSampler:
         """With weights on the disk that are not the student's."""
         config = ModelConfig(path=str(tmp_path))
         build_engine = partial(TransformersEngine.from_config, config, DECODING, torch.device("cpu"), 10**6)
-        started.append(ProcessSampler(make_model(), build_engine, 1))
+        started.append(ProcessSampler(make_model(), build_engine, 1, **how))
         return started[-1]
 
     yield start
@@ -129,8 +129,43 @@ def test_a_process_that_is_killed_is_reported_and_one_that_is_closed_goes_quietl
         lambda: killed.submit(PROMPTS, 7),
         lambda: killed.load_weights(make_model(), 1),
     ):
-        with pytest.raises(RuntimeError, match="the sampler's process ended with exit code -9"):
+        with pytest.raises(
+            UserError, match=r"^sampler: the sampler's process was killed by SIGKILL, and may not be st"
+        ):
             ask()
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_started_again_and_samples_the_same(
+    start: Callable[..., ProcessSampler], make_model: MakeModel
+) -> None:
+    told: list[str] = []
+    sampler = start(max_restarts=2, tell=told.append)
+    student = make_model(seed=2)
+    sampler.load_weights(student, 5)
+    with torch.no_grad():
+        student.lm_head.weight.zero_()  # what it is started with are the weights handed over, not those of now
+    expected = sample_responses([(make_model(seed=2), 1.0)], PROMPTS, DECODING, 7)
+
+    def kill() -> None:
+        os.kill(sampler._process.pid or 0, signal.SIGKILL)
+
+    kill()
+    sampler._process.join()
+    sampler.submit(PROMPTS, 7)  # idle when it was killed
+    kill()  # working when it was killed
+    rollouts = sampler.collect()
+    assert rollouts is not None
+    assert rollouts.version == 5
+    assert_close(rollouts.responses, expected)
+    assert told == [
+        "the sampler's process was killed by SIGKILL; it is started again, 1 more times at most",
+        "the sampler's process was killed by SIGKILL; it is started again, 0 more times at most",
+    ]
+    kill()
+    sampler._process.join()
+    with pytest.raises(UserError, match="killed by SIGKILL, and may not be started again"):
+        sampler.load_weights(student, 6)
 
 
 @pytest.mark.slow

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 from sdpo import metrics
-from sdpo.config import SelfDistillationConfig
+from sdpo.config import DataConfig, SelfDistillationConfig
 from sdpo.embedded.data import Prompt
 from sdpo.embedded.samples import Sample, build_samples, summarize_samples
 from sdpo.models.decoding import Response
+from sdpo.observer import Silent
+from sdpo.tasks.grading import Grader
 from sdpo.tasks.hidden_rule import build_tokenizer
-from sdpo.tasks.interface import Grade, Row
+from sdpo.tasks.interface import Grade, Row, Task
 
 TOKENIZER = build_tokenizer()
 EOS = TOKENIZER.eos_token_id
@@ -29,6 +31,10 @@ class Exact:
         truth = row.ground_truth or ""
         score = 1.0 if response == truth else 0.5 * (len(response) == len(truth))
         return Grade(score, f"Expected: {truth}" if self.feedback and score < 1 else None)
+
+
+def grader(task: Task) -> Grader:
+    return Grader(task, DataConfig(max_grader_failures=0.5), Silent())
 
 
 def prompt(text: str, truth: str) -> Prompt:
@@ -51,7 +57,7 @@ RESPONSES = [
 
 def build(task: Any = None, window: int | None = 128, seed: int = 0, **settings: Any) -> list[Sample]:
     config = SelfDistillationConfig(**settings)
-    return build_samples(task or Exact(), TOKENIZER, PROMPTS, RESPONSES, config, window, random.Random(seed))
+    return build_samples(grader(task or Exact()), TOKENIZER, PROMPTS, RESPONSES, config, window, random.Random(seed))
 
 
 def test_samples_come_prompt_by_prompt_with_their_grades() -> None:
@@ -120,13 +126,15 @@ def test_the_summary_by_hand() -> None:
     values = summarize_samples(samples, config)
     lengths = [3, 3, 2, 6, 2, 4]
     prompt_lengths = [10, 10, 10, 11, 11, 11]
-    assert values == {
+    assert {name: value for name, value in values.items() if "/ci95_" not in name} == {
+        metrics.GRADER_FAILURES: 0,
         metrics.SCORE_MEAN: pytest.approx(2 / 6),
         metrics.SCORE_MAX: 1,
         metrics.SCORE_MIN: 0,
         metrics.RESPONSE_LENGTH_MEAN: pytest.approx(sum(lengths) / 6),
         metrics.RESPONSE_LENGTH_MAX: 6,
         metrics.RESPONSE_LENGTH_CLIP_RATIO: pytest.approx(1 / 6),
+        metrics.REPEATED_4GRAMS: 0,
         metrics.PROMPT_LENGTH_MEAN: pytest.approx(10.5),
         metrics.PROMPT_LENGTH_MAX: 11,
         metrics.TOKENS: sum(lengths) + sum(prompt_lengths),
@@ -151,6 +159,58 @@ def test_a_prompt_that_is_twice_in_a_batch_is_two_groups() -> None:
     """Steps of more prompts than there are rows: each appearance has rollouts of its own."""
     config = SelfDistillationConfig()
     twice = [PROMPTS[0], PROMPTS[0]]
-    samples = build_samples(Exact(), TOKENIZER, twice, RESPONSES, config, None, random.Random(0))
+    samples = build_samples(grader(Exact()), TOKENIZER, twice, RESPONSES, config, None, random.Random(0))
     assert [s.grade.score for s in samples] == [1, 0.5, 0, 0, 0, 0]
     assert [round(s.advantage, 3) for s in samples[3:]] == [0, 0, 0]
+
+
+class FailsOn:
+    """As ``Exact``, but raises on one response."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def grade(self, row: Row, response: str) -> Grade:
+        if response == self.text:
+            raise ZeroDivisionError
+        return Exact(feedback=True).grade(row, response)
+
+
+def test_a_response_that_was_not_graded_teaches_nothing() -> None:
+    """The others' advantages, weights and demonstrations are those of a group that never had it."""
+    settings: dict[str, Any] = {
+        "demonstration_source": "peer_then_ground_truth",
+        "include_environment_feedback": True,
+        "weight_by_prompt_difficulty": True,
+        "success_reward_threshold": 0.5,
+        "dont_reprompt_on_self_success": False,
+    }
+    samples = build(FailsOn("12"), **settings)
+    failed, others = samples[1], [samples[0], samples[2]]
+    assert [s.is_graded for s in samples] == [True, False, True, True, True, True]
+    assert (failed.is_distilled, failed.advantage, failed.grade.feedback) == (False, 0.0, None)
+    assert [s.demonstration.solution for s in others] == ["21", "21"]
+    deviation = 0.5**0.5  # of 1 and 0, by n - 1
+    assert [s.advantage for s in others] == pytest.approx([0.5 / deviation, -0.5 / deviation], rel=1e-4)
+    assert [s.distillation_weight for s in others] == [0.5, 0.5]  # one of two succeeded
+    values = summarize_samples(samples, SelfDistillationConfig(**settings))
+    assert values[metrics.GRADER_FAILURES] == 1
+    assert values[metrics.SCORE_MEAN] == pytest.approx((1 + 0 + 0 + 0 + 0.5) / 5)
+    assert values[metrics.SUCCESS_FRACTION] == pytest.approx(2 / 5)
+    assert values[metrics.SUCCESS_GROUP_FRACTION] == 1
+    assert values[metrics.DISTILLED_FRACTION] == pytest.approx(5 / 6)
+
+
+def test_a_step_in_which_nothing_was_graded_has_no_scores() -> None:
+    class Broken:
+        def grade(self, row: Row, response: str) -> float:
+            raise ZeroDivisionError
+
+    tolerant = Grader(Broken(), DataConfig(max_grader_failures=1.0), Silent())
+    config = SelfDistillationConfig()
+    samples = build_samples(tolerant, TOKENIZER, PROMPTS, RESPONSES, config, None, random.Random(0))
+    values = summarize_samples(samples, config)
+    assert values[metrics.GRADER_FAILURES] == 6
+    assert values[metrics.DISTILLED_FRACTION] == 0
+    assert not {metrics.SCORE_MEAN, metrics.SCORE_MAX, metrics.SCORE_MIN, metrics.SUCCESS_FRACTION} & set(values)
+    assert all(value == value for value in values.values())

@@ -23,7 +23,6 @@ from sdpo.embedded.trainer import train
 from sdpo.errors import UserError
 from sdpo.models.decoding import Response
 from sdpo.observer import Silent
-from sdpo.tasks.hidden_rule import HiddenRule
 
 MakeRun = Callable[..., Run]
 Weights = dict[str, Tensor]
@@ -53,11 +52,11 @@ class Recorder:
         self.old_log_probs: list[list[Tensor]] = []
         learn, compute_log_probs = Learner.learn, Learner.compute_log_probs
 
-        def watch_learning(learner: Learner, samples: Sequence[Sample]) -> Any:
+        def watch_learning(learner: Learner, samples: Sequence[Sample], **how: Any) -> Any:
             self.student = learner.student
             self.samples.append(samples)
             self.keep(learner)
-            values = learn(learner, samples)
+            values = learn(learner, samples, **how)
             self.keep(learner)
             return values
 
@@ -175,7 +174,7 @@ def learn_one_behind(run: Run) -> Learner:
         if step < run.total_steps:
             upcoming = sample(step + 1)
         samples = build_samples(
-            parts.task,
+            parts.grader,
             parts.tokenizer,
             parts.prompts_of(step),
             rollouts.responses,
@@ -291,7 +290,7 @@ def test_every_step_draws_other_noise(make_task_run: MakeRun, monkeypatch: pytes
 
 
 def test_what_is_written_when(make_task_run: MakeRun) -> None:
-    run = make_task_run(total_steps=5, eval_every=2, save_every=2, tracking__rollouts_every=3)
+    run = make_task_run(total_steps=5, eval_every=2, save_every=2, keep_last=3, tracking__rollouts_every=3)
     result = train(run)
     rows = rows_of(run.run_dir)
     accuracy = "val-core/hidden_rule/acc/mean@1"
@@ -300,6 +299,7 @@ def test_what_is_written_when(make_task_run: MakeRun) -> None:
     assert [row[metrics.STEP] for row in rows if metrics.TIME_SAVE in row] == [2, 4, 5]
     folder = Path(run.run_dir)
     assert sorted(p.name for p in folder.iterdir()) == [
+        ".lock",
         "checkpoints",
         "metrics.jsonl",
         "rollouts",
@@ -318,11 +318,15 @@ def test_what_is_written_when(make_task_run: MakeRun) -> None:
 
 
 def test_every_metric_has_a_description(make_task_run: MakeRun) -> None:
-    run = make_task_run(self_distillation__grpo_coef=0.5, learner__mini_batch_size=2, eval__n=2)
+    run = make_task_run(
+        self_distillation__grpo_coef=0.5, learner__mini_batch_size=2, eval__n=2, health__kl_to_initial_every=1
+    )
     train(run)
     names = {name for row in rows_of(run.run_dir) for name in row}
+    ends = {end for name in metrics.ESTIMATES for end in metrics.ci95_names(name)}
     undescribed = {name for name in names if not name.startswith(("val-core/", "val-teacher/"))}
-    assert undescribed <= metrics.DESCRIPTIONS.keys()
+    assert undescribed <= metrics.DESCRIPTIONS.keys() | ends
+    assert ends <= names
     assert metrics.DESCRIPTIONS.keys() - names == set(), "described but never written"
 
 
@@ -341,54 +345,18 @@ def test_numbers_of_a_row_fit_together(make_task_run: MakeRun, monkeypatch: pyte
         assert row[metrics.TIME_STEP] >= row[metrics.TIME_SAMPLE] + row[metrics.TIME_LEARN]
 
 
-# --- interruption
-
-
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, version: int) -> None:
-    """Ctrl-C in the middle of the step that would make this version, after weights have changed."""
-    learn_mini_batch = Learner._learn_mini_batch
-
-    def interrupted(learner: Learner, *arguments: Any) -> Any:
-        values = learn_mini_batch(learner, *arguments)
-        if learner.version + 1 == version:
-            raise KeyboardInterrupt
-        return values
-
-    monkeypatch.setattr(Learner, "_learn_mini_batch", interrupted)
-
-
-def test_an_interruption_saves_a_checkpoint_that_loads(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupt_at(monkeypatch, 3)
-    run = make_task_run(total_steps=5)
-    result = train(run)
-    assert result.interrupted
-    assert [row[metrics.STEP] for row in rows_of(run.run_dir)] == [0, 1, 2]
-    [folder] = (Path(run.run_dir) / "checkpoints").iterdir()
-    assert folder.name == "step_2"
-    assert torch.isfinite(AutoModelForCausalLM.from_pretrained(folder).lm_head.weight).all()
-
-
-def test_an_interruption_leaves_a_checkpoint_of_whole_steps_alone(
-    make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    train(whole := make_task_run(total_steps=2, run_dir=str(tmp_path / "whole")))
-    interrupt_at(monkeypatch, 3)
-    assert train(run := make_task_run(total_steps=5, save_every=1)).interrupted
-    assert sorted(p.name for p in (Path(run.run_dir) / "checkpoints").iterdir()) == ["step_1", "step_2"]
-    name = "step_2/model.safetensors"
-    assert checkpoint_bytes(run.run_dir)[name] == checkpoint_bytes(whole.run_dir)[name]
+# --- errors
 
 
 def test_an_error_in_a_step_is_raised_as_it_is_and_rows_before_it_stay(
     make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grade, calls = HiddenRule.grade, []
+    learn = Learner.learn
 
-    def fail(task: Any, row: Any, response: str) -> Any:
-        calls.append(response)
-        return 1 / 0 if len(calls) > 12 else grade(task, row, response)
+    def fail(learner: Learner, samples: Any, **how: Any) -> Any:
+        return 1 / 0 if learner.version == 1 else learn(learner, samples, **how)
 
-    monkeypatch.setattr(HiddenRule, "grade", fail)
+    monkeypatch.setattr(Learner, "learn", fail)
     closed = []
     monkeypatch.setattr(LocalSampler, "close", lambda self: closed.append(self))
     run = make_task_run(eval__before_training=False)
@@ -421,7 +389,44 @@ def test_what_can_be_refused_is_refused_before_there_is_a_run_folder(
 
 def test_only_as_many_held_out_prompts_as_asked_for(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluated = []
-    monkeypatch.setattr(trainer, "_train", lambda run, parts: evaluated.append(len(parts.evaluator.prompts)))
+    monkeypatch.setattr(
+        trainer._Training, "run_to_end", lambda training: evaluated.append(len(training.parts.evaluator.prompts))
+    )
     for max_prompts in (None, 3):
         train(make_task_run(eval__max_prompts=max_prompts))
     assert evaluated == [8, 3]
+
+
+def test_a_grader_that_fails_now_and_then_costs_those_responses(make_task_run: MakeRun, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "count = 0\n"
+        "def grade(row, response):\n"
+        "    global count\n"
+        "    count += 1\n"
+        "    return {'score': 1 / (count % 8 != 3), 'feedback': 'No.'}\n"
+    )
+    settings = {"data__task": str(tmp_path / "mine.py"), "data__task_args": {}, "eval__before_training": False}
+    run = make_task_run(**settings, data__max_grader_failures=0.3, self_distillation__success_reward_threshold=2.0)
+    messages: list[str] = []
+
+    class Watch(Silent):
+        def message(self, text: str) -> None:
+            messages.append(text)
+
+    train(run, Watch())
+    rows = [json.loads(line) for line in (Path(run.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    assert [row[metrics.GRADER_FAILURES] for row in rows] == [1, 1, 1]
+    assert [row[metrics.SCORE_MEAN] for row in rows] == [1, 1, 1]
+    assert [row[metrics.DISTILLED_FRACTION] for row in rows] == [7 / 8] * 3
+    assert [text for text in messages if "grading failed" in text][1:] == []
+    assert "=== not graded, advantage 0," in (Path(run.run_dir) / "rollouts" / "step_1.txt").read_text()
+
+
+def test_a_grader_that_always_fails_ends_the_run_at_the_first_step(make_task_run: MakeRun, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def grade(row, response):\n    return row.answer\n")
+    run = make_task_run(data__task=str(tmp_path / "mine.py"), data__task_args={}, eval__before_training=False)
+    with pytest.raises(UserError) as caught:
+        train(run)
+    assert str(caught.value).startswith(f"data.task: {tmp_path}/mine.py: grading failed for 1 of the 1 responses")
+    assert f"AttributeError: 'Row' object has no attribute 'answer' ({tmp_path}/mine.py:2)" in str(caught.value)
+    assert "\n" not in str(caught.value)

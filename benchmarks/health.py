@@ -1,0 +1,136 @@
+"""Collapse on purpose: do the alarms come before the held-out score is lost, and do they save it? And do they keep
+silent where nothing is wrong?
+
+    python benchmarks/health.py --seeds 3
+
+About 10 minutes on one core. Models, data and runs go to --folder, which is used again. The picture of the page on
+health is drawn from the collapse of the first seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hidden_rule import ACCURACY, CONFIGS, prepare
+from record import print_table, run_all, save
+
+PICTURE = Path(__file__).parent.parent / "docs" / "images" / "health.png"
+LOST = 0.2  # of the held-out score
+
+# What is trained, in which mode, with what changed.
+LIVE = [
+    "self_distillation.teacher_regularization=live",
+    "total_steps=150",
+    "eval_every=2",
+    "eval.max_prompts=200",
+    "eval.n=0",
+]
+RUNS: dict[str, tuple[str, str, list[str]]] = {
+    "live teacher": ("hidden_rule_peers.yaml", "peers", [*LIVE, "health.kl_to_initial_every=2"]),
+    "live teacher, frozen by an alarm": (
+        "hidden_rule_peers.yaml",
+        "peers",
+        [*LIVE, "health.score_collapse=freeze", "health.entropy_explosion=freeze"],
+    ),
+    "feedback, frozen teacher": ("hidden_rule.yaml", "feedback", []),
+    "peers, trust region": (
+        "hidden_rule_peers.yaml",
+        "peers",
+        ["self_distillation.teacher_regularization=trust-region"],
+    ),
+}
+COLLAPSED = "live teacher"
+
+
+def learn(folder: str, name: str, seed: int) -> dict[str, Any]:
+    """Train once; give the alarms, the held-out score and when it had lost ``LOST`` of its best."""
+    from sdpo import load_run, train
+    from sdpo.report import read_run
+
+    config, mode, overrides = RUNS[name]
+    run = load_run(
+        CONFIGS / config,
+        [
+            f"seed={seed}",
+            f"data.task_args.seed={seed}",
+            f"data.task_args.dir={folder}/{mode}_{seed}",
+            f"run_dir={find_run_dir(folder, name, seed)}",
+            *overrides,
+        ],
+    )
+    record = read_run(train(run).run_dir)
+    steps, accuracies = record.series(ACCURACY)
+    best = accuracies[0]
+    lost_at = None
+    for step, accuracy in zip(steps, accuracies, strict=True):
+        best = max(best, accuracy)
+        if lost_at is None and accuracy < best - LOST:
+            lost_at = step
+    return {
+        "name": name,
+        "seed": seed,
+        "alarms": [{key: alarm[key] for key in ("step", "rule", "reason")} for alarm in record.alarms],
+        "best": best,
+        "lost_at": lost_at,
+        "final": accuracies[-1],
+        "steps": record.last_step,
+    }
+
+
+def find_run_dir(folder: str, name: str, seed: int) -> Path:
+    return Path(folder) / "runs" / f"{name}_{seed}".replace(" ", "_").replace(",", "")
+
+
+def draw(folder: str, seed: int) -> None:
+    from sdpo import metrics
+    from sdpo.report import read_run
+    from sdpo.report.plots import Panel, plot_panels
+
+    record = replace(read_run(find_run_dir(folder, COLLAPSED, seed)), name="live teacher")
+    panels = [
+        Panel("Held-out accuracy", ACCURACY, unit_range=True, smooth=False),
+        Panel("Training score", metrics.SCORE_MEAN, unit_range=True),
+        Panel("Entropy, nats", metrics.ENTROPY, teacher=metrics.TEACHER_ENTROPY),
+        Panel("Log-prob gap, positive part", metrics.GAP_POSITIVE_PART),
+        Panel("Share of responses cut off", metrics.RESPONSE_LENGTH_CLIP_RATIO, unit_range=True),
+        Panel("KL to the initial model, nats", metrics.KL_TO_INITIAL, smooth=False),
+    ]
+    plot_panels([record], panels, PICTURE)
+    print(f"picture: {PICTURE}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--folder", default="data/benchmark_hidden_rule")
+    parser.add_argument("--workers", type=int, default=1)
+    options = parser.parse_args()
+    modes = dict.fromkeys(RUNS[name][1] for name in options.runs)
+    run_all(prepare, [(options.folder, mode, s) for mode in modes for s in range(options.seeds)], options.workers)
+    jobs = [(options.folder, name, s) for name in options.runs for s in range(options.seeds)]
+    results = run_all(learn, jobs, options.workers)
+    rows = [
+        [
+            r["name"],
+            r["seed"],
+            ", ".join(f"{a['step']} {a['rule']}" for a in r["alarms"]) or "-",
+            r["lost_at"] or "-",
+            r["best"],
+            r["final"],
+            r["steps"],
+        ]
+        for r in results
+    ]
+    columns = ["", "seed", "alarms", f"{LOST} lost at", "best", "final", "steps"]
+    print_table("Alarms, and the held-out score", columns, rows)
+    save("health", {"runs": results})
+    if COLLAPSED in options.runs:
+        draw(options.folder, seed=0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""What can go wrong around a run, made to go wrong: docs/embedded.md has the table of these.
+
+A killed learner is in benchmarks/crash.py, of which a part is run here; signals, two runs in one folder and settings
+that differ are in tests/unit/embedded/test_resume.py, graders in tests/unit/tasks/test_grading.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sdpo import Run, UserError, load_run, metrics, train
+from sdpo.embedded.checkpoint import find_newest
+from sdpo.embedded.learner import Learner
+from sdpo.embedded.sampler import ProcessSampler
+from sdpo.embedded.training_state import FILE
+from sdpo.observer import Silent
+
+ROOT = Path(__file__).parents[2]
+FORKS = pytest.mark.slow
+
+
+class Listening(Silent):
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+@pytest.fixture(scope="module")
+def task_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("faults") / "task"
+
+
+@pytest.fixture
+def make_run(task_dir: Path, tmp_path: Path) -> Callable[..., Run]:
+    def make(*overrides: str, place: Path = tmp_path) -> Run:
+        return load_run(
+            ROOT / "configs" / "hidden_rule.yaml",
+            [
+                f"run_dir={place}/run",
+                f"data.task_args.dir={task_dir}",
+                "data.task_args.pretrain_steps=0",
+                "data.task_args.num_train=40",
+                "data.task_args.num_test=8",
+                "data.train_batch_size=4",
+                "sampler.n=2",
+                "total_steps=4",
+                "save_every=1",
+                "eval_every=0",
+                "tracking.rollouts_every=0",
+                *overrides,
+            ],
+        )
+
+    return make
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """A small file system of its own, which only root may make."""
+    made: list[Path] = []
+
+    def make(*options: str) -> Path:
+        folder = tmp_path / f"mounted{len(made)}"
+        folder.mkdir()
+        if not shutil.which("mount") or os.geteuid() != 0:
+            pytest.skip("only root can mount a file system")
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", folder], capture_output=True)
+        if done.returncode:
+            pytest.skip(f"no file system can be mounted here: {done.stderr.decode()}")
+        made.append(folder)
+        return folder
+
+    yield make
+    for folder in made:
+        subprocess.run(["umount", folder], check=True)
+
+
+def measure_checkpoint(run: Run) -> int:
+    train(replace(run, total_steps=1, run_dir=f"{run.run_dir}_measured"))
+    return sum(path.stat().st_size for path in Path(f"{run.run_dir}_measured/checkpoints").rglob("*") if path.is_file())
+
+
+def rows_of(run: Run) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (Path(run.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("timing_s/") and k != metrics.THROUGHPUT} for row in rows]
+
+
+def weights_of(run: Run, step: int = 4) -> dict[str, torch.Tensor]:
+    return load_file(Path(run.run_dir) / "checkpoints" / f"step_{step}" / "model.safetensors")
+
+
+def assert_same_run(one: Run, two: Run) -> None:
+    assert rows_of(one) == rows_of(two)
+    weights, others = weights_of(one), weights_of(two)
+    assert all(torch.equal(weights[name], others[name]) for name in others)
+
+
+def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(
+    make_run: Callable[..., Run], mount: Callable[..., Path]
+) -> None:
+    size = measure_checkpoint(make_run())
+    place = mount(f"size={int(2.5 * size) // 1024}k")  # two checkpoints and not three
+    run, whole = make_run("keep_last=4", place=place), make_run("keep_last=4")
+    with pytest.raises(
+        UserError, match=r"step_3: cannot be saved \(.*[nN]o space left.*\); what was saved before is int"
+    ):
+        train(run)
+    folder = place / "run" / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["step_1", "step_2"]
+    assert find_newest(folder, pytest.fail) == folder / "step_2"
+
+    subprocess.run(["mount", "-o", f"remount,size={8 * size // 1024}k", place], check=True)
+    train(replace(run, resume="must"))
+    train(whole)
+    assert_same_run(run, whole)
+
+
+def test_a_disk_too_full_for_a_row_of_metrics(
+    make_run: Callable[..., Run], mount: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = mount("size=64k")
+    learn = Learner.learn
+
+    def fill(learner: Learner, *arguments: Any, **how: Any) -> Any:
+        if learner.version == 1:
+            with pytest.raises(OSError), (place / "filling").open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(1024))
+        return learn(learner, *arguments, **how)
+
+    monkeypatch.setattr(Learner, "learn", fill)
+    run = make_run("save_every=0", "total_steps=400", place=place)
+    with pytest.raises(UserError, match=r"run: cannot be written \(No space left on device\); what was saved before"):
+        train(run)
+    lines = (place / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)[metrics.STEP] for line in lines[:2]] == [0, 1]
+
+
+def test_a_folder_that_cannot_be_written(make_run: Callable[..., Run], mount: Callable[..., Path]) -> None:
+    place = mount("size=1m", "ro")
+    with pytest.raises(UserError, match=r"^run_dir: .*/run: cannot be written \(Read-only file system\)$"):
+        train(make_run(place=place))
+
+
+def test_a_checkpoint_that_is_cut_short_at_any_file(make_run: Callable[..., Run]) -> None:
+    run, whole = make_run(), make_run("run_dir=${data.task_args.dir}/../whole")
+    train(replace(run, total_steps=3))
+    train(replace(whole, total_steps=3))
+    newest = Path(run.run_dir) / "checkpoints" / "step_3"
+    files = [path for path in sorted(newest.rglob("*")) if path.is_file()]
+    assert {path.name for path in files} >= {"model.safetensors", "config.json", "tokenizer.json", FILE}
+    for path in files:
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        told: list[str] = []
+        assert find_newest(newest.parent, told.append) == newest.with_name("step_2")
+        assert len(told) == 1 and path.name in told[0]
+        path.write_bytes(content)
+    assert find_newest(newest.parent, pytest.fail) == newest
+
+    (newest / "model.safetensors").write_bytes(b"")
+    rows = rows_of(whole)
+    train(replace(run, total_steps=3, resume="auto", optim=replace(run.optim)))
+    assert rows_of(run) == rows
+
+
+@FORKS
+def test_a_sampler_that_is_killed(make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = make_run("staleness=1", "run_dir=${data.task_args.dir}/../whole_1")
+    train(whole)
+    run = make_run("staleness=1")
+    submit, asked = ProcessSampler.submit, []
+
+    def submit_and_kill(sampler: ProcessSampler, *arguments: Any) -> None:
+        submit(sampler, *arguments)
+        asked.append(arguments)
+        if len(asked) in (2, 4):
+            os.kill(sampler._process.pid or 0, signal.SIGKILL)
+
+    monkeypatch.setattr(ProcessSampler, "submit", submit_and_kill)
+    listening = Listening()
+    train(run, listening)
+    assert [text for text in listening.messages if "killed" in text] == [
+        f"the sampler's process was killed by SIGKILL; it is started again, {left} more times at most"
+        for left in (2, 1)
+    ]
+    assert_same_run(run, whole)
+
+
+@FORKS
+def test_a_learner_that_is_killed(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/crash.py", "--kills", "3", "--ways", "overlapped", "--folder", tmp_path]
+    environment = {**os.environ, "BENCHMARK_RESULTS": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "crash.json").read_text())
+    assert (found["survived"], found["tried"]) == (3, 3)
+
+
+def test_a_gradient_that_is_not_finite(make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    accumulate = Learner._accumulate_gradients
+
+    def spoil(learner: Learner, *arguments: Any) -> Any:
+        result = accumulate(learner, *arguments)
+        if learner.version == 1:
+            next(p for p in learner.student.parameters() if p.grad is not None).grad.fill_(torch.nan)  # type: ignore
+        return result
+
+    monkeypatch.setattr(Learner, "_accumulate_gradients", spoil)
+    run = make_run("keep_last=4")
+    train(run)
+    assert [row[metrics.SKIPPED_UPDATES] for row in rows_of(run)[1:]] == [0, 1, 0, 0]
+    before, spoiled, after = (weights_of(run, step) for step in (1, 2, 3))
+    assert all(torch.equal(before[name], spoiled[name]) for name in before)
+    assert not all(torch.equal(before[name], after[name]) for name in before)
+
+
+@FORKS
+def test_memory_too_small_for_a_micro_batch(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    """In a process that may have 60 MB more than once everything is loaded."""
+    run = make_run(
+        "total_steps=2", "save_every=0", "data.train_batch_size=40", "sampler.n=32", "eval.before_training=false"
+    )
+    limited = """
+import resource
+from sdpo import load_run, train
+from sdpo.embedded.learner import Learner
+from sdpo.observer import Silent
+
+class Listening(Silent):
+    def message(self, text):
+        print(text)
+
+learn = Learner.learn
+
+def learn_in_little(*arguments, **how):
+    size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + 60_000_000,) * 2)
+    Learner.learn = learn
+    return learn(*arguments, **how)
+
+Learner.learn = learn_in_little
+train(load_run("run.yaml", ["learner.micro_batch_tokens=1000000"]), Listening())
+"""
+    (tmp_path / "limited.py").write_text(limited)
+    train(replace(run, run_dir=f"{tmp_path}/plain"))
+    shutil.copy(tmp_path / "plain" / "run.yaml", tmp_path / "run.yaml")
+    text = (tmp_path / "run.yaml").read_text().replace(f"{tmp_path}/plain", f"{tmp_path}/run")
+    (tmp_path / "run.yaml").write_text(text)
+    done = subprocess.run([sys.executable, "limited.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stdout.splitlines() if line.startswith("memory was too small for a micro-batch; ")]
+    assert told
+    one, two = (rows_of(replace(run, run_dir=f"{tmp_path}/{name}")) for name in ("plain", "run"))
+    for row, other in zip(one, two, strict=True):
+        assert row == pytest.approx(other, rel=1e-3, abs=1e-5)
