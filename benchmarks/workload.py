@@ -59,7 +59,18 @@ class Workload:
             pad_token_id=pad_token_id,
         )
         torch.manual_seed(0)
-        return Qwen2ForCausalLM(config).to(getattr(torch, self.dtype))
+        model = Qwen2ForCausalLM(config)
+        # The first number of every hidden state is one that no layer changes, by which the last token, which would end
+        # a response, is never drawn.
+        with torch.no_grad():
+            embeddings = model.get_input_embeddings().weight
+            embeddings[:, 0] = 1.0
+            embeddings[-1] = 0.0
+            embeddings[-1, 0] = -1e4
+            for layer in model.model.layers:
+                layer.self_attn.o_proj.weight[0] = 0.0
+                layer.mlp.down_proj.weight[0] = 0.0
+        return model.to(getattr(torch, self.dtype))
 
     def write(self, folder: Path) -> None:
         """Fill a folder with ``model/``, ``train.parquet`` and ``run.yaml``."""
@@ -130,7 +141,7 @@ class Workload:
 
         rng = random.Random(0)
         log_probs = [-math.log(self.vocab_size)] * self.response_length
-        ids = range(3, self.vocab_size)
+        ids = range(3, self.vocab_size - 1)
         responses = [
             [Response(rng.choices(ids, k=self.response_length), log_probs, finished=False) for _ in range(self.n)]
             for _ in range(self.num_prompts)
@@ -142,7 +153,7 @@ class Workload:
 
 
 def build_tokenizer(vocab_size: int) -> Any:
-    """That of the offline tasks with as many tokens as the model has logits, and one more, which ends a response."""
+    """That of the offline tasks with as many tokens as the model has logits; the last one ends a response."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -152,8 +163,8 @@ def build_tokenizer(vocab_size: int) -> Any:
     content = json.loads(build_tokenizer([], CHAT_TEMPLATE).backend_tokenizer.to_str())
     vocabulary = content["model"]["vocab"]
     assert len(vocabulary) <= vocab_size, f"the templates' words alone are {len(vocabulary)} tokens"
-    vocabulary.update({f"<{i}>": i for i in range(len(vocabulary), vocab_size)})
-    vocabulary[END] = vocab_size
+    vocabulary.update({f"<{i}>": i for i in range(len(vocabulary), vocab_size - 1)})
+    vocabulary[END] = vocab_size - 1
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(content)),
         eos_token=END,

@@ -134,7 +134,10 @@ def test_the_workload_is_as_long_as_it_says_and_never_ends_early(tmp_path: Path)
     longer = replace(workload, feedback_length=workload.feedback_length + 7)
     rows = longer.build_rows(parts.tokenizer)
     assert len(rows[0]["reward_model"]["ground_truth"]) == workload.feedback_length + 7
-    assert parts.learner.student.config.vocab_size == parts.tokenizer.convert_tokens_to_ids(workload_module.END)
+    assert parts.learner.student.config.vocab_size - 1 == parts.tokenizer.convert_tokens_to_ids(workload_module.END)
+    with torch.no_grad():
+        probabilities = parts.learner.student(torch.arange(511)[None, :]).logits[0].softmax(-1)
+    assert probabilities[:, -1].max() == 0 and probabilities[:, :-1].min() > 1e-4
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sdpo.algorithm.divergence import compute_entropy, exponentiate
 from sdpo.algorithm.inputs import gather_log_probs
-from sdpo.algorithm.products import multiply_into
+from sdpo.algorithm.products import find_round_length, multiply_into
 
 # The student's logits of a chunk take at most this much, and the teacher's too: the larger the chunk, the more seldom
 # is the head's gradient read and written, and the faster are the products.
@@ -138,10 +138,18 @@ def score_tokens(
 
 
 def cut_slice(length: int, size: int) -> Iterator[slice]:
-    """Slices of at most that size, as equal as can be: a short one costs nearly as much as a long one."""
-    number = -(-length // size)
-    for i in range(number):
-        yield slice(i * length // number, (i + 1) * length // number)
+    """Slices of at most that size and of a round length (``find_round_length``), and what is left in a few short ones.
+
+    They are as equal as can be: a short one costs nearly as much as a long one.
+    """
+    start = 0
+    while start < length:
+        left = length - start
+        number = -(-left // size)
+        round_length = find_round_length(left // number)
+        for _ in range(number):
+            yield slice(start, start + round_length)
+            start += round_length
 
 
 def softmax_type(dtype: torch.dtype) -> torch.dtype:

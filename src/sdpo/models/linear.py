@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sdpo.algorithm.products import multiply, prefers_onednn
+from sdpo.algorithm.products import multiply, prefers_onednn, round_up_rows
 
 
 class FastLinear(nn.Linear):
@@ -21,26 +21,32 @@ class FastLinear(nn.Linear):
         if torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad):
             output: Tensor = _Linear.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
             return output
-        return multiply(input, self.weight, self.bias)
+        return _multiply_rows(round_up_rows(input), self.weight, self.bias, input.shape[:-1])
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(input, weight)
-        return multiply(input, weight, bias)
+        rows = round_up_rows(input)
+        ctx.save_for_backward(rows, weight)
+        return _multiply_rows(rows, weight, bias, input.shape[:-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        input, weight = ctx.saved_tensors
-        rows = gradient.flatten(0, -2)
+        input_rows, weight = ctx.saved_tensors
+        rows = round_up_rows(gradient)
         by_input, by_weight, by_bias = ctx.needs_input_grad
         return (
-            multiply(gradient, weight.T) if by_input else None,
-            multiply(rows.T, input.flatten(0, -2).T) if by_weight else None,
-            rows.sum(0) if by_bias else None,
+            _multiply_rows(rows, weight.T, None, gradient.shape[:-1]) if by_input else None,
+            multiply(rows.T, input_rows.T) if by_weight else None,
+            gradient.flatten(0, -2).sum(0) if by_bias else None,
         )
+
+
+def _multiply_rows(rows: Tensor, weight: Tensor, bias: Tensor | None, shape: torch.Size) -> Tensor:
+    """Of as many rows as the shape [...] has, [..., out]; what they were rounded up by is left out."""
+    return multiply(rows, weight, bias)[: shape.numel()].unflatten(0, shape)
 
 
 def speed_up_linear_layers(model: nn.Module) -> None:

@@ -555,13 +555,19 @@ def test_on_cuda_the_default_chunk_takes_an_eighth_of_the_free_memory_at_most(mo
 
 
 @pytest.mark.parametrize("size", [1, 4, 63, 64, 65, 640])
-def test_slices_are_as_equal_as_can_be(size: int) -> None:
+def test_slices_are_as_equal_as_round_lengths_can_be(size: int) -> None:
     slices = list(cut_slice(640, size))
     assert [i for s in slices for i in range(s.start, s.stop)] == list(range(640))
-    lengths = {s.stop - s.start for s in slices}
-    assert len(slices) == -(-640 // size)
-    assert max(lengths) - min(lengths) <= 1
+    lengths = [s.stop - s.start for s in slices]
+    number = -(-640 // size)
+    assert len(set(lengths[:number])) == 1
+    assert lengths == {63: [56] * 11 + [24]}.get(size, [640 // number] * number)
     assert list(cut_slice(0, size)) == []
+
+
+def test_what_is_left_of_an_odd_length_is_cut_into_few() -> None:
+    assert [s.stop - s.start for s in cut_slice(1999, 512)] == [480, 480, 480, 480, 72, 7]
+    assert max(len(list(cut_slice(length, 4096))) for length in range(1, 4097)) == 3
 
 
 # Not the top k: rounding exchanges which entries are kept.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sdpo.algorithm import products
-from sdpo.algorithm.products import multiply, prefers_onednn
+from sdpo.algorithm.products import find_round_length, multiply, prefers_onednn, round_up_rows
 from sdpo.models import linear
 from sdpo.models.linear import FastLinear, speed_up_linear_layers
 
@@ -110,3 +110,16 @@ def test_autocast_and_other_types_are_torch_s_own() -> None:
 def test_the_rule_never_depends_on_timing() -> None:
     prefers_onednn.cache_clear()
     assert {prefers_onednn(), prefers_onednn.__wrapped__(), prefers_onednn.__wrapped__()} == {prefers_onednn()}
+
+
+def test_lengths_are_rounded_to_eight_an_octave() -> None:
+    assert [find_round_length(n) for n in (1, 15, 16, 17, 31, 33, 1000, 1024, 1025, 4095)] == [
+        *(1, 15, 16, 16, 30, 32, 960, 1024, 1024, 3840)
+    ]
+    assert len({find_round_length(n) for n in range(1024, 2048)}) == 8
+    assert len({len(round_up_rows(torch.empty(n, 1))) for n in range(1025, 2049)}) == 8
+    rows = torch.randn(3, 11, 2)
+    rounded = round_up_rows(rows)
+    assert rounded.shape == (36, 2)
+    assert torch.equal(rounded[:33], rows.flatten(0, 1)) and rounded[33:].abs().max() == 0
+    assert max(len(round_up_rows(torch.empty(n, 1))) / n for n in range(16, 4096)) < 1.126

@@ -1,0 +1,103 @@
+"""Does a long run grow? 2,000 steps of the hidden rule with staleness 1, and what its two processes hold.
+
+    python benchmarks/soak.py               # about six minutes
+
+Resident memory of learner and sampler, open file descriptors of both and shared memory, every so many steps; then the
+slope of each over the second half, by Theil and Sen (the median of the slopes between all pairs), so that a single jump
+does not count. Where nothing leaks, it is zero up to what the allocators move to and fro.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import statistics
+from collections.abc import Mapping
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from record import print_table, save
+
+CONFIG = Path(__file__).parent.parent / "configs" / "hidden_rule.yaml"
+EVERY = 20
+
+
+def measure() -> dict[str, float]:
+    """What this process and its children hold now (Linux)."""
+    sampler = _find_child("sdpo-sampler")
+    pids = {"learner": os.getpid(), "sampler": sampler}
+    found: dict[str, float] = {}
+    for name, pid in pids.items():
+        status = Path(f"/proc/{pid}/status").read_text()
+        found[f"{name}: resident, MB"] = _read(status, "VmRSS") / 1024
+        found[f"{name}: shared, MB"] = _read(status, "RssShmem") / 1024
+        found[f"{name}: open files"] = len(os.listdir(f"/proc/{pid}/fd"))
+        found[f"{name}: threads"] = _read(status, "Threads")
+    return found
+
+
+def _find_child(name: str) -> int:
+    import multiprocessing
+
+    return next(child.pid for child in multiprocessing.active_children() if child.name == name and child.pid)
+
+
+def _read(status: str, name: str) -> int:
+    match = re.search(rf"^{name}:\s+(\d+)", status, flags=re.MULTILINE)
+    assert match is not None
+    return int(match[1])
+
+
+def compute_slope(points: list[tuple[int, float]]) -> float:
+    """Median of the slopes between all pairs of points (Theil and Sen)."""
+    return statistics.median((y2 - y1) / (x2 - x1) for (x1, y1), (x2, y2) in combinations(points, 2))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--folder", default="data/benchmark_soak")
+    options = parser.parse_args()
+
+    from sdpo import load_run, train
+    from sdpo.embedded.allocation import keep_freed_memory
+    from sdpo.observer import Silent
+
+    seen: list[tuple[int, dict[str, float]]] = []
+
+    class Watch(Silent):
+        def metrics(self, step: int, values: Mapping[str, float]) -> None:
+            if step and step % EVERY == 0 and step < options.steps:
+                seen.append((step, measure()))
+
+    keep_freed_memory()
+    run = load_run(
+        CONFIG,
+        [
+            f"run_dir={options.folder}/run",
+            f"data.task_args.dir={options.folder}/task",
+            f"total_steps={options.steps}",
+            "staleness=1",
+            "sampler.num_threads=1",
+            "eval_every=100",
+            "save_every=100",
+            "self_distillation.teacher_regularization=ema",
+            "self_distillation.ema_update_rate=0.01",
+        ],
+    )
+    train(run, Watch())
+    half = [(step, held) for step, held in seen if step > options.steps // 2]
+    rows: list[list[Any]] = []
+    for name in seen[0][1]:
+        slope = 1000 * compute_slope([(step, held[name]) for step, held in half])
+        rows.append([name, seen[0][1][name], half[0][1][name], half[-1][1][name], slope])
+    columns = ["", f"step {seen[0][0]}", f"step {half[0][0]}", f"step {half[-1][0]}", "slope in 1,000 steps"]
+    print_table(f"{options.steps} steps, staleness 1", columns, rows)
+    results = [dict(zip(("name", "first", "half", "last", "slope_in_1000_steps"), row, strict=True)) for row in rows]
+    save("soak", {"steps": options.steps, "held": results})
+
+
+if __name__ == "__main__":
+    main()
