@@ -1,6 +1,6 @@
 """Is anything lost when a run is killed? Runs that are killed again and again, beside runs that never were.
 
-    python benchmarks/crash.py              # 32 kills, about ten minutes
+    python benchmarks/crash.py              # 32 kills, about six minutes
 
 Each way of running (in turn, overlapped; all weights, LoRA) is run once in one go, and once with kills (SIGKILL, which
 nothing can catch) at random moments of training, of saving and of the hand-over of weights, each followed by a resume.
@@ -32,7 +32,7 @@ WAYS = {
     "overlapped, LoRA": ["staleness=1", "sampler.num_threads=1", "lora.rank=4"],
 }
 SETTINGS = [
-    "total_steps=24",
+    "total_steps=40",
     "save_every=2",
     "eval_every=4",
     "eval.max_prompts=20",

@@ -339,3 +339,37 @@ def test_two_runs_in_one_folder_are_one_too_many(make_task_run: MakeRun, monkeyp
         for text in refused
     )
     assert [row[metrics.STEP] for row in rows_of(run)] == [0, 1, 2, 3, 4, 5]
+
+
+def test_alarms_and_what_they_did_are_resumed(
+    make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A live teacher that an alarm freezes at step 2: the run is killed before the alarm, and after it."""
+    settings: dict[str, Any] = {
+        "total_steps": 5,
+        "save_every": 1,
+        "eval_every": 1,
+        "optim__lr": 3e-3,
+        "self_distillation__teacher_regularization": "live",
+        "health__window": 1,
+        "health__tolerance": 0.0,
+        "health__entropy_explosion": "freeze",
+        "health__entropy_rise": 1.0,
+        "health__length_collapse": "lower",
+        "health__length_fall": 1.0,
+        "health__kl_to_initial_every": 1,
+    }
+    whole = make_task_run(**settings, run_dir=str(tmp_path / "whole"))
+    train(whole)
+    alarms = (Path(whole.run_dir) / "alarms.jsonl").read_text()
+    frozen_at = min(json.loads(line)["step"] for line in alarms.splitlines() if '"freeze"' in line)
+    assert 1 < frozen_at < 5
+    for killed_in in {frozen_at, frozen_at + 1}:
+        run = make_task_run(**settings, run_dir=str(tmp_path / f"killed_in_{killed_in}"))
+        with monkeypatch.context() as patch:
+            kill_in_step(patch, killed_in)
+            with pytest.raises(Killed):
+                train(run)
+        train(replace(run, resume="must"))
+        assert (Path(run.run_dir) / "alarms.jsonl").read_text() == alarms
+        assert_same_end(run, whole)
