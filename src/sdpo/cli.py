@@ -57,6 +57,8 @@ def train(
     if result.metrics:  # none if it was stopped before the first
         print_result_table([read_run(result.run_dir)])
     print(f"run folder: {result.run_dir}")
+    if result.stopped_by:
+        print(f"stopped by an alarm: {result.stopped_by}", file=sys.stderr)
     if result.interrupted:
         print(f"stopped by {result.interrupted}; add --resume to go on", file=sys.stderr)
         raise typer.Exit(128 + signal.Signals[result.interrupted])
