@@ -38,8 +38,8 @@ def find_resumption(run: Run, observer: Observer) -> Resumption | None:
     """The newest whole checkpoint in ``run_dir``, as ``run.resume`` has it; None if the run begins anew.
 
     Raises:
-        UserError: there is none and ``resume=must``; a setting differs that would make it another run; or the run is
-            over already.
+        UserError: there is none and ``resume=must``; a setting differs that would make it another run; or it has had
+            more steps than ``total_steps``.
     """
     folder = Path(run.run_dir)
     if run.resume == "never":
@@ -51,10 +51,8 @@ def find_resumption(run: Run, observer: Observer) -> Resumption | None:
         return None
     state = TrainingState.load(checkpoint)
     step = int(state.learner["version"])
-    if step >= run.total_steps:
-        raise UserError(
-            f"run_dir: {folder}: its run has had {step} steps; raise total_steps={run.total_steps} to go on"
-        )
+    if step > run.total_steps:
+        raise UserError(f"run_dir: {folder}: its run has had {step} steps, more than total_steps={run.total_steps}")
     _compare(load_run(folder / "run.yaml"), run, observer)
     observer.message(f"going on after step {step} from {checkpoint}")
     return Resumption(checkpoint, state)

@@ -306,11 +306,17 @@ def test_other_rows_are_refused(stopped: Run, monkeypatch: pytest.MonkeyPatch) -
         train(replace(stopped, resume="must"))
 
 
-def test_a_finished_run_is_not_resumed_but_may_be_prolonged(make_task_run: MakeRun, tmp_path: Path) -> None:
+def test_a_finished_run_is_finished_again_and_may_be_prolonged(make_task_run: MakeRun, tmp_path: Path) -> None:
     train(whole := make_task_run(total_steps=4, save_every=2, run_dir=str(tmp_path / "whole")))
     train(run := make_task_run(total_steps=2, save_every=2, run_dir=str(tmp_path / "short")))
-    with pytest.raises(UserError, match="its run has had 2 steps; raise total_steps=2 to go on"):
-        train(replace(run, resume="auto"))
+    rows = rows_of(run)
+    with pytest.raises(UserError, match="its run has had 2 steps, more than total_steps=1$"):
+        train(replace(run, resume="auto", total_steps=1))
+    # killed between its last checkpoint and its last row, it has that row to write
+    metrics_file = Path(run.run_dir) / "metrics.jsonl"
+    metrics_file.write_text("".join(metrics_file.read_text().splitlines(keepends=True)[:-1]))
+    result = train(replace(run, resume="auto"))
+    assert rows_of(run) == rows and result.metrics[metrics.STEP] == 2
     longer = replace(run, total_steps=4, resume="auto")
     train(longer)
     # the evaluation after the last step is part of the shorter run alone
