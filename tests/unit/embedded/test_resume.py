@@ -310,7 +310,7 @@ def test_a_finished_run_is_finished_again_and_may_be_prolonged(make_task_run: Ma
     train(whole := make_task_run(total_steps=4, save_every=2, run_dir=str(tmp_path / "whole")))
     train(run := make_task_run(total_steps=2, save_every=2, run_dir=str(tmp_path / "short")))
     rows = rows_of(run)
-    with pytest.raises(UserError, match="its run has had 2 steps, more than total_steps=1$"):
+    with pytest.raises(UserError, match=r"its run has had 2 steps, more than total_steps=1$"):
         train(replace(run, resume="auto", total_steps=1))
     # killed between its last checkpoint and its last row, it has that row to write
     metrics_file = Path(run.run_dir) / "metrics.jsonl"
