@@ -90,6 +90,14 @@ def test_all_lines_of_the_loss_compute_the_same(setting: str) -> None:
         torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-6)
 
 
+def test_a_single_jump_is_no_growth() -> None:
+    soak = importlib.import_module("soak")
+    assert soak.compute_slope([(step, 3.0 if step < 700 else 50.0) for step in range(0, 2000, 20)]) == 0
+    assert soak.compute_slope([(step, 0.5 * step + step % 40) for step in range(0, 2000, 20)]) == pytest.approx(
+        0.5, 0.01
+    )
+
+
 def test_the_floor_is_four_products_whatever_the_chunk() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
