@@ -33,7 +33,7 @@ RUNS: dict[str, tuple[str, str, list[str]]] = {
     "live teacher, frozen by an alarm": (
         "hidden_rule_peers.yaml",
         "peers",
-        [*LIVE, "health.score_collapse=freeze", "health.entropy_explosion=freeze"],
+        [*LIVE, *(f"health.{rule}=freeze" for rule in ("teacher_unsure", "score_collapse", "entropy_explosion"))],
     ),
     "feedback, frozen teacher": ("hidden_rule.yaml", "feedback", []),
     "peers, trust region": (
@@ -105,13 +105,15 @@ def draw(folder: str, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--folder", default="data/benchmark_hidden_rule")
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
     modes = dict.fromkeys(RUNS[name][1] for name in options.runs)
-    run_all(prepare, [(options.folder, mode, s) for mode in modes for s in range(options.seeds)], options.workers)
-    jobs = [(options.folder, name, s) for name in options.runs for s in range(options.seeds)]
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    run_all(prepare, [(options.folder, mode, s) for mode in modes for s in seeds], options.workers)
+    jobs = [(options.folder, name, s) for name in options.runs for s in seeds]
     results = run_all(learn, jobs, options.workers)
     rows = [
         [
@@ -129,7 +131,7 @@ def main() -> None:
     print_table("Alarms, and the held-out score", columns, rows)
     save("health", {"runs": results})
     if COLLAPSED in options.runs:
-        draw(options.folder, seed=0)
+        draw(options.folder, options.first_seed)
 
 
 if __name__ == "__main__":

@@ -446,6 +446,7 @@ class HealthConfig(Section):
         "... when responses become short and the score does not rise, or many more are cut off.",
         choices=ALARM_ACTIONS,
     )
+    teacher_unsure: str = setting("warn", "... when the teacher's entropy rises.", choices=ALARM_ACTIONS)
     teacher_worse: str = setting(
         "warn", "... when the teacher is worse than the student at an evaluation.", choices=ALARM_ACTIONS
     )
@@ -463,6 +464,7 @@ class HealthConfig(Section):
     clip_rise: float = setting(
         0.25, "Length: the share of responses that are cut off rises by more than this above its lowest.", ge=0, le=1
     )
+    teacher_entropy_rise: float = setting(2.0, "Teacher: its entropy rises above so many times its lowest.", ge=1)
     teacher_margin: float = setting(
         0.02, "Teacher: its held-out accuracy is below the student's by more than this, with 95 % confidence.", ge=0
     )

@@ -116,6 +116,7 @@ class HealthMonitor:
             "entropy_collapse": self._entropy_collapse,
             "entropy_explosion": self._entropy_explosion,
             "length_collapse": self._length_collapse,
+            "teacher_unsure": self._teacher_unsure,
             "teacher_worse": self._teacher_worse,
             "nothing_to_distil": self._nothing_to_distil,
         }
@@ -184,12 +185,21 @@ class HealthMonitor:
         )
 
     def _entropy_explosion(self) -> Finding | None:
-        entropy = self._trends[metrics.ENTROPY]
-        if not entropy.is_ready or entropy.mean <= self.config.entropy_rise * entropy.lowest:
+        return self._rise_of(metrics.ENTROPY, self.config.entropy_rise, "entropy rose from")
+
+    def _teacher_unsure(self) -> Finding | None:
+        """It is shown the answer: where it becomes unsure nevertheless, its weights have been spoilt."""
+        return self._rise_of(
+            metrics.TEACHER_ENTROPY, self.config.teacher_entropy_rise, "the teacher's entropy rose from"
+        )
+
+    def _rise_of(self, metric: str, times: float, what: str) -> Finding | None:
+        trend = self._trends[metric]
+        if not trend.is_ready or trend.mean <= times * trend.lowest:
             return None
-        if not self._matters(entropy.mean - entropy.lowest, entropy):
+        if not self._matters(trend.mean - trend.lowest, trend):
             return None
-        return self._found("entropy rose from", entropy.lowest, entropy.mean, metrics.ENTROPY)
+        return self._found(what, trend.lowest, trend.mean, metric)
 
     def _length_collapse(self) -> Finding | None:
         length, clipped = (
@@ -245,6 +255,7 @@ class HealthMonitor:
 _WATCHED = (
     metrics.SCORE_MEAN,
     metrics.ENTROPY,
+    metrics.TEACHER_ENTROPY,
     metrics.RESPONSE_LENGTH_MEAN,
     metrics.RESPONSE_LENGTH_CLIP_RATIO,
     metrics.DISTILLED_FRACTION,

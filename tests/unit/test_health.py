@@ -52,6 +52,8 @@ BY_HAND: dict[str, tuple[Series, list[tuple[int, str]]]] = {
     "entropy falls as the score rises": ({ENTROPY: [1, 1, 1, 0.05, 0.05], SCORE: [0.3, 0.3, 0.5, 0.9, 0.9]}, []),
     # 1 1 1 1.25 2.25
     "entropy rises": ({ENTROPY: [1, 1, 1, 1, 1.5, 3, 3]}, [(6, "entropy_explosion")]),
+    # 1 1 1 1.25 2.25
+    "teacher becomes unsure": ({metrics.TEACHER_ENTROPY: [1, 1, 1, 1, 1.5, 3, 3]}, [(6, "teacher_unsure")]),
     # 10 10 7 4
     "length falls": ({LENGTH: [10, 10, 10, 4, 4], SCORE: [0.3]}, [(5, "length_collapse")]),
     "length falls as the score rises": ({LENGTH: [10, 10, 10, 4, 4], SCORE: [0.3, 0.3, 0.5, 0.9, 0.9]}, []),
