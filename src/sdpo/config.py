@@ -682,6 +682,7 @@ def _build_run(sources: Sequence[tuple[str, DictConfig]]) -> Run:
     try:
         for key, f in iterate_settings():
             value = OmegaConf.select(merged, key)  # unlike resolve, it names the key whose interpolation fails
+            _visit(value)
             if str(f.type).startswith("list") and not isinstance(value, ListConfig):
                 raise UserError(f"{key} must be a list, in brackets, got {value!r}")
         OmegaConf.resolve(merged)
@@ -694,6 +695,12 @@ def _build_run(sources: Sequence[tuple[str, DictConfig]]) -> Run:
         raise UserError(f"{origin}: {_explain(error)}") from error
     except UserError as error:
         raise UserError(f"{origin}: {error}") from None
+
+
+def _visit(value: Any) -> None:
+    """Every value within, for the error that it may be."""
+    for inner in value.values() if isinstance(value, DictConfig) else value if isinstance(value, ListConfig) else ():
+        _visit(inner)
 
 
 def _expand_home(merged: DictConfig) -> None:

@@ -250,9 +250,11 @@ learn = Learner.learn
 
 def learn_in_little(*arguments, **how):
     size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + 60_000_000,) * 2)
-    Learner.learn = learn
-    return learn(*arguments, **how)
+    resource.setrlimit(resource.RLIMIT_AS, (size + 60_000_000, -1))
+    try:
+        return learn(*arguments, **how)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
 
 Learner.learn = learn_in_little
 train(load_run("run.yaml", ["learner.micro_batch_tokens=1000000"]), Listening())

@@ -60,7 +60,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(train_on_verl: Train, tmp_p
     assert running.wait(until=ahead.exists) is None, running.tail()
     running.kill()
     assert not (killed / "checkpoints" / "global_step_6").exists(), "it was to be killed before the end"
-    running = train_on_verl(killed, *settings)
+    running = train_on_verl(killed, *settings, "resume=auto")
     assert running.wait() == 0, running.tail()
 
     for step in (3, 6):
@@ -98,6 +98,7 @@ def test_the_v1_trainers(
         "run_dir": tmp_path / "run",
         "total_steps": 3,
         "save_every": 1,
+        "keep_last": 3,
         "data.train_batch_size": 4,
         "sampler.n": 2,
         "optim.lr": 1e-3,

@@ -22,8 +22,11 @@ def multiply(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """left @ right.T + bias, of [..., K] and [N, K]; either may be a transposed view. No gradient."""
     size = left.numel() * len(right)
     if size >= MIN_SIZE and left.dtype == right.dtype and goes_to_onednn(right):
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
-        return product
+        try:
+            product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
+            return product
+        except RuntimeError:
+            pass  # once memory has run out, oneDNN may refuse a shape for good; what is wrong else, is so for torch too
     return torch.nn.functional.linear(left, right, bias)
 
 

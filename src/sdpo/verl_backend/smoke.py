@@ -173,7 +173,8 @@ def check_images(folder: Path) -> str:
         model.load_state_dict(load_weights(folder, STEPS - 1))
         student = compute_log_probs(model, vision, students, batch)
         errors.append(abs(float((teacher - student).mean()) - measured))
-    if errors[0] > 1e-5 or errors[1] < 1e-4:
+    # How much an image matters to a random model differs from run to run: it has to be far above what rounding leaves.
+    if errors[0] > 1e-5 or errors[1] < max(100 * errors[0], 1e-6):
         raise AssertionError(
             f"the teacher's log-probabilities are off by {errors[0]:.1e}, with images exchanged by {errors[1]:.1e}"
         )
