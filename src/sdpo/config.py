@@ -606,6 +606,14 @@ def iterate_settings(section: type[Section] = Run, prefix: str = "") -> Iterator
             yield prefix + f.name, f
 
 
+def get_setting(run: Run, key: str) -> Any:
+    """The value of a setting by its dotted key."""
+    value: Any = run
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
 def flatten_keys(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as dotted keys; of a key that is said twice, the last value. An empty mapping is a value."""
     flat: dict[str, Any] = {}

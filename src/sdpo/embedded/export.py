@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from sdpo.config import ModelConfig, Run, load_run
+from sdpo.config import Run, load_run
 from sdpo.embedded.checkpoint import find_fault
-from sdpo.embedded.training_state import TrainingState
+from sdpo.embedded.training_state import TrainingState, load_student, load_teacher_module
 from sdpo.errors import UserError
 from sdpo.models.loading import load_model, load_tokenizer
-from sdpo.models.lora import add_adapters, load_adapter, merge_adapters
+from sdpo.models.lora import merge_adapters
 from sdpo.models.processing import load_reader
 
 CPU = torch.device("cpu")
@@ -73,24 +73,17 @@ def _require_teacher(run: Run) -> None:
 
 
 def _load_student(run: Run, checkpoint: Path) -> PreTrainedModel:
-    if not run.lora.rank:
-        return _load(run.model, checkpoint)
-    model = load_model(run.model, CPU)
-    add_adapters(model, run.lora)
-    load_adapter(model, checkpoint)
-    merge_adapters(model)
+    model = load_student(run, checkpoint, CPU)
+    if run.lora.rank:
+        merge_adapters(model)
     return model
 
 
 def _load_teacher(run: Run, checkpoint: Path) -> PreTrainedModel:
     if not run.lora.rank:
-        return _load(run.model, checkpoint / "teacher")
+        return load_teacher_module(run, checkpoint, CPU)
     model = load_model(run.model, CPU)
     deltas = TrainingState.load(checkpoint).learner["teacher"]["weights"] or {}
     for name, delta in deltas.items():
         model.get_parameter(name).add_(delta)
     return model
-
-
-def _load(config: ModelConfig, folder: Path) -> PreTrainedModel:
-    return load_model(replace(config, path=str(folder)), CPU)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdpo.config import ModelConfig, Run, flatten_keys, iterate_settings, load_run
+from sdpo.config import Run, get_setting, iterate_settings, load_run
 from sdpo.embedded.checkpoint import find_newest
 from sdpo.embedded.training_state import TrainingState
 from sdpo.errors import UserError
@@ -26,12 +26,6 @@ class Resumption:
     @property
     def step(self) -> int:
         return int(self.state.learner["version"])
-
-    def locate_student(self, config: ModelConfig) -> ModelConfig:
-        return replace(config, path=str(self.checkpoint))
-
-    def locate_teacher(self, config: ModelConfig) -> ModelConfig:
-        return replace(config, path=str(self.checkpoint / "teacher"))
 
 
 def find_resumption(run: Run, observer: Observer) -> Resumption | None:
@@ -76,12 +70,7 @@ def _compare(earlier: Run, run: Run, observer: Observer) -> None:
 
 def _find_changes(earlier: Run, run: Run) -> list[tuple[str, Any, Any]]:
     return [
-        (key, old, new) for key, _ in iterate_settings() if (old := _select(earlier, key)) != (new := _select(run, key))
+        (key, old, new)
+        for key, _ in iterate_settings()
+        if (old := get_setting(earlier, key)) != (new := get_setting(run, key))
     ]
-
-
-def _select(run: Run, key: str) -> Any:
-    value: Any = run
-    for name in key.split("."):
-        value = getattr(value, name)
-    return flatten_keys(value) if isinstance(value, dict) else value

@@ -148,20 +148,21 @@ def _lock(path: Path) -> IO[str]:
 
 
 def _read_rows_before(path: Path, step: int) -> list[dict[str, float]]:
-    """Whole rows of earlier steps; the last line may be half a one."""
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            row = json.loads(line)
-            if row[metrics.STEP] < step:
-                rows.append(row)
-    return rows
+    return [row for row in _read_whole_lines(path) if row[metrics.STEP] < step]
 
 
 def _forget_alarms_after(path: Path, step: int) -> None:
     if path.exists():
-        alarms = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        _write_rows(path, [alarm for alarm in alarms if alarm["step"] <= step])
+        _write_rows(path, [alarm for alarm in _read_whole_lines(path) if alarm["step"] <= step])
+
+
+def _read_whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines, the last of which a killed run may have left half written."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -18,7 +18,12 @@ from sdpo.embedded.learner import Learner
 from sdpo.embedded.resume import Resumption, find_resumption
 from sdpo.embedded.run_folder import RunFolder, require_idle
 from sdpo.embedded.sampler import LocalSampler, ProcessSampler, Sampler, TransformersEngine
-from sdpo.embedded.training_state import compute_fingerprint, set_random_states
+from sdpo.embedded.training_state import (
+    compute_fingerprint,
+    load_student,
+    load_teacher_module,
+    set_random_states,
+)
 from sdpo.embedded.vllm_engine import VllmEngine, require_vllm
 from sdpo.embedded.weights import copy_parameters
 from sdpo.errors import UserError
@@ -33,7 +38,7 @@ from sdpo.models.loading import (
     require_same_vocabulary,
     resolve_device,
 )
-from sdpo.models.lora import add_adapters, load_adapter, require_peft
+from sdpo.models.lora import require_peft
 from sdpo.models.processing import load_reader
 from sdpo.models.vision import Vision, freeze_tower
 from sdpo.observer import Observer
@@ -94,7 +99,7 @@ def build_parts(run: Run, observer: Observer) -> Parts:
     tokenizer: Tokenizer = reader or text_tokenizer
     if reader is not None and run.sampler.engine == "vllm":
         raise UserError("sampler.engine=vllm does not sample from models that read images yet; use transformers")
-    student = _load_student(run, resumption, learner_device)
+    student = load_student(run, resumption.checkpoint if resumption else None, learner_device)
     vision = Vision(student, reader) if reader is not None else None
     if run.learner.freeze_vision:
         if vision is None:
@@ -142,16 +147,6 @@ def build_parts(run: Run, observer: Observer) -> Parts:
     )
 
 
-def _load_student(run: Run, resumption: Resumption | None, device: torch.device) -> PreTrainedModel:
-    if not run.lora.rank:
-        return load_model(resumption.locate_student(run.model) if resumption else run.model, device)
-    student = load_model(run.model, device)
-    add_adapters(student, run.lora)
-    if resumption is not None:
-        load_adapter(student, resumption.checkpoint)
-    return student
-
-
 def _restore(learner: Learner, run: Run, resumption: Resumption, data: str) -> None:
     state = resumption.state
     if state.data != data:
@@ -161,7 +156,7 @@ def _restore(learner: Learner, run: Run, resumption: Resumption, data: str) -> N
     if learner.initial is not None and not run.lora.rank:  # which was made from the student as it is now
         copy_parameters(dict(load_model(run.model, learner.device).named_parameters()), learner.initial)
     is_saved = (resumption.checkpoint / "teacher").is_dir()
-    teacher = load_model(resumption.locate_teacher(run.model), learner.device) if is_saved else None
+    teacher = load_teacher_module(run, resumption.checkpoint, learner.device) if is_saved else None
     learner.load_state_dict(state.learner, teacher)
     set_random_states(state.random)
 

@@ -10,20 +10,22 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from sdpo.config import Run
 from sdpo.embedded.data import Prompt
 from sdpo.embedded.learner import Learner
 from sdpo.embedded.sampler import Rollouts
 from sdpo.errors import UserError
 from sdpo.models.decoding import Response
-from sdpo.models.lora import save_adapter
+from sdpo.models.loading import load_model
+from sdpo.models.lora import add_adapters, load_adapter, save_adapter
 
 FILE = "training_state.pt"
 
@@ -72,6 +74,22 @@ def save_models(folder: Path, learner: Learner, processing: PreTrainedTokenizerB
     learner.student.save_pretrained(folder)
     if learner.teacher is not None and learner.teacher.module is not None:
         learner.teacher.module.save_pretrained(folder / "teacher")  # type: ignore[operator]
+
+
+def load_student(run: Run, checkpoint: Path | None, device: torch.device) -> PreTrainedModel:
+    """The run's student as a checkpoint has it, or as it begins; with its adapters, if the run has any."""
+    if not run.lora.rank:
+        return load_model(run.model if checkpoint is None else replace(run.model, path=str(checkpoint)), device)
+    student = load_model(run.model, device)
+    add_adapters(student, run.lora)
+    if checkpoint is not None:
+        load_adapter(student, checkpoint)
+    return student
+
+
+def load_teacher_module(run: Run, checkpoint: Path, device: torch.device) -> PreTrainedModel:
+    """The teacher's weights where the checkpoint has a model of them."""
+    return load_model(replace(run.model, path=str(checkpoint / "teacher")), device)
 
 
 def compute_fingerprint(prompts: Sequence[Prompt]) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdpo.config import HealthConfig, Run, SelfDistillationConfig, flatten_keys, iterate_settings
+from sdpo.config import HealthConfig, Run, SelfDistillationConfig, flatten_keys, get_setting, iterate_settings
 from sdpo.errors import UserError
 from sdpo.models.loading import looks_local
 
@@ -73,7 +73,7 @@ def translate(run: Run) -> Translation:
     }
     overrides = [f"{key}={quote(value)}" for part in (settings, flatten_keys(run.verl)) for key, value in part.items()]
     plain = dict(iterate_settings())
-    unused = [key for key in WITHOUT_COUNTERPART if _select(run, key) != plain[key].default]
+    unused = [key for key in WITHOUT_COUNTERPART if get_setting(run, key) != plain[key].default]
     return Translation(
         config_name="sdpo_trainer" if run.staleness else "sdpo_sync",
         overrides=overrides,
@@ -187,8 +187,3 @@ def _bookkeeping(run: Run) -> dict[str, Any]:
 def _absolute_if_file(name: str) -> str:
     """Ray's processes have a working directory of their own."""
     return str(Path(name).absolute()) if looks_local(name) or Path(name).exists() else name
-
-
-def _select(run: Run, key: str) -> Any:
-    section, _, name = key.partition(".")
-    return getattr(getattr(run, section), name) if name else getattr(run, section)

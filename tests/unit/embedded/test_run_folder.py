@@ -234,3 +234,17 @@ def test_rows_reach_tensorboard(make_run: MakeRun) -> None:
     events = EventAccumulator(str(folder.path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars(metrics.LOSS)] == [(0, 0.0), (1, 0.5), (2, 1.0)]
+
+
+def test_a_line_that_a_killed_run_left_half_written_is_left_out(make_run: MakeRun) -> None:
+    folder = RunFolder(run := make_run(), Silent())
+    for step in (1, 2, 3):
+        folder.log(step, {metrics.LOSS: step})
+        folder.log_alarm({"step": step})
+    folder.close()
+    for name in ("metrics.jsonl", "alarms.jsonl"):
+        with (folder.path / name).open("a") as file:
+            file.write('{"step": 4, "tr')
+    RunFolder(run, Silent(), resumed_step=2).close()
+    kept = [(folder.path / name).read_text() for name in ("metrics.jsonl", "alarms.jsonl")]
+    assert kept == [json.dumps({metrics.STEP: 1, metrics.LOSS: 1.0}) + "\n", '{"step": 1}\n{"step": 2}\n']
