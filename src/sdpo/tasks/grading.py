@@ -6,7 +6,6 @@ import math
 import signal
 import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from sdpo.config import DataConfig
 from sdpo.errors import UserError
 from sdpo.observer import Observer
-from sdpo.tasks.interface import Grade, Row, Task, parse_grade
+from sdpo.tasks.interface import Grade, Row, Task, find_place, parse_grade
 
 FAILED = Grade(math.nan)
 ALARM_INTERVAL = 1.0  # seconds after which a call that swallowed the alarm gets another
@@ -63,7 +62,7 @@ class Grader:
                 grades.append(FAILED)
                 num_failed += 1
                 self.num_failures += 1
-                where = _find_place(error, self._task.grade)
+                where = find_place(error, getattr(getattr(self._task.grade, "__code__", None), "co_filename", None))
                 reason = f"{_describe(error, self._config.grader_timeout)}{where and f' ({where})'}"
                 reason = f"{row.origin or row.data_source}: {reason}"
                 if num_failed > self._config.max_grader_failures * len(responses):
@@ -116,10 +115,3 @@ def _describe(error: BaseException, timeout: float | None) -> str:
         return f"no grade within data.grader_timeout={timeout:g} seconds"
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text:.300}" if text else type(error).__name__
-
-
-def _find_place(error: BaseException, grade: Callable[..., Any]) -> str:
-    """File and line at which a failed call was in the file that defines ``grade``; empty if it never got there."""
-    file = getattr(getattr(grade, "__code__", None), "co_filename", None)
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    return f"{file}:{lines[-1]}" if lines else ""

@@ -219,9 +219,14 @@ def _import_task(name: str) -> ModuleType:
 
 def _explain(error: Exception, file: str = "") -> str:
     """Type and message in one line, with the last line of ``file`` that led to it."""
+    place = find_place(error, file)  # a SyntaxError says its line itself
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.300}{place and f', {place}'}"
+
+
+def find_place(error: BaseException, file: str | None) -> str:
+    """``FILE:LINE`` at which a failed call was last in a file; empty if it never got there."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    place = f", {file}:{lines[-1]}" if lines else ""  # a SyntaxError says its line itself
-    return f"{type(error).__name__}: {' '.join(str(error).split()):.300}{place}"
+    return f"{file}:{lines[-1]}" if lines else ""
 
 
 def grade_response(task: Task, row: Row, response: str) -> Grade:
