@@ -14,6 +14,7 @@ import torch.distributed as dist
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from verl.models.transformers import monkey_patch
 from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils as tu
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
@@ -42,6 +43,8 @@ from sdpo.verl_backend.packing import (
 from sdpo.verl_backend.towers import compute_positions, freeze_tower, share_images
 
 MODEL_TYPE = "self_distillation_language_model"
+# verl patches TRL's value head under a name that TRL 1.16 no longer has, which raises; SDPO has no value head.
+monkey_patch.is_trl_available = lambda: False
 FORWARD_SETTINGS = ("temperature", "use_remove_padding", "pad_mode", "pad_token_id")
 
 
@@ -68,7 +71,13 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
     # Building, moving, saving
 
     def _build_module(self) -> nn.Module:
-        module: nn.Module = super()._build_module()
+        # verl's attention for packed rows calls flash-attn, even with sdpa; transformers' own separates the sequences of
+        # a packed row by their position ids, with any implementation.
+        packs_rows, self.use_remove_padding = self.use_remove_padding, False
+        try:
+            module: nn.Module = super()._build_module()
+        finally:
+            self.use_remove_padding = packs_rows
         share_images(module)
         if self.freeze_vision:
             freeze_tower(module)

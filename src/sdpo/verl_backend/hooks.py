@@ -56,6 +56,8 @@ HOOKS: tuple[Hook, ...] = (
     Hook(f"{_ENGINE}:FSDPEngineWithLMHead", "subclassed", "student and teacher of one rank"),
     Hook(f"{_ENGINE}:FSDPEngine._build_model_optimizer", "extended", "builds the teacher after the student"),
     Hook(f"{_ENGINE}:FSDPEngine._build_module", "extended", "also makes the teacher; towers share images or freeze"),
+    Hook("verl.models.transformers.monkey_patch:apply_monkey_patch", "relied on", "patches attention for packed rows"),
+    Hook("verl.utils.import_utils:is_trl_available", "replaced", "no value head to patch"),
     Hook(f"{_ENGINE}:FSDPEngine._build_fsdp_module", "called", "shards the teacher as the student"),
     Hook(f"{_ENGINE}:FSDPEngine.to", "extended", "offloads the teacher with the student"),
     Hook(f"{_ENGINE}:FSDPEngine.save_checkpoint", "extended", "saves the teacher"),

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from types import SimpleNamespace
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tensordict import TensorDict
+from transformers import PreTrainedModel
 from verl.experimental.one_step_off_policy.ray_trainer import OneStepOffRayTrainer
+from verl.models.transformers import monkey_patch
 from verl.utils import tensordict_utils as tu
+from verl.utils.import_utils import is_trl_available
 from verl.workers.utils.padding import left_right_2_no_padding
 
-from sdpo.verl_backend import trainer_v1
+from sdpo.verl_backend import engine, trainer_v1
 from sdpo.verl_backend.packing import repair_position_ids
 from sdpo.verl_backend.trainer import SelfDistillationOneStepOffTrainer
 
@@ -115,3 +119,16 @@ def test_the_logger_of_separate_async_takes_flush() -> None:
     with pytest.raises(TypeError, match="flush"):
         stock.info("as verl calls it", flush=True)
     trainer_v1._AcceptsFlush(stock, {}).info("the same", flush=True)
+
+
+def test_an_installed_trl_without_the_value_head_does_no_harm(
+    monkeypatch: pytest.MonkeyPatch, make_model: Callable[..., PreTrainedModel]
+) -> None:
+    monkeypatch.setitem(sys.modules, "trl", ModuleType("trl"))
+    replaced = engine.monkey_patch.is_trl_available
+    monkeypatch.setattr(monkey_patch, "is_trl_available", lambda: True)  # what verl finds beside TRL 1.16
+    with pytest.raises(ImportError, match="AutoModelForCausalLMWithValueHead"):
+        monkey_patch.apply_monkey_patch(make_model())
+    assert replaced is not is_trl_available
+    monkeypatch.setattr(monkey_patch, "is_trl_available", replaced)
+    monkey_patch.apply_monkey_patch(make_model())
