@@ -71,8 +71,8 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
     # Building, moving, saving
 
     def _build_module(self) -> nn.Module:
-        # verl's attention for packed rows calls flash-attn, even with sdpa; transformers' own separates the sequences of
-        # a packed row by their position ids, with any implementation.
+        # verl's attention for packed rows calls flash-attn, even with sdpa; transformers' own separates the sequences
+        # of a packed row by their position ids, with any implementation.
         packs_rows, self.use_remove_padding = self.use_remove_padding, False
         try:
             module: nn.Module = super()._build_module()
