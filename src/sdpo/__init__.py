@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sdpo.algorithm.fused import fused_self_distillation_loss as fused_self_distillation_loss
     from sdpo.algorithm.loss import compute_self_distillation_loss as compute_self_distillation_loss
     from sdpo.algorithm.teacher import update_teacher_ema as update_teacher_ema
     from sdpo.config import Run as Run
@@ -17,12 +16,13 @@ if TYPE_CHECKING:
     from sdpo.embedded.trainer import Result as Result
     from sdpo.embedded.trainer import train as train
     from sdpo.errors import UserError as UserError
+    from sdpo.kernels.fused_self_distillation import fused_self_distillation_loss as fused_self_distillation_loss
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "compute_self_distillation_loss": "sdpo.algorithm.loss",
-    "fused_self_distillation_loss": "sdpo.algorithm.fused",
+    "fused_self_distillation_loss": "sdpo.kernels.fused_self_distillation",
     "update_teacher_ema": "sdpo.algorithm.teacher",
     "Run": "sdpo.config",
     "SelfDistillationConfig": "sdpo.config",

@@ -15,13 +15,14 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "src" / "sdpo"
 
 GROUND = {"config", "errors", "estimates", "health", "metrics", "observer"}
-BELOW_ENGINES = GROUND | {"algorithm", "context", "models", "tasks"}
+BELOW_ENGINES = GROUND | {"algorithm", "kernels", "context", "models", "tasks"}
 ENGINES = {"embedded", "verl_backend"}
 EVERYTHING = BELOW_ENGINES | ENGINES | {"doctor", "report", "cli"}
 
 MAY_IMPORT = {
     **dict.fromkeys(GROUND, GROUND),
     "algorithm": GROUND,
+    "kernels": GROUND | {"algorithm"},
     "context": GROUND,
     "models": GROUND | {"algorithm", "context"},
     "tasks": GROUND | {"context"},
@@ -104,6 +105,7 @@ def test_imports_point_down() -> None:
     ("floor", "source"),
     [
         ("config", "import sdpo.algorithm.loss"),
+        ("algorithm", "from sdpo.kernels.dispatch import compute_fused_loss"),
         ("algorithm", "from sdpo.context.encode import encode_prompt"),
         ("context", "from sdpo import algorithm"),
         ("context", "from ..tasks import hidden_rule"),

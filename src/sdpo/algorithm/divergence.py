@@ -22,6 +22,8 @@ TAIL_LOG_SUM_MAX = -1e-7
 # Stands for log 0 where -inf on both sides would make the gradient of a logarithmic sum undefined; exp() of it is 0.
 LOG_ZERO = -1e4
 LOG2_E = math.log2(math.e)
+# Up to so many entries it costs less to expect zeros than to look for them; and a GPU does not wait for the answer.
+FEW_ENTRIES = 4096
 
 
 def compute_kl(p_log_probs: Tensor, q_log_probs: Tensor) -> Tensor:
@@ -34,9 +36,9 @@ def compute_kl(p_log_probs: Tensor, q_log_probs: Tensor) -> Tensor:
 
 
 def _compute_log_ratio(p_log_probs: Tensor, q_log_probs: Tensor, out: Tensor | None = None) -> Tensor:
-    ruled_out = torch.isneginf(p_log_probs.amin(-1))
     # A mask of all entries takes longer than all the rest, and few distributions rule one out.
-    mask = torch.isneginf(p_log_probs) if bool(ruled_out.any()) else None
+    masks = p_log_probs.shape[-1] <= FEW_ENTRIES or bool(torch.isneginf(p_log_probs.amin(-1)).any())
+    mask = torch.isneginf(p_log_probs) if masks else None
     log_ratio = torch.sub(p_log_probs, q_log_probs, out=out)
     return log_ratio if mask is None else log_ratio.masked_fill_(mask, 0.0)
 
@@ -160,6 +162,8 @@ def compute_entropy(log_probs: Tensor, probs: Tensor | None = None) -> Tensor:
     """
     if probs is None:
         probs = exponentiate(log_probs)
+    if log_probs.shape[-1] <= FEW_ENTRIES:
+        return -torch.linalg.vecdot(probs, log_probs.clamp(min=LOG_ZERO))
     entropy = -torch.linalg.vecdot(probs, log_probs)
     if bool(entropy.isnan().any()):  # 0 * -inf perhaps: rare enough to look again
         entropy = -torch.linalg.vecdot(probs, log_probs.clamp(min=LOG_ZERO))

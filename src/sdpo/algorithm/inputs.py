@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -41,6 +42,39 @@ def select_top(log_probs: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return log_probs.gather(-1, ids), ids
 
 
+def build_policy_inputs(
+    student_log_probs: Tensor,
+    student_entropies: Tensor,
+    *,
+    old_log_probs: Tensor | None = None,
+    policy_weights: Tensor | None = None,
+    advantages: Tensor | None = None,
+    rollout_is_weights: Tensor | None = None,
+    rollout_log_probs: Tensor | None = None,
+    rollout_is_threshold: float = math.inf,
+    distillation_coef: float = 1.0,
+) -> LossInputs:
+    """Inputs of ``compute_loss`` without a teacher: what is known of each token beside its distributions.
+
+    Args:
+        student_log_probs: [N] of the sampled tokens, with gradient.
+        student_entropies: [N] in nats.
+        (the others as in ``build_loss_inputs``)
+    """
+    old = student_log_probs.detach() if old_log_probs is None else old_log_probs
+    if rollout_is_weights is None and rollout_log_probs is not None:
+        rollout_is_weights = compute_ratio(old, rollout_log_probs).clamp(max=rollout_is_threshold)
+    return LossInputs(
+        student_entropies=student_entropies,
+        student_log_probs=student_log_probs,
+        old_log_probs=old,
+        policy_weights=policy_weights,
+        advantages=advantages,
+        rollout_is_weights=rollout_is_weights,
+        distillation_coef=distillation_coef,
+    )
+
+
 def build_loss_inputs(
     student: Tensor,
     sampled_ids: Tensor,
@@ -74,23 +108,21 @@ def build_loss_inputs(
         teacher: [M, V] log-probabilities, normalised; None where nothing is distilled.
         student_probs, teacher_probs: exp of the two, if it is known already.
     """
-    student_log_probs = gather_log_probs(student, sampled_ids)
-    old = student_log_probs.detach() if old_log_probs is None else old_log_probs
-    if rollout_is_weights is None and rollout_log_probs is not None:
-        rollout_is_weights = compute_ratio(old, rollout_log_probs).clamp(max=rollout_is_threshold)
     entropies = compute_entropy(student.detach(), student_probs)
     sums: Sums = {metrics.ENTROPY: mean_of(entropies)}
-    common = {
-        "student_entropies": entropies,
-        "student_log_probs": student_log_probs,
-        "old_log_probs": old,
-        "policy_weights": policy_weights,
-        "advantages": advantages,
-        "rollout_is_weights": rollout_is_weights,
-        "distillation_coef": distillation_coef,
-    }
+    common = build_policy_inputs(
+        gather_log_probs(student, sampled_ids),
+        entropies,
+        old_log_probs=old_log_probs,
+        policy_weights=policy_weights,
+        advantages=advantages,
+        rollout_is_weights=rollout_is_weights,
+        rollout_log_probs=rollout_log_probs,
+        rollout_is_threshold=rollout_is_threshold,
+        distillation_coef=distillation_coef,
+    )
     if teacher is None:
-        return LossInputs(**common), sums  # type: ignore[arg-type]
+        return common, sums
     assert distilled is not None and distillation_weights is not None
     teacher_entropy = compute_entropy(teacher, teacher_probs)
     sums[metrics.TEACHER_ENTROPY] = mean_of(teacher_entropy)
@@ -100,8 +132,8 @@ def build_loss_inputs(
     if config.distillation_topk is not None:
         student_rows, kept_ids = select_top(student_rows, config.distillation_topk)
         teacher = teacher.gather(-1, kept_ids)
-    inputs = LossInputs(
-        **common,  # type: ignore[arg-type]
+    inputs = replace(
+        common,
         distilled=distilled,
         distillation_weights=distillation_weights[distilled],
         teacher_log_probs=teacher_log_probs,

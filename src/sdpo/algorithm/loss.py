@@ -58,6 +58,11 @@ class LossInputs:
     teacher_entropy: Tensor | None = None  # [M] of whole distributions, where it is known already
     distillation_coef: float = 1.0  # the scheduled weight, >= 0
 
+    def at_distilled(self, values: Tensor) -> Tensor:
+        """The values [N] of distilled tokens, [M]. Where all are, the mask is not read: a GPU would have to wait."""
+        assert self.distilled is not None and self.teacher_log_probs is not None
+        return values if len(self.teacher_log_probs) == len(values) else values[self.distilled]
+
 
 @dataclass(frozen=True)
 class LossOutputs:
@@ -129,8 +134,8 @@ def _compute_token_divergence(inputs: LossInputs, config: SelfDistillationConfig
     if inputs.divergence is not None:
         return inputs.divergence
     if not config.full_logit_distillation:
-        assert inputs.distilled is not None and inputs.teacher_log_probs is not None
-        return compute_sampled_token_surrogate(inputs.student_log_probs[inputs.distilled], inputs.teacher_log_probs)
+        assert inputs.teacher_log_probs is not None
+        return compute_sampled_token_surrogate(inputs.at_distilled(inputs.student_log_probs), inputs.teacher_log_probs)
     assert inputs.student_distribution is not None and inputs.teacher_distribution is not None
     return compute_divergence(inputs.student_distribution, inputs.teacher_distribution.detach(), config.alpha)
 
@@ -150,8 +155,8 @@ def _compute_teacher_entropy(inputs: LossInputs) -> Tensor:
 def compute_distillation_token_losses(inputs: LossInputs, config: SelfDistillationConfig) -> tuple[Tensor, Sums]:
     """Loss of each distilled token [M] before aggregation, and the sums for its metrics."""
     inputs = _complete_kept_entries(inputs, config)
-    assert inputs.distilled is not None and inputs.teacher_log_probs is not None
-    student_log_probs = inputs.student_log_probs[inputs.distilled]
+    assert inputs.teacher_log_probs is not None
+    student_log_probs = inputs.at_distilled(inputs.student_log_probs)
     losses = _compute_token_divergence(inputs, config)
     # The sampled token's surrogate is no divergence; the log-ratio, of either sign, estimates it.
     divergence = losses if config.full_logit_distillation else student_log_probs - inputs.teacher_log_probs
@@ -168,13 +173,13 @@ def compute_distillation_token_losses(inputs: LossInputs, config: SelfDistillati
     if config.teacher_entropy_beta:
         losses = losses * torch.exp(-config.teacher_entropy_beta * _compute_teacher_entropy(inputs))
     if config.is_clip is not None:
-        ratio = compute_ratio(student_log_probs.detach(), inputs.old_log_probs[inputs.distilled])
+        ratio = compute_ratio(student_log_probs.detach(), inputs.at_distilled(inputs.old_log_probs))
         sums[metrics.IS_CLIP_FRACTION] = mean_of((ratio > config.is_clip).to(losses.dtype))
         ratio = ratio.clamp(max=config.is_clip)
         sums[metrics.IS_RATIO_MEAN] = mean_of(ratio)
         losses = losses * ratio
     if inputs.rollout_is_weights is not None:
-        losses = losses * inputs.rollout_is_weights[inputs.distilled]
+        losses = losses * inputs.at_distilled(inputs.rollout_is_weights)
     return losses, sums
 
 
@@ -212,14 +217,15 @@ def compute_loss(inputs: LossInputs, config: SelfDistillationConfig) -> LossOutp
         policy_losses = policy_losses * inputs.policy_weights
         contributions = contributions + config.grpo_coef * policy_losses
         sums |= policy_sums | {metrics.PG_LOSS: _total(policy_losses)}
-    if config.distills and inputs.distilled is not None and bool(inputs.distilled.any()):
-        assert inputs.distillation_weights is not None
+    weights = inputs.distillation_weights
+    if config.distills and inputs.distilled is not None and weights is not None and len(weights) > 0:
         losses, distillation_sums = compute_distillation_token_losses(inputs, config)
-        losses = losses * inputs.distillation_weights
-        scaled = (1.0 - config.grpo_coef) * inputs.distillation_coef * losses
-        contributions = contributions.masked_scatter(
-            inputs.distilled, contributions[inputs.distilled] + scaled.to(contributions.dtype)
-        )
+        losses = losses * weights
+        scaled = ((1.0 - config.grpo_coef) * inputs.distillation_coef * losses).to(contributions.dtype)
+        if len(scaled) == len(contributions):
+            contributions = contributions + scaled
+        else:
+            contributions = contributions.masked_scatter(inputs.distilled, contributions[inputs.distilled] + scaled)
         sums |= distillation_sums | {metrics.DISTILLATION_LOSS: _total(losses)}
     loss = contributions.sum()
     return LossOutputs(loss, contributions, sums | {metrics.LOSS: _total(contributions)})
@@ -346,9 +352,9 @@ def add_sums(sums: Sums, more: Sums) -> None:
 def mean_of(values: Tensor) -> tuple[Tensor, Tensor]:
     """Sum and count of a metric's values."""
     values = values.detach()
-    return values.sum(), torch.tensor(values.numel(), device=values.device)
+    return values.sum(), torch.full((), values.numel(), device=values.device)
 
 
 def _total(values: Tensor) -> tuple[Tensor, Tensor]:
     # Already weighted: micro-batches add up to the aggregate, so there is nothing to divide by.
-    return values.detach().sum(), torch.tensor(0, device=values.device)
+    return values.detach().sum(), torch.zeros((), dtype=torch.long, device=values.device)

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, get_scheduler
 
 from sdpo import metrics
 from sdpo.algorithm.correction import compute_rollout_ratio
-from sdpo.algorithm.fused import FusedOutputs, TokenInputs, compute_fused_loss
-from sdpo.algorithm.logits import LazyLogits, score_tokens
+from sdpo.algorithm.fused import FusedOutputs, TokenInputs
+from sdpo.algorithm.logits import LazyLogits
 from sdpo.algorithm.loss import Sums, add_sums, compute_distillation_coef, compute_token_weights, mean_of
 from sdpo.algorithm.teacher import build_teacher
 from sdpo.config import Run
@@ -26,6 +26,7 @@ from sdpo.embedded.step_images import StepImages
 from sdpo.embedded.weights import copy_parameters
 from sdpo.errors import UserError
 from sdpo.estimates import ClusteredMean, name_interval
+from sdpo.kernels.dispatch import compute_fused_loss, score_tokens
 from sdpo.models.forward import PaddedSequences, compute_hidden
 from sdpo.models.head import build_lazy_logits, measure_logit_scale
 from sdpo.models.lora import copy_without_adapters

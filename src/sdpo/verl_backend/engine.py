@@ -23,11 +23,11 @@ from verl.utils.fsdp_utils import load_fsdp_model_to_gpu, offload_fsdp_model_to_
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from sdpo.algorithm.fused import compute_fused_loss
-from sdpo.algorithm.logits import LazyLogits, score_tokens
+from sdpo.algorithm.logits import LazyLogits
 from sdpo.algorithm.loss import Sums, add_sums, compute_token_weights
 from sdpo.algorithm.teacher import Teacher
 from sdpo.config import SelfDistillationConfig
+from sdpo.kernels.dispatch import compute_fused_loss, score_tokens
 from sdpo.verl_backend.head import compute_at_head
 from sdpo.verl_backend.packing import (
     DISTILLATION_WEIGHTS,

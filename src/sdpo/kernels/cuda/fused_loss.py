@@ -1,0 +1,336 @@
+"""``compute_fused_loss`` and ``score_tokens`` on a CUDA device: the same signatures, the same results up to rounding.
+
+A chunk of one to four thousand tokens goes through eight steps, none of which waits for the GPU:
+
+    1, 2  products of hidden states and head, student's and teacher's, into two buffers [chunk, V]
+    3     one kernel reads both: log-sum-exps, sampled token, entropies, divergence       (``row_statistics``)
+    4     top-k only: which entries are kept                                              (``top_k``)
+    5     the loss of each token and its derivative by those few numbers, by autograd through the very ``compute_loss``
+          that everything else calls, so that every clip, weight and blend is written once
+    6     one kernel reads both again and writes dL / d products over the student's       (``logits_gradient``)
+    7, 8  products of that with head and hidden states: the gradients
+
+Distilled tokens come first, then those without a teacher, for which step 2 is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from sdpo import metrics
+from sdpo.algorithm.fused import FusedOutputs, TokenInputs, attach_gradients
+from sdpo.algorithm.inputs import build_policy_inputs
+from sdpo.algorithm.logits import LazyLogits
+from sdpo.algorithm.loss import LossInputs, Sums, add_sums, compute_loss, mean_of
+from sdpo.config import SelfDistillationConfig
+from sdpo.kernels.cuda.logits import LOG2_E, Logits, mix_logits
+from sdpo.kernels.cuda.logits_gradient import write_logits_gradient
+from sdpo.kernels.cuda.row_statistics import RowStatistics, compute_row_statistics
+from sdpo.kernels.cuda.top_k import select_top_ids
+from sdpo.kernels.cuda.weight_gradient import WeightGradient
+
+# Student's and teacher's logits of a chunk together; or half of the free memory, if that is less.
+BUFFER_BYTES = 860_000_000
+LARGEST_CHUNK = 4096
+# Rows of a tile of the products: a chunk of another size leaves multiprocessors idle.
+TILE_ROWS = 128
+# Rows of the buffers begin at multiples of so many values, for loads of 16 bytes.
+ALIGNMENT = 16
+
+Rows: TypeAlias = "slice | Tensor"
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The student's top k entries, [n, K] each."""
+
+    ids: Tensor
+    log_probs: Tensor
+    slope: Tensor | None  # of the soft-cap
+
+
+def compute_fused_loss(
+    student: LazyLogits,
+    teacher: Sequence[LazyLogits],
+    tokens: TokenInputs,
+    config: SelfDistillationConfig,
+    *,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> FusedOutputs:
+    """As ``sdpo.algorithm.fused.compute_fused_loss``; ``chunk_size`` by default as memory allows."""
+    leaves = (student.hidden, student.weight, student.bias)
+    needed = [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
+    with torch.no_grad(), torch.autocast(student.hidden.device.type, enabled=False):
+        dtypes = [None if leaf is None or not need else leaf.dtype for leaf, need in zip(leaves, needed, strict=True)]
+        parts = _detach_all([student, *(teacher if tokens.distilled is not None else ())])
+        run = _Pass(parts[0], parts[1:], tokens, config, temperature, dtypes, chunk_size)
+        for rows, teacher_rows in run.cut():
+            run.add(rows, teacher_rows)
+        outputs, gradients = run.finish()
+    if not any(needed):
+        return outputs
+    return replace(outputs, loss=attach_gradients(outputs.loss, gradients, leaves))
+
+
+def score_tokens(
+    student: LazyLogits, sampled_ids: Tensor, *, temperature: float = 1.0, chunk_size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """As ``sdpo.algorithm.logits.score_tokens``."""
+    with torch.no_grad(), torch.autocast(student.hidden.device.type, enabled=False):
+        student = student.detach()
+        log_probs, entropies = torch.empty(2, len(sampled_ids), device=student.hidden.device)
+        size = chunk_size or choose_chunk_size(student, num_buffers=1)
+        buffer = _Buffer(student, min(size, len(sampled_ids)))
+        for rows in cut_evenly(0, len(sampled_ids), size):
+            statistics = compute_row_statistics(buffer.multiply([student], rows, temperature), None, sampled_ids[rows])
+            log_probs[rows] = statistics.student_log_probs
+            entropies[rows] = statistics.student_entropies
+    return log_probs, entropies
+
+
+def choose_chunk_size(student: LazyLogits, num_buffers: int = 2) -> int:
+    """Tokens a chunk, from the memory that is free on the device of the hidden states."""
+    hidden, num_bytes = student.hidden, BUFFER_BYTES
+    if hidden.is_cuda:
+        cached = torch.cuda.memory_reserved(hidden.device) - torch.cuda.memory_allocated(hidden.device)
+        num_bytes = min(num_bytes, (torch.cuda.mem_get_info(hidden.device)[0] + cached) // 2)
+    size = num_bytes // (num_buffers * len(student.weight) * hidden.element_size())
+    return max(TILE_ROWS, min(LARGEST_CHUNK, size - size % TILE_ROWS))
+
+
+def cut_evenly(start: int, stop: int, size: int) -> Iterator[slice]:
+    """Slices of at most that size, as few as can be and equal, but for the rows of a tile."""
+    number = -(-(stop - start) // size)
+    if number == 0:
+        return
+    length = min(size, -(-(stop - start) // (number * TILE_ROWS)) * TILE_ROWS)
+    for first in range(start, stop, length):
+        yield slice(first, min(first + length, stop))
+
+
+def _detach_all(parts: Sequence[LazyLogits]) -> list[LazyLogits]:
+    """Without a graph, heads in the type of the hidden states; a head that is shared is converted once."""
+    converted: dict[tuple[int, torch.dtype], Tensor] = {}
+    detached = []
+    for part in parts:
+        key = (id(part.weight), part.hidden.dtype)
+        plain = part.detach() if key not in converted else replace(part, weight=converted[key]).detach()
+        converted[key] = plain.weight
+        detached.append(plain)
+    return detached
+
+
+class _Buffer:
+    """Products of hidden states and head of a chunk."""
+
+    def __init__(self, part: LazyLogits, size: int) -> None:
+        vocab_size = len(part.weight)
+        self.vocab_size = vocab_size
+        self.memory = part.hidden.new_empty(size, -(-vocab_size // ALIGNMENT) * ALIGNMENT)
+
+    def multiply(
+        self, parts: Sequence[LazyLogits], rows: Rows, temperature: float, scratch: _Buffer | None = None
+    ) -> Logits:
+        """Logits of some rows of one model, or those of several added up; then ``scratch`` is overwritten."""
+        total = self._multiply_one(parts[0], rows, temperature)
+        for part in parts[1:]:
+            assert scratch is not None
+            total = mix_logits(total, scratch._multiply_one(part, rows, temperature))
+        return total
+
+    def _multiply_one(self, part: LazyLogits, rows: Rows, temperature: float) -> Logits:
+        hidden = part.hidden[rows]
+        products = self.memory[: len(hidden), : self.vocab_size]
+        torch.mm(hidden, part.weight.T, out=products)
+        return Logits(products, part.bias, part.softcap, part.coefficient / temperature)
+
+
+class _Pass:
+    """One pass over the tokens, chunk by chunk: losses, sums and gradients so far."""
+
+    def __init__(
+        self,
+        student: LazyLogits,
+        teacher: Sequence[LazyLogits],
+        tokens: TokenInputs,
+        config: SelfDistillationConfig,
+        temperature: float,
+        gradient_types: Sequence[torch.dtype | None],
+        chunk_size: int | None,
+    ) -> None:
+        self.student = student
+        self.teacher = teacher
+        self.tokens = tokens
+        self.config = config
+        self.temperature = temperature
+        self.differentiates = any(gradient_types)
+        self.num_tokens = len(student.hidden)
+        self.num_distilled = len(teacher[0].hidden) if teacher else 0
+        self.size = chunk_size or choose_chunk_size(student, num_buffers=2 if teacher else 1)
+        self.order: Tensor | None = None  # the distilled first; None: as they are
+        if 0 < self.num_distilled < self.num_tokens:
+            assert tokens.distilled is not None
+            self.order = torch.argsort(tokens.distilled.logical_not().to(torch.uint8), stable=True)
+        rows = min(self.size, self.num_tokens)
+        self.student_buffer: _Buffer | None = _Buffer(student, rows)
+        self.teacher_buffer = _Buffer(student, min(rows, self.num_distilled)) if self.num_distilled else None
+        # Whole distributions are compared: by the kernels, or by the loss at the kept entries.
+        self.alpha = config.alpha if config.full_logit_distillation and config.distillation_topk is None else None
+        self.topk = config.distillation_topk if config.full_logit_distillation else None
+
+        self.sums: Sums = {}
+        self.token_losses = torch.zeros(self.num_tokens, device=student.hidden.device)
+        self.student_log_probs = torch.zeros_like(self.token_losses)
+        self.student_entropies = torch.zeros_like(self.token_losses)
+        self.teacher_log_probs = self.token_losses.new_zeros(self.num_distilled)
+        of_hidden, of_weight, self.bias_type = gradient_types
+        self.by_hidden = torch.empty_like(student.hidden) if of_hidden else None
+        self.by_weight = WeightGradient(student.weight, of_weight) if of_weight else None
+        self.by_bias = self.token_losses.new_zeros(len(student.weight)) if self.bias_type else None
+
+    def cut(self) -> Iterator[tuple[Rows, slice | None]]:
+        """Rows of a chunk, and the teacher's where it has some."""
+        for part in cut_evenly(0, self.num_distilled, self.size):
+            yield part if self.order is None else self.order[part], part
+        for part in cut_evenly(self.num_distilled, self.num_tokens, self.size):
+            yield part if self.order is None else self.order[part], None
+
+    def add(self, rows: Rows, teacher_rows: slice | None) -> None:
+        """A chunk; either all its tokens are distilled, by the teacher's rows, or none is."""
+        assert self.student_buffer is not None
+        teacher = None
+        if teacher_rows is not None:
+            assert self.teacher_buffer is not None
+            teacher = self.teacher_buffer.multiply(self.teacher, teacher_rows, self.temperature, self.student_buffer)
+        student = self.student_buffer.multiply([self.student], rows, self.temperature)
+        tokens = self.tokens.select(rows)
+        alpha = self.alpha if teacher is not None else None
+        topk = self.topk if teacher is not None else None
+        statistics = compute_row_statistics(
+            student, teacher, tokens.sampled_ids, alpha=alpha, group_maxima=topk is not None
+        )
+        inputs, kept = self._build_inputs(student, teacher, tokens, statistics, topk)
+        compared = inputs.divergence if topk is None else inputs.student_distribution
+        leaves = [leaf.requires_grad_() for leaf in (inputs.student_log_probs, compared) if leaf is not None]
+        with torch.enable_grad():
+            outputs = compute_loss(inputs, self.config)
+        add_sums(self.sums, outputs.sums)
+        self._keep(rows, teacher_rows, outputs.token_losses.detach(), statistics)
+        if not self.differentiates:
+            return
+        by_leaf = torch.autograd.grad(outputs.loss, leaves, allow_unused=True, materialize_grads=True)
+        by_sampled, by_compared = by_leaf if len(by_leaf) == 2 else (by_leaf[0], None)
+        if topk is None or by_compared is None:
+            coefficients = torch.stack([by_sampled if by_compared is None else by_compared, by_sampled, by_sampled])
+            write_logits_gradient(student, teacher, tokens.sampled_ids, statistics, coefficients, alpha=alpha)
+        else:
+            assert kept is not None
+            self._write_kept(student, tokens.sampled_ids, statistics, kept, by_sampled, by_compared)
+        self._multiply(rows, student.products)
+
+    def _build_inputs(
+        self,
+        student: Logits,
+        teacher: Logits | None,
+        tokens: TokenInputs,
+        statistics: RowStatistics,
+        topk: int | None,
+    ) -> tuple[LossInputs, _Kept | None]:
+        """Leaves for what the loss reads of the distributions: few numbers a token."""
+        add_sums(self.sums, {metrics.ENTROPY: mean_of(statistics.student_entropies)})
+        inputs = build_policy_inputs(
+            statistics.student_log_probs.detach(),
+            statistics.student_entropies,
+            old_log_probs=tokens.old_log_probs,
+            policy_weights=tokens.policy_weights,
+            advantages=tokens.advantages,
+            rollout_is_weights=tokens.rollout_is_weights,
+            rollout_log_probs=tokens.rollout_log_probs,
+            rollout_is_threshold=tokens.rollout_is_threshold,
+            distillation_coef=tokens.distillation_coef,
+        )
+        if teacher is None:
+            return inputs, None
+        add_sums(self.sums, {metrics.TEACHER_ENTROPY: mean_of(statistics.teacher_entropies)})
+        inputs = replace(
+            inputs,
+            distilled=tokens.distilled,
+            distillation_weights=tokens.distillation_weights,
+            teacher_log_probs=statistics.teacher_log_probs,
+        )
+        if topk is None:
+            whole = self.alpha is not None
+            return replace(
+                inputs,
+                divergence=statistics.divergences.detach() if whole else None,
+                teacher_entropy=statistics.teacher_entropies,
+            ), None
+        assert statistics.group_maxima is not None
+        ids = select_top_ids(student, statistics.group_maxima, topk)
+        logits, slope = student.gather(ids)
+        teacher_logits, _ = teacher.gather(ids)
+        kept = _Kept(ids, logits - statistics.student_log_sum_exp_2[:, None] / LOG2_E, slope)
+        of_teacher = teacher_logits - statistics.teacher_log_sum_exp_2[:, None] / LOG2_E
+        # The leaf is a tensor of its own, for ``kept`` is read without a graph.
+        return replace(
+            inputs, student_distribution=kept.log_probs.detach(), teacher_distribution=of_teacher, kept_ids=ids
+        ), kept
+
+    def _write_kept(
+        self,
+        student: Logits,
+        sampled_ids: Tensor,
+        statistics: RowStatistics,
+        kept: _Kept,
+        by_sampled: Tensor,
+        by_kept: Tensor,
+    ) -> None:
+        """dL / d products of the whole vocabulary by the kernel, then of the kept entries in float32 on top."""
+        total = by_sampled + by_kept.sum(-1)
+        coefficients = torch.stack([total, total, by_sampled])
+        write_logits_gradient(student, None, sampled_ids, statistics, coefficients)
+        gradient = by_kept - kept.log_probs.exp() * total[:, None]
+        gradient = gradient + torch.where(kept.ids == sampled_ids[:, None], by_sampled[:, None], 0.0)
+        gradient = gradient * student.scale
+        if kept.slope is not None:
+            gradient = gradient * kept.slope
+        student.products.scatter_(-1, kept.ids, gradient.to(student.products.dtype))
+
+    def _keep(self, rows: Rows, teacher_rows: slice | None, token_losses: Tensor, statistics: RowStatistics) -> None:
+        self.token_losses[rows] = token_losses
+        self.student_log_probs[rows] = statistics.student_log_probs
+        self.student_entropies[rows] = statistics.student_entropies
+        if teacher_rows is not None:
+            self.teacher_log_probs[teacher_rows] = statistics.teacher_log_probs
+
+    def _multiply(self, rows: Rows, by_logits: Tensor) -> None:
+        if self.by_hidden is not None:
+            if isinstance(rows, slice):
+                torch.mm(by_logits, self.student.weight, out=self.by_hidden[rows])
+            else:
+                self.by_hidden[rows] = by_logits @ self.student.weight
+        if self.by_bias is not None:
+            self.by_bias += by_logits.sum(0, dtype=torch.float32)
+        if self.by_weight is not None:
+            self.by_weight.add(by_logits, self.student.hidden[rows])
+
+    def finish(self) -> tuple[FusedOutputs, list[Tensor | None]]:
+        """Outputs; gradients by hidden states, weight and bias, where needed."""
+        self.student_buffer = self.teacher_buffer = None
+        outputs = FusedOutputs(
+            self.token_losses.sum(),
+            self.token_losses,
+            self.sums,
+            self.student_log_probs,
+            self.student_entropies,
+            self.teacher_log_probs,
+        )
+        by_weight = None if self.by_weight is None else self.by_weight.finish()
+        by_bias = None if self.by_bias is None else self.by_bias.to(self.bias_type)
+        return outputs, [self.by_hidden, by_weight, by_bias]

@@ -1,0 +1,357 @@
+"""What the loss needs of each row of logits, from one read of student and teacher.
+
+Maximum, sum of exponentials and the sums built on it are updated together as blocks come in (online softmax), by lane
+of eight neighbouring entries, so that a row has no barrier before its end. With y the logits to base 2, m a lane's
+maximum so far and e = 2^(y - m):
+
+    total     sum e                          log-sum-exp  m + log2 total
+    weighted  sum e (y - m)                  entropy      log2 total - weighted / total
+    crossed   sum e (y - y')                 KL           crossed / total - log-sum-exp + log-sum-exp'
+
+When m grows by s, all three are multiplied by 2^-s, after -s total was added to ``weighted``. The Jensen-Shannon
+divergence is no such sum: its mixture needs both normalisers first, so the row is read a second time, from its end
+backwards, because its end is in the cache.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sdpo.kernels.cuda.logits import Logits, read_logits
+
+NO_DIVERGENCE, FORWARD_KL, REVERSE_KL, JENSEN_SHANNON = range(4)
+GROUP = 32  # entries of which the largest is noted, for the search of the top k
+NUM_STATISTICS = 8
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Entries a program takes at a time, and its warps."""
+
+    block: int
+    num_warps: int
+
+
+STATISTICS_LAUNCH = Launch(4096, 8)
+JENSEN_SHANNON_LAUNCH = Launch(4096, 8)
+
+
+@dataclass(frozen=True)
+class RowStatistics:
+    """Of n rows, in nats unless named ``_2``; the teacher's are meaningless where there is none."""
+
+    packed: Tensor  # [NUM_STATISTICS, n] all that follows, as the kernels read it
+    group_maxima: Tensor | None  # [n, ceil(V / GROUP)] to base 2
+
+    @property
+    def student_log_sum_exp_2(self) -> Tensor:
+        return self.packed[0]
+
+    @property
+    def student_log_probs(self) -> Tensor:
+        """[n] of the sampled tokens."""
+        return self.packed[1]
+
+    @property
+    def student_entropies(self) -> Tensor:
+        return self.packed[2]
+
+    @property
+    def teacher_log_sum_exp_2(self) -> Tensor:
+        return self.packed[3]
+
+    @property
+    def teacher_log_probs(self) -> Tensor:
+        return self.packed[4]
+
+    @property
+    def teacher_entropies(self) -> Tensor:
+        return self.packed[5]
+
+    @property
+    def divergences(self) -> Tensor:
+        return self.packed[6]
+
+
+def compute_row_statistics(
+    student: Logits,
+    teacher: Logits | None,
+    sampled_ids: Tensor,
+    *,
+    alpha: float | None = None,
+    group_maxima: bool = False,
+    launch: Launch | None = None,
+) -> RowStatistics:
+    """Statistics of n rows.
+
+    Args:
+        student, teacher: [n, V].
+        sampled_ids: [n].
+        alpha: of the divergence of whole distributions; None computes none.
+        group_maxima: also the largest of each ``GROUP`` entries of the student.
+    """
+    rows, vocab_size = student.products.shape
+    divergence = name_divergence(alpha)
+    if launch is None:
+        launch = JENSEN_SHANNON_LAUNCH if divergence == JENSEN_SHANNON else STATISTICS_LAUNCH
+    packed = torch.empty(NUM_STATISTICS, rows, dtype=torch.float32, device=student.products.device)
+    num_groups = -(-vocab_size // GROUP)
+    maxima = packed.new_empty(rows, num_groups) if group_maxima else None
+    other = student if teacher is None else teacher
+    _statistics_kernel[(rows,)](
+        *student.kernel_arguments(),
+        *other.kernel_arguments(),
+        sampled_ids,
+        packed,
+        packed if maxima is None else maxima,
+        rows,
+        vocab_size,
+        num_groups,
+        *mixture_constants(alpha),
+        HAS_TEACHER=teacher is not None,
+        DIVERGENCE=divergence,
+        HAS_GROUPS=group_maxima,
+        **name_features(student, other),
+        GROUP_SIZE=GROUP,
+        BLOCK=launch.block,
+        num_warps=launch.num_warps,
+    )
+    return RowStatistics(packed, maxima)
+
+
+def name_divergence(alpha: float | None) -> int:
+    """Which of the forms above."""
+    if alpha is None:
+        return NO_DIVERGENCE
+    return {0.0: FORWARD_KL, 1.0: REVERSE_KL}.get(alpha, JENSEN_SHANNON)
+
+
+def mixture_constants(alpha: float | None) -> tuple[float, float, float]:
+    """alpha, -log2(1 - alpha), -log2 alpha; zeros where there is no mixture."""
+    if alpha is None or alpha in (0.0, 1.0):
+        return 0.0, 0.0, 0.0
+    return alpha, -math.log2(1.0 - alpha), -math.log2(alpha)
+
+
+def name_features(student: Logits, teacher: Logits) -> dict[str, Any]:
+    """What the kernels are compiled for."""
+    return {
+        "STUDENT_HAS_BIAS": student.bias is not None,
+        "STUDENT_HAS_SOFTCAP": student.softcap is not None,
+        "TEACHER_HAS_BIAS": teacher.bias is not None,
+        "TEACHER_HAS_SOFTCAP": teacher.softcap is not None,
+    }
+
+
+@triton.jit
+def compare_with_mixture(student_2, teacher_2, minus_log_rest, minus_log_alpha):
+    """log2(s / m) and log2(t / m) from log2 s and log2 t; see ``differentiate_divergence`` for the form."""
+    log_ratio = teacher_2 - student_2 + (minus_log_rest - minus_log_alpha)
+    added = tl.log2(1.0 + tl.exp2(-tl.abs(log_ratio)))
+    of_student = minus_log_rest - tl.maximum(log_ratio, 0.0) - added
+    of_teacher = minus_log_alpha + tl.minimum(log_ratio, 0.0) - added
+    return of_student, of_teacher
+
+
+@triton.jit
+def _update(logits, peak, total, weighted):
+    """Sums of [lanes] with a block [lanes, 8]; also e of the block, and by what older sums are multiplied."""
+    largest = tl.max(logits, axis=1)
+    new_peak = tl.maximum(peak, largest)
+    shift = peak - new_peak
+    decay = tl.exp2(shift)
+    distance = logits - new_peak[:, None]
+    distance = tl.where(distance < -16384.0, -16384.0, distance)  # 2^-16384 = 0, and 0 times it is 0; NaN stays
+    terms = tl.exp2(distance)
+    weighted = (weighted + total * shift) * decay + tl.sum(terms * distance, axis=1)
+    total = total * decay + tl.sum(terms, axis=1)
+    return new_peak, total, weighted, terms, decay, largest
+
+
+@triton.jit
+def _combine(peak, total, weighted, crossed):
+    """Sums of all lanes: log-sum-exp to base 2, entropy in nats, crossed / total."""
+    top = tl.max(peak, axis=0)
+    shift = peak - top
+    decay = tl.exp2(shift)
+    weighted = tl.sum((weighted + total * shift) * decay, axis=0)
+    crossed = tl.sum(crossed * decay, axis=0)
+    total = tl.sum(total * decay, axis=0)
+    log_total = tl.log2(total)
+    return top + log_total, (log_total - weighted / total) * 0.6931471805599453, crossed / total
+
+
+@triton.jit
+def _statistics_kernel(
+    student,
+    student_stride,
+    student_bias,
+    student_scale_2,
+    student_softcap,
+    teacher,
+    teacher_stride,
+    teacher_bias,
+    teacher_scale_2,
+    teacher_softcap,
+    sampled_ids,
+    statistics,
+    group_maxima,
+    num_rows,
+    vocab_size,
+    num_groups,
+    alpha,
+    minus_log_rest,
+    minus_log_alpha,
+    HAS_TEACHER: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    HAS_GROUPS: tl.constexpr,
+    STUDENT_HAS_BIAS: tl.constexpr,
+    STUDENT_HAS_SOFTCAP: tl.constexpr,
+    TEACHER_HAS_BIAS: tl.constexpr,
+    TEACHER_HAS_SOFTCAP: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    LANES: tl.constexpr = BLOCK // 8
+    LN_2: tl.constexpr = 0.6931471805599453
+    row = tl.program_id(0)
+    student_row = student + row.to(tl.int64) * student_stride
+    teacher_row = teacher + row.to(tl.int64) * teacher_stride
+    offsets = tl.arange(0, LANES)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    num_blocks = tl.cdiv(vocab_size, BLOCK)
+    student_peak = tl.full([LANES], -1e30, tl.float32)
+    student_total = tl.zeros([LANES], tl.float32)
+    student_weighted = tl.zeros([LANES], tl.float32)
+    teacher_peak = tl.full([LANES], -1e30, tl.float32)
+    teacher_total = tl.zeros([LANES], tl.float32)
+    teacher_weighted = tl.zeros([LANES], tl.float32)
+    crossed = tl.zeros([LANES], tl.float32)
+    for i in range(num_blocks):
+        columns = i * BLOCK + offsets
+        student_2, _ = read_logits(
+            student_row,
+            columns,
+            vocab_size,
+            student_bias,
+            student_scale_2,
+            student_softcap,
+            STUDENT_HAS_BIAS,
+            STUDENT_HAS_SOFTCAP,
+        )
+        student_peak, student_total, student_weighted, student_terms, student_decay, largest = _update(
+            student_2, student_peak, student_total, student_weighted
+        )
+        if HAS_GROUPS:
+            groups = tl.reshape(largest, [BLOCK // GROUP_SIZE, GROUP_SIZE // 8])
+            places = i * (BLOCK // GROUP_SIZE) + tl.arange(0, BLOCK // GROUP_SIZE)
+            # Above -inf, so that what is ruled out comes before what is beyond the vocabulary.
+            highest = tl.maximum(tl.max(groups, axis=1), -3.0e38)
+            tl.store(group_maxima + row.to(tl.int64) * num_groups + places, highest, mask=places < num_groups)
+        if HAS_TEACHER:
+            teacher_2, _ = read_logits(
+                teacher_row,
+                columns,
+                vocab_size,
+                teacher_bias,
+                teacher_scale_2,
+                teacher_softcap,
+                TEACHER_HAS_BIAS,
+                TEACHER_HAS_SOFTCAP,
+            )
+            teacher_peak, teacher_total, teacher_weighted, teacher_terms, teacher_decay, _ = _update(
+                teacher_2, teacher_peak, teacher_total, teacher_weighted
+            )
+            if DIVERGENCE == 1:
+                terms = tl.where(teacher_terms > 0.0, teacher_terms * (teacher_2 - student_2), 0.0)
+                crossed = crossed * teacher_decay + tl.sum(terms, axis=1)
+            if DIVERGENCE == 2:
+                terms = tl.where(student_terms > 0.0, student_terms * (student_2 - teacher_2), 0.0)
+                crossed = crossed * student_decay + tl.sum(terms, axis=1)
+
+    token = tl.load(sampled_ids + row)
+    student_log_sum_exp, student_entropy, student_crossed = _combine(
+        student_peak, student_total, student_weighted, crossed
+    )
+    sampled_2, _ = read_logits(
+        student_row,
+        token,
+        vocab_size,
+        student_bias,
+        student_scale_2,
+        student_softcap,
+        STUDENT_HAS_BIAS,
+        STUDENT_HAS_SOFTCAP,
+    )
+    tl.store(statistics + row, student_log_sum_exp)
+    tl.store(statistics + num_rows + row, (sampled_2 - student_log_sum_exp) * LN_2)
+    tl.store(statistics + 2 * num_rows + row, student_entropy)
+    if HAS_TEACHER:
+        teacher_log_sum_exp, teacher_entropy, teacher_crossed = _combine(
+            teacher_peak, teacher_total, teacher_weighted, crossed
+        )
+        sampled_2, _ = read_logits(
+            teacher_row,
+            token,
+            vocab_size,
+            teacher_bias,
+            teacher_scale_2,
+            teacher_softcap,
+            TEACHER_HAS_BIAS,
+            TEACHER_HAS_SOFTCAP,
+        )
+        tl.store(statistics + 3 * num_rows + row, teacher_log_sum_exp)
+        tl.store(statistics + 4 * num_rows + row, (sampled_2 - teacher_log_sum_exp) * LN_2)
+        tl.store(statistics + 5 * num_rows + row, teacher_entropy)
+        # The seventh is the divergence; the eighth the sum of its derivatives by the log-probabilities, where the
+        # gradient needs it (reverse KL: less the sum of the probabilities).
+        if DIVERGENCE == 1:
+            divergence = (teacher_crossed - teacher_log_sum_exp + student_log_sum_exp) * LN_2
+            tl.store(statistics + 6 * num_rows + row, divergence)
+        if DIVERGENCE == 2:
+            divergence = (student_crossed - student_log_sum_exp + teacher_log_sum_exp) * LN_2
+            tl.store(statistics + 6 * num_rows + row, divergence)
+            tl.store(statistics + 7 * num_rows + row, divergence)
+        if DIVERGENCE == 3:
+            of_student = tl.zeros([LANES], tl.float32)
+            of_teacher = tl.zeros([LANES], tl.float32)
+            for i in range(num_blocks):
+                columns = (num_blocks - 1 - i) * BLOCK + offsets
+                student_2, _ = read_logits(
+                    student_row,
+                    columns,
+                    vocab_size,
+                    student_bias,
+                    student_scale_2,
+                    student_softcap,
+                    STUDENT_HAS_BIAS,
+                    STUDENT_HAS_SOFTCAP,
+                )
+                teacher_2, _ = read_logits(
+                    teacher_row,
+                    columns,
+                    vocab_size,
+                    teacher_bias,
+                    teacher_scale_2,
+                    teacher_softcap,
+                    TEACHER_HAS_BIAS,
+                    TEACHER_HAS_SOFTCAP,
+                )
+                student_2 -= student_log_sum_exp
+                teacher_2 -= teacher_log_sum_exp
+                student_probs = tl.exp2(student_2)
+                teacher_probs = tl.exp2(teacher_2)
+                student_terms, teacher_terms = compare_with_mixture(
+                    student_2, teacher_2, minus_log_rest, minus_log_alpha
+                )
+                of_student += tl.sum(tl.where(student_probs > 0.0, student_probs * student_terms, 0.0), axis=1)
+                of_teacher += tl.sum(tl.where(teacher_probs > 0.0, teacher_probs * teacher_terms, 0.0), axis=1)
+            derivative = (1.0 - alpha) * LN_2 * tl.sum(of_student, axis=0)
+            tl.store(statistics + 6 * num_rows + row, derivative + alpha * LN_2 * tl.sum(of_teacher, axis=0))
+            tl.store(statistics + 7 * num_rows + row, derivative)
