@@ -75,39 +75,52 @@ def fused_self_distillation_loss(
     distilled = counted if self_distillation_mask is None else counted & self_distillation_mask.bool()
     if advantages is None:
         counted = distilled
-    num_counted = int(counted.sum())
+    num_counted = counted.sum()
     for given in (old_log_probs, rollout_is_weights, advantages):
         if given is not None:
             counted = counted & torch.isfinite(given)
     while True:
         distilled = distilled & counted
+        rows, shown = _find(counted), _find(distilled)
         outputs = compute_fused_loss(
-            LazyLogits(student_hidden[counted], student_head, student_bias, softcap),
-            [LazyLogits(teacher_hidden[distilled], teacher_head, teacher_bias, softcap)],
+            LazyLogits(_take(student_hidden, rows), student_head, student_bias, softcap),
+            [LazyLogits(_take(teacher_hidden, shown), teacher_head, teacher_bias, softcap)],
             TokenInputs(
-                sampled_ids=sampled_ids[counted],
-                old_log_probs=None if old_log_probs is None else old_log_probs[counted].detach(),
-                policy_weights=_average(counted, student_hidden)[counted],
-                advantages=None if advantages is None else advantages[counted],
-                rollout_is_weights=None if rollout_is_weights is None else rollout_is_weights[counted].detach(),
-                distilled=distilled[counted],
-                distillation_weights=_average(distilled, student_hidden)[counted],
+                sampled_ids=_take(sampled_ids, rows),
+                old_log_probs=None if old_log_probs is None else _take(old_log_probs, rows).detach(),
+                policy_weights=_average(counted, student_hidden).expand(len(rows)),
+                advantages=None if advantages is None else _take(advantages, rows),
+                rollout_is_weights=None if rollout_is_weights is None else _take(rollout_is_weights, rows).detach(),
+                distilled=_take(distilled, rows),
+                distillation_weights=_average(distilled, student_hidden).expand(len(rows)),
             ),
             config,
             temperature=temperature,
             chunk_size=chunk_size,
         )
-        finite = torch.isfinite(outputs.token_losses)
-        finite[distilled[counted]] &= torch.isfinite(outputs.teacher_log_probs)
-        if bool(finite.all()):
-            break
-        counted = counted.masked_scatter(counted, finite)
-    values = {name: float(total / count.clamp(min=1)) for name, (total, count) in outputs.sums.items()}
-    num_dropped = num_counted - int(counted.sum())
-    return outputs.loss, values | {metrics.NONFINITE_SAMPLES: float(num_dropped)}
+        finite = torch.ones_like(counted)
+        finite[rows] = torch.isfinite(outputs.token_losses)
+        finite[shown] = finite[shown] & torch.isfinite(outputs.teacher_log_probs)
+        checks = [(num_counted - counted.sum()).to(outputs.loss), finite.all().to(outputs.loss)]
+        counted = counted & finite
+        # All that is read of the device is read at once.
+        means = [total / count.clamp(min=1) for total, count in outputs.sums.values()]
+        *read, dropped, all_finite = torch.stack([*means, *checks]).tolist()
+        if all_finite:
+            return outputs.loss, dict(zip(outputs.sums, read, strict=True)) | {metrics.NONFINITE_SAMPLES: dropped}
+
+
+def _find(mask: Tensor) -> Tensor:
+    """Where a mask [N] is set."""
+    return mask.nonzero()[:, 0]
+
+
+def _take(values: Tensor, rows: Tensor) -> Tensor:
+    """Some rows in their order; the tensor itself if those are all."""
+    return values if len(rows) == len(values) else values[rows]
 
 
 def _average(mask: Tensor, like: Tensor) -> Tensor:
-    """What a token counts in the mean over the tokens of a mask, [N]."""
+    """What a token counts in the mean over the tokens of a mask, [1]."""
     count = mask.sum()[None].to(softmax_type(like.dtype))
-    return compute_token_weights(count, "token-mean").expand(len(mask))
+    return compute_token_weights(count, "token-mean")

@@ -39,7 +39,7 @@ class Logits:
 
 
 @triton.jit
-def read_logits(
+def read_bent_logits(
     row,
     columns,
     vocab_size,
@@ -60,6 +60,22 @@ def read_logits(
         bent = 1.0 - 2.0 / (1.0 + tl.exp2(values * (2.8853900817779268 / softcap)))
         values = tl.where(inside, bent * softcap, float("-inf"))
     return values * scale_2, bent
+
+
+@triton.jit
+def read_logits(
+    row,
+    columns,
+    vocab_size,
+    bias,
+    scale_2,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """Logits to base 2, -inf beyond the vocabulary."""
+    values, bent = read_bent_logits(row, columns, vocab_size, bias, scale_2, softcap, HAS_BIAS, HAS_SOFTCAP)
+    return values
 
 
 @triton.jit
@@ -84,7 +100,7 @@ def _mix_kernel(
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1).to(tl.int64)
     target_row = target + row * target_stride
-    first, _ = read_logits(
+    first = read_logits(
         target_row,
         columns,
         vocab_size,
@@ -94,7 +110,7 @@ def _mix_kernel(
         TARGET_HAS_BIAS,
         TARGET_HAS_SOFTCAP,
     )
-    second, _ = read_logits(
+    second = read_logits(
         other + row * other_stride,
         columns,
         vocab_size,

@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdpo.kernels.cuda.logits import Logits, read_logits
+from sdpo.kernels.cuda.logits import Logits, read_bent_logits, read_logits
 from sdpo.kernels.cuda.row_statistics import (
     Launch,
     RowStatistics,
     compare_with_mixture,
-    mixture_constants,
+    mixture_logs,
     name_divergence,
     name_features,
 )
@@ -63,7 +63,8 @@ def write_logits_gradient(
         student.scale,
         rows,
         vocab_size,
-        *mixture_constants(alpha),
+        1.0 - (alpha or 0.0),
+        *mixture_logs(alpha),
         DIVERGENCE=name_divergence(alpha),
         **name_features(student, other),
         BLOCK=launch.block,
@@ -89,9 +90,9 @@ def _gradient_kernel(
     student_scale,
     num_rows,
     vocab_size,
-    alpha,
-    minus_log_rest,
-    minus_log_alpha,
+    rest,
+    log_rest,
+    log_alpha,
     DIVERGENCE: tl.constexpr,
     STUDENT_HAS_BIAS: tl.constexpr,
     STUDENT_HAS_SOFTCAP: tl.constexpr,
@@ -103,7 +104,7 @@ def _gradient_kernel(
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1)
     student_row = student + row.to(tl.int64) * student_stride
-    student_2, bent = read_logits(
+    student_2, bent = read_bent_logits(
         student_row,
         columns,
         vocab_size,
@@ -120,7 +121,7 @@ def _gradient_kernel(
     gradient = -by_probs * probs
     if DIVERGENCE > 0:
         by_divergence = tl.load(coefficients + row) * student_scale
-        teacher_2, _ = read_logits(
+        teacher_2 = read_logits(
             teacher + row.to(tl.int64) * teacher_stride,
             columns,
             vocab_size,
@@ -138,8 +139,8 @@ def _gradient_kernel(
             if DIVERGENCE == 2:
                 log_ratio = LN_2 * (student_2 - teacher_2)
             else:
-                of_student, _ = compare_with_mixture(student_2, teacher_2, minus_log_rest, minus_log_alpha)
-                log_ratio = ((1.0 - alpha) * LN_2) * of_student
+                of_student, of_teacher, ratio = compare_with_mixture(student_2 + log_rest, teacher_2 + log_alpha)
+                log_ratio = (rest * LN_2) * (of_student - log_rest)
             gradient += by_divergence * tl.where(probs > 0.0, probs * (log_ratio - centre), 0.0)
     gradient += tl.where(columns == tl.load(sampled_ids + row), by_sampled, 0.0)
     if STUDENT_HAS_SOFTCAP:

@@ -16,6 +16,7 @@ backwards, because its end is in the cache.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdpo.kernels.cuda.logits import Logits, read_logits
+from sdpo.kernels.cuda.logits import LOG2_E, Logits, read_logits
 
 NO_DIVERGENCE, FORWARD_KL, REVERSE_KL, JENSEN_SHANNON = range(4)
 GROUP = 32  # entries of which the largest is noted, for the search of the top k
@@ -33,10 +34,11 @@ NUM_STATISTICS = 8
 
 @dataclass(frozen=True)
 class Launch:
-    """Entries a program takes at a time, and its warps."""
+    """Entries a program takes at a time, its warps, and how many blocks ahead it loads."""
 
     block: int
     num_warps: int
+    stages: int = 1
 
 
 STATISTICS_LAUNCH = Launch(4096, 8)
@@ -114,13 +116,14 @@ def compute_row_statistics(
         rows,
         vocab_size,
         num_groups,
-        *mixture_constants(alpha),
+        *mixture_logs(alpha),
         HAS_TEACHER=teacher is not None,
         DIVERGENCE=divergence,
         HAS_GROUPS=group_maxima,
         **name_features(student, other),
         GROUP_SIZE=GROUP,
         BLOCK=launch.block,
+        STAGES=launch.stages,
         num_warps=launch.num_warps,
     )
     return RowStatistics(packed, maxima)
@@ -133,11 +136,11 @@ def name_divergence(alpha: float | None) -> int:
     return {0.0: FORWARD_KL, 1.0: REVERSE_KL}.get(alpha, JENSEN_SHANNON)
 
 
-def mixture_constants(alpha: float | None) -> tuple[float, float, float]:
-    """alpha, -log2(1 - alpha), -log2 alpha; zeros where there is no mixture."""
+def mixture_logs(alpha: float | None) -> tuple[float, float]:
+    """log2(1 - alpha), log2 alpha; zeros where there is no mixture."""
     if alpha is None or alpha in (0.0, 1.0):
-        return 0.0, 0.0, 0.0
-    return alpha, -math.log2(1.0 - alpha), -math.log2(alpha)
+        return 0.0, 0.0
+    return math.log1p(-alpha) * LOG2_E, math.log2(alpha)
 
 
 def name_features(student: Logits, teacher: Logits) -> dict[str, Any]:
@@ -150,14 +153,31 @@ def name_features(student: Logits, teacher: Logits) -> dict[str, Any]:
     }
 
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+
+    @triton.jit
+    def _log2(values):
+        return tl.log2(values)
+else:
+
+    @triton.jit
+    def _log2(values):
+        # The hardware's logarithm: its 2^-22 is enough after 1 is added, and Triton's own takes thirty instructions.
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [values], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
 @triton.jit
-def compare_with_mixture(student_2, teacher_2, minus_log_rest, minus_log_alpha):
-    """log2(s / m) and log2(t / m) from log2 s and log2 t; see ``differentiate_divergence`` for the form."""
-    log_ratio = teacher_2 - student_2 + (minus_log_rest - minus_log_alpha)
-    added = tl.log2(1.0 + tl.exp2(-tl.abs(log_ratio)))
-    of_student = minus_log_rest - tl.maximum(log_ratio, 0.0) - added
-    of_teacher = minus_log_alpha + tl.minimum(log_ratio, 0.0) - added
-    return of_student, of_teacher
+def compare_with_mixture(student_share, teacher_share):
+    """With x and y the log2 of (1 - alpha) s and alpha t: log2(x / m), log2(y / m), and the smaller over the larger.
+
+    Both are of the form min(difference, 0) - log2(1 + smaller / larger), so neither loses its digits.
+    """
+    difference = student_share - teacher_share
+    ratio = tl.exp2(-tl.abs(difference))
+    added = _log2(1.0 + ratio)
+    return tl.minimum(difference, 0.0) - added, tl.minimum(-difference, 0.0) - added, ratio
 
 
 @triton.jit
@@ -168,7 +188,8 @@ def _update(logits, peak, total, weighted):
     shift = peak - new_peak
     decay = tl.exp2(shift)
     distance = logits - new_peak[:, None]
-    distance = tl.where(distance < -16384.0, -16384.0, distance)  # 2^-16384 = 0, and 0 times it is 0; NaN stays
+    # 2^-16384 is 0, and 0 times it is 0. NaN stays.
+    distance = tl.maximum(distance, -16384.0, propagate_nan=tl.PropagateNan.ALL)
     terms = tl.exp2(distance)
     weighted = (weighted + total * shift) * decay + tl.sum(terms * distance, axis=1)
     total = total * decay + tl.sum(terms, axis=1)
@@ -206,9 +227,8 @@ def _statistics_kernel(
     num_rows,
     vocab_size,
     num_groups,
-    alpha,
-    minus_log_rest,
-    minus_log_alpha,
+    log_rest,
+    log_alpha,
     HAS_TEACHER: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     HAS_GROUPS: tl.constexpr,
@@ -218,6 +238,7 @@ def _statistics_kernel(
     TEACHER_HAS_SOFTCAP: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     LANES: tl.constexpr = BLOCK // 8
     LN_2: tl.constexpr = 0.6931471805599453
@@ -233,9 +254,9 @@ def _statistics_kernel(
     teacher_total = tl.zeros([LANES], tl.float32)
     teacher_weighted = tl.zeros([LANES], tl.float32)
     crossed = tl.zeros([LANES], tl.float32)
-    for i in range(num_blocks):
+    for i in tl.range(num_blocks, num_stages=STAGES):
         columns = i * BLOCK + offsets
-        student_2, _ = read_logits(
+        student_2 = read_logits(
             student_row,
             columns,
             vocab_size,
@@ -255,7 +276,7 @@ def _statistics_kernel(
             highest = tl.maximum(tl.max(groups, axis=1), -3.0e38)
             tl.store(group_maxima + row.to(tl.int64) * num_groups + places, highest, mask=places < num_groups)
         if HAS_TEACHER:
-            teacher_2, _ = read_logits(
+            teacher_2 = read_logits(
                 teacher_row,
                 columns,
                 vocab_size,
@@ -265,7 +286,7 @@ def _statistics_kernel(
                 TEACHER_HAS_BIAS,
                 TEACHER_HAS_SOFTCAP,
             )
-            teacher_peak, teacher_total, teacher_weighted, teacher_terms, teacher_decay, _ = _update(
+            teacher_peak, teacher_total, teacher_weighted, teacher_terms, teacher_decay, teacher_largest = _update(
                 teacher_2, teacher_peak, teacher_total, teacher_weighted
             )
             if DIVERGENCE == 1:
@@ -279,7 +300,7 @@ def _statistics_kernel(
     student_log_sum_exp, student_entropy, student_crossed = _combine(
         student_peak, student_total, student_weighted, crossed
     )
-    sampled_2, _ = read_logits(
+    sampled_2 = read_logits(
         student_row,
         token,
         vocab_size,
@@ -296,7 +317,7 @@ def _statistics_kernel(
         teacher_log_sum_exp, teacher_entropy, teacher_crossed = _combine(
             teacher_peak, teacher_total, teacher_weighted, crossed
         )
-        sampled_2, _ = read_logits(
+        sampled_2 = read_logits(
             teacher_row,
             token,
             vocab_size,
@@ -321,9 +342,9 @@ def _statistics_kernel(
         if DIVERGENCE == 3:
             of_student = tl.zeros([LANES], tl.float32)
             of_teacher = tl.zeros([LANES], tl.float32)
-            for i in range(num_blocks):
+            for i in tl.range(num_blocks, num_stages=STAGES):
                 columns = (num_blocks - 1 - i) * BLOCK + offsets
-                student_2, _ = read_logits(
+                student_2 = read_logits(
                     student_row,
                     columns,
                     vocab_size,
@@ -333,7 +354,7 @@ def _statistics_kernel(
                     STUDENT_HAS_BIAS,
                     STUDENT_HAS_SOFTCAP,
                 )
-                teacher_2, _ = read_logits(
+                teacher_2 = read_logits(
                     teacher_row,
                     columns,
                     vocab_size,
@@ -343,15 +364,18 @@ def _statistics_kernel(
                     TEACHER_HAS_BIAS,
                     TEACHER_HAS_SOFTCAP,
                 )
-                student_2 -= student_log_sum_exp
-                teacher_2 -= teacher_log_sum_exp
-                student_probs = tl.exp2(student_2)
-                teacher_probs = tl.exp2(teacher_2)
-                student_terms, teacher_terms = compare_with_mixture(
-                    student_2, teacher_2, minus_log_rest, minus_log_alpha
-                )
-                of_student += tl.sum(tl.where(student_probs > 0.0, student_probs * student_terms, 0.0), axis=1)
-                of_teacher += tl.sum(tl.where(teacher_probs > 0.0, teacher_probs * teacher_terms, 0.0), axis=1)
-            derivative = (1.0 - alpha) * LN_2 * tl.sum(of_student, axis=0)
-            tl.store(statistics + 6 * num_rows + row, derivative + alpha * LN_2 * tl.sum(of_teacher, axis=0))
+                student_2 += log_rest - student_log_sum_exp
+                teacher_2 += log_alpha - teacher_log_sum_exp
+                student_terms, teacher_terms, ratio = compare_with_mixture(student_2, teacher_2)
+                larger = tl.exp2(tl.maximum(student_2, teacher_2))
+                smaller = larger * ratio
+                leads = student_2 >= teacher_2
+                student_share = tl.where(leads, larger, smaller)
+                teacher_share = tl.where(leads, smaller, larger)
+                student_terms -= log_rest
+                teacher_terms -= log_alpha
+                of_student += tl.sum(tl.where(student_share > 0.0, student_share * student_terms, 0.0), axis=1)
+                of_teacher += tl.sum(tl.where(teacher_share > 0.0, teacher_share * teacher_terms, 0.0), axis=1)
+            derivative = LN_2 * tl.sum(of_student, axis=0)
+            tl.store(statistics + 6 * num_rows + row, derivative + LN_2 * tl.sum(of_teacher, axis=0))
             tl.store(statistics + 7 * num_rows + row, derivative)

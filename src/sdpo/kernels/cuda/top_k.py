@@ -69,7 +69,7 @@ def _candidates_kernel(
     inside = places < num_groups * GROUP_SIZE
     group = tl.load(groups + row * num_groups + places // GROUP_SIZE, mask=inside, other=0)
     columns = group * GROUP_SIZE + places % GROUP_SIZE
-    logits, _ = read_logits(
+    logits = read_logits(
         student + row * student_stride, columns, vocab_size, bias, scale_2, softcap, HAS_BIAS, HAS_SOFTCAP
     )
     # Above -inf, so that what is ruled out comes before what is beyond the vocabulary.
