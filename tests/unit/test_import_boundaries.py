@@ -35,6 +35,7 @@ MAY_IMPORT = {
 
 ENGINE_LIBRARIES = {"torch", "transformers", "ray", "verl", "vllm"}
 OF_TRANSFORMERS = {"huggingface_hub", "safetensors", "tokenizers"}  # they are part of its interface
+OF_TORCH = {"triton"}  # its CUDA build brings it
 OF_OMEGACONF = {"yaml"}  # what it reads run files with
 NAMED_OTHERWISE = {"pillow": "PIL", "math-verify": "math_verify"}
 
@@ -138,7 +139,7 @@ def test_the_core_imports_only_what_its_installation_brings() -> None:
     everything = [*project["dependencies"], *extras["geo3k"], *extras["lora"]]
     names = {re.split(r"[^\w-]", dependency)[0] for dependency in everything}
     brought = {NAMED_OTHERWISE.get(name, name) for name in names}
-    brought |= OF_TRANSFORMERS | OF_OMEGACONF | set(extras)
+    brought |= OF_TRANSFORMERS | OF_TORCH | OF_OMEGACONF | set(extras)
     assert [found for found, root in libraries(IMPORTS) if found.floor != "verl_backend" and root not in brought] == []
 
 
