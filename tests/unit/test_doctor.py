@@ -27,6 +27,8 @@ DECLARED = (
     "tensordict==0.10.0; extra == 'verl'",
     "TransferQueue>=0.1.10; extra == 'verl'",
     *(f"{name}; extra == 'verl'" for name in ("cachetools", "fastapi", "msgspec", "pyzmq", "uvicorn")),
+    "verl[vllm]==0.9.1; extra == 'vllm'",
+    *(f"{name}; extra == 'vllm'" for name in ("cupy-cuda13x>=13.6", "torchao>=0.15")),
     "pytest>=8; extra == 'dev'",
 )
 CORE = {"torch": "2.13.0+cpu", "transformers": "5.10.4", "omegaconf": "2.3.1", "numpy": "2.2.6"}
@@ -36,7 +38,7 @@ VERL = {
     **UNDECLARED_BY_VERL,
     **{"verl": "0.9.1", "ray": "2.60.0", "tensordict": "0.10.0", "hydra-core": "1.3.8", "TransferQueue": "0.1.11"},
 }
-VLLM = {**VERL, "vllm": "0.24.0", "torch": "2.11.0+cu130"}
+VLLM = {**VERL, "vllm": "0.24.0", "torch": "2.11.0+cu130", "cupy-cuda13x": "14.2.0", "torchao": "0.18.0"}
 H200 = ("NVIDIA H200", 139 * 2**30)
 GB = 10**9
 
@@ -125,6 +127,16 @@ def test_verl_with_vllm_wants_the_versions_it_was_released_with() -> None:
     found = problems(examine(machine(installed, num_gpus=2)))
     assert found["verl with vLLM on GPUs"] == "pip install torch==2.11.0 vllm==0.24.0"
     assert found["embedded with vLLM"] == "" and found["verl on CPU"] == ""
+
+
+@pytest.mark.parametrize(
+    ("package", "command"),
+    [("cupy-cuda13x", "pip install 'cupy-cuda13x>=13.6'"), ("torchao", "pip install 'torchao>=0.15'")],
+)
+def test_what_verl_needs_on_gpus_alone(package: str, command: str) -> None:
+    found = problems(examine(machine({k: v for k, v in VLLM.items() if k != package}, num_gpus=2)))
+    assert found["verl with vLLM on GPUs"] == command
+    assert found["verl on CPU"] == ""
 
 
 # --- vLLM and devices ------------------------------------------------------------------------------------------------

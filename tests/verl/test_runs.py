@@ -17,7 +17,7 @@ from sdpo import load_run, metrics
 from sdpo.tasks import hidden_rule
 from sdpo.tasks.hidden_rule import HiddenRule, Mode
 from sdpo.verl_backend.launch import build_command
-from sdpo.verl_backend.smoke import load_weights
+from sdpo.verl_backend.smoke_checks import load_weights
 
 ROOT = Path(__file__).parents[2]
 ACCURACY = "val-core/hidden_rule/acc/mean@1"

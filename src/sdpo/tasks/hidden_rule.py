@@ -149,24 +149,24 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(vocab_size: int) -> PreTrainedModel:
-    """An untrained Qwen2 of about 160,000 parameters."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    """An untrained Qwen3 of about 160,000 parameters."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    config = Qwen2Config(
+    config = Qwen3Config(
         vocab_size=vocab_size,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
-        head_dim=32,
-        max_position_embeddings=128,
+        head_dim=32,  # vLLM has no smaller heads on a CPU; its Qwen3 reads this, its Qwen2 does not
+        max_position_embeddings=256,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=2,
         pad_token_id=0,
     )
-    return Qwen2ForCausalLM(config)
+    return Qwen3ForCausalLM(config)
 
 
 def _pretrain(

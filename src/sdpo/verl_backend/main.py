@@ -64,8 +64,11 @@ def _check_with_verl(config: DictConfig) -> None:
 
 
 def _check_model(config: DictConfig) -> None:
+    from transformers import AutoConfig
+
     from sdpo.config import ModelConfig
     from sdpo.models.loading import reads_images
+    from sdpo.verl_backend.requirements import check_sampler_reads
 
     model = config.actor_rollout_ref.model
     path = os.path.expanduser(model.path)
@@ -76,6 +79,8 @@ def _check_model(config: DictConfig) -> None:
             raise UserError(f"actor.freeze_vision_tower=True: {model.path} has no image tower; set it to false")
     except UserError as error:
         raise UserError(f"actor_rollout_ref.{error}") from error
+    if config.actor_rollout_ref.rollout.name == "vllm":
+        check_sampler_reads(AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code), model.path)
 
 
 def _check_processor(path: str, *, trust_remote_code: bool) -> None:
@@ -95,8 +100,12 @@ def run(config: DictConfig) -> None:
     """Start Ray and train until the end.
 
     Raises:
-        UserError: the model cannot be loaded or used, and Ray has not been started; or the data do not fit it.
+        UserError: this machine lacks something, or the model cannot be loaded or used, and Ray has not been started; or
+            the data do not fit the model.
     """
+    from sdpo.verl_backend.requirements import check_machine
+
+    check_machine(config)
     _check_model(config)
     metrics = os.environ.get("VERL_FILE_LOGGER_PATH")
     if metrics is not None:

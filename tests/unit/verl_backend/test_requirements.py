@@ -1,0 +1,118 @@
+"""What is refused before Ray starts, on machines that are made up."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig
+from transformers import Qwen2Config, Qwen3Config
+
+from sdpo.errors import UserError
+from sdpo.tasks import figures, hidden_rule
+from sdpo.verl_backend import requirements
+from sdpo.verl_backend.main import compose_config
+
+MODEL, ROLLOUT, OPTIM = "actor_rollout_ref.model", "actor_rollout_ref.rollout", "actor_rollout_ref.actor.optim"
+EVERYTHING = {"vllm", "cupy", "torchao", "torch"}
+
+
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Callable[..., None]:
+    """Checks a run on a machine with so many GPUs and these packages."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(requirements, "read_ray_address", lambda: None)
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.parquet").touch()
+    files = [f"data.{kind}_files={tmp_path}/{name}.parquet" for kind, name in (("train", "train"), ("val", "test"))]
+
+    def run(*overrides: str, name: str = "sdpo_trainer", num_gpus: int = 2, without: str = "") -> None:
+        config: DictConfig = compose_config(name, [*files, "trainer.device=cuda", *overrides])
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        installed = EVERYTHING - {without}
+        monkeypatch.setattr(importlib.util, "find_spec", lambda package: package if package in installed else None)
+        requirements.check_machine(config)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "num_gpus", "overrides"),
+    [
+        ("sdpo_trainer", 2, ()),
+        ("sdpo_separate_async", 2, ()),
+        ("sdpo_sync", 1, ()),
+        ("sdpo_trainer", 8, ("trainer.n_gpus_per_node=4", "rollout.n_gpus_per_node=4")),
+        ("sdpo_trainer", 2, (f"{OPTIM}.optimizer_impl=torchao.optim",)),
+    ],
+)
+def test_what_can_run(check: Callable[..., None], name: str, num_gpus: int, overrides: tuple[str, ...]) -> None:
+    check(*overrides, name=name, num_gpus=num_gpus)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"num_gpus": 1}, r"needs 2 GPUs \(1 for training, 1 for sampling\), and this machine has 1; .* staleness=0"),
+        ({"num_gpus": 0, "name": "sdpo_sync"}, r"needs 1 GPUs \(for sampling and training in turns\), and .* has 0"),
+        ({"overrides": ["trainer.nnodes=2"]}, r"needs 3 GPUs .* start a Ray cluster first"),
+        ({"without": "vllm"}, r"vLLM is not installed; pip install 'sdpo\[verl,vllm\]'"),
+        ({"without": "cupy"}, r"backend=nccl: verl needs CuPy for it; pip install cupy-cuda13x"),
+        (
+            {"overrides": [f"{MODEL}.override_config.attn_implementation=flash_attention_2"]},
+            r"flash-attn is not installed; pip install flash-attn .* or set it to sdpa",
+        ),
+        (
+            {"overrides": [f"{OPTIM}.optimizer_impl=torchao.optim"], "without": "torchao"},
+            r"optimizer_impl=torchao\.optim: torchao is not installed; pip install torchao",
+        ),
+    ],
+)
+def test_what_is_missing_is_named(check: Callable[..., None], wrong: dict[str, Any], message: str) -> None:
+    settings = dict(wrong)
+    with pytest.raises(UserError, match=message):
+        check(*settings.pop("overrides", ()), **settings)
+
+
+def test_taking_turns_needs_no_cupy(check: Callable[..., None]) -> None:
+    check(name="sdpo_sync", num_gpus=1, without="cupy")
+
+
+def test_the_devices_of_a_cluster_are_not_counted_here(
+    check: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requirements, "read_ray_address", lambda: "10.0.0.1:6379")
+    check("trainer.nnodes=2", num_gpus=0)
+    monkeypatch.setattr(requirements, "read_ray_address", lambda: None)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    check("trainer.nnodes=2", num_gpus=0)
+
+
+def test_the_cpu_needs_nothing(check: Callable[..., None]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VERL_PLATFORM", "cpu")
+        check("trainer.device=cpu", num_gpus=0, without="vllm")
+
+
+def test_a_model_whose_heads_vllm_mistakes_is_named() -> None:
+    heads = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32}
+    with pytest.raises(UserError, match=r"head_dim=32 is not hidden_size / num_attention_heads = 64 / 4"):
+        requirements.check_sampler_reads(Qwen2Config(**heads), "model")
+    requirements.check_sampler_reads(Qwen2Config(**{**heads, "head_dim": 16}), "model")
+    requirements.check_sampler_reads(Qwen2Config(hidden_size=64, num_attention_heads=4), "model")
+    requirements.check_sampler_reads(Qwen3Config(**heads), "model")  # reads head_dim
+
+
+def test_vllm_reads_the_models_of_the_offline_tasks() -> None:
+    for model in (
+        hidden_rule.build_model(len(hidden_rule.build_tokenizer())),
+        figures.build_model(figures.build_tokenizer()),
+    ):
+        requirements.check_sampler_reads(model.config, "model")
+        text = model.config.get_text_config()
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        assert size % 32 == 0, "vLLM has no smaller heads on a CPU"
