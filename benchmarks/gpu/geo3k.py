@@ -1,4 +1,4 @@
-"""Three steps of ``sdpo verl configs/geo3k_1gpu.yaml`` on Qwen2.5-VL-3B's architecture with random weights: does it fit?
+"""Three steps of configs/geo3k_1gpu.yaml on Qwen2.5-VL-3B's architecture with random weights: memory and time.
 
     python benchmarks/gpu/geo3k.py FOLDER                   # one GPU of 80 GB, about four minutes
     python benchmarks/gpu/geo3k.py FOLDER --engine train    # the same run file without verl

@@ -1,4 +1,4 @@
-"""What a run on GPUs needs of this machine, checked before Ray starts: devices, packages, a model that vLLM can load."""
+"""What a run on GPUs needs, checked before Ray starts: devices, packages, a model that vLLM can load."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def _find_problems(config: DictConfig) -> Iterator[str]:
         yield from _find_missing_devices(config)
     if rollout.name == "vllm" and not _is_installed("vllm"):
         yield f"{ROLLOUT}.name=vllm: vLLM is not installed; pip install 'sdpo[verl,vllm]'"
-    if rollout.checkpoint_engine.backend == "nccl" and not config.actor_rollout_ref.hybrid_engine:
-        if not _is_installed("cupy"):
-            cuda = (torch.version.cuda or "13").partition(".")[0]
-            yield f"{ROLLOUT}.checkpoint_engine.backend=nccl: verl needs CuPy for it; pip install cupy-cuda{cuda}x"
+    sends_by_nccl = rollout.checkpoint_engine.backend == "nccl" and not config.actor_rollout_ref.hybrid_engine
+    if sends_by_nccl and not _is_installed("cupy"):
+        cuda = (torch.version.cuda or "13").partition(".")[0]
+        yield f"{ROLLOUT}.checkpoint_engine.backend=nccl: verl needs CuPy for it; pip install cupy-cuda{cuda}x"
     attention = config.actor_rollout_ref.model.override_config.get("attn_implementation")
     if attention == "flash_attention_2" and not _is_installed("flash_attn"):
         yield (
