@@ -31,6 +31,10 @@ from sdpo.config import SelfDistillationConfig
 
 # metric -> (sum, count), to be added over micro-batches; a count of 0 marks a total
 Sums: TypeAlias = dict[str, tuple[Tensor, Tensor]]
+# metric -> what it is the mean of, [N] or [M], or the sum of, if it is one of TOTALS
+TokenValues: TypeAlias = dict[str, Tensor]
+# Already weighted: micro-batches add up to the aggregate, so there is nothing to divide by.
+TOTALS = {metrics.PG_LOSS, metrics.DISTILLATION_LOSS, metrics.LOSS}
 
 
 @dataclass(frozen=True)
@@ -152,8 +156,8 @@ def _compute_teacher_entropy(inputs: LossInputs) -> Tensor:
     return compute_entropy(inputs.teacher_distribution.detach())
 
 
-def compute_distillation_token_losses(inputs: LossInputs, config: SelfDistillationConfig) -> tuple[Tensor, Sums]:
-    """Loss of each distilled token [M] before aggregation, and the sums for its metrics."""
+def compute_distillation_token_losses(inputs: LossInputs, config: SelfDistillationConfig) -> tuple[Tensor, TokenValues]:
+    """Loss of each distilled token [M] before aggregation, and what its metrics are made of."""
     inputs = _complete_kept_entries(inputs, config)
     assert inputs.teacher_log_probs is not None
     student_log_probs = inputs.at_distilled(inputs.student_log_probs)
@@ -163,28 +167,28 @@ def compute_distillation_token_losses(inputs: LossInputs, config: SelfDistillati
     if config.divergence_clip is not None:
         losses = losses * _compute_clip_factor(divergence, config.divergence_clip)
     gap = (inputs.teacher_log_probs - student_log_probs).detach()
-    sums = {
-        metrics.DIVERGENCE: mean_of(divergence),
-        metrics.TEACHER_GAP: mean_of(gap),
-        metrics.GAP_POSITIVE_FRACTION: mean_of((gap > 0).to(gap.dtype)),
-        metrics.GAP_POSITIVE_PART: mean_of(gap.clamp(min=0)),
-        metrics.GAP_NEGATIVE_PART: mean_of(gap.clamp(max=0)),
+    values = {
+        metrics.DIVERGENCE: divergence,
+        metrics.TEACHER_GAP: gap,
+        metrics.GAP_POSITIVE_FRACTION: (gap > 0).to(gap.dtype),
+        metrics.GAP_POSITIVE_PART: gap.clamp(min=0),
+        metrics.GAP_NEGATIVE_PART: gap.clamp(max=0),
     }
     if config.teacher_entropy_beta:
         losses = losses * torch.exp(-config.teacher_entropy_beta * _compute_teacher_entropy(inputs))
     if config.is_clip is not None:
         ratio = compute_ratio(student_log_probs.detach(), inputs.at_distilled(inputs.old_log_probs))
-        sums[metrics.IS_CLIP_FRACTION] = mean_of((ratio > config.is_clip).to(losses.dtype))
+        values[metrics.IS_CLIP_FRACTION] = (ratio > config.is_clip).to(losses.dtype)
         ratio = ratio.clamp(max=config.is_clip)
-        sums[metrics.IS_RATIO_MEAN] = mean_of(ratio)
+        values[metrics.IS_RATIO_MEAN] = ratio
         losses = losses * ratio
     if inputs.rollout_is_weights is not None:
         losses = losses * inputs.at_distilled(inputs.rollout_is_weights)
-    return losses, sums
+    return losses, values
 
 
-def compute_policy_token_losses(inputs: LossInputs, config: SelfDistillationConfig) -> tuple[Tensor, Sums]:
-    """PPO's clipped surrogate of each response token [N], before aggregation, and the sums for its metrics.
+def compute_policy_token_losses(inputs: LossInputs, config: SelfDistillationConfig) -> tuple[Tensor, TokenValues]:
+    """PPO's clipped surrogate of each response token [N], before aggregation, and what its metrics are made of.
 
     Source: PPO (arXiv 1707.06347) eq. 7 with separate bounds (DAPO, arXiv 2503.14476). Departure from verl: no dual
     clip.
@@ -194,10 +198,34 @@ def compute_policy_token_losses(inputs: LossInputs, config: SelfDistillationConf
     clipped = ratio.clamp(1.0 - config.clip_ratio_low, 1.0 + config.clip_ratio_high)
     losses = torch.maximum(-inputs.advantages * ratio, -inputs.advantages * clipped)
     clip_active = (-inputs.advantages * clipped > -inputs.advantages * ratio).to(losses.dtype)
-    sums = {metrics.PG_CLIPFRAC: mean_of(clip_active), metrics.ADVANTAGES_MEAN: mean_of(inputs.advantages)}
+    values = {metrics.PG_CLIPFRAC: clip_active, metrics.ADVANTAGES_MEAN: inputs.advantages}
     if inputs.rollout_is_weights is not None:
         losses = losses * inputs.rollout_is_weights
-    return losses, sums
+    return losses, values
+
+
+def compute_token_losses(inputs: LossInputs, config: SelfDistillationConfig) -> tuple[Tensor, TokenValues]:
+    """What each token contributes to the blended loss, [N], and what the metrics are made of (``reduce_values``)."""
+    # Zeros with a graph: tokens of which none is distilled can be differentiated like any others.
+    contributions = 0.0 * inputs.student_log_probs
+    values: TokenValues = {metrics.PPO_KL: inputs.old_log_probs - inputs.student_log_probs}
+    if config.grpo_coef > 0.0:
+        assert inputs.policy_weights is not None
+        policy_losses, policy_values = compute_policy_token_losses(inputs, config)
+        policy_losses = policy_losses * inputs.policy_weights
+        contributions = contributions + config.grpo_coef * policy_losses
+        values |= policy_values | {metrics.PG_LOSS: policy_losses}
+    weights = inputs.distillation_weights
+    if config.distills and inputs.distilled is not None and weights is not None and len(weights) > 0:
+        losses, distillation_values = compute_distillation_token_losses(inputs, config)
+        losses = losses * weights
+        scaled = ((1.0 - config.grpo_coef) * inputs.distillation_coef * losses).to(contributions.dtype)
+        if len(scaled) == len(contributions):
+            contributions = contributions + scaled
+        else:
+            contributions = contributions.masked_scatter(inputs.distilled, contributions[inputs.distilled] + scaled)
+        values |= distillation_values | {metrics.DISTILLATION_LOSS: losses}
+    return contributions, values | {metrics.LOSS: contributions}
 
 
 def compute_loss(inputs: LossInputs, config: SelfDistillationConfig) -> LossOutputs:
@@ -206,29 +234,8 @@ def compute_loss(inputs: LossInputs, config: SelfDistillationConfig) -> LossOutp
     A token whose contribution is not finite stands in ``token_losses`` as it is: the caller drops its sample and calls
     again, because a masked NaN still reaches the weights through the backward pass of what made it.
     """
-    # Zeros with a graph: tokens of which none is distilled can be differentiated like any others.
-    contributions = 0.0 * inputs.student_log_probs
-    sums: Sums = {
-        metrics.PPO_KL: mean_of(inputs.old_log_probs - inputs.student_log_probs),
-    }
-    if config.grpo_coef > 0.0:
-        assert inputs.policy_weights is not None
-        policy_losses, policy_sums = compute_policy_token_losses(inputs, config)
-        policy_losses = policy_losses * inputs.policy_weights
-        contributions = contributions + config.grpo_coef * policy_losses
-        sums |= policy_sums | {metrics.PG_LOSS: _total(policy_losses)}
-    weights = inputs.distillation_weights
-    if config.distills and inputs.distilled is not None and weights is not None and len(weights) > 0:
-        losses, distillation_sums = compute_distillation_token_losses(inputs, config)
-        losses = losses * weights
-        scaled = ((1.0 - config.grpo_coef) * inputs.distillation_coef * losses).to(contributions.dtype)
-        if len(scaled) == len(contributions):
-            contributions = contributions + scaled
-        else:
-            contributions = contributions.masked_scatter(inputs.distilled, contributions[inputs.distilled] + scaled)
-        sums |= distillation_sums | {metrics.DISTILLATION_LOSS: _total(losses)}
-    loss = contributions.sum()
-    return LossOutputs(loss, contributions, sums | {metrics.LOSS: _total(contributions)})
+    contributions, values = compute_token_losses(inputs, config)
+    return LossOutputs(contributions.sum(), contributions, reduce_values(values))
 
 
 def compute_self_distillation_loss(
@@ -302,14 +309,14 @@ def compute_self_distillation_loss(
             student_distribution=None if student_distribution is None else student_distribution[mask],
             teacher_distribution=None if teacher_distribution is None else teacher_distribution[mask].detach(),
         )
-        losses, sums = compute_distillation_token_losses(inputs, config)
+        losses, by_token = compute_distillation_token_losses(inputs, config)
         broken = torch.zeros_like(mask).masked_scatter(mask, ~torch.isfinite(losses))
         if not bool(broken.any()):
             break
     # The sum over no tokens keeps the graph, so that an empty batch can be differentiated like any other.
     assert inputs.distillation_weights is not None
     loss = (losses * inputs.distillation_weights).sum() + 0.0 * student_log_probs[mask].sum()
-    values = {name: float(total / count.clamp(min=1)) for name, (total, count) in sums.items()}
+    values = {name: float(total / count.clamp(min=1)) for name, (total, count) in reduce_values(by_token).items()}
     values |= {metrics.DISTILLATION_LOSS: float(loss.detach()), metrics.NONFINITE_SAMPLES: float(num_dropped)}
     return loss, values
 
@@ -355,6 +362,10 @@ def mean_of(values: Tensor) -> tuple[Tensor, Tensor]:
     return values.sum(), torch.full((), values.numel(), device=values.device)
 
 
+def reduce_values(values: TokenValues) -> Sums:
+    """The sums for the metrics."""
+    return {name: _total(each) if name in TOTALS else mean_of(each) for name, each in values.items()}
+
+
 def _total(values: Tensor) -> tuple[Tensor, Tensor]:
-    # Already weighted: micro-batches add up to the aggregate, so there is nothing to divide by.
     return values.detach().sum(), torch.zeros((), dtype=torch.long, device=values.device)

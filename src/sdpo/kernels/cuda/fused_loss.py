@@ -26,7 +26,7 @@ from sdpo import metrics
 from sdpo.algorithm.fused import FusedOutputs, TokenInputs, attach_gradients
 from sdpo.algorithm.inputs import build_policy_inputs
 from sdpo.algorithm.logits import LazyLogits
-from sdpo.algorithm.loss import LossInputs, Sums, add_sums, compute_loss, mean_of
+from sdpo.algorithm.loss import LossInputs, TokenValues, compute_token_losses, reduce_values
 from sdpo.config import SelfDistillationConfig
 from sdpo.kernels.cuda.logits import LOG2_E, Logits, mix_logits
 from sdpo.kernels.cuda.logits_gradient import write_logits_gradient
@@ -184,15 +184,15 @@ class _Pass:
         self.alpha = config.alpha if config.full_logit_distillation and config.distillation_topk is None else None
         self.topk = config.distillation_topk if config.full_logit_distillation else None
 
-        self.sums: Sums = {}
-        self.token_losses = torch.zeros(self.num_tokens, device=student.hidden.device)
-        self.student_log_probs = torch.zeros_like(self.token_losses)
-        self.student_entropies = torch.zeros_like(self.token_losses)
-        self.teacher_log_probs = self.token_losses.new_zeros(self.num_distilled)
+        # By token, chunk after chunk.
+        self.token_losses: list[Tensor] = []
+        self.student_log_probs: list[Tensor] = []
+        self.teacher_log_probs: list[Tensor] = []
+        self.values: dict[str, list[Tensor]] = {}
         of_hidden, of_weight, self.bias_type = gradient_types
         self.by_hidden = torch.empty_like(student.hidden) if of_hidden else None
         self.by_weight = WeightGradient(student.weight, of_weight) if of_weight else None
-        self.by_bias = self.token_losses.new_zeros(len(student.weight)) if self.bias_type else None
+        self.by_bias = torch.zeros(len(student.weight), device=student.hidden.device) if self.bias_type else None
 
     def cut(self) -> Iterator[tuple[Rows, slice | None]]:
         """Rows of a chunk, and the teacher's where it has some."""
@@ -219,12 +219,12 @@ class _Pass:
         compared = inputs.divergence if topk is None else inputs.student_distribution
         leaves = [leaf.requires_grad_() for leaf in (inputs.student_log_probs, compared) if leaf is not None]
         with torch.enable_grad():
-            outputs = compute_loss(inputs, self.config)
-        add_sums(self.sums, outputs.sums)
-        self._keep(rows, teacher_rows, outputs.token_losses.detach(), statistics)
+            token_losses, values = compute_token_losses(inputs, self.config)
+        self._keep(token_losses, statistics, values, is_taught=teacher is not None)
         if not self.differentiates:
             return
-        by_leaf = torch.autograd.grad(outputs.loss, leaves, allow_unused=True, materialize_grads=True)
+        ones = torch.ones_like(token_losses)
+        by_leaf = torch.autograd.grad(token_losses, leaves, ones, allow_unused=True, materialize_grads=True)
         by_sampled, by_compared = by_leaf if len(by_leaf) == 2 else (by_leaf[0], None)
         if topk is None or by_compared is None:
             coefficients = torch.stack([by_sampled if by_compared is None else by_compared, by_sampled, by_sampled])
@@ -243,7 +243,6 @@ class _Pass:
         topk: int | None,
     ) -> tuple[LossInputs, _Kept | None]:
         """Leaves for what the loss reads of the distributions: few numbers a token."""
-        add_sums(self.sums, {metrics.ENTROPY: mean_of(statistics.student_entropies)})
         inputs = build_policy_inputs(
             statistics.student_log_probs.detach(),
             statistics.student_entropies,
@@ -257,7 +256,6 @@ class _Pass:
         )
         if teacher is None:
             return inputs, None
-        add_sums(self.sums, {metrics.TEACHER_ENTROPY: mean_of(statistics.teacher_entropies)})
         inputs = replace(
             inputs,
             distilled=tokens.distilled,
@@ -302,12 +300,15 @@ class _Pass:
             gradient = gradient * kept.slope
         student.products.scatter_(-1, kept.ids, gradient.to(student.products.dtype))
 
-    def _keep(self, rows: Rows, teacher_rows: slice | None, token_losses: Tensor, statistics: RowStatistics) -> None:
-        self.token_losses[rows] = token_losses
-        self.student_log_probs[rows] = statistics.student_log_probs
-        self.student_entropies[rows] = statistics.student_entropies
-        if teacher_rows is not None:
-            self.teacher_log_probs[teacher_rows] = statistics.teacher_log_probs
+    def _keep(self, token_losses: Tensor, statistics: RowStatistics, values: TokenValues, *, is_taught: bool) -> None:
+        self.token_losses.append(token_losses.detach())
+        self.student_log_probs.append(statistics.student_log_probs)
+        values = values | {metrics.ENTROPY: statistics.student_entropies}
+        if is_taught:
+            self.teacher_log_probs.append(statistics.teacher_log_probs)
+            values[metrics.TEACHER_ENTROPY] = statistics.teacher_entropies
+        for name, value in values.items():
+            self.values.setdefault(name, []).append(value.detach())
 
     def _multiply(self, rows: Rows, by_logits: Tensor) -> None:
         if self.by_hidden is not None:
@@ -323,14 +324,23 @@ class _Pass:
     def finish(self) -> tuple[FusedOutputs, list[Tensor | None]]:
         """Outputs; gradients by hidden states, weight and bias, where needed."""
         self.student_buffer = self.teacher_buffer = None
+        token_losses = self._join(self.token_losses)
+        values = {name: torch.cat(chunks) for name, chunks in self.values.items()}
         outputs = FusedOutputs(
-            self.token_losses.sum(),
-            self.token_losses,
-            self.sums,
-            self.student_log_probs,
-            self.student_entropies,
-            self.teacher_log_probs,
+            token_losses.sum(),
+            token_losses,
+            reduce_values(values),
+            self._join(self.student_log_probs),
+            self._join(self.values.get(metrics.ENTROPY, [])),
+            torch.cat([token_losses[:0], *self.teacher_log_probs]),
         )
         by_weight = None if self.by_weight is None else self.by_weight.finish()
         by_bias = None if self.by_bias is None else self.by_bias.to(self.bias_type)
         return outputs, [self.by_hidden, by_weight, by_bias]
+
+    def _join(self, chunks: Sequence[Tensor]) -> Tensor:
+        """Values of all tokens [N], where they belong."""
+        values = torch.cat([torch.empty(0, device=self.student.hidden.device), *chunks])
+        if self.order is None:
+            return values
+        return torch.empty_like(values).index_copy_(0, self.order, values)

@@ -74,7 +74,7 @@ def read_logits(
     HAS_SOFTCAP: tl.constexpr,
 ):
     """Logits to base 2, -inf beyond the vocabulary."""
-    values, bent = read_bent_logits(row, columns, vocab_size, bias, scale_2, softcap, HAS_BIAS, HAS_SOFTCAP)
+    values, _bent = read_bent_logits(row, columns, vocab_size, bias, scale_2, softcap, HAS_BIAS, HAS_SOFTCAP)
     return values
 
 

@@ -36,7 +36,7 @@ def write_logits_gradient(
     coefficients: Tensor,
     *,
     alpha: float | None = None,
-    launch: Launch = GRADIENT_LAUNCH,
+    launch: Launch | None = None,
 ) -> None:
     """Write the gradient of n rows in the place of ``student.products``.
 
@@ -47,6 +47,7 @@ def write_logits_gradient(
             what stands at the sampled token: both dL / d log s of it, unless other entries are written on top.
         alpha: of the divergence of whole distributions; None: the loss reads none.
     """
+    launch = launch or GRADIENT_LAUNCH
     rows, vocab_size = student.products.shape
     other = student if teacher is None or alpha is None else teacher
     products, stride, bias, scale_2, softcap = student.kernel_arguments()
@@ -139,7 +140,7 @@ def _gradient_kernel(
             if DIVERGENCE == 2:
                 log_ratio = LN_2 * (student_2 - teacher_2)
             else:
-                of_student, of_teacher, ratio = compare_with_mixture(student_2 + log_rest, teacher_2 + log_alpha)
+                of_student, _of_teacher, _ratio = compare_with_mixture(student_2 + log_rest, teacher_2 + log_alpha)
                 log_ratio = (rest * LN_2) * (of_student - log_rest)
             gradient += by_divergence * tl.where(probs > 0.0, probs * (log_ratio - centre), 0.0)
     gradient += tl.where(columns == tl.load(sampled_ids + row), by_sampled, 0.0)

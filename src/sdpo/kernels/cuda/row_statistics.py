@@ -286,7 +286,7 @@ def _statistics_kernel(
                 TEACHER_HAS_BIAS,
                 TEACHER_HAS_SOFTCAP,
             )
-            teacher_peak, teacher_total, teacher_weighted, teacher_terms, teacher_decay, teacher_largest = _update(
+            teacher_peak, teacher_total, teacher_weighted, teacher_terms, teacher_decay, _teacher_largest = _update(
                 teacher_2, teacher_peak, teacher_total, teacher_weighted
             )
             if DIVERGENCE == 1:
