@@ -121,7 +121,7 @@ class Workload:
                 "max_prompt_length": self.prompt_length,
             },
             "sampler": {"n": self.n, "max_response_length": self.response_length},
-            "optim": {"warmup_steps": 0},
+            "optim": {"warmup_steps": 0, "beta2": 0.95 if self.dtype == "bfloat16" else 0.999},
             "self_distillation": {
                 "alpha": 0.5,
                 "demonstration_source": "none",

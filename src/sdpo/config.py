@@ -24,6 +24,8 @@ from sdpo.errors import UserError
 LARGEST_INTEGER = 2**63 - 1
 MOST_ROLLOUTS = 1_000_000
 MOST_YAML_NODES = 100_000
+# A step without gradient multiplies a moment by beta; in bfloat16 a change below 2^-8 may be rounded away.
+LARGEST_BETA2_IN_BFLOAT16 = 1 - 2**-8
 DEEPEST_YAML = 50
 
 
@@ -210,7 +212,9 @@ class LearnerConfig(Section):
         choices=["none", "token", "sequence"],
     )
     rollout_is_threshold: float = setting(2.0, "Those weights are truncated above this.", gt=0)
-    autocast: bool = setting(False, "Run forward and backward in bfloat16 autocast; weights keep model.dtype.")
+    autocast: bool = setting(
+        False, "Run forward and backward in bfloat16 autocast, and sample in bfloat16; weights keep model.dtype."
+    )
     freeze_vision: bool = setting(
         False,
         "Train the language model alone and leave the image tower and its projector as they are.",
@@ -250,10 +254,26 @@ class LoraConfig(Section):
 class OptimConfig(Section):
     section: ClassVar[str] = "optim"
 
+    name: str = setting(
+        "adamw",
+        "adamw: moments in the data type of the weights; adamw_8bit: in 8 bits (torchao), a quarter of float32's.",
+        choices=["adamw", "adamw_8bit"],
+        fixed=True,
+    )
+    stochastic_rounding: bool = setting(
+        False,
+        "Round bfloat16 weights up or down at random after an update (torchao), so that one too small for them counts "
+        "on average.",
+    )
     lr: float = setting(1e-5, "Peak learning rate of AdamW.", gt=0)
     weight_decay: float = setting(0.01, "Decoupled weight decay.", ge=0)
     beta1: float = setting(0.9, "AdamW's first-moment decay.", ge=0, le=1)
-    beta2: float = setting(0.999, "AdamW's second-moment decay.", ge=0, le=1)
+    beta2: float = setting(
+        0.999,
+        "AdamW's second-moment decay; moments in bfloat16 can decay with 0.996 at most.",
+        ge=0,
+        le=1,
+    )
     warmup_steps: int = setting(10, "Optimizer steps of linear warm-up.", ge=0)
     schedule: str = setting(
         "constant",
@@ -581,10 +601,30 @@ class Run(Section):
             raise UserError(
                 f"learner.mini_batch_size={mini} must divide data.train_batch_size={self.data.train_batch_size}"
             )
+        self._check_rounding()
         if self.lora.rank and self.learner.freeze_vision:
             raise UserError(
                 "learner.freeze_vision has no effect with lora.rank > 0, which never trains the image tower; remove it"
             )
+
+    def _check_rounding(self) -> None:
+        """What is trained is rounded to bfloat16 only without adapters, which are float32."""
+        half = self.model.dtype == "bfloat16" and self.lora.rank == 0
+        if self.optim.stochastic_rounding and not half:
+            what = "lora.rank > 0" if self.lora.rank else f"model.dtype={self.model.dtype}"
+            raise UserError(
+                f"optim.stochastic_rounding has no effect with {what}, where weights that learn are float32; remove it"
+            )
+        if half and self.optim.beta2 > LARGEST_BETA2_IN_BFLOAT16:
+            raise UserError(
+                f"optim.beta2={self.optim.beta2} with model.dtype=bfloat16: second moments in bfloat16 would never "
+                f"decay; set optim.beta2=0.95 (at most {LARGEST_BETA2_IN_BFLOAT16:.3f}) or model.dtype=float32"
+            )
+
+    @property
+    def sampling_dtype(self) -> str:
+        """Of the weights that sample: what the learner computes in."""
+        return "bfloat16" if self.learner.autocast else self.model.dtype
 
     @property
     def trains_vision(self) -> bool:

@@ -24,6 +24,7 @@ ENTROPY = "actor/entropy"
 GRAD_NORM = "actor/grad_norm"
 LR = "actor/lr"
 SKIPPED_UPDATES = "actor/skipped_updates"
+UPDATE_ROUNDING = "actor/update_rounding"
 
 RESPONSE_LENGTH_MEAN = "response_length/mean"
 RESPONSE_LENGTH_MAX = "response_length/max"
@@ -87,6 +88,8 @@ DESCRIPTIONS: dict[str, str] = {
     GRAD_NORM: "Global gradient norm before clipping, mean over mini-batches.",
     LR: "Learning rate of the step's last optimizer step.",
     SKIPPED_UPDATES: "Optimizer steps left out because the gradient was not finite.",
+    UPDATE_ROUNDING: "Share of the optimizer's update that rounding took from bfloat16 weights, on a sample of them "
+    "(only where those are trained).",
     RESPONSE_LENGTH_MEAN: "Mean response length in tokens, end-of-sequence included.",
     RESPONSE_LENGTH_MAX: "Longest response.",
     RESPONSE_LENGTH_CLIP_RATIO: "Share of responses cut off at sampler.max_response_length.",

@@ -42,6 +42,7 @@ from sdpo.config import (
     iterate_settings,
 )
 from sdpo.embedded.setup import build_parts
+from sdpo.models.optimizer import choose_optimizer
 from sdpo.observer import Silent
 
 # ---- what is run ----------------------------------------------------------------------------------------------------
@@ -387,6 +388,10 @@ class Runner:
             build_parts(change(BASE, changes), Silent()).folder.close()
         return asked
 
+    def find_optimizer(self, changes: Mapping[str, Any]) -> Any:
+        """Which one would be built."""
+        return choose_optimizer(change(BASE, changes).optim)
+
     def find_first_step(self, changes: Mapping[str, Any]) -> int:
         """Where the run begins in the folder of one that has had a step."""
         with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=self.folder) as place:
@@ -507,6 +512,7 @@ SLOW_GRADER = {"data.task": "../slow_task.py"}
 WANDB = {"tracking.backends": ["wandb"]}
 # So that chance alone makes alarms.
 UNWELL = {"total_steps": 6, "health.window": 1, "health.tolerance": 0.0, "health.score_drop": 0.0}
+HALF = {"model.dtype": "bfloat16", "optim.beta2": 0.95}
 WORSE = {"total_steps": 6, "health.window": 1, "eval_every": 1, "health.teacher_margin": 0.0, "optim.lr": 1e-1}
 NOTHING = {
     "total_steps": 6,
@@ -530,7 +536,7 @@ CASES = {
     # What verl makes of them is seen in tests/unit/verl_backend/test_translate.py.
     "verl": Case([{"trainer.nnodes": 2}], observe=lambda ran: ran.messages, keeps=Ran.outcome),
     "model.path": Case(["../other_model"]),
-    "model.dtype": Case(["bfloat16"]),
+    "model.dtype": Case(["bfloat16"], {"optim.beta2": 0.95}),
     "model.attn_implementation": Case(["eager"], observe=calls("sdpa"), keeps=Ran.outcome),
     "model.trust_remote_code": Case([True], {"model.path": "../model_with_code"}),
     "data.task": Case(["../other_task.py"]),
@@ -575,6 +581,9 @@ CASES = {
     "lora.rank": Case([2, 4]),
     "lora.alpha": Case([1, 16], {"lora.rank": 2}),
     "lora.target_modules": Case([["q_proj"], ["q_proj", "down_proj"]], {"lora.rank": 2}),
+    # What these two make of the moments and of the weights is seen in tests/unit/models/test_optimizer.py.
+    "optim.name": Case(["adamw_8bit"], look=Runner.find_optimizer, observe=itself),
+    "optim.stochastic_rounding": Case([True], HALF, look=Runner.find_optimizer, observe=itself),
     "optim.lr": Case([2e-2]),
     "optim.weight_decay": Case([10.0]),
     "optim.beta1": Case([0.1], THREE),
@@ -669,7 +678,7 @@ def test_setting_changes_the_result(key: str, ran: Runner) -> None:
     if case.keeps is not None:
         for name, other in named[1:]:
             assert same(case.keeps(looked[0]), case.keeps(other)), f"{key}: {name} changes what it must not"
-    if key.startswith(AFTER_SAMPLING) and case.look is Runner.__call__:
+    if key.startswith(AFTER_SAMPLING) and key != "learner.autocast" and case.look is Runner.__call__:
         assert all(one.responses("step_1") == looked[0].responses("step_1") for one in looked), (
             f"{key} changes sampling"
         )
@@ -745,7 +754,7 @@ def test_code_of_a_model_runs_only_if_it_is_trusted(ran: Runner) -> None:
 
 
 def test_dtype_is_that_of_the_weights_and_autocast_is_not(ran: Runner) -> None:
-    dtypes = [ran(changes).dtypes() for changes in ({}, {"model.dtype": "bfloat16"}, {"learner.autocast": True})]
+    dtypes = [ran(changes).dtypes() for changes in ({}, HALF, {"learner.autocast": True})]
     assert dtypes == [{torch.float32}, {torch.bfloat16}, {torch.float32}]
 
 

@@ -194,7 +194,10 @@ def test_a_choice_is_one_of_those_listed(load: Callable[..., Run], refusal: Call
     assert f"{key} must be {describe_range(CHOICES[key].metadata)}, got" in message
     assert "nonsense" in message
     for choice in CHOICES[key].metadata["choices"]:
-        extra = ["self_distillation.include_environment_feedback=true"] if choice == "none" else []
+        extra = {
+            "none": ["self_distillation.include_environment_feedback=true"],
+            "bfloat16": ["optim.beta2=0.95"],
+        }.get(choice, [])
         chosen = value_of(load(form.format(key, choice), *extra), key)
         assert chosen == ([choice] if several else choice)
 
@@ -394,3 +397,25 @@ def test_what_verl_alone_has_may_be_nested_or_dotted_and_comes_back_from_a_saved
 
 def test_verls_settings_are_a_mapping(refusal: Callable[..., str]) -> None:
     assert "verl" in refusal(text=SMALLEST + "verl: 3\n")
+
+
+def test_a_second_moment_in_bfloat16_must_be_able_to_decay(
+    load: Callable[..., Run], refusal: Callable[..., str]
+) -> None:
+    """A step without gradient takes 1 - beta of it, which bfloat16 can say only above 2^-8."""
+    half = "model.dtype=bfloat16"
+    message = refusal(half)
+    assert "optim.beta2=0.999 with model.dtype=bfloat16" in message and "optim.beta2=0.95" in message
+    assert "optim.beta2=0.997" in refusal(half, "optim.beta2=0.997")
+    assert "optim.beta2=0.999" in refusal(half, "optim.name=adamw_8bit"), "small tensors keep theirs in bfloat16"
+    for allowed in (["optim.beta2=0.996"], ["lora.rank=2"]):
+        assert load(half, *allowed).model.dtype == "bfloat16"
+
+
+def test_rounding_at_random_is_refused_where_nothing_is_rounded(
+    load: Callable[..., Run], refusal: Callable[..., str]
+) -> None:
+    on, half = "optim.stochastic_rounding=true", ["model.dtype=bfloat16", "optim.beta2=0.95"]
+    assert load(on, *half).optim.stochastic_rounding
+    assert "has no effect with model.dtype=float32" in refusal(on)
+    assert "has no effect with lora.rank > 0" in refusal(on, *half, "lora.rank=2")

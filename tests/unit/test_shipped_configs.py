@@ -31,9 +31,9 @@ def test_a_shipped_run_is_read(path: Path) -> None:
     assert run.run_dir == f"runs/{path.stem}", "one folder a run file, so that two runs never share one"
 
 
-def dry_run(path: Path, *overrides: str) -> Cost:
+def dry_run(path: Path, *overrides: str, on_verl: bool = False) -> Cost:
     run = load_run(path, [MODEL, *overrides])
-    if path not in ON_VERL:
+    if path not in ON_VERL and not on_verl:
         from sdpo.embedded.cost import estimate_cost as estimate_embedded
 
         return estimate_embedded(run)
@@ -52,6 +52,18 @@ def test_a_run_on_geometry_fits_into_80_gb(path: Path) -> None:
     cost = dry_run(path)
     assert cost.num_params == 3_754_622_976
     assert max(cost.learner_peak, cost.sampler_peak) < 72 * 2**30, "of 79.6 GiB; the rest is CUDA's, NCCL's and lost"
+
+
+def test_the_file_for_one_gpu_fits_on_verl_too() -> None:
+    cost = dry_run(CONFIGS / "geo3k_1gpu.yaml", on_verl=True)
+    assert cost.takes_turns and cost.learner_peak < 72 * 2**30
+    page = (ROOT / "docs" / "geo3k_memory.md").read_text()
+    held, learning = sum(cost.learner.values()), sum(cost.learning.values())
+    for size in (
+        held + sum(cost.sampler.values()),
+        held + learning + max(sum(p.values()) for p in cost.phases.values()),
+    ):
+        assert format_bytes(size) in page
 
 
 @pytest.mark.parametrize("path", GEO3K, ids=lambda path: path.stem)
@@ -93,6 +105,7 @@ def test_the_full_vocabulary_fits_as_the_page_says() -> None:
     for size in (*parts, sum(parts)):
         assert f"| {format_bytes(size)} |" in page
     assert f"It takes {format_bytes(cost.learner_peak)} now, as with top-k" in page
+    assert f"{format_bytes(sum(cost.learner.values()) + sum(cost.learning.values()))} of it" in page
     assert cost.learner_peak == dry_run(path).learner_peak < 72 * 2**30
     twice = dry_run(path, full, "learner.micro_batch_tokens=16384")
     assert f"At 16384 tokens a micro-batch the learner takes {format_bytes(twice.learner_peak)}" in page
@@ -132,11 +145,14 @@ def test_a_run_on_verl_composes(
     assert config.actor_rollout_ref.model.path == "Qwen/Qwen2.5-VL-3B-Instruct"
     precision = config.actor_rollout_ref.actor.fsdp_config
     assert precision.mixed_precision.param_dtype == "bf16"
-    assert precision.model_dtype == ("bf16" if name == "geo3k_2gpus" else "fp32")
+    assert precision.model_dtype == "fp32"
+    optim = config.actor_rollout_ref.actor.optim
+    small = ("torchao.optim", "AdamW8bit")
+    assert (optim.optimizer_impl, optim.optimizer) == (small if name == "geo3k_2gpus" else ("torch.optim", "AdamW"))
 
 
 def test_the_files_differ_only_in_what_the_machine_asks_for() -> None:
-    machine = {"run_dir", "staleness", "verl", "model.dtype", "learner.autocast", "learner.micro_batch_tokens"}
+    machine = {"run_dir", "staleness", "verl", "optim.name", "learner.micro_batch_tokens"}
     machine |= {"learner.freeze_vision", "sampler.batch_size", "eval.max_prompts", "tracking.name"}
     first, *others = [OmegaConf.structured(load_run(path)) for path in GEO3K]
     keys = [key for key, _ in iterate_settings() if key not in machine]

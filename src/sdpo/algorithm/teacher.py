@@ -7,7 +7,7 @@ averaged copy is float32 whatever the model's dtype, and what the forward pass u
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sdpo.config import SelfDistillationConfig
+
+# So many entries of the student are cast to the average's data type at a time: 256 MiB in float32.
+ENTRIES_AT_ONCE = 2**26
 
 # Modules and the coefficients with which their logits are added; one module with 1 is that model's own distribution.
 Policy = Sequence[tuple[nn.Module, float]]
@@ -42,9 +45,33 @@ def update_teacher_ema(teacher_params: Iterable[Tensor], student_params: Iterabl
     half = [t.dtype for t in teachers if t.dtype not in (torch.float32, torch.float64)]
     if half:
         raise ValueError(f"teacher_params must be float32 (an average in {half[0]} does not move); keep a float32 copy")
-    if teachers:
-        casted = [s.detach().to(device=t.device, dtype=t.dtype) for t, s in zip(teachers, students, strict=True)]
-        torch._foreach_lerp_(teachers, casted, ema_rate)
+    for pairs in _group(_cut(teachers, students)):
+        casted = [s.to(device=t.device, dtype=t.dtype) for t, s in pairs]
+        torch._foreach_lerp_([t for t, _ in pairs], casted, ema_rate)
+
+
+def _cut(teachers: Sequence[Tensor], students: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both sides' tensors, large ones in slices along their first axis."""
+    for teacher, student in zip(teachers, students, strict=True):
+        if teacher.dim() == 0 or teacher.numel() <= ENTRIES_AT_ONCE:
+            yield teacher, student.detach()
+            continue
+        size = max(ENTRIES_AT_ONCE * len(teacher) // teacher.numel(), 1)
+        yield from zip(teacher.split(size), student.detach().split(size), strict=True)
+
+
+def _group(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Lists of neighbours, of about ``ENTRIES_AT_ONCE`` entries each, so that small tensors share an operation."""
+    group: list[tuple[Tensor, Tensor]] = []
+    count = 0
+    for pair in pairs:
+        if group and count + pair[0].numel() > ENTRIES_AT_ONCE:
+            yield group
+            group, count = [], 0
+        group.append(pair)
+        count += pair[0].numel()
+    if group:
+        yield group
 
 
 class TeacherWeights(Protocol):

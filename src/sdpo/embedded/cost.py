@@ -6,7 +6,18 @@ from pathlib import Path
 
 from sdpo.algorithm.teacher import follows
 from sdpo.config import Run
-from sdpo.models.cost import BYTES, Cost, Lengths, ModelSize, bound_lengths, count_fused_loss, measure_model
+from sdpo.models.cost import (
+    BYTES,
+    Cost,
+    Lengths,
+    ModelSize,
+    Stack,
+    bound_lengths,
+    count_fused_loss,
+    count_moments,
+    count_update,
+    measure_model,
+)
 
 # Float32 rows of the vocabulary while a token is drawn; with a nucleus they are sorted too.
 DRAWING, DRAWING_FROM_NUCLEUS = 5, 12
@@ -24,6 +35,7 @@ def estimate_cost(run: Run) -> Cost:
         num_params=model.num_params,
         num_tower_params=model.tower.num_params if model.tower else 0,
         learner=_hold(run, model, lengths),
+        learning={"gradients": _count_trained_bytes(run, model)},
         phases={
             "a micro-batch": _learn(run, model, lengths),
             "the images' gradients": _learn_tower(run, model),
@@ -34,10 +46,14 @@ def estimate_cost(run: Run) -> Cost:
     )
 
 
-def _count_trained_bytes(run: Run, model: ModelSize) -> int:
+def _count_trained(run: Run, model: ModelSize) -> int:
     if model.adapters is not None:
-        return model.adapters.num_params * 4
-    return (model.num_params if run.trains_vision else model.language.num_params) * BYTES[run.model.dtype]
+        return model.adapters.num_params
+    return model.num_params if run.trains_vision else model.language.num_params
+
+
+def _count_trained_bytes(run: Run, model: ModelSize) -> int:
+    return _count_trained(run, model) * (4 if model.adapters is not None else BYTES[run.model.dtype])
 
 
 def _count_averaged(run: Run, model: ModelSize) -> int:
@@ -60,8 +76,7 @@ def _hold(run: Run, model: ModelSize, lengths: Lengths) -> dict[str, int]:
     image_tokens = run.data.train_batch_size * lengths.prompt if model.tower else 0
     return {
         "student": model.num_params * size + (trained if model.adapters is not None else 0),
-        "gradients": trained,
-        "AdamW's moments": 2 * trained,
+        "AdamW's moments": count_moments(run, _count_trained(run, model)),
         "teacher": teacher * size * has_module,
         "teacher's float32 average": _count_averaged(run, model) * 4,
         "features of a step's images": image_tokens * model.feature_values * size * copies,
@@ -75,14 +90,22 @@ def _learn(run: Run, model: ModelSize, lengths: Lengths) -> dict[str, int]:
     student = stack.count_learning(size, residual, checkpointing=run.learner.gradient_checkpointing)
     if model.adapters is not None:  # their inputs are cast to float32
         student += model.adapters.kept * 4 // (stack.num_layers if run.learner.gradient_checkpointing else 1)
+    # Output layers in the data type of the products: the student's and the teacher's.
+    heads = 0 if size == residual else (1 + (lengths.teacher > 0)) * model.vocab_size * stack.hidden_size * size
     mask = (lengths.prompt + lengths.response) * (1 + size)  # of one row of attention
     return {
         "activations": lengths.student * (student + mask) + lengths.teacher * stack.count_reading(size),
         "logits": count_fused_loss(model.vocab_size, stack.hidden_size, size, lengths.scored)
-        + lengths.teacher * stack.hidden_size * size,
-        # Autocast keeps its copies of the student's weights for the backward pass; the teacher's go with its pass.
-        "weights in bfloat16": stack.num_params * 2 * (2 if lengths.teacher else 1) if run.learner.autocast else 0,
+        + lengths.teacher * stack.hidden_size * size
+        + heads,
+        "weights in bfloat16": _count_casts(run, stack) if run.learner.autocast else 0,
     }
+
+
+def _count_casts(run: Run, stack: Stack) -> int:
+    """Autocast keeps its copies of the student's weights for the backward pass, of one layer if that runs it again."""
+    casts = stack.num_params * 2
+    return casts // stack.num_layers if run.learner.gradient_checkpointing else casts
 
 
 def _learn_tower(run: Run, model: ModelSize) -> dict[str, int]:
@@ -98,14 +121,14 @@ def _learn_tower(run: Run, model: ModelSize) -> dict[str, int]:
 
 
 def _update(run: Run, model: ModelSize) -> dict[str, int]:
-    """AdamW makes the square roots of its second moments; after it the teacher's average casts the student."""
-    return {"copies of the weights": max(_count_trained_bytes(run, model), _count_averaged(run, model) * 4)}
+    return {"copies of the weights": count_update(run, model, _count_averaged(run, model))}
 
 
 def _sample(run: Run, model: ModelSize, lengths: Lengths) -> dict[str, int]:
     """Rollouts of a step, or held-out prompts, whose teacher's prompts are the longest that are decoded."""
     own_weights = run.sampler.engine == "vllm" or run.staleness or run.sampler.device != run.learner.device
-    size, rows = BYTES[run.model.dtype], max(run.sampler.batch_size, run.sampler.n)
+    own_weights = own_weights or run.sampling_dtype != run.model.dtype  # a copy, for as long as they sample
+    size, rows = BYTES[run.sampling_dtype], max(run.sampler.batch_size, run.sampler.n)
     training = min(rows, run.data.train_batch_size * run.sampler.n)
     held_out = rows if run.eval.max_prompts is None else min(rows, run.eval.max_prompts * max(run.eval.n, 1))
     shown = max(lengths.prompt, lengths.teacher_prompt) if run.eval.teacher else lengths.prompt

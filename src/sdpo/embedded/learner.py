@@ -31,6 +31,7 @@ from sdpo.models.forward import PaddedSequences, compute_hidden
 from sdpo.models.head import build_lazy_logits, measure_logit_scale
 from sdpo.models.lora import copy_without_adapters
 from sdpo.models.lora_teacher import build_lora_teacher
+from sdpo.models.optimizer import UpdateRounding, build_optimizer, compile_on_gpus_only
 from sdpo.models.packable import enable_packing
 from sdpo.models.packing import PackedSequences
 from sdpo.models.vision import Vision
@@ -79,12 +80,9 @@ class Learner:
         build = build_lora_teacher if run.lora.rank else build_teacher
         self.teacher = build(student, self.config) if self.config.distills else None
         self.initial = self._keep_initial(student)
-        self.optimizer = torch.optim.AdamW(
-            [param for param in student.parameters() if param.requires_grad],
-            lr=run.optim.lr,
-            betas=(run.optim.beta1, run.optim.beta2),
-            weight_decay=run.optim.weight_decay,
-        )
+        trained = [param for param in student.parameters() if param.requires_grad]
+        self.optimizer = build_optimizer(trained, run.optim)
+        self.rounding = UpdateRounding(self.optimizer, tell, run.seed)
         minis = run.data.train_batch_size // (run.learner.mini_batch_size or run.data.train_batch_size)
         self.scheduler = get_scheduler(
             "constant_with_warmup" if run.optim.schedule == "constant" else run.optim.schedule,
@@ -121,7 +119,10 @@ class Learner:
             {**self.scheduler.state_dict(), "last_epoch": count, "_step_count": count + 1, "_last_lr": lrs}
         )
         for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
-            group["lr"] = lr
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)  # torchao's stays the tensor that it is
+            else:
+                group["lr"] = lr
         if self.teacher is not None:
             if state["teacher"]["kind"] != self.teacher.kind:
                 self.teacher.freeze(self.initial)
@@ -160,6 +161,7 @@ class Learner:
             )
             for mini in minis
         ]
+        self.optimizer.zero_grad(set_to_none=True)  # sampling has their memory
         if self.teacher is not None:
             self.teacher.step(self.student)
         self.version = step
@@ -255,7 +257,7 @@ class Learner:
         values = {name: float(total) / max(int(count), 1) for name, (total, count) in sums.items()}
         for name, spread in spreads.items():
             values |= name_interval(name, spread.normal_interval())
-        values |= {metrics.NONFINITE_SAMPLES: float(num_dropped), metrics.LR: self.scheduler.get_last_lr()[0]}
+        values |= {metrics.NONFINITE_SAMPLES: float(num_dropped), metrics.LR: float(self.scheduler.get_last_lr()[0])}
         before_update()
         values |= self._update()
         if images is not None:
@@ -399,7 +401,8 @@ class Learner:
         return score_tokens(student, batch.sampled_ids, temperature=self.run.sampler.temperature)[0]
 
     def _precision(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.learner.autocast)
+        # A weight is needed once a pass: a cache of cast weights would only hold all of the model.
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.learner.autocast, cache_enabled=False)
 
     def _step_images(self) -> StepImages | None:
         if self.vision is None:
@@ -422,9 +425,12 @@ class Learner:
         norm = float(torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.run.optim.grad_clip))
         finite = math.isfinite(norm)
         if finite:
-            self.optimizer.step()
+            with compile_on_gpus_only(self.device.type):
+                self.optimizer.step()
             self.scheduler.step()
-        return {metrics.GRAD_NORM: norm, metrics.SKIPPED_UPDATES: float(not finite)}
+        values = {metrics.GRAD_NORM: norm, metrics.SKIPPED_UPDATES: float(not finite)}
+        lost = self.rounding.take()
+        return values if lost is None else values | {metrics.UPDATE_ROUNDING: lost}
 
     def _take_less_memory(self, error: Exception, samples: Sequence[Sample]) -> None:
         """Halve the micro-batches if it was memory that was lacking.

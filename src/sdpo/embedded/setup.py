@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -119,6 +119,7 @@ def build_parts(run: Run, observer: Observer) -> Parts:
         stop_token_ids=get_stop_token_ids(student, text_tokenizer),
         pad_token_id=int(text_tokenizer.pad_token_id),
         forbidden_token_ids=vision.placeholder_ids if vision is not None else (),
+        dtype=getattr(torch, run.sampling_dtype) if run.sampling_dtype != run.model.dtype else None,
     )
     learner = Learner(student, run, decoding.pad_token_id, vision, observer.message)
     data = compute_fingerprint(prompts)
@@ -180,15 +181,15 @@ def _build_sampler(
     vision: Vision | None,
     observer: Observer,
 ) -> Sampler:
-    threads = run.sampler.num_threads
+    threads, config = run.sampler.num_threads, replace(run.model, dtype=run.sampling_dtype)
     if run.sampler.engine == "vllm":
         needed = run.data.max_prompt_length + run.sampler.max_response_length
         max_length = needed if window is None else min(needed, window)
-        build_vllm = partial(VllmEngine, run.model, decoding, device, max_length, run.sampler.kv_cache_gib)
+        build_vllm = partial(VllmEngine, config, decoding, device, max_length, run.sampler.kv_cache_gib)
         if run.staleness == 1:
             return ProcessSampler(student, build_vllm, threads, True, run.sampler.max_restarts, observer.message)
         return LocalSampler(build_vllm(), probes=True)
-    build_engine = partial(TransformersEngine.from_config, run.model, decoding, device, run.data.max_pixels)
+    build_engine = partial(TransformersEngine.from_config, config, decoding, device, run.data.max_pixels)
     if run.staleness == 1:
         return ProcessSampler(student, build_engine, threads, False, run.sampler.max_restarts, observer.message)
     if device != student.device:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sdpo.algorithm import logits
+from sdpo.algorithm.teacher import ENTRIES_AT_ONCE
 from sdpo.config import LoraConfig, ModelConfig, Run
 from sdpo.models.loading import build_meta_model, get_window, reads_images
 from sdpo.models.lora import find_target_layers
@@ -37,8 +38,9 @@ class Cost:
         num_params: all of the model's; None where the model is only made on first use.
         num_tower_params: those of its image tower and projector.
         learner: what the learner's device holds all the time.
-        phases: what comes on top of it in one phase after the other, by the phase's name.
-        sampler: what sampling takes, on its own device or, with ``takes_turns``, as one more phase of the learner's.
+        learning: what it holds besides while it learns, and frees before it samples.
+        phases: what comes on top of both in one phase after the other, by the phase's name.
+        sampler: what sampling takes, on its own device or, with ``takes_turns``, on the learner's between its phases.
         num_learners: GPUs over which the learner is sharded.
         num_samplers: GPUs that sample.
     """
@@ -47,6 +49,7 @@ class Cost:
     num_params: int | None
     num_tower_params: int = 0
     learner: Mapping[str, int] = field(default_factory=dict)
+    learning: Mapping[str, int] = field(default_factory=dict)
     phases: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     sampler: Mapping[str, int] = field(default_factory=dict)
     takes_turns: bool = True
@@ -56,8 +59,9 @@ class Cost:
     @property
     def learner_peak(self) -> int:
         """The learner's device at the worst moment."""
-        turns = [self.sampler] if self.takes_turns else []
-        return sum(self.learner.values()) + max(sum(phase.values()) for phase in [*self.phases.values(), *turns])
+        learning = sum(self.learning.values()) + max(sum(phase.values()) for phase in self.phases.values())
+        sampling = self.sampler_peak if self.takes_turns else 0
+        return sum(self.learner.values()) + max(learning, sampling)
 
     @property
     def sampler_peak(self) -> int:
@@ -127,6 +131,7 @@ class ModelSize:
         feature_values: what the tower makes of an image for one of its tokens.
         patch_values: numbers in the pixels of one of the tower's patches.
         patches_a_token: of those, how many become one token.
+        largest_param: values of the largest parameter.
         outside_layers: parameters outside the layers that transformers never splits; FSDP2 gathers them together.
         window: most tokens the model reads; None if it does not say.
         adapters: of LoRA; None without it.
@@ -139,6 +144,7 @@ class ModelSize:
     feature_values: int
     patch_values: int
     patches_a_token: int
+    largest_param: int
     outside_layers: int
     window: int | None
     adapters: Adapters | None = None
@@ -190,6 +196,7 @@ def measure_model(config: ModelConfig, lora: LoraConfig | None = None) -> ModelS
         feature_values=shape.hidden_size * (1 + len(getattr(vision, "deepstack_visual_indexes", None) or ())),
         patch_values=_count_patch_values(vision) if tower else 0,
         patches_a_token=(_first_of(vision, "spatial_merge_size") or 1) ** 2,
+        largest_param=max(param.numel() for param in model.parameters()),
         outside_layers=num_params - sum(layers.values()),
         window=get_window(model),
         adapters=_measure_adapters(model, lora) if lora is not None and lora.rank else None,
@@ -301,6 +308,27 @@ def count_fused_loss(vocab_size: int, hidden_size: int, size: int, num_tokens: i
     blocks = BLOCKS_OF_LOSS * logits.ACCELERATOR_BLOCK_BYTES
     # The gradient of the head is added up in float32; next to it is what is added, and then what it is cast to.
     return chunks + blocks + (4 + size) * vocab_size * hidden_size + 4 * size * num_tokens * hidden_size
+
+
+def count_moments(run: Run, num_params: int) -> int:
+    """Bytes of AdamW's moments: two values a parameter, of eight bits with a scale for every 256 of them, if so set."""
+    if run.optim.name == "adamw_8bit":
+        return 2 * (num_params + num_params // 256 * 4)
+    return 2 * num_params * (4 if run.lora.rank else BYTES[run.model.dtype])
+
+
+def count_update(run: Run, model: ModelSize, num_averaged: int) -> int:
+    """Bytes at the worst moment of the optimizer's step and of the teacher's average after it.
+
+    On a CPU AdamW makes two tensors of a parameter's size at a time; on a GPU its one kernel makes none.
+
+    Args:
+        num_averaged: entries of the teacher's average that are made of a student in another data type, slice by slice,
+            or of its adapters, all of them.
+    """
+    if model.adapters is not None:
+        return max(2 * model.adapters.num_params * 4, num_averaged * 4)
+    return max(2 * model.largest_param * BYTES[run.model.dtype], min(num_averaged, ENTRIES_AT_ONCE) * 4)
 
 
 def count_log_probs() -> int:

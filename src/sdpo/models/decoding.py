@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,10 @@ KEEP_FULL = 0.9
 
 @dataclass(frozen=True)
 class Decoding:
-    """How to decode. ``temperature=0`` is greedy; forbidden tokens are never drawn."""
+    """How to decode. ``temperature=0`` is greedy; forbidden tokens are never drawn.
+
+    With a ``dtype``, models of another one are copied in it for as long as they sample.
+    """
 
     n: int
     max_new_tokens: int
@@ -36,6 +40,7 @@ class Decoding:
     stop_token_ids: Sequence[int]
     pad_token_id: int
     forbidden_token_ids: Sequence[int] = ()
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,8 @@ def sample_responses(
     Raises:
         FloatingPointError: the models' logits are not finite.
     """
+    if decoding.dtype is not None:
+        policy = [(_copy_in(module, decoding.dtype), coefficient) for module, coefficient in policy]
     device = next(policy[0][0].parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
@@ -86,6 +93,14 @@ def sample_responses(
     for (module, _), was_training in zip(policy, training, strict=True):
         module.train(was_training)
     return responses
+
+
+def _copy_in(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The module with its parameters in that type: a copy, unless they are."""
+    params = list(module.parameters())
+    if all(param.dtype == dtype for param in params):
+        return module
+    return copy.deepcopy(module, {id(p): nn.Parameter(p.to(dtype), requires_grad=False) for p in params})
 
 
 def _sample_batch(

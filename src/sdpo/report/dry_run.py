@@ -45,6 +45,7 @@ def build_memory_table(cost: Cost) -> Table:
 def list_memory(cost: Cost) -> list[tuple[str, int]]:
     """The table's rows: what needs memory, and bytes."""
     rows = [(f"learner: {name}", size) for name, size in cost.learner.items()]
+    rows += [(f"learner, learning: {name}", size) for name, size in cost.learning.items()]
     for phase, items in cost.phases.items():
         rows += [(f"learner, {phase}: {name}", size) for name, size in items.items()]
     sampler = [(f"sampler: {name}", size) for name, size in cost.sampler.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 from sdpo.config import Run
@@ -13,6 +14,8 @@ from sdpo.models.cost import (
     bound_lengths,
     count_fused_loss,
     count_log_probs,
+    count_moments,
+    count_update,
     measure_model,
 )
 
@@ -24,8 +27,11 @@ GPUS = {
     "rollout.n_gpus_per_node": 1,
     "actor_rollout_ref.rollout.tensor_model_parallel_size": 1,
 }
-# rollout.checkpoint_engine.update_weights_bucket_megabytes: verl fills one while another is on its way.
-BUCKETS = 2 * 2048 * 2**20
+# rollout.checkpoint_engine.update_weights_bucket_megabytes
+BUCKET = 2048 * 2**20
+UTILIZATION = "actor_rollout_ref.rollout.gpu_memory_utilization"
+SHARED_UTILIZATION = 0.5  # of config/sdpo_sync.yaml
+GPU_OF_80_GB = int(79.6 * 2**30)
 
 
 def estimate_cost(run: Run, overrides: Sequence[str]) -> Cost:
@@ -50,12 +56,17 @@ def estimate_cost(run: Run, overrides: Sequence[str]) -> Cost:
         num_params=model.num_params,
         num_tower_params=model.tower.num_params if model.tower else 0,
         learner=_hold(run, model, learners),
+        learning=_hold_learning(run, model, learners),
         phases={
             "a micro-batch": _learn(run, model, lengths),
             "old log-probabilities": _score(run, model, lengths),
-            "the update": _update(run, model, learners),
+            "the update": {
+                "copies of the weights": _share(count_update(run, model, _count_averaged(run, model)), learners)
+            },
         },
-        sampler=_sample(run, model, lengths, samplers // parallel or 1, parallel),
+        sampler=_sample(run, model, lengths, samplers // parallel or 1, parallel)
+        if run.staleness
+        else _take_turns(read_utilization(overrides)),
         takes_turns=not run.staleness,
         num_learners=learners,
         num_samplers=samplers,
@@ -69,6 +80,16 @@ def read_gpus(overrides: Sequence[str]) -> dict[str, int]:
         key, _, value = override.lstrip("+").partition("=")
         if key in found and value.isdigit():
             found[key] = max(int(value), 1)
+    return found
+
+
+def read_utilization(overrides: Sequence[str]) -> float:
+    """vLLM's share of a GPU that it has in turns, as the overrides have it."""
+    found = SHARED_UTILIZATION
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        with contextlib.suppress(ValueError):  # verl refuses what is not a number
+            found = float(value) if key == UTILIZATION else found
     return found
 
 
@@ -90,21 +111,37 @@ def _averages(run: Run) -> bool:
     return run.self_distillation.distills and run.self_distillation.teacher_regularization == "ema"
 
 
+def _count_averaged(run: Run, model: ModelSize) -> int:
+    """Entries of the student that are cast for the teacher's average."""
+    return model.num_params if _averages(run) and run.model.dtype != "float32" else 0
+
+
+def _count_trained(run: Run, model: ModelSize) -> int:
+    return model.language.num_params if run.learner.freeze_vision else model.num_params
+
+
 def _hold(run: Run, model: ModelSize, num_gpus: int) -> dict[str, int]:
-    size, gathered = _sizes(run)
+    size, _ = _sizes(run)
     shards = _share(model.num_params * size, num_gpus)
     teacher = _share(model.num_params * 4, num_gpus) if _averages(run) else shards
-    has_module = _has_module(run)
+    return {
+        "student": shards,
+        "AdamW's moments": _share(count_moments(run, _count_trained(run, model)), num_gpus),
+        "teacher": teacher * _has_module(run),
+        # Of NCCL's: one is filled while another is on its way, and cupy's pool keeps both.
+        "buffers for the sampler's weights": 2 * BUCKET if run.staleness else 0,
+    }
+
+
+def _hold_learning(run: Run, model: ModelSize, num_gpus: int) -> dict[str, int]:
+    size, gathered = _sizes(run)
     layer = max(stack.num_params // stack.num_layers for stack in (model.language, model.tower) if stack is not None)
     # What is outside the layers stays gathered from forward to backward pass; of layers, one and the next. Their
     # gradients are gathered too, and cast to float32 before the ranks add them up.
-    weights = (model.outside_layers * (1 + has_module) + 2 * layer) * gathered
+    weights = (model.outside_layers * (1 + _has_module(run)) + 2 * layer) * gathered
     gradients = (model.outside_layers + 2 * layer) * (gathered + 4)
     return {
-        "student": shards,
-        "gradients": shards,
-        "AdamW's moments": 2 * shards,
-        "teacher": teacher * has_module,
+        "gradients": _share(_count_trained(run, model) * size, num_gpus),
         "gathered weights and gradients": weights + gradients,
     }
 
@@ -136,13 +173,6 @@ def _score(run: Run, model: ModelSize, lengths: Lengths) -> dict[str, int]:
     }
 
 
-def _update(run: Run, model: ModelSize, num_gpus: int) -> dict[str, int]:
-    """AdamW's square roots, then the student cast for the teacher's average, then weights to the sampler."""
-    size, _ = _sizes(run)
-    casts = model.num_params * 4 if _averages(run) and size < 4 else 0
-    return {"copies of the weights": max(_share(max(model.num_params * size, casts), num_gpus), BUCKETS)}
-
-
 def _sample(run: Run, model: ModelSize, lengths: Lengths, replicas: int, parallel: int) -> dict[str, int]:
     """vLLM's weights are bfloat16; its cache takes what ``gpu_memory_utilization`` leaves and uses this of it."""
     size = 2
@@ -151,5 +181,14 @@ def _sample(run: Run, model: ModelSize, lengths: Lengths, replicas: int, paralle
     return {
         "weights": _share(model.num_params * size, parallel),
         "key-value cache": _share(cache, parallel),
-        "weights on their way": BUCKETS if run.staleness else 0,
+        # Two buckets of NCCL's, and one between its process and vLLM's.
+        "weights on their way": 3 * BUCKET,
+    }
+
+
+def _take_turns(utilization: float) -> dict[str, int]:
+    """On the learner's GPU: vLLM takes its share whatever is needed, and gives it back while the learner learns."""
+    return {
+        "vLLM's share of a GPU of 80 GB": int(utilization * GPU_OF_80_GB),
+        "weights on their way": BUCKET,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,8 @@ from sdpo.algorithm.loss import Sums, add_sums, compute_token_weights
 from sdpo.algorithm.teacher import Teacher
 from sdpo.config import SelfDistillationConfig
 from sdpo.kernels.dispatch import compute_fused_loss, score_tokens
+from sdpo.metrics import UPDATE_ROUNDING
+from sdpo.models.optimizer import UpdateRounding, compile_on_gpus_only
 from sdpo.verl_backend.head import compute_at_head
 from sdpo.verl_backend.packing import (
     DISTILLATION_WEIGHTS,
@@ -41,6 +44,8 @@ from sdpo.verl_backend.packing import (
     repair_position_ids,
 )
 from sdpo.verl_backend.towers import compute_positions, freeze_tower, share_images
+
+logger = logging.getLogger(__name__)
 
 MODEL_TYPE = "self_distillation_language_model"
 # verl patches TRL's value head under a name that TRL 1.16 no longer has, which raises; SDPO has no value head.
@@ -57,6 +62,7 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
 
     def __init__(self, model_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(model_config, *args, **kwargs)
+        self._rounding: UpdateRounding | None = None
         model_config.model_type = "language_model"  # what verl builds modules by; ours chose this class
 
     def configure(
@@ -97,6 +103,17 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
                 checkpoint_config=CheckpointConfig(save_contents=["model"], load_contents=["model"]),
             )
         self.teacher = Teacher(module, self.config)
+
+    def _build_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+        """verl's, in one kernel where that is torch's AdamW on GPUs, which otherwise copies all of the moments."""
+        config, given = self.optimizer_config, self.optimizer_config.override_optimizer_config or {}
+        is_plain = (config.optimizer_impl, config.optimizer) == ("torch.optim", "AdamW")
+        if is_plain and get_device_name() == "cuda" and not given.keys() & {"fused", "foreach"}:
+            object.__setattr__(config, "override_optimizer_config", {**given, "fused": True})
+        optimizer: torch.optim.Optimizer = super()._build_optimizer(module)
+        if config.optimizer in ("AdamW", "AdamW8bit", "_AdamW"):
+            self._rounding = UpdateRounding(optimizer, logger.warning if dist.get_rank() == 0 else lambda text: None)
+        return optimizer
 
     def _build_teacher_module(self) -> nn.Module:
         # Shards of a moving average are float32 whatever the student's are; FSDP2 casts what it gathers.
@@ -148,12 +165,24 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
             self._teacher_checkpoints.load_checkpoint(str(saved.parent))
         self.teacher.num_steps = state["num_steps"]
 
+    def optimizer_step(self) -> float:
+        with compile_on_gpus_only(get_device_name()):
+            norm: float = super().optimizer_step()
+        return norm
+
     def step_teacher(self) -> None:
         """Let the teacher follow the student, shard by shard, once a rollout batch."""
         if self.teacher is not None:
             self.teacher.step(self.module)
 
     # Learning
+
+    def train_batch(self, data: TensorDict, loss_function: Any) -> Any:
+        output = super().train_batch(data, loss_function)
+        lost = self._rounding.take() if self._rounding is not None else None
+        if lost is not None:
+            output["metrics"][UPDATE_ROUNDING] = lost
+        return output
 
     def forward_backward_batch(self, data: TensorDict, loss_function: Any, forward_only: bool = False) -> Any:
         repair_position_ids(data)

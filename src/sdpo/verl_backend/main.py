@@ -67,12 +67,15 @@ def _check_model(config: DictConfig) -> None:
     from transformers import AutoConfig
 
     from sdpo.config import ModelConfig
-    from sdpo.models.loading import reads_images
+    from sdpo.models.loading import build_meta_model, get_window, reads_images
     from sdpo.verl_backend.requirements import check_sampler_reads
 
     model = config.actor_rollout_ref.model
     path = os.path.expanduser(model.path)
     try:
+        _limit_length(
+            config, get_window(build_meta_model(ModelConfig(path=path, trust_remote_code=model.trust_remote_code)))
+        )
         if reads_images(ModelConfig(path=path, trust_remote_code=model.trust_remote_code)):
             _check_processor(path, trust_remote_code=model.trust_remote_code)
         elif config.actor_rollout_ref.actor.freeze_vision_tower:
@@ -81,6 +84,14 @@ def _check_model(config: DictConfig) -> None:
         raise UserError(f"actor_rollout_ref.{error}") from error
     if config.actor_rollout_ref.rollout.name == "vllm":
         check_sampler_reads(AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code), model.path)
+
+
+def _limit_length(config: DictConfig, window: int | None) -> None:
+    """Let the sampler make room for the longest sequence; by itself vLLM makes it for all that the model can read."""
+    rollout = config.actor_rollout_ref.rollout
+    if rollout.max_model_len is None:
+        longest = rollout.prompt_length + rollout.response_length
+        rollout.max_model_len = longest if window is None else min(longest, window)
 
 
 def _check_processor(path: str, *, trust_remote_code: bool) -> None:

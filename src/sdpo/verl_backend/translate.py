@@ -13,6 +13,7 @@ from typing import Any
 from sdpo.config import HealthConfig, Run, SelfDistillationConfig, flatten_keys, get_setting, iterate_settings
 from sdpo.errors import UserError
 from sdpo.models.loading import looks_local
+from sdpo.models.optimizer import choose_optimizer
 
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
@@ -134,7 +135,12 @@ def _policy(run: Run) -> dict[str, Any]:
 
 def _learning(run: Run) -> dict[str, Any]:
     level = run.learner.rollout_is
+    module, optimizer, arguments = choose_optimizer(run.optim)
     return {
+        f"{ACTOR}.optim.optimizer_impl": module,
+        f"{ACTOR}.optim.optimizer": optimizer,
+        # verl's default is null, below which only ++ can add
+        **{f"++{ACTOR}.optim.override_optimizer_config.{name}": value for name, value in arguments.items()},
         f"{ACTOR}.ppo_mini_batch_size": run.learner.mini_batch_size or run.data.train_batch_size,
         f"{ACTOR}.ppo_max_token_len_per_gpu": run.learner.micro_batch_tokens,
         f"{ROLLOUT}.log_prob_max_token_len_per_gpu": run.learner.micro_batch_tokens,

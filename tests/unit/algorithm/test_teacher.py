@@ -74,6 +74,36 @@ def test_any_iterable_and_several_tensors() -> None:
     sdpo.update_teacher_ema([], [], 0.5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("at_once", [1, 7, 100, 5000])
+def test_slices_and_groups_change_no_bit(dtype: torch.dtype, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(97, 53), (), (5,), (0, 3), (1, 301), (31, 3, 7), (4097,)]
+    teachers = [torch.randn(shape, generator=generator) for shape in shapes]
+    students = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    expected = [teacher.clone() for teacher in teachers]
+    torch._foreach_lerp_(expected, [student.float() for student in students], 0.05)
+    monkeypatch.setattr("sdpo.algorithm.teacher.ENTRIES_AT_ONCE", at_once)
+    sdpo.update_teacher_ema(teachers, students, 0.05)
+    for one, other in zip(teachers, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_no_more_of_a_student_is_cast_at_once_than_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+    lerp = torch._foreach_lerp_
+
+    def count(teachers: list[Tensor], students: list[Tensor], rate: float) -> None:
+        counts.append(sum(student.numel() for student in students))
+        lerp(teachers, students, rate)
+
+    monkeypatch.setattr("sdpo.algorithm.teacher.ENTRIES_AT_ONCE", 1000)
+    monkeypatch.setattr(torch, "_foreach_lerp_", count)
+    shapes = [(300, 20), (10, 10), (10, 10), (3, 1000)]
+    sdpo.update_teacher_ema([torch.zeros(s) for s in shapes], [torch.ones(s).bfloat16() for s in shapes], 0.5)
+    assert counts == [1000] * 6 + [200, *[1000] * 3]
+
+
 @pytest.mark.parametrize(
     ("teacher", "student", "rate", "message"),
     [

@@ -32,7 +32,8 @@ def test_weights_and_moments_are_as_large_as_they_turn_out(
     make_model().save_pretrained(tmp_path / "model")
     run = make_run(data__max_prompt_length=24)
     cost = estimate_cost(run)
-    assert cost.phases["the update"]["copies of the weights"] == cost.learner["student"]
+    largest = max(p.numel() for p in make_model().parameters())
+    assert cost.phases["the update"]["copies of the weights"] == 2 * 4 * largest
     learner = Learner(make_model(), run, 0)
     learner.learn(make_samples())
     size = sum(p.numel() * p.element_size() for p in learner.student.parameters())
@@ -40,7 +41,7 @@ def test_weights_and_moments_are_as_large_as_they_turn_out(
         state[name].numel() * 4 for state in learner.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")
     )
     assert cost.num_params == sum(p.numel() for p in learner.student.parameters())
-    assert cost.learner["student"] == cost.learner["teacher"] == cost.learner["gradients"] == size
+    assert cost.learner["student"] == cost.learner["teacher"] == cost.learning["gradients"] == size
     assert cost.learner["AdamW's moments"] == moments
     assert cost.tokens_a_step == 2 * 3 * (24 + 8)
     assert cost.sampler["weights"] == 0, "it samples with the student itself"
@@ -52,8 +53,10 @@ def test_weights_and_moments_are_as_large_as_they_turn_out(
         ({"staleness": 1}, "sampler", "weights", 1),
         ({"self_distillation__teacher_regularization": "live"}, "learner", "teacher", 0),
         ({"self_distillation__grpo_coef": 1.0}, "learner", "teacher", 0),
-        ({"model__dtype": "bfloat16"}, "learner", "student", 0.5),
-        ({"model__dtype": "bfloat16"}, "learner", "teacher's float32 average", 1),
+        ({"model__dtype": "bfloat16", "optim__beta2": 0.95}, "learner", "student", 0.5),
+        ({"model__dtype": "bfloat16", "optim__beta2": 0.95}, "learner", "teacher's float32 average", 1),
+        ({"learner__autocast": True}, "sampler", "weights", 0.5),
+        ({"optim__name": "adamw_8bit"}, "learner", "AdamW's moments", 0.5 * (1 + 4 / 256)),
     ],
 )
 def test_what_settings_change(
@@ -68,7 +71,7 @@ def test_what_settings_change(
     make_model().save_pretrained(tmp_path / "model")
     cost = estimate_cost(make_run(**settings))
     assert cost.num_params is not None
-    assert getattr(cost, role)[item] == factor * 4 * cost.num_params
+    assert getattr(cost, role)[item] == pytest.approx(factor * 4 * cost.num_params, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -103,17 +106,19 @@ def test_the_cache_holds_keys_and_values_of_all_that_is_decoded_side_by_side(
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_frozen_tower_has_weights_and_nothing_else(make_run: MakeRun, frozen: bool) -> None:
-    cost = estimate_cost(make_run(model__path=str(GOLDEN), model__dtype="bfloat16", learner__freeze_vision=frozen))
+    half = {"model__dtype": "bfloat16", "optim__beta2": 0.95}
+    cost = estimate_cost(make_run(model__path=str(GOLDEN), learner__freeze_vision=frozen, **half))
     language, tower = 3_085_938_688, 668_684_288
     trained = language + tower * (not frozen)
     assert (cost.num_params, cost.num_tower_params) == (language + tower, tower)
     assert cost.learner["student"] == cost.learner["teacher"] == 2 * (language + tower)
-    assert cost.learner["gradients"] == 2 * trained
+    assert cost.learning["gradients"] == 2 * trained
     assert cost.learner["AdamW's moments"] == 4 * trained
     assert cost.learner["teacher's float32 average"] == 4 * (language + tower)
     # 2 prompts of 2048 tokens, all of them of images, 2048 values each: the student's, their gradient, the teacher's
     assert cost.learner["features of a step's images"] == 2 * 2048 * 2048 * 2 * (1 if frozen else 3)
-    assert cost.phases["the update"] == {"copies of the weights": 4 * (language + tower)}
+    # AdamW's two tensors for the embeddings; a slice of the student in float32 is smaller.
+    assert cost.phases["the update"] == {"copies of the weights": 2 * 2 * 151_936 * 2048} and 2**26 < 151_936 * 2048
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -142,7 +147,8 @@ def test_adapters_and_what_follows_them_are_as_large_as_they_turn_out(
     shared = {param.data_ptr() for param in student.parameters()}
     own = [param for param in module.parameters() if param.data_ptr() not in shared] if module is not None else []
     assert cost.learner["student"] == size(student.parameters())
-    assert cost.learner["gradients"] == size(p.grad for p in student.parameters() if p.grad is not None) > 0
+    assert cost.learning["gradients"] == size(p for p in student.parameters() if p.requires_grad) > 0
+    assert all(p.grad is None for p in student.parameters()), "sampling has their memory"
     moments = [state[name] for state in learner.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     assert cost.learner["AdamW's moments"] == size(moments)
     assert cost.learner["teacher"] == size(own)
@@ -151,16 +157,18 @@ def test_adapters_and_what_follows_them_are_as_large_as_they_turn_out(
 
 def test_phases_follow_each_other_and_do_not_add_up() -> None:
     phases = {"a": {"x": 5, "y": 1}, "b": {"x": 7}}
-    cost = Cost(1, 1, learner={"held": 10, "more": 2}, phases=phases, sampler={"cache": 9})
-    assert cost.learner_peak == 12 + 9, "sampling is the worst phase of all"
-    assert replace(cost, takes_turns=False).learner_peak == 12 + 7
+    cost = Cost(1, 1, learner={"held": 10, "more": 2}, learning={"g": 1}, phases=phases, sampler={"cache": 9})
+    assert cost.learner_peak == 12 + 9, "sampling is the worst phase of all, without gradients"
+    assert replace(cost, learning={"g": 3}).learner_peak == 12 + 3 + 7
+    assert replace(cost, takes_turns=False).learner_peak == 12 + 1 + 7
     assert list_memory(replace(cost, takes_turns=False)) == [
         ("learner: held", 10),
         ("learner: more", 2),
+        ("learner, learning: g", 1),
         ("learner, a: x", 5),
         ("learner, a: y", 1),
         ("learner, b: x", 7),
-        ("learner, at once", 19),
+        ("learner, at once", 20),
         ("sampler: cache", 9),
         ("sampler, at once", 9),
     ]
@@ -178,7 +186,9 @@ def test_logits_take_the_same_however_many_tokens_there_are(
     """Next to its logits the rest of this model is nothing: all of them would be 12 and 50 MB, several times over."""
     many, peaks = 16_384, []
     for num_samples in (6, 24):
-        run = make_run(sampler__max_response_length=32, model__dtype=dtype, self_distillation__alpha=0.5)
+        run = make_run(
+            sampler__max_response_length=32, model__dtype=dtype, optim__beta2=0.95, self_distillation__alpha=0.5
+        )
         learner = Learner(make_model(vocab_size=many, dtype=getattr(torch, dtype)), run, 0)
         samples = [make_sample([3, 4], range(3, 35), [3, 4, 5]) for _ in range(num_samples)]
         learner.learn(samples)
@@ -226,7 +236,7 @@ def test_a_step_stays_below_what_was_said_of_it(
     learner = Learner(model, run, 0)
     samples = [make_sample([5] * 64, [3 + i] * 64, [6] * 64) for i in range(12)]
     learner.learn(samples)
-    bound = sum(cost.phases["a micro-batch"].values()) + cost.learner["gradients"]
+    bound = sum(cost.phases["a micro-batch"].values()) + cost.learning["gradients"]
     assert bound / (8 if rank else 6) < count_peak(lambda: learner.learn(samples)) <= bound
 
 

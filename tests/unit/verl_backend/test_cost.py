@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sdpo.config import Run
-from sdpo.verl_backend.cost import BUCKETS, estimate_cost, read_gpus
+from sdpo.verl_backend.cost import BUCKET, GPU_OF_80_GB, estimate_cost, read_gpus, read_utilization
 from sdpo.verl_backend.translate import translate
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "qwen2_5_vl_3b"
@@ -21,7 +21,7 @@ GIB = 2**30
 @pytest.fixture
 def estimate(make_run: Callable[..., Run]) -> Callable[..., Any]:
     def estimate(*overrides: str, **settings: Any) -> Any:
-        run = make_run(**{"model__path": str(GOLDEN), "staleness": 1, **settings})
+        run = make_run(**{"model__path": str(GOLDEN), "staleness": 1, "optim__beta2": 0.95, **settings})
         return estimate_cost(run, [*translate(run).overrides, *overrides])
 
     return estimate
@@ -56,7 +56,7 @@ def test_what_is_sharded(
     )
     assert (cost.num_params, cost.num_tower_params, cost.num_learners) == (PARAMS, TOWER, 8)
     share = PARAMS // 8
-    assert cost.learner["student"] == cost.learner["gradients"] == share * student_size
+    assert cost.learner["student"] == cost.learning["gradients"] == share * student_size
     assert cost.learner["AdamW's moments"] == 2 * share * student_size
     assert cost.learner["teacher"] == share * teacher_size
 
@@ -68,15 +68,35 @@ def test_what_is_gathered_is_as_large_on_every_gpu(estimate: Callable[..., Any])
     name = "gathered weights and gradients"
     # The largest layer is the language model's, embeddings counted in; weights bfloat16, gradients float32 as well.
     layer = (PARAMS - TOWER) // 36
-    assert one.learner[name] == (2 * OUTSIDE + 2 * layer) * 2 + (OUTSIDE + 2 * layer) * 6
-    assert one.learner[name] == eight.learner[name]
+    assert one.learning[name] == (2 * OUTSIDE + 2 * layer) * 2 + (OUTSIDE + 2 * layer) * 6
+    assert one.learning[name] == eight.learning[name]
     assert one.phases["a micro-batch"] == eight.phases["a micro-batch"]
 
 
-def test_the_update_casts_a_bfloat16_student_and_sends_its_weights(estimate: Callable[..., Any]) -> None:
-    assert estimate(model__dtype="bfloat16").phases["the update"] == {"copies of the weights": PARAMS * 4}
-    few = estimate("trainer.n_gpus_per_node=8", model__dtype="bfloat16")
-    assert few.phases["the update"] == {"copies of the weights": BUCKETS} == {"copies of the weights": 4 * GIB}
+def test_the_update_makes_two_tensors_of_the_largest_parameters_size(estimate: Callable[..., Any]) -> None:
+    embeddings = 151_936 * 2048
+    assert estimate().phases["the update"] == {"copies of the weights": 2 * 4 * embeddings}
+    shards = estimate("trainer.n_gpus_per_node=8").phases["the update"]
+    assert shards == {"copies of the weights": embeddings}
+
+
+def test_weights_on_their_way_take_buckets_on_both_sides(estimate: Callable[..., Any]) -> None:
+    cost = estimate()
+    assert BUCKET == 2 * GIB
+    assert cost.learner["buffers for the sampler's weights"] == 2 * BUCKET, "cupy's pool keeps them"
+    assert cost.sampler["weights on their way"] == 3 * BUCKET, "NCCL's two, and one to vLLM's process"
+
+
+def test_a_frozen_tower_has_no_gradients_and_no_moments(estimate: Callable[..., Any]) -> None:
+    cost = estimate(learner__freeze_vision=True)
+    assert cost.learner["student"] == cost.learner["teacher"] == 4 * PARAMS
+    assert cost.learning["gradients"] == 4 * (PARAMS - TOWER)
+    assert cost.learner["AdamW's moments"] == 8 * (PARAMS - TOWER)
+
+
+def test_moments_of_8_bits_have_a_scale_for_every_256(estimate: Callable[..., Any]) -> None:
+    cost = estimate(optim__name="adamw_8bit")
+    assert cost.learner["AdamW's moments"] == 2 * (PARAMS + 4 * (PARAMS // 256))
 
 
 def test_sequences_are_shared_out_and_heads_are_cut(estimate: Callable[..., Any]) -> None:
@@ -95,6 +115,19 @@ def test_sequences_are_shared_out_and_heads_are_cut(estimate: Callable[..., Any]
 def test_taking_turns_the_gpus_that_train_sample(estimate: Callable[..., Any]) -> None:
     cost = estimate("trainer.n_gpus_per_node=4", staleness=0)
     assert cost.takes_turns and cost.num_samplers == 4
+    assert cost.sampler == {"vLLM's share of a GPU of 80 GB": int(0.5 * GPU_OF_80_GB), "weights on their way": BUCKET}
+    assert "buffers for the sampler's weights" not in {name for name, size in cost.learner.items() if size}
+    one = estimate("actor_rollout_ref.rollout.gpu_memory_utilization=0.25", staleness=0)
+    assert one.learner_peak == max(
+        sum(one.learner.values()) + GPU_OF_80_GB // 4 + BUCKET,
+        sum(one.learner.values()) + sum(one.learning.values()) + max(sum(p.values()) for p in one.phases.values()),
+    ), "vLLM sleeps while it learns, and gradients are gone while it samples"
+
+
+def test_the_last_share_of_vllm_counts() -> None:
+    key = "actor_rollout_ref.rollout.gpu_memory_utilization"
+    assert read_utilization([]) == 0.5
+    assert read_utilization([f"{key}=0.7", f"++{key}=0.3", f"x.{key}=0.9", f"{key}=${{oc.env:N}}"]) == 0.3
 
 
 @pytest.mark.parametrize(
