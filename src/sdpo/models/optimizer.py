@@ -90,15 +90,15 @@ class UpdateRounding:
         self._tell = tell
         self._at_random = bool(getattr(optimizer, "bf16_stochastic_round", False))
         half = [
-            (param, group)
-            for group in optimizer.param_groups
+            (param, number)  # of its group: the groups themselves are others once a state was loaded
+            for number, group in enumerate(optimizer.param_groups)
             for param in group["params"]
             if param.requires_grad and param.dtype in _HALF
         ]
         sizes = [_local(param).numel() for param, _ in half]
         self._entries = [
-            (param, group, places)
-            for (param, group), places in zip(half, _draw_places(sizes, NUM_SAMPLED, seed), strict=True)
+            (param, number, places)
+            for (param, number), places in zip(half, _draw_places(sizes, NUM_SAMPLED, seed), strict=True)
             if len(places)
         ]
         self._asked: list[tuple[Tensor, ...]] = []
@@ -144,7 +144,7 @@ class UpdateRounding:
 
     @torch.no_grad()
     def _remember(self) -> None:
-        self._entries = [(p, group, places.to(_local(p).device)) for p, group, places in self._entries]
+        self._entries = [(p, number, places.to(_local(p).device)) for p, number, places in self._entries]
         self._asked = [self._compute_update(*entry) for entry in self._entries if entry[0].grad is not None]
 
     @torch.no_grad()
@@ -155,10 +155,11 @@ class UpdateRounding:
             kept = torch.stack([(moved * update).sum() for moved, update in pairs]).sum()
             self._measured = torch.stack([kept, torch.stack([update.square().sum() for _, update in pairs]).sum()])
 
-    def _compute_update(self, param: Tensor, group: dict[str, Any], places: Tensor) -> tuple[Tensor, ...]:
+    def _compute_update(self, param: Tensor, number: int, places: Tensor) -> tuple[Tensor, ...]:
         """Parameter, places, its entries and what AdamW's step, in float32, adds to them."""
         assert param.grad is not None
         before, gradient, state = _take(param, places), _take(param.grad, places), self._optimizer.state[param]
+        group = self._optimizer.param_groups[number]
         beta1, beta2 = group["betas"]
         lr = torch.as_tensor(group["lr"]).to(before.device)
         step = torch.as_tensor(state.get("step", 0.0)).to(before.device) + 1

@@ -90,19 +90,38 @@ def assert_equal(one: Any, two: Any) -> None:
         assert len(one) == len(two)
         for pair in zip(one, two, strict=True):
             assert_equal(*pair)
+    elif hasattr(one, "codes"):  # a moment of 8 bits
+        assert torch.equal(one.codes, two.codes) and torch.equal(one.scale, two.scale)
     elif isinstance(one, torch.Tensor):
         assert torch.equal(one, two)
     else:
         assert one == two
 
 
+HALF = {"model__dtype": "bfloat16", "optim__beta2": 0.95}
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bfloat16": HALF,
+    "8-bit": {"learner__autocast": True, "optim__name": "adamw_8bit"},
+    "random": {**HALF, "optim__stochastic_rounding": True},
+    "8-bit random": {**HALF, "optim__name": "adamw_8bit", "optim__stochastic_rounding": True},
+}
+
+
 @pytest.mark.parametrize("staleness", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("killed_in", [2, 4])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_killed_run_goes_on_to_the_same_end(
-    make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, staleness: int, killed_in: int, dtype: str
+    make_task_run: MakeRun,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    staleness: int,
+    killed_in: int,
+    precision: str,
 ) -> None:
-    settings = {**SETTINGS, "staleness": staleness, "save_every": 1, "model__dtype": dtype}
+    if precision not in ("float32", "bfloat16"):
+        pytest.importorskip("torchao")
+    settings = {**SETTINGS, "staleness": staleness, "save_every": 1, **PRECISIONS[precision]}
     whole = make_task_run(**settings, run_dir=str(tmp_path / "whole"))
     train(whole)
     run = make_task_run(**settings, run_dir=str(tmp_path / "killed"))

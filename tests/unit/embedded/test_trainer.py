@@ -319,7 +319,12 @@ def test_what_is_written_when(make_task_run: MakeRun) -> None:
 
 def test_every_metric_has_a_description(make_task_run: MakeRun) -> None:
     run = make_task_run(
-        self_distillation__grpo_coef=0.5, learner__mini_batch_size=2, eval__n=2, health__kl_to_initial_every=1
+        model__dtype="bfloat16",
+        optim__beta2=0.95,
+        self_distillation__grpo_coef=0.5,
+        learner__mini_batch_size=2,
+        eval__n=2,
+        health__kl_to_initial_every=1,
     )
     train(run)
     names = {name for row in rows_of(run.run_dir) for name in row}
