@@ -32,7 +32,7 @@ def test_the_smoke_test_of_the_recipe(start: Train, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("SMOKE_DIR", str(tmp_path / "smoke"))
     running = start("bash", str(ROOT / "recipe" / "SDPO" / "train.sh"))
     assert running.wait() == 0, running.tail()
-    assert "6 of 6 checks passed" in running.tail()
+    assert "7 of 7 checks passed" in running.tail()
 
 
 def load_state(run_dir: Path, step: int) -> dict[str, torch.Tensor]:

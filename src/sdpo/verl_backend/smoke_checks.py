@@ -95,21 +95,28 @@ def check_sampler(run: Finished) -> str:
 
 
 def check_teacher(run: Finished) -> str:
-    """The teacher is the moving average of the students, and both have moved."""
-    error, moved = 0.0, []
+    """The teacher moves towards the student by the rate of the moving average, and both have moved."""
+    along = length = error = 0.0
+    moved = []
     for step in range(2, STEPS + 1):
-        before, student = load_weights(run.folder, step - 1, teacher=True), load_weights(run.folder, step)
-        saved, earlier = load_weights(run.folder, step, teacher=True), load_weights(run.folder, step - 1)
+        before, saved = (load_weights(run.folder, k, teacher=True) for k in (step - 1, step))
+        earlier, student = (load_weights(run.folder, k) for k in (step - 1, step))
         for name, value in before.items():
-            expected = (1 - EMA_RATE) * value + EMA_RATE * student[name].float()
-            error = max(error, float((saved[name] - expected).abs().max()))
+            distance, move = (weights[name].double() - value.double() for weights in (student, saved))
+            error = max(error, float((move - EMA_RATE * distance).abs().max()))
+            along += float((move * distance).sum())
+            length += float(distance.square().sum())
         moved += [
             max(float((new[name].float() - old[name].float()).abs().max()) for name in old)
             for old, new in ((before, saved), (earlier, student))
         ]
-    if error > 1e-6 or min(moved) < 1e-5:
-        raise AssertionError(f"off the moving average by {error:.1e}, moved by {min(moved):.1e}")
-    return f"teacher follows the moving average to {error:.1e} (largest move a step {max(moved):.1e})"
+    rate = along / length if length else 0.0
+    if abs(rate / EMA_RATE - 1) > 1e-3 or error > 1e-6 or min(moved) < 1e-5:
+        raise AssertionError(
+            f"it moves by {rate:.5f} of the distance instead of {EMA_RATE}, off the moving average by {error:.1e}; "
+            f"least move of teacher and student {min(moved):.1e}"
+        )
+    return f"teacher moves by {rate:.5f} of the distance, off the moving average by {error:.1e} at most"
 
 
 def check_batch_ahead(run: Finished) -> str:
