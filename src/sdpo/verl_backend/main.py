@@ -24,6 +24,7 @@ from sdpo.errors import UserError
 
 USAGE = "usage: python -m sdpo.verl_backend.main [--config-name NAME] [--cfg] [key=value ...]"
 CPU = "+device=cpu"
+INVENTED_RESOURCES = ("num_cpus", "num_gpus", "object_store_memory")  # in cpu/config/device/cpu.yaml
 # verl's own files name a folder of its sources here, which an installed verl does not have.
 SEARCH_PATH = "hydra.searchpath=[pkg://verl.trainer.config,pkg://sdpo.verl_backend.cpu.config]"
 
@@ -114,8 +115,11 @@ def run(config: DictConfig) -> None:
         UserError: this machine lacks something, or the model cannot be loaded or used, and Ray has not been started; or
             the data do not fit the model.
     """
-    from sdpo.verl_backend.requirements import check_machine
+    from sdpo.verl_backend.requirements import check_machine, joins_cluster
 
+    if config.trainer.device == "cpu" and joins_cluster(config):
+        for name in INVENTED_RESOURCES:  # a cluster that runs already has its own, and ray.init refuses others
+            config.ray_kwargs.ray_init[name] = None
     check_machine(config)
     _check_model(config)
     metrics = os.environ.get("VERL_FILE_LOGGER_PATH")

@@ -32,7 +32,7 @@ def check_machine(config: DictConfig) -> None:
 
 def _find_problems(config: DictConfig) -> Iterator[str]:
     rollout, optim = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor.optim
-    if not _joins_cluster(config):
+    if not joins_cluster(config):
         yield from _find_missing_devices(config)
     if rollout.name == "vllm" and not _is_installed("vllm"):
         yield f"{ROLLOUT}.name=vllm: vLLM is not installed; pip install 'sdpo[verl,vllm]'"
@@ -51,7 +51,7 @@ def _find_problems(config: DictConfig) -> Iterator[str]:
         yield f"{OPTIM}.optimizer_impl={optim.optimizer_impl}: {package} is not installed; pip install {package}"
 
 
-def _joins_cluster(config: DictConfig) -> bool:
+def joins_cluster(config: DictConfig) -> bool:
     """Whether ``ray.init`` will connect to a cluster that runs already."""
     address = config.ray_kwargs.ray_init.get("address")
     return bool(address or os.environ.get("RAY_ADDRESS") or read_ray_address())

@@ -119,6 +119,7 @@ def build_overrides(part: Part, folder: Path, end: int) -> list[str]:
         f"{actor}.optim.lr": 1e-3,
         f"{actor}.optim.lr_warmup_steps": 0,
         **{f"{actor}.self_distillation.{name}": value for name, value in checks.DISTILLATION.items()},
+        "transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
         "trainer.total_training_steps": end,
         "trainer.total_epochs": STEPS,  # V1 trainers end with whichever comes first
         "trainer.test_freq": STEPS,

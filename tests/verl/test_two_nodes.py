@@ -1,0 +1,131 @@
+"""``configs/geo3k_2nodes.yaml`` as its page says, on two Ray nodes: two raylets of one machine, with made-up GPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from sdpo import metrics
+from sdpo.tasks.figures import Figures
+
+ROOT = Path(__file__).parents[2]
+RAY = str(Path(sys.executable).with_name("ray"))
+
+Start = Callable[..., Any]
+
+
+class Nodes:
+    """A Ray head, and nodes that join it; each a raylet in a process group of its own, with one made-up GPU."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self.folder = folder
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.add("--head", f"--port={self.address.partition(':')[2]}", "--include-dashboard=false")
+        self.wait_for(1)
+
+    def add(self, *arguments: str) -> subprocess.Popen[bytes]:
+        arguments = arguments or (f"--address={self.address}",)
+        command = [RAY, "start", "--block", "--num-gpus=1", "--num-cpus=16", "--object-store-memory=200000000"]
+        with (self.folder / f"node{len(self.processes)}.log").open("w") as log:
+            node = subprocess.Popen(
+                [*command, "--disable-usage-stats", *arguments], stdout=log, stderr=log, start_new_session=True
+            )
+        self.processes.append(node)
+        return node
+
+    def wait_for(self, count: int) -> None:
+        code = f"import ray; ray.init(address={self.address!r}, log_to_driver=False, logging_level=40); "
+        code += "print(sum(node['Alive'] for node in ray.nodes()))"
+        end = time.monotonic() + 120
+        while time.monotonic() < end:
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+            if done.stdout.split()[-1:] == [str(count)]:
+                return
+            time.sleep(1)
+        raise TimeoutError(f"no {count} nodes: {done.stdout} {done.stderr[-2000:]}")
+
+    def kill(self, node: subprocess.Popen[bytes]) -> None:
+        """As when the machine loses power: no process of the node can report anything."""
+        family = [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(family, timeout=30)
+
+
+@pytest.fixture
+def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
+    # What main.py sets for a cluster that it starts itself; a cluster that runs already needs it before.
+    for name, value in {
+        "VERL_PLATFORM": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }.items():
+        monkeypatch.setenv(name, value)
+    cluster = Nodes(tmp_path)
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    yield cluster
+    for node in cluster.processes:
+        if node.poll() is None:
+            cluster.kill(node)
+
+
+def test_a_run_on_two_nodes_outlives_one(
+    nodes: Nodes, start: Start, tmp_path: Path, metrics_of: Callable[[Path], dict[int, dict[str, Any]]]
+) -> None:
+    task, run = tmp_path / "task", tmp_path / "run"
+    Figures(str(task), pretrain_steps=0, num_train=64, num_test=4).prepare()
+    settings = {
+        "run_dir": run,
+        "model.path": task / "model",
+        "data.task": "figures",
+        "data.task_args.dir": task,
+        "data.task_args.pretrain_steps": 0,
+        "data.task_args.num_train": 64,
+        "data.task_args.num_test": 4,
+        "data.train_files": f"[{task}/train.parquet]",
+        "data.val_files": f"[{task}/test.parquet]",
+        "data.train_batch_size": 4,
+        "sampler.n": 2,
+        "sampler.max_response_length": 8,
+        "eval_every": 0,
+        "eval.before_training": "false",
+        "save_every": 1,
+        "rollout.n_gpus_per_node": 1,
+        "trainer.n_gpus_per_node": 1,
+    }
+
+    def train(total_steps: int, resume: str) -> Any:
+        overrides = [f"{key}={value}" for key, value in settings.items()]
+        file = str(ROOT / "configs" / "geo3k_2nodes.yaml")
+        command = [sys.executable, "-m", "sdpo.cli", "verl", file, *overrides]
+        return start(*command, f"total_steps={total_steps}", f"resume={resume}")
+
+    worker = nodes.add()
+    nodes.wait_for(2)
+    running = train(50, "never")
+    assert running.wait(until=lambda: (run / "checkpoints/global_step_2/prefetched.pt").exists()) is None, (
+        running.tail()
+    )
+    nodes.kill(worker)
+    assert running.wait() not in (None, 0), "a run without one of its nodes must not end as if all were well"
+    steps = len(list((run / "checkpoints").glob("global_step_*")))
+
+    nodes.add()
+    nodes.wait_for(2)
+    running = train(steps + 2, "auto")
+    assert running.wait() == 0, running.tail()
+    rows = metrics_of(run)
+    assert all(rows[step][metrics.DISTILLATION_LOSS] > 0 for step in range(1, steps + 3))
