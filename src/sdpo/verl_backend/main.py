@@ -74,7 +74,7 @@ def _check_model(config: DictConfig) -> None:
     model = config.actor_rollout_ref.model
     path = os.path.expanduser(model.path)
     try:
-        _limit_length(
+        limit_length(
             config, get_window(build_meta_model(ModelConfig(path=path, trust_remote_code=model.trust_remote_code)))
         )
         if reads_images(ModelConfig(path=path, trust_remote_code=model.trust_remote_code)):
@@ -87,7 +87,7 @@ def _check_model(config: DictConfig) -> None:
         check_sampler_reads(AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code), model.path)
 
 
-def _limit_length(config: DictConfig, window: int | None) -> None:
+def limit_length(config: DictConfig, window: int | None) -> None:
     """Let the sampler make room for the longest sequence; by itself vLLM makes it for all that the model can read."""
     rollout = config.actor_rollout_ref.rollout
     if rollout.max_model_len is None:

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -133,6 +135,22 @@ def test_a_killed_run_goes_on_to_the_same_end(
     train(replace(run, resume="must"), listening)
     assert listening.messages[0].startswith(f"going on after step {killed_in - 1} from ")
     assert_same_end(run, whole)
+
+
+def test_another_process_knows_the_moments_of_8_bits(make_task_run: MakeRun) -> None:
+    """``torch.load`` takes them only where torchao is imported, which transformers does."""
+    pytest.importorskip("torchao")
+    run = make_task_run(**SETTINGS, optim__name="adamw_8bit", staleness=0)
+    train(run)
+    folder = Path(run.run_dir) / "checkpoints" / f"step_{run.total_steps}"
+    code = (
+        "import sys; from pathlib import Path; from sdpo.embedded.training_state import TrainingState;"
+        "state = TrainingState.load(Path(sys.argv[1]));"
+        "print(sum(hasattr(s['exp_avg'], 'codes') for s in state.learner['moments'].values()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[-1]) > 0
 
 
 # --- signals

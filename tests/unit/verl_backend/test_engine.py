@@ -12,10 +12,12 @@ import torch
 from transformers import PreTrainedModel
 
 from sdpo.embedded.samples import Sample
+from sdpo.metrics import UPDATE_ROUNDING
 from sdpo.tasks.hidden_rule import build_tokenizer
 
 BUDGET = 60
 VOCABULARY = 20_000
+SMALL = {"optimizer_impl": "torchao.optim", "optimizer": "AdamW8bit"}
 BFLOAT16 = {"param_dtype": "bf16", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
 
 
@@ -77,6 +79,7 @@ def results(
         "offloaded": {**base, "engine": {"param_offload": True, "optimizer_offload": True}},
         "kept gathered": {**base, "engine": {"reshard_after_forward": False}},
         "half precision": {**base, "engine": {"model_dtype": "bf16"}},
+        "half precision, little by little": {**base, "lr": 1e-6, "engine": {"model_dtype": "bf16"}},
         "bfloat16 products": {**base, "engine": {"mixed_precision": BFLOAT16}},
         "rejected": {**base, "batches": [rejected]},
         "without them": {**base, "batches": [pad_for_verl(samples[:6], old[:6], 2.0)], "mini_batch_size": 6},
@@ -128,12 +131,14 @@ def test_logits_of_all_tokens_are_never_there(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ema", "snapshot"])
+@pytest.mark.parametrize(("kind", "optim"), [("ema", {}), ("snapshot", {}), ("ema", SMALL)])
 def test_a_checkpoint_goes_on_as_if_it_had_not_stopped(
-    kind: str, base: dict[str, Any], train_on_verl: Callable[..., dict[str, Any]], tmp_path: Path
+    kind: str, optim: dict[str, Any], base: dict[str, Any], train_on_verl: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
+    if optim:
+        pytest.importorskip("torchao")
     settings = {"teacher_regularization": kind, "teacher_snapshot_every": 3}
-    case = {**base, "settings": settings, "checkpoint": str(tmp_path / "checkpoint")}
+    case = {**base, "settings": settings, "optim": optim, "checkpoint": str(tmp_path / "checkpoint")}
     result = train_on_verl({kind: case}, 2)[kind]
     assert result["loaded_steps"] == 2
     for name, value in result["teacher"].items():
@@ -170,6 +175,15 @@ def test_the_average_of_a_student_in_half_precision_is_kept_in_float32(results: 
         for student in result["students"]:
             teacher = 0.95 * teacher + 0.05 * student[name].float()
         torch.testing.assert_close(result["teacher"][name], teacher, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_what_rounding_takes_is_measured_where_weights_are_rounded(results: dict[str, Any]) -> None:
+    small = [values[UPDATE_ROUNDING] for values in results["half precision, little by little"]["metrics"]]
+    large = [values[UPDATE_ROUNDING] for values in results["half precision"]["metrics"]]
+    assert all(lost > 0.9 for (lost,) in small)
+    assert all(lost < 0.5 for (lost,) in large)
+    assert all(UPDATE_ROUNDING not in values for values in results["plain"]["metrics"])
 
 
 @pytest.mark.slow

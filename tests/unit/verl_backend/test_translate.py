@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sdpo.config import Run, load_run
 from sdpo.errors import UserError
 from sdpo.verl_backend.launch import build_command
-from sdpo.verl_backend.main import compose_config
+from sdpo.verl_backend.main import compose_config, limit_length
 from sdpo.verl_backend.settings import read_self_distillation
 from sdpo.verl_backend.translate import quote, translate
 
@@ -108,6 +108,43 @@ def test_a_run_says_the_same_on_verl(
     assert config.trainer.logger == ["console", "file", "tensorboard"]
     assert config.data.train_files == [str(hidden_rule_dir / "train.parquet")]
     assert config.reward.custom_reward_function.reward_kwargs.task == "hidden_rule"
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, ("torch.optim", "AdamW", None)),
+        ({"optim__name": "adamw_8bit"}, ("torchao.optim", "AdamW8bit", {"bf16_stochastic_round": False})),
+        (
+            {"optim__stochastic_rounding": True, "model__dtype": "bfloat16", "optim__beta2": 0.95},
+            ("torchao.optim", "_AdamW", {"bf16_stochastic_round": True}),
+        ),
+    ],
+)
+def test_the_optimizer_is_the_one_of_the_embedded_engine(
+    settings: dict[str, Any], expected: tuple[Any, ...], make_task_run: Callable[..., Run], compose_run: Any
+) -> None:
+    config = compose_run(make_task_run(optim__lr=2e-5, optim__beta1=0.8, **{"optim__beta2": 0.9, **settings}))
+    optim = config.actor_rollout_ref.actor.optim
+    given = optim.override_optimizer_config
+    assert (optim.optimizer_impl, optim.optimizer, given and dict(given)) == expected
+    assert (optim.lr, list(optim.betas)) == (2e-5, [0.8, settings.get("optim__beta2", 0.9)])
+
+
+@pytest.mark.parametrize(
+    ("window", "own", "expected"), [(None, None, 72), (64, None, 64), (999, None, 72), (64, 50, 50)]
+)
+def test_the_sampler_makes_room_for_the_longest_sequence_and_no_more(
+    window: int | None,
+    own: int | None,
+    expected: int,
+    make_task_run: Callable[..., Run],
+    compose_run: Callable[[Run], Any],
+) -> None:
+    verl = {} if own is None else {"actor_rollout_ref.rollout.max_model_len": own}
+    config = compose_run(make_task_run(data__max_prompt_length=64, sampler__max_response_length=8, verl=verl))
+    limit_length(config, window)
+    assert config.actor_rollout_ref.rollout.max_model_len == expected
 
 
 def test_staleness_chooses_the_trainer(make_task_run: Callable[..., Run], compose_run: Callable[[Run], Any]) -> None:

