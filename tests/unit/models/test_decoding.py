@@ -39,6 +39,24 @@ def log_probs_of(logits: Tensor, token_ids: list[int], temperature: float) -> Te
     return (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(token_ids)[:, None])[:, 0]
 
 
+def test_a_model_of_another_data_type_samples_as_a_copy_in_that(make_model: Any) -> None:
+    model = make_model().train()
+    half = replace(DECODING, dtype=torch.bfloat16)
+    before = {name: param.clone() for name, param in model.named_parameters()}
+    loaded = make_model()  # as from_pretrained has it in that type: rotary frequencies, which are buffers, stay float32
+    for param in loaded.parameters():
+        param.data = param.data.bfloat16()
+    expected = sample_responses([(loaded, 1.0)], PROMPTS, DECODING, seed=1)
+    assert sample_responses([(model, 1.0)], PROMPTS, half, seed=1) == expected
+    assert sample_responses([(model, 1.0)], PROMPTS, DECODING, seed=1) != expected
+    assert model.training and all(param.requires_grad for param in model.parameters())
+    assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
+    copied = decoding_module._copy_in(model, torch.bfloat16)
+    assert copied.lm_head.weight.dtype == torch.bfloat16
+    assert (copied.lm_head.weight is copied.model.embed_tokens.weight) == model.config.tie_word_embeddings
+    assert decoding_module._copy_in(copied, torch.bfloat16) is copied
+
+
 @pytest.mark.parametrize("batch_size", [1, 12, 1000])
 def test_log_probs_are_those_of_a_plain_forward_pass(
     model: Any, plain_logits: PlainLogits, batch_size: int, monkeypatch: pytest.MonkeyPatch
