@@ -232,7 +232,7 @@ class LoraConfig(Section):
 
     section: ClassVar[str] = "lora"
 
-    rank: int = setting(0, "Rank of the adapters; 0: none, all weights are trained. Embedded engine.", ge=0, fixed=True)
+    rank: int = setting(0, "Rank of the adapters; 0: none, all weights are trained.", ge=0, fixed=True)
     alpha: int | None = setting(
         None, "An adapter's product is multiplied by alpha / rank; twice the rank if not set.", ge=1, fixed=True
     )
@@ -248,6 +248,11 @@ class LoraConfig(Section):
         for name in ("alpha", "target_modules"):
             if self.rank == 0 and getattr(self, name):
                 raise UserError(f"lora.{name} has no effect with lora.rank=0; set lora.rank or remove it")
+
+    @property
+    def scale_numerator(self) -> int:
+        """``alpha``, or what it is if not set; an adapter's product is multiplied by it over ``rank``."""
+        return self.alpha or 2 * self.rank
 
 
 @dataclass(frozen=True)

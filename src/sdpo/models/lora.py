@@ -22,6 +22,7 @@ from sdpo.models.linear import speed_up_linear_layers
 from sdpo.models.vision import get_tower_parameters
 
 if TYPE_CHECKING:
+    from peft import LoraConfig as PeftSettings
     from peft.tuners.lora import Linear as AdaptedLayer
 
 ADAPTER = "default"  # PEFT's name for the only one
@@ -49,18 +50,29 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
     require_peft()
     import peft
 
+    peft.inject_adapter_in_model(build_peft_settings(model, config), model, ADAPTER)
+    for param in _get_adapter_parameters(model).values():
+        param.data = param.data.float()
+    speed_up_linear_layers(model)
+
+
+def build_peft_settings(model: PreTrainedModel, config: LoraConfig) -> PeftSettings:
+    """What PEFT is told about the adapters; each layer to adapt by its full name.
+
+    Raises:
+        UserError: see ``find_target_layers``.
+    """
+    import peft
+
     settings = peft.LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha or 2 * config.rank,
+        lora_alpha=config.scale_numerator,
         target_modules=list(find_target_layers(model, config)),
         lora_dropout=0.0,  # the sampler could not draw the same
         bias="none",
     )
     settings.base_model_name_or_path = model.name_or_path
-    peft.inject_adapter_in_model(settings, model, ADAPTER)
-    for param in _get_adapter_parameters(model).values():
-        param.data = param.data.float()
-    speed_up_linear_layers(model)
+    return settings
 
 
 def find_target_layers(model: PreTrainedModel, config: LoraConfig) -> dict[str, nn.Linear]:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
 from verl.models.transformers import monkey_patch
 from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils as tu
@@ -32,6 +33,7 @@ from sdpo.kernels.dispatch import compute_fused_loss, score_tokens
 from sdpo.metrics import UPDATE_ROUNDING
 from sdpo.models.optimizer import UpdateRounding, compile_on_gpus_only
 from sdpo.verl_backend.head import compute_at_head
+from sdpo.verl_backend.lora import ShardedDeltas, build_lora_teacher, wrap_with_adapters
 from sdpo.verl_backend.packing import (
     DISTILLATION_WEIGHTS,
     POLICY_WEIGHTS,
@@ -43,6 +45,7 @@ from sdpo.verl_backend.packing import (
     pad_right,
     repair_position_ids,
 )
+from sdpo.verl_backend.settings import read_lora
 from sdpo.verl_backend.towers import compute_positions, freeze_tower, share_images
 
 logger = logging.getLogger(__name__)
@@ -92,17 +95,27 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
     def _build_model_optimizer(self) -> None:
         super()._build_model_optimizer()
         self.teacher: Teacher | None = None
+        # What the teacher holds for itself: a whole model, or with LoRA its deltas; or neither.
+        self._teacher_module: nn.Module | None = None
+        self._teacher_deltas: ShardedDeltas | None = None
         if not self.config.distills:
             return
-        module = None
+        if self._is_lora:
+            self.teacher = build_lora_teacher(self.module, self.config)
+            weights = self.teacher.weights
+            self._teacher_deltas = weights if isinstance(weights, ShardedDeltas) else None
+            return
         if self.config.teacher_regularization != "live":
-            module = self._build_teacher_module()
+            self._teacher_module = self._build_teacher_module()
             self._teacher_checkpoints = FSDPCheckpointManager(
-                model=module,
+                model=self._teacher_module,
                 processing_class=self.model_config.get_processor(),
                 checkpoint_config=CheckpointConfig(save_contents=["model"], load_contents=["model"]),
             )
-        self.teacher = Teacher(module, self.config)
+        self.teacher = Teacher(self._teacher_module, self.config)
+
+    def _build_lora_module(self, module: PreTrainedModel) -> nn.Module:
+        return wrap_with_adapters(module, read_lora(self.model_config))
 
     def _build_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
         """verl's, in one kernel where that is torch's AdamW on GPUs, which otherwise copies all of the moments."""
@@ -128,23 +141,24 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
 
     def to(self, device: str, model: bool = True, optimizer: bool = True, grad: bool = True) -> None:
         super().to(device=device, model=model, optimizer=optimizer, grad=grad)
-        module = self.teacher.module if self.teacher is not None else None
-        if module is None or not model:
+        if not model or (device != "cpu" and self.mode == "eval"):  # log-probabilities of the old policy need no teacher
             return
-        if device == "cpu":
-            offload_fsdp_model_to_cpu(module)
-        elif self.mode != "eval":  # log-probabilities of the old policy need no teacher
-            load_fsdp_model_to_gpu(module)
+        if self._teacher_deltas is not None:
+            self._teacher_deltas.to(device)
+        if self._teacher_module is not None:
+            (offload_fsdp_model_to_cpu if device == "cpu" else load_fsdp_model_to_gpu)(self._teacher_module)
 
     def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         super().save_checkpoint(local_path, *args, **kwargs)
         if self.teacher is None:
             return
         folder = Path(local_path) / "teacher"
-        if self.teacher.module is not None:
+        folder.mkdir(exist_ok=True)
+        if self._teacher_deltas is not None:
+            torch.save(self.teacher.state_dict(), folder / self._deltas_file)
+        if self._teacher_module is not None:
             self._teacher_checkpoints.save_checkpoint(str(folder))
         if dist.get_rank() == 0:
-            folder.mkdir(exist_ok=True)
             state = {"kind": self.teacher.kind, "num_steps": self.teacher.num_steps}
             (folder / "teacher.json").write_text(json.dumps(state), encoding="utf-8")
 
@@ -161,9 +175,17 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
                 f"{local_path} holds {state['kind']} teacher, this run has the {self.teacher.kind} one; set "
                 "actor_rollout_ref.actor.self_distillation.teacher_regularization to what the run was begun with"
             )
-        if self.teacher.module is not None:
+        if self._teacher_deltas is not None:
+            deltas = torch.load(saved.parent / self._deltas_file, map_location="cpu", weights_only=True)
+            self.teacher.load_state_dict(deltas)
+        if self._teacher_module is not None:
             self._teacher_checkpoints.load_checkpoint(str(saved.parent))
         self.teacher.num_steps = state["num_steps"]
+
+    @property
+    def _deltas_file(self) -> str:
+        """This rank's, named as verl names its own files of shards."""
+        return f"deltas_world_size_{dist.get_world_size()}_rank_{dist.get_rank()}.pt"
 
     def optimizer_step(self) -> float:
         with compile_on_gpus_only(get_device_name()):
@@ -203,9 +225,9 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         teacher = self._read_teacher(tokens, micro_batch)
 
         def compute(student: LazyLogits) -> Tensor:
-            # Of a teacher that is the student the weight is gathered again by now.
+            # Of a teacher that has the student's output layer the weight is gathered again by now.
             parts = [
-                replace(part, weight=student.weight, bias=student.bias) if module is self.module else part
+                replace(part, weight=student.weight, bias=student.bias) if self._has_students_head(module) else part
                 for module, part in teacher
             ]
             temperature = float(micro_batch["temperature"])
@@ -252,13 +274,17 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         inputs, _ = self.prepare_model_inputs(self._build_teacher_inputs(tokens, micro_batch))
         parts = []
         for module, coefficient in self.teacher.policy(self.module):
-            keep = partial(_keep, coefficient=coefficient, with_weight=module is not self.module)
+            keep = partial(_keep, coefficient=coefficient, with_weight=not self._has_students_head(module))
             with self._autocast():
                 parts.append((module, compute_at_head(module, inputs, tokens.teacher_rows, keep)))
             for each in module.modules():
                 if isinstance(each, FSDPModule):
                     each.reshard()  # what is still gathered would hide the shards that the average is taken of
         return parts if tokens.teacher_sequences else []
+
+    def _has_students_head(self, module: nn.Module) -> bool:
+        one, other = (each.get_output_embeddings() for each in (module, self.module))  # type: ignore[operator]
+        return one is other
 
     def _build_teacher_inputs(self, tokens: PackedTokens, micro_batch: TensorDict) -> TensorDict:
         """The teacher's sequences as a micro-batch of verl's, with the images of their samples."""
@@ -272,7 +298,7 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         if micro_batch["position_ids"].dim() == 3:
             lengths = tokens.teacher_prompt_lengths or [1]
             positions = [
-                compute_positions(self.module, ids, length, inputs.get("image_grid_thw"))
+                compute_positions(self._model, ids, length, inputs.get("image_grid_thw"))
                 for ids, length, inputs in zip(sequences, lengths, shown, strict=True)
             ]
             batch["position_ids"] = tu.nested_tensor_from_tensor_list(positions, ragged_idx=2)
@@ -286,6 +312,11 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
             if value is not None:
                 tu.assign_non_tensor(batch, **{name: value})
         return batch
+
+    @property
+    def _model(self) -> nn.Module:
+        """The model of transformers, without PEFT's wrapper."""
+        return self.module.get_base_model() if self._is_lora else self.module
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._autocast_dtype == torch.float32:

@@ -10,11 +10,13 @@ from verl.utils.import_utils import import_external_libs
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config import FSDPActorConfig
 
-from sdpo.config import SelfDistillationConfig
+from sdpo.config import LoraConfig, SelfDistillationConfig
 from sdpo.errors import UserError
+from sdpo.verl_backend.translate import ALL_LINEAR
 
 LOSS_MODE = "sdpo"
 ACTOR = "actor_rollout_ref.actor"
+MODEL = "actor_rollout_ref.model"
 
 
 @dataclass
@@ -46,6 +48,15 @@ def read_self_distillation(actor: DictConfig) -> SelfDistillationConfig | None:
         raise UserError(str(error).replace("self_distillation.", f"{ACTOR}.self_distillation.", 1)) from None
 
 
+def read_lora(model: Any) -> LoraConfig:
+    """The adapters of a model's section, ``lora_rank``, ``lora_alpha`` and ``target_modules``; of rank 0 if it has none."""
+    if not model.lora_rank:
+        return LoraConfig()
+    targets = model.target_modules
+    chosen = [targets] if isinstance(targets, str) else list(targets)
+    return LoraConfig(model.lora_rank, model.lora_alpha, [] if chosen == [ALL_LINEAR] else chosen)
+
+
 def import_sampler(rollout: DictConfig) -> None:
     """Let the module that ``checkpoint_engine.custom_backend_module`` names register its sampler in this process."""
     import_external_libs(rollout.checkpoint_engine.custom_backend_module or None)
@@ -69,12 +80,7 @@ def check_config(config: DictConfig) -> None:
         return
     if actor.strategy != "fsdp2":
         raise UserError(f"{ACTOR}.strategy must be fsdp2 for loss_mode=sdpo, got {actor.strategy!r}")
-    lora = model.get("lora_rank", 0) or model.get("lora", {}).get("rank", 0) or model.get("lora_adapter_path")
-    if lora:
-        raise UserError(
-            "actor_rollout_ref.model: LoRA is not supported with loss_mode=sdpo on verl: the teacher would have to be "
-            "the average of the product BA; set lora_rank=0, lora.rank=0 and lora_adapter_path=null"
-        )
+    _check_lora(actor, model)
     ignored = {
         f"{ACTOR}.entropy_coeff": (actor.entropy_coeff, 0),
         f"{ACTOR}.use_kl_loss": (actor.use_kl_loss, False),
@@ -121,6 +127,37 @@ def check_config(config: DictConfig) -> None:
         raise UserError(
             "algorithm.rollout_correction.rollout_is has no effect with bypass_mode=true, where the sampler is the old "
             "policy and is_clip truncates the ratio to it; set one of them to null or false"
+        )
+
+
+def _check_lora(actor: DictConfig, model: DictConfig) -> None:
+    if model.lora_adapter_path:
+        raise UserError(
+            f"{MODEL}.lora_adapter_path={model.lora_adapter_path} is not supported with loss_mode=sdpo: the teacher "
+            f"begins as the model at {MODEL}.path, without it; merge the adapter into that model first"
+        )
+    for key, name in (("rank", "lora_rank"), ("alpha", "lora_alpha"), ("dropout", None), ("adapter_path", None)):
+        plain = {"rank": 0, "alpha": 32, "dropout": 0.0, "adapter_path": None}[key]
+        if model.lora.get(key, plain) != plain:
+            hint = f"set {MODEL}.{name} instead" if name else "remove it"
+            raise UserError(f"{MODEL}.lora.{key}={model.lora[key]} is a setting of Megatron's, which FSDP ignores; {hint}")
+    if not model.lora_rank:
+        if model.lora.merge:
+            raise UserError(f"{MODEL}.lora.merge=True has no effect with lora_rank=0; set lora_rank or remove it")
+        return
+    if not model.lora.merge:
+        raise UserError(
+            f"{MODEL}.lora.merge must be true with loss_mode=sdpo: the sampler gets W + BA merged, as the teacher has it"
+        )
+    for key in ("target_parameters", "exclude_modules"):
+        if model.get(key):
+            raise UserError(
+                f"{MODEL}.{key} is not supported with loss_mode=sdpo: adapters are put on linear layers alone; name "
+                f"those by {MODEL}.target_modules"
+            )
+    if actor.freeze_vision_tower:
+        raise UserError(
+            f"{ACTOR}.freeze_vision_tower=True has no effect with LoRA, which never trains the image tower; remove it"
         )
 
 

@@ -19,6 +19,8 @@ ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
 MODEL = "actor_rollout_ref.model"
 
+ALL_LINEAR = "all-linear"  # verl's default of model.target_modules
+
 # Settings of the embedded engine that verl has no counterpart for.
 WITHOUT_COUNTERPART = (
     "keep_best",
@@ -55,14 +57,10 @@ def translate(run: Run) -> Translation:
     """
     if run.optim.schedule == "linear":
         raise UserError("optim.schedule=linear does not exist in verl; use constant or cosine")
-    if run.lora.rank:
-        raise UserError(
-            f"lora.rank={run.lora.rank}: on verl the teacher cannot be the average of the adapters' product; "
-            "use the embedded engine (sdpo train) or lora.rank=0"
-        )
     settings: dict[str, Any] = {
         **_data(run),
         **_policy(run),
+        **_adapters(run),
         **_learning(run),
         **_sampling(run),
         **_bookkeeping(run),
@@ -131,6 +129,17 @@ def _policy(run: Run) -> dict[str, Any]:
     for part, dtype in (("param", "bf16" if half else "fp32"), ("reduce", "fp32"), ("buffer", "fp32")):
         settings[f"++{ACTOR}.fsdp_config.mixed_precision.{part}_dtype"] = dtype
     return settings
+
+
+def _adapters(run: Run) -> dict[str, Any]:
+    if run.lora.rank == 0:
+        return {}
+    return {
+        f"{MODEL}.lora_rank": run.lora.rank,
+        f"{MODEL}.lora_alpha": run.lora.scale_numerator,
+        f"{MODEL}.target_modules": run.lora.target_modules or ALL_LINEAR,
+        f"{MODEL}.lora.merge": True,
+    }
 
 
 def _learning(run: Run) -> dict[str, Any]:

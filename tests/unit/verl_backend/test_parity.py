@@ -23,8 +23,10 @@ from transformers import (
 
 from sdpo import metrics
 from sdpo.context.encode import TeacherPrompt
+from sdpo.config import LoraConfig, Run
 from sdpo.embedded.learner import Learner
 from sdpo.embedded.samples import Sample
+from sdpo.models.lora import add_adapters
 from sdpo.tasks.hidden_rule import build_tokenizer
 
 PROMPTS, N = 4, 2  # two ranks of four samples each
@@ -46,6 +48,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "frozen": {"teacher_regularization": "frozen"},
     "snapshot": {"teacher_regularization": "snapshot", "teacher_snapshot_every": 1},
 }
+SNAPSHOT = {"self_distillation__teacher_snapshot_every": 1}
 # Settings of learner and sampler, and what they are called on verl.
 WAYS: dict[str, dict[str, Any]] = {
     "two mini-batches": {"learner__mini_batch_size": 2},
@@ -53,6 +56,18 @@ WAYS: dict[str, dict[str, Any]] = {
     "norm by horizon": {"learner__loss_agg_mode": "seq-mean-token-sum-norm"},
     "temperature": {"sampler__temperature": 0.7},
     "no rollout weights": {"learner__rollout_is": "none"},
+}
+# LoRA with each teacher: its deltas are compared, or that it has none.
+ADAPTED: dict[str, dict[str, Any]] = {
+    "LoRA": {"lora__alpha": 6},
+    "LoRA, some layers": {"lora__target_modules": ["q_proj", "1.mlp.down_proj"], "learner__mini_batch_size": 2},
+    "LoRA, snapshot": {"self_distillation__teacher_regularization": "snapshot", **SNAPSHOT},
+    "LoRA, trust region": {"self_distillation__teacher_regularization": "trust-region", "self_distillation__alpha": 0},
+    "LoRA, frozen": {"self_distillation__teacher_regularization": "frozen", "self_distillation__distillation_topk": 4},
+    "LoRA, live": {"self_distillation__teacher_regularization": "live"},
+    "LoRA, GRPO alone": {"self_distillation__grpo_coef": 1.0},
+    "LoRA, tied weights": {"self_distillation__grpo_coef": 0.3},
+    "LoRA, soft-capped logits": {"self_distillation__ema_update_rate": 0.3},
 }
 SHAPE: dict[str, Any] = {
     "vocab_size": 12,
@@ -88,6 +103,7 @@ def build_model(make_model: Callable[..., PreTrainedModel]) -> Callable[[str], P
     """The model of a run by the run's name, always with the same random weights."""
 
     def build(name: str) -> PreTrainedModel:
+        name = name.removeprefix("LoRA, ")
         if name not in MODELS:
             return make_model()
         with torch.random.fork_rng(), torch.no_grad():
@@ -118,7 +134,36 @@ def all_runs() -> dict[str, dict[str, Any]]:
         for name, settings in SETTINGS.items()
     }
     models = {name: {"self_distillation__grpo_coef": 0.3} for name in MODELS}
-    return {**runs, **WAYS, **models}
+    adapted = {name: {"lora__rank": 4, "optim__lr": 5e-3, **settings} for name, settings in ADAPTED.items()}
+    import os
+    if os.environ.get("LORA_ONLY"): return adapted
+    return {**runs, **WAYS, **models, **adapted}
+
+
+def build_student(model: PreTrainedModel, run: Run) -> PreTrainedModel:
+    """With adapters that change something already, if the run has any."""
+    if run.lora.rank:
+        add_adapters(model, run.lora)
+        generator = torch.Generator().manual_seed(0)
+        for param in get_adapter_weights(model).values():
+            param.data = 0.2 * torch.randn(param.shape, generator=generator)
+    return model
+
+
+def describe_lora(lora: LoraConfig) -> dict[str, Any]:
+    """verl's settings of it."""
+    if not lora.rank:
+        return {}
+    return {
+        "lora_rank": lora.rank,
+        "lora_alpha": lora.alpha or 2 * lora.rank,
+        "target_modules": lora.target_modules or "all-linear",
+        "lora": {"merge": True},
+    }
+
+
+def get_adapter_weights(model: PreTrainedModel) -> dict[str, Any]:
+    return {name: param for name, param in model.named_parameters() if "lora_" in name}
 
 
 @pytest.fixture(scope="module")
@@ -131,22 +176,27 @@ def embedded(
     results = {}
     everything = samples
     for name, settings in all_runs().items():
-        run = make_run_in(data__train_batch_size=PROMPTS, sampler__n=N, optim__lr=1e-3, **settings)
+        run = make_run_in(data__train_batch_size=PROMPTS, sampler__n=N, **{"optim__lr": 1e-3, **settings})
         nothing = TeacherPrompt(None, [], truncated=False)
         samples = [s if run.self_distillation.distills else replace(s, teacher_prompt=nothing) for s in everything]
-        learner = Learner(build_model(name), run, pad_token_id=0)
+        student = build_student(build_model(name), run)
+        begun = {name: param.detach().clone() for name, param in get_adapter_weights(student).items()}
+        learner = Learner(student, run, pad_token_id=0)
         old, values = [], []
         for _ in range(2):
             old.append(learner.compute_log_probs(samples))
             values.append(learner.learn(samples))
-        teacher = learner.teacher.module if learner.teacher is not None else None
+        teacher = learner.teacher
+        module = teacher.module if teacher is not None and not run.lora.rank else None
+        deltas = teacher.weights.values if teacher is not None and teacher.weights and run.lora.rank else {}
         results[name] = {
             "run": run,
             "samples": samples,
             "old": old,
             "metrics": values,
             "student": learner.student.state_dict(),
-            "teacher": teacher.state_dict() if teacher is not None else {},
+            "teacher": module.state_dict() if module is not None else dict(deltas),
+            "adapters": begun,
         }
     return results
 
@@ -167,7 +217,9 @@ def on_verl(
         run = result["run"]
         threshold = run.learner.rollout_is_threshold if run.learner.rollout_is == "token" else None
         cases[name] = {
-            "model": str(model_dirs.get(name, model_dirs[""])),
+            "model": str(model_dirs.get(name.removeprefix("LoRA, "), model_dirs[""])),
+            "lora": describe_lora(run.lora),
+            "adapters": result["adapters"],
             "settings": asdict(run.self_distillation),
             "batches": [
                 pad_for_verl([result["samples"][i] for i in order], [old[i] for i in order], threshold)

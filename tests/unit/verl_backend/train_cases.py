@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from tensordict import NonTensorData, NonTensorStack, TensorDict
+from torch.distributed.tensor import distribute_tensor
 from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils as tu
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
@@ -41,6 +42,7 @@ def build_worker(case: dict[str, Any]) -> SelfDistillationTrainingWorker:
                 use_remove_padding=case["use_remove_padding"],
                 enable_gradient_checkpointing=case.get("gradient_checkpointing", False),
                 override_config={"attn_implementation": "sdpa"},
+                **case.get("lora", {}),
             ),
             engine_config=FSDPEngineConfig(
                 use_dynamic_bsz=case["max_tokens"] is not None,
@@ -60,7 +62,21 @@ def build_worker(case: dict[str, Any]) -> SelfDistillationTrainingWorker:
     )
     worker.reset()
     worker.set_loss_fn(lambda **_: None)  # the engine brings its own
+    set_weights(worker.engine.module, case.get("adapters", {}))
     return worker
+
+
+@torch.no_grad()
+def set_weights(module: torch.nn.Module, values: dict[str, torch.Tensor]) -> None:
+    """Whole tensors, by the names of ``full_weights``, into the shards."""
+    params = {plain_name(name): param for name, param in module.named_parameters()}
+    for name, value in values.items():
+        params[name].copy_(distribute_tensor(value, params[name].device_mesh, params[name].placements))
+
+
+def plain_name(name: str) -> str:
+    """Without what the wrapper of PEFT puts before it."""
+    return name.removeprefix("base_model.model.")
 
 
 def share_of_rank(batch: dict[str, Any]) -> dict[str, Any]:
@@ -117,9 +133,23 @@ def full_weights(module: torch.nn.Module | None) -> dict[str, torch.Tensor]:
     if module is None:
         return {}
     return {
-        name: (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()
+        plain_name(name): (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()
         for name, value in module.state_dict().items()
     }
+
+
+def teacher_weights(worker: SelfDistillationTrainingWorker) -> dict[str, torch.Tensor]:
+    """All of the teacher's, or with LoRA its deltas; nothing where it holds none for itself."""
+    engine = worker.engine
+    if engine._teacher_deltas is not None:
+        return {name: delta.full_tensor().clone() for name, delta in engine._teacher_deltas.full.items()}
+    return full_weights(engine._teacher_module)
+
+
+def sent_weights(worker: SelfDistillationTrainingWorker) -> dict[str, torch.Tensor]:
+    """What a sampler gets."""
+    params, _ = worker.engine.get_per_tensor_param()
+    return {name: value.clone() for name, value in params}
 
 
 def record_log_probs(recorded: list[dict[str, Any]]) -> None:
@@ -177,23 +207,28 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         count_patches(worker.engine.module.model.visual, num_patches)
     else:
         engine_module.compute_fused_loss = compute_fused_loss
-    before = full_weights(worker.engine.teacher.module) if worker.engine.teacher else {}
-    values, students, scores = [], [], []
+    before = teacher_weights(worker)
+    values, students, teachers, scores = [], [], [], []
     for batch in case["batches"]:
         if case.get("score"):
             scores.append(score(worker, case, batch))
         values.append(learn(worker, case, batch))
         students.append(full_weights(worker.engine.module))
+        teachers.append(teacher_weights(worker))
     result = {
         "metrics": values,
         "students": students,
+        "teachers": teachers,
         "scores": scores,
         "teacher_before": before,
         "num_passes": num_passes[0],
         "log_probs": gather_in_order(recorded),
         "num_patches": num_patches[0],
-        "teacher": full_weights(worker.engine.teacher.module) if worker.engine.teacher else {},
+        "teacher": teacher_weights(worker),
     }
+    if case.get("send"):
+        result["sent"] = sent_weights(worker)
+        result["after sending"] = full_weights(worker.engine.module)
     if "buffer_bytes" in case:
         logits.BUFFER_BYTES, usual = case["buffer_bytes"], logits.BUFFER_BYTES
         result["largest"] = find_largest(lambda: learn(worker, case, case["batches"][0]))
@@ -203,14 +238,14 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         worker.engine.save_checkpoint(case["checkpoint"], global_step=1)
         again = build_worker({**case, "settings": {**case["settings"], **case.get("changed", {})}})
         again.engine.load_checkpoint(case["checkpoint"])
-        result["loaded_teacher"] = full_weights(again.engine.teacher.module)
+        result["loaded_teacher"] = teacher_weights(again)
         result["loaded_steps"] = again.engine.teacher.num_steps
         learn(worker, case, case["batches"][0])
         learn(again, case, case["batches"][0])
         result["continued"] = [
             {
                 **full_weights(w.engine.module),
-                **{f"teacher.{k}": v for k, v in full_weights(w.engine.teacher.module).items()},
+                **{f"teacher.{k}": v for k, v in teacher_weights(w).items()},
             }
             for w in (worker, again)
         ]
