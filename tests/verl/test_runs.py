@@ -14,6 +14,8 @@ import torch
 from vision_language import build_vision_model, make_image
 
 from sdpo import load_run, metrics
+from sdpo.config import ModelConfig
+from sdpo.models.loading import load_model
 from sdpo.tasks import hidden_rule
 from sdpo.tasks.hidden_rule import HiddenRule, Mode
 from sdpo.verl_backend.launch import build_command
@@ -129,6 +131,54 @@ def test_the_v1_trainers(
         student = load_weights(tmp_path / "run", step)
         for weight, value in after.items():
             torch.testing.assert_close(value, 0.95 * before[weight] + 0.05 * student[weight], rtol=0, atol=1e-6)
+
+
+def test_with_lora_the_sampler_has_the_merged_model_of_each_step(
+    train_on_verl: Train, task_dir: Path, tmp_path: Path, metrics_of: Metrics
+) -> None:
+    """One step off policy: what was sampled ahead has the merged weights' log-probabilities, and no other step's."""
+    run_dir, scale, rate = tmp_path / "run", 12 / 4, 0.05
+    settings = ["staleness=1", "total_steps=3", "save_every=1", "keep_last=3", "lora.rank=4", "lora.alpha=12"]
+    running = train_on_verl(run_dir, *settings, "optim.lr=3e-2")
+    assert running.wait() == 0, running.tail()
+    rows = metrics_of(run_dir)
+    assert all(rows[step][metrics.DISTILLATION_LOSS] > 0 for step in (1, 2, 3))
+
+    base = load_model(ModelConfig(path=str(task_dir / "model")), torch.device("cpu")).state_dict()
+    deltas: dict[str, torch.Tensor] = {}
+    models = {}
+    for step in (1, 2, 3):
+        student = {name.removeprefix("base_model.model."): value for name, value in load_weights(run_dir, step).items()}
+        products = {}
+        for name, value in base.items():
+            layer = name.removesuffix(".weight")
+            adapted = f"{layer}.base_layer.weight" in student
+            assert torch.equal(student[f"{layer}.base_layer.weight" if adapted else name], value), "the base stays"
+            if adapted:
+                a, b = (student[f"{layer}.lora_{part}.default.weight"].double() for part in "AB")
+                products[name] = scale * b @ a
+        assert products.keys() == {name for name in base if name.endswith("_proj.weight")}
+        models[step] = {name: (value + products.get(name, 0)).bfloat16().float() for name, value in base.items()}
+
+        saved = run_dir / f"checkpoints/global_step_{step}/actor/teacher/deltas_world_size_1_rank_0.pt"
+        teacher = torch.load(saved, weights_only=True)["weights"]
+        deltas = {name: (1 - rate) * deltas.get(name, 0) + rate * product for name, product in products.items()}
+        assert teacher.keys() == deltas.keys()
+        for name, delta in deltas.items():
+            torch.testing.assert_close(teacher[name].double(), delta, rtol=1e-5, atol=1e-8)
+
+    # Sampled ahead in step 2 is what step 3 learns, with the weights after step 1.
+    batch = torch.load(run_dir / "checkpoints/global_step_2/prefetched.pt", weights_only=False)["batch"][3].batch
+    model = load_model(ModelConfig(path=str(task_dir / "model")), torch.device("cpu"))
+    mask = batch["response_mask"].bool()
+    errors = {}
+    for step, weights in models.items():
+        model.load_state_dict(weights)
+        with torch.no_grad():
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        log_probs = logits[:, -mask.shape[1] - 1 : -1].log_softmax(-1).gather(-1, batch["responses"][..., None])[..., 0]
+        errors[step] = float((log_probs - batch["rollout_log_probs"])[mask].abs().max())
+    assert errors[1] < 1e-4 and min(errors[2], errors[3]) > 10 * errors[1], errors
 
 
 GRADER = """

@@ -95,7 +95,9 @@ def _learn(run: Run, model: ModelSize, lengths: Lengths) -> dict[str, int]:
     mask = (lengths.prompt + lengths.response) * (1 + size)  # of one row of attention
     return {
         "activations": lengths.student * (student + mask) + lengths.teacher * stack.count_reading(size),
-        "logits": count_fused_loss(model.vocab_size, stack.hidden_size, size, lengths.scored)
+        "logits": count_fused_loss(
+            model.vocab_size, stack.hidden_size, size, lengths.scored, trains_head=model.adapters is None
+        )
         + lengths.teacher * stack.hidden_size * size
         + heads,
         "weights in bfloat16": _count_casts(run, stack) if run.learner.autocast else 0,

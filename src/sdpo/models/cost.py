@@ -294,7 +294,7 @@ def bound_lengths(run: Run, window: int | None) -> Lengths:
     )
 
 
-def count_fused_loss(vocab_size: int, hidden_size: int, size: int, num_tokens: int) -> int:
+def count_fused_loss(vocab_size: int, hidden_size: int, size: int, num_tokens: int, *, trains_head: bool = True) -> int:
     """Bytes at the worst moment of ``compute_fused_loss`` and its backward pass on an accelerator.
 
     Logits of a chunk and the blocks that are worked on, which do not depend on the number of tokens: as much for the
@@ -303,11 +303,13 @@ def count_fused_loss(vocab_size: int, hidden_size: int, size: int, num_tokens: i
     Args:
         size: bytes of a value in the products.
         num_tokens: whose hidden states have gradients.
+        trains_head: whether the output layer has a gradient, which it has not with LoRA.
     """
     chunks = int((2 if size == 4 else 1.25) * logits.ACCELERATOR_BUFFER_BYTES)
     blocks = BLOCKS_OF_LOSS * logits.ACCELERATOR_BLOCK_BYTES
     # The gradient of the head is added up in float32; next to it is what is added, and then what it is cast to.
-    return chunks + blocks + (4 + size) * vocab_size * hidden_size + 4 * size * num_tokens * hidden_size
+    head = (4 + size) * vocab_size * hidden_size if trains_head else 0
+    return chunks + blocks + head + 4 * size * num_tokens * hidden_size
 
 
 def count_moments(run: Run, num_params: int) -> int:

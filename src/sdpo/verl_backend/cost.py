@@ -1,10 +1,14 @@
-"""What a run on verl would cost: student, teacher and moments in shards over the GPUs that train, the rest on each."""
+"""What a run on verl would cost: student, teacher and moments in shards over the GPUs that train, the rest on each.
+
+With LoRA the teacher is the student's weights and float32 deltas of the adapted layers; adapters alone have gradients.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
 
+from sdpo.algorithm.teacher import follows
 from sdpo.config import Run
 from sdpo.models.cost import (
     BYTES,
@@ -48,7 +52,7 @@ def estimate_cost(run: Run, overrides: Sequence[str]) -> Cost:
     learners = gpus["trainer.nnodes"] * gpus["trainer.n_gpus_per_node"]
     samplers = gpus["rollout.nnodes"] * gpus["rollout.n_gpus_per_node"] if run.staleness else learners
     parallel = gpus["actor_rollout_ref.rollout.tensor_model_parallel_size"]
-    model = measure_model(run.model)
+    model = measure_model(run.model, run.lora)
     lengths = bound_lengths(run, model.window)
     sequences = run.data.train_batch_size * run.sampler.n
     return Cost(
@@ -104,7 +108,9 @@ def _sizes(run: Run) -> tuple[int, int]:
 
 
 def _has_module(run: Run) -> bool:
-    return run.self_distillation.distills and run.self_distillation.teacher_regularization != "live"
+    """Whether the teacher is a model of its own."""
+    config = run.self_distillation
+    return config.distills and config.teacher_regularization != "live" and run.lora.rank == 0
 
 
 def _averages(run: Run) -> bool:
@@ -112,22 +118,32 @@ def _averages(run: Run) -> bool:
 
 
 def _count_averaged(run: Run, model: ModelSize) -> int:
-    """Entries of the student that are cast for the teacher's average."""
+    """Entries that are made of the student for the teacher to follow: casts, or with LoRA all of the deltas."""
+    if model.adapters is not None:
+        follow = run.self_distillation.distills and follows(run.self_distillation)
+        return model.adapters.num_adapted if follow else 0
     return model.num_params if _averages(run) and run.model.dtype != "float32" else 0
 
 
 def _count_trained(run: Run, model: ModelSize) -> int:
+    if model.adapters is not None:
+        return model.adapters.num_params
     return model.language.num_params if run.learner.freeze_vision else model.num_params
+
+
+def _count_teacher_bytes(run: Run, model: ModelSize) -> int:
+    if model.adapters is not None:
+        return 4 * _count_averaged(run, model)
+    return model.num_params * (4 if _averages(run) else BYTES[run.model.dtype]) * _has_module(run)
 
 
 def _hold(run: Run, model: ModelSize, num_gpus: int) -> dict[str, int]:
     size, _ = _sizes(run)
-    shards = _share(model.num_params * size, num_gpus)
-    teacher = _share(model.num_params * 4, num_gpus) if _averages(run) else shards
+    adapters = model.adapters.num_params if model.adapters is not None else 0
     return {
-        "student": shards,
+        "student": _share(model.num_params * size + adapters * 4, num_gpus),
         "AdamW's moments": _share(count_moments(run, _count_trained(run, model)), num_gpus),
-        "teacher": teacher * _has_module(run),
+        "teacher": _share(_count_teacher_bytes(run, model), num_gpus),
         # Of NCCL's: one is filled while another is on its way, and cupy's pool keeps both.
         "buffers for the sampler's weights": 2 * BUCKET if run.staleness else 0,
     }
@@ -139,10 +155,12 @@ def _hold_learning(run: Run, model: ModelSize, num_gpus: int) -> dict[str, int]:
     # What is outside the layers stays gathered from forward to backward pass; of layers, one and the next. Their
     # gradients are gathered too, and cast to float32 before the ranks add them up.
     weights = (model.outside_layers * (1 + _has_module(run)) + 2 * layer) * gathered
-    gradients = (model.outside_layers + 2 * layer) * (gathered + 4)
+    learned = model.outside_layers + 2 * layer
+    if model.adapters is not None:
+        size, learned = 4, 2 * (model.adapters.num_params // model.language.num_layers)
     return {
         "gradients": _share(_count_trained(run, model) * size, num_gpus),
-        "gathered weights and gradients": weights + gradients,
+        "gathered weights and gradients": weights + learned * (gathered + 4),
     }
 
 
@@ -152,9 +170,11 @@ def _learn(run: Run, model: ModelSize, lengths: Lengths) -> dict[str, int]:
     checkpointing = run.learner.gradient_checkpointing
     stack, image_token = model.language, 0
     if model.tower is not None:
-        image_token = model.patches_a_token * model.tower.count_learning(size, size, checkpointing=checkpointing)
+        learning = model.tower.count_learning(size, size, checkpointing=checkpointing)
+        image_token = model.patches_a_token * (learning if model.adapters is None else model.tower.count_reading(size))
     hidden_size, head = stack.hidden_size, model.vocab_size * stack.hidden_size * size
-    loss = count_fused_loss(model.vocab_size, hidden_size, size, lengths.scored)
+    trains_head = model.adapters is None
+    loss = count_fused_loss(model.vocab_size, hidden_size, size, lengths.scored, trains_head=trains_head)
     return {
         "activations": lengths.student * stack.count_learning(size, size, checkpointing=checkpointing)
         + lengths.teacher * stack.count_reading(size),

@@ -141,7 +141,8 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
 
     def to(self, device: str, model: bool = True, optimizer: bool = True, grad: bool = True) -> None:
         super().to(device=device, model=model, optimizer=optimizer, grad=grad)
-        if not model or (device != "cpu" and self.mode == "eval"):  # log-probabilities of the old policy need no teacher
+        # Log-probabilities of the old policy need no teacher.
+        if not model or (device != "cpu" and self.mode == "eval"):
             return
         if self._teacher_deltas is not None:
             self._teacher_deltas.to(device)

@@ -58,6 +58,7 @@ HOOKS: tuple[Hook, ...] = (
     Hook(f"{_ENGINE}:FSDPEngine._build_module", "extended", "also makes the teacher; towers share images or freeze"),
     Hook("verl.models.transformers.monkey_patch:apply_monkey_patch", "relied on", "patches attention for packed rows"),
     Hook("verl.utils.import_utils:is_trl_available", "replaced", "no value head to patch"),
+    Hook(f"{_ENGINE}:FSDPEngine._build_lora_module", "replaced", "adapters in float32, on layers of our choice"),
     Hook(f"{_ENGINE}:FSDPEngine._build_fsdp_module", "called", "shards the teacher as the student"),
     Hook(f"{_ENGINE}:FSDPEngine.to", "extended", "offloads the teacher with the student"),
     Hook(f"{_ENGINE}:FSDPEngine.save_checkpoint", "extended", "saves the teacher"),
@@ -70,6 +71,10 @@ HOOKS: tuple[Hook, ...] = (
     Hook("verl.workers.engine.utils:prepare_micro_batches", "relied on", "cuts by the token budget we lower"),
     Hook("verl.workers.engine.utils:postprocess_batch_func", "relied on", "puts micro-batches together"),
     Hook("verl.utils.checkpoint.fsdp_checkpoint_manager:FSDPCheckpointManager", "called", "the teacher's shards"),
+    # lora.py
+    Hook(f"{_ENGINE}:FSDPEngine._merged_lora_per_tensor_param", "relied on", "merged weights for the sampler"),
+    Hook("verl.utils.fsdp_utils:merged_lora_context", "relied on", "merges in shards, and brings the base back"),
+    Hook(f"{_ENGINE}:FSDPEngine.disable_adapter", "relied on", "the reference policy of an actor with adapters"),
     # towers.py
     Hook("verl.models.transformers.qwen2_vl:_get_input_embeds", "relied on", "calls the tower that we replace"),
     Hook("verl.models.transformers.qwen3_vl:_get_input_embeds", "relied on", "calls the tower that we replace"),

@@ -1,8 +1,8 @@
 """LoRA on verl: adapters within PEFT's wrapper, and a teacher in shards that has no weights but its deltas.
 
 FSDP2 cuts a layer's weight W [outputs, inputs] and its adapter's matrix B [outputs, rank] along the same dimension, so
-that a rank's rows of s B A are its rows of B times all of A. The teacher's delta D, which follows s B A, is cut the same
-way; D is gathered, layer by layer, where the teacher's pass adds it to the student's own W.
+that a rank's rows of s B A are its rows of B times all of A. The teacher's delta D, which follows s B A, is cut the
+same way; D is gathered, layer by layer, where the teacher's pass adds it to the student's own W.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def wrap_with_adapters(model: PreTrainedModel, config: LoraConfig) -> nn.Module:
 
 
 class ShardedDeltas:
-    """The teacher's deltas D, one float32 shard of the rank for each adapted layer, by the weight's name in the plain model.
+    """The teacher's deltas D in float32, this rank's shard of each, by the adapted weight's name in the plain model.
 
     ``values`` and ``read`` give local shards [own outputs, inputs]; ``full`` has them as they are cut over the ranks.
     """
@@ -51,7 +51,8 @@ class ShardedDeltas:
         self.full: dict[str, DTensor] = {}
         for name, layer in get_adapted_layers(student).items():
             base: Any = layer.get_base_layer()
-            self.full[_plain(name)] = torch.zeros_like(base.weight, dtype=torch.float32, requires_grad=False)
+            zeros: Any = torch.zeros_like(base.weight, dtype=torch.float32, requires_grad=False)
+            self.full[_plain(name)] = zeros
 
     @property
     def values(self) -> Mapping[str, Tensor]:
@@ -64,7 +65,9 @@ class ShardedDeltas:
         """Nothing: the teacher's pass reads ``full``."""
 
     def to(self, device: str) -> None:
-        self.full = {name: delta.to(device) for name, delta in self.full.items()}
+        for name, delta in self.full.items():
+            moved: Any = delta.to(device)
+            self.full[name] = moved
 
 
 class SharedTeacher(nn.Module):
@@ -121,7 +124,7 @@ def _replace_adapters(student: nn.Module, deltas: Mapping[str, DTensor]) -> Iter
     layers = get_adapted_layers(student)
     for name, layer in layers.items():
         compute = partial(_compute_with_delta, layer.get_base_layer(), deltas.get(_plain(name)))
-        layer.forward = compute  # type: ignore[assignment, method-assign]
+        layer.forward = compute  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -133,7 +136,8 @@ def _compute_with_delta(base: Any, delta: DTensor | None, input: Tensor) -> Tens
     """x (W + D)^T + bias; runs where FSDP2 has W gathered."""
     weight: Tensor = base.weight
     if delta is not None:
-        weight = weight + delta.to(device=weight.device, dtype=weight.dtype).full_tensor()
+        moved: Any = delta.to(device=weight.device, dtype=weight.dtype)
+        weight = weight + moved.full_tensor()
     return nn.functional.linear(input, weight, base.bias)
 
 

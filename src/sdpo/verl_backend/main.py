@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
@@ -21,6 +21,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sdpo.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from sdpo.config import LoraConfig
 
 USAGE = "usage: python -m sdpo.verl_backend.main [--config-name NAME] [--cfg] [key=value ...]"
 CPU = "+device=cpu"
@@ -70,17 +75,19 @@ def _check_model(config: DictConfig) -> None:
     from sdpo.config import ModelConfig
     from sdpo.models.loading import build_meta_model, get_window, reads_images
     from sdpo.verl_backend.requirements import check_sampler_reads
+    from sdpo.verl_backend.settings import LOSS_MODE, read_lora
 
     model = config.actor_rollout_ref.model
     path = os.path.expanduser(model.path)
     try:
-        limit_length(
-            config, get_window(build_meta_model(ModelConfig(path=path, trust_remote_code=model.trust_remote_code)))
-        )
+        plain = build_meta_model(ModelConfig(path=path, trust_remote_code=model.trust_remote_code))
+        limit_length(config, get_window(plain))
         if reads_images(ModelConfig(path=path, trust_remote_code=model.trust_remote_code)):
             _check_processor(path, trust_remote_code=model.trust_remote_code)
         elif config.actor_rollout_ref.actor.freeze_vision_tower:
             raise UserError(f"actor.freeze_vision_tower=True: {model.path} has no image tower; set it to false")
+        if config.actor_rollout_ref.actor.policy_loss.loss_mode == LOSS_MODE:
+            _check_adapters(plain, read_lora(model))
     except UserError as error:
         raise UserError(f"actor_rollout_ref.{error}") from error
     if config.actor_rollout_ref.rollout.name == "vllm":
@@ -93,6 +100,18 @@ def limit_length(config: DictConfig, window: int | None) -> None:
     if rollout.max_model_len is None:
         longest = rollout.prompt_length + rollout.response_length
         rollout.max_model_len = longest if window is None else min(longest, window)
+
+
+def _check_adapters(plain: PreTrainedModel, lora: LoraConfig) -> None:
+    from sdpo.models.lora import find_target_layers
+
+    if lora.rank == 0:
+        return
+    try:
+        find_target_layers(plain, lora)
+    except UserError as error:
+        said = str(error).replace("lora.target_modules", "model.target_modules", 1)
+        raise UserError(said.replace("lora.rank", "model.lora_rank", 1)) from error
 
 
 def _check_processor(path: str, *, trust_remote_code: bool) -> None:

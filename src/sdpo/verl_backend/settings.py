@@ -17,6 +17,14 @@ from sdpo.verl_backend.translate import ALL_LINEAR
 LOSS_MODE = "sdpo"
 ACTOR = "actor_rollout_ref.actor"
 MODEL = "actor_rollout_ref.model"
+# Below model.lora: verl's default, and what the setting is called for FSDP.
+MEGATRON_LORA = (
+    ("rank", 0, "lora_rank"),
+    ("alpha", 32, "lora_alpha"),
+    ("target_modules", ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"], "target_modules"),
+    ("dropout", 0.0, None),
+    ("adapter_path", None, None),
+)
 
 
 @dataclass
@@ -49,7 +57,7 @@ def read_self_distillation(actor: DictConfig) -> SelfDistillationConfig | None:
 
 
 def read_lora(model: Any) -> LoraConfig:
-    """The adapters of a model's section, ``lora_rank``, ``lora_alpha`` and ``target_modules``; of rank 0 if it has none."""
+    """The adapters of verl's section ``model``: ``lora_rank``, ``lora_alpha``, ``target_modules``."""
     if not model.lora_rank:
         return LoraConfig()
     targets = model.target_modules
@@ -136,18 +144,18 @@ def _check_lora(actor: DictConfig, model: DictConfig) -> None:
             f"{MODEL}.lora_adapter_path={model.lora_adapter_path} is not supported with loss_mode=sdpo: the teacher "
             f"begins as the model at {MODEL}.path, without it; merge the adapter into that model first"
         )
-    for key, name in (("rank", "lora_rank"), ("alpha", "lora_alpha"), ("dropout", None), ("adapter_path", None)):
-        plain = {"rank": 0, "alpha": 32, "dropout": 0.0, "adapter_path": None}[key]
-        if model.lora.get(key, plain) != plain:
+    for key, default, name in MEGATRON_LORA:
+        if model.lora.get(key, default) != default:
             hint = f"set {MODEL}.{name} instead" if name else "remove it"
-            raise UserError(f"{MODEL}.lora.{key}={model.lora[key]} is a setting of Megatron's, which FSDP ignores; {hint}")
+            raise UserError(f"{MODEL}.lora.{key}={model.lora[key]} is for Megatron, and verl's FSDP ignores it; {hint}")
     if not model.lora_rank:
         if model.lora.merge:
             raise UserError(f"{MODEL}.lora.merge=True has no effect with lora_rank=0; set lora_rank or remove it")
         return
     if not model.lora.merge:
         raise UserError(
-            f"{MODEL}.lora.merge must be true with loss_mode=sdpo: the sampler gets W + BA merged, as the teacher has it"
+            f"{MODEL}.lora.merge must be true with lora_rank={model.lora_rank} and loss_mode=sdpo: the sampler gets "
+            "merged weights"
         )
     for key in ("target_parameters", "exclude_modules"):
         if model.get(key):

@@ -61,6 +61,27 @@ def test_what_is_sharded(
     assert cost.learner["teacher"] == share * teacher_size
 
 
+@pytest.mark.parametrize(("teacher", "size"), [("ema", 4), ("snapshot", 4), ("frozen", 0), ("live", 0)])
+def test_with_lora_the_teacher_is_its_deltas(estimate: Callable[..., Any], teacher: str, size: int) -> None:
+    """By hand: 36 layers of 2048 with two heads of 128 for keys and values, and 11008 in between; rank 8."""
+    adapted = 36 * (2 * 2048 * 2048 + 2 * 2048 * 256 + 3 * 2048 * 11_008)
+    adapters = 36 * 8 * (2 * (2048 + 2048) + 2 * (2048 + 256) + 3 * (2048 + 11_008))
+    settings = {"model__dtype": "bfloat16", "self_distillation__teacher_regularization": teacher}
+    cost = estimate("trainer.n_gpus_per_node=4", lora__rank=8, **settings)
+    assert cost.learner["student"] == (PARAMS * 2 + adapters * 4) // 4
+    assert cost.learning["gradients"] == adapters // 4 * 4
+    assert cost.learner["AdamW's moments"] == 2 * adapters // 4 * 4
+    assert cost.learner["teacher"] == adapted // 4 * size
+    layer = (PARAMS - TOWER) // 36
+    assert cost.learning["gathered weights and gradients"] == (OUTSIDE + 2 * layer) * 2 + 2 * (adapters // 36) * 6
+    one = estimate(lora__rank=8, **settings)
+    assert one.phases["the update"] == {"copies of the weights": max(2 * adapters * 4, adapted * size)}
+    whole = estimate(**settings)
+    head = 151_936 * 2048
+    saved = whole.phases["a micro-batch"]["logits"] - one.phases["a micro-batch"]["logits"]
+    assert saved == head * (4 + 2 + 2 * (teacher != "live"))
+
+
 def test_what_is_gathered_is_as_large_on_every_gpu(estimate: Callable[..., Any]) -> None:
     one, eight = (
         estimate(f"trainer.n_gpus_per_node={n}", model__dtype="float32", learner__autocast=True) for n in (1, 8)

@@ -19,6 +19,7 @@ from sdpo.embedded.data import Prompt
 from sdpo.embedded.learner import Learner
 from sdpo.embedded.samples import Sample
 from sdpo.models.decoding import Response
+from sdpo.models.lora import add_adapters
 from sdpo.models.vision import freeze_tower
 from sdpo.tasks.interface import Grade, Row
 
@@ -69,7 +70,8 @@ def embedded(
 ) -> dict[str, Any]:
     """A step on the embedded engine, with the old log-probabilities that verl's trainer would send."""
     results = {}
-    for name, settings in {"whole": {}, "frozen": {"learner__freeze_vision": True}}.items():
+    ways = {"whole": {}, "frozen": {"learner__freeze_vision": True}, "adapted": {"lora__rank": 4}}
+    for name, settings in ways.items():
         loaded = load_vision_model(vision_dir(family))
         run = make_run_in(
             data__train_batch_size=len(NUM_IMAGES),
@@ -81,10 +83,21 @@ def embedded(
         )
         if name == "frozen":
             freeze_tower(loaded.model)
+        if name == "adapted":
+            add_adapters(loaded.model, run.lora)
+            generator = torch.Generator().manual_seed(1)
+            for param in get_adapters(loaded.model).values():
+                param.data = 0.1 * torch.randn(param.shape, generator=generator)
+        begun = {weight: param.detach().clone() for weight, param in get_adapters(loaded.model).items()}
         learner = Learner(loaded.model, run, pad_token_id=0, vision=loaded.vision)
         old = learner.compute_log_probs(samples)
-        results[name] = {"run": run, "old": old, "metrics": learner.learn(samples), "learner": learner}
+        values = learner.learn(samples)
+        results[name] = {"run": run, "old": old, "metrics": values, "learner": learner, "adapters": begun}
     return results
+
+
+def get_adapters(model: Any) -> dict[str, Any]:
+    return {name: param for name, param in model.named_parameters() if "lora_" in name}
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
@@ -120,6 +133,12 @@ def on_verl(
     cases = {
         "whole": whole,
         "frozen": {**whole, "freeze_vision": True},
+        "adapted": {
+            **whole,
+            "lora": {"lora_rank": 4, "lora_alpha": 8, "lora": {"merge": True}},
+            "adapters": embedded["adapted"]["adapters"],
+            "batches": [pad_for_verl(samples, embedded["adapted"]["old"], 2.0, loaded.vision)],
+        },
         "by tokens": {**whole, "max_tokens": 200, "record": False},
         "checkpointed": {**whole, "gradient_checkpointing": True},
         "shared": shared,
@@ -151,19 +170,21 @@ def test_log_probs_are_those_of_one_plain_forward_pass_a_sample(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["whole", "frozen", "by tokens", "checkpointed", "packed", "packed one by one"])
+@pytest.mark.parametrize(
+    "name", ["whole", "frozen", "adapted", "by tokens", "checkpointed", "packed", "packed one by one"]
+)
 def test_a_step_with_images_is_the_same_on_both_engines(
     name: str, on_verl: dict[str, Any], embedded: dict[str, Any], assert_same_after_adamw: Callable[..., None]
 ) -> None:
-    theirs, ours = on_verl[name], embedded["frozen" if name == "frozen" else "whole"]
+    theirs, ours = on_verl[name], embedded[name if name in embedded else "whole"]
     values = theirs["metrics"][0]
     for metric, verl_metric in ((metrics.LOSS, "loss"), (metrics.GRAD_NORM, "grad_norm")):
         assert values[verl_metric][0] == pytest.approx(ours["metrics"][metric], rel=1e-4), metric
     for metric in ours["metrics"].keys() & values.keys() - {metrics.LR}:
         assert values[metric][0] == pytest.approx(ours["metrics"][metric], rel=1e-4, abs=1e-6), metric
     learner = ours["learner"]
-    for weights, module in ((theirs["students"][0], learner.student), (theirs["teacher"], learner.teacher.module)):
-        expected = module.state_dict()
+    teacher = learner.teacher.weights.values if name == "adapted" else learner.teacher.module.state_dict()
+    for weights, expected in ((theirs["students"][0], learner.student.state_dict()), (theirs["teacher"], teacher)):
         assert weights.keys() == expected.keys()
         for weight, value in expected.items():
             assert_same_after_adamw(weights[weight], value, rtol=1e-4, atol=1e-5, lr=1e-3, msg=weight)

@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from sdpo import metrics
-from sdpo.context.encode import TeacherPrompt
 from sdpo.config import LoraConfig, Run
+from sdpo.context.encode import TeacherPrompt
 from sdpo.embedded.learner import Learner
 from sdpo.embedded.samples import Sample
 from sdpo.models.lora import add_adapters
@@ -135,8 +135,6 @@ def all_runs() -> dict[str, dict[str, Any]]:
     }
     models = {name: {"self_distillation__grpo_coef": 0.3} for name in MODELS}
     adapted = {name: {"lora__rank": 4, "optim__lr": 5e-3, **settings} for name, settings in ADAPTED.items()}
-    import os
-    if os.environ.get("LORA_ONLY"): return adapted
     return {**runs, **WAYS, **models, **adapted}
 
 
@@ -282,3 +280,19 @@ def test_the_teacher_moves_by_the_formula_of_the_average(on_verl: dict[str, Any]
             teacher = 0.95 * teacher + 0.05 * student[name]
         torch.testing.assert_close(result["teacher"][name], teacher, rtol=0, atol=1e-6)
     assert any(not torch.equal(result["teacher"][name], before) for name, before in result["teacher_before"].items())
+
+
+@pytest.mark.slow
+def test_with_adapters_it_is_their_product_that_is_averaged(on_verl: dict[str, Any]) -> None:
+    """In float64, of A and B after each step; of shards on two ranks."""
+    result = on_verl["LoRA"]
+    assert len(result["teacher"]) == 14
+    for name, before in result["teacher_before"].items():
+        assert before.dtype == torch.float32 and not before.any()
+        expected = before.double()
+        for student, teacher in zip(result["students"], result["teachers"], strict=True):
+            a, b = (student[f"{name.removesuffix('.weight')}.lora_{part}.default.weight"].double() for part in "AB")
+            expected = 0.95 * expected + 0.05 * (6 / 4) * b @ a
+            torch.testing.assert_close(teacher[name].double(), expected, rtol=1e-6, atol=1e-8)
+        # A tenth and more of what the student adds: averages of A and of B that begin at zero would come to 0.5%.
+        assert float(expected.abs().max()) > 0.09 * float((6 / 4 * b @ a).abs().max())

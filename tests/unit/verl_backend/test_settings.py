@@ -23,6 +23,8 @@ from sdpo.verl_backend.main import compose_config, main, run
 from sdpo.verl_backend.settings import read_self_distillation
 
 ACTOR = "actor_rollout_ref.actor"
+MODEL = "actor_rollout_ref.model"
+LORA = f"{MODEL}.lora_rank=8 {MODEL}.lora.merge=true"
 NAMES = ["sdpo_trainer", "sdpo_separate_async", "sdpo_sync"]
 
 
@@ -93,8 +95,16 @@ def test_another_loss_is_verls_own(compose: Callable[..., DictConfig]) -> None:
         (f"{ACTOR}.calculate_sum_pi_squared=true", "calculate_sum_pi_squared=True has no meaning"),
         ("actor_rollout_ref.model.enable_activation_offload=true", "enable_activation_offload=True is not supported"),
         (f"++{ACTOR}.fsdp_config.mixed_precision.param_dtype=fp16", "param_dtype=fp16 is not supported"),
-        ("actor_rollout_ref.model.lora_rank=8", "LoRA is not supported"),
-        ("actor_rollout_ref.model.lora.rank=8", "LoRA is not supported"),
+        ("actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora.merge must be true"),
+        ("actor_rollout_ref.model.lora.merge=true", "lora.merge=True has no effect with lora_rank=0"),
+        ("actor_rollout_ref.model.lora.rank=8", "FSDP ignores it; set actor_rollout_ref.model.lora_rank instead"),
+        (f"{LORA} {MODEL}.lora.alpha=16", "set actor_rollout_ref.model.lora_alpha instead"),
+        (f"{LORA} {MODEL}.lora.target_modules=[q_proj]", f"set {MODEL}.target_modules instead"),
+        (f"{LORA} {MODEL}.lora.dropout=0.1", "lora.dropout=0.1 is for Megatron"),
+        (f"{LORA} {MODEL}.lora_adapter_path=/some/adapter", "merge the adapter into that model first"),
+        (f"{LORA} {MODEL}.exclude_modules=q_proj", "exclude_modules is not supported"),
+        (f"{LORA} +{MODEL}.target_parameters=[experts]", "target_parameters is not supported"),
+        (f"{LORA} {ACTOR}.freeze_vision_tower=true", "freeze_vision_tower=True has no effect with LoRA"),
         ("algorithm.rollout_correction.bypass_mode=true", "bypass_mode"),
         ("data.train_files=/no/such.parquet", "/no/such.parquet: no such file"),
         ("trainer.nodes=2", "nodes"),
@@ -117,6 +127,7 @@ def test_a_mistake_is_one_line_that_names_it(override: str, message: str, compos
         ("llava", "", "verl cannot load its processor of images (Failed to create processor: Unsupported processor"),
         ("qwen2_5_vl", "", "verl cannot load its processor of images (Failed to create processor: "),
         ("text", f"{ACTOR}.freeze_vision_tower=true", "actor.freeze_vision_tower=True: "),
+        ("text", f"{LORA} {MODEL}.target_modules=[lm_head]", "model.target_modules: 'lm_head' is no linear layer of"),
     ],
 )
 def test_a_model_that_cannot_be_trained_is_refused_before_ray(
@@ -133,7 +144,7 @@ def test_a_model_that_cannot_be_trained_is_refused_before_ray(
     elif family == "qwen2_5_vl" and importlib.util.find_spec("torchvision"):
         pytest.skip("torchvision is here")
     path = hidden_rule_dir / "model" if family == "text" else vision_dir(family)
-    config = compose(f"actor_rollout_ref.model.path={path}", *filter(None, [override]))
+    config = compose(f"actor_rollout_ref.model.path={path}", *override.split())
     with pytest.raises(UserError) as caught:
         run(config)
     assert str(caught.value).startswith("actor_rollout_ref.") and message in str(caught.value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdpo.config import Run, load_run
+from sdpo.config import LoraConfig, Run, load_run
 from sdpo.errors import UserError
 from sdpo.verl_backend.launch import build_command
 from sdpo.verl_backend.main import compose_config, limit_length
-from sdpo.verl_backend.settings import read_self_distillation
+from sdpo.verl_backend.settings import read_lora, read_self_distillation
 from sdpo.verl_backend.translate import quote, translate
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
@@ -147,6 +147,28 @@ def test_the_sampler_makes_room_for_the_longest_sequence_and_no_more(
     assert config.actor_rollout_ref.rollout.max_model_len == expected
 
 
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LoraConfig(),
+        LoraConfig(rank=4, alpha=6),
+        LoraConfig(rank=8, alpha=16, target_modules=["q_proj"]),
+    ],
+)
+def test_adapters_say_the_same_on_verl(
+    lora: LoraConfig, make_task_run: Callable[..., Run], compose_run: Callable[[Run], Any]
+) -> None:
+    settings = {f"lora__{f.name}": getattr(lora, f.name) for f in fields(lora)}
+    model = compose_run(make_task_run(**settings)).actor_rollout_ref.model
+    assert read_lora(model) == lora
+    assert model.lora.merge == (lora.rank > 0)
+
+
+def test_without_alpha_the_scale_is_two(make_task_run: Callable[..., Run], compose_run: Callable[[Run], Any]) -> None:
+    model = compose_run(make_task_run(lora__rank=4)).actor_rollout_ref.model
+    assert model.lora_alpha / model.lora_rank == 2
+
+
 def test_staleness_chooses_the_trainer(make_task_run: Callable[..., Run], compose_run: Callable[[Run], Any]) -> None:
     config = compose_run(make_task_run(staleness=0))
     assert config.trainer.use_v1 and config.trainer.v1.trainer_mode == "sync"
@@ -158,14 +180,12 @@ def test_staleness_chooses_the_trainer(make_task_run: Callable[..., Run], compos
 def test_what_verl_has_not_is_refused_or_named(make_task_run: Callable[..., Run]) -> None:
     with pytest.raises(UserError, match="linear does not exist in verl"):
         translate(make_task_run(optim__schedule="linear"))
-    with pytest.raises(UserError, match=r"lora\.rank=4: on verl the teacher cannot be the average of the adapters'"):
-        translate(make_task_run(lora__rank=4))
     run = make_task_run(learner__num_threads=2, eval__teacher=False)
     assert translate(run).unused == ["learner.num_threads", "eval.teacher"]
     assert translate(make_task_run(sampler__engine="vllm")).unused == ["sampler.engine"]
 
 
-@pytest.mark.parametrize("path", [path for path in CONFIGS if "lora" not in path.stem], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_run_can_be_translated(path: Path) -> None:
     command = build_command(load_run(path), ["trainer.nnodes=2"])
     assert command.arguments[-1] == "trainer.nnodes=2"

@@ -109,9 +109,11 @@ def learn(worker: SelfDistillationTrainingWorker, case: dict[str, Any], batch: d
     return tu.get(worker.train_mini_batch(data), "metrics")
 
 
-def score(worker: SelfDistillationTrainingWorker, case: dict[str, Any], batch: dict[str, Any]) -> dict[str, Any]:
+def score(
+    worker: SelfDistillationTrainingWorker, case: dict[str, Any], batch: dict[str, Any], **settings: Any
+) -> dict[str, Any]:
     """Log-probabilities and entropies of each of this rank's responses, as the trainer asks for them."""
-    output = worker.infer_batch(send(case, batch, calculate_entropy=True, compute_loss=False))
+    output = worker.infer_batch(send(case, batch, calculate_entropy=True, compute_loss=False, **settings))
     lengths = share_of_rank(batch)["response_mask"].sum(1).tolist()
     return {
         name: [values[-length - 1 : -1] for values, length in zip(output[name].unbind(), lengths, strict=True)]
@@ -150,6 +152,23 @@ def sent_weights(worker: SelfDistillationTrainingWorker) -> dict[str, torch.Tens
     """What a sampler gets."""
     params, _ = worker.engine.get_per_tensor_param()
     return {name: value.clone() for name, value in params}
+
+
+def count_bytes(worker: SelfDistillationTrainingWorker) -> dict[str, int]:
+    """Of what this rank holds: weights of all modules, each once, and the teacher's deltas."""
+    engine = worker.engine
+    modules = [engine.module, *([engine.teacher.module] if engine.teacher.module is not None else [])]
+    params = {id(p): p for module in modules for p in module.parameters()}
+    return {
+        "weights": sum(p.to_local().nbytes for p in params.values()),
+        "deltas": sum(d.to_local().nbytes for d in engine._teacher_deltas.full.values()),
+        "moments": sum(
+            value.to_local().nbytes
+            for state in engine.optimizer.state.values()
+            for value in state.values()
+            if hasattr(value, "to_local")
+        ),
+    }
 
 
 def record_log_probs(recorded: list[dict[str, Any]]) -> None:
@@ -204,14 +223,16 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     num_patches = [0]
     if case.get("record"):
         record_log_probs(recorded)
-        count_patches(worker.engine.module.model.visual, num_patches)
+        count_patches(worker.engine._model.model.visual, num_patches)
     else:
         engine_module.compute_fused_loss = compute_fused_loss
     before = teacher_weights(worker)
-    values, students, teachers, scores = [], [], [], []
+    values, students, teachers, scores, base_scores = [], [], [], [], []
     for batch in case["batches"]:
         if case.get("score"):
             scores.append(score(worker, case, batch))
+        if case.get("score_base"):
+            base_scores.append(score(worker, case, batch, no_lora_adapter=True))
         values.append(learn(worker, case, batch))
         students.append(full_weights(worker.engine.module))
         teachers.append(teacher_weights(worker))
@@ -220,6 +241,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         "students": students,
         "teachers": teachers,
         "scores": scores,
+        "base_scores": base_scores,
         "teacher_before": before,
         "num_passes": num_passes[0],
         "log_probs": gather_in_order(recorded),
@@ -228,6 +250,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     }
     if case.get("send"):
         result["sent"] = sent_weights(worker)
+        result["kept"] = count_bytes(worker)
         result["after sending"] = full_weights(worker.engine.module)
     if "buffer_bytes" in case:
         logits.BUFFER_BYTES, usual = case["buffer_bytes"], logits.BUFFER_BYTES

@@ -1,0 +1,219 @@
+"""LoRA on verl's engine beyond the step itself: what is held, saved, sent to the sampler, and where it all is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sdpo.embedded.samples import Sample
+from sdpo.tasks.hidden_rule import build_tokenizer
+
+RANK, ALPHA = 4, 6
+SCALE = ALPHA / RANK
+VOCABULARY = 20_000
+BFLOAT16 = {"param_dtype": "bf16", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+
+TrainOnVerl = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def samples(make_samples: Callable[..., list[Sample]]) -> list[Sample]:
+    return make_samples(8, seed=5, undistilled=(2,))
+
+
+@pytest.fixture(scope="module")
+def base(
+    make_model: Callable[..., PreTrainedModel],
+    tmp_path_factory: pytest.TempPathFactory,
+    samples: list[Sample],
+    pad_for_verl: Callable[..., dict[str, Tensor]],
+) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("model")
+    make_model().save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    old = [torch.tensor(sample.response.log_probs) for sample in samples]
+    return {
+        "model": str(folder),
+        "lora": {"lora_rank": RANK, "lora_alpha": ALPHA, "lora": {"merge": True}},
+        "settings": {"alpha": 0.5},
+        "batches": [pad_for_verl(samples, old, 2.0)] * 2,
+        "lr": 1e-2,
+        "temperature": 1.0,
+        "mini_batch_size": 8,
+        "loss_agg_mode": "token-mean",
+        "horizon": 8,
+        "use_remove_padding": True,
+        "max_tokens": 60,
+        "micro_batch_size": 2,
+        "engine": {},
+        "send": True,
+    }
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def results(request: pytest.FixtureRequest, base: dict[str, Any], train_on_verl: TrainOnVerl) -> dict[str, Any]:
+    cases = {
+        "plain": {**base, "score_base": True},
+        "offloaded": {**base, "engine": {"param_offload": True, "optimizer_offload": True}},
+        "kept gathered": {**base, "engine": {"reshard_after_forward": False}},
+        "checkpointed": {**base, "gradient_checkpointing": True},
+        "half precision": {**base, "engine": {"model_dtype": "bf16", "mixed_precision": BFLOAT16}},
+        "unknown layer": {**base, "lora": {**base["lora"], "target_modules": ["query"]}, "may_fail": True},
+    }
+    return {**train_on_verl(cases, request.param), "num_ranks": request.param}
+
+
+def merge(student: dict[str, Tensor]) -> dict[str, Tensor]:
+    """W + s B A by the plain model's names, in the data type of W."""
+    merged = {}
+    for name, value in student.items():
+        if "lora_" in name:
+            continue
+        layer = name.removesuffix(".base_layer.weight")
+        if layer != name:
+            a, b = (student[f"{layer}.lora_{part}.default.weight"].double() for part in "AB")
+            value = (value.double() + SCALE * b @ a).to(value.dtype)
+        merged[name.replace(".base_layer.", ".")] = value
+    return merged
+
+
+@pytest.mark.slow
+def test_adapters_alone_learn_and_begin_the_same_on_all_ranks(
+    results: dict[str, Any], make_model: Callable[..., PreTrainedModel]
+) -> None:
+    first, last = results["plain"]["students"]
+    plain = make_model().state_dict()
+    for name, value in last.items():
+        if "lora_" in name:
+            assert not torch.equal(first[name], value), name
+            assert value.abs().sum(1).all(), f"{name} has rows that no rank has drawn"
+        else:
+            assert torch.equal(value, plain[name.replace(".base_layer.", ".")]), name
+    assert sum("lora_" in name for name in last) == 2 * 14
+
+
+@pytest.mark.slow
+def test_in_half_precision_adapters_deltas_and_moments_are_float32(results: dict[str, Any]) -> None:
+    result = results["half precision"]
+    for name, value in result["students"][-1].items():
+        assert value.dtype == (torch.float32 if "lora_" in name else torch.bfloat16), name
+    assert all(delta.dtype == torch.float32 for delta in result["teacher"].values())
+    plain = results["plain"]["metrics"]
+    for values, expected in zip(result["metrics"], plain, strict=True):
+        assert values["loss"] == pytest.approx(expected["loss"], rel=0.05)
+        assert values["grad_norm"][0] == pytest.approx(expected["grad_norm"][0], rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plain", "half precision"])
+def test_the_teacher_has_no_weights_but_its_deltas(
+    name: str, results: dict[str, Any], make_model: Callable[..., PreTrainedModel]
+) -> None:
+    model, ranks = make_model(), results["num_ranks"]
+    adapted = [p for weight, p in model.named_parameters() if weight.endswith("proj.weight")]
+    adapters = RANK * sum(sum(p.shape) for p in adapted)
+    size = 4 if name == "plain" else 2
+    assert len(adapted) == 14
+    assert results[name]["kept"] == {
+        "weights": (sum(p.numel() for p in model.parameters()) * size + adapters * 4) // ranks,
+        "deltas": sum(p.numel() for p in adapted) * 4 // ranks,
+        "moments": 2 * adapters * 4 // ranks,
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plain", "half precision", "offloaded"])
+def test_the_sampler_gets_merged_weights_and_the_base_stays(name: str, results: dict[str, Any]) -> None:
+    result = results[name]
+    student = result["students"][-1]
+    merged = merge(student)
+    assert result["sent"].keys() == merged.keys()
+    for weight, value in merged.items():
+        # verl sends bfloat16, which is what vLLM computes in; in half precision W + s B A is rounded to it twice.
+        tolerance = 2.0**-7 if name == "half precision" else 2.0**-8
+        torch.testing.assert_close(result["sent"][weight].float(), value.float(), rtol=tolerance, atol=1e-6)
+    changed = [w for w, value in merged.items() if not torch.equal(result["sent"][w], student.get(w, value).bfloat16())]
+    assert all(weight.endswith("proj.weight") for weight in changed)
+    for weight, value in student.items():
+        assert torch.equal(result["after sending"][weight], value), weight
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["offloaded", "kept gathered", "checkpointed"])
+def test_where_weights_and_activations_are_kept_changes_nothing(name: str, results: dict[str, Any]) -> None:
+    for step in range(2):
+        for part in ("students", "teachers"):
+            for weight, value in results["plain"][part][step].items():
+                assert torch.equal(results[name][part][step][weight], value), weight
+
+
+@pytest.mark.slow
+def test_without_adapters_the_policy_is_the_initial_model(results: dict[str, Any]) -> None:
+    """What verl takes for the reference policy when the actor has adapters."""
+    first, second = (scores["log_probs"] for scores in results["plain"]["base_scores"])
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.slow
+def test_a_layer_that_does_not_exist_is_named(results: dict[str, Any]) -> None:
+    assert "lora.target_modules: 'query' is no linear layer" in results["unknown layer"]["error"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ema", "snapshot", "frozen"])
+def test_a_checkpoint_goes_on_as_if_it_had_not_stopped(
+    kind: str, base: dict[str, Any], train_on_verl: TrainOnVerl, tmp_path: Path
+) -> None:
+    settings = {"teacher_regularization": kind, "teacher_snapshot_every": 3}
+    case = {**base, "settings": settings, "checkpoint": str(tmp_path / "checkpoint")}
+    result = train_on_verl({kind: case}, 2)[kind]
+    assert result["loaded_steps"] == 2
+    assert result["loaded_teacher"].keys() == result["teacher"].keys()
+    for name, value in result["teacher"].items():
+        assert torch.equal(result["loaded_teacher"][name], value), name
+    went_on, loaded = result["continued"]
+    for name, value in went_on.items():
+        assert torch.equal(loaded[name], value), name
+    # The third step is the snapshot's, so a counter that began anew would show.
+    moved = {name: not torch.equal(went_on[f"teacher.{name}"], value) for name, value in result["teacher"].items()}
+    assert len(moved) == (0 if kind == "frozen" else 14) and all(moved.values())
+    assert any(value.any() for value in result["teacher"].values()) == (kind == "ema")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("teacher", ["ema", "trust-region", "live"])
+def test_the_output_layer_is_gathered_once_and_never_copied(
+    teacher: str,
+    base: dict[str, Any],
+    make_model: Callable[..., PreTrainedModel],
+    make_samples: Callable[..., list[Sample]],
+    pad_for_verl: Callable[..., dict[str, Tensor]],
+    train_on_verl: TrainOnVerl,
+    tmp_path: Path,
+) -> None:
+    model = make_model(vocab_size=VOCABULARY)
+    model.save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    samples = make_samples(24, seed=2)
+    case = {
+        **base,
+        "model": str(tmp_path),
+        "settings": {"alpha": 0.5, "teacher_regularization": teacher, "grpo_coef": 0.3},
+        "batches": [pad_for_verl(samples, [torch.tensor(sample.response.log_probs) for sample in samples], 2.0)],
+        "mini_batch_size": 24,
+        "max_tokens": None,
+        "micro_batch_size": 24,
+        "buffer_bytes": 8 * VOCABULARY * 4,
+        "send": False,
+    }
+    result = train_on_verl({"large": case}, 1)["large"]
+    head = model.lm_head.weight.nbytes
+    assert head < sum(len(sample.response.token_ids) for sample in samples) * VOCABULARY * 4 / 4
+    assert 0 < result["largest"] <= head
+    assert 0 < result["largest_of_scores"] <= head
