@@ -171,7 +171,7 @@ def test_a_checkpoint_goes_on_as_if_it_had_not_stopped(
     kind: str, base: dict[str, Any], train_on_verl: TrainOnVerl, tmp_path: Path
 ) -> None:
     settings = {"teacher_regularization": kind, "teacher_snapshot_every": 3}
-    case = {**base, "settings": settings, "checkpoint": str(tmp_path / "checkpoint")}
+    case = {**base, "settings": settings, "checkpoint": str(tmp_path / "checkpoint"), "send": False}
     result = train_on_verl({kind: case}, 2)[kind]
     assert result["loaded_steps"] == 2
     assert result["loaded_teacher"].keys() == result["teacher"].keys()

@@ -159,9 +159,10 @@ def count_bytes(worker: SelfDistillationTrainingWorker) -> dict[str, int]:
     engine = worker.engine
     modules = [engine.module, *([engine.teacher.module] if engine.teacher.module is not None else [])]
     params = {id(p): p for module in modules for p in module.parameters()}
+    deltas = engine._teacher_deltas.full if engine._teacher_deltas is not None else {}
     return {
         "weights": sum(p.to_local().nbytes for p in params.values()),
-        "deltas": sum(d.to_local().nbytes for d in engine._teacher_deltas.full.values()),
+        "deltas": sum(delta.to_local().nbytes for delta in deltas.values()),
         "moments": sum(
             value.to_local().nbytes
             for state in engine.optimizer.state.values()
