@@ -2,24 +2,121 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
+from sdpo.algorithm.teacher import Teacher
+from sdpo.config import LoraConfig, SelfDistillationConfig
 from sdpo.embedded.samples import Sample
+from sdpo.models.lora import get_adapted_layers
 from sdpo.tasks.hidden_rule import build_tokenizer
+from sdpo.verl_backend.lora import build_lora_teacher, wrap_with_adapters
 
 RANK, ALPHA = 4, 6
 SCALE = ALPHA / RANK
 VOCABULARY = 20_000
 BFLOAT16 = {"param_dtype": "bf16", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
 
+IDS = torch.tensor([[5, 6, 7, 8, 3]])
+RATE = 0.3
+
 TrainOnVerl = Callable[..., dict[str, Any]]
+
+
+# ---- one rank in this process, without verl ----
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[DeviceMesh]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def build(mesh: DeviceMesh, make_model: Callable[..., PreTrainedModel]) -> Callable[..., tuple[Any, Teacher]]:
+    def build(kind: str, **settings: Any) -> tuple[Any, Teacher]:
+        student: Any = wrap_with_adapters(make_model(), LoraConfig(rank=RANK, alpha=ALPHA))
+        for layer in student.get_base_model().model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(student, mesh=mesh)
+        settings = {"teacher_regularization": kind, "ema_update_rate": RATE, **settings}
+        return student.train(), build_lora_teacher(student, SelfDistillationConfig(**settings))
+
+    return build
+
+
+@torch.no_grad()
+def move(student: nn.Module, seed: int) -> dict[str, Tensor]:
+    """Other adapters; returns s B A by the plain model's names, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    products = {}
+    for name, layer in get_adapted_layers(student).items():
+        a, b = (getattr(layer, f"lora_{part}")["default"].weight.to_local() for part in "AB")
+        for part in (a, b):
+            part.copy_(0.3 * torch.randn(part.shape, generator=generator))
+        products[f"{name.removeprefix('base_model.model.')}.weight"] = SCALE * b.double() @ a.double()
+    return products
+
+
+@torch.no_grad()
+def logits_of(model: Any) -> Tensor:
+    return model(input_ids=IDS).logits.clone()
+
+
+@torch.no_grad()
+def plain_logits(model: PreTrainedModel, deltas: dict[str, Tensor]) -> Tensor:
+    for name, delta in deltas.items():
+        model.get_parameter(name).add_(delta)
+    return logits_of(model)
+
+
+@pytest.mark.parametrize("kind", ["ema", "snapshot", "frozen", "trust-region", "live"])
+def test_the_teacher_computes_with_its_deltas_in_the_students_module(
+    kind: str, build: Callable[..., tuple[Any, Teacher]], make_model: Callable[..., PreTrainedModel]
+) -> None:
+    student, teacher = build(kind, teacher_snapshot_every=2)
+    deltas: dict[str, Tensor] = {}
+    for step in range(3):
+        products = move(student, step)
+        if kind == "ema":
+            deltas = {name: (1 - RATE) * deltas.get(name, 0) + RATE * value for name, value in products.items()}
+        elif kind == "snapshot" and step == 1:
+            deltas = products
+        teacher.step(student)
+    expected = {"student": plain_logits(make_model(), products), "teacher": plain_logits(make_model(), deltas)}
+    policy = teacher.policy(student)
+    assert [coefficient for _, coefficient in policy] == ([1 - RATE, RATE] if kind == "trust-region" else [1.0])
+    for module, _ in policy:
+        of = "student" if module is student else "teacher"
+        torch.testing.assert_close(logits_of(module), expected[of], rtol=1e-5, atol=1e-5)
+        # And the student is as it was before, in the same mode.
+        torch.testing.assert_close(logits_of(student), expected["student"], rtol=1e-5, atol=1e-5)
+        assert student.training and all(layer.training for layer in get_adapted_layers(student).values())
+    assert (expected["student"] - expected["teacher"]).abs().max() > 0.1
+
+
+def test_an_error_in_the_teachers_pass_leaves_the_student_as_it_was(build: Callable[..., tuple[Any, Teacher]]) -> None:
+    student, teacher = build("ema")
+    move(student, 0)
+    before = logits_of(student)
+    assert teacher.module is not None
+    with pytest.raises(ValueError, match="exactly one of input_ids"):
+        teacher.module()
+    assert student.training
+    assert torch.equal(logits_of(student), before)
+
+
+# ---- verl's engine, in processes of its own ----
 
 
 @pytest.fixture(scope="module")
