@@ -13,12 +13,14 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 
 from sdpo import metrics
 from sdpo.tasks.figures import Figures
 
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
+LIMIT = 300  # seconds for a node to appear
 
 Start = Callable[..., Any]
 
@@ -28,8 +30,8 @@ class Nodes:
 
     def __init__(self, folder: Path) -> None:
         with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+            free.bind(("", 0))
+            self.address = f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
         self.folder = folder
         self.processes: list[subprocess.Popen[bytes]] = []
         self.add("--head", f"--port={self.address.partition(':')[2]}", "--include-dashboard=false")
@@ -48,7 +50,7 @@ class Nodes:
     def wait_for(self, count: int) -> None:
         code = f"import ray; ray.init(address={self.address!r}, log_to_driver=False, logging_level=40); "
         code += "print(sum(node['Alive'] for node in ray.nodes()))"
-        end = time.monotonic() + 120
+        end = time.monotonic() + LIMIT
         while time.monotonic() < end:
             done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
             if done.stdout.split()[-1:] == [str(count)]:
