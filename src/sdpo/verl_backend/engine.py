@@ -204,7 +204,7 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         output = super().train_batch(data, loss_function)
         lost = self._rounding.take() if self._rounding is not None else None
         if lost is not None:
-            output["metrics"][UPDATE_ROUNDING] = lost
+            output["metrics"][UPDATE_ROUNDING] = [lost]
         return output
 
     def forward_backward_batch(self, data: TensorDict, loss_function: Any, forward_only: bool = False) -> Any:
