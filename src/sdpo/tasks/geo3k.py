@@ -15,7 +15,8 @@ from importlib.util import find_spec
 
 from sdpo.errors import UserError
 from sdpo.tasks.interface import Grade, Row
-from sdpo.tasks.symbolic import CutOff, compare
+from sdpo.tasks.symbolic import compare
+from sdpo.tasks.worker_process import CutOff
 
 MAX_LENGTH = 500  # characters of an answer; the longest ground truth has a few dozen
 MAX_DEPTH = 20  # brackets within brackets

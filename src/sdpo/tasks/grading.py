@@ -23,6 +23,41 @@ class GraderTimeout(BaseException):
     """A grader took too long. No ``Exception``: graders catch those, and would go on."""
 
 
+class GradingFailed(Exception):
+    """A grader gave no grade; the text says for which row and why.
+
+    Attributes:
+        kind: the type of the error and the line of the grader.
+    """
+
+    def __init__(self, reason: str, kind: str = "") -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+def grade_once(task: Task, row: Row, response: str, timeout: float | None) -> Grade:
+    """Grade one response.
+
+    Raises:
+        GradingFailed: an exception of the grader (``SystemExit`` too), a call longer than ``timeout`` seconds, or a
+            return value that ``parse_grade`` refuses.
+        UserError: the task's way to refuse its data.
+    """
+    try:
+        return parse_grade(_call_within(timeout, task.grade, row, response))
+    except UserError:
+        raise
+    except (Exception, SystemExit, GraderTimeout) as error:
+        where = find_place(error, getattr(getattr(task.grade, "__code__", None), "co_filename", None))
+        reason = f"{_describe(error, timeout)}{where and f' ({where})'}"
+        raise GradingFailed(f"{name_row(row)}: {reason}", f"{type(error).__name__} {where}") from error
+
+
+def name_row(row: Row) -> str:
+    """How an error names a row."""
+    return row.origin or row.data_source
+
+
 class Grader:
     """A task's ``grade``, whose failures are survived, told and counted.
 
@@ -55,26 +90,20 @@ class Grader:
         num_failed = 0
         for row, response in responses:
             try:
-                grades.append(parse_grade(_call_within(self._config.grader_timeout, self._task.grade, row, response)))
-            except UserError:
-                raise
-            except (Exception, SystemExit, GraderTimeout) as error:
+                grades.append(grade_once(self._task, row, response, self._config.grader_timeout))
+            except GradingFailed as failure:
                 grades.append(FAILED)
                 num_failed += 1
                 self.num_failures += 1
-                where = find_place(error, getattr(getattr(self._task.grade, "__code__", None), "co_filename", None))
-                reason = f"{_describe(error, self._config.grader_timeout)}{where and f' ({where})'}"
-                reason = f"{row.origin or row.data_source}: {reason}"
                 if num_failed > self._config.max_grader_failures * len(responses):
                     raise UserError(
                         f"data.task: {self._config.task}: grading failed for {num_failed} of the {len(grades)} "
                         f"responses graded so far, of {len(responses)} in all, which is more than "
-                        f"data.max_grader_failures={self._config.max_grader_failures:g}; the last: {reason}"
-                    ) from error
-                kind = f"{type(error).__name__} {where}"
-                if kind not in self._told:
-                    self._told.add(kind)
-                    self._observer.message(f"data.task: grading failed, which costs that response: {reason}")
+                        f"data.max_grader_failures={self._config.max_grader_failures:g}; the last: {failure}"
+                    ) from failure.__cause__
+                if failure.kind not in self._told:
+                    self._told.add(failure.kind)
+                    self._observer.message(f"data.task: grading failed, which costs that response: {failure}")
         return grades
 
 
@@ -110,8 +139,14 @@ def _call_within(seconds: float | None, function: Callable[..., Any], *arguments
             signal.setitimer(signal.ITIMER_REAL, max(delay - (time.monotonic() - began), 1e-3), interval)
 
 
+def describe_timeout(timeout: float) -> str:
+    """What an error says of a grader that took too long."""
+    return f"no grade within data.grader_timeout={timeout:g} seconds"
+
+
 def _describe(error: BaseException, timeout: float | None) -> str:
     if isinstance(error, GraderTimeout):
-        return f"no grade within data.grader_timeout={timeout:g} seconds"
+        assert timeout is not None
+        return describe_timeout(timeout)
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text:.300}" if text else type(error).__name__

@@ -229,18 +229,6 @@ def find_place(error: BaseException, file: str | None) -> str:
     return f"{file}:{lines[-1]}" if lines else ""
 
 
-def grade_response(task: Task, row: Row, response: str) -> Grade:
-    """Grade one response and check what the grader returned.
-
-    Raises:
-        UserError: the grader returned something that is no score.
-    """
-    try:
-        return parse_grade(task.grade(row, response))
-    except BadGradeError as error:
-        raise UserError(f"data.task: {error}; for a response to a {row.data_source} row") from error
-
-
 class BadGradeError(ValueError):
     """What a grader returned is no grade."""
 

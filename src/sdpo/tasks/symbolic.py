@@ -3,33 +3,24 @@
 sympy evaluates ``9^{9^{9^9}}`` if asked to, and holds the interpreter's lock meanwhile: no thread and no signal handler
 ends that. math-verify's own time limit is a signal handler, and works in the main thread only. So one worker process,
 started when first needed, reads the expressions; it is killed when it takes too long, and the next question starts
-another. It is a plain subprocess: processes that may have no children of ``multiprocessing`` (daemons) can grade too,
-and nobody's ``__main__`` is imported again.
+another (``worker_process.py``).
 """
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import functools
 import json
 import os
-import subprocess
 import sys
-import threading
 from dataclasses import dataclass
 from decimal import Decimal
-from multiprocessing.connection import wait
 from typing import Any
 
-START_SECONDS = 120.0  # imports, on a busy machine with a cold disk
+from sdpo.tasks.worker_process import WorkerProcess
+
 MAX_MEMORY = 2 << 30  # bytes of the worker's address space; digits fill memory faster than they take time
 DIGITS = 30
 MAX_EXPONENT = 100  # of ten; as a fraction 10^999999999 would fill the memory of whoever asked
-
-
-class CutOff(Exception):
-    """The comparison took too long, or the worker died of it."""
 
 
 @dataclass(frozen=True)
@@ -64,79 +55,7 @@ def compare(answer: str, truth: str, seconds: float) -> Comparison:
     return Comparison(reply["is_readable"], reply["is_equal"], value, of_truth)
 
 
-class _Worker:
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[str] | None = None
-
-    def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
-        with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                self._start()
-            try:
-                reply = self._exchange(json.dumps(request), seconds)
-            except BaseException:  # also Ctrl-C: the next question must not get this one's answer
-                self.close()
-                raise
-        return json.loads(reply)
-
-    def _start(self) -> None:
-        self.close()
-        code = "import sys; sys.path[:] = sys.argv[1:]; from sdpo.tasks.symbolic import _serve; _serve()"
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", code, *sys.path],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # Ctrl-C in the terminal is for us; the worker ends with its input
-        )
-        try:
-            self._exchange(None, START_SECONDS)
-        except BaseException as error:
-            self.close()
-            if isinstance(error, CutOff):
-                raise RuntimeError("the process that reads answers did not start; see its error above") from None
-            raise
-
-    def _exchange(self, line: str | None, seconds: float) -> str:
-        assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
-        try:
-            if line is not None:
-                self._process.stdin.write(line + "\n")
-                self._process.stdin.flush()
-        except BrokenPipeError as error:
-            raise CutOff from error
-        reply = self._process.stdout.readline() if wait([self._process.stdout.fileno()], seconds) else ""
-        if not reply:
-            raise CutOff
-        return reply
-
-    def close(self) -> None:
-        process, self._process = self._process, None
-        if process is None:
-            return
-        process.kill()
-        process.wait()
-        self._close_pipes(process)
-
-    def forget(self) -> None:
-        """In a forked child: the worker is the parent's, and the lock may be held by a thread that is not here."""
-        process, self._process, self._lock = self._process, None, threading.Lock()
-        if process is not None:
-            self._close_pipes(process)
-            process.returncode = 0  # not ours to wait for
-
-    @staticmethod
-    def _close_pipes(process: subprocess.Popen[str]) -> None:
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):  # what could not be written is of no use to a dead process
-                    pipe.close()
-
-
-_worker = _Worker()
-atexit.register(_worker.close)
-os.register_at_fork(after_in_child=_worker.forget)
+_worker = WorkerProcess("sdpo.tasks.symbolic:_serve")
 
 
 def _serve() -> None:

@@ -50,6 +50,7 @@ _ONE_STEP = "verl.experimental.one_step_off_policy.ray_trainer"
 _SEPARATE = "verl.experimental.separation.ray_trainer"
 _PPO = "verl.trainer.ppo.ray_trainer"
 _V1 = "verl.trainer.ppo.v1"
+_LOOP = "verl.experimental.agent_loop.agent_loop"
 
 HOOKS: tuple[Hook, ...] = (
     # engine.py
@@ -94,18 +95,35 @@ HOOKS: tuple[Hook, ...] = (
     Hook("verl.experimental.agent_loop.single_turn_agent_loop:SingleTurnAgentLoop", "subclassed", "no image drawn"),
     Hook("verl.experimental.agent_loop.single_turn_agent_loop:SingleTurnAgentLoop.run", "extended", "no image drawn"),
     Hook(
-        "verl.experimental.agent_loop.agent_loop:AgentLoopWorker._compute_position_ids",
+        f"{_LOOP}:AgentLoopWorker._compute_position_ids",
         "relied on",
         "positions of images",
     ),
     Hook(
-        "verl.experimental.agent_loop.agent_loop:AgentLoopWorker._compute_multi_modal_inputs",
+        f"{_LOOP}:AgentLoopWorker._compute_multi_modal_inputs",
         "relied on",
         "their pixels",
     ),
+    # agent_workers.py
+    Hook(f"{_LOOP}:AgentLoopManager", "subclassed", "chooses the workers"),
+    Hook(f"{_LOOP}:AgentLoopManager.__init__", "extended", "chooses the workers"),
+    Hook(f"{_LOOP}:AgentLoopWorker", "subclassed", "failures are kept as such"),
+    Hook(f"{_LOOP}:AgentLoopWorker._run_agent_loop", "extended", "agent loops that fail"),
+    Hook(f"{_LOOP}:AgentLoopWorker._compute_score", "extended", "graders that fail"),
+    Hook(f"{_LOOP}:AgentLoopWorker._postprocess", "extended", "columns of all responses"),
+    Hook(f"{_LOOP}:AgentLoopWorker._agent_loop_postprocess", "called", "a failed one"),
+    Hook(f"{_V1}.agent_loop_tq:AgentLoopManagerTQ", "subclassed", "chooses the workers"),
+    Hook(f"{_V1}.agent_loop_tq:AgentLoopManagerTQ.__init__", "extended", "chooses the workers"),
+    Hook(f"{_V1}.agent_loop_tq:AgentLoopWorkerTQ", "subclassed", "failures are kept as such"),
+    Hook(f"{_V1}.agent_loop_tq:AgentLoopWorkerTQ._agent_loop_postprocess", "called", "a failed one"),
+    Hook("verl.experimental.reward_loop.reward_manager.naive:NaiveRewardManager.run_single", "relied on", "threads"),
     # worker.py
     Hook("verl.workers.engine_workers:TrainingWorker", "subclassed", "configures the engine"),
-    Hook("verl.workers.engine_workers:TrainingWorker.train_mini_batch", "extended", "the teacher's update"),
+    Hook(
+        "verl.workers.engine_workers:TrainingWorker.train_mini_batch",
+        "extended",
+        "updates the teacher before offloading",
+    ),
     Hook("verl.experimental.separation.engine_workers:DetachActorWorker", "subclassed", "chooses the worker"),
     Hook("verl.workers.engine_workers:ActorRolloutRefWorker.init_model", "extended", "the actor's worker class"),
     # trainer.py
@@ -113,9 +131,15 @@ HOOKS: tuple[Hook, ...] = (
     Hook(f"{_ONE_STEP}:OneStepOffRayTrainer._create_continuous_iterator", "replaced", "keeps errors and epochs"),
     Hook(f"{_ONE_STEP}:OneStepOffRayTrainer._async_gen_next_batch", "extended", "raises errors; resumes"),
     Hook(f"{_ONE_STEP}:OneStepOffRayTrainer._fit_generate", "extended", "the epoch's metric"),
-    Hook(f"{_ONE_STEP}:OneStepOffRayTrainer.fit_step", "extended", "saves the batch sampled ahead"),
+    Hook(f"{_ONE_STEP}:OneStepOffRayTrainer.fit_step", "extended", "saves the batch sampled ahead; evaluates"),
     Hook(f"{_ONE_STEP}:OneStepOffRayTrainer.fit", "relied on", "the order of a step"),
+    Hook(f"{_SEPARATE}:SeparateRayPPOTrainer._fit_validate", "postponed", "evaluates the weights after the update"),
+    Hook(f"{_SEPARATE}:SeparateRayPPOTrainer._fit_postprocess_step", "postponed", "logs after the evaluation"),
+    Hook(f"{_SEPARATE}:SeparateRayPPOTrainer._fit_update_weights", "called", "the weights that are evaluated"),
     Hook(f"{_SEPARATE}:SeparateRayPPOTrainer._fit_compute_reward", "extended", "the teacher's batch"),
+    Hook(f"{_SEPARATE}:SeparateRayPPOTrainer._fit_compute_advantage", "extended", "responses without a grade"),
+    Hook(f"{_SEPARATE}:SeparateRayPPOTrainer._fit_collect_metrics", "extended", "responses without a grade"),
+    Hook(f"{_PPO}:RayPPOTrainer._val_metrics_update", "extended", "responses without a grade"),
     Hook(f"{_SEPARATE}:SeparateRayPPOTrainer._fit_update_actor", "extended", "names of metrics"),
     Hook(f"{_PPO}:RayPPOTrainer._save_checkpoint", "extended", "position in the data"),
     Hook(f"{_PPO}:RayPPOTrainer._load_checkpoint", "extended", "the batch sampled ahead"),
@@ -130,6 +154,9 @@ HOOKS: tuple[Hook, ...] = (
     Hook(f"{_V1}.trainer_base:PPOTrainer._init_resource_pool_mgr", "extended", "our worker"),
     Hook(f"{_V1}.trainer_base:PPOTrainer._compute_advantage", "extended", "the teacher's batch"),
     Hook(f"{_V1}.trainer_base:PPOTrainer._update_actor", "extended", "names of metrics"),
+    Hook(f"{_V1}.trainer_base:PPOTrainer._compute_metrics", "extended", "responses without a grade"),
+    Hook(f"{_V1}.trainer_base:PPOTrainer._val_metrics_update", "extended", "responses without a grade"),
+    Hook("verl.trainer.ppo.padding_utils:construct_minimal_padding_template", "relied on", "is_padding"),
     Hook(f"{_V1}.trainer_base:TRAINER_REGISTRY", "replaced", "our trainers under verl's names"),
     Hook("verl.trainer.main_ppo:TaskRunnerV1", "called", "verl's runner, its class taken from Ray's actor"),
     # main.py

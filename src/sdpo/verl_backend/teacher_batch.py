@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from sdpo.verl_backend.packing import DISTILLATION_COEF, SAMPLE_WEIGHTS, TEACHER
 
 @dataclass(frozen=True)
 class Rollout:
-    """One graded rollout, out of whichever container a trainer keeps it in."""
+    """One rollout, out of whichever container a trainer keeps it in; the score is NaN where the grader failed."""
 
     group: str
     messages: Sequence[Message]
@@ -30,6 +31,10 @@ class Rollout:
     score: float
     feedback: str | None
     ground_truth: str | None
+
+    @property
+    def is_failed(self) -> bool:
+        return math.isnan(self.score)
 
 
 def read_ground_truth(reward_model: Mapping[str, Any]) -> str | None:
@@ -57,8 +62,14 @@ class TeacherBatch:
         self.seed = seed
         self.total_steps = total_steps
 
-    def build(self, rollouts: Sequence[Rollout], step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Fields by name, [B, ...] in the rollouts' order, and the step's metrics."""
+    def build(self, rows: Sequence[Rollout | None], step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Fields by name, [B, ...] in the rows' order, and the step's metrics.
+
+        Args:
+            rows: the batch; None for a row that is no sample: it is not distilled, shown to nobody and not counted.
+            step: from 1.
+        """
+        rollouts = [row for row in rows if row is not None]
         graded = [
             GradedResponse(
                 group=rollout.group,
@@ -77,19 +88,27 @@ class TeacherBatch:
             self.config,
             random.Random(f"demonstrations {self.seed} {step}"),
         )
-        prompts = [torch.tensor(lesson.prompt.token_ids or [], dtype=torch.long) for lesson in lessons]
-        weights = torch.ones(len(graded))
+        weights = [1.0] * len(graded)
         if self.config.weight_by_prompt_difficulty:
             rates = compute_success_rates(graded, self.config.success_reward_threshold)
-            weights = compute_prompt_weights(torch.tensor(rates))
+            weights = compute_prompt_weights(torch.tensor(rates)).tolist()
         coef = compute_distillation_coef(self.config, step, self.total_steps)
+        of_samples = iter(zip(lessons, weights, strict=True))
+        prompts, row_weights = [], []
+        for row in rows:
+            token_ids, weight = (None, 0.0)
+            if row is not None:
+                lesson, weight = next(of_samples)
+                token_ids = lesson.prompt.token_ids
+            prompts.append(torch.tensor(token_ids or [], dtype=torch.long))
+            row_weights.append(weight)
         padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
         fields = {
             # At least one column, since some containers take no empty tensor.
             TEACHER_PROMPTS: padded if padded.shape[1] else padded.new_zeros(len(prompts), 1),
             TEACHER_PROMPT_LENGTHS: torch.tensor([len(prompt) for prompt in prompts]),
-            SAMPLE_WEIGHTS: weights,
-            DISTILLATION_COEF: torch.full((len(graded),), coef),
+            SAMPLE_WEIGHTS: torch.tensor(row_weights),
+            DISTILLATION_COEF: torch.full((len(rows),), coef),
         }
         values = summarize_lessons(graded, lessons, self.config)
         if self.config.distills:

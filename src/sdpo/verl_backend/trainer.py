@@ -1,14 +1,17 @@
 """verl's one-step-off-policy trainer with the teacher's batch, and with its stock bugs out of the way.
 
     step k         rollouts k are there | weights k-1 to the sampler | sample k+1 | teacher prompts | learn k
+    evaluation     rollouts k+1 are there | weights k to the sampler | sample held-out responses
     step k+1       rollouts k+1 are there ...
 
-Rollouts k+1 are sampled by the weights that step k begins with, while step k learns: one update behind.
+Rollouts k+1 are sampled by the weights that step k begins with, while step k learns: one update behind. An evaluation
+waits for them, since it is of the weights that step k ends with.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,14 @@ from verl.experimental.one_step_off_policy.ray_trainer import OneStepOffRayTrain
 
 from sdpo import metrics
 from sdpo.models.processing import ImageReader
+from sdpo.verl_backend.grades import (
+    FAILURE,
+    REFUSAL,
+    WithFailedGrades,
+    check_failures,
+    correct_advantages,
+    replace_scores,
+)
 from sdpo.verl_backend.packing import count_response_tokens
 from sdpo.verl_backend.settings import read_self_distillation
 from sdpo.verl_backend.teacher_batch import Rollout, TeacherBatch, read_ground_truth
@@ -46,12 +57,13 @@ def rename_metrics(values: dict[str, Any]) -> None:
         values[name.removeprefix("actor/")] = values.pop(name)
 
 
-class SelfDistillationOneStepOffTrainer(OneStepOffRayTrainer):  # type: ignore[misc]
+class SelfDistillationOneStepOffTrainer(WithFailedGrades, OneStepOffRayTrainer):  # type: ignore[misc]
     """One step off policy: one GPU samples, another learns.
 
-    Beside the teacher's batch it mends four things in verl 0.9.1: an error while the next batch is fetched is raised
-    instead of turned into None; ``trainer.rollout_data_dir`` works; ``training/epoch`` counts; and a checkpoint holds
-    the batch that was sampled ahead, so that a resumed run continues with it.
+    Beside the teacher's batch it mends five things in verl 0.9.1: an error while the next batch is fetched is raised
+    instead of turned into None; ``trainer.rollout_data_dir`` works; ``training/epoch`` counts; a step's evaluation is
+    of the weights after its update; and a checkpoint holds the batch that was sampled ahead, so that a resumed run
+    continues with it.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -68,6 +80,11 @@ class SelfDistillationOneStepOffTrainer(OneStepOffRayTrainer):  # type: ignore[m
 
     def _fit_compute_reward(self, batch: DataProto) -> DataProto:
         batch = super()._fit_compute_reward(batch)
+        names = [name for name in (FAILURE, REFUSAL) if name in self.reward_extra_infos_dict]
+        extras = [{name: self.reward_extra_infos_dict[name][i] for name in names} for i in range(len(batch))]
+        self.failed = check_failures(extras, self.config, f"step {self.global_steps}")
+        scores = self.reward_tensor.sum(-1).tolist()
+        self.scores = [math.nan if failed else score for failed, score in zip(self.failed, scores, strict=True)]
         if self.teacher_batch is not None:
             fields, values = self.teacher_batch.build(self._read_rollouts(batch), self.global_steps)
             for name, tensor in fields.items():
@@ -92,8 +109,22 @@ class SelfDistillationOneStepOffTrainer(OneStepOffRayTrainer):  # type: ignore[m
                 feedback=feedback[i],
                 ground_truth=read_ground_truth(fields["reward_model"][i]),
             )
-            for i, score in enumerate(self.reward_tensor.sum(-1).tolist())
+            for i, score in enumerate(self.scores)
         ]
+
+    def _fit_compute_advantage(self, batch: DataProto) -> DataProto:
+        batch = super()._fit_compute_advantage(batch)
+        if any(self.failed):
+            mask, groups = batch.batch["response_mask"], batch.non_tensor_batch["uid"].tolist()
+            rewards = batch.batch["token_level_rewards"].sum(-1)
+            verl_s = (batch.batch["advantages"] * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+            own = correct_advantages(verl_s, rewards, self.failed, groups, self.config)
+            batch.batch["advantages"] = batch.batch["returns"] = own[:, None] * mask
+        return batch
+
+    def _fit_collect_metrics(self, batch: DataProto) -> None:
+        super()._fit_collect_metrics(batch)
+        replace_scores(self.metrics, self.scores, self.config)
 
     def _fit_update_actor(self, batch: DataProto) -> DataProto:
         batch = super()._fit_update_actor(batch)
@@ -126,7 +157,7 @@ class SelfDistillationOneStepOffTrainer(OneStepOffRayTrainer):  # type: ignore[m
         self.metrics["training/epoch"] = self.epoch
         return await super()._fit_generate(batch_data_future, continuous_iterator)
 
-    # Saving, with the batch that is sampled ahead
+    # The end of a step: what needs the batch that is sampled ahead
 
     async def fit_step(self, batch_data_future: Any, continuous_iterator: Any) -> Any:
         step = self.global_steps
@@ -137,9 +168,30 @@ class SelfDistillationOneStepOffTrainer(OneStepOffRayTrainer):  # type: ignore[m
             partial = folder / f".{PREFETCHED}"
             torch.save({"batch": fetched, "loader": self.train_dataloader.state_dict()}, partial)
             partial.rename(folder / PREFETCHED)
+        await self._evaluate(next_batch_future)
+        super()._fit_postprocess_step()
         if self.is_last_step:
             self._shutdown_dump_executor()
         return next_batch_future
+
+    async def _evaluate(self, next_batch_future: Any) -> None:
+        """Evaluate the weights after the update, which verl has not handed to the sampler yet."""
+        every = self.config.trainer.test_freq
+        if every <= 0 or (self.global_steps % every and not self.is_last_step):
+            return
+        if next_batch_future is not None:
+            await next_batch_future  # all of it is to be of the weights that the step began with
+        self._fit_update_weights()
+        super()._fit_validate()
+        self.metrics[metrics.TIME_EVAL] = self.timing_raw["testing"]
+
+    def _fit_validate(self) -> None:
+        """Nothing: ``_evaluate`` comes later."""
+
+    def _fit_postprocess_step(self) -> None:
+        """Nothing: ``fit_step`` calls verl's, which logs the metrics, after the evaluation."""
+
+    # Saving
 
     def _save_checkpoint(self) -> None:
         super()._save_checkpoint()

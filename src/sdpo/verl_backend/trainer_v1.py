@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import ray
+import torch
 import transfer_queue as tq
 from tensordict import TensorDict
 from verl.trainer.ppo.utils import Role
@@ -16,6 +19,7 @@ from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from sdpo import metrics as names
+from sdpo.verl_backend.grades import WithFailedGrades, check_failures, correct_advantages, replace_scores
 from sdpo.verl_backend.teacher_batch import Rollout, read_ground_truth
 from sdpo.verl_backend.trainer import build_teacher_batch, rename_metrics
 from sdpo.verl_backend.worker import SelfDistillationActorWorker
@@ -23,19 +27,24 @@ from sdpo.verl_backend.worker import SelfDistillationActorWorker
 FIELDS = ["uid", "raw_prompt", "responses", "rm_scores", "reward_model", "extra_fields"]
 
 
-class WithTeacherBatch:
-    """The trainer hooks of both: our worker, the teacher's fields before the advantages, our metrics' names."""
+class WithTeacherBatch(WithFailedGrades):
+    """The trainer hooks of both: our worker, the teacher's fields before the advantages, our metrics' names.
+
+    verl fills a batch up with rows that are no samples (``is_padding``): they are counted nowhere.
+    """
 
     config: Any
     tokenizer: Any
     processor: Any
     global_steps: int
     total_training_steps: int
+    parameter_sync_step: int
     role_worker_mapping: dict[Role, Any]
 
     def _setup(self) -> None:
         super()._setup()  # type: ignore[misc]
         self.teacher_batch = build_teacher_batch(self.config, self.tokenizer, self.processor, self.total_training_steps)
+        self.scores: list[float] = []  # of the step's samples so far; NaN where the grader failed
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()  # type: ignore[misc]
@@ -44,8 +53,11 @@ class WithTeacherBatch:
                 self.role_worker_mapping[role] = ray.remote(SelfDistillationActorWorker)
 
     def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        rollouts = self._read_rollouts(batch)
+        samples = [rollout for rollout in rollouts if rollout is not None]
+        self.scores += [sample.score for sample in samples]
         if self.teacher_batch is not None:
-            fields, values = self.teacher_batch.build(self._read_rollouts(batch), self.global_steps)
+            fields, values = self.teacher_batch.build(rollouts, self.global_steps)
             tq.kv_batch_put(
                 keys=batch.keys,
                 partition_id=batch.partition_id,
@@ -56,9 +68,40 @@ class WithTeacherBatch:
         if versions:
             # The weights after step k are named k here; step k begins with those named k - 1.
             metrics[names.STALENESS] = self.global_steps - 1 - int(np.min(versions))
-        return super()._compute_advantage(batch, metrics)  # type: ignore[misc]
+        batch = super()._compute_advantage(batch, metrics)  # type: ignore[misc]
+        if any(sample.is_failed for sample in samples):
+            self._correct_advantages(batch, rollouts)
+        return batch
 
-    def _read_rollouts(self, batch: Any) -> list[Rollout]:
+    def _correct_advantages(self, batch: Any, rollouts: Sequence[Rollout | None]) -> None:
+        data = tq.kv_batch_get(
+            keys=batch.keys, partition_id=batch.partition_id, select_fields=["response_mask", "rm_scores", "advantages"]
+        )
+        masks = [mask.float() for mask in data["response_mask"].unbind()]
+        verl_s = [
+            (values * mask).sum() / mask.sum().clamp(min=1)
+            for values, mask in zip(data["advantages"].unbind(), masks, strict=True)
+        ]
+        own = correct_advantages(
+            torch.stack(verl_s),
+            torch.stack([scores.sum() for scores in data["rm_scores"].unbind()]),
+            [rollout is not None and rollout.is_failed for rollout in rollouts],
+            [i if rollout is None else rollout.group for i, rollout in enumerate(rollouts)],
+            self.config,
+        )
+        by_token = torch.nested.as_nested_tensor(
+            [value * mask for value, mask in zip(own, masks, strict=True)], layout=torch.jagged
+        )
+        fields = TensorDict({"advantages": by_token, "returns": by_token.clone()}, batch_size=len(batch))
+        tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
+
+    def _read_rollouts(self, batch: Any) -> list[Rollout | None]:
+        """The batch's rollouts in its order, None for padding.
+
+        Raises:
+            UserError: see ``check_failures``.
+            RuntimeError: a rollout is missing.
+        """
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=FIELDS)
         responses, scores = data["responses"].unbind(), data["rm_scores"].unbind()
         # Stacks of objects or plain lists, whichever the queue made of them.
@@ -66,17 +109,36 @@ class WithTeacherBatch:
             values.tolist() if hasattr(values := data[name], "tolist") else list(values)
             for name in ("uid", "raw_prompt", "reward_model", "extra_fields")
         )
-        return [
-            Rollout(
+        present = [i for i, tag in enumerate(batch.tags) if not tag.get("is_padding", False)]
+        self._check_all_there([batch.keys[i] for i in present])
+        infos = {i: (extras[i] or {}).get("reward_extra_info") or {} for i in present}
+        failed = check_failures(list(infos.values()), self.config, f"step {self.global_steps}")
+        rollouts: list[Rollout | None] = [None] * len(batch)
+        for i, is_failed in zip(present, failed, strict=True):
+            rollouts[i] = Rollout(
                 group=uids[i],
                 messages=list(prompts[i]),
                 response_ids=responses[i].tolist(),
-                score=float(scores[i].sum()),
-                feedback=(extras[i] or {}).get("reward_extra_info", {}).get("feedback"),
+                score=math.nan if is_failed else float(scores[i].sum()),
+                feedback=infos[i].get("feedback"),
                 ground_truth=read_ground_truth(truths[i]),
             )
-            for i in range(len(batch))
-        ]
+        return rollouts
+
+    def _check_all_there(self, keys: Sequence[str]) -> None:
+        """verl logs an error in a rollout, and goes on with those that are left."""
+        found = len({key.rsplit("_", 1)[0] for key in keys})
+        wanted = self.config.data.train_batch_size // self.parameter_sync_step * self.config.actor_rollout_ref.rollout.n
+        if found < wanted:
+            raise RuntimeError(
+                f"step {self.global_steps}: {wanted - found} of {wanted} rollouts are missing; the log of verl's agent "
+                "loop workers says why"
+            )
+
+    def _compute_metrics(self, batch: Any, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        super()._compute_metrics(batch, metrics, *args, **kwargs)  # type: ignore[misc]
+        replace_scores(metrics, self.scores, self.config)
+        self.scores = []
 
     def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
         batch = super()._update_actor(batch, metrics)  # type: ignore[misc]

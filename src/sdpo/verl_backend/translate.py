@@ -26,8 +26,6 @@ WITHOUT_COUNTERPART = (
     "keep_best",
     "stop_within",
     "sampler.max_restarts",
-    "data.grader_timeout",
-    "data.max_grader_failures",
     "sampler.engine",
     "sampler.kv_cache_gib",
     "sampler.device",
@@ -114,6 +112,8 @@ def _data(run: Run) -> dict[str, Any]:
         "reward.custom_reward_function.name": "compute_score",
         "+reward.custom_reward_function.reward_kwargs.task": _absolute_if_file(run.data.task),
         "+reward.custom_reward_function.reward_kwargs.task_args": json.dumps(run.data.task_args),
+        "+reward.custom_reward_function.reward_kwargs.grader_timeout": run.data.grader_timeout,
+        "data.max_grader_failures": run.data.max_grader_failures,
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from verl.experimental.separation.engine_workers import DetachActorWorker
 from verl.single_controller.base.decorator import Dispatch, register
+from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_name
 from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
@@ -37,8 +38,12 @@ class SelfDistillationTrainingWorker(TrainingWorker):  # type: ignore[misc]
     def train_mini_batch(self, data: Any) -> Any:
         """Every mini-batch of a rollout batch, then the teacher follows."""
         repair_position_ids(data)  # before verl cuts mini-batches
-        output = super().train_mini_batch(data)
-        self.engine.step_teacher()
+        keep_loaded = tu.pop(data, key="disable_auto_offload", default=False)
+        tu.assign_non_tensor(data, disable_auto_offload=True)
+        # The teacher follows before anything is offloaded, since verl does not wait for its copies to the host.
+        with self.engine.train_mode(disable_auto_offload=keep_loaded):
+            output = super().train_mini_batch(data)
+            self.engine.step_teacher()
         return output
 
 

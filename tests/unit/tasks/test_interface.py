@@ -13,7 +13,7 @@ import pytest
 
 from sdpo.errors import UserError
 from sdpo.tasks.hidden_rule import HiddenRule
-from sdpo.tasks.interface import Grade, Row, grade_response, load_rows, load_task
+from sdpo.tasks.interface import BadGradeError, Grade, Row, load_rows, load_task, parse_grade
 
 QUESTION = [{"role": "user", "content": "1 + 1?"}]
 ROW = {"data_source": "sums", "prompt": QUESTION, "reward_model": {"style": "rule", "ground_truth": "2"}}
@@ -120,8 +120,8 @@ def test_a_task_of_one_s_own_as_a_file(tmp_path: Path, kind: str) -> None:
     task = load_task(f"{tmp_path}/json.py", {})
     row = Row(**ROW)
     feedback = "almost" if kind in ("mapping", "grade") else None
-    assert grade_response(task, row, "2") == Grade(0.5, feedback)
-    assert grade_response(task, row, "3") == Grade(0.0, feedback)
+    assert parse_grade(task.grade(row, "2")) == Grade(0.5, feedback)
+    assert parse_grade(task.grade(row, "3")) == Grade(0.0, feedback)
     import json
 
     assert json.dumps([]) == "[]"
@@ -130,12 +130,12 @@ def test_a_task_of_one_s_own_as_a_file(tmp_path: Path, kind: str) -> None:
 def test_a_task_of_one_s_own_as_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_task_for_tests.py").write_text(GRADERS["float"])
     monkeypatch.syspath_prepend(tmp_path)
-    assert grade_response(load_task("own_task_for_tests", {}), Row(**ROW), "2").score == 0.5
+    assert parse_grade(load_task("own_task_for_tests", {}).grade(Row(**ROW), "2")).score == 0.5
 
 
 def test_arguments_reach_the_task(tmp_path: Path) -> None:
     (tmp_path / "task.py").write_text(GRADERS["dataclass"])
-    assert grade_response(load_task(f"{tmp_path}/task.py", {"value": 0.25}), Row(**ROW), "2").score == 0.25
+    assert parse_grade(load_task(f"{tmp_path}/task.py", {"value": 0.25}).grade(Row(**ROW), "2")).score == 0.25
 
 
 @pytest.mark.parametrize(
@@ -174,17 +174,9 @@ def test_a_library_that_the_task_lacks_is_not_a_missing_task(tmp_path: Path, mon
 # --- grades
 
 
-class Returns:
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def grade(self, row: Row, response: str) -> Any:
-        return self.value
-
-
 @pytest.mark.parametrize("value", [1, True, 1.0, "1", Grade(1), {"score": 1}])
 def test_scores_of_all_kinds_become_floats(value: Any) -> None:
-    grade = grade_response(Returns(value), Row(**ROW), "2")
+    grade = parse_grade(value)
     assert grade == Grade(1.0, None)
     assert type(grade.score) is float
 
@@ -193,19 +185,10 @@ def test_scores_of_all_kinds_become_floats(value: Any) -> None:
     "value", [None, math.nan, math.inf, "good", Grade(math.nan), {"feedback": "no score"}, {"score": None}, [1, 2]]
 )
 def test_what_is_no_score_is_refused(value: Any) -> None:
-    with pytest.raises(UserError, match=r"data\.task: the grader's score must be .*; for a response to a sums row"):
-        grade_response(Returns(value), Row(**ROW), "2")
+    with pytest.raises(BadGradeError, match=r"the grader's score must be a finite number, got"):
+        parse_grade(value)
 
 
 def test_feedback_that_is_no_text_is_refused() -> None:
-    with pytest.raises(UserError, match=r"feedback must be text, got \['wrong'\]"):
-        grade_response(Returns({"score": 0, "feedback": ["wrong"]}), Row(**ROW), "2")
-
-
-def test_an_error_in_the_grader_stays_what_it_is() -> None:
-    class Broken:
-        def grade(self, row: Row, response: str) -> float:
-            return 1 / len(response)
-
-    with pytest.raises(ZeroDivisionError):
-        grade_response(Broken(), Row(**ROW), "")
+    with pytest.raises(BadGradeError, match=r"feedback must be text, got \['wrong'\]"):
+        parse_grade({"score": 0, "feedback": ["wrong"]})

@@ -14,8 +14,9 @@ from decimal import Decimal
 
 import pytest
 
-from sdpo.tasks import symbolic
-from sdpo.tasks.symbolic import CutOff, compare
+from sdpo.tasks import symbolic, worker_process
+from sdpo.tasks.symbolic import compare
+from sdpo.tasks.worker_process import CutOff, WorkerProcess
 
 pytest.importorskip("math_verify")
 
@@ -98,13 +99,13 @@ def test_a_worker_that_died_is_replaced() -> None:
 
 def test_an_interruption_leaves_no_answer_for_the_next_question(monkeypatch: pytest.MonkeyPatch) -> None:
     compare("5 + x", "x", LONG)
-    wait = symbolic.wait
+    wait = worker_process.wait
 
     def interrupted(*_: object) -> list[object]:
-        monkeypatch.setattr(symbolic, "wait", wait)
+        monkeypatch.setattr(worker_process, "wait", wait)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(symbolic, "wait", interrupted)
+    monkeypatch.setattr(worker_process, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compare("6 + x", "x + 6", LONG)
     assert not compare("7 + x", "x", LONG).is_equal
@@ -154,7 +155,7 @@ def test_the_worker_ends_with_its_owner(ending: str) -> None:
 
 
 def test_a_worker_that_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    fresh = symbolic._Worker()
-    monkeypatch.setattr(symbolic.sys, "executable", "/bin/false")
+    fresh = WorkerProcess("sdpo.tasks.symbolic:_serve")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="did not start"):
         fresh.ask({}, 1)

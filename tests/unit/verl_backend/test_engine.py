@@ -167,6 +167,12 @@ def test_where_the_weights_are_kept_changes_nothing(name: str, results: dict[str
 
 
 @pytest.mark.slow
+def test_the_teacher_follows_before_the_weights_leave_the_device(results: dict[str, Any]) -> None:
+    """Two steps: loaded, learned, followed, offloaded. verl's copies to the host are not waited for."""
+    assert results["offloaded"]["moves"] == ["moved", "followed", "moved"] * 2
+
+
+@pytest.mark.slow
 def test_the_average_of_a_student_in_half_precision_is_kept_in_float32(results: dict[str, Any]) -> None:
     result = results["half precision"]
     for name, teacher in result["teacher_before"].items():

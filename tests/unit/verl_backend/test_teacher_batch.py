@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from sdpo import metrics
 from sdpo.config import SelfDistillationConfig
 from sdpo.context.demonstration import Demonstration
 from sdpo.context.encode import encode_teacher_prompt
+from sdpo.tasks.grading import GradingFailed
 from sdpo.tasks.hidden_rule import build_tokenizer
 from sdpo.verl_backend.packing import DISTILLATION_COEF, SAMPLE_WEIGHTS, TEACHER_PROMPT_LENGTHS, TEACHER_PROMPTS
 from sdpo.verl_backend.reward import compute_score
@@ -79,6 +82,23 @@ def test_which_peer_is_shown_follows_from_seed_and_step() -> None:
     assert len({str(shown(seed, step)) for seed in (0, 1) for step in (1, 2)}) == 4
 
 
+@pytest.mark.parametrize("source", ["peer", "ground_truth"])
+def test_padding_and_failed_responses_teach_nothing_and_are_not_counted(source: str) -> None:
+    """Padding is no sample: every metric and every other row is as without it."""
+    config = SelfDistillationConfig(demonstration_source=source, weight_by_prompt_difficulty=True)  # type: ignore[arg-type]
+    build = TeacherBatch(config, TOKENIZER, None, seed=0, total_steps=1).build
+    rollouts = [make_rollout("77", 0.0), make_rollout("88", 1.0), make_rollout("99", math.nan)]
+    plain, wanted = build(rollouts, step=1)
+    fields, values = build([None, rollouts[0], None, *rollouts[1:], None], step=1)
+    assert values == wanted
+    assert values[metrics.SUCCESS_FRACTION] == 0.5  # of two graded
+    for name in (TEACHER_PROMPTS, TEACHER_PROMPT_LENGTHS, SAMPLE_WEIGHTS, DISTILLATION_COEF):
+        assert torch.equal(fields[name][[1, 3, 4]], plain[name]), name
+    lengths = fields[TEACHER_PROMPT_LENGTHS].tolist()
+    assert lengths[1] > 0 and [lengths[i] for i in (0, 2, 4, 5)] == [0, 0, 0, 0]
+    assert fields[SAMPLE_WEIGHTS][[0, 2, 5]].tolist() == [0.0, 0.0, 0.0]
+
+
 def test_our_metrics_get_their_own_names_back() -> None:
     values = {"actor/self_distillation/loss": 1.0, "actor/grad_norm": 2.0, "actor/actor/entropy": 3.0}
     rename_metrics(values)
@@ -92,3 +112,14 @@ def test_a_task_of_ours_is_verls_reward_function() -> None:
     assert right == {"score": 1.0, "acc": 1.0, "feedback": ""}
     assert wrong == {"score": 0.0, "acc": 0.0, "feedback": "Expected: 321"}
     assert math.isfinite(right["score"])
+
+
+def test_the_time_of_a_task_is_limited_in_a_thread_too(tmp_path: Path) -> None:
+    (tmp_path / "task.py").write_text(
+        "import time\ndef grade(row, response):\n    time.sleep(float(response))\n    return 1.0"
+    )
+    arguments = {"task": str(tmp_path / "task.py"), "task_args": "{}", "grader_timeout": 0.3}
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(compute_score, "sums", "0", None, **arguments).result()["score"] == 1.0
+        with pytest.raises(GradingFailed, match=r"^sums: no grade within data\.grader_timeout=0\.3 seconds"):
+            thread.submit(compute_score, "sums", "60", None, **arguments).result()

@@ -190,6 +190,23 @@ def record_log_probs(recorded: list[dict[str, Any]]) -> None:
     engine_module.compute_fused_loss = compute
 
 
+def record_moves(worker: SelfDistillationTrainingWorker) -> list[str]:
+    """When weights are moved between device and host, and when the teacher follows."""
+    engine, moves = worker.engine, list[str]()
+    move, step_teacher = engine.to, engine.step_teacher
+
+    def recorded_move(device: str, *args: Any, **kwargs: Any) -> None:
+        moves.append("moved")
+        move(device, *args, **kwargs)
+
+    def recorded_step() -> None:
+        moves.append("followed")
+        step_teacher()
+
+    engine.to, engine.step_teacher = recorded_move, recorded_step
+    return moves
+
+
 def count_patches(tower: Any, seen: list[int]) -> None:
     def count(_: Any, args: Any) -> None:
         seen[0] += len(args[0])
@@ -228,6 +245,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     else:
         engine_module.compute_fused_loss = compute_fused_loss
     before = teacher_weights(worker)
+    moves = record_moves(worker)
     values, students, teachers, scores, base_scores = [], [], [], [], []
     for batch in case["batches"]:
         if case.get("score"):
@@ -247,6 +265,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         "num_passes": num_passes[0],
         "log_probs": gather_in_order(recorded),
         "num_patches": num_patches[0],
+        "moves": moves,
         "teacher": teacher_weights(worker),
     }
     if case.get("send"):

@@ -1,0 +1,202 @@
+"""Responses without a grade: what the workers make of failures, and what the trainers make of those."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from verl.experimental.agent_loop import agent_loop
+from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopOutput
+from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+from sdpo import metrics
+from sdpo.algorithm.advantage import compute_group_advantages
+from sdpo.errors import UserError
+from sdpo.tasks.grading import GradingFailed
+from sdpo.verl_backend.agent_workers import EXTRA, OneStepOffWorker
+from sdpo.verl_backend.grades import (
+    FAILURE,
+    REFUSAL,
+    WithFailedGrades,
+    check_failures,
+    correct_advantages,
+    replace_scores,
+)
+
+CONFIG = OmegaConf.create(
+    {
+        "data": {"max_grader_failures": 0.4},
+        "algorithm": {"adv_estimator": "grpo", "norm_adv_by_std_in_grpo": True, "use_kl_in_reward": False},
+    }
+)
+FAILED = {FAILURE: "sums: ZeroDivisionError: division by zero", REFUSAL: ""}
+GRADED = {FAILURE: "", REFUSAL: ""}
+
+
+# The workers
+
+
+class Wrapped(Exception):
+    """An error as Ray hands it over."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__("a page of traceback")
+        self.cause = cause
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> OneStepOffWorker:
+    made = object.__new__(OneStepOffWorker)
+    made.tokenizer = SimpleNamespace(eos_token_id=7)
+    made.rollout_config = SimpleNamespace(calculate_log_probs=True)
+
+    async def hand_on(output: AgentLoopOutput, validate: bool, **kwargs: Any) -> AgentLoopOutput:
+        assert "agent_name" not in kwargs and kwargs["raw_prompt"] == "the prompt"
+        return output
+
+    monkeypatch.setattr(made, "_agent_loop_postprocess", hand_on)
+    return made
+
+
+def grade(worker: OneStepOffWorker, monkeypatch: pytest.MonkeyPatch, result: Any) -> AgentLoopOutput:
+    """A response that verl's worker has this grade for, or this error."""
+
+    async def compute(self: Any, outputs: list[AgentLoopOutput], kwargs: Any) -> None:
+        if isinstance(result, Exception):
+            raise result
+        outputs[-1].reward_score = result["score"]
+        outputs[-1].extra_fields[EXTRA] = dict(result)
+
+    monkeypatch.setattr(agent_loop.AgentLoopWorker, "_compute_score", compute)
+    output = AgentLoopOutput(
+        prompt_ids=[1], response_ids=[2], response_mask=[1], metrics=AgentLoopMetrics(), extra_fields={}
+    )
+    asyncio.run(worker._compute_score([output], {"data_source": "sums"}))
+    return output
+
+
+def test_a_grade_says_that_nothing_failed(worker: OneStepOffWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = grade(worker, monkeypatch, {"score": 0.5, "acc": 0.5, "feedback": "almost"})
+    assert output.reward_score == 0.5
+    assert output.extra_fields[EXTRA] == {"score": 0.5, "acc": 0.5, "feedback": "almost", **GRADED}
+
+
+@pytest.mark.parametrize(
+    ("error", "failure", "refusal"),
+    [
+        (Wrapped(GradingFailed("sums: no grade within 30 seconds")), "sums: no grade within 30 seconds", ""),
+        (Wrapped(ZeroDivisionError("division by zero")), "sums: ZeroDivisionError: division by zero", ""),
+        (KeyError("a"), "sums: KeyError: 'a'", ""),
+        (Wrapped(UserError("no such language")), "no such language", "no such language"),
+        ({"score": math.nan}, "sums: the reward must be a finite number, got nan", ""),
+    ],
+)
+def test_an_exception_of_the_grader_is_a_failed_grade(
+    worker: OneStepOffWorker, monkeypatch: pytest.MonkeyPatch, error: Any, failure: str, refusal: str
+) -> None:
+    grade(worker, monkeypatch, {"score": 1.0, "acc": 1.0, "pred": "3"})
+    output = grade(worker, monkeypatch, error)
+    assert output.reward_score == 0.0
+    # The columns of the other responses, without values.
+    assert output.extra_fields[EXTRA] == {"score": None, "acc": None, "pred": None, FAILURE: failure, REFUSAL: refusal}
+
+
+def test_an_exception_of_the_agent_loop_is_a_failed_grade(
+    worker: OneStepOffWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run(self: Any, *_: Any, **__: Any) -> None:
+        raise RuntimeError("the tool is\nbroken")
+
+    monkeypatch.setattr(agent_loop.AgentLoopWorker, "_run_agent_loop", run)
+    output = asyncio.run(
+        worker._run_agent_loop(
+            {}, {"step": 3, "validate": False}, agent_name="any", data_source="sums", raw_prompt="the prompt"
+        )
+    )
+    assert (output.response_ids, output.response_mask, output.response_logprobs) == ([7], [0], [0.0])
+    assert output.reward_score == 0.0 and output.extra_fields["min_global_steps"] == 3
+    assert output.extra_fields[EXTRA][FAILURE] == "sums: RuntimeError: the tool is broken"
+
+
+def test_all_responses_get_the_same_columns(worker: OneStepOffWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent_loop.AgentLoopWorker, "_postprocess", lambda self, inputs: inputs)
+    rows = [SimpleNamespace(extra_fields={EXTRA: extra}) for extra in ({"acc": 1.0}, {"pred": "3"})]
+    assert [row.extra_fields[EXTRA] for row in worker._postprocess(rows)] == [
+        {"acc": 1.0, "pred": None},
+        {"acc": None, "pred": "3"},
+    ]
+
+
+# The trainers
+
+
+def test_failures_are_found_and_limited(capsys: pytest.CaptureFixture[str]) -> None:
+    assert check_failures([{}, GRADED, FAILED, GRADED, FAILED], CONFIG, "step 1") == [False, False, True, False, True]
+    assert capsys.readouterr().out == (
+        "data.task: grading failed for 2 of 5 responses of step 1, which costs them; the last: sums: "
+        "ZeroDivisionError: division by zero\n"
+    )
+    with pytest.raises(UserError, match=r"^data\.task: grading failed for 1 of 2 responses of step 1, which is more"):
+        check_failures([GRADED, FAILED], CONFIG, "step 1")
+    with pytest.raises(UserError, match=r"^no such language$"):
+        check_failures([GRADED] * 9 + [{FAILURE: "no such language", REFUSAL: "no such language"}], CONFIG, "step 1")
+
+
+def test_failed_responses_are_compared_with_nothing() -> None:
+    """The embedded engine's advantages where one failed, verl's where none did."""
+    rewards = torch.tensor([1.0, 0.0, 0.0, 0.3, 1.0, 0.0, 0.4])
+    failed = [False, False, True, False, False, False, False]
+    groups = ["a", "a", "a", "a", "b", "b", "c"]
+    verl_s = torch.tensor([9.0, 9.0, 9.0, 9.0, 0.7, -0.7, 0.4])
+    own = correct_advantages(verl_s, rewards, failed, groups, CONFIG)
+    wanted = compute_group_advantages(torch.tensor([1.0, 0.0, 0.3]), torch.zeros(3, dtype=torch.long))
+    torch.testing.assert_close(own[[0, 1, 3]], wanted)
+    assert own[2] == 0.0 and own[4:].tolist() == pytest.approx([0.7, -0.7, 0.4])
+    assert own[[0, 1, 3]].sum().abs() < 1e-6
+
+
+def test_means_are_of_graded_responses() -> None:
+    values: dict[str, Any] = {"critic/score/mean": 0.1, "critic/rewards/mean": 0.1, "critic/score/min": 0.0}
+    replace_scores(values, [0.5, math.nan, 1.0], CONFIG)
+    assert values == {
+        metrics.GRADER_FAILURES: 1,
+        **{f"critic/{kind}/mean": 0.75 for kind in ("score", "rewards")},
+        **{f"critic/{kind}/max": 1.0 for kind in ("score", "rewards")},
+        **{f"critic/{kind}/min": 0.5 for kind in ("score", "rewards")},
+    }
+    values = {"critic/score/mean": 0.1}
+    replace_scores(values, [0.1, 0.1], CONFIG)
+    assert values == {"critic/score/mean": 0.1, metrics.GRADER_FAILURES: 0}
+    replace_scores(values, [math.nan], CONFIG)
+    assert values == {metrics.GRADER_FAILURES: 1}
+
+
+@pytest.mark.parametrize("base", [RayPPOTrainer, PPOTrainer])
+def test_an_evaluation_leaves_failed_responses_out(base: type) -> None:
+    hooks = dict.fromkeys(("on_sample_end", "on_step_end"))  # abstract in V1
+    trainer = object.__new__(type("Trainer", (WithFailedGrades, base), hooks))
+    trainer.config, trainer.global_steps = CONFIG, 3
+    kwargs = {"expected_acc_counts": dict.fromkeys([("sums", uid) for uid in "abc"], 1)} if base is PPOTrainer else {}
+    values = trainer._val_metrics_update(
+        np.array(["sums"] * 3),
+        ["a", "b", "c"],
+        {
+            "reward": [1.0, 0.0, 0.0],
+            "acc": [1.0, None, 0.0],
+            FAILURE: ["", "why", ""],
+            REFUSAL: ["", "", ""],
+        },
+        [],
+        **kwargs,
+    )
+    assert values["val-core/sums/acc/mean@1"] == 0.5 and values["val-aux/sums/reward/mean@1"] == 0.5
+    assert values[metrics.VAL_GRADER_FAILURES] == 1
+    with pytest.raises(UserError, match=r"3 of 3 responses of the evaluation at step 3"):
+        trainer._val_metrics_update(["sums"] * 3, list("abc"), {FAILURE: ["why"] * 3}, [])

@@ -1,0 +1,90 @@
+"""Graders that raise or hang, on each trainer: a response's loss as long as they are few, the end of the run if not."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdpo import load_run, metrics
+from sdpo.verl_backend.launch import build_command
+
+ROOT = Path(__file__).parents[2]
+
+Metrics = Callable[[Path], dict[int, dict[str, Any]]]
+Train = Callable[..., Any]
+
+# Of a prompt's two responses one raises, or hangs, in the first batch; in the later ones all raise.
+GRADER = """
+import time
+from pathlib import Path
+from sdpo.tasks.hidden_rule import HiddenRule
+
+class build_task(HiddenRule):
+    def grade(self, row, response):
+        rank = int(row.extra_info["index"]) if row.extra_info["split"] == "train" else 3
+        if rank > 3:
+            raise ValueError("no grade beyond the fourth row")
+        calls = Path({calls!r}) / f"{{row.extra_info['split']}}{{row.extra_info['index']}}"
+        with calls.open("a") as file:
+            file.write("x")
+        if calls.stat().st_size == 1 and rank == 1:
+            raise ZeroDivisionError("division by zero")
+        if calls.stat().st_size == 1 and rank == 2:
+            time.sleep(600)
+        return super().grade(row, response)
+"""
+
+
+@pytest.mark.parametrize("name", ["sdpo_trainer", "sdpo_sync", "sdpo_separate_async"])
+def test_failed_grades_are_counted_and_too_many_end_the_run(
+    name: str, start: Train, task_dir: Path, tmp_path: Path, metrics_of: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "calls").mkdir()
+    (tmp_path / "grader.py").write_text(GRADER.format(calls=str(tmp_path / "calls")))
+    overrides = {
+        "data.task": tmp_path / "grader.py",
+        "data.task_args.dir": task_dir,
+        "data.task_args.num_train": 16,
+        "data.task_args.num_test": 4,
+        "data.task_args.pretrain_steps": 0,
+        "data.shuffle": "false",
+        "data.grader_timeout": 1.0,
+        "data.max_grader_failures": 0.3,
+        "run_dir": tmp_path / "run",
+        "total_steps": 3,
+        "staleness": 0 if name == "sdpo_sync" else 1,
+        "eval_every": 1,
+        "data.train_batch_size": 4,
+        "sampler.n": 2,
+        "sampler.max_response_length": 8,
+        "self_distillation.grpo_coef": 0.3,
+    }
+    run = load_run(ROOT / "configs" / "hidden_rule.yaml", [f"{key}={value}" for key, value in overrides.items()])
+    command = build_command(run)
+    for variable, value in command.environment.items():
+        monkeypatch.setenv(variable, value)
+    arguments = [name if argument.startswith("sdpo_") else argument for argument in command.arguments]
+    running = start(sys.executable, "-m", "sdpo.verl_backend.main", *arguments)
+    assert running.wait() == 2, running.tail()
+    log = running.log.read_text(errors="replace")
+    last = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert len(last) == 1 and re.fullmatch(
+        r"error: data\.task: grading failed for \d of 8 responses of step \d, which is more than "
+        r"data\.max_grader_failures=0\.3; the last: hidden_rule: .*",
+        last[0],
+    ), last
+    if name == "sdpo_separate_async":  # which prompts are ready first, and so learned first, is chance
+        return
+    assert "4 of 8 responses of step 2" in last[0] or "8 of 8 responses of step 2" in last[0]
+    assert "grading failed for 2 of 8 responses of step 1, which costs them; the last: hidden_rule: " in log
+    rows = metrics_of(tmp_path / "run")
+    assert sorted(rows) == [0, 1]
+    assert rows[1][metrics.GRADER_FAILURES] == 2
+    assert rows[0][metrics.VAL_GRADER_FAILURES] == rows[1][metrics.VAL_GRADER_FAILURES] == 0
+    assert rows[1][metrics.DISTILLED_FRACTION] == pytest.approx(6 / 8)
+    assert rows[1][metrics.DISTILLATION_LOSS] > 0
