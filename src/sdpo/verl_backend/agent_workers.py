@@ -104,7 +104,7 @@ class OneStepOffWorker(KeepsFailures, AgentLoopWorker):  # type: ignore[misc]
     """Of the one-step-off trainer."""
 
 
-class QueueWorker(KeepsFailures, AgentLoopWorkerTQ.__ray_metadata__.modified_class):  # type: ignore[misc,name-defined]
+class QueueWorker(KeepsFailures, AgentLoopWorkerTQ.__ray_metadata__.modified_class):  # type: ignore[misc]
     """Of the V1 trainers."""
 
 

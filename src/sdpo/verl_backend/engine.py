@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,10 +26,13 @@ from verl.utils.fsdp_utils import load_fsdp_model_to_gpu, offload_fsdp_model_to_
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
+from sdpo import metrics
+from sdpo.algorithm.fused import FusedOutputs
 from sdpo.algorithm.logits import LazyLogits
 from sdpo.algorithm.loss import Sums, add_sums, compute_token_weights
 from sdpo.algorithm.teacher import Teacher
 from sdpo.config import SelfDistillationConfig
+from sdpo.errors import UserError
 from sdpo.kernels.dispatch import compute_fused_loss, score_tokens
 from sdpo.metrics import UPDATE_ROUNDING
 from sdpo.models.optimizer import UpdateRounding, compile_on_gpus_only
@@ -37,15 +41,17 @@ from sdpo.verl_backend.lora import ShardedDeltas, build_lora_teacher, wrap_with_
 from sdpo.verl_backend.packing import (
     DISTILLATION_WEIGHTS,
     POLICY_WEIGHTS,
+    SAMPLE_NUMBERS,
     SAMPLE_WEIGHTS,
     TEACHER_PROMPT_LENGTHS,
     PackedTokens,
     count_response_tokens,
+    drop_samples,
     pack_tokens,
     pad_right,
     repair_position_ids,
 )
-from sdpo.verl_backend.settings import read_lora
+from sdpo.verl_backend.settings import ACTOR, read_lora
 from sdpo.verl_backend.towers import compute_positions, freeze_tower, share_images
 
 logger = logging.getLogger(__name__)
@@ -53,6 +59,7 @@ logger = logging.getLogger(__name__)
 MODEL_TYPE = "self_distillation_language_model"
 # verl patches TRL's value head under a name that TRL 1.16 no longer has, which raises; SDPO has no value head.
 monkey_patch.is_trl_available = lambda: False
+MAX_SKIPPED_IN_A_ROW = 3
 FORWARD_SETTINGS = ("temperature", "use_remove_padding", "pad_mode", "pad_token_id")
 
 
@@ -76,6 +83,9 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         self.loss_agg_mode = loss_agg_mode
         self.horizon = horizon
         self.freeze_vision = freeze_vision
+        # Over all ranks, of the rollout batch that is being learned; whoever reports them begins anew.
+        self.counts = {metrics.NONFINITE_SAMPLES: 0, metrics.SKIPPED_UPDATES: 0}
+        self._skipped_in_a_row = 0
 
     # Building, moving, saving
 
@@ -211,10 +221,22 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         repair_position_ids(data)
         if forward_only:
             return super().forward_backward_batch(data, loss_function, forward_only=True)
-        self._add_token_weights(data)
-        self._make_room_for_teacher(data)
-        self._sums: Sums = {}
-        output = super().forward_backward_batch(data, loss_function)
+        max_tokens = tu.get_non_tensor_data(data=data, key="max_token_len_per_gpu", default=None)
+        while True:
+            data[SAMPLE_NUMBERS] = torch.arange(len(data))
+            self._add_token_weights(data)
+            self._make_room_for_teacher(data)
+            self._sums: Sums = {}
+            self._checked: list[tuple[Tensor, Tensor]] = []
+            output = super().forward_backward_batch(data, loss_function)
+            broken = self._find_broken_samples(data)
+            if broken is None:
+                break
+            # A NaN that is only masked still comes back through the backward pass: begin again without its sample.
+            self.optimizer_zero_grad()
+            data = drop_samples(data, broken)
+            if max_tokens is not None:
+                tu.assign_non_tensor(data, max_token_len_per_gpu=max_tokens)
         output["metrics"] = {name: [value] for name, value in self._reduce_sums().items()}
         return output
 
@@ -234,6 +256,7 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
             temperature = float(micro_batch["temperature"])
             outputs = compute_fused_loss(student, parts, tokens.inputs, self.config, temperature=temperature)
             add_sums(self._sums, outputs.sums)
+            self._check_samples(tokens, outputs)
             return outputs.loss
 
         inputs, _ = self.prepare_model_inputs(micro_batch)
@@ -243,6 +266,43 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         # mini-batch, over all ranks.
         loss = loss * self.get_data_parallel_size()
         return loss, {"model_output": {}, "loss": loss.detach().item(), "metrics": {}}
+
+    def train_batch(self, data: TensorDict, loss_function: Any) -> Any:
+        outputs = super().train_batch(data, loss_function)
+        norm = outputs["metrics"]["grad_norm"]
+        skipped = not math.isfinite(norm)
+        self.counts[metrics.SKIPPED_UPDATES] += skipped
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            raise UserError(
+                f"{MAX_SKIPPED_IN_A_ROW} updates in a row were left out because their gradient was not finite "
+                f"({norm}), so nothing is learned any more; lower {ACTOR}.optim.lr, or look for numbers that are not "
+                "finite in the model and its data"
+            )
+        return outputs
+
+    def _check_samples(self, tokens: PackedTokens, outputs: FusedOutputs) -> None:
+        """Note which tokens have a number that is not finite, without waiting for the device."""
+        inputs = tokens.inputs
+        finite = torch.isfinite(outputs.token_losses) & torch.isfinite(outputs.student_log_probs)
+        for values in (inputs.old_log_probs, inputs.rollout_is_weights):
+            if values is not None:
+                finite &= torch.isfinite(values)
+        if len(outputs.teacher_log_probs):
+            finite[inputs.distilled] &= torch.isfinite(outputs.teacher_log_probs)
+        self._checked.append((tokens.sample_numbers, finite))
+
+    def _find_broken_samples(self, data: TensorDict) -> list[int] | None:
+        """This rank's samples to leave out; None on every rank if there are none, or if one would have none left."""
+        numbers, finite = (torch.cat(parts) for parts in zip(*self._checked, strict=True))
+        broken = numbers[~finite].unique().tolist()
+        num_samples = int(pad_right(data["response_mask"]).bool().any(1).sum())
+        ranks = _gather_objects((len(broken), num_samples), self.get_data_parallel_group())
+        found = sum(number for number, _ in ranks)
+        if not found or any(0 < number >= available for number, available in ranks):
+            return None  # then the gradient is not finite, and the update is left out
+        self.counts[metrics.NONFINITE_SAMPLES] += found
+        return broken
 
     def _score(self, micro_batch: TensorDict, loss_function: Any) -> Any:
         """Log-probabilities and entropies of all tokens of a micro-batch, as verl's ``forward_step`` returns them."""

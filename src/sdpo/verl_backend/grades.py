@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Hashable, Mapping, MutableMapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
@@ -52,13 +51,19 @@ def replace_scores(values: MutableMapping[str, Any], scores: Sequence[float], co
     values[metrics.GRADER_FAILURES] = len(scores) - len(graded)
     if len(graded) == len(scores):
         return
-    names = [(metrics.SCORE_MEAN, np.mean), (metrics.SCORE_MAX, np.max), (metrics.SCORE_MIN, np.min)]
-    for name, reduce in names:
-        own = [name] if config.algorithm.use_kl_in_reward else [name, name.replace("/score/", "/rewards/")]
-        for each in own:
+    own: dict[str, float] = {}
+    if graded:
+        own = {
+            metrics.SCORE_MEAN: sum(graded) / len(graded),
+            metrics.SCORE_MAX: max(graded),
+            metrics.SCORE_MIN: min(graded),
+        }
+    for name in (metrics.SCORE_MEAN, metrics.SCORE_MAX, metrics.SCORE_MIN):
+        names = [name] if config.algorithm.use_kl_in_reward else [name, name.replace("/score/", "/rewards/")]
+        for each in names:
             values.pop(each, None)
-            if graded:
-                values[each] = float(reduce(graded))
+            if own:
+                values[each] = own[name]
 
 
 def correct_advantages(

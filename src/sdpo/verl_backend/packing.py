@@ -7,6 +7,7 @@ sequence that ends at ``end`` with ``length`` response tokens is predicted by ro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ DISTILLATION_COEF = "distillation_coef"  # [B], the same for all
 # Fields that the engine adds to a mini-batch: what one response token of the sample counts.
 POLICY_WEIGHTS = "policy_token_weights"  # [B]
 DISTILLATION_WEIGHTS = "distillation_token_weights"  # [B]
+SAMPLE_NUMBERS = "sample_numbers"  # [B] places in the mini-batch, by which samples of micro-batches are known again
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class PackedTokens:
     """
 
     rows: Tensor  # [N] rows of the student's packed hidden states
+    sample_numbers: Tensor  # [N] of the tokens' samples
     inputs: TokenInputs  # N of them, M distilled
     teacher_samples: list[int]  # which of the samples are distilled
     teacher_sequences: list[Tensor]  # token ids, one each distilled sample
@@ -69,6 +72,26 @@ def repair_position_ids(data: TensorDict) -> None:
     data["position_ids"] = tu.nested_tensor_from_tensor_list(parts, ragged_idx=2)
 
 
+def drop_samples(data: TensorDict, numbers: Sequence[int]) -> TensorDict:
+    """The mini-batch without the samples at these places, with as many rows as before: every rank needs its share.
+
+    In their places stand copies of a sample that is kept, without a token that counts; what is not finite comes back
+    through the backward pass wherever it is only masked.
+    """
+    kept = next(i for i in range(len(data)) if i not in set(numbers))
+    rows = [kept if i in set(numbers) else i for i in range(len(data))]
+    dropped = tu.index_select_tensor_dict(data, rows)
+    for name in ("response_mask", "loss_mask"):
+        mask = dropped.get(name)
+        if mask is None:
+            continue
+        parts = list(mask.unbind()) if mask.is_nested else mask
+        for i in numbers:
+            parts[i] = torch.zeros_like(parts[i])
+        dropped[name] = tu.nested_tensor_from_tensor_list(parts) if mask.is_nested else parts
+    return dropped
+
+
 def pack_tokens(data: TensorDict) -> PackedTokens:
     """Gather what the loss needs of a micro-batch that has been through ``token weights``."""
     token_ids, ends = data["input_ids"].values(), data["input_ids"].offsets()[1:]
@@ -93,6 +116,7 @@ def pack_tokens(data: TensorDict) -> PackedTokens:
     distilled = is_distilled[samples]
     return PackedTokens(
         rows=rows,
+        sample_numbers=data[SAMPLE_NUMBERS][samples],
         inputs=TokenInputs(
             sampled_ids=token_ids[rows + 1],
             old_log_probs=by_token("old_log_probs"),

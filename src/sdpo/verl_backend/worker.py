@@ -44,6 +44,11 @@ class SelfDistillationTrainingWorker(TrainingWorker):  # type: ignore[misc]
         with self.engine.train_mode(disable_auto_offload=keep_loaded):
             output = super().train_mini_batch(data)
             self.engine.step_teacher()
+        counts = self.engine.counts
+        if output is not None:
+            # Totals of the rollout batch, where verl would average over mini-batches.
+            tu.get(output, "metrics").update({name: [float(count)] for name, count in counts.items()})
+        counts.update(dict.fromkeys(counts, 0))
         return output
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from sdpo import metrics
 from sdpo.embedded.samples import Sample
 from sdpo.metrics import UPDATE_ROUNDING
 from sdpo.tasks.hidden_rule import build_tokenizer
@@ -53,6 +54,17 @@ def base(
     }
 
 
+def break_sample(batch: dict[str, Any], number: int | slice) -> dict[str, Any]:
+    broken = {name: values.clone() for name, values in batch.items()}
+    broken["old_log_probs"][number, 0] = math.nan
+    return broken
+
+
+def without(batch: dict[str, Any], number: int) -> dict[str, Any]:
+    kept = [i for i in range(len(batch["input_ids"])) if i != number]
+    return {name: values[kept] for name, values in batch.items()}
+
+
 @pytest.fixture(scope="module")
 def results(
     base: dict[str, Any],
@@ -65,8 +77,8 @@ def results(
     old = [torch.tensor(sample.response.log_probs) for sample in samples]
     rejected = {name: values.clone() for name, values in base["batches"][0].items()}
     rejected["response_mask"][6:] = 0
-    broken = {name: values.clone() for name, values in base["batches"][0].items()}
-    broken["old_log_probs"][3, 0] = math.nan
+    whole = base["batches"][0]
+    broken, hopeless = break_sample(whole, 3), break_sample(whole, slice(None))
     masked = {name: values.clone() for name, values in base["batches"][0].items()}
     masked["response_mask"][:, 0] = 0
     garbled = {name: values.clone() for name, values in masked.items()}
@@ -84,6 +96,11 @@ def results(
         "rejected": {**base, "batches": [rejected]},
         "without them": {**base, "batches": [pad_for_verl(samples[:6], old[:6], 2.0)], "mini_batch_size": 6},
         "broken": {**base, "batches": [broken]},
+        "broken, padded": {**base, "batches": [broken], "use_remove_padding": False},
+        "without the fourth": {**base, "batches": [without(whole, 3)], "mini_batch_size": 7},
+        "without the seventh": {**base, "batches": [without(whole, 6)], "mini_batch_size": 7},
+        "all broken twice": {**base, "batches": [hopeless, hopeless, whole, hopeless]},
+        "all broken thrice": {**base, "batches": [hopeless] * 3, "may_fail": True},
         "another teacher": {
             **base,
             "checkpoint": str(folder / "another"),
@@ -233,8 +250,43 @@ def test_a_masked_token_does_not_count(results: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_an_update_that_is_not_finite_is_skipped(results: dict[str, Any], samples: list[Sample]) -> None:
-    broken = results["broken"]
-    assert not math.isfinite(broken["metrics"][0]["grad_norm"][0])
-    for name, value in broken["teacher_before"].items():
-        assert torch.equal(broken["students"][0][name], value), name
+@pytest.mark.parametrize("name", ["broken", "broken, padded"])
+def test_a_sample_that_is_not_finite_is_left_out(name: str, results: dict[str, Any]) -> None:
+    broken, wanted = results[name], results["without the fourth"]
+    assert broken["metrics"][0][metrics.NONFINITE_SAMPLES] == [1.0]
+    assert broken["metrics"][0][metrics.SKIPPED_UPDATES] == [0.0]
+    assert wanted["metrics"][0][metrics.NONFINITE_SAMPLES] == [0.0]
+    for metric in ("loss", "grad_norm", metrics.DISTILLATION_LOSS, metrics.PPO_KL):
+        assert broken["metrics"][0][metric] == pytest.approx(wanted["metrics"][0][metric], rel=1e-4), metric
+    for weight, value in wanted["students"][0].items():
+        torch.testing.assert_close(broken["students"][0][weight], value, rtol=1e-4, atol=1e-5, msg=weight)
+    assert any(not torch.equal(broken["students"][0][n], value) for n, value in broken["teacher_before"].items())
+
+
+@pytest.mark.slow
+def test_updates_that_are_not_finite_are_left_out_and_a_row_of_them_is_the_end(results: dict[str, Any]) -> None:
+    result = results["all broken twice"]
+    for values in result["metrics"][:2]:
+        assert not math.isfinite(values["grad_norm"][0])
+        assert values[metrics.SKIPPED_UPDATES] == [1.0]
+    assert result["metrics"][2][metrics.SKIPPED_UPDATES] == [0.0]
+    for name, value in result["teacher_before"].items():
+        assert torch.equal(result["students"][1][name], value), name
+    error = results["all broken thrice"]["error"]
+    assert error.startswith("UserError: 3 updates in a row were left out because their gradient was not finite")
+
+
+@pytest.mark.slow
+def test_a_sample_of_one_rank_that_is_not_finite_is_left_out_on_all(
+    base: dict[str, Any], results: dict[str, Any], train_on_verl: Callable[..., dict[str, Any]]
+) -> None:
+    cases = {
+        "dynamic": {**base, "batches": [break_sample(base["batches"][0], 6)]},
+        "fixed": {**base, "batches": [break_sample(base["batches"][0], 6)], "max_tokens": None},
+    }
+    wanted = results["without the seventh"]
+    for name, result in train_on_verl(cases, 2).items():
+        assert result["metrics"][0][metrics.NONFINITE_SAMPLES] == [1.0], name
+        assert result["metrics"][0]["grad_norm"][0] == pytest.approx(wanted["metrics"][0]["grad_norm"][0], rel=1e-4)
+        for weight, value in wanted["students"][0].items():
+            torch.testing.assert_close(result["students"][0][weight], value, rtol=1e-4, atol=1e-5, msg=weight)
