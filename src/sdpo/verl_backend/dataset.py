@@ -23,11 +23,20 @@ class ImageDataset(RLHFDataset):  # type: ignore[misc]
 
     verl's own class opens images by qwen_vl_utils, which needs torchvision and has limits of its own, and counts a row
     that cannot be read as overlong. Here ``data.max_pixels`` is the limit, and a row whose images cannot be read is an
-    error that names it, or skipped with ``data.filter_unreadable_images=true``.
+    error that names it, or skipped with ``data.filter_unreadable_images=true``. ``max_samples`` are the first rows that
+    can be used, as on the embedded engine.
 
     Raises:
         UserError: such a row; or rows with images for a model that reads none.
     """
+
+    def _read_files_and_tokenize(self) -> None:
+        # verl would draw max_samples rows at random, and drop overlong ones of them afterwards.
+        limit, self.max_samples = self.max_samples, -1
+        super()._read_files_and_tokenize()
+        self.max_samples = limit
+        if 0 < limit < len(self.dataframe):
+            self.dataframe = self.dataframe.select(range(limit))
 
     def maybe_filter_out_long_prompts(self, dataframe: datasets.Dataset) -> datasets.Dataset:
         if self.image_key in dataframe.column_names:

@@ -64,7 +64,10 @@ HOOKS: tuple[Hook, ...] = (
     Hook(f"{_ENGINE}:FSDPEngine.to", "extended", "offloads the teacher with the student"),
     Hook(f"{_ENGINE}:FSDPEngine.save_checkpoint", "extended", "saves the teacher"),
     Hook(f"{_ENGINE}:FSDPEngine.load_checkpoint", "extended", "loads the teacher"),
-    Hook(f"{_ENGINE}:FSDPEngine.forward_backward_batch", "extended", "token weights, budget, metrics"),
+    Hook(f"{_ENGINE}:FSDPEngine.forward_backward_batch", "extended", "token weights, budget, broken samples"),
+    Hook("verl.workers.engine.base:BaseEngine.train_batch", "extended", "skipped updates"),
+    Hook(f"{_ENGINE}:FSDPEngine.optimizer_step", "relied on", "skips an update that is not finite"),
+    Hook("verl.utils.tensordict_utils:index_select_tensor_dict", "called", "a mini-batch without broken samples"),
     Hook(f"{_ENGINE}:FSDPEngineWithLMHead.forward_step", "replaced", "teacher, loss and old policy, without logits"),
     Hook(f"{_ENGINE}:FSDPEngineWithLMHead.prepare_model_inputs", "called", "inputs of student and teacher"),
     Hook(f"{_ENGINE}:FSDPEngineWithLMHead.prepare_model_outputs", "rewritten", "log-probabilities and entropies"),
@@ -86,6 +89,7 @@ HOOKS: tuple[Hook, ...] = (
     Hook("verl.utils.tensordict_utils:maybe_fix_3d_position_ids", "relied on", "marks what we mend"),
     # dataset.py
     Hook("verl.utils.dataset.rl_dataset:RLHFDataset", "subclassed", "opens images"),
+    Hook("verl.utils.dataset.rl_dataset:RLHFDataset._read_files_and_tokenize", "extended", "the first rows"),
     Hook(
         "verl.utils.dataset.rl_dataset:RLHFDataset.maybe_filter_out_long_prompts", "extended", "names unreadable rows"
     ),

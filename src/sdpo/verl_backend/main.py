@@ -161,6 +161,7 @@ def _build_one_step_off_runner() -> Any:
     @ray.remote(num_cpus=1, max_concurrency=100)
     class OneStepOffRunner:
         def run(self, config: DictConfig) -> None:
+            self.sockets = _claim_sockets(config)
             train_one_step_off(config)
 
     return OneStepOffRunner
@@ -172,9 +173,20 @@ def _build_v1_runner() -> Any:
     @ray.remote(num_cpus=1)
     class V1Runner:
         def run(self, config: DictConfig) -> None:
+            self.sockets = _claim_sockets(config)
             train_v1(config)
 
     return V1Runner
+
+
+def _claim_sockets(config: DictConfig) -> Any:
+    import ray
+
+    from sdpo.verl_backend.sockets import claim_sockets
+
+    if config.actor_rollout_ref.rollout.name != "vllm":
+        return None
+    return claim_sockets(ray.get_runtime_context().get_job_id())
 
 
 def train_one_step_off(config: DictConfig) -> None:

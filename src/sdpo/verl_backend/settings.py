@@ -131,6 +131,14 @@ def check_config(config: DictConfig) -> None:
     if actor.loss_agg_mode == "token-sum":
         raise UserError(f"{ACTOR}.loss_agg_mode=token-sum is not supported with loss_mode=sdpo; use token-mean")
     correction = config.algorithm.rollout_correction
+    rollout = config.actor_rollout_ref.rollout
+    if correction.get("bypass_mode") and (rollout.top_p < 1 or rollout.top_k > 0):
+        key = f"top_p={rollout.top_p}" if rollout.top_p < 1 else f"top_k={rollout.top_k}"
+        raise UserError(
+            f"actor_rollout_ref.rollout.{key} cannot be used with algorithm.rollout_correction.bypass_mode=true: the "
+            "sampler's log-probabilities are those of the truncated distribution then, and would be taken for the old "
+            "policy's; set bypass_mode to false, or top_p to 1 and top_k to -1"
+        )
     if correction.get("rollout_is") is not None and correction.get("bypass_mode"):
         raise UserError(
             "algorithm.rollout_correction.rollout_is has no effect with bypass_mode=true, where the sampler is the old "

@@ -50,7 +50,7 @@ def as_file(data: bytes) -> dict[str, Any]:
 
 @pytest.fixture
 def load(vision_dir: Callable[[str], Path], tmp_path: Path) -> Callable[..., Any]:
-    def load(family: str, rows: list[dict[str, Any]], *overrides: str, decoded: bool = False) -> Any:
+    def load(family: str, rows: list[dict[str, Any]], *overrides: str, decoded: bool = False, **settings: Any) -> Any:
         table = datasets.Dataset.from_list(rows)
         if decoded:
             table = table.cast_column("images", datasets.Sequence(datasets.Image()))
@@ -62,7 +62,7 @@ def load(vision_dir: Callable[[str], Path], tmp_path: Path) -> Callable[..., Any
         kind = get_dataset_class(config)
         processor = hf_processor(str(vision_dir(family))) if family != "text" else None
         tokenizer = load_tokenizer(ModelConfig(path=str(vision_dir("qwen2_5_vl" if processor is None else family))))
-        return kind([str(file)], tokenizer, config, processor)
+        return kind([str(file)], tokenizer, config, processor, **settings)
 
     return load
 
@@ -146,3 +146,16 @@ def test_an_overlong_prompt_is_measured_with_its_images(load: Callable[..., Any]
     assert len(load("qwen2_5_vl", rows, f"data.max_prompt_length={lengths[0]}")) == 1
     assert np.array_equal(load("qwen2_5_vl", rows)[0]["raw_prompt"][1]["content"][0]["image"], make_image(0))
     assert isinstance(load("qwen2_5_vl", rows)._reader, ImageReader)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_first_rows_that_can_be_used_are_taken(seed: int, load: Callable[..., Any]) -> None:
+    """As on the embedded engine, whatever the seed; verl draws them, and drops overlong ones of what it has drawn."""
+    rows = [make_row(f"{i}?" + (" and so on" * 99 if i in (1, 3) else ""), []) for i in range(12)]
+    for row in rows:
+        del row["images"]
+    settings = ["data.shuffle=true", f"data.seed={seed}", "data.max_prompt_length=60"]
+    taken = [row["raw_prompt"][1]["content"] for row in load("text", rows, *settings, max_samples=4)]
+    assert taken == ["0?", "2?", "4?", "5?"]
+    assert len(load("text", rows, *settings)) == 10
+    assert len(load("text", rows, *settings, max_samples=99)) == 10

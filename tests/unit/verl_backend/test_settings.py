@@ -107,6 +107,16 @@ def test_another_loss_is_verls_own(compose: Callable[..., DictConfig]) -> None:
         (f"{LORA} {ACTOR}.freeze_vision_tower=true", "freeze_vision_tower=True has no effect with LoRA"),
         ("algorithm.rollout_correction.bypass_mode=true", "bypass_mode"),
         ("data.train_files=/no/such.parquet", "/no/such.parquet: no such file"),
+        (
+            "algorithm.rollout_correction.bypass_mode=true algorithm.rollout_correction.rollout_is=null "
+            "actor_rollout_ref.rollout.top_p=0.9",
+            "actor_rollout_ref.rollout.top_p=0.9 cannot be used with algorithm.rollout_correction.bypass_mode=true",
+        ),
+        (
+            "algorithm.rollout_correction.bypass_mode=true algorithm.rollout_correction.rollout_is=null "
+            "actor_rollout_ref.rollout.top_k=20",
+            "actor_rollout_ref.rollout.top_k=20 cannot be used with algorithm.rollout_correction.bypass_mode=true",
+        ),
         ("trainer.nodes=2", "nodes"),
         (f"{ACTOR}.ppo_mini_batch_size=24", f"{ACTOR}.ppo_mini_batch_size=24 must divide data.train_batch_size=32"),
         (f"{ACTOR}.freeze_vision_tower=true {ACTOR}.policy_loss.loss_mode=vanilla", "freeze_vision_tower=True has no"),
@@ -149,6 +159,17 @@ def test_a_model_that_cannot_be_trained_is_refused_before_ray(
         run(config)
     assert str(caught.value).startswith("actor_rollout_ref.") and message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_sampler_has_its_weights_and_an_untruncated_one_may_be_the_old_policy(
+    compose: Callable[..., DictConfig],
+) -> None:
+    compose("actor_rollout_ref.rollout.top_p=0.9")
+    compose("algorithm.rollout_correction.bypass_mode=true", "algorithm.rollout_correction.rollout_is=null")
+
+
+def test_the_share_of_failed_grades_has_one_default(compose: Callable[..., DictConfig]) -> None:
+    assert compose().data.max_grader_failures == DataConfig.max_grader_failures
 
 
 def test_the_clips_are_one_value_for_both_losses(compose: Callable[..., DictConfig]) -> None:
