@@ -28,7 +28,7 @@ from sdpo.errors import UserError
 from sdpo.estimates import ClusteredMean, name_interval
 from sdpo.kernels.dispatch import compute_fused_loss, score_tokens
 from sdpo.models.forward import PaddedSequences, compute_hidden
-from sdpo.models.head import build_lazy_logits, measure_logit_scale
+from sdpo.models.head import build_lazy_logits, forbid_tokens, measure_logit_scale
 from sdpo.models.lora import copy_without_adapters
 from sdpo.models.lora_teacher import build_lora_teacher
 from sdpo.models.optimizer import UpdateRounding, build_optimizer, compile_on_gpus_only
@@ -362,7 +362,8 @@ class Learner:
             hidden = hidden.bfloat16()  # as autocast has it in the output layer's product
         if self.logit_scale != 1.0:
             hidden = hidden * self.logit_scale
-        return build_lazy_logits(module, hidden, coefficient)
+        logits = build_lazy_logits(module, hidden, coefficient)
+        return logits if self.vision is None else forbid_tokens(logits, self.vision.placeholder_ids)
 
     def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(name, param) for name, param in self.student.named_parameters() if param.requires_grad]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +13,9 @@ from sdpo.algorithm.logits import LazyLogits
 from sdpo.errors import UserError
 
 PROBE_LENGTH = 4
+# Added to a logit: no probability in float32, and finite, since the divergence of two infinities is not a number. A
+# soft-cap c leaves exp(-c - the largest logit) of it, 1e-20 for Gemma's 30.
+FORBIDDEN = -1e4
 
 
 def build_lazy_logits(model: nn.Module, hidden: Tensor, coefficient: float = 1.0) -> LazyLogits:
@@ -30,6 +35,19 @@ def build_lazy_logits(model: nn.Module, hidden: Tensor, coefficient: float = 1.0
         getattr(config, "final_logit_softcapping", None),  # Gemma
         coefficient,
     )
+
+
+def forbid_tokens(lazy: LazyLogits, token_ids: Sequence[int]) -> LazyLogits:
+    """The same logits with no probability for some tokens, as a sampler has them that never draws these.
+
+    Args:
+        token_ids: of the vocabulary; without any, nothing changes.
+    """
+    if not token_ids:
+        return lazy
+    bias = torch.zeros(len(lazy.weight), device=lazy.hidden.device)
+    bias[list(token_ids)] = FORBIDDEN
+    return replace(lazy, bias=bias if lazy.bias is None else lazy.bias + bias)
 
 
 def compute_dense_logits(lazy: LazyLogits) -> Tensor:

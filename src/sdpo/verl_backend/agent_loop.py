@@ -6,7 +6,8 @@ from typing import Any
 
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
-from verl.utils.tokenizer import get_processor_token_id
+
+from sdpo.verl_backend.vocabulary import find_placeholders
 
 NAME = "sdpo_single_turn"
 NEVER = -100.0  # the least that vLLM takes as a bias
@@ -21,8 +22,7 @@ class ImageFreeResponses(SingleTurnAgentLoop):  # type: ignore[misc]
     """
 
     async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> AgentLoopOutput:
-        ids = (get_processor_token_id(self.processor, kind) for kind in ("image", "video", "audio"))
-        placeholders = {token_id for token_id in ids if token_id is not None}
+        placeholders = set(find_placeholders(self.processor))
         if not placeholders:
             return await super().run(sampling_params, **kwargs)
         biased = {**sampling_params, "logit_bias": dict.fromkeys(placeholders, NEVER)}

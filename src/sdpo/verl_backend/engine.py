@@ -35,6 +35,7 @@ from sdpo.config import SelfDistillationConfig
 from sdpo.errors import UserError
 from sdpo.kernels.dispatch import compute_fused_loss, score_tokens
 from sdpo.metrics import UPDATE_ROUNDING
+from sdpo.models.head import forbid_tokens
 from sdpo.models.optimizer import UpdateRounding, compile_on_gpus_only
 from sdpo.verl_backend.head import compute_at_head
 from sdpo.verl_backend.lora import ShardedDeltas, build_lora_teacher, wrap_with_adapters
@@ -53,6 +54,7 @@ from sdpo.verl_backend.packing import (
 )
 from sdpo.verl_backend.settings import ACTOR, read_lora
 from sdpo.verl_backend.towers import compute_positions, freeze_tower, share_images
+from sdpo.verl_backend.vocabulary import find_forbidden_ids
 
 logger = logging.getLogger(__name__)
 
@@ -247,7 +249,8 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         tokens = pack_tokens(micro_batch)
         teacher = self._read_teacher(tokens, micro_batch)
 
-        def compute(student: LazyLogits) -> Tensor:
+        def compute(logits: LazyLogits) -> Tensor:
+            student = self._forbid(logits)
             # Of a teacher that has the student's output layer the weight is gathered again by now.
             parts = [
                 replace(part, weight=student.weight, bias=student.bias) if self._has_students_head(module) else part
@@ -309,13 +312,12 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         token_ids = micro_batch["input_ids"]
         next_ids, temperature = token_ids.values().roll(-1), float(micro_batch["temperature"])
         inputs, _ = self.prepare_model_inputs(micro_batch)
+
+        def compute(logits: LazyLogits) -> tuple[Tensor, Tensor]:
+            return score_tokens(self._forbid(logits), next_ids, temperature=temperature)
+
         with self._autocast():
-            values = compute_at_head(
-                self.module,
-                inputs,
-                slice(None),
-                partial(score_tokens, sampled_ids=next_ids, temperature=temperature),
-            )
+            values = compute_at_head(self.module, inputs, slice(None), compute)
         log_probs, entropies = (torch.nested.nested_tensor_from_jagged(v, token_ids.offsets()) for v in values)
         output = {"log_probs": log_probs}
         if tu.get_non_tensor_data(data=micro_batch, key="calculate_entropy", default=False):
@@ -335,7 +337,7 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         inputs, _ = self.prepare_model_inputs(self._build_teacher_inputs(tokens, micro_batch))
         parts = []
         for module, coefficient in self.teacher.policy(self.module):
-            keep = partial(_keep, coefficient=coefficient, with_weight=not self._has_students_head(module))
+            keep = partial(self._keep, coefficient=coefficient, with_weight=not self._has_students_head(module))
             with self._autocast():
                 parts.append((module, compute_at_head(module, inputs, tokens.teacher_rows, keep)))
             for each in module.modules():
@@ -346,6 +348,13 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
     def _has_students_head(self, module: nn.Module) -> bool:
         one, other = (each.get_output_embeddings() for each in (module, self.module))  # type: ignore[operator]
         return one is other
+
+    def _keep(self, logits: LazyLogits, coefficient: float, with_weight: bool) -> LazyLogits:
+        return _keep(self._forbid(logits), coefficient, with_weight)
+
+    def _forbid(self, logits: LazyLogits) -> LazyLogits:
+        tokenizer, processor = self.model_config.tokenizer, self.model_config.processor
+        return forbid_tokens(logits, find_forbidden_ids(tokenizer, processor, len(logits.weight)))
 
     def _build_teacher_inputs(self, tokens: PackedTokens, micro_batch: TensorDict) -> TensorDict:
         """The teacher's sequences as a micro-batch of verl's, with the images of their samples."""

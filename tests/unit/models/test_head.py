@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -19,8 +19,11 @@ from transformers import (
     GraniteForCausalLM,
 )
 
+from sdpo.algorithm.fused import TokenInputs, compute_fused_loss
+from sdpo.algorithm.logits import LazyLogits, score_tokens
+from sdpo.config import SelfDistillationConfig
 from sdpo.errors import UserError
-from sdpo.models.head import build_lazy_logits, compute_dense_logits, measure_logit_scale
+from sdpo.models.head import build_lazy_logits, compute_dense_logits, forbid_tokens, measure_logit_scale
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 40,
@@ -88,3 +91,70 @@ def test_anything_else_is_refused(change: Callable[[Tensor], Tensor]) -> None:
     model = change_logits(build("divided"), change)
     with pytest.raises(UserError, match="GraniteForCausalLM makes logits of its hidden states in a way that is not"):
         measure_logit_scale(model)
+
+
+@pytest.mark.parametrize("softcap", [None, 20.0], ids=["plain", "soft-capped"])
+@pytest.mark.parametrize("own_bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"alpha": 0.0},
+        {"alpha": 0.5, "grpo_coef": 0.3},
+        {"alpha": 1.0, "teacher_regularization": "trust-region"},
+        {"alpha": 0.5, "distillation_topk": 5},
+        {"alpha": 1.0, "full_logit_distillation": False},
+        {"alpha": 0.5, "teacher_entropy_beta": 0.5},
+    ],
+    ids=str,
+)
+def test_forbidden_tokens_have_no_part_in_the_loss(
+    settings: dict[str, Any], own_bias: bool, softcap: float | None
+) -> None:
+    """As of a model whose vocabulary lacks them: loss, metrics, gradients, log-probabilities, entropies."""
+    generator = torch.Generator().manual_seed(0)
+    num_tokens, vocab_size, forbidden = 12, 40, [3, 17, 38, 39]
+    allowed = [i for i in range(vocab_size) if i not in forbidden]
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    config = SelfDistillationConfig(**settings)
+    weight, bias = draw(vocab_size, 8), draw(vocab_size)
+    bias[forbidden] += 5.0  # they would be likely
+    coefficients = [0.95, 0.05] if settings.get("teacher_regularization") == "trust-region" else [1.0]
+    hidden, teachers = draw(num_tokens, 8), [draw(num_tokens, 8) for _ in coefficients]
+    places = torch.randint(len(allowed), (num_tokens,), generator=generator)
+    old = draw(num_tokens, scale=0.1) - 3.0
+
+    def compute(rows: list[int], sampled: Tensor, names: Sequence[int]) -> tuple[Any, ...]:
+        leaves = [hidden.clone().requires_grad_(), weight[rows].clone().requires_grad_()]
+        own = bias[rows] if own_bias else None
+        student = forbid_tokens(LazyLogits(leaves[0], leaves[1], own, softcap), names)
+        teacher = [
+            forbid_tokens(LazyLogits(each, weight[rows] * 0.9, own, softcap, coefficient), names)
+            for each, coefficient in zip(teachers, coefficients, strict=True)
+        ]
+        tokens = TokenInputs(
+            sampled,
+            old_log_probs=old,
+            policy_weights=torch.full_like(old, 0.1),
+            advantages=torch.ones_like(old),
+            distilled=torch.ones_like(sampled, dtype=torch.bool),
+            distillation_weights=torch.full_like(old, 0.1),
+        )
+        outputs = compute_fused_loss(student, teacher, tokens, config, temperature=0.7)
+        outputs.loss.backward()
+        scores = score_tokens(student, sampled, temperature=0.7)
+        return outputs, [leaf.grad for leaf in leaves], scores
+
+    outputs, (by_hidden, by_weight), scores = compute(list(range(vocab_size)), torch.tensor(allowed)[places], forbidden)
+    wanted, (wanted_by_hidden, wanted_by_weight), wanted_scores = compute(allowed, places, ())
+    torch.testing.assert_close(outputs.loss, wanted.loss)
+    torch.testing.assert_close(by_hidden, wanted_by_hidden)
+    torch.testing.assert_close(by_weight[allowed], wanted_by_weight)
+    assert by_weight[forbidden].abs().max() < 1e-9
+    for ours, theirs in zip(scores, wanted_scores, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for name, (total, _) in wanted.sums.items():
+        torch.testing.assert_close(outputs.sums[name][0], total, msg=name)
+    assert torch.isfinite(outputs.token_losses).all()

@@ -148,6 +148,32 @@ def test_logits_of_all_tokens_are_never_there(
 
 
 @pytest.mark.slow
+def test_ids_beyond_the_tokenizer_have_no_probability(
+    base: dict[str, Any],
+    make_model: Callable[..., PreTrainedModel],
+    train_on_verl: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    """Student, teacher and old policy are those of a model without these rows."""
+    tokenizer = build_tokenizer()
+    model = make_model(vocab_size=len(tokenizer) + 24)
+    cases = {}
+    for name, size in (("whole", len(tokenizer) + 24), ("cut", len(tokenizer))):
+        model.resize_token_embeddings(size)
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        cases[name] = {**base, "model": str(tmp_path / name), "score": True}
+    results = train_on_verl(cases, 1)
+    whole, cut = results["whole"], results["cut"]
+    for ours, wanted in zip(whole["scores"], cut["scores"], strict=True):
+        for name in ("log_probs", "entropy"):
+            torch.testing.assert_close(torch.cat(ours[name]), torch.cat(wanted[name]), rtol=1e-5, atol=1e-6)
+    for name in ("loss", "grad_norm", metrics.DISTILLATION_LOSS, metrics.TEACHER_GAP, metrics.TEACHER_ENTROPY):
+        for ours, wanted in zip(whole["metrics"], cut["metrics"], strict=True):
+            assert ours[name] == pytest.approx(wanted[name], rel=1e-4), name
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "optim"), [("ema", {}), ("snapshot", {}), ("ema", SMALL)])
 def test_a_checkpoint_goes_on_as_if_it_had_not_stopped(
     kind: str, optim: dict[str, Any], base: dict[str, Any], train_on_verl: Callable[..., dict[str, Any]], tmp_path: Path

@@ -51,6 +51,9 @@ class Server:
         # What arrives has been made smaller already, and has its tokens.
         reader = load_reader(model, max_pixels=sys.maxsize)
         self.vision = Vision(self.model, reader) if reader is not None else None
+        vocab_size = self.model.get_output_embeddings().weight.shape[0]
+        placeholders = self.vision.placeholder_ids if self.vision is not None else ()
+        self.forbidden_token_ids = [*placeholders, *range(len(tokenizer), vocab_size)]  # as verl's vLLM server has it
         self.stop_token_ids = get_stop_token_ids(self.model, tokenizer)
         self.pad_token_id = int(tokenizer.pad_token_id)
         self.max_batch, self.max_tokens, self.seed = max_batch, max_tokens, seed
@@ -125,7 +128,7 @@ class Server:
             batch_size=len(batch),
             stop_token_ids=self.stop_token_ids,
             pad_token_id=self.pad_token_id,
-            forbidden_token_ids=self.vision.placeholder_ids if self.vision is not None else (),
+            forbidden_token_ids=self.forbidden_token_ids,
         )
         seed = hash(tuple(request.seed for request in batch)) % (1 << 63)
         prompts = [request.prompt for request in batch]
