@@ -162,6 +162,7 @@ def test_log_probs_are_those_of_one_plain_forward_pass_a_sample(
             if is_teacher and not sample.is_distilled:
                 continue
             logits = plain_logits(loaded.model, loaded.reader, messages, sample.response.token_ids)
+            logits[..., loaded.vision.placeholder_ids] = -torch.inf  # which no sampler draws
             into.append(logits.log_softmax(-1).gather(1, ids[:, None])[:, 0])
     recorded = on_verl["whole"]["log_probs"]
     assert recorded["ids"].tolist() == [token for sample in samples for token in sample.response.token_ids]
