@@ -30,6 +30,9 @@ class ImageDataset(RLHFDataset):  # type: ignore[misc]
         UserError: such a row; or rows with images for a model that reads none.
     """
 
+    max_samples: int
+    dataframe: datasets.Dataset
+
     def _read_files_and_tokenize(self) -> None:
         # verl would draw max_samples rows at random, and drop overlong ones of them afterwards.
         limit, self.max_samples = self.max_samples, -1

@@ -203,6 +203,7 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
     def optimizer_step(self) -> float:
         with compile_on_gpus_only(get_device_name()):
             norm: float = super().optimizer_step()
+        self._count_skipped(norm)
         return norm
 
     def step_teacher(self) -> None:
@@ -270,9 +271,12 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         loss = loss * self.get_data_parallel_size()
         return loss, {"model_output": {}, "loss": loss.detach().item(), "metrics": {}}
 
-    def train_batch(self, data: TensorDict, loss_function: Any) -> Any:
-        outputs = super().train_batch(data, loss_function)
-        norm = outputs["metrics"]["grad_norm"]
+    def _count_skipped(self, norm: float) -> None:
+        """Count an update that verl has left out, since its gradient was not finite.
+
+        Raises:
+            UserError: it is one of a row, over all ranks alike.
+        """
         skipped = not math.isfinite(norm)
         self.counts[metrics.SKIPPED_UPDATES] += skipped
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
@@ -282,7 +286,6 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
                 f"({norm}), so nothing is learned any more; lower {ACTOR}.optim.lr, or look for numbers that are not "
                 "finite in the model and its data"
             )
-        return outputs
 
     def _check_samples(self, tokens: PackedTokens, outputs: FusedOutputs) -> None:
         """Note which tokens have a number that is not finite, without waiting for the device."""

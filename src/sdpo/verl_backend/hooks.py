@@ -65,8 +65,6 @@ HOOKS: tuple[Hook, ...] = (
     Hook(f"{_ENGINE}:FSDPEngine.save_checkpoint", "extended", "saves the teacher"),
     Hook(f"{_ENGINE}:FSDPEngine.load_checkpoint", "extended", "loads the teacher"),
     Hook(f"{_ENGINE}:FSDPEngine.forward_backward_batch", "extended", "token weights, budget, broken samples"),
-    Hook("verl.workers.engine.base:BaseEngine.train_batch", "extended", "skipped updates"),
-    Hook(f"{_ENGINE}:FSDPEngine.optimizer_step", "relied on", "skips an update that is not finite"),
     Hook("verl.utils.tensordict_utils:index_select_tensor_dict", "called", "a mini-batch without broken samples"),
     Hook(f"{_ENGINE}:FSDPEngineWithLMHead.forward_step", "replaced", "teacher, loss and old policy, without logits"),
     Hook(f"{_ENGINE}:FSDPEngineWithLMHead.prepare_model_inputs", "called", "inputs of student and teacher"),
