@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -49,12 +50,18 @@ def load_state(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     return state
 
 
+def read_responses(run_dir: Path, step: int) -> dict[str, str]:
+    """Held-out responses by prompt."""
+    lines = (run_dir / "val" / f"{step}.jsonl").read_text().splitlines()
+    return {row["input"]: row["output"] for row in map(json.loads, lines)}
+
+
 def test_a_killed_run_goes_on_as_if_nothing_had_been(train_on_verl: Train, tmp_path: Path, metrics_of: Metrics) -> None:
     """One step off policy: student, teacher, optimizer, data position and the batch sampled ahead, bit for bit."""
     settings = ["staleness=1", "total_steps=6", "save_every=3", "sampler.batch_size=1", "tracking.rollouts_every=1"]
-    settings.append("actor_rollout_ref.rollout.full_determinism=true")
+    settings += ["actor_rollout_ref.rollout.full_determinism=true", "eval_every=3"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    running = train_on_verl(whole, *settings)
+    running = train_on_verl(whole, *settings, f"trainer.validation_data_dir={whole / 'val'}")
     assert running.wait() == 0, running.tail()
 
     running = train_on_verl(killed, *settings)
@@ -62,7 +69,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(train_on_verl: Train, tmp_p
     assert running.wait(until=ahead.exists) is None, running.tail()
     running.kill()
     assert not (killed / "checkpoints" / "global_step_6").exists(), "it was to be killed before the end"
-    running = train_on_verl(killed, *settings, "resume=auto")
+    running = train_on_verl(killed, *settings, "resume=auto", f"trainer.validation_data_dir={killed / 'val'}")
     assert running.wait() == 0, running.tail()
 
     for step in (3, 6):
@@ -71,6 +78,11 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(train_on_verl: Train, tmp_p
         for name, value in expected.items():
             assert torch.equal(state[name], value), f"step {step}: {name}"
     assert not torch.equal(load_state(whole, 3)["lm_head.weight"], load_state(whole, 6)["lm_head.weight"])
+
+    # The evaluation at the end of step 3 and the one that the resumed run begins with are of the same weights.
+    responses = {step: read_responses(whole, step) for step in (0, 3, 6)}
+    assert responses[3] == read_responses(killed, 3) and responses[6] == read_responses(killed, 6)
+    assert len({str(each) for each in responses.values()}) == 3
 
     rows, again = metrics_of(whole), metrics_of(killed)
     assert rows[6][metrics.LOSS] == again[6][metrics.LOSS]
