@@ -14,7 +14,8 @@ import pytest
 
 from sdpo.errors import UserError
 from sdpo.tasks.geo3k import Geo3k, extract_boxed
-from sdpo.tasks.interface import Grade, Row, grade_response, load_task
+from sdpo.tasks.grading import grade_once
+from sdpo.tasks.interface import Grade, Row, load_task
 
 pytest.importorskip("math_verify")
 
@@ -462,4 +463,4 @@ def test_plain_numbers_are_fast() -> None:
 
 def test_it_is_a_task_like_any_other() -> None:
     row = Row("hiyouga/geometry3k", [], {"ground_truth": "5"})
-    assert grade_response(load_task("geo3k", {"format_weight": 0.2}), row, r"\boxed{5}").score == 0.8
+    assert grade_once(load_task("geo3k", {"format_weight": 0.2}), row, r"\boxed{5}", None).score == 0.8
