@@ -1,8 +1,9 @@
-"""What every test needs: one thread a process, no network, and no CUDA where there is none."""
+"""What every test needs: one thread a process, no network, and no CUDA where there is none, nor Triton's compiler."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,9 @@ import pytest
 # would cost seconds in tests that do without it.
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Triton has to know before it is first imported that its kernels are to be interpreted.
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

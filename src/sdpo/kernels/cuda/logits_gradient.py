@@ -142,7 +142,7 @@ def _gradient_kernel(
             else:
                 of_student, _of_teacher, _ratio = compare_with_mixture(student_2 + log_rest, teacher_2 + log_alpha)
                 log_ratio = (rest * LN_2) * (of_student - log_rest)
-            gradient += by_divergence * tl.where(probs > 0.0, probs * (log_ratio - centre), 0.0)
+            gradient += by_divergence * tl.where(probs == 0.0, 0.0, probs * (log_ratio - centre))
     gradient += tl.where(columns == tl.load(sampled_ids + row), by_sampled, 0.0)
     if STUDENT_HAS_SOFTCAP:
         gradient *= 1.0 - bent * bent

@@ -290,10 +290,10 @@ def _statistics_kernel(
                 teacher_2, teacher_peak, teacher_total, teacher_weighted
             )
             if DIVERGENCE == 1:
-                terms = tl.where(teacher_terms > 0.0, teacher_terms * (teacher_2 - student_2), 0.0)
+                terms = tl.where(teacher_terms == 0.0, 0.0, teacher_terms * (teacher_2 - student_2))
                 crossed = crossed * teacher_decay + tl.sum(terms, axis=1)
             if DIVERGENCE == 2:
-                terms = tl.where(student_terms > 0.0, student_terms * (student_2 - teacher_2), 0.0)
+                terms = tl.where(student_terms == 0.0, 0.0, student_terms * (student_2 - teacher_2))
                 crossed = crossed * student_decay + tl.sum(terms, axis=1)
 
     token = tl.load(sampled_ids + row)
@@ -368,14 +368,14 @@ def _statistics_kernel(
                 teacher_2 += log_alpha - teacher_log_sum_exp
                 student_terms, teacher_terms, ratio = compare_with_mixture(student_2, teacher_2)
                 larger = tl.exp2(tl.maximum(student_2, teacher_2))
-                smaller = larger * ratio
+                smaller = tl.where(larger == 0.0, 0.0, larger * ratio)  # the ratio of two zeros is NaN
                 leads = student_2 >= teacher_2
                 student_share = tl.where(leads, larger, smaller)
                 teacher_share = tl.where(leads, smaller, larger)
                 student_terms -= log_rest
                 teacher_terms -= log_alpha
-                of_student += tl.sum(tl.where(student_share > 0.0, student_share * student_terms, 0.0), axis=1)
-                of_teacher += tl.sum(tl.where(teacher_share > 0.0, teacher_share * teacher_terms, 0.0), axis=1)
+                of_student += tl.sum(tl.where(student_share == 0.0, 0.0, student_share * student_terms), axis=1)
+                of_teacher += tl.sum(tl.where(teacher_share == 0.0, 0.0, teacher_share * teacher_terms), axis=1)
             derivative = LN_2 * tl.sum(of_student, axis=0)
             tl.store(statistics + 6 * num_rows + row, derivative + LN_2 * tl.sum(of_teacher, axis=0))
             tl.store(statistics + 7 * num_rows + row, derivative)

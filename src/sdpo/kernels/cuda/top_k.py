@@ -23,9 +23,18 @@ def select_top_ids(student: Logits, group_maxima: Tensor, k: int, block: int = 1
         group_maxima: [n, ceil(V / GROUP)].
         k: 1 <= k <= V.
     """
-    rows, num_groups = group_maxima.shape
+    num_groups = group_maxima.shape[1]
     groups = group_maxima.topk(min(k, num_groups), dim=-1, sorted=False).indices
-    candidates = group_maxima.new_empty(rows, groups.shape[1] * GROUP)
+    candidates = _gather_candidates(student, groups, block)
+    chosen = candidates.topk(k, dim=-1, sorted=False).indices
+    group = groups.gather(-1, torch.div(chosen, GROUP, rounding_mode="floor"))
+    return group * GROUP + chosen % GROUP
+
+
+def _gather_candidates(student: Logits, groups: Tensor, block: int) -> Tensor:
+    """The logits to base 2 of all entries of some groups [n, g], in [n, g * GROUP]; -inf beyond the vocabulary."""
+    rows = len(groups)
+    candidates = torch.empty(rows, groups.shape[1] * GROUP, device=groups.device)
     products, stride, bias, scale_2, softcap = student.kernel_arguments()
     _candidates_kernel[(triton.cdiv(candidates.shape[1], block), rows)](
         products,
@@ -43,9 +52,7 @@ def select_top_ids(student: Logits, group_maxima: Tensor, k: int, block: int = 1
         BLOCK=block,
         num_warps=4,
     )
-    chosen = candidates.topk(k, dim=-1, sorted=False).indices
-    group = groups.gather(-1, torch.div(chosen, GROUP, rounding_mode="floor"))
-    return group * GROUP + chosen % GROUP
+    return candidates
 
 
 @triton.jit
