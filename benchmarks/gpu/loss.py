@@ -1,7 +1,8 @@
 """The loss on one GPU beside the floor, TRL and Liger, in one process; and where its time goes.
 
-    python benchmarks/gpu/loss.py OUT.json            # two to three minutes on one GPU
-    TRIAL=1 TRITON_INTERPRET=1 python benchmarks/gpu/loss.py OUT.json    # tiny sizes on a CPU, kernels interpreted
+    python benchmarks/gpu/loss.py                       # two to three minutes on one GPU
+    python benchmarks/gpu/loss.py OUT.json table sum    # some of its parts, to a file of one's own
+    TRIAL=1 TRITON_INTERPRET=1 python benchmarks/gpu/loss.py OUT.json  # tiny sizes on a CPU, kernels interpreted
 
 Printed and kept, part by part, so that a run that is cut short has said something:
 
@@ -30,22 +31,24 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from loss_lines import COMPUTE, SETTINGS, Case, Inputs, build_inputs, run_floor
+from record import RESULTS, describe_machine
 
 from sdpo import SelfDistillationConfig
 from sdpo.algorithm import fused
 from sdpo.algorithm.fused import TokenInputs
 from sdpo.algorithm.logits import LazyLogits
 from sdpo.kernels import dispatch
-from sdpo.kernels.cuda import fused_loss
+from sdpo.kernels.cuda.chunks import Buffer
 from sdpo.kernels.cuda.logits_gradient import write_logits_gradient
 from sdpo.kernels.cuda.row_statistics import Launch, compute_row_statistics
+from sdpo.kernels.cuda.top_k import select_top_ids
 
 TRIAL = bool(os.environ.get("TRIAL"))
 DEVICE, HIDDEN, VOCAB = ("cpu", 16, 520) if TRIAL else ("cuda", 2048, 151_936)
 TOKENS = (24, 40) if TRIAL else (8192, 32_768)
 ACCURACY_TOKENS = 8 if TRIAL else 256
 REPEATS = 1 if TRIAL else 5
-FLOOR_CHUNKS = (16,) if TRIAL else (1024, 1408, 2048, 4096, 8192)
+FLOOR_CHUNKS = (16,) if TRIAL else (1024, 2048, 4096, 8192)
 CHUNKS = (8,) if TRIAL else (1024, 1408, 2048, 4096)
 VARIANTS = (
     [Launch(128, 4)]
@@ -72,9 +75,10 @@ def main() -> None:
         dispatch.has_cuda_kernels = lambda hidden: hidden.dtype != torch.float64
     else:
         properties = torch.cuda.get_device_properties(0)
-        results["device"] = f"{properties.name}, {properties.multi_processor_count} SMs, torch {torch.__version__}"
-        print(results["device"], flush=True)
+        print(f"{properties.name}, {properties.multi_processor_count} SMs, torch {torch.__version__}", flush=True)
+    results["machine"] = describe_machine()
     parts = [measure_accuracy, measure_table, measure_variants, measure_profile, measure_sum]
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / "loss_gpu.json"
     wanted = sys.argv[2:]
     for part in parts:
         if wanted and part.__name__.removeprefix("measure_") not in wanted:
@@ -89,7 +93,7 @@ def main() -> None:
                 raise
         free_memory()
         print(f"({time.perf_counter() - started:.1f} s)", flush=True)
-        Path(sys.argv[1]).write_text(json.dumps(results, indent=1))
+        path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 def free_memory() -> None:
@@ -233,13 +237,13 @@ def measure_table() -> None:
 
 def measure_variants() -> None:
     rows = results["variants"] = []
-    n = 16 if TRIAL else 1408
+    n = 16 if TRIAL else 1024
     inputs = build(n)
     student = LazyLogits(inputs.hidden.detach(), inputs.head.detach())
     teacher = LazyLogits(inputs.teacher_hidden, inputs.teacher_head)
-    buffers = [fused_loss._Buffer(part, n) for part in (student, teacher)]
+    buffers = [Buffer(part, n, 1.0) for part in (student, teacher)]
     with torch.no_grad():
-        logits = [b.multiply([p], slice(None), 1.0) for b, p in zip(buffers, (student, teacher), strict=True)]
+        logits = [b.multiply(p, slice(None)) for b, p in zip(buffers, (student, teacher), strict=True)]
     size = n * VOCAB * 2 / 1e6
     coefficients = torch.full((3, n), 1e-4, device=DEVICE)
     for setting, alpha in (("Jensen-Shannon", 0.5), ("forward KL", 0.0), ("sampled token", None)):
@@ -281,7 +285,7 @@ def measure_variants() -> None:
     statistics_ = compute_row_statistics(*logits, inputs.ids, group_maxima=True)
     assert statistics_.group_maxima is not None
     k = 10 if TRIAL else 100
-    step = partial(fused_loss.select_top_ids, logits[0], statistics_.group_maxima, k)
+    step = partial(select_top_ids, logits[0], statistics_.group_maxima, k)
     print(f"top {k} {measure(step, repeats=9)['ms']:.3f} ms", flush=True)
     step = partial(logits[0].products.topk, k)
     print(f"torch.topk {k} {measure(step, repeats=3)['ms']:.3f} ms", flush=True)

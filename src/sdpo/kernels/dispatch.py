@@ -43,9 +43,12 @@ def score_tokens(
 
 def has_cuda_kernels(hidden: Tensor) -> bool:
     """Whether hidden states of this device and type go through ``sdpo.kernels.cuda``."""
-    return hidden.is_cuda and hidden.dtype != torch.float64 and torch.version.hip is None and _has_triton()
+    return hidden.is_cuda and hidden.dtype != torch.float64 and _supports_kernels(hidden.device)
 
 
 @cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _supports_kernels(device: torch.device) -> bool:
+    """From Ampere on; what is older has no bfloat16, and AMD's GPUs have warps of another size."""
+    if torch.version.hip is not None or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -299,6 +299,7 @@ def count_fused_loss(vocab_size: int, hidden_size: int, size: int, num_tokens: i
 
     Logits of a chunk and the blocks that are worked on, which do not depend on the number of tokens: as much for the
     teacher as for the student, or a quarter of it in half precision, and as many blocks as torch's profiler counted.
+    The kernels of ``sdpo.kernels.cuda`` hold as much in two buffers, and add the head's gradient up in its own type.
 
     Args:
         size: bytes of a value in the products.
@@ -335,4 +336,4 @@ def count_update(run: Run, model: ModelSize, num_averaged: int) -> int:
 
 def count_log_probs() -> int:
     """Bytes at the worst moment of log-probabilities and entropies that are computed in chunks."""
-    return logits.ACCELERATOR_BUFFER_BYTES + BLOCKS_OF_LOSS // 2 * logits.ACCELERATOR_BLOCK_BYTES
+    return logits.ACCELERATOR_BUFFER_BYTES + BLOCKS_OF_LOSS * logits.ACCELERATOR_BLOCK_BYTES

@@ -27,7 +27,7 @@ from sdpo.algorithm.fused import FusedOutputs, TokenInputs
 from sdpo.algorithm.inputs import select_top
 from sdpo.algorithm.logits import LazyLogits
 from sdpo.kernels import dispatch
-from sdpo.kernels.cuda import fused_loss
+from sdpo.kernels.cuda import chunks, fused_loss
 from sdpo.kernels.cuda.logits import Logits
 from sdpo.kernels.cuda.row_statistics import compute_row_statistics
 from sdpo.kernels.cuda.top_k import select_top_ids
@@ -402,7 +402,19 @@ READS_OF_THE_DEVICE = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_s
 class Watch(TorchDispatchMode):
     """Counts operations that move or compute something; refuses those for which the host waits."""
 
-    FREE = ("view", "slice", "select", "t.default", "transpose", "expand", "unsqueeze", "alias", "detach", "empty")
+    FREE = (
+        "view",
+        "slice",
+        "select",
+        "t.default",
+        "permute",
+        "transpose",
+        "expand",
+        "unsqueeze",
+        "alias",
+        "detach",
+        "empty",
+    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -418,7 +430,7 @@ class Watch(TorchDispatchMode):
             raise AssertionError(f"{name} by a mask: the host waits for its count")
         result = function(*args, **(kwargs or {}))
         if self.watched:
-            self.counts[name] += not any(part in name for part in self.FREE)
+            self.counts[name] += not any(part in name for part in (*self.VIEWS, "empty"))
             sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
             self.largest = max([self.largest, *sizes])
         return result
@@ -429,7 +441,8 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     """What torch does beside the kernels; the interpreter itself works with torch too."""
     watched = Watch()
     for module, names in (
-        (fused_loss, ("compute_row_statistics", "write_logits_gradient", "mix_logits")),
+        (fused_loss, ("compute_row_statistics", "write_logits_gradient")),
+        (chunks, ("mix_logits",)),
         (importlib.import_module("sdpo.kernels.cuda.top_k"), ("_gather_candidates",)),
     ):
         for name in names:
@@ -453,7 +466,7 @@ def _unwatched(watched: Watch, function: Callable[..., Any]) -> Callable[..., An
     [
         ({"alpha": 0.0, "is_clip": None}, 21),
         ({"alpha": 0.5, "is_clip": None}, 21),
-        ({"alpha": 0.5}, 30),
+        ({"alpha": 0.5}, 29),
         ({"alpha": 0.5, "divergence_clip": 0.1, "teacher_entropy_beta": 0.5}, 40),
         ({"alpha": 0.5, "grpo_coef": 0.3}, 80),
         ({"alpha": 1.0, "full_logit_distillation": False}, 40),
@@ -508,23 +521,24 @@ def test_no_tensor_is_as_large_as_all_tokens_times_the_vocabulary(level: str, wa
 
 
 def test_chunks_are_even_and_of_whole_tiles() -> None:
-    cut = fused_loss.cut_evenly
-    assert [(s.start, s.stop) for s in cut(0, 8192, 1408)] == [(i * 1408, min(8192, (i + 1) * 1408)) for i in range(6)]
-    assert [s.stop - s.start for s in cut(5, 5 + 2100, 1408)] == [1152, 948]
+    cut = chunks.cut_evenly
+    assert [(s.start, s.stop) for s in cut(0, 8192, 2048)] == [(i * 2048, (i + 1) * 2048) for i in range(4)]
+    assert [s.stop - s.start for s in cut(5, 5 + 2100, 2048)] == [1152, 948]
     assert [s.stop - s.start for s in cut(0, 7, 3)] == [3, 3, 1]
     assert list(cut(4, 4, 3)) == []
 
 
-def test_the_default_chunk_keeps_both_buffers_below_a_gigabyte() -> None:
-    def choose(vocab_size: int, dtype: torch.dtype, num_buffers: int) -> int:
-        hidden = torch.empty(0, 1, dtype=dtype)
-        return fused_loss.choose_chunk_size(LazyLogits(hidden, torch.empty(vocab_size, 1)), num_buffers)
+def test_the_default_chunk_keeps_the_buffers_below_a_gigabyte() -> None:
+    def choose(vocab_size: int, dtype: torch.dtype, buffers: float) -> int:
+        head = LazyLogits(torch.empty(0, 1, dtype=dtype), torch.empty(vocab_size, 1))
+        return chunks.choose_chunk_size(head, buffers)
 
-    assert choose(151_936, torch.bfloat16, 2) == 1408  # 2 * 1408 * 151,936 * 2 bytes = 856 MB
-    assert choose(151_936, torch.bfloat16, 1) == 2816
-    assert choose(151_936, torch.float32, 2) == 640
-    assert choose(1000, torch.bfloat16, 2) == 4096
-    assert choose(10**8, torch.float32, 2) == 128
+    assert choose(151_936, torch.bfloat16, 1.5) == 2048  # 1.5 * 2048 * 151,936 * 2 bytes = 933.5 MB
+    assert choose(151_936, torch.bfloat16, 1) == 3072
+    assert choose(151_936, torch.float32, 1.5) == 1024
+    assert choose(262_144, torch.float32, 1.5) == 512
+    assert choose(1000, torch.bfloat16, 1.5) == 4096
+    assert choose(10**8, torch.float32, 1.5) == 128
 
 
 # Which form a device gets

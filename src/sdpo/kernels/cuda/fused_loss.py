@@ -2,7 +2,7 @@
 
 A chunk of one to four thousand tokens goes through eight steps, none of which waits for the GPU:
 
-    1, 2  products of hidden states and head, student's and teacher's, into two buffers [chunk, V]
+    1, 2  products of hidden states and head, student's and teacher's, into two buffers
     3     one kernel reads both: log-sum-exps, sampled token, entropies, divergence       (``row_statistics``)
     4     top-k only: which entries are kept                                              (``top_k``)
     5     the loss of each token and its derivative by those few numbers, by autograd through the very ``compute_loss``
@@ -10,14 +10,16 @@ A chunk of one to four thousand tokens goes through eight steps, none of which w
     6     one kernel reads both again and writes dL / d products over the student's       (``logits_gradient``)
     7, 8  products of that with head and hidden states: the gradients
 
+Steps 2 to 6 are done for one half of the chunk after the other, so that the teacher's buffer is half as large.
 Distilled tokens come first, then those without a teacher, for which step 2 is left out.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,21 +30,24 @@ from sdpo.algorithm.inputs import build_policy_inputs
 from sdpo.algorithm.logits import LazyLogits
 from sdpo.algorithm.loss import LossInputs, TokenValues, compute_token_losses, reduce_values
 from sdpo.config import SelfDistillationConfig
-from sdpo.kernels.cuda.logits import LOG2_E, Logits, mix_logits
+from sdpo.kernels.cuda.chunks import (
+    Buffer,
+    MixedBuffer,
+    Rows,
+    choose_chunk_size,
+    cut_evenly,
+    detach_all,
+    select_rows,
+)
+from sdpo.kernels.cuda.logits import LOG2_E, Logits
 from sdpo.kernels.cuda.logits_gradient import write_logits_gradient
 from sdpo.kernels.cuda.row_statistics import RowStatistics, compute_row_statistics
 from sdpo.kernels.cuda.top_k import select_top_ids
 from sdpo.kernels.cuda.weight_gradient import WeightGradient
 
-# Student's and teacher's logits of a chunk together; or half of the free memory, if that is less.
-BUFFER_BYTES = 860_000_000
-LARGEST_CHUNK = 4096
-# Rows of a tile of the products: a chunk of another size leaves multiprocessors idle.
-TILE_ROWS = 128
-# Rows of the buffers begin at multiples of so many values, for loads of 16 bytes.
-ALIGNMENT = 16
-
-Rows: TypeAlias = "slice | Tensor"
+# Of a chunk's rows the teacher's logits are held for a half at a time: so the chunk is larger, and the products that
+# make gradients of it are faster.
+TEACHER_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -66,9 +71,9 @@ def compute_fused_loss(
     """As ``sdpo.algorithm.fused.compute_fused_loss``; ``chunk_size`` by default as memory allows."""
     leaves = (student.hidden, student.weight, student.bias)
     needed = [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
-    with torch.no_grad(), torch.autocast(student.hidden.device.type, enabled=False):
+    with torch.no_grad(), _on_device_of(student):
         dtypes = [None if leaf is None or not need else leaf.dtype for leaf, need in zip(leaves, needed, strict=True)]
-        parts = _detach_all([student, *(teacher if tokens.distilled is not None else ())])
+        parts = detach_all([student, *(teacher if tokens.distilled is not None else ())])
         run = _Pass(parts[0], parts[1:], tokens, config, temperature, dtypes, chunk_size)
         for rows, teacher_rows in run.cut():
             run.add(rows, teacher_rows)
@@ -82,73 +87,23 @@ def score_tokens(
     student: LazyLogits, sampled_ids: Tensor, *, temperature: float = 1.0, chunk_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """As ``sdpo.algorithm.logits.score_tokens``."""
-    with torch.no_grad(), torch.autocast(student.hidden.device.type, enabled=False):
+    with torch.no_grad(), _on_device_of(student):
         student = student.detach()
         log_probs, entropies = torch.empty(2, len(sampled_ids), device=student.hidden.device)
-        size = chunk_size or choose_chunk_size(student, num_buffers=1)
-        buffer = _Buffer(student, min(size, len(sampled_ids)))
+        size = chunk_size or choose_chunk_size(student, buffers=1 + TEACHER_SHARE)
+        buffer = Buffer(student, min(size, len(sampled_ids)), temperature)
         for rows in cut_evenly(0, len(sampled_ids), size):
-            statistics = compute_row_statistics(buffer.multiply([student], rows, temperature), None, sampled_ids[rows])
+            statistics = compute_row_statistics(buffer.multiply(student, rows), None, sampled_ids[rows])
             log_probs[rows] = statistics.student_log_probs
             entropies[rows] = statistics.student_entropies
     return log_probs, entropies
 
 
-def choose_chunk_size(student: LazyLogits, num_buffers: int = 2) -> int:
-    """Tokens a chunk, from the memory that is free on the device of the hidden states."""
-    hidden, num_bytes = student.hidden, BUFFER_BYTES
-    if hidden.is_cuda:
-        cached = torch.cuda.memory_reserved(hidden.device) - torch.cuda.memory_allocated(hidden.device)
-        num_bytes = min(num_bytes, (torch.cuda.mem_get_info(hidden.device)[0] + cached) // 2)
-    size = num_bytes // (num_buffers * len(student.weight) * hidden.element_size())
-    return max(TILE_ROWS, min(LARGEST_CHUNK, size - size % TILE_ROWS))
-
-
-def cut_evenly(start: int, stop: int, size: int) -> Iterator[slice]:
-    """Slices of at most that size, as few as can be and equal, but for the rows of a tile."""
-    number = -(-(stop - start) // size)
-    if number == 0:
-        return
-    length = min(size, -(-(stop - start) // (number * TILE_ROWS)) * TILE_ROWS)
-    for first in range(start, stop, length):
-        yield slice(first, min(first + length, stop))
-
-
-def _detach_all(parts: Sequence[LazyLogits]) -> list[LazyLogits]:
-    """Without a graph, heads in the type of the hidden states; a head that is shared is converted once."""
-    converted: dict[tuple[int, torch.dtype], Tensor] = {}
-    detached = []
-    for part in parts:
-        key = (id(part.weight), part.hidden.dtype)
-        plain = part.detach() if key not in converted else replace(part, weight=converted[key]).detach()
-        converted[key] = plain.weight
-        detached.append(plain)
-    return detached
-
-
-class _Buffer:
-    """Products of hidden states and head of a chunk."""
-
-    def __init__(self, part: LazyLogits, size: int) -> None:
-        vocab_size = len(part.weight)
-        self.vocab_size = vocab_size
-        self.memory = part.hidden.new_empty(size, -(-vocab_size // ALIGNMENT) * ALIGNMENT)
-
-    def multiply(
-        self, parts: Sequence[LazyLogits], rows: Rows, temperature: float, scratch: _Buffer | None = None
-    ) -> Logits:
-        """Logits of some rows of one model, or those of several added up; then ``scratch`` is overwritten."""
-        total = self._multiply_one(parts[0], rows, temperature)
-        for part in parts[1:]:
-            assert scratch is not None
-            total = mix_logits(total, scratch._multiply_one(part, rows, temperature))
-        return total
-
-    def _multiply_one(self, part: LazyLogits, rows: Rows, temperature: float) -> Logits:
-        hidden = part.hidden[rows]
-        products = self.memory[: len(hidden), : self.vocab_size]
-        torch.mm(hidden, part.weight.T, out=products)
-        return Logits(products, part.bias, part.softcap, part.coefficient / temperature)
+@contextmanager
+def _on_device_of(student: LazyLogits) -> Iterator[None]:
+    """Kernels are launched on the current device; products are of the given types, also under autocast."""
+    with torch.cuda.device_of(student.hidden), torch.autocast(student.hidden.device.type, enabled=False):
+        yield
 
 
 class _Pass:
@@ -165,21 +120,22 @@ class _Pass:
         chunk_size: int | None,
     ) -> None:
         self.student = student
-        self.teacher = teacher
         self.tokens = tokens
         self.config = config
-        self.temperature = temperature
         self.differentiates = any(gradient_types)
         self.num_tokens = len(student.hidden)
         self.num_distilled = len(teacher[0].hidden) if teacher else 0
-        self.size = chunk_size or choose_chunk_size(student, num_buffers=2 if teacher else 1)
+        self.size = chunk_size or choose_chunk_size(student, buffers=1 + TEACHER_SHARE if teacher else 1)
         self.order: Tensor | None = None  # the distilled first; None: as they are
         if 0 < self.num_distilled < self.num_tokens:
             assert tokens.distilled is not None
             self.order = torch.argsort(tokens.distilled.logical_not().to(torch.uint8), stable=True)
         rows = min(self.size, self.num_tokens)
-        self.student_buffer: _Buffer | None = _Buffer(student, rows)
-        self.teacher_buffer = _Buffer(student, min(rows, self.num_distilled)) if self.num_distilled else None
+        self.student_buffer: Buffer | None = Buffer(student, rows, temperature)
+        self.teacher_buffer: MixedBuffer | None = None
+        if teacher:
+            size = min(self.num_distilled, math.ceil(rows * TEACHER_SHARE))
+            self.teacher_buffer = MixedBuffer(teacher, max(1, size), temperature)
         # Whole distributions are compared: by the kernels, or by the loss at the kept entries.
         self.alpha = config.alpha if config.full_logit_distillation and config.distillation_topk is None else None
         self.topk = config.distillation_topk if config.full_logit_distillation else None
@@ -204,12 +160,19 @@ class _Pass:
     def add(self, rows: Rows, teacher_rows: slice | None) -> None:
         """A chunk; either all its tokens are distilled, by the teacher's rows, or none is."""
         assert self.student_buffer is not None
-        teacher = None
-        if teacher_rows is not None:
+        student = self.student_buffer.multiply(self.student, rows)
+        if teacher_rows is None:
+            self._add_part(student, None, self.tokens.select(rows))
+        else:
             assert self.teacher_buffer is not None
-            teacher = self.teacher_buffer.multiply(self.teacher, teacher_rows, self.temperature, self.student_buffer)
-        student = self.student_buffer.multiply([self.student], rows, self.temperature)
-        tokens = self.tokens.select(rows)
+            for part in cut_evenly(0, len(student.products), self.teacher_buffer.rows):
+                teacher = self.teacher_buffer.multiply(select_rows(teacher_rows, part))
+                self._add_part(student.select(part), teacher, self.tokens.select(select_rows(rows, part)))
+        if self.differentiates:
+            self._multiply(rows, student.products)
+
+    def _add_part(self, student: Logits, teacher: Logits | None, tokens: TokenInputs) -> None:
+        """Losses of some rows, and dL / d products in the place of the student's products."""
         alpha = self.alpha if teacher is not None else None
         topk = self.topk if teacher is not None else None
         statistics = compute_row_statistics(
@@ -232,7 +195,6 @@ class _Pass:
         else:
             assert kept is not None
             self._write_kept(student, tokens.sampled_ids, statistics, kept, by_sampled, by_compared)
-        self._multiply(rows, student.products)
 
     def _build_inputs(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -26,6 +26,10 @@ class Logits:
         """Pointer, row stride, bias, scale to base 2, soft-cap; what is absent is replaced and not read."""
         bias = self.products if self.bias is None else self.bias
         return self.products, self.products.stride(0), bias, self.scale * LOG2_E, self.softcap or 1.0
+
+    def select(self, rows: slice) -> Logits:
+        """Those of some rows."""
+        return replace(self, products=self.products[rows])
 
     def gather(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits [n, K] of some entries [n, K], and the soft-cap's slope there, if there is one."""

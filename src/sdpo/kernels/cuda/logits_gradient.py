@@ -58,7 +58,7 @@ def write_logits_gradient(
         scale_2,
         softcap,
         *other.kernel_arguments(),
-        sampled_ids,
+        sampled_ids.contiguous(),
         statistics.packed,
         coefficients,
         student.scale,

@@ -110,7 +110,7 @@ def compute_row_statistics(
     _statistics_kernel[(rows,)](
         *student.kernel_arguments(),
         *other.kernel_arguments(),
-        sampled_ids,
+        sampled_ids.contiguous(),
         packed,
         packed if maxima is None else maxima,
         rows,
