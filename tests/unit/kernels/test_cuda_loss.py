@@ -261,12 +261,12 @@ def test_logits_of_thousands(level: str) -> None:
 @pytest.mark.parametrize("level", [*FULL, *SAMPLED])
 def test_bfloat16_is_within_its_rounding_of_float64(level: str) -> None:
     """A bfloat16 is off by 2^-9 of itself: logits of size 8, then the gradient by the logits, and its products."""
-    case = make_case(num_tokens=40, hidden_size=16)
+    case = make_case(num_tokens=20, hidden_size=16)
     config = SelfDistillationConfig(**LEVELS[level], is_clip=None)
     half = {name: x.bfloat16().double() for name, x in vars(case).items() if isinstance(x, Tensor)}
     case = replace(case, **half, temperature=1.0)
     wanted, wanted_gradients = case.run(fused.compute_fused_loss, config, torch.float64)
-    result, gradients = case.run(fused_loss.compute_fused_loss, config, torch.bfloat16, chunk_size=16)
+    result, gradients = case.run(fused_loss.compute_fused_loss, config, torch.bfloat16, chunk_size=8)
     assert float(result.loss.detach()) == pytest.approx(float(wanted.loss.detach()), rel=0.01)
     for one, other in zip(gradients, wanted_gradients, strict=True):
         assert one.dtype == torch.bfloat16
@@ -275,7 +275,7 @@ def test_bfloat16_is_within_its_rounding_of_float64(level: str) -> None:
 
 def test_hidden_states_in_half_precision_under_a_float32_head() -> None:
     """As under autocast: the head's gradient has the head's type and is summed up in it."""
-    case = make_case(num_tokens=40)
+    case = make_case(num_tokens=12)
     tokens = replace(case.tokens, old_log_probs=None, rollout_is_weights=None, advantages=None)
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -284,7 +284,7 @@ def test_hidden_states_in_half_precision_under_a_float32_head() -> None:
         assert tokens.distilled is not None
         teacher = LazyLogits(case.teacher_hidden[tokens.distilled].bfloat16(), case.teacher_head.to(dtype))
         fused_loss.compute_fused_loss(
-            LazyLogits(hidden, head), [teacher], tokens, SelfDistillationConfig(alpha=0.5), chunk_size=40
+            LazyLogits(hidden, head), [teacher], tokens, SelfDistillationConfig(alpha=0.5), chunk_size=12
         ).loss.backward()
         assert head.grad is not None and head.grad.dtype == dtype
         gradients.append(head.grad.float())
@@ -402,19 +402,7 @@ READS_OF_THE_DEVICE = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_s
 class Watch(TorchDispatchMode):
     """Counts operations that move or compute something; refuses those for which the host waits."""
 
-    FREE = (
-        "view",
-        "slice",
-        "select",
-        "t.default",
-        "permute",
-        "transpose",
-        "expand",
-        "unsqueeze",
-        "alias",
-        "detach",
-        "empty",
-    )
+    VIEWS = ("view", "slice", "select", "t.default", "permute", "transpose", "expand", "unsqueeze", "alias", "detach")
 
     def __init__(self) -> None:
         super().__init__()
@@ -464,19 +452,20 @@ def _unwatched(watched: Watch, function: Callable[..., Any]) -> Callable[..., An
 @pytest.mark.parametrize(
     ("settings", "most"),
     [
-        ({"alpha": 0.0, "is_clip": None}, 21),
-        ({"alpha": 0.5, "is_clip": None}, 21),
-        ({"alpha": 0.5}, 29),
-        ({"alpha": 0.5, "divergence_clip": 0.1, "teacher_entropy_beta": 0.5}, 40),
-        ({"alpha": 0.5, "grpo_coef": 0.3}, 80),
-        ({"alpha": 1.0, "full_logit_distillation": False}, 40),
-        ({"alpha": 0.5, "distillation_topk": 5}, 110),
-        ({"alpha": 0.5, "distillation_topk": 5, "distillation_add_tail": False}, 110),
+        ({"alpha": 0.0, "is_clip": None}, 39),
+        ({"alpha": 0.5, "is_clip": None}, 39),
+        ({"alpha": 0.5}, 55),
+        ({"alpha": 0.5, "divergence_clip": 0.1, "teacher_entropy_beta": 0.5}, 75),
+        ({"alpha": 0.5, "grpo_coef": 0.3}, 149),
+        ({"alpha": 1.0, "full_logit_distillation": False}, 65),
+        ({"alpha": 0.5, "distillation_topk": 5}, 207),
+        ({"alpha": 0.5, "distillation_topk": 5, "distillation_add_tail": False}, 185),
     ],
 )
 def test_a_chunk_reads_nothing_of_the_device_and_takes_few_operations(
     settings: dict[str, Any], most: int, watch: Watch
 ) -> None:
+    """A chunk of four tokens, its teacher in two halves: five operations of the chunk, the rest twice."""
     counts: dict[int, Counter[str]] = {}
     for number in (8, 12):
         case = make_case(num_tokens=number, distilled="all")
@@ -510,13 +499,13 @@ def test_tokens_of_which_some_are_distilled_are_sorted_without_reading_the_mask(
 
 @pytest.mark.parametrize("level", ["full, alpha=0.5", "tail, alpha=0.5", "sampled token"])
 def test_no_tensor_is_as_large_as_all_tokens_times_the_vocabulary(level: str, watch: Watch) -> None:
-    """40 tokens of 75 entries in chunks of 8, rows of the buffers 80 apart; candidates of the top k are fewer."""
+    """20 tokens of 75 entries in chunks of 8, rows of the buffers 80 apart; candidates of the top k are fewer."""
 
     def compute(*args: Any, **kwargs: Any) -> FusedOutputs:
         with watch:
             return fused_loss.compute_fused_loss(*args, **kwargs)
 
-    make_case(num_tokens=40).run(compute, SelfDistillationConfig(**LEVELS[level]), torch.float32, 8)
+    make_case(num_tokens=20).run(compute, SelfDistillationConfig(**LEVELS[level]), torch.float32, 8)
     assert watch.largest <= 8 * 96
 
 
