@@ -72,6 +72,8 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
     ``configure`` must be called between construction and ``initialize``.
     """
 
+    use_remove_padding: bool
+
     def __init__(self, model_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(model_config, *args, **kwargs)
         self._rounding: UpdateRounding | None = None
