@@ -139,8 +139,8 @@ def run(config: DictConfig) -> None:
     if config.trainer.device == "cpu" and joins_cluster(config):
         for name in INVENTED_RESOURCES:  # a cluster that runs already has its own, and ray.init refuses others
             config.ray_kwargs.ray_init[name] = None
-    check_machine(config)
     _check_model(config)
+    check_machine(config)
     metrics = os.environ.get("VERL_FILE_LOGGER_PATH")
     if metrics is not None:
         Path(metrics).parent.mkdir(parents=True, exist_ok=True)  # verl does not

@@ -485,7 +485,8 @@ def test_a_sample_that_is_not_finite_is_as_if_it_were_not_there(
     assert values.pop(metrics.NONFINITE_SAMPLES) == 1
     assert expected.pop(metrics.NONFINITE_SAMPLES) == 0
     assert values == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    assert_same_weights(with_it, without, 1e-6)
+    # A thousandth of a step: a bias of keys has no gradient but rounding, of which AdamW makes steps too.
+    assert_same_weights(with_it, without, 1e-3 * run.optim.lr)
     assert torch.isfinite(with_it.lm_head.weight).all()
 
 
