@@ -452,7 +452,7 @@ ALARM_ACTIONS = ("ignore", "warn", "lower", "freeze", "stop")
 
 @dataclass(frozen=True)
 class HealthConfig(Section):
-    """Rules that watch the training, explained in ``docs/health.md``. The embedded engine alone has them."""
+    """Rules over the metrics of each training step, explained in ``docs/health.md``."""
 
     section: ClassVar[str] = "health"
 
@@ -518,6 +518,28 @@ class HealthConfig(Section):
     @property
     def may_freeze(self) -> bool:
         return "freeze" in self.actions.values()
+
+    def lower(self, factor: float) -> float:
+        """What the action ``lower`` makes of the factor, in (0, 1], of the scheduled distillation weight."""
+        return max(factor * self.lower_factor, self.lower_floor)
+
+    def check_actions(self, self_distillation: SelfDistillationConfig) -> None:
+        """Refuse actions that could do nothing.
+
+        Raises:
+            UserError: names the rule and what to use instead.
+        """
+        for rule, action in self.actions.items():
+            if action in ("lower", "freeze") and not self_distillation.distills:
+                raise UserError(
+                    f"health.{rule}={action} has no effect with self_distillation.grpo_coef=1, where nothing is "
+                    "distilled; use warn or stop"
+                )
+            if action == "freeze" and self_distillation.teacher_regularization == "frozen":
+                raise UserError(
+                    f"health.{rule}=freeze has no effect with self_distillation.teacher_regularization=frozen; use "
+                    "warn, lower or stop"
+                )
 
 
 @dataclass(frozen=True)
@@ -590,17 +612,7 @@ class Run(Section):
                 f"data.train_batch_size={self.data.train_batch_size} times sampler.n={self.sampler.n} is more than "
                 f"{MOST_ROLLOUTS} rollouts a step; lower one of them"
             )
-        for rule, action in self.health.actions.items():
-            if action in ("lower", "freeze") and not self.self_distillation.distills:
-                raise UserError(
-                    f"health.{rule}={action} has no effect with self_distillation.grpo_coef=1, where nothing is "
-                    "distilled; use warn or stop"
-                )
-            if action == "freeze" and self.self_distillation.teacher_regularization == "frozen":
-                raise UserError(
-                    f"health.{rule}=freeze has no effect with self_distillation.teacher_regularization=frozen; use "
-                    "warn, lower or stop"
-                )
+        self.health.check_actions(self.self_distillation)
         mini = self.learner.mini_batch_size
         if mini is not None and self.data.train_batch_size % mini:
             raise UserError(

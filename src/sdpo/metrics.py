@@ -5,7 +5,8 @@ Names after verl where verl has the quantity, ``self_distillation/`` where it do
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 STEP = "training/global_step"
 EPOCH = "training/epoch"
@@ -156,9 +157,22 @@ def ci95_names(metric: str) -> tuple[str, str]:
 
 
 def find_score(values: Mapping[str, float]) -> float | None:
-    """The held-out accuracy by which checkpoints are compared: greedy, mean over data sources; None without one."""
-    found = [value for name, value in values.items() if is_headline_accuracy(name)]
+    """The held-out accuracy by which checkpoints are compared, mean over data sources; None without one.
+
+    Of each data source the one of ``find_accuracies``: greedy where there is a greedy evaluation.
+    """
+    found = [values[val_name(source, statistic)] for source, statistic in find_accuracies(values).items()]
     return sum(found) / len(found) if found else None
+
+
+def find_accuracies(names: Iterable[str]) -> dict[str, str]:
+    """Data source -> statistic of its headline accuracy: ``mean@1``, or the mean over the fewest samples there is."""
+    fewest: dict[str, int] = {}
+    for name in names:
+        if match := _ACCURACY.fullmatch(name):
+            source, num_samples = match[1], int(match[2])
+            fewest[source] = min(num_samples, fewest.get(source, num_samples))
+    return {source: f"mean@{num_samples}" for source, num_samples in sorted(fewest.items())}
 
 
 def val_name(data_source: str, statistic: str) -> str:
@@ -166,9 +180,7 @@ def val_name(data_source: str, statistic: str) -> str:
     return f"val-core/{data_source}/acc/{statistic}"
 
 
-def is_headline_accuracy(name: str) -> bool:
-    """Whether it is the student's greedy held-out accuracy on some data source."""
-    return name.startswith("val-core/") and name.endswith("/acc/mean@1")
+_ACCURACY = re.compile(re.escape(val_name("SOURCE", "mean@")).replace("SOURCE", "(.+)") + r"(\d+)")
 
 
 def teacher_prompted_name(data_source: str) -> str:

@@ -14,7 +14,17 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "src" / "sdpo"
 
-GROUND = {"config", "errors", "estimates", "health", "metrics", "observer"}
+GROUND = {
+    "config",
+    "errors",
+    "estimates",
+    "health",
+    "health_actions",
+    "json_lines",
+    "metrics",
+    "observer",
+    "retention",
+}
 BELOW_ENGINES = GROUND | {"algorithm", "kernels", "context", "models", "tasks"}
 ENGINES = {"embedded", "verl_backend"}
 EVERYTHING = BELOW_ENGINES | ENGINES | {"doctor", "report", "cli"}

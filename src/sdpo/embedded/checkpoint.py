@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sdpo.errors import UserError
+from sdpo.retention import select_kept
 
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step_(\d+)")
@@ -111,25 +112,25 @@ def read_manifest(checkpoint: Path) -> Manifest:
 
 def retire_checkpoints(folder: Path, keep_last: int, keep_best: int) -> None:
     """Remove all but the newest ``keep_last`` and the ``keep_best`` with the highest scores, of two alike the newer."""
-    found: list[tuple[Path, float | None]] = []
+    scores: dict[int, float | None] = {}
     for path in _list_checkpoints(folder):
         try:
-            found.append((path, read_manifest(path).score))
+            scores[_read_step(path)] = read_manifest(path).score
         except (OSError, ValueError, TypeError, KeyError):
             continue  # a damaged one is not ours to judge
-    scored = [(score, place) for place, (_, score) in enumerate(found) if score is not None]
-    best = [found[place][0] for _, place in sorted(scored, reverse=True)[:keep_best]]
-    newest = [path for path, _ in found[-keep_last:]]
-    for path, _ in found:
-        if path not in best and path not in newest:
-            path.rename(path.with_name(f".{path.name}.partial"))  # at no time does half a one stand under its name
+    for step in scores.keys() - select_kept(scores, keep_last, keep_best):
+        # At no time does half a one stand under its name.
+        (folder / f"step_{step}").rename(folder / f".step_{step}.partial")
     _remove_partial(folder)
 
 
 def _list_checkpoints(folder: Path) -> list[Path]:
     """Oldest first."""
-    found = [(int(match[1]), path) for path in folder.glob("step_*") if (match := _STEP.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    return sorted((path for path in folder.glob("step_*") if _STEP.fullmatch(path.name)), key=_read_step)
+
+
+def _read_step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def _list_files(folder: Path) -> list[str]:

@@ -177,8 +177,7 @@ class Learner:
 
     def lower_distillation(self) -> None:
         """Make the weight of the distillation loss ``health.lower_factor`` times what it is, not below the floor."""
-        health = self.run.health
-        self.distillation_factor = max(self.distillation_factor * health.lower_factor, health.lower_floor)
+        self.distillation_factor = self.run.health.lower(self.distillation_factor)
 
     def keep_as_best(self) -> None:
         """Remember the student as it is, where the live teacher may be frozen once the student is no longer well."""

@@ -18,10 +18,11 @@ from sdpo.context.images import format_content
 from sdpo.embedded.samples import Sample
 from sdpo.embedded.tracking import Tracker, build_trackers, require_trackers
 from sdpo.errors import UserError
+from sdpo.health_actions import ALARMS_FILE, forget_alarms_after
+from sdpo.json_lines import append_json_line, read_json_lines, write_json_lines
 from sdpo.observer import Observer
 
 METRICS_FILE = "metrics.jsonl"
-ALARMS_FILE = "alarms.jsonl"
 LOCK_FILE = ".lock"
 PACKAGES = ("sdpo", "torch", "transformers", "omegaconf", "pyarrow", "numpy")
 
@@ -53,9 +54,9 @@ class RunFolder:
             save_run(run, self.path / "run.yaml")
             (self.path / "versions.json").write_text(json.dumps(_collect_versions(), indent=2) + "\n", encoding="utf-8")
             kept = _read_rows_before(self.path / METRICS_FILE, resumed_step) if resumed_step is not None else []
-            _write_rows(self.path / METRICS_FILE, kept)
+            write_json_lines(self.path / METRICS_FILE, kept)
             if resumed_step is not None:
-                _forget_alarms_after(self.path / ALARMS_FILE, resumed_step)
+                forget_alarms_after(self.path / ALARMS_FILE, resumed_step)
             self._metrics = (self.path / METRICS_FILE).open("a", buffering=1, encoding="utf-8")
         except OSError as error:
             raise UserError(f"run_dir: {self.path}: cannot be written ({error.strerror})") from error
@@ -80,8 +81,8 @@ class RunFolder:
 
     def log_alarm(self, alarm: Mapping[str, Any]) -> None:
         """Append an alarm to the file of them, which is made when there is one."""
-        with self._writing(), (self.path / ALARMS_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(alarm) + "\n")
+        with self._writing():
+            append_json_line(self.path / ALARMS_FILE, alarm)
 
     def save_rollouts(self, step: int, samples: Sequence[Sample]) -> None:
         """Write some of the step's samples, with the teacher's prompt, for a person to read."""
@@ -148,27 +149,7 @@ def _lock(path: Path) -> IO[str]:
 
 
 def _read_rows_before(path: Path, step: int) -> list[dict[str, float]]:
-    return [row for row in _read_whole_lines(path) if row[metrics.STEP] < step]
-
-
-def _forget_alarms_after(path: Path, step: int) -> None:
-    if path.exists():
-        _write_rows(path, [alarm for alarm in _read_whole_lines(path) if alarm["step"] <= step])
-
-
-def _read_whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in a file of JSON lines, the last of which a killed run may have left half written."""
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
-
-
-def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(path)
+    return [row for row in read_json_lines(path) if row[metrics.STEP] < step]
 
 
 def _make_room(path: Path, observer: Observer) -> None:

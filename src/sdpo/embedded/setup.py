@@ -11,7 +11,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from sdpo.config import Run, flatten_keys
 from sdpo.context.encode import Tokenizer
-from sdpo.embedded.alarms import Guard
 from sdpo.embedded.data import Prompt, PromptOrder, load_prompts
 from sdpo.embedded.evaluation import Evaluator
 from sdpo.embedded.learner import Learner
@@ -28,6 +27,7 @@ from sdpo.embedded.vllm_engine import VllmEngine, require_vllm
 from sdpo.embedded.weights import copy_parameters
 from sdpo.errors import UserError
 from sdpo.health import HealthMonitor
+from sdpo.health_actions import Guard
 from sdpo.models.decoding import Decoding
 from sdpo.models.loading import (
     count_embeddings,

@@ -16,8 +16,15 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from sdpo.metrics import DIVERGENCE, RESPONSE_LENGTH_MEAN, SCORE_MEAN, teacher_val_name, val_name
-from sdpo.report.run_folder import RunRecord, find_accuracies
+from sdpo.metrics import (
+    DIVERGENCE,
+    RESPONSE_LENGTH_MEAN,
+    SCORE_MEAN,
+    find_accuracies,
+    teacher_val_name,
+    val_name,
+)
+from sdpo.report.run_folder import RunRecord
 from sdpo.report.summary import HEADINGS, summarize
 
 

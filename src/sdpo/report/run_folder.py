@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from sdpo.errors import UserError
-from sdpo.metrics import STEP, val_name
+from sdpo.health_actions import ALARMS_FILE
+from sdpo.metrics import STEP, find_accuracies
 
 METRICS_FILE = "metrics.jsonl"
-ALARMS_FILE = "alarms.jsonl"
 RUN_FILE = "run.yaml"
-
-_ACCURACY = re.compile(re.escape(val_name("SOURCE", "mean@")).replace("SOURCE", "(.+)") + r"(\d+)")
 
 
 @dataclass(frozen=True)
@@ -50,16 +47,6 @@ class RunRecord:
 
     def accuracies(self) -> dict[str, str]:
         return find_accuracies(name for row in self.rows for name in row)
-
-
-def find_accuracies(names: Iterable[str]) -> dict[str, str]:
-    """Data source -> statistic of its headline accuracy: ``mean@1``, or the mean over the fewest samples there is."""
-    fewest: dict[str, int] = {}
-    for name in names:
-        if match := _ACCURACY.fullmatch(name):
-            source, num_samples = match[1], int(match[2])
-            fewest[source] = min(num_samples, fewest.get(source, num_samples))
-    return {source: f"mean@{num_samples}" for source, num_samples in sorted(fewest.items())}
 
 
 def read_run(path: str | Path) -> RunRecord:

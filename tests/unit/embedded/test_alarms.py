@@ -13,12 +13,12 @@ from torch import nn
 
 from sdpo import metrics
 from sdpo.config import HealthConfig, Run
-from sdpo.embedded.alarms import Guard
 from sdpo.embedded.learner import Learner
 from sdpo.embedded.samples import Sample
 from sdpo.embedded.trainer import train
 from sdpo.errors import UserError
 from sdpo.health import HealthMonitor
+from sdpo.health_actions import Guard
 from sdpo.observer import Silent
 
 MakeRun = Callable[..., Run]

@@ -3,8 +3,8 @@ import math
 import pytest
 
 from sdpo.errors import UserError
-from sdpo.metrics import STEP
-from sdpo.report.run_folder import find_accuracies, read_run, read_runs
+from sdpo.metrics import STEP, find_accuracies
+from sdpo.report.run_folder import read_run, read_runs
 
 
 def test_series_final_and_best(write_run):

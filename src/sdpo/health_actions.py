@@ -4,12 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from sdpo import metrics
-from sdpo.embedded.learner import Learner
 from sdpo.health import Alarm, HealthMonitor
+from sdpo.json_lines import read_json_lines, write_json_lines
 from sdpo.observer import Observer
+
+ALARMS_FILE = "alarms.jsonl"
+
+
+class Learner(Protocol):
+    """What an action changes: the weight of the distillation loss, the teacher, and with a live one the student."""
+
+    @property
+    def teacher_is_frozen(self) -> bool:
+        """Whether ``freeze_teacher`` has been called."""
+
+    def lower_distillation(self) -> None:
+        """Multiply the weight of the distillation loss by ``health.lower_factor``, not below the floor."""
+
+    def keep_as_best(self) -> None:
+        """Remember the student as it is, if it may have to go back there."""
+
+    def freeze_teacher(self) -> None:
+        """Let the teacher follow the student no more."""
 
 
 class Guard:
@@ -42,7 +62,7 @@ class Guard:
 
     def watch(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
         """Look at a step's metrics and act; gives metrics of its own."""
-        self._compare(values)
+        self.compare(values)
         alarms = self.monitor.check(step, values)
         for alarm in alarms:
             self._observer.message(f"step {step}: {alarm.rule}: {alarm.reason}; {_DONE[alarm.action]}")
@@ -53,6 +73,14 @@ class Guard:
             metrics.TEACHER_FROZEN: float(self._learner.teacher_is_frozen),
         }
 
+    def compare(self, values: Mapping[str, float]) -> None:
+        """Have the learner remember the student if these are the metrics of its best evaluation so far."""
+        accuracy = metrics.find_score(values)
+        # Of equals the first: it is furthest from whatever is to come.
+        if accuracy is not None and (self.best_accuracy is None or accuracy > self.best_accuracy):
+            self.best_accuracy = accuracy
+            self._learner.keep_as_best()
+
     def state_dict(self) -> dict[str, Any]:
         """All that it remembers, in JSON's types."""
         return {"monitor": self.monitor.state_dict(), "best_accuracy": self.best_accuracy}
@@ -60,13 +88,6 @@ class Guard:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.monitor.load_state_dict(state["monitor"])
         self.best_accuracy = state["best_accuracy"]
-
-    def _compare(self, values: Mapping[str, float]) -> None:
-        accuracy = metrics.find_score(values)
-        # Of equals the first: it is furthest from whatever is to come.
-        if accuracy is not None and (self.best_accuracy is None or accuracy > self.best_accuracy):
-            self.best_accuracy = accuracy
-            self._learner.keep_as_best()
 
     def _act(self, alarm: Alarm) -> None:
         if alarm.action == "lower":
@@ -83,3 +104,9 @@ _DONE = {
     "freeze": "the teacher is frozen",
     "stop": "the run stops here",
 }
+
+
+def forget_alarms_after(path: Path, step: int) -> None:
+    """Remove from the file of alarms those of later steps, which a resumed run takes anew."""
+    if path.exists():
+        write_json_lines(path, [alarm for alarm in read_json_lines(path) if alarm["step"] <= step])
