@@ -56,6 +56,7 @@ def compile_kernel(kernel, constants, launch, capability):
         "narrow loads of logits": len(re.findall(r"ld\\.global[.\\w:]*\\.b16", ptx)),
         "wide stores": len(re.findall(r"st\\.global[.\\w:]*\\.v4\\.b32", ptx)),
         "logarithms": ptx.count("lg2.approx"),
+        "roundings to nearest": ptx.count("cvt.rn.bf16"),
     }
 
 
@@ -102,5 +103,7 @@ def test_kernels_compile_without_spills_and_move_sixteen_bytes_at_a_time(capabil
             assert usage["narrow loads of logits"] <= 4, (name, usage)
         if name.startswith("gradient"):
             assert usage["wide stores"] == 2, (name, usage)
+            # The interpreter rounds towards zero instead.
+            assert usage["roundings to nearest"] >= 8, (name, usage)
         if f" {capability} 3 " in name:
             assert usage["logarithms"] >= 16, (name, usage)
