@@ -20,7 +20,7 @@ from sdpo.metrics import VAL_GRADER_FAILURES, teacher_gain_name, teacher_prompte
 from sdpo.models.decoding import Decoding, sample_responses
 from sdpo.models.processing import TokenPrompt
 from sdpo.models.vision import Vision
-from sdpo.tasks.grading import Grader
+from sdpo.tasks.grader import Grader
 
 # Evaluation draws the same noise every time, so that two of them differ by the weights alone.
 SEED = 20_601_20_802

@@ -19,7 +19,7 @@ from sdpo.context.teacher_prompts import Lesson, build_lessons, summarize_lesson
 from sdpo.embedded.data import Prompt
 from sdpo.estimates import ClusteredMean, name_interval
 from sdpo.models.decoding import Response
-from sdpo.tasks.grading import Grader
+from sdpo.tasks.grader import Grader
 from sdpo.tasks.interface import Grade
 
 

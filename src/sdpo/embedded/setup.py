@@ -42,7 +42,7 @@ from sdpo.models.lora import require_peft
 from sdpo.models.processing import load_reader
 from sdpo.models.vision import Vision, freeze_tower
 from sdpo.observer import Observer
-from sdpo.tasks.grading import Grader
+from sdpo.tasks.grader import Grader
 from sdpo.tasks.interface import load_task, prepare_task
 
 

@@ -1,21 +1,17 @@
-"""Graders go wrong: one that raises, hangs or returns no score costs that response its grade, and is counted."""
+"""One call of a grader: an exception, a hang and a return value that is no score are told apart from a grade."""
 
 from __future__ import annotations
 
-import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from sdpo.config import DataConfig
 from sdpo.errors import UserError
-from sdpo.observer import Observer
 from sdpo.tasks.interface import Grade, Row, Task, find_place, parse_grade
 
-FAILED = Grade(math.nan)
 ALARM_INTERVAL = 1.0  # seconds after which a call that swallowed the alarm gets another
 
 
@@ -48,63 +44,19 @@ def grade_once(task: Task, row: Row, response: str, timeout: float | None) -> Gr
     except UserError:
         raise
     except (Exception, SystemExit, GraderTimeout) as error:
-        where = find_place(error, getattr(getattr(task.grade, "__code__", None), "co_filename", None))
-        reason = f"{_describe(error, timeout)}{where and f' ({where})'}"
-        raise GradingFailed(f"{name_row(row)}: {reason}", f"{type(error).__name__} {where}") from error
+        raise name_failure(error, task, row, timeout) from error
+
+
+def name_failure(error: BaseException, task: Task, row: Row, timeout: float | None) -> GradingFailed:
+    """What a grader raised, or that it took too long, for which row and where."""
+    where = find_place(error, getattr(getattr(task.grade, "__code__", None), "co_filename", None))
+    reason = f"{_describe(error, timeout)}{where and f' ({where})'}"
+    return GradingFailed(f"{name_row(row)}: {reason}", f"{type(error).__name__} {where}")
 
 
 def name_row(row: Row) -> str:
     """How an error names a row."""
     return row.origin or row.data_source
-
-
-class Grader:
-    """A task's ``grade``, whose failures are survived, told and counted.
-
-    A failure is an exception (``SystemExit`` too), a call longer than ``data.grader_timeout``, or a return value that
-    ``parse_grade`` refuses. A ``UserError`` is none: it is the task's way to refuse its data, and ends the run.
-
-    Args:
-        task: what grades.
-        config: its name, the timeout and the share of failures that a run survives.
-        observer: told of the first failure of each kind; a kind is a type of exception at a line of the grader.
-
-    Attributes:
-        num_failures: so far.
-    """
-
-    def __init__(self, task: Task, config: DataConfig, observer: Observer) -> None:
-        self._task = task
-        self._config = config
-        self._observer = observer
-        self._told: set[str] = set()
-        self.num_failures = 0
-
-    def grade(self, responses: Sequence[tuple[Row, str]]) -> list[Grade]:
-        """A grade for each response to a row, in their order; the score of a failed one is NaN.
-
-        Raises:
-            UserError: more than ``data.max_grader_failures`` of them have failed; the rest is not graded.
-        """
-        grades = []
-        num_failed = 0
-        for row, response in responses:
-            try:
-                grades.append(grade_once(self._task, row, response, self._config.grader_timeout))
-            except GradingFailed as failure:
-                grades.append(FAILED)
-                num_failed += 1
-                self.num_failures += 1
-                if num_failed > self._config.max_grader_failures * len(responses):
-                    raise UserError(
-                        f"data.task: {self._config.task}: grading failed for {num_failed} of the {len(grades)} "
-                        f"responses graded so far, of {len(responses)} in all, which is more than "
-                        f"data.max_grader_failures={self._config.max_grader_failures:g}; the last: {failure}"
-                    ) from failure.__cause__
-                if failure.kind not in self._told:
-                    self._told.add(failure.kind)
-                    self._observer.message(f"data.task: grading failed, which costs that response: {failure}")
-        return grades
 
 
 def _call_within(seconds: float | None, function: Callable[..., Any], *arguments: Any) -> Any:

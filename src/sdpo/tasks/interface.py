@@ -1,7 +1,7 @@
 """What a task is: rows in verl's parquet schema, and something that grades a response to one.
 
-A task of your own is a Python file or module with ``grade(row, response)``, named by ``data.task``; with arguments,
-define ``build_task(**task_args)`` that returns an object with that method.
+A task of your own is a Python file or module with ``grade(row, response)``, a function or a coroutine function; it is
+named by ``data.task``. With arguments, define ``build_task(**task_args)`` that returns an object with that method.
 """
 
 from __future__ import annotations
@@ -62,7 +62,10 @@ class Task(Protocol):
     """Grades responses; a built-in task may also make its own files (``prepare``)."""
 
     def grade(self, row: Row, response: str) -> Any:
-        """A ``Grade``, a number, or a mapping with ``score`` and on request ``feedback`` (as verl's scorers return)."""
+        """A ``Grade``, a number, or a mapping with ``score`` and on request ``feedback`` (as verl's scorers return).
+
+        May be a coroutine function (``async def``), for graders that wait for others: many then wait side by side.
+        """
 
 
 def load_rows(files: Sequence[str], setting: str) -> list[Row]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sdpo.config import DataConfig
+from sdpo.tasks.async_grading import AsyncGrader, is_asynchronous
 from sdpo.tasks.grader_process import GraderProcess
 from sdpo.tasks.grading import grade_once
 from sdpo.tasks.interface import Grade, Row, load_task
@@ -18,9 +19,12 @@ _loading = threading.Lock()
 
 @functools.cache
 def _load(task: str, args: str, timeout: float | None) -> Callable[[Row, str], Grade]:
+    grader = load_task(task, json.loads(args))
+    if is_asynchronous(grader):
+        return AsyncGrader(grader, timeout).grade
     if timeout is not None:
         return GraderProcess(task, args, timeout).grade
-    return functools.partial(grade_once, load_task(task, json.loads(args)), timeout=None)
+    return functools.partial(grade_once, grader, timeout=None)
 
 
 def compute_score(
@@ -38,7 +42,8 @@ def compute_score(
 
     verl does not hand over the prompt: ``row.prompt`` is empty here, and what a grader needs of it must stand in
     ``extra_info``. verl calls this in a thread, where nothing can be interrupted; so the task runs in a process of its
-    own, one response at a time (``reward.num_workers`` at once).
+    own, one response at a time (``reward.num_workers`` at once), or on an event loop if its ``grade`` is a coroutine
+    function.
 
     Args:
         task: name, module or file of a task.

@@ -21,7 +21,7 @@ from sdpo.models.decoding import Decoding, Response
 from sdpo.models.processing import TokenPrompt
 from sdpo.models.vision import Vision
 from sdpo.observer import Silent
-from sdpo.tasks.grading import Grader
+from sdpo.tasks.grader import Grader
 from sdpo.tasks.hidden_rule import build_tokenizer
 from sdpo.tasks.interface import Grade, Row
 

@@ -13,7 +13,7 @@ from sdpo.embedded.data import Prompt
 from sdpo.embedded.samples import Sample, build_samples, summarize_samples
 from sdpo.models.decoding import Response
 from sdpo.observer import Silent
-from sdpo.tasks.grading import Grader
+from sdpo.tasks.grader import Grader
 from sdpo.tasks.hidden_rule import build_tokenizer
 from sdpo.tasks.interface import Grade, Row, Task
 

@@ -16,7 +16,7 @@ from sdpo.config import DataConfig
 from sdpo.errors import UserError
 from sdpo.observer import Silent
 from sdpo.tasks.geo3k import Geo3k
-from sdpo.tasks.grading import Grader
+from sdpo.tasks.grader import Grader
 from sdpo.tasks.interface import Grade, Row, load_task
 
 ROW = Row("sums", [{"role": "user", "content": "1 + 1?"}], {"ground_truth": "2"}, origin="data.train_files: a: row 7")
