@@ -102,13 +102,23 @@ class ImageReader:
     def decode(self, token_ids: Any, **kwargs: Any) -> Any:
         return self.tokenizer.decode(token_ids, **kwargs)
 
-    def apply_chat_template(self, conversation: Any, *, add_generation_prompt: bool = False, **kwargs: Any) -> Any:
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        *,
+        add_generation_prompt: bool = False,
+        tokenize: bool = True,
+        return_dict: bool = False,
+        **settings: Any,
+    ) -> Any:
         """Token ids, with as many image tokens as the model makes features of each image.
+
+        ``settings`` go to the chat template; ``tokenize`` and ``return_dict`` have no other value.
 
         Raises:
             UserError: an image cannot be read, or the text itself contains image tokens.
         """
-        text = self._render(conversation, add_generation_prompt)
+        text = self._render(conversation, add_generation_prompt, **settings)
         images = collect_images(conversation)
         if images and not self._has_fixed_tokens:
             return self._process(text, [self._open(image) for image in images])["input_ids"][0].tolist()
@@ -155,12 +165,13 @@ class ImageReader:
         token_ids = tuple(made.pop("input_ids")[0].tolist())
         return token_ids, {name: value for name, value in made.items() if name not in _ALONGSIDE_TOKENS}
 
-    def _render(self, conversation: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+    def _render(self, conversation: Sequence[Mapping[str, Any]], add_generation_prompt: bool, **settings: Any) -> str:
         return self.processor.apply_chat_template(
             [_without_payload(message) for message in conversation],
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             chat_template=self.chat_template,
+            **settings,
         )
 
     def _lacks_beginning(self, text: str) -> bool:

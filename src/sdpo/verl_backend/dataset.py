@@ -15,11 +15,14 @@ from sdpo.context.images import collect_images, open_image, place_images
 from sdpo.errors import UserError
 from sdpo.models.processing import ImageReader
 from sdpo.tasks.interface import read_image
-from sdpo.verl_backend import agent_loop  # noqa: F401  its loop is registered wherever verl imports this class
+from sdpo.verl_backend import agent_loop  # noqa: F401  its loops are registered wherever verl imports this class
+from sdpo.verl_backend.settings import AGENT_LOOPS, MULTI_TURN, SINGLE_TURN, TOOL_TURNS
+
+AGENT_NAME = "agent_name"
 
 
 class ImageDataset(RLHFDataset):  # type: ignore[misc]
-    """Rows in verl's schema. In the messages that it gives, content parts of type image hold the image file as bytes.
+    """Rows in verl's schema, all for one agent loop. Images are files as bytes in content parts of the messages.
 
     verl's own class opens images by qwen_vl_utils, which needs torchvision and has limits of its own, and counts a row
     that cannot be read as overlong. Here ``data.max_pixels`` is the limit, and a row whose images cannot be read is an
@@ -27,7 +30,8 @@ class ImageDataset(RLHFDataset):  # type: ignore[misc]
     can be used, as on the embedded engine.
 
     Raises:
-        UserError: such a row; or rows with images for a model that reads none.
+        UserError: such a row; rows with images for a model that reads none; or rows that name another agent loop, or a
+            choice of the tools.
     """
 
     max_samples: int
@@ -42,6 +46,7 @@ class ImageDataset(RLHFDataset):  # type: ignore[misc]
             self.dataframe = self.dataframe.select(range(limit))
 
     def maybe_filter_out_long_prompts(self, dataframe: datasets.Dataset) -> datasets.Dataset:
+        self._check_turns(dataframe)
         if self.image_key in dataframe.column_names:
             if self.processor is not None:
                 dataframe = self._check_images(_undecoded(dataframe, self.image_key))
@@ -51,6 +56,25 @@ class ImageDataset(RLHFDataset):  # type: ignore[misc]
                     "use one that does"
                 )
         return super().maybe_filter_out_long_prompts(dataframe)
+
+    def _check_turns(self, rows: datasets.Dataset) -> None:
+        """The teacher's prompt names the same tools for all rows."""
+        has_tools = bool(self.tool_config_path or self.function_tool_path)
+        expected = TOOL_TURNS if has_tools else SINGLE_TURN
+        known = (expected, AGENT_LOOPS[expected])
+        for name in rows.unique(AGENT_NAME) if AGENT_NAME in rows.column_names else ():
+            if name not in known:
+                raise UserError(
+                    f"{self._files}: column {AGENT_NAME} holds {name!r}, and "
+                    f"{MULTI_TURN}.enable={str(has_tools).lower()} runs {' or '.join(known)}; change or drop the column"
+                )
+        if has_tools and "tool_selection" in (rows.features.get("extra_info") or ()):
+            chosen = [number for number, info in enumerate(rows["extra_info"]) if info and info["tool_selection"]]
+            if chosen:
+                raise UserError(
+                    f"{self._files}: row {chosen[0]}: extra_info.tool_selection is not supported: all rows have the "
+                    "same tools; drop it"
+                )
 
     @property
     def _files(self) -> str:

@@ -51,6 +51,7 @@ _SEPARATE = "verl.experimental.separation.ray_trainer"
 _PPO = "verl.trainer.ppo.ray_trainer"
 _V1 = "verl.trainer.ppo.v1"
 _LOOP = "verl.experimental.agent_loop.agent_loop"
+_TOOLS = "verl.experimental.agent_loop.tool_agent_loop"
 
 HOOKS: tuple[Hook, ...] = (
     # engine.py
@@ -96,6 +97,12 @@ HOOKS: tuple[Hook, ...] = (
     # agent_loop.py
     Hook("verl.experimental.agent_loop.single_turn_agent_loop:SingleTurnAgentLoop", "subclassed", "no image drawn"),
     Hook("verl.experimental.agent_loop.single_turn_agent_loop:SingleTurnAgentLoop.run", "extended", "no image drawn"),
+    Hook(f"{_TOOLS}:ToolAgentLoop", "subclassed", "turns with tools between them"),
+    Hook(f"{_TOOLS}:ToolAgentLoop.run", "extended", "no image drawn, or in a tool's text"),
+    Hook(f"{_TOOLS}:ToolAgentLoop._call_tool", "extended", "no images from tools"),
+    Hook(f"{_TOOLS}:ToolAgentLoop._handle_pending_state", "relied on", "names the tools in the student's prompt"),
+    Hook(f"{_TOOLS}:ToolAgentLoop._handle_processing_tools_state", "relied on", "masks what a tool said"),
+    Hook("verl.experimental.agent_loop.agent_loop:_agent_loop_registry", "extended", "our loops in verl's places"),
     Hook(
         f"{_LOOP}:AgentLoopWorker._compute_position_ids",
         "relied on",
@@ -119,6 +126,9 @@ HOOKS: tuple[Hook, ...] = (
     Hook(f"{_V1}.agent_loop_tq:AgentLoopWorkerTQ", "subclassed", "failures are kept as such"),
     Hook(f"{_V1}.agent_loop_tq:AgentLoopWorkerTQ._agent_loop_postprocess", "called", "a failed one"),
     Hook("verl.experimental.reward_loop.reward_manager.naive:NaiveRewardManager.run_single", "relied on", "threads"),
+    # tools.py
+    Hook("verl.tools.tool_registry:load_all_tools", "called", "the tools that the teacher's prompt names"),
+    Hook("verl.experimental.agent_loop.tool_parser:ToolParser._registry", "read", "refuses an unknown parser"),
     # worker.py
     Hook("verl.workers.engine_workers:TrainingWorker", "subclassed", "configures the engine"),
     Hook(

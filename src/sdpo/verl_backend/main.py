@@ -40,17 +40,22 @@ def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
     Raises:
         UserError: an unknown key, a value of the wrong type or out of range, settings that contradict each other.
     """
-    from sdpo.verl_backend.settings import build_schema, check_config
+    from sdpo.verl_backend.settings import build_schema, check_config, complete_turns
 
     ConfigStore.instance().store(name="self_distillation", node=build_schema(), group="sdpo")
     try:
         with initialize_config_module("sdpo.verl_backend.config", version_base=None):
             config = compose(name, overrides=[SEARCH_PATH, *overrides])
+        complete_turns(config)
         OmegaConf.resolve(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error)) from error
     check_config(config)
     _check_with_verl(config)
+    if config.actor_rollout_ref.rollout.multi_turn.enable:
+        from sdpo.verl_backend.tools import load_tool_schemas
+
+        load_tool_schemas(config.actor_rollout_ref.rollout)
     return config
 
 

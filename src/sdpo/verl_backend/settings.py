@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -25,6 +26,12 @@ MEGATRON_LORA = (
     ("dropout", 0.0, None),
     ("adapter_path", None, None),
 )
+ROLLOUT = "actor_rollout_ref.rollout"
+MULTI_TURN = f"{ROLLOUT}.multi_turn"
+TOOL_PATHS = ("tool_config_path", "function_tool_path")
+# Our agent loops (agent_loop.py), and the names of verl's in whose places they stand.
+SINGLE_TURN, TOOL_TURNS = "sdpo_single_turn", "sdpo_tools"
+AGENT_LOOPS = {SINGLE_TURN: "single_turn_agent", TOOL_TURNS: "tool_agent"}
 
 
 @dataclass
@@ -70,6 +77,16 @@ def import_sampler(rollout: DictConfig) -> None:
     import_external_libs(rollout.checkpoint_engine.custom_backend_module or None)
 
 
+def complete_turns(config: DictConfig) -> None:
+    """``multi_turn.enable=true`` chooses the agent loop with tools; Ray's processes may start in another folder."""
+    rollout = config.actor_rollout_ref.rollout
+    if rollout.multi_turn.enable and rollout.agent.default_agent_loop == SINGLE_TURN:
+        rollout.agent.default_agent_loop = TOOL_TURNS
+    for name in TOOL_PATHS:
+        if rollout.multi_turn[name]:
+            rollout.multi_turn[name] = str(Path(rollout.multi_turn[name]).expanduser().absolute())
+
+
 def check_config(config: DictConfig) -> None:
     """Refuse, before Ray starts, what would be ignored or go wrong.
 
@@ -109,7 +126,6 @@ def check_config(config: DictConfig) -> None:
             1,
         ),
         "distillation.enabled": (config.distillation.enabled, False),
-        "actor_rollout_ref.rollout.multi_turn.enable": (config.actor_rollout_ref.rollout.multi_turn.enable, False),
     }
     for key, (value, wanted) in ignored.items():
         if value != wanted:
@@ -117,6 +133,7 @@ def check_config(config: DictConfig) -> None:
             if key.split(".")[-1] in ("clip_ratio_low", "clip_ratio_high", "norm_adv_by_std_in_grpo"):
                 hint = f"; set {ACTOR}.self_distillation.{key.split('.')[-1]} instead"
             raise UserError(f"{key}={value} has no meaning with loss_mode=sdpo, it must be {wanted}{hint}")
+    _check_turns(config.actor_rollout_ref.rollout)
     if model.get("enable_activation_offload", False):
         raise UserError(
             "actor_rollout_ref.model.enable_activation_offload=True is not supported with loss_mode=sdpo: it would "
@@ -174,6 +191,27 @@ def _check_lora(actor: DictConfig, model: DictConfig) -> None:
     if actor.freeze_vision_tower:
         raise UserError(
             f"{ACTOR}.freeze_vision_tower=True has no effect with LoRA, which never trains the image tower; remove it"
+        )
+
+
+def _check_turns(rollout: DictConfig) -> None:
+    turns, agent = rollout.multi_turn, rollout.agent
+    given = [name for name in TOOL_PATHS if turns[name]]
+    if given and not turns.enable:
+        raise UserError(f"{MULTI_TURN}.{given[0]} has no effect without {MULTI_TURN}.enable=true")
+    if turns.enable and not given:
+        keys = " or ".join(f"{MULTI_TURN}.{name}" for name in TOOL_PATHS)
+        raise UserError(f"{MULTI_TURN}.enable=true needs tools: set {keys}")
+    if agent.agent_loop_config_path:
+        raise UserError(
+            f"{ROLLOUT}.agent.agent_loop_config_path is not supported with loss_mode=sdpo: the teacher's prompt is "
+            "made of the row's messages, and a loop of one's own may make the student's of more; set it to null"
+        )
+    wanted = TOOL_TURNS if turns.enable else SINGLE_TURN
+    if agent.default_agent_loop not in (wanted, AGENT_LOOPS[wanted]):
+        raise UserError(
+            f"{ROLLOUT}.agent.default_agent_loop={agent.default_agent_loop} must be {wanted} with loss_mode=sdpo and "
+            f"{MULTI_TURN}.enable={str(turns.enable).lower()}"
         )
 
 

@@ -220,6 +220,7 @@ def _build_teacher_prompts(vision: Vision, batch: Any) -> list[TokenPrompt]:
             group=fields["uid"][i],
             messages=fields["raw_prompt"][i],
             response_ids=response,
+            response_mask=[1] * len(response),
             score=float(batch.batch["rm_scores"][i].sum()),
             feedback=str(fields["feedback"][i]),
             ground_truth=read_ground_truth(fields["reward_model"][i]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,8 @@ class Rollout:
 
     group: str
     messages: Sequence[Message]
-    response_ids: Sequence[int]
+    response_ids: Sequence[int]  # of all turns, the outputs of tools included
+    response_mask: Sequence[int]  # 1 where the policy sampled the token
     score: float
     feedback: str | None
     ground_truth: str | None
@@ -40,6 +42,16 @@ class Rollout:
 def read_ground_truth(reward_model: Mapping[str, Any]) -> str | None:
     """The solution in a row's ``reward_model``, if it has one."""
     return Row("", [], reward_model).ground_truth
+
+
+def decode_turns(tokenizer: Any, response_ids: Sequence[int], response_mask: Sequence[int]) -> str:
+    """What the policy wrote: the tokens whose mask is 1, each turn on a line of its own."""
+    turns = itertools.groupby(zip(response_ids, response_mask, strict=True), key=lambda pair: bool(pair[1]))
+    return "\n".join(
+        tokenizer.decode([token_id for token_id, _ in pairs], skip_special_tokens=True)
+        for is_sampled, pairs in turns
+        if is_sampled
+    )
 
 
 class TeacherBatch:
@@ -73,7 +85,7 @@ class TeacherBatch:
         graded = [
             GradedResponse(
                 group=rollout.group,
-                response=self.tokenizer.decode(rollout.response_ids, skip_special_tokens=True),
+                response=decode_turns(self.tokenizer, rollout.response_ids, rollout.response_mask),
                 score=rollout.score,
                 feedback=rollout.feedback,
                 ground_truth=rollout.ground_truth,

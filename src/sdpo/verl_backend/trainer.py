@@ -35,6 +35,7 @@ from sdpo.verl_backend.grades import (
 from sdpo.verl_backend.packing import count_response_tokens
 from sdpo.verl_backend.settings import read_self_distillation
 from sdpo.verl_backend.teacher_batch import Rollout, TeacherBatch, read_ground_truth
+from sdpo.verl_backend.tools import PromptTokenizer, load_tool_schemas, read_chat_settings
 
 PREFETCHED = "prefetched.pt"
 
@@ -48,6 +49,9 @@ def build_teacher_batch(config: DictConfig, tokenizer: Any, processor: Any, tota
     architecture = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     window = getattr(architecture.get_text_config(), "max_position_embeddings", None)
     reader = ImageReader(processor, config.data.max_pixels) if processor is not None else tokenizer
+    reader = PromptTokenizer(
+        reader, load_tool_schemas(config.actor_rollout_ref.rollout), read_chat_settings(config.data)
+    )
     return TeacherBatch(settings, reader, window, seed=config.data.seed or 0, total_steps=total_steps)
 
 
@@ -105,6 +109,7 @@ class SelfDistillationOneStepOffTrainer(WithFailedGrades, OneStepOffRayTrainer):
                 group=fields["uid"][i],
                 messages=list(fields["raw_prompt"][i]),
                 response_ids=batch.batch["responses"][i, : lengths[i]].tolist(),
+                response_mask=batch.batch["response_mask"][i, : lengths[i]].tolist(),
                 score=score,
                 feedback=feedback[i],
                 ground_truth=read_ground_truth(fields["reward_model"][i]),

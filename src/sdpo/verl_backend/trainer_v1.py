@@ -24,7 +24,7 @@ from sdpo.verl_backend.teacher_batch import Rollout, read_ground_truth
 from sdpo.verl_backend.trainer import build_teacher_batch, rename_metrics
 from sdpo.verl_backend.worker import SelfDistillationActorWorker
 
-FIELDS = ["uid", "raw_prompt", "responses", "rm_scores", "reward_model", "extra_fields"]
+FIELDS = ["uid", "raw_prompt", "responses", "response_mask", "rm_scores", "reward_model", "extra_fields"]
 
 
 class WithTeacherBatch(WithFailedGrades):
@@ -103,7 +103,7 @@ class WithTeacherBatch(WithFailedGrades):
             RuntimeError: a rollout is missing.
         """
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=FIELDS)
-        responses, scores = data["responses"].unbind(), data["rm_scores"].unbind()
+        responses, masks, scores = (data[name].unbind() for name in ("responses", "response_mask", "rm_scores"))
         # Stacks of objects or plain lists, whichever the queue made of them.
         uids, prompts, truths, extras = (
             values.tolist() if hasattr(values := data[name], "tolist") else list(values)
@@ -119,6 +119,7 @@ class WithTeacherBatch(WithFailedGrades):
                 group=uids[i],
                 messages=list(prompts[i]),
                 response_ids=responses[i].tolist(),
+                response_mask=masks[i].tolist(),
                 score=math.nan if is_failed else float(scores[i].sum()),
                 feedback=infos[i].get("feedback"),
                 ground_truth=read_ground_truth(truths[i]),

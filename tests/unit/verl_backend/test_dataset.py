@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+from verl.tools.function_tool import FUNCTION_TOOL_REGISTRY
 from verl.utils import hf_processor
 from verl.utils.dataset.rl_dataset import get_dataset_class
 from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
@@ -159,3 +160,67 @@ def test_the_first_rows_that_can_be_used_are_taken(seed: int, load: Callable[...
     assert taken == ["0?", "2?", "4?", "5?"]
     assert len(load("text", rows, *settings)) == 10
     assert len(load("text", rows, *settings, max_samples=99)) == 10
+
+
+TOOLS = """
+from verl.tools.function_tool import function_tool
+
+@function_tool
+def add(a: int) -> str:
+    \"\"\"Add one.
+
+    Args:
+        a: to it
+    \"\"\"
+    return str(a + 1)
+"""
+
+
+@pytest.fixture
+def with_tools(tmp_path: Path) -> list[str]:
+    (tmp_path / "tools.py").write_text(TOOLS)
+    FUNCTION_TOOL_REGISTRY.clear()
+    turns = "actor_rollout_ref.rollout.multi_turn"
+    return [f"{turns}.enable=true", f"{turns}.function_tool_path={tmp_path / 'tools.py'}"]
+
+
+def make_text_row(**columns: Any) -> dict[str, Any]:
+    return {
+        "data_source": "x",
+        "prompt": [{"role": "user", "content": "hi"}],
+        "reward_model": {"style": "rule"},
+        **columns,
+    }
+
+
+def test_the_agent_loops_we_have_pass(load: Callable[..., Any], with_tools: list[str]) -> None:
+    for names in (["single_turn_agent"], ["sdpo_single_turn", "single_turn_agent"]):
+        assert len(load("text", [make_text_row(agent_name=name) for name in names])) == len(names)
+    rows = load("text", [make_text_row(agent_name="tool_agent", extra_info={"tool_selection": None})], *with_tools)
+    assert rows[0]["agent_name"] == "tool_agent"
+    assert [schema["function"]["name"] for schema in rows.tool_schemas] == ["add"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "tools", "message"),
+    [
+        (
+            {"agent_name": "tool_agent"},
+            False,
+            "'tool_agent', and actor_rollout_ref.rollout.multi_turn.enable=false",
+        ),
+        ({"agent_name": "single_turn_agent"}, True, "enable=true runs sdpo_tools or tool_agent; change or drop"),
+        ({"agent_name": "swe_agent"}, True, "column agent_name holds 'swe_agent'"),
+        ({"extra_info": {"tool_selection": ["add"]}}, True, "row 1: extra_info.tool_selection is not supported"),
+    ],
+)
+def test_rows_for_another_agent_loop_are_refused(
+    columns: dict[str, Any], tools: bool, message: str, load: Callable[..., Any], with_tools: list[str]
+) -> None:
+    first = {"agent_name": "tool_agent"} if "agent_name" in columns and tools else {}
+    rows = [make_text_row(**{name: None for name in columns} | first), make_text_row(**columns)]
+    if not first and "agent_name" in columns:
+        rows = rows[1:]
+    with pytest.raises(UserError) as caught:
+        load("text", rows, *(with_tools if tools else []))
+    assert message in str(caught.value) and "\n" not in str(caught.value)

@@ -15,12 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 from omegaconf import DictConfig
 from transformers import AutoProcessor
+from verl.tools.function_tool import FUNCTION_TOOL_REGISTRY
 
 from sdpo.config import DataConfig, SelfDistillationConfig
 from sdpo.errors import UserError
 from sdpo.models.processing import load_without_videos
 from sdpo.verl_backend.main import compose_config, main, run
 from sdpo.verl_backend.settings import read_self_distillation
+from sdpo.verl_backend.tools import load_tool_schemas
 
 ACTOR = "actor_rollout_ref.actor"
 MODEL = "actor_rollout_ref.model"
@@ -124,6 +126,72 @@ def test_another_loss_is_verls_own(compose: Callable[..., DictConfig]) -> None:
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(override: str, message: str, compose: Callable[..., DictConfig]) -> None:
+    with pytest.raises(UserError) as caught:
+        compose(*override.split())
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+TURNS = "actor_rollout_ref.rollout.multi_turn"
+AGENT = "actor_rollout_ref.rollout.agent"
+TOOL = """
+from verl.tools.function_tool import function_tool
+
+@function_tool
+def add(a: int, b: int) -> str:
+    \"\"\"Add two numbers.
+
+    Args:
+        a: one
+        b: the other
+    \"\"\"
+    return str(a + b)
+"""
+
+
+@pytest.fixture
+def tool_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """In the working folder, by its name alone."""
+    (tmp_path / "tools.py").write_text(TOOL)
+    monkeypatch.chdir(tmp_path)
+    FUNCTION_TOOL_REGISTRY.clear()
+    return "tools.py"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tools_choose_the_agent_loop(name: str, compose: Callable[..., DictConfig], tool_file: str) -> None:
+    config = compose(f"{TURNS}.enable=true", f"{TURNS}.function_tool_path={tool_file}", name=name)
+    rollout = config.actor_rollout_ref.rollout
+    assert rollout.agent.default_agent_loop == "sdpo_tools"
+    # Ray's processes and the dataset find the file wherever they are started.
+    assert rollout.multi_turn.function_tool_path == config.data.function_tool_path == str(Path(tool_file).absolute())
+    assert [tool["function"]["name"] for tool in load_tool_schemas(rollout)] == ["add"]
+    rollout = compose(name=name).actor_rollout_ref.rollout
+    assert rollout.agent.default_agent_loop == "sdpo_single_turn" and load_tool_schemas(rollout) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (f"{TURNS}.enable=true", f"{TURNS}.enable=true needs tools: set {TURNS}.tool_config_path or"),
+        (f"{TURNS}.function_tool_path=tools.py", f"{TURNS}.function_tool_path has no effect without {TURNS}.enable"),
+        (f"{AGENT}.default_agent_loop=tool_agent", "must be sdpo_single_turn with loss_mode=sdpo and"),
+        (f"{AGENT}.default_agent_loop=mine", "default_agent_loop=mine must be sdpo_single_turn"),
+        (f"{AGENT}.agent_loop_config_path=loops.yaml", "agent_loop_config_path is not supported with loss_mode=sdpo"),
+        (
+            f"{TURNS}.enable=true {TURNS}.function_tool_path=tools.py {TURNS}.format=hermas",
+            f"{TURNS}.format=hermas: verl knows no such parser of tool calls; use one of hermes",
+        ),
+        (f"{TURNS}.enable=true {TURNS}.function_tool_path=no.py", "no.py: the tools cannot be loaded (FileNotFound"),
+        (f"{TURNS}.enable=true {TURNS}.function_tool_path=broken.py", "cannot be loaded (ZeroDivisionError: division"),
+        (f"{TURNS}.enable=true {TURNS}.function_tool_path=empty.py", f"{TURNS}: its files define no tool"),
+    ],
+)
+def test_tools_that_cannot_be_used_are_one_line(
+    override: str, message: str, compose: Callable[..., DictConfig], tool_file: str
+) -> None:
+    Path("broken.py").write_text("1 / 0")
+    Path("empty.py").write_text("")
     with pytest.raises(UserError) as caught:
         compose(*override.split())
     assert message in str(caught.value)

@@ -25,7 +25,8 @@ MESSAGES = [{"role": "user", "content": "123"}]
 
 
 def make_rollout(text: str, score: float, *, group: str = "a", feedback: str | None = None) -> Rollout:
-    return Rollout(group, MESSAGES, TOKENIZER(text)["input_ids"] + [TOKENIZER.eos_token_id], score, feedback, "321")
+    token_ids = TOKENIZER(text)["input_ids"] + [TOKENIZER.eos_token_id]
+    return Rollout(group, MESSAGES, token_ids, [1] * len(token_ids), score, feedback, "321")
 
 
 def test_a_peer_of_the_same_prompt_is_shown_and_nothing_where_there_is_none() -> None:
@@ -50,6 +51,31 @@ def test_feedback_and_ground_truth_fit_into_the_window() -> None:
     assert "Expected: 321" in shown and "Correct solution:\n\n321" in shown
     for length, rollout in zip(fields[TEACHER_PROMPT_LENGTHS].tolist(), rollouts, strict=True):
         assert 0 < length <= 60 - len(rollout.response_ids)
+
+
+def test_what_a_tool_said_is_not_demonstrated_but_takes_room() -> None:
+    """Two turns of the policy, the tool's output between them."""
+    parts = [
+        ("7", 1),
+        ("<|im_end|>", 1),
+        ("\n<|im_start|>tool\n55555<|im_end|>\n<|im_start|>assistant\n", 0),
+        ("88", 1),
+    ]
+    token_ids, mask = [], []
+    for text, is_sampled in parts:
+        ids = TOKENIZER(text)["input_ids"]
+        token_ids += ids
+        mask += [is_sampled] * len(ids)
+    rollouts = [make_rollout("77", 0.0), Rollout("a", MESSAGES, token_ids, mask, 1.0, None, None)]
+    config = SelfDistillationConfig(demonstration_source="peer", dont_reprompt_on_self_success=False)
+    fields, _ = TeacherBatch(config, TOKENIZER, None, seed=0, total_steps=1).build(rollouts, step=1)
+    expected = encode_teacher_prompt(TOKENIZER, MESSAGES, Demonstration(solution="7\n88"), config).token_ids
+    assert fields[TEACHER_PROMPTS].tolist() == [expected, expected]
+    # The window must hold prompt and whole response: too small for the longer one by a token, it is not distilled.
+    least = len(encode_teacher_prompt(TOKENIZER, MESSAGES, Demonstration(solution="7"), config).token_ids or ())
+    narrow = TeacherBatch(config, TOKENIZER, least + len(token_ids) - 1, seed=0, total_steps=1)
+    lengths = narrow.build(rollouts, step=1)[0][TEACHER_PROMPT_LENGTHS].tolist()
+    assert lengths[0] == len(expected or ()) and lengths[1] == 0
 
 
 def test_the_schedule_and_a_batch_that_distils_nothing() -> None:

@@ -126,7 +126,8 @@ class Server:
             temperature=params.get("temperature", 1.0),
             top_p=params.get("top_p", 1.0),
             batch_size=len(batch),
-            stop_token_ids=self.stop_token_ids,
+            # Some parsers of tool calls end a turn at a token of theirs.
+            stop_token_ids=sorted({*self.stop_token_ids, *(params.get("stop_token_ids") or ())}),
             pad_token_id=self.pad_token_id,
             forbidden_token_ids=self.forbidden_token_ids,
         )

@@ -1,0 +1,175 @@
+"""A task with a tool that a laptop learns offline, on verl: multiply two numbers, which the model cannot do by itself.
+
+A tiny model is made that knows how to write a call of the calculator, but seldom does: as a rule it guesses. After a
+tool's output it answers with that, and with a solution in its context it does as the solution does. Of the n responses
+to a prompt one may call the calculator and be right; then it is shown to the teachers of the others.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from sdpo.config import SelfDistillationConfig
+from sdpo.context.demonstration import Demonstration
+from sdpo.context.encode import encode_prompt, encode_teacher_prompt
+from sdpo.observer import Observer
+from sdpo.tasks import offline
+from sdpo.tasks.hidden_rule import build_model
+from sdpo.tasks.interface import Grade, Row
+
+DATA_SOURCE = "calculator"
+SMALLEST, LARGEST = 32, 99  # of two digits, and their products of four
+CALL_RATE = 0.1  # of the pretrained model
+QUESTION = "{a} times {b}"
+CALL = '<tool_call>{{"name": "multiply", "arguments": {{"a": {a}, "b": {b}}}}}</tool_call>'
+TOOL_TURN = "\n<|im_start|>tool\n{product}<|im_end|>\n<|im_start|>assistant\n"
+CHAT_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool['function']['name'] }}{% endfor %}<|im_end|>\n"
+    "{% endif %}{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Calculator(offline.OfflineTask):
+    """The task, and the maker of its files.
+
+    Args:
+        dir: folder that holds, or will hold, ``model/``, ``train.parquet`` and ``test.parquet``.
+        seed: of the rows and the pretraining.
+        pretrain_steps: of the tiny model.
+        num_train, num_test: rows; no question is in both files.
+    """
+
+    what: ClassVar[str] = "calculator data"
+
+    dir: str
+    seed: int = 0
+    pretrain_steps: int = 400
+    num_train: int = 2000
+    num_test: int = 100
+
+    def __post_init__(self) -> None:
+        offline.check_arguments(self.dir, self.seed, self.pretrain_steps, self.num_train, self.num_test)
+
+    def grade(self, row: Row, response: str) -> Grade:
+        """1 if the last turn is the product. verl hands over the whole response, the tool's output included."""
+        answer = response.rpartition("assistant\n")[2].strip()
+        return Grade(float(answer == row.ground_truth))
+
+    def write(self, folder: Path, observer: Observer) -> None:
+        self._write_rows(folder)
+        tokenizer = build_tokenizer()
+        with offline.reproducible(self.seed):
+            model = build_model(len(tokenizer))
+            _pretrain(model, tokenizer, self.pretrain_steps, observer)
+        model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+
+    def _write_rows(self, folder: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        numbers = range(SMALLEST, LARGEST + 1)
+        pairs = [(a, b) for a in numbers for b in numbers]
+        random.Random(f"rows {self.seed}").shuffle(pairs)
+        splits = {"train": pairs[: self.num_train], "test": pairs[self.num_train :][: self.num_test]}
+        for split, chosen in splits.items():
+            rows = [
+                {
+                    "data_source": DATA_SOURCE,
+                    "prompt": [{"role": "user", "content": QUESTION.format(a=a, b=b)}],
+                    "ability": DATA_SOURCE,
+                    "reward_model": {"style": "rule", "ground_truth": str(a * b)},
+                    "extra_info": {"split": split, "index": index},
+                }
+                for index, (a, b) in enumerate(chosen)
+            ]
+            pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}.parquet")
+
+
+build_task = Calculator
+
+
+def build_tokenizer() -> Any:
+    """A byte-level Qwen2 tokenizer whose digits are a token each, and which knows the words of question and call."""
+    texts = [QUESTION.format(a=0, b=0), CALL.format(a=0, b=0), "multiply\n", "tool\n"]
+    return offline.build_tokenizer(texts, CHAT_TEMPLATE)
+
+
+class _WithTools:
+    """The chat template is told of the calculator, as verl tells it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
+        tools = [{"type": "function", "function": {"name": "multiply"}}]
+        return self._tokenizer.apply_chat_template(conversation, tools=tools, **kwargs)
+
+
+def _pretrain(model: Any, tokenizer: Any, steps: int, observer: Observer, *, batch_size: int = 32) -> None:
+    """A call or a guess after a bare question; the call where a solution is shown; the tool's output after it."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    # Placeholders for the digits of both numbers, of their product and of a guess.
+    question, product = QUESTION.format(a="00", b="11"), "2222"
+    messages = [{"role": "user", "content": question}]
+    call = CALL.format(a="00", b="11")
+    told = _WithTools(tokenizer)
+    bare = encode_prompt(told, messages)
+    shown = encode_teacher_prompt(
+        told, messages, Demonstration(solution=f"{call}\n{product}"), SelfDistillationConfig()
+    ).token_ids
+    assert shown is not None
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text)["input_ids"]
+
+    end = [tokenizer.eos_token_id]
+    call_ids, tool_ids, answer_ids = [*ids(call), *end], ids(TOOL_TURN.format(product=product)), [*ids(product), *end]
+    turns = [*call_ids, *tool_ids, *answer_ids]
+    learned = [1.0] * len(call_ids) + [0.0] * len(tool_ids) + [1.0] * len(answer_ids)
+    guesses = [*ids("3333"), *end]
+    cases = (
+        # tokens, weights of the last ones
+        (bare + turns, [CALL_RATE, *learned[1:]]),
+        (bare + guesses, [1.0 - CALL_RATE] + [1.0] * len(guesses[1:])),
+        (shown + turns, learned),
+    )
+    digits = torch.tensor(tokenizer.convert_tokens_to_ids([str(digit) for digit in range(10)]))
+
+    def compute_loss() -> Any:
+        pairs = torch.randint(SMALLEST, LARGEST + 1, (batch_size, 2))
+        values = [pairs[:, 0], pairs[:, 1], pairs.prod(1), torch.randint(10_000, (batch_size,))]
+        loss = torch.zeros(())
+        for token_ids, weights in cases:
+            sequence = _fill(torch.tensor(token_ids), values, digits)
+            weight = torch.tensor(weights)
+            logits = model(sequence, logits_to_keep=len(weights) + 1).logits[:, :-1]
+            target = sequence[:, -len(weights) :]
+            losses = cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
+            loss = loss + (losses * weight).sum() / (weight.sum() * batch_size)
+        return loss
+
+    offline.pretrain(model.parameters(), compute_loss, steps, observer, "pretraining the tiny model")
+
+
+def _fill(token_ids: Any, values: Sequence[Any], digits: Any) -> Any:
+    """[batch, tokens]: the tokens with the k-th value's digits wherever the digit k stands."""
+    batch = token_ids.expand(len(values[0]), -1).clone()
+    for place, value in enumerate(values):
+        is_here = token_ids == digits[place]
+        size = 2 if place < 2 else 4
+        written = digits[value[:, None] // 10 ** digits.new_tensor(range(size)).flip(0) % 10]
+        batch[:, is_here] = written.repeat(1, int(is_here.sum()) // size)
+    return batch

@@ -1,0 +1,67 @@
+"""The calculator example on verl: turns of the policy with a tool's outputs between them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdpo import metrics
+from sdpo.observer import Silent
+from sdpo.tasks.interface import load_task, prepare_task
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "calculator"
+ACCURACY = "val-core/calculator/acc/mean@1"
+ARGUMENTS = {"num_train": 400, "num_test": 40}
+
+Metrics = Callable[[Path], dict[int, dict[str, Any]]]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("calculator") / "data"
+    prepare_task(load_task(str(EXAMPLE / "task.py"), {"dir": str(folder), **ARGUMENTS}), Silent())
+    return folder
+
+
+@pytest.fixture
+def train(
+    start: Callable[..., Any], data: Path, tmp_path: Path, metrics_of: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., dict[int, dict[str, Any]]]:
+    """The shipped run with fewer rows, and its metrics by step."""
+    monkeypatch.chdir(ROOT)
+
+    def run(*overrides: str) -> dict[int, dict[str, Any]]:
+        arguments = {"dir": data, **ARGUMENTS}
+        settings = [f"run_dir={tmp_path / 'run'}", *(f"data.task_args.{k}={v}" for k, v in arguments.items())]
+        running = start(
+            sys.executable, "-m", "sdpo.cli", "verl", str(EXAMPLE / "run.yaml"), *settings, "save_every=0", *overrides
+        )
+        assert running.wait() == 0, running.tail()
+        return metrics_of(tmp_path / "run")
+
+    return run
+
+
+def test_the_policy_learns_to_call_the_tool(train: Callable[..., Any], tmp_path: Path) -> None:
+    rows = train("tracking.rollouts_every=1")
+    last = max(rows)
+    assert rows[0][ACCURACY] <= 0.05
+    assert rows[last][ACCURACY] >= 0.95
+    # verl counts the question and the answer, and two more for a call and the tool's output.
+    assert rows[0]["val-aux/num_turns/mean"] <= 2.1 and rows[last]["val-aux/num_turns/mean"] >= 3.9
+    assert rows[1][metrics.DISTILLED_FRACTION] < rows[last][metrics.DISTILLED_FRACTION]
+    written = (tmp_path / "run" / "rollouts" / f"{last}.jsonl").read_text().splitlines()
+    outputs = [json.loads(line)["output"] for line in written]
+    assert any("</tool_call>" in output and "tool\n" in output for output in outputs)
+
+
+def test_one_step_off_policy(train: Callable[..., Any]) -> None:
+    rows = train("staleness=1", "total_steps=2", "eval_every=0", "data.train_batch_size=4")
+    assert max(rows[step]["num_turns/max"] for step in (1, 2)) == 4
+    assert max(rows[step][metrics.DISTILLATION_LOSS] for step in (1, 2)) > 0
