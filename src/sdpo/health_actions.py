@@ -81,6 +81,11 @@ class Guard:
             self.best_accuracy = accuracy
             self._learner.keep_as_best()
 
+    def describe_stop(self) -> str | None:
+        """The alarm that ends the run and its reason; None if there is none."""
+        alarm = self.stopped_by
+        return f"{alarm.rule}: {alarm.reason}" if alarm is not None else None
+
     def state_dict(self) -> dict[str, Any]:
         """All that it remembers, in JSON's types."""
         return {"monitor": self.monitor.state_dict(), "best_accuracy": self.best_accuracy}

@@ -161,7 +161,7 @@ def find_score(values: Mapping[str, float]) -> float | None:
 
     Of each data source the one of ``find_accuracies``: greedy where there is a greedy evaluation.
     """
-    found = [values[val_name(source, statistic)] for source, statistic in find_accuracies(values).items()]
+    found = [float(values[val_name(source, statistic)]) for source, statistic in find_accuracies(values).items()]
     return sum(found) / len(found) if found else None
 
 

@@ -100,24 +100,24 @@ class ModuleWeights:
 
     def __init__(self, module: nn.Module, averaged: bool) -> None:
         self._module = module
-        params = _local_params(module)
+        params = get_shards(module)
         half = averaged and any(p.dtype not in (torch.float32, torch.float64) for p in params.values())
         self._average = {name: p.float() for name, p in params.items()} if half else None
 
     @property
     def values(self) -> Mapping[str, Tensor]:
-        return self._average if self._average is not None else _local_params(self._module)
+        return self._average if self._average is not None else get_shards(self._module)
 
     @property
     def in_module(self) -> bool:
         return self._average is None
 
     def read(self, student: nn.Module) -> Sequence[Tensor]:
-        return list(_local_params(student).values())
+        return list(get_shards(student).values())
 
     def apply(self) -> None:
         if self._average is not None:
-            _copy(_local_params(self._module).values(), self._average.values())
+            _copy(get_shards(self._module).values(), self._average.values())
 
 
 class Teacher:
@@ -211,7 +211,7 @@ def build_teacher(student: nn.Module, config: SelfDistillationConfig) -> Teacher
     return Teacher(None if is_live else copy.deepcopy(student).requires_grad_(False).eval(), config)
 
 
-def _local_params(module: nn.Module) -> dict[str, Tensor]:
+def get_shards(module: nn.Module) -> dict[str, Tensor]:
     """Parameters, or the shards of them that this rank holds."""
     return {name: p.to_local() if isinstance(p, DTensor) else p.data for name, p in module.named_parameters()}
 

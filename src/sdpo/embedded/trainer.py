@@ -70,9 +70,7 @@ def train(run: Run, observer: Observer | None = None) -> Result:
         finally:
             parts.sampler.close()
             parts.folder.close()
-    alarm = parts.guard.stopped_by
-    stopped_by = f"{alarm.rule}: {alarm.reason}" if alarm is not None else None
-    return Result(dict(parts.folder.final), parts.folder.path, interrupted, stopped_by)
+    return Result(dict(parts.folder.final), parts.folder.path, interrupted, parts.guard.describe_stop())
 
 
 class _Training:

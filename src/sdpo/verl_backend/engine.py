@@ -30,7 +30,7 @@ from sdpo import metrics
 from sdpo.algorithm.fused import FusedOutputs
 from sdpo.algorithm.logits import LazyLogits
 from sdpo.algorithm.loss import Sums, add_sums, compute_token_weights
-from sdpo.algorithm.teacher import Teacher
+from sdpo.algorithm.teacher import Teacher, get_shards
 from sdpo.config import SelfDistillationConfig
 from sdpo.errors import UserError
 from sdpo.kernels.dispatch import compute_fused_loss, score_tokens
@@ -38,7 +38,7 @@ from sdpo.metrics import UPDATE_ROUNDING
 from sdpo.models.head import forbid_tokens
 from sdpo.models.optimizer import UpdateRounding, compile_on_gpus_only
 from sdpo.verl_backend.head import compute_at_head
-from sdpo.verl_backend.lora import ShardedDeltas, build_lora_teacher, wrap_with_adapters
+from sdpo.verl_backend.lora import ShardedDeltas, SharedTeacher, build_lora_teacher, wrap_with_adapters
 from sdpo.verl_backend.packing import (
     DISTILLATION_WEIGHTS,
     POLICY_WEIGHTS,
@@ -90,6 +90,8 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         # Over all ranks, of the rollout batch that is being learned; whoever reports them begins anew.
         self.counts = {metrics.NONFINITE_SAMPLES: 0, metrics.SKIPPED_UPDATES: 0}
         self._skipped_in_a_row = 0
+        # This rank's shards of the student at its best evaluation, on the host, if the student may have to go back.
+        self._best: dict[str, Tensor] | None = None
 
     # Building, moving, saving
 
@@ -112,6 +114,7 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         # What the teacher holds for itself: a whole model, or with LoRA its deltas; or neither.
         self._teacher_module: nn.Module | None = None
         self._teacher_deltas: ShardedDeltas | None = None
+        self._teacher_checkpoints: FSDPCheckpointManager | None = None
         if not self.config.distills:
             return
         if self._is_lora:
@@ -171,10 +174,16 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         folder.mkdir(exist_ok=True)
         if self._teacher_deltas is not None:
             torch.save(self.teacher.state_dict(), folder / self._deltas_file)
-        if self._teacher_module is not None:
+        if self._teacher_checkpoints is not None:
             self._teacher_checkpoints.save_checkpoint(str(folder))
+        if self._best is not None:
+            torch.save(self._best, folder / self._best_file)
         if dist.get_rank() == 0:
-            state = {"kind": self.teacher.kind, "num_steps": self.teacher.num_steps}
+            state = {
+                "kind": self.config.teacher_regularization,
+                "is_frozen": self._is_frozen,
+                "num_steps": self.teacher.num_steps,
+            }
             (folder / "teacher.json").write_text(json.dumps(state), encoding="utf-8")
 
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
@@ -185,16 +194,22 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         state: dict[str, Any] = {"kind": "no"}
         if saved.is_file():
             state = json.loads(saved.read_text(encoding="utf-8"))
-        if state["kind"] != self.teacher.kind:
+        kind = self.config.teacher_regularization
+        if state["kind"] != kind:
             raise RuntimeError(
-                f"{local_path} holds {state['kind']} teacher, this run has the {self.teacher.kind} one; set "
+                f"{local_path} holds {state['kind']} teacher, this run has the {kind} one; set "
                 "actor_rollout_ref.actor.self_distillation.teacher_regularization to what the run was begun with"
             )
         if self._teacher_deltas is not None:
             deltas = torch.load(saved.parent / self._deltas_file, map_location="cpu", weights_only=True)
             self.teacher.load_state_dict(deltas)
-        if self._teacher_module is not None:
+        if self._teacher_checkpoints is not None:
             self._teacher_checkpoints.load_checkpoint(str(saved.parent))
+        if state["is_frozen"]:
+            self._freeze()
+        best = saved.parent / self._best_file
+        if best.is_file():
+            self._best = torch.load(best, map_location="cpu", weights_only=True)
         self.teacher.num_steps = state["num_steps"]
 
     @property
@@ -212,6 +227,51 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         """Let the teacher follow the student, shard by shard, once a rollout batch."""
         if self.teacher is not None:
             self.teacher.step(self.module)
+
+    @torch.no_grad()
+    def keep_as_best(self) -> None:
+        """Remember the student as it is, for ``freeze_teacher``."""
+        self._best = {name: shard.cpu().clone() for name, shard in self._get_trained_shards().items()}
+
+    @torch.no_grad()
+    def freeze_teacher(self) -> None:
+        """Let the teacher follow no more; of a live one the student goes back to its best evaluation, if there was one.
+
+        The live teacher becomes the initial model, which is loaded again: every rank must call this.
+        """
+        assert self.teacher is not None, "refused where nothing is distilled"
+        if self._best is not None:
+            for name, shard in self._get_trained_shards().items():
+                shard.copy_(self._best[name])
+            self._best = None
+        self._freeze()
+
+    def _freeze(self) -> None:
+        assert self.teacher is not None
+        if self._is_frozen:
+            return
+        initial: nn.Module | None = None
+        if self.teacher.module is None and self._is_lora:
+            initial = SharedTeacher(self.module, None)
+        elif self.teacher.module is None:
+            initial = self._teacher_module = self._build_teacher_module()
+            if self.is_param_offload_enabled:
+                offload_fsdp_model_to_cpu(initial)
+        self.teacher.freeze(initial)
+
+    def _get_trained_shards(self) -> dict[str, Tensor]:
+        shards = get_shards(self.module)
+        return {name: shards[name] for name, param in self.module.named_parameters() if param.requires_grad}
+
+    @property
+    def _is_frozen(self) -> bool:
+        """Whether an alarm has frozen the teacher."""
+        return self.teacher is not None and self.teacher.kind != self.config.teacher_regularization
+
+    @property
+    def _best_file(self) -> str:
+        """This rank's, named as verl names its own files of shards."""
+        return f"best_world_size_{dist.get_world_size()}_rank_{dist.get_rank()}.pt"
 
     # Learning
 

@@ -12,6 +12,7 @@ import torch
 
 from sdpo.config import Run, save_run
 from sdpo.errors import UserError
+from sdpo.health_actions import ALARMS_FILE
 from sdpo.observer import Observer, Silent
 from sdpo.tasks.interface import load_task, prepare_task
 from sdpo.verl_backend.main import CPU, main
@@ -64,13 +65,15 @@ def launch(run: Run, command: Command, observer: Observer | None = None) -> None
         save_run(run, folder / "run.yaml")
     except OSError as error:
         raise UserError(f"run_dir: {folder}: cannot be written ({error.strerror})") from error
-    _keep_metrics(folder / METRICS)
+    _keep(folder / METRICS)
+    if run.resume == "never":
+        _keep(folder / ALARMS_FILE)
     os.environ.update(command.environment)
     main(command.arguments)
 
 
-def _keep_metrics(path: Path) -> None:
-    """verl begins its file anew; what an earlier part of the run measured stays beside it."""
+def _keep(path: Path) -> None:
+    """The run begins this file anew; what an earlier one wrote stays beside it."""
     number = 1
     while path.with_suffix(f".{number}.jsonl").exists():
         number += 1

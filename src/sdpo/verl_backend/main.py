@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from hydra import compose, initialize_config_module
@@ -40,9 +41,11 @@ def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
     Raises:
         UserError: an unknown key, a value of the wrong type or out of range, settings that contradict each other.
     """
+    from sdpo.config import HealthConfig, SelfDistillationConfig
     from sdpo.verl_backend.settings import build_schema, check_config, complete_turns
 
-    ConfigStore.instance().store(name="self_distillation", node=build_schema(), group="sdpo")
+    for section in (SelfDistillationConfig, HealthConfig):
+        ConfigStore.instance().store(name=section.section, node=build_schema(section), group="sdpo")
     try:
         with initialize_config_module("sdpo.verl_backend.config", version_base=None):
             config = compose(name, overrides=[SEARCH_PATH, *overrides])
@@ -154,10 +157,38 @@ def run(config: DictConfig) -> None:
 
     if PlatformRegistry.get("cpu") is None:
         raise UserError("verl has not loaded the plugin of sdpo; install sdpo again beside this verl: pip install sdpo")
+    runner = _Runner(_build_v1_runner() if config.trainer.use_v1 else _build_one_step_off_runner())
     try:
-        run_ppo(config, task_runner_class=_build_v1_runner() if config.trainer.use_v1 else _build_one_step_off_runner())
+        run_ppo(config, task_runner_class=runner)
+        stopped_by = runner.get_result()
     except UserError as error:  # out of Ray's process, with a traceback in its text
         raise getattr(error, "cause", error) from None
+    if stopped_by:
+        print(f"stopped by an alarm: {stopped_by}", file=sys.stderr)
+
+
+class _Runner:
+    """What ``run_ppo`` takes for Ray's class of the driver: keeps the result of its ``run``, which verl drops."""
+
+    def __init__(self, actor_class: Any) -> None:
+        self._actor_class = actor_class
+
+    def options(self, **options: Any) -> _Runner:
+        self._actor_class = self._actor_class.options(**options)
+        return self
+
+    def remote(self) -> Any:
+        self._actor = self._actor_class.remote()
+        return SimpleNamespace(run=SimpleNamespace(remote=self._run))
+
+    def _run(self, config: DictConfig) -> Any:
+        self._result = self._actor.run.remote(config)
+        return self._result
+
+    def get_result(self) -> Any:
+        import ray
+
+        return ray.get(self._result)
 
 
 def _build_one_step_off_runner() -> Any:
@@ -165,9 +196,9 @@ def _build_one_step_off_runner() -> Any:
 
     @ray.remote(num_cpus=1, max_concurrency=100)
     class OneStepOffRunner:
-        def run(self, config: DictConfig) -> None:
+        def run(self, config: DictConfig) -> str | None:
             self.sockets = _claim_sockets(config)
-            train_one_step_off(config)
+            return train_one_step_off(config)
 
     return OneStepOffRunner
 
@@ -177,9 +208,9 @@ def _build_v1_runner() -> Any:
 
     @ray.remote(num_cpus=1)
     class V1Runner:
-        def run(self, config: DictConfig) -> None:
+        def run(self, config: DictConfig) -> str | None:
             self.sockets = _claim_sockets(config)
-            train_v1(config)
+            return train_v1(config)
 
     return V1Runner
 
@@ -194,8 +225,12 @@ def _claim_sockets(config: DictConfig) -> Any:
     return claim_sockets(ray.get_runtime_context().get_job_id())
 
 
-def train_one_step_off(config: DictConfig) -> None:
-    """In Ray's driver process: what verl's own runner does, with our trainer and worker."""
+def train_one_step_off(config: DictConfig) -> str | None:
+    """In Ray's driver process: what verl's own runner does, with our trainer and worker.
+
+    Returns:
+        The alarm that stopped the run and its reason; None if none did.
+    """
     import ray
     from verl.experimental.separation.utils import create_resource_pool_manager, create_role_worker_mapping
     from verl.trainer.ppo.utils import Role, create_rl_dataset, create_rl_sampler
@@ -241,10 +276,15 @@ def train_one_step_off(config: DictConfig) -> None:
     )
     trainer.init_workers()
     asyncio.run(trainer.fit())
+    return trainer.health.describe_stop()
 
 
-def train_v1(config: DictConfig) -> None:
-    """In Ray's driver process: verl's own V1 runner, which finds our trainers in the registry."""
+def train_v1(config: DictConfig) -> str | None:
+    """In Ray's driver process: verl's own V1 runner, which finds our trainers in the registry.
+
+    Returns:
+        The alarm that stopped the run and its reason; None if none did.
+    """
     from verl.trainer.main_ppo import TaskRunnerV1
 
     from sdpo.verl_backend import trainer_v1
@@ -252,7 +292,9 @@ def train_v1(config: DictConfig) -> None:
 
     import_sampler(config.actor_rollout_ref.rollout)
     trainer_v1.register()
-    TaskRunnerV1.__ray_metadata__.modified_class().run(config)
+    runner = TaskRunnerV1.__ray_metadata__.modified_class()
+    runner.run(config)
+    return runner.trainer.health.describe_stop()
 
 
 def _explain(error: BaseException) -> str:

@@ -11,9 +11,9 @@ from verl.utils.import_utils import import_external_libs
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config import FSDPActorConfig
 
-from sdpo.config import LoraConfig, SelfDistillationConfig
+from sdpo.config import HealthConfig, LoraConfig, SelfDistillationConfig
 from sdpo.errors import UserError
-from sdpo.verl_backend.translate import ALL_LINEAR
+from sdpo.verl_backend.translate import ALL_LINEAR, HEALTH_WITHOUT_EFFECT
 
 LOSS_MODE = "sdpo"
 ACTOR = "actor_rollout_ref.actor"
@@ -41,11 +41,21 @@ class SelfDistillationActorConfig(FSDPActorConfig):  # type: ignore[misc]
     self_distillation: Any = field(default_factory=SelfDistillationConfig)
 
 
-def build_schema() -> DictConfig:
-    """The section ``self_distillation`` for Hydra: keys, types and defaults of ``SelfDistillationConfig``."""
-    schema = OmegaConf.structured(SelfDistillationConfig)
+def build_schema(section: type[SelfDistillationConfig] | type[HealthConfig]) -> DictConfig:
+    """A section of ours for Hydra: keys, types and defaults of the dataclass."""
+    schema = OmegaConf.structured(section)
     OmegaConf.set_readonly(schema, None)  # frozen dataclasses become read-only nodes, which cannot be overridden
     return schema
+
+
+def read_health(config: DictConfig) -> HealthConfig:
+    """The section ``health``.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+    values: Any = OmegaConf.to_container(config.health, resolve=True)
+    return HealthConfig(**values)
 
 
 def read_self_distillation(actor: DictConfig) -> SelfDistillationConfig | None:
@@ -96,6 +106,7 @@ def check_config(config: DictConfig) -> None:
     actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
     _check_batches(config)
     settings = read_self_distillation(actor)
+    _check_health(config, settings)
     if settings is None:
         if actor.freeze_vision_tower:
             raise UserError(
@@ -213,6 +224,19 @@ def _check_turns(rollout: DictConfig) -> None:
             f"{ROLLOUT}.agent.default_agent_loop={agent.default_agent_loop} must be {wanted} with loss_mode=sdpo and "
             f"{MULTI_TURN}.enable={str(turns.enable).lower()}"
         )
+
+
+def _check_health(config: DictConfig, settings: SelfDistillationConfig | None) -> None:
+    health, usual = read_health(config), HealthConfig()
+    for name, reason in HEALTH_WITHOUT_EFFECT.items():
+        value = getattr(health, name)
+        if value != getattr(usual, name):
+            raise UserError(f"health.{name}={value} has no effect on verl, where {reason}; remove it")
+    # Another loss distils nothing.
+    health.check_actions(settings or SelfDistillationConfig(grpo_coef=1.0))
+    keep_best = config.trainer.keep_best
+    if not isinstance(keep_best, int) or isinstance(keep_best, bool) or keep_best < 0:
+        raise UserError(f"trainer.keep_best must be a whole number, at least 0, got {keep_best!r}")
 
 
 def _check_batches(config: DictConfig) -> None:

@@ -63,6 +63,9 @@ class TeacherBatch:
         window: most tokens the model can read, None if it does not say.
         seed: with the step, decides which peer is shown.
         total_steps: of the run, for the schedule of the distillation weight.
+
+    Attributes:
+        factor: what the scheduled distillation weight is multiplied by; alarms lower it.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class TeacherBatch:
         self.window = window
         self.seed = seed
         self.total_steps = total_steps
+        self.factor = 1.0
 
     def build(self, rows: Sequence[Rollout | None], step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Fields by name, [B, ...] in the rows' order, and the step's metrics.
@@ -104,7 +108,7 @@ class TeacherBatch:
         if self.config.weight_by_prompt_difficulty:
             rates = compute_success_rates(graded, self.config.success_reward_threshold)
             weights = compute_prompt_weights(torch.tensor(rates)).tolist()
-        coef = compute_distillation_coef(self.config, step, self.total_steps)
+        coef = compute_distillation_coef(self.config, step, self.total_steps) * self.factor
         of_samples = iter(zip(lessons, weights, strict=True))
         prompts, row_weights = [], []
         for row in rows:

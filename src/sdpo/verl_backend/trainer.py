@@ -32,6 +32,7 @@ from sdpo.verl_backend.grades import (
     correct_advantages,
     replace_scores,
 )
+from sdpo.verl_backend.health import RunHealth, WithHealthChecks, summarize_rollouts
 from sdpo.verl_backend.packing import count_response_tokens
 from sdpo.verl_backend.settings import read_self_distillation
 from sdpo.verl_backend.teacher_batch import Rollout, TeacherBatch, read_ground_truth
@@ -61,7 +62,16 @@ def rename_metrics(values: dict[str, Any]) -> None:
         values[name.removeprefix("actor/")] = values.pop(name)
 
 
-class SelfDistillationOneStepOffTrainer(WithFailedGrades, OneStepOffRayTrainer):  # type: ignore[misc]
+def find_resumed(config: DictConfig, step: int) -> Path | None:
+    """The checkpoint that a run goes on from whose step has been set to this; None if it begins."""
+    if not step:
+        return None
+    if config.trainer.resume_mode == "resume_path":
+        return Path(config.trainer.resume_from_path)
+    return Path(config.trainer.default_local_dir) / f"global_step_{step}"
+
+
+class SelfDistillationOneStepOffTrainer(WithFailedGrades, WithHealthChecks, OneStepOffRayTrainer):  # type: ignore[misc]
     """One step off policy: one GPU samples, another learns.
 
     Beside the teacher's batch it mends five things in verl 0.9.1: an error while the next batch is fetched is raised
@@ -134,6 +144,10 @@ class SelfDistillationOneStepOffTrainer(WithFailedGrades, OneStepOffRayTrainer):
     def _fit_update_actor(self, batch: DataProto) -> DataProto:
         batch = super()._fit_update_actor(batch)
         rename_metrics(self.metrics)
+        lengths = count_response_tokens(batch.batch).tolist()
+        self.metrics |= summarize_rollouts(self.scores, lengths, self.config.data.max_response_length)
+        self.metrics |= self.health.check(self.global_steps, self.metrics)
+        self.is_last_step |= self.health.is_stopped  # so it is saved and evaluated like the last one
         return batch
 
     # Fetching
@@ -202,17 +216,16 @@ class SelfDistillationOneStepOffTrainer(WithFailedGrades, OneStepOffRayTrainer):
         super()._save_checkpoint()
         self._saved_step = self.global_steps
         # Until the batch ahead is saved too (above), a resumed run samples its prompts again rather than skip them.
-        if self._loader_state is not None and not self.is_last_step:
+        if self._loader_state is not None and self.global_steps < self.total_training_steps:
             torch.save(self._loader_state, self._checkpoint_folder(self.global_steps) / "data.pt")
 
     def _load_checkpoint(self) -> Any:
         super()._load_checkpoint()
         self._first_epoch = self.global_steps // len(self.train_dataloader)
-        folder = self._checkpoint_folder(self.global_steps)
-        if self.config.trainer.resume_mode == "resume_path":
-            folder = Path(self.config.trainer.resume_from_path)
-        saved = folder / PREFETCHED
-        if self.global_steps and saved.is_file():
+        folder = find_resumed(self.config, self.global_steps)
+        self.health = RunHealth(self.config, self.teacher_batch, self.actor_rollout_wg, folder)
+        saved = folder / PREFETCHED if folder is not None else None
+        if saved is not None and saved.is_file():
             state = torch.load(saved, weights_only=False)
             self._prefetched = state["batch"]
             self._first_epoch = self._prefetched[2]

@@ -20,14 +20,15 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from sdpo import metrics as names
 from sdpo.verl_backend.grades import WithFailedGrades, check_failures, correct_advantages, replace_scores
+from sdpo.verl_backend.health import RunHealth, WithHealthChecks, summarize_rollouts
 from sdpo.verl_backend.teacher_batch import Rollout, read_ground_truth
-from sdpo.verl_backend.trainer import build_teacher_batch, rename_metrics
+from sdpo.verl_backend.trainer import build_teacher_batch, find_resumed, rename_metrics
 from sdpo.verl_backend.worker import SelfDistillationActorWorker
 
 FIELDS = ["uid", "raw_prompt", "responses", "response_mask", "rm_scores", "reward_model", "extra_fields"]
 
 
-class WithTeacherBatch(WithFailedGrades):
+class WithTeacherBatch(WithFailedGrades, WithHealthChecks):
     """The trainer hooks of both: our worker, the teacher's fields before the advantages, our metrics' names.
 
     verl fills a batch up with rows that are no samples (``is_padding``): they are counted nowhere.
@@ -40,11 +41,17 @@ class WithTeacherBatch(WithFailedGrades):
     total_training_steps: int
     parameter_sync_step: int
     role_worker_mapping: dict[Role, Any]
+    actor_rollout_wg: Any
 
     def _setup(self) -> None:
         super()._setup()  # type: ignore[misc]
         self.teacher_batch = build_teacher_batch(self.config, self.tokenizer, self.processor, self.total_training_steps)
-        self.scores: list[float] = []  # of the step's samples so far; NaN where the grader failed
+        self.health = RunHealth(
+            self.config, self.teacher_batch, self.actor_rollout_wg, find_resumed(self.config, self.global_steps)
+        )
+        # Of the step's samples so far: scores, NaN where the grader failed, and tokens of the responses.
+        self.scores: list[float] = []
+        self.lengths: list[int] = []
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()  # type: ignore[misc]
@@ -56,6 +63,7 @@ class WithTeacherBatch(WithFailedGrades):
         rollouts = self._read_rollouts(batch)
         samples = [rollout for rollout in rollouts if rollout is not None]
         self.scores += [sample.score for sample in samples]
+        self.lengths += [len(sample.response_ids) for sample in samples]
         if self.teacher_batch is not None:
             fields, values = self.teacher_batch.build(rollouts, self.global_steps)
             tq.kv_batch_put(
@@ -139,7 +147,22 @@ class WithTeacherBatch(WithFailedGrades):
     def _compute_metrics(self, batch: Any, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         super()._compute_metrics(batch, metrics, *args, **kwargs)  # type: ignore[misc]
         replace_scores(metrics, self.scores, self.config)
-        self.scores = []
+        metrics |= summarize_rollouts(self.scores, self.lengths, self.config.data.max_response_length)
+        self.scores, self.lengths = [], []
+
+    def step(self, metrics: dict[str, Any], timing_raw: dict[str, Any]) -> Any:
+        batch = super().step(metrics, timing_raw)  # type: ignore[misc]
+        metrics |= summarize_rollouts(self.scores, self.lengths, self.config.data.max_response_length)
+        metrics |= self.health.check(self.global_steps, metrics)
+        if self.health.is_stopped:
+            self._end_here()
+        return batch
+
+    def _end_here(self) -> None:
+        """Make this step the last one; verl's loop decides before a step whether it is, so it is saved by frequency."""
+        trainer = self.config.trainer
+        self.total_training_steps = self.global_steps
+        trainer.save_freq, trainer.test_freq = min(trainer.save_freq, 1), min(trainer.test_freq, 1)
 
     def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
         batch = super()._update_actor(batch, metrics)  # type: ignore[misc]

@@ -12,6 +12,7 @@ from typing import Any
 
 from sdpo.config import HealthConfig, Run, SelfDistillationConfig, flatten_keys, get_setting, iterate_settings
 from sdpo.errors import UserError
+from sdpo.health_actions import ALARMS_FILE
 from sdpo.models.loading import looks_local
 from sdpo.models.optimizer import choose_optimizer
 
@@ -21,9 +22,14 @@ MODEL = "actor_rollout_ref.model"
 
 ALL_LINEAR = "all-linear"  # verl's default of model.target_modules
 
+# Health settings without an effect on verl, and why.
+HEALTH_WITHOUT_EFFECT = {
+    "teacher_worse": "verl evaluates the student alone",
+    "teacher_margin": "verl evaluates the student alone",
+    "kl_to_initial_every": "the workers hold no initial model beside student and teacher",
+}
 # Settings of the embedded engine that verl has no counterpart for.
 WITHOUT_COUNTERPART = (
-    "keep_best",
     "stop_within",
     "sampler.max_restarts",
     "sampler.engine",
@@ -33,7 +39,7 @@ WITHOUT_COUNTERPART = (
     "learner.device",
     "learner.num_threads",
     "eval.teacher",
-    *(f"health.{f.name}" for f in dataclasses.fields(HealthConfig)),
+    *(f"health.{name}" for name in HEALTH_WITHOUT_EFFECT),
     "tracking.rollouts_per_save",
 )
 
@@ -66,6 +72,11 @@ def translate(run: Run) -> Translation:
             f"{ACTOR}.self_distillation.{f.name}": getattr(run.self_distillation, f.name)
             for f in dataclasses.fields(SelfDistillationConfig)
             if getattr(run.self_distillation, f.name) != getattr(SelfDistillationConfig(), f.name)
+        },
+        **{
+            f"health.{f.name}": getattr(run.health, f.name)
+            for f in dataclasses.fields(HealthConfig)
+            if f.name not in HEALTH_WITHOUT_EFFECT and getattr(run.health, f.name) != getattr(HealthConfig(), f.name)
         },
     }
     overrides = [f"{key}={quote(value)}" for part in (settings, flatten_keys(run.verl)) for key, value in part.items()]
@@ -190,6 +201,8 @@ def _bookkeeping(run: Run) -> dict[str, Any]:
         "trainer.test_freq": run.eval_every or run.total_steps,
         "trainer.save_freq": run.save_every or run.total_steps,
         "trainer.max_actor_ckpt_to_keep": run.keep_last,
+        "trainer.keep_best": run.keep_best,
+        "trainer.alarms_file": str(folder / ALARMS_FILE),
         "trainer.resume_mode": "disable" if run.resume == "never" else "auto",
         "trainer.default_local_dir": str(folder / "checkpoints"),
         "trainer.rollout_data_dir": str(folder / "rollouts") if run.tracking.rollouts_every else None,

@@ -72,3 +72,13 @@ class SelfDistillationActorWorker(DetachActorWorker):  # type: ignore[misc]
                 freeze_vision=actor.freeze_vision_tower,
             )
         super().init_model()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator]
+    def freeze_teacher(self) -> None:
+        """See the engine's."""
+        self.actor.engine.freeze_teacher()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator]
+    def keep_as_best(self) -> None:
+        """See the engine's."""
+        self.actor.engine.keep_as_best()

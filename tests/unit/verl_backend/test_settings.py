@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -17,11 +18,11 @@ from omegaconf import DictConfig
 from transformers import AutoProcessor
 from verl.tools.function_tool import FUNCTION_TOOL_REGISTRY
 
-from sdpo.config import DataConfig, SelfDistillationConfig
+from sdpo.config import DataConfig, HealthConfig, Run, SelfDistillationConfig
 from sdpo.errors import UserError
 from sdpo.models.processing import load_without_videos
 from sdpo.verl_backend.main import compose_config, main, run
-from sdpo.verl_backend.settings import read_self_distillation
+from sdpo.verl_backend.settings import read_health, read_self_distillation
 from sdpo.verl_backend.tools import load_tool_schemas
 
 ACTOR = "actor_rollout_ref.actor"
@@ -49,6 +50,9 @@ def compose(files: list[str]) -> Callable[..., DictConfig]:
 def test_the_defaults_are_those_of_the_dataclass(name: str, compose: Callable[..., DictConfig]) -> None:
     config = compose(name=name)
     assert read_self_distillation(config.actor_rollout_ref.actor) == SelfDistillationConfig()
+    assert read_health(config) == HealthConfig()
+    assert config.trainer.keep_best == Run(run_dir="x").keep_best
+    assert config.trainer.alarms_file == f"{config.trainer.default_local_dir}/alarms.jsonl"
     assert config.trainer.n_gpus_per_node == config.rollout.n_gpus_per_node == 1
     assert config.actor_rollout_ref.rollout.calculate_log_probs
     assert config.data.max_pixels == DataConfig(task="x").max_pixels
@@ -122,6 +126,21 @@ def test_another_loss_is_verls_own(compose: Callable[..., DictConfig]) -> None:
         ("trainer.nodes=2", "nodes"),
         (f"{ACTOR}.ppo_mini_batch_size=24", f"{ACTOR}.ppo_mini_batch_size=24 must divide data.train_batch_size=32"),
         (f"{ACTOR}.freeze_vision_tower=true {ACTOR}.policy_loss.loss_mode=vanilla", "freeze_vision_tower=True has no"),
+        ("health.windows=3", "windows"),
+        ("health.window=0", "health.window must be in [1, inf), got 0"),
+        ("health.score_collapse=halt", "health.score_collapse must be one of"),
+        ("health.kl_to_initial_every=5", "health.kl_to_initial_every=5 has no effect on verl, where the workers hold"),
+        ("health.teacher_worse=stop", "health.teacher_worse=stop has no effect on verl, where verl evaluates the stud"),
+        (
+            f"health.score_collapse=lower {ACTOR}.policy_loss.loss_mode=vanilla",
+            "health.score_collapse=lower has no effect with self_distillation.grpo_coef=1",
+        ),
+        (
+            f"health.score_collapse=freeze {ACTOR}.self_distillation.teacher_regularization=frozen",
+            "health.score_collapse=freeze has no effect with self_distillation.teacher_regularization=frozen",
+        ),
+        ("trainer.keep_best=-1", "trainer.keep_best must be a whole number, at least 0, got -1"),
+        ("trainer.keep_best=true", "trainer.keep_best must be a whole number"),
         ("trainer.n_gpus_per_node=3", "must be a multiple of the 3 GPUs that train"),
     ],
 )
@@ -269,3 +288,30 @@ def test_a_mistake_ends_with_exit_code_2_and_without_ray(tmp_path: Path) -> None
     )
     assert "Started a local Ray instance" not in result.stdout + result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("reason", ["score_collapse: it fell", None])
+def test_a_run_that_an_alarm_stopped_says_so_as_on_the_embedded_engine(
+    reason: str | None, compose: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """With verl's own ``run_ppo``, which drops what the driver's run returns, and a class in place of Ray's."""
+
+    class Driver:
+        def __init__(self) -> None:
+            self.run = SimpleNamespace(remote=lambda config: (config, reason))
+
+        @classmethod
+        def remote(cls) -> Driver:
+            return cls()
+
+    got = []
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.get", lambda reference: got.append(reference) or reference[1])
+    monkeypatch.setattr("sdpo.verl_backend.main._build_one_step_off_runner", lambda: Driver)
+    monkeypatch.setattr("sdpo.verl_backend.main._check_model", lambda _: None)
+    monkeypatch.setattr("sdpo.verl_backend.requirements.check_machine", lambda _: None)
+    config = compose()
+    run(config)
+    assert got == [(config, reason)] * 2
+    said = capsys.readouterr().err
+    assert said == ("stopped by an alarm: score_collapse: it fell\n" if reason else "")

@@ -5,20 +5,26 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from tensordict import TensorDict
 from transformers import PreTrainedModel
 from verl.experimental.one_step_off_policy.ray_trainer import OneStepOffRayTrainer
 from verl.models.transformers import monkey_patch
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
+from verl.utils.checkpoint.checkpoint_manager import BaseCheckpointManager
 from verl.utils.import_utils import is_trl_available
 from verl.workers.utils.padding import left_right_2_no_padding
 
+from sdpo import metrics
 from sdpo.verl_backend import engine, trainer_v1
+from sdpo.verl_backend.health import RunHealth
 from sdpo.verl_backend.packing import repair_position_ids
 from sdpo.verl_backend.trainer import SelfDistillationOneStepOffTrainer
 
@@ -132,3 +138,78 @@ def test_an_installed_trl_without_the_value_head_does_no_harm(
     assert replaced is not is_trl_available
     monkeypatch.setattr(monkey_patch, "is_trl_available", replaced)
     monkey_patch.apply_monkey_patch(make_model())
+
+
+def test_responses_are_cut_off_at_the_limit_and_not_at_the_longest_of_the_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three responses of 2, 3 and 3 tokens, of which none is as long as the limit of 8."""
+
+    def nested(values: float) -> torch.Tensor:
+        return torch.nested.as_nested_tensor([torch.full((n,), values) for n in (2, 3, 3)], layout=torch.jagged)
+
+    names = ("prompts", "responses", "response_mask", "advantages", "returns", "rm_scores")
+    data = TensorDict({name: nested(1.0) for name in names} | {"num_turns": torch.ones(3)}, batch_size=3)
+    fetch = "verl.trainer.ppo.v1.trainer_base.get_metric_data_with_optional_routed_experts"
+    monkeypatch.setattr(fetch, lambda **_: data.copy())
+    tags = [{"min_global_steps": 0, "max_global_steps": 0}] * 3
+    config = {
+        "data": {"max_response_length": 8},
+        "algorithm": {"use_kl_in_reward": False},
+        "actor_rollout_ref": {"rollout": {}, "model": {}},
+    }
+    found = {}
+    for kind in (PPOTrainerSync, trainer_v1.SelfDistillationSyncTrainer):
+        trainer = object.__new__(kind)
+        trainer.config = OmegaConf.create(config)
+        trainer.use_critic, trainer._rollout_moe_lb_metrics_accumulator = False, None
+        trainer.resource_pool_manager = SimpleNamespace(get_n_gpus=lambda: 1)
+        trainer.scores, trainer.lengths = [2.0, 3.0, 3.0], [2, 3, 3]
+        values: dict[str, Any] = {}
+        batch = SimpleNamespace(keys=["a", "b", "c"], partition_id="train", tags=tags)
+        trainer._compute_metrics(batch, values, {"step": 1.0}, global_steps=1, epoch=0)
+        found[kind] = values
+    stock, ours = found.values()
+    assert stock[metrics.RESPONSE_LENGTH_CLIP_RATIO] == pytest.approx(2 / 3)
+    assert ours[metrics.RESPONSE_LENGTH_CLIP_RATIO] == 0
+    for name in (metrics.SCORE_MEAN, metrics.RESPONSE_LENGTH_MEAN):
+        assert ours[name] == pytest.approx(stock[name]) == pytest.approx(8 / 3)
+
+
+def test_a_checkpoint_is_removed_with_its_folder_and_after_a_resume_too(tmp_path: Path) -> None:
+    """Kept: the newest of three, the first of which was there before the run was resumed."""
+    stock = object.__new__(BaseCheckpointManager)
+    stock.previous_saved_paths = []
+    for step in (1, 2, 3):
+        actor = tmp_path / "stock" / f"global_step_{step}" / "actor"
+        actor.mkdir(parents=True)
+        (actor.parent / "data.pt").touch()
+        if step > 1:
+            stock.register_checkpoint(str(actor), 1)
+    left = sorted(str(path.relative_to(tmp_path / "stock")) for path in (tmp_path / "stock").glob("*/*"))
+    assert left == [
+        *("global_step_1/actor", "global_step_1/data.pt", "global_step_2/data.pt"),
+        *("global_step_3/actor", "global_step_3/data.pt"),
+    ]
+
+    def begin(resumed: Path | None) -> RunHealth:
+        trainer = {
+            "default_local_dir": str(tmp_path / "ours"),
+            "alarms_file": str(tmp_path / "alarms.jsonl"),
+            "max_actor_ckpt_to_keep": 1,
+            "keep_best": 0,
+        }
+        actor = {"policy_loss": {"loss_mode": "vanilla"}}
+        config = {"trainer": trainer, "actor_rollout_ref": {"actor": actor}, "health": {}}
+        return RunHealth(OmegaConf.create(config), None, None, resumed)
+
+    health = begin(None)
+    for step in (1, 2, 3):
+        folder = tmp_path / "ours" / f"global_step_{step}"
+        (folder / "actor").mkdir(parents=True)
+        (folder / "data.pt").touch()
+        health.note_checkpoint(step)
+        if step == 1:
+            health = begin(folder)
+    left = sorted(str(path.relative_to(tmp_path / "ours")) for path in (tmp_path / "ours").glob("*/*"))
+    assert left == [f"global_step_3/{name}" for name in ("actor", "data.pt", "health.json")]

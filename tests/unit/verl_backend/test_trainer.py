@@ -7,10 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from sdpo import metrics
 from sdpo.verl_backend.trainer import SelfDistillationOneStepOffTrainer
+from sdpo.verl_backend.trainer_v1 import SelfDistillationSyncTrainer
 
 TOTAL = 4
 QUIET = ("start_profile", "stop_profile", "dump_data", "collect_metrics", "experimental", "save_checkpoint")
@@ -84,3 +86,55 @@ def test_without_evaluations_nothing_waits_for_the_batch_ahead() -> None:
     run = Run(test_freq=-1)
     asyncio.run(run.fit())
     assert not any("val" in row for row in run.rows.values()) and run.sampler == TOTAL - 1
+
+
+@pytest.mark.parametrize("test_freq", [3, -1])
+def test_an_alarm_makes_its_step_the_last_one(test_freq: int) -> None:
+    """The score falls at step 2: this step is evaluated and saved, and its row has the alarm; then the run is over."""
+    run = Run(test_freq)
+    trainer, saved = run.trainer, list[int]()
+    trainer.config.data = {"max_response_length": 3}
+    trainer._fit_update_actor = type(trainer)._fit_update_actor.__get__(trainer)
+    trainer._update_actor = lambda batch: SimpleNamespace(meta_info={"metrics": {"actor/loss": [float(bool(batch))]}})
+    trainer._fit_save_checkpoint = lambda: saved.append(trainer.global_steps) if trainer.is_last_step else None
+    attention = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    trainer._fit_compute_reward = lambda _: SimpleNamespace(
+        batch={"prompts": attention[:, :2], "responses": attention[:, 2:], "attention_mask": attention}
+    )
+    seen: dict[int, tuple[float, ...]] = {}
+
+    def check(step: int, values: dict[str, Any]) -> dict[str, float]:
+        names = (metrics.SCORE_MEAN, metrics.RESPONSE_LENGTH_MEAN, metrics.RESPONSE_LENGTH_CLIP_RATIO, metrics.LOSS)
+        seen[step] = tuple(values[name] for name in names)
+        trainer.health.is_stopped = step == 2
+        return {metrics.ALARMS: float(step == 2)}
+
+    trainer.health = SimpleNamespace(check=check, is_stopped=False)
+    trainer.scores = [1.0, 0.5]
+
+    async def fit() -> None:
+        trainer.config.actor_rollout_ref = {"rollout": {"temperature": 1.0}}
+        ahead: Any = asyncio.create_task(run.sample(None))
+        while ahead is not None:  # verl's own loop
+            ahead = await trainer.fit_step(ahead, None)
+            if trainer.is_last_step:
+                return
+
+    asyncio.run(fit())
+    assert seen == {step: (0.75, 2.0, 0.5, 1.0) for step in (1, 2)}
+    assert {step: row[metrics.ALARMS] for step, row in run.rows.items()} == {1: 0, 2: 1}
+    assert saved == [2]
+    assert ["val" in row for row in run.rows.values()] == [False, test_freq > 0]
+
+
+def test_of_the_v1_trainers_too() -> None:
+    """verl's loop has decided already that this step is not the last one; so it saves and evaluates by frequency."""
+    trainer = object.__new__(SelfDistillationSyncTrainer)
+    trainer.config = OmegaConf.create({"trainer": {"save_freq": 50, "test_freq": 10}})
+    trainer.global_steps, trainer.total_training_steps = 7, 100
+    trainer._end_here()
+    assert trainer.total_training_steps == 7
+    assert trainer.config.trainer == {"save_freq": 1, "test_freq": 1}
+    trainer.config.trainer = {"save_freq": -1, "test_freq": 0}
+    trainer._end_here()
+    assert trainer.config.trainer == {"save_freq": -1, "test_freq": 0}, "neither is wanted"

@@ -16,7 +16,7 @@ from sdpo.config import LoraConfig, Run, load_run
 from sdpo.errors import UserError
 from sdpo.verl_backend.launch import build_command
 from sdpo.verl_backend.main import compose_config, limit_length
-from sdpo.verl_backend.settings import read_lora, read_self_distillation
+from sdpo.verl_backend.settings import read_health, read_lora, read_self_distillation
 from sdpo.verl_backend.translate import quote, translate
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
@@ -78,6 +78,11 @@ def test_a_run_says_the_same_on_verl(
         self_distillation__clip_ratio_low=0.1,
         eval__n=4,
         eval__max_prompts=5,
+        health__window=3,
+        health__teacher_unsure="freeze",
+        health__lower_floor=0.25,
+        keep_last=3,
+        keep_best=2,
         tracking__backends=["tensorboard"],
     )
     config = compose_run(run)
@@ -85,6 +90,9 @@ def test_a_run_says_the_same_on_verl(
     settings = read_self_distillation(actor)
     assert settings is not None
     assert asdict(settings) == asdict(run.self_distillation)
+    assert read_health(config) == run.health
+    assert (config.trainer.max_actor_ckpt_to_keep, config.trainer.keep_best) == (3, 2)
+    assert config.trainer.alarms_file == str(Path(run.run_dir).absolute() / "alarms.jsonl")
     assert not config.trainer.use_v1
     assert (config.data.seed, config.data.train_batch_size, config.data.val_max_samples) == (5, 4, 5)
     assert (config.data.max_pixels, config.data.filter_unreadable_images, actor.freeze_vision_tower) == (
@@ -183,6 +191,9 @@ def test_what_verl_has_not_is_refused_or_named(make_task_run: Callable[..., Run]
     run = make_task_run(learner__num_threads=2, eval__teacher=False)
     assert translate(run).unused == ["learner.num_threads", "eval.teacher"]
     assert translate(make_task_run(sampler__engine="vllm")).unused == ["sampler.engine"]
+    unseen = translate(make_task_run(health__kl_to_initial_every=2, health__teacher_worse="stop", health__window=2))
+    assert unseen.unused == ["health.teacher_worse", "health.kl_to_initial_every"]
+    assert [override for override in unseen.overrides if override.startswith("health.")] == ["health.window=2"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -247,12 +247,17 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     before = teacher_weights(worker)
     moves = record_moves(worker)
     values, students, teachers, scores, base_scores = [], [], [], [], []
-    for batch in case["batches"]:
+    actions = case.get("actions", {})  # methods of the engine, called after so many batches
+    for action in actions.get(0, []):
+        getattr(worker.engine, action)()
+    for number, batch in enumerate(case["batches"], start=1):
         if case.get("score"):
             scores.append(score(worker, case, batch))
         if case.get("score_base"):
             base_scores.append(score(worker, case, batch, no_lora_adapter=True))
         values.append(learn(worker, case, batch))
+        for action in actions.get(number, []):
+            getattr(worker.engine, action)()
         students.append(full_weights(worker.engine.module))
         teachers.append(teacher_weights(worker))
     result = {
@@ -283,6 +288,9 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         again.engine.load_checkpoint(case["checkpoint"])
         result["loaded_teacher"] = teacher_weights(again)
         result["loaded_steps"] = again.engine.teacher.num_steps
+        for action in case.get("actions_after_loading", []):
+            getattr(worker.engine, action)()
+            getattr(again.engine, action)()
         learn(worker, case, case["batches"][0])
         learn(again, case, case["batches"][0])
         result["continued"] = [

@@ -1,0 +1,306 @@
+"""Health checks on verl: the embedded engine's alarms from the same metrics, and what they change on the driver."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from sdpo import metrics
+from sdpo.config import HealthConfig, Run, SelfDistillationConfig
+from sdpo.embedded.checkpoint import retire_checkpoints, save_checkpoint
+from sdpo.embedded.learner import Learner
+from sdpo.embedded.run_folder import RunFolder
+from sdpo.embedded.samples import Sample, summarize_samples
+from sdpo.health import HealthMonitor
+from sdpo.health_actions import Guard
+from sdpo.observer import Silent
+from sdpo.tasks.hidden_rule import build_tokenizer
+from sdpo.verl_backend.health import STATE_FILE, RunHealth, summarize_rollouts
+from sdpo.verl_backend.packing import DISTILLATION_COEF
+from sdpo.verl_backend.teacher_batch import Rollout, TeacherBatch
+
+ACCURACY = metrics.val_name("digits", "mean@1")
+TOKENIZER = build_tokenizer()
+
+
+class Workers:
+    """A worker group that writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def freeze_teacher(self) -> None:
+        self.calls.append("freeze")
+
+    def keep_as_best(self) -> None:
+        self.calls.append("keep")
+
+
+def build_config(folder: Path, *, keep_last: int | None = 1, keep_best: int = 1, **settings: Any) -> DictConfig:
+    health = HealthConfig(**{"window": 1, "tolerance": 0.0, **settings.pop("health", {})})
+    return OmegaConf.create(
+        {
+            "trainer": {
+                "default_local_dir": str(folder / "checkpoints"),
+                "alarms_file": str(folder / "alarms.jsonl"),
+                "max_actor_ckpt_to_keep": keep_last,
+                "keep_best": keep_best,
+            },
+            "actor_rollout_ref": {
+                "actor": {
+                    "policy_loss": {"loss_mode": "sdpo"},
+                    "self_distillation": OmegaConf.structured(SelfDistillationConfig(**settings)),
+                }
+            },
+            "health": OmegaConf.structured(health),
+        }
+    )
+
+
+def build_teacher_batch(**settings: Any) -> TeacherBatch:
+    return TeacherBatch(SelfDistillationConfig(**settings), TOKENIZER, None, seed=0, total_steps=10)
+
+
+def coef_of(batch: TeacherBatch, step: int = 1) -> float:
+    rollout = Rollout("a", [{"role": "user", "content": "1"}], [3], [1], 0.0, None, "2")
+    fields, values = batch.build([rollout], step)
+    assert values[metrics.DISTILLATION_WEIGHT] == pytest.approx(float(fields[DISTILLATION_COEF][0]))
+    return float(fields[DISTILLATION_COEF][0])
+
+
+def make_rows(seed: int, num_steps: int = 40) -> list[dict[str, float]]:
+    """Metrics of a run in which every rule has a chance."""
+    draw = random.Random(seed)
+    rows = []
+    for step in range(1, num_steps + 1):
+        spoilt = step > num_steps // 2
+        rows.append(
+            {
+                metrics.SCORE_MEAN: draw.uniform(0.6, 0.7) - 0.5 * spoilt,
+                metrics.ENTROPY: draw.uniform(1.0, 1.1) * (0.02 if spoilt and seed % 2 else 3.0 if spoilt else 1.0),
+                metrics.TEACHER_ENTROPY: draw.uniform(0.5, 0.6) * (4 if spoilt else 1),
+                metrics.RESPONSE_LENGTH_MEAN: draw.uniform(20, 22) * (0.2 if spoilt else 1),
+                metrics.RESPONSE_LENGTH_CLIP_RATIO: 0.1 + 0.5 * spoilt,
+                metrics.DISTILLED_FRACTION: 0.0 if step % 10 > 6 else 0.5,
+                metrics.SUCCESS_FRACTION: draw.uniform(0.1, 0.2),
+            }
+        )
+    return rows
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_same_metrics_raise_the_same_alarms_on_both_engines(
+    seed: int, model: Any, make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    health = {
+        "window": 2,
+        "tolerance": 1.0,
+        "entropy_explosion": "freeze",
+        "length_collapse": "lower",
+        "nothing_to_distil": "lower",
+        "score_collapse": "stop",
+    }
+    run = make_run(run_dir=str(tmp_path / "embedded"), **{f"health__{name}": value for name, value in health.items()})
+    learner, folder = Learner(model, run, 0), RunFolder(run, Silent())
+    guard = Guard(HealthMonitor(run.health), learner, folder.log_alarm, Silent())
+    batch, workers = build_teacher_batch(), Workers()
+    on_verl = RunHealth(build_config(tmp_path / "verl", health=health), batch, workers, None)
+    for step, row in enumerate(make_rows(seed), start=1):
+        assert on_verl.check(step, row) == guard.watch(step, row)
+        assert batch.factor == learner.distillation_factor
+        assert ("freeze" in workers.calls) == learner.teacher_is_frozen
+    folder.close()
+    raised = (tmp_path / "verl" / "alarms.jsonl").read_text()
+    assert raised == (tmp_path / "embedded" / "alarms.jsonl").read_text()
+    found = {json.loads(line)["rule"] for line in raised.splitlines()}
+    assert found >= {"score_collapse", "teacher_unsure", "length_collapse", "nothing_to_distil"}
+    assert ("entropy_collapse" if seed else "entropy_explosion") in found
+    assert on_verl.describe_stop() == guard.describe_stop() and on_verl.is_stopped
+
+
+def test_a_lowered_weight_travels_with_the_next_batch(tmp_path: Path) -> None:
+    """0.8, then halves of it, down to a tenth."""
+    settings = {"distillation_weight_start": 0.8, "distillation_weight_end": 0.8}
+    batch = build_teacher_batch(**settings)
+    config = build_config(tmp_path, health={"score_collapse": "lower", "lower_floor": 0.3}, **settings)
+    health = RunHealth(config, batch, Workers(), None)
+    weights = [coef_of(batch)]
+    for step, score in enumerate([1.0, 0.5, 1.0, 0.5, 1.0, 0.5], start=1):
+        health.check(step, {metrics.SCORE_MEAN: score})
+        weights.append(coef_of(batch, step + 1))
+    assert weights == pytest.approx([0.8, 0.8, 0.4, 0.4, 0.24, 0.24, 0.24])
+
+
+def make_checkpoint(config: DictConfig, step: int) -> Path:
+    folder = Path(config.trainer.default_local_dir) / f"global_step_{step}"
+    (folder / "actor").mkdir(parents=True)
+    return folder
+
+
+SCORES: list[list[float | None]] = [
+    [0.5, 0.9, None, 0.2, 0.9, 0.3, None, 0.1],
+    [None, None, None],
+    [0.9, 0.8, 0.7, 0.6],
+    [0.1, 0.2, 0.3, 0.4],
+]
+
+
+@pytest.mark.parametrize("scores", SCORES)
+@pytest.mark.parametrize(("keep_last", "keep_best"), [(1, 1), (2, 1), (1, 0), (2, 2)])
+def test_those_checkpoints_stay_that_stay_on_the_embedded_engine(
+    scores: list[float | None], keep_last: int, keep_best: int, tmp_path: Path
+) -> None:
+    config = build_config(tmp_path, keep_last=keep_last, keep_best=keep_best)
+    health = RunHealth(config, None, Workers(), None)
+    assert config.trainer.max_actor_ckpt_to_keep is None, "verl removes none"
+    embedded = tmp_path / "embedded"
+    for step, score in enumerate(scores, start=1):
+        make_checkpoint(config, step)
+        health.note_checkpoint(step)
+        if score is not None:
+            health.note_evaluation(step, {ACCURACY: score})
+        save_checkpoint(embedded, step, score, lambda _: None)
+        retire_checkpoints(embedded, keep_last, keep_best)
+    kept = {int(path.name.removeprefix("global_step_")) for path in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {int(path.name.removeprefix("step_")) for path in embedded.iterdir()}
+
+
+def test_the_best_stays_by_hand(tmp_path: Path) -> None:
+    config = build_config(tmp_path, keep_last=2)
+    health = RunHealth(config, None, Workers(), None)
+    kept = []
+    for step, score in enumerate([0.2, 0.7, 0.3, 0.7, 0.1, 0.1], start=1):
+        make_checkpoint(config, step)
+        health.note_checkpoint(step)
+        health.note_evaluation(step, {ACCURACY: score})
+        kept.append(sorted(int(path.name[12:]) for path in (tmp_path / "checkpoints").iterdir()))
+    assert kept == [[1], [1, 2], [2, 3], [3, 4], [4, 5], [4, 5, 6]]
+
+
+def test_an_evaluation_by_samples_counts_where_there_is_no_greedy_one() -> None:
+    both = {metrics.val_name("a", "mean@1"): 0.5, metrics.val_name("a", "mean@4"): 0.9}
+    assert metrics.find_score(both) == 0.5
+    assert metrics.find_score({metrics.val_name("a", "mean@4"): 0.9, metrics.val_name("b", "mean@1"): 0.4}) == 0.65
+    assert metrics.find_score({metrics.SCORE_MEAN: 1.0}) is None
+
+
+def test_without_a_limit_all_checkpoints_stay(tmp_path: Path) -> None:
+    config = build_config(tmp_path, keep_last=None)
+    health = RunHealth(config, None, Workers(), None)
+    for step in (1, 2, 3):
+        make_checkpoint(config, step)
+        health.note_checkpoint(step)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 3
+
+
+def read_alarms(folder: Path) -> list[Mapping[str, Any]]:
+    return [json.loads(line) for line in (folder / "alarms.jsonl").read_text().splitlines()]
+
+
+def test_a_resumed_run_knows_what_it_knew(tmp_path: Path) -> None:
+    """Killed in step 5, resumed from step 3: the alarm of step 4 is forgotten, and raised again."""
+    settings = {"health": {"window": 2, "score_collapse": "lower", "entropy_explosion": "freeze"}, "keep_last": 2}
+    rows = [
+        {metrics.SCORE_MEAN: score, metrics.ENTROPY: entropy}
+        for score, entropy in zip([1.0, 1.0, 0.9, 0.1, 0.1, 0.1], [1.0, 1.0, 1.0, 9.0, 9.0, 9.0], strict=True)
+    ]
+    config, batch, workers = build_config(tmp_path, **settings), build_teacher_batch(), Workers()
+    health = RunHealth(config, batch, workers, None)
+    expected = []
+    for step, row in enumerate(rows[:5], start=1):
+        expected.append(health.check(step, row))
+        folder = make_checkpoint(config, step)
+        health.note_checkpoint(step)
+        health.note_evaluation(step, {ACCURACY: 1 / step})
+    alarms = read_alarms(tmp_path)
+    assert [(alarm["step"], alarm["rule"]) for alarm in alarms] == [(4, "score_collapse"), (4, "entropy_explosion")]
+    assert (batch.factor, workers.calls) == (0.5, ["freeze"])
+    assert sorted(path.name for path in folder.parent.iterdir()) == [f"global_step_{step}" for step in (1, 4, 5)]
+
+    again, workers = build_teacher_batch(), Workers()
+    health = RunHealth(build_config(tmp_path, **settings), again, workers, folder.parent / "global_step_4")
+    assert read_alarms(tmp_path) == alarms
+    assert (again.factor, workers.calls) == (0.5, []), "the engine's checkpoint has the frozen teacher"
+    values = health.check(5, rows[4])
+    assert values == expected[4] == {metrics.ALARMS: 0, metrics.TEACHER_FROZEN: 1}
+    assert read_alarms(tmp_path) == alarms
+    health.note_checkpoint(5)
+    assert sorted(path.name for path in folder.parent.iterdir()) == [f"global_step_{step}" for step in (1, 4, 5)]
+
+    again, workers = build_teacher_batch(), Workers()
+    health = RunHealth(build_config(tmp_path, **settings), again, workers, folder.parent / "global_step_1")
+    assert read_alarms(tmp_path) == [] and again.factor == 1.0
+    assert [health.check(step, rows[step - 1]) for step in (2, 3, 4)] == expected[1:4]
+    assert read_alarms(tmp_path) == alarms
+
+
+def test_a_run_that_begins_forgets_another_ones_alarms(tmp_path: Path) -> None:
+    (tmp_path / "alarms.jsonl").write_text('{"step": 3}\n{"step": 4, "ru')
+    RunHealth(build_config(tmp_path), None, Workers(), None)
+    assert read_alarms(tmp_path) == []
+
+
+def test_a_checkpoint_without_our_state_begins_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = build_config(tmp_path)
+    folder = make_checkpoint(config, 3)
+    RunHealth(config, None, Workers(), folder)
+    assert f"{folder}: has no {STATE_FILE}; the health rules begin anew" in capsys.readouterr().out
+
+
+def test_the_student_of_a_live_teacher_is_remembered_at_its_best_evaluation(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"teacher_regularization": "live", "health": {"score_collapse": "freeze"}}
+    config, workers = build_config(tmp_path, keep_last=None, **settings), Workers()
+    health = RunHealth(config, build_teacher_batch(), workers, None)
+    for step, accuracy in enumerate([0.5, 0.7, 0.7, 0.6], start=1):
+        health.check(step, {metrics.SCORE_MEAN: 1.0})
+        make_checkpoint(config, step)
+        health.note_checkpoint(step)
+        health.note_evaluation(step, {ACCURACY: accuracy})
+    assert workers.calls == ["keep", "keep"]
+    for step, calls in ((2, ["keep"]), (3, [])):  # of step 2 the checkpoint is the best student; of step 3 it has it
+        workers = Workers()
+        health = RunHealth(
+            build_config(tmp_path, keep_last=None, **settings),
+            build_teacher_batch(),
+            workers,
+            tmp_path / "checkpoints" / f"global_step_{step}",
+        )
+        assert workers.calls == calls
+    assert health.check(4, {metrics.SCORE_MEAN: 0.0}) == {metrics.ALARMS: 1, metrics.TEACHER_FROZEN: 1}
+    health.note_evaluation(4, {ACCURACY: 0.9})
+    assert workers.calls == ["freeze"]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"teacher_regularization": "ema", "health": {"score_collapse": "freeze"}}, {}], ids=["ema", "warn"]
+)
+def test_the_student_of_another_teacher_is_not_remembered(settings: dict[str, Any], tmp_path: Path) -> None:
+    workers = Workers()
+    RunHealth(build_config(tmp_path, **settings), build_teacher_batch(), workers, None).note_evaluation(
+        1, {ACCURACY: 0.5}
+    )
+    assert workers.calls == []
+
+
+def test_rollouts_are_summarized_as_on_the_embedded_engine(make_samples: Callable[..., list[Sample]]) -> None:
+    samples = make_samples()
+    expected = summarize_samples(samples, SelfDistillationConfig())
+    scores, lengths = [s.grade.score for s in samples], [len(s.response.token_ids) for s in samples]
+    values = summarize_rollouts(scores, lengths, longest=max(lengths) + 1)
+    assert values[metrics.SCORE_MEAN] == pytest.approx(expected[metrics.SCORE_MEAN])
+    assert values[metrics.RESPONSE_LENGTH_MEAN] == pytest.approx(expected[metrics.RESPONSE_LENGTH_MEAN])
+    assert values[metrics.RESPONSE_LENGTH_CLIP_RATIO] == 0
+    values = summarize_rollouts([1.0, math.nan, 0.0, 0.5], [4, 8, 8, 2], longest=8)
+    assert values == {
+        metrics.SCORE_MEAN: 0.5,
+        metrics.RESPONSE_LENGTH_MEAN: 5.5,
+        metrics.RESPONSE_LENGTH_CLIP_RATIO: 0.5,
+    }
+    assert metrics.SCORE_MEAN not in summarize_rollouts([math.nan], [1], longest=8)
