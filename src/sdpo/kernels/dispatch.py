@@ -13,6 +13,7 @@ from sdpo.algorithm import fused, logits
 from sdpo.algorithm.fused import FusedOutputs, TokenInputs
 from sdpo.algorithm.logits import LazyLogits
 from sdpo.config import SelfDistillationConfig
+from sdpo.kernels.self_check import kernels_agree
 
 
 def compute_fused_loss(
@@ -26,7 +27,8 @@ def compute_fused_loss(
 ) -> FusedOutputs:
     """``sdpo.algorithm.fused.compute_fused_loss`` in the form for the device and type of the hidden states."""
     compute = fused.compute_fused_loss
-    if has_cuda_kernels(student.hidden):
+    kind = (config.alpha, config.full_logit_distillation, config.distillation_topk is not None)
+    if has_cuda_kernels(student.hidden) and kernels_agree(student.hidden.device, student.hidden.dtype, *kind):
         from sdpo.kernels.cuda.fused_loss import compute_fused_loss as compute
     return compute(student, teacher, tokens, config, temperature=temperature, chunk_size=chunk_size)
 
@@ -36,7 +38,7 @@ def score_tokens(
 ) -> tuple[Tensor, Tensor]:
     """``sdpo.algorithm.logits.score_tokens`` in the form for the device and type of the hidden states."""
     score = logits.score_tokens
-    if has_cuda_kernels(student.hidden):
+    if has_cuda_kernels(student.hidden) and kernels_agree(student.hidden.device, student.hidden.dtype):
         from sdpo.kernels.cuda.fused_loss import score_tokens as score
     return score(student, sampled_ids, temperature=temperature, chunk_size=chunk_size)
 

@@ -1,0 +1,80 @@
+"""Whether the kernels for CUDA give here what the portable form gives: asked once a process, on six tokens.
+
+A GPU, driver or compiler that they were never run on may lack something, or compute something else; there a run is to
+be slow rather than wrong.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from sdpo.algorithm import fused, logits
+from sdpo.algorithm.fused import TokenInputs
+from sdpo.algorithm.logits import LazyLogits
+from sdpo.config import SelfDistillationConfig
+
+NUM_TOKENS, VOCAB_SIZE, HIDDEN_SIZE = 6, 1030, 32
+TOLERANCE = 0.05  # relative; bfloat16 leaves 0.01
+
+
+@cache
+def kernels_agree(
+    device: torch.device, dtype: torch.dtype, alpha: float = 0.0, full: bool = True, has_topk: bool = False
+) -> bool:
+    """Whether losses, gradients and scores agree; if not, one warning says why, and what it costs.
+
+    Args:
+        device, dtype: of hidden states.
+        alpha, full, has_topk: which kernels the settings of a run use.
+    """
+    topk = 20 if has_topk else None
+    config = SelfDistillationConfig(alpha=alpha, full_logit_distillation=full, distillation_topk=topk)
+    try:
+        fault = _compare(device, dtype, config)
+    except Exception as error:  # Triton has no compiler, a kernel does not compile or start
+        fault = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if fault:
+        warnings.warn(
+            f"the loss's CUDA kernels are not used on {device}, {dtype}: {fault}; the portable form takes up to twenty "
+            "times as long",
+            stacklevel=2,
+        )
+    return not fault
+
+
+def _compare(device: torch.device, dtype: torch.dtype, config: SelfDistillationConfig) -> str:
+    from sdpo.kernels.cuda import fused_loss
+
+    generator = torch.Generator().manual_seed(0)  # of its own: a run's numbers stay as they are
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    hidden, head, teacher_hidden = draw(NUM_TOKENS, HIDDEN_SIZE), draw(VOCAB_SIZE, HIDDEN_SIZE), draw(4, HIDDEN_SIZE)
+    ids = torch.randint(VOCAB_SIZE, (NUM_TOKENS,), generator=generator).to(device)
+    distilled = torch.tensor([True, False, True, True, False, True], device=device)
+    ones = torch.ones(NUM_TOKENS, device=device)
+    tokens = TokenInputs(
+        ids, policy_weights=ones, advantages=ones - 0.5, distilled=distilled, distillation_weights=ones
+    )
+    found = []
+    for module, wide in ((fused_loss, dtype), (fused, torch.float32)):
+        leaves = [x.detach().to(wide).requires_grad_() for x in (hidden, head)]
+        student, teacher = LazyLogits(*leaves), LazyLogits(teacher_hidden.to(wide), 0.5 * head.to(wide))
+        with torch.enable_grad():
+            outputs = module.compute_fused_loss(student, [teacher], tokens, replace(config, grpo_coef=0.3))
+            gradients = torch.autograd.grad(outputs.loss, leaves)
+        scored = (fused_loss if wide == dtype and module is fused_loss else logits).score_tokens(student.detach(), ids)
+        found.append([outputs.token_losses, *gradients, *scored])
+    for name, ours, expected in zip(
+        ("loss", "gradient by hidden states", "gradient by head", "log-probability", "entropy"), *found, strict=True
+    ):
+        error = float((ours.detach().float() - expected).norm() / expected.norm())
+        if not error < TOLERANCE:
+            return f"its {name} differs by {error:.1e} from the portable form's"
+    return ""
