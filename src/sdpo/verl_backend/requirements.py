@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from ray._private.utils import read_ray_address
+from ray._private.utils import get_ray_address_file, read_ray_address
 
 from sdpo.errors import UserError
 
@@ -52,9 +53,30 @@ def _find_problems(config: DictConfig) -> Iterator[str]:
 
 
 def joins_cluster(config: DictConfig) -> bool:
-    """Whether ``ray.init`` will connect to a cluster that runs already."""
-    address = config.ray_kwargs.ray_init.get("address")
-    return bool(address or os.environ.get("RAY_ADDRESS") or read_ray_address())
+    """Whether ``ray.init`` will connect to a cluster that runs already.
+
+    Raises:
+        UserError: Ray has noted one, as ``ray start`` does, that no longer answers; Ray would wait for it for minutes.
+    """
+    address = config.ray_kwargs.ray_init.get("address") or os.environ.get("RAY_ADDRESS")
+    if address:
+        return bool(address != "local")
+    noted = read_ray_address()
+    if noted and not _answers(noted):
+        raise UserError(
+            f"{get_ray_address_file(None)} names a Ray cluster at {noted} that does not answer; run ray stop, or start "
+            "the cluster again, or set RAY_ADDRESS=local for one of this run's own"
+        )
+    return bool(noted)
+
+
+def _answers(address: str, timeout: float = 5.0) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _find_missing_devices(config: DictConfig) -> Iterator[str]:

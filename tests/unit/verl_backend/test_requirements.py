@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -85,9 +86,15 @@ def test_taking_turns_needs_no_cupy(check: Callable[..., None]) -> None:
 def test_the_devices_of_a_cluster_are_not_counted_here(
     check: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(requirements, "read_ray_address", lambda: "10.0.0.1:6379")
-    check("trainer.nnodes=2", num_gpus=0)
-    monkeypatch.setattr(requirements, "read_ray_address", lambda: None)
+    with socket.create_server(("127.0.0.1", 0)) as cluster:
+        address = f"127.0.0.1:{cluster.getsockname()[1]}"
+        monkeypatch.setattr(requirements, "read_ray_address", lambda: address)
+        check("trainer.nnodes=2", num_gpus=0)
+    with pytest.raises(UserError, match=f"names a Ray cluster at {address} that does not answer; run ray stop"):
+        check("trainer.nnodes=2", num_gpus=0)
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    with pytest.raises(UserError, match="needs 3 GPUs"):
+        check("trainer.nnodes=2", num_gpus=0)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     check("trainer.nnodes=2", num_gpus=0)
 
