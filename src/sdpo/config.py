@@ -22,6 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 from sdpo.errors import UserError
 
 LARGEST_INTEGER = 2**63 - 1
+# verl's names; with + the gradient is another estimate's (``sdpo.algorithm.regularization``).
+KL_LOSS_TYPES = tuple(f"{name}{s}" for name in ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3") for s in ("", "+"))
 MOST_ROLLOUTS = 1_000_000
 MOST_YAML_NODES = 100_000
 # A step without gradient multiplies a moment by beta; in bfloat16 a change below 2^-8 may be rounded away.
@@ -205,6 +207,20 @@ class LearnerConfig(Section):
         "token-mean",
         "How token losses become one number.",
         choices=["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"],
+    )
+    kl_loss_coef: float = setting(
+        0.0,
+        "Weight of KL(student || initial model) in the loss, over all response tokens; 0: no such term, and no copy of "
+        "the initial model for it.",
+        ge=0,
+    )
+    kl_loss_type: str = setting(
+        "low_var_kl",
+        "Estimate of that KL from the sampled token; with + at its end it has the gradient of mse, which is unbiased.",
+        choices=KL_LOSS_TYPES,
+    )
+    entropy_coeff: float = setting(
+        0.0, "Weight of the student's entropy over all response tokens, which is subtracted from the loss.", ge=0
     )
     rollout_is: str = setting(
         "token",
@@ -647,6 +663,19 @@ class Run(Section):
     def trains_vision(self) -> bool:
         """Whether the image tower, where there is one, learns."""
         return not self.learner.freeze_vision and self.lora.rank == 0
+
+    @property
+    def needs_initial(self) -> bool:
+        """Whether something is compared with the initial model, or it may become the teacher."""
+        teacher = self.self_distillation
+        may_become_teacher = self.health.may_freeze and teacher.distills and teacher.teacher_regularization == "live"
+        return may_become_teacher or self.health.kl_to_initial_every > 0 or self.learner.kl_loss_coef > 0
+
+    @property
+    def teacher_stays_initial(self) -> bool:
+        """Whether the teacher's weights are the initial model's throughout."""
+        teacher = self.self_distillation
+        return teacher.distills and teacher.teacher_regularization in ("frozen", "trust-region")
 
 
 _SECTIONS = tuple(f.name for f in dataclasses.fields(Run) if f.default_factory is not dataclasses.MISSING)

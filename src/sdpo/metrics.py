@@ -21,6 +21,8 @@ LOSS = "actor/loss"
 PG_LOSS = "actor/pg_loss"
 PG_CLIPFRAC = "actor/pg_clipfrac"
 PPO_KL = "actor/ppo_kl"
+KL_LOSS = "actor/kl_loss"
+KL_COEF = "actor/kl_coef"
 ENTROPY = "actor/entropy"
 GRAD_NORM = "actor/grad_norm"
 LR = "actor/lr"
@@ -85,6 +87,9 @@ DESCRIPTIONS: dict[str, str] = {
     PG_LOSS: "Its GRPO part, before grpo_coef (only if grpo_coef > 0).",
     PG_CLIPFRAC: "Share of response tokens where PPO's clip took the gradient away (only if grpo_coef > 0).",
     PPO_KL: "Estimate of KL(old policy || student), mean of log old - log student over response tokens.",
+    KL_LOSS: "Estimate of KL(student || initial model) by kl_loss_type, aggregated as the loss is, before its "
+    "coefficient (only if kl_loss_coef > 0).",
+    KL_COEF: "That coefficient (only if kl_loss_coef > 0).",
     ENTROPY: "Entropy of the student's next-token distribution, in nats, mean over response tokens.",
     GRAD_NORM: "Global gradient norm before clipping, mean over mini-batches.",
     LR: "Learning rate of the step's last optimizer step.",

@@ -572,6 +572,12 @@ CASES = {
     "learner.mini_batch_size": Case([2, 1]),
     "learner.micro_batch_tokens": Case([200, 1], observe=calls("forward with gradient"), keeps=Ran.outcome),
     "learner.loss_agg_mode": Case(["seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]),
+    "learner.kl_loss_coef": Case([0.5, 2.0]),
+    # k1, k2, k3 are other names of kl, mse, low_var_kl, and mse+ is mse.
+    "learner.kl_loss_type": Case(
+        ["kl", "abs", "mse", "kl+", "abs+", "low_var_kl+"], {**THREE, "learner.kl_loss_coef": 1.0}
+    ),
+    "learner.entropy_coeff": Case([0.1, 0.5]),
     "learner.rollout_is": Case(["none", "sequence"], NUCLEUS),
     "learner.rollout_is_threshold": Case([0.4], NUCLEUS),
     "learner.autocast": Case([True]),

@@ -192,6 +192,21 @@ def test_with_lora_the_sampler_has_the_merged_model_of_each_step(
     assert errors[1] < 1e-4 and min(errors[2], errors[3]) > 10 * errors[1], errors
 
 
+@pytest.mark.parametrize("settings", [("staleness=0",), ("staleness=1",), ("staleness=1", "lora.rank=4")])
+def test_kl_to_the_reference_begins_at_0(
+    settings: tuple[str, ...], train_on_verl: Train, tmp_path: Path, metrics_of: Metrics
+) -> None:
+    """Reference worker in the actor's process group, or with LoRA the actor without its adapters."""
+    terms = ("learner.kl_loss_coef=0.5", "learner.kl_loss_type=mse", "learner.entropy_coeff=0.01")
+    run_dir = tmp_path / "run"
+    running = train_on_verl(run_dir, "total_steps=3", "optim.lr=1e-2", "optim.warmup_steps=0", *terms, *settings)
+    assert running.wait() == 0, running.tail()
+    kl, coefs = ([metrics_of(run_dir)[step][name] for step in (1, 2, 3)] for name in (metrics.KL_LOSS, metrics.KL_COEF))
+    assert coefs == [0.5] * 3
+    assert abs(kl[0]) < 1e-9
+    assert kl[1] > 1e-6 and kl[2] > 1e-6
+
+
 GRADER = """
 def grade(row, response):
     return {"score": float(len(response) % 2), "feedback": "Expected: " + row.ground_truth}

@@ -10,7 +10,8 @@ The gradient of one token's loss L, with z its logits, s = softmax(z) and d = dL
 
     dL / dz_j = sum_i d_i (d log s_i / dz_j) = d_j - s_j sum_i d_i        for log s_i = z_i - log sum exp z
 
-L reads log s in few places: the sampled token's entry, and the divergence (or the k kept entries that it is made of).
+L reads log s in few places: the sampled token's entry, and the divergence (or the k kept entries that it is made of);
+and where the loss has an entropy term, the entropy H, for which dH / dz_j = -s_j (log s_j + H).
 The derivative by those few numbers a token is autograd's, through the very ``compute_loss`` that the engines call, so
 that every clip, weight and blend is written once. The derivative of the divergence by all V entries is the closed form
 of ``differentiate_divergence``. From dL / dz (G, one row a token) follow, with X the hidden states and W the head:
@@ -36,6 +37,7 @@ from sdpo.algorithm.divergence import differentiate_divergence
 from sdpo.algorithm.inputs import build_loss_inputs
 from sdpo.algorithm.logits import ChunkedPolicy, LazyLogits, choose_chunk_size, cut_slice
 from sdpo.algorithm.loss import LossInputs, LossOutputs, Sums, add_sums, compute_loss
+from sdpo.algorithm.regularization import Regularization
 from sdpo.config import SelfDistillationConfig
 
 # In half precision, where the head's gradient is there in float32 besides, the teacher's take a part of it only.
@@ -56,6 +58,13 @@ class TokenInputs:
     distilled: Tensor | None = None  # [N] bool, M of them set
     distillation_weights: Tensor | None = None  # [N], read at distilled tokens
     distillation_coef: float = 1.0
+    ref_log_probs: Tensor | None = None  # [N]
+    regularization: Regularization | None = None
+
+    @property
+    def has_entropy_term(self) -> bool:
+        """Whether the loss depends on the student's entropies."""
+        return self.regularization is not None and self.regularization.entropy_coeff != 0.0
 
     def select(self, rows: Tensor | slice) -> TokenInputs:
         """Those of some rows."""
@@ -107,6 +116,14 @@ def compute_fused_loss(
     if not any(needed):
         return outputs
     return replace(outputs, loss=attach_gradients(outputs.loss, gradients, leaves))
+
+
+def differentiate(values: Tensor, leaves: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients of the sum of some values, by those leaves that there are."""
+    present = [leaf for leaf in leaves if leaf is not None]
+    ones = torch.ones_like(values)
+    gradients = iter(torch.autograd.grad(values, present, ones, allow_unused=True, materialize_grads=True))
+    return [None if leaf is None else next(gradients) for leaf in leaves]
 
 
 def attach_gradients(value: Tensor, gradients: Sequence[Tensor | None], leaves: Sequence[Tensor | None]) -> Tensor:
@@ -217,10 +234,18 @@ class _Pass:
             self.teacher_log_probs[teacher_rows] = inputs.teacher_log_probs
         if not self.differentiates:
             return
-        leaves = [leaf for leaf in (inputs.student_log_probs, compared) if leaf is not None]
-        by_leaf = torch.autograd.grad(outputs.loss, leaves, allow_unused=True, materialize_grads=True)
+        entropies = inputs.student_entropies if tokens.has_entropy_term else None
+        by_sampled, by_compared, by_entropy = differentiate(
+            outputs.loss, (inputs.student_log_probs, compared, entropies)
+        )
+        assert by_sampled is not None
+        by_entropies = None
+        if entropies is not None and by_entropy is not None:
+            by_entropies = self._differentiate_entropies(student_probs, entropies.detach(), by_entropy)
         gradient = student_probs  # takes their place
-        self._differentiate(gradient, tokens.sampled_ids, inputs.kept_ids, derivative, *by_leaf)
+        self._differentiate(gradient, tokens.sampled_ids, inputs.kept_ids, derivative, by_sampled, by_compared)
+        if by_entropies is not None:
+            gradient.add_(by_entropies)
         if self.head.softcap is not None:
             gradient.mul_(self.student.compute_slope(block, out=student))
         if self.by_bias is not None:
@@ -248,10 +273,14 @@ class _Pass:
     ) -> tuple[LossInputs, Tensor | None, Tensor | None]:
         """The inputs with leaves for what the loss reads: few numbers a token.
 
-        One is the sampled token's log-probability. The other, if whole distributions are compared: the divergence [m],
-        with its derivative [m, V]; or the kept entries [m, K], without one, for they are log-probabilities themselves.
+        One is the sampled token's log-probability; another, if the loss has an entropy term, the entropy. The last, if
+        whole distributions are compared: the divergence [m], with its derivative [m, V]; or the kept entries [m, K],
+        without one, for they are log-probabilities themselves.
         """
         inputs = replace(inputs, student_log_probs=inputs.student_log_probs.requires_grad_())
+        if inputs.regularization is not None and inputs.regularization.entropy_coeff:
+            assert inputs.student_entropies is not None
+            inputs.student_entropies.requires_grad_()
         student, teacher = inputs.student_distribution, inputs.teacher_distribution
         if student is None or teacher is None or not self.config.full_logit_distillation:
             return inputs, None, None
@@ -262,6 +291,11 @@ class _Pass:
         )
         return replace(inputs, divergence=value), value.requires_grad_(), derivative
 
+    def _differentiate_entropies(self, student: Tensor, entropies: Tensor, by_entropy: Tensor) -> Tensor:
+        """dL / dH dH / dz, [n, V], from the student's probabilities."""
+        gradient = torch.xlogy(student, student).addcmul_(student, entropies[:, None])
+        return gradient.mul_(-by_entropy[:, None] / self.temperature)
+
     def _differentiate(
         self,
         student: Tensor,
@@ -269,7 +303,7 @@ class _Pass:
         kept_ids: Tensor | None,
         derivative: Tensor | None,
         by_sampled: Tensor,
-        by_compared: Tensor | None = None,
+        by_compared: Tensor | None,
     ) -> None:
         """dL / dz = (d - s sum(d)) / temperature, [n, V], in the place of the student's probabilities s.
 

@@ -12,6 +12,7 @@ from sdpo import metrics
 from sdpo.algorithm.correction import compute_ratio
 from sdpo.algorithm.divergence import compute_entropy
 from sdpo.algorithm.loss import LossInputs, Sums, mean_of
+from sdpo.algorithm.regularization import Regularization
 from sdpo.config import SelfDistillationConfig
 
 # Entries a group in the search for the largest: few enough to look at those of k groups, enough to make few groups.
@@ -53,12 +54,14 @@ def build_policy_inputs(
     rollout_log_probs: Tensor | None = None,
     rollout_is_threshold: float = math.inf,
     distillation_coef: float = 1.0,
+    ref_log_probs: Tensor | None = None,
+    regularization: Regularization | None = None,
 ) -> LossInputs:
     """Inputs of ``compute_loss`` without a teacher: what is known of each token beside its distributions.
 
     Args:
         student_log_probs: [N] of the sampled tokens, with gradient.
-        student_entropies: [N] in nats.
+        student_entropies: [N] in nats, with gradient where ``regularization`` has an entropy term.
         (the others as in ``build_loss_inputs``)
     """
     old = student_log_probs.detach() if old_log_probs is None else old_log_probs
@@ -72,6 +75,8 @@ def build_policy_inputs(
         advantages=advantages,
         rollout_is_weights=rollout_is_weights,
         distillation_coef=distillation_coef,
+        ref_log_probs=ref_log_probs,
+        regularization=regularization,
     )
 
 
@@ -92,6 +97,8 @@ def build_loss_inputs(
     teacher_probs: Tensor | None = None,
     distillation_weights: Tensor | None = None,
     distillation_coef: float = 1.0,
+    ref_log_probs: Tensor | None = None,
+    regularization: Regularization | None = None,
 ) -> tuple[LossInputs, Sums]:
     """Inputs of ``compute_loss``, and the sums for the entropies' metrics.
 
@@ -107,8 +114,10 @@ def build_loss_inputs(
         distilled: [N] bool, M of them set.
         teacher: [M, V] log-probabilities, normalised; None where nothing is distilled.
         student_probs, teacher_probs: exp of the two, if it is known already.
+        ref_log_probs: [N], the reference policy's; needed where ``regularization`` has a KL term.
     """
-    entropies = compute_entropy(student.detach(), student_probs)
+    has_entropy_term = regularization is not None and regularization.entropy_coeff != 0.0
+    entropies = compute_entropy(student if has_entropy_term else student.detach(), student_probs)
     sums: Sums = {metrics.ENTROPY: mean_of(entropies)}
     common = build_policy_inputs(
         gather_log_probs(student, sampled_ids),
@@ -120,6 +129,8 @@ def build_loss_inputs(
         rollout_log_probs=rollout_log_probs,
         rollout_is_threshold=rollout_is_threshold,
         distillation_coef=distillation_coef,
+        ref_log_probs=ref_log_probs,
+        regularization=regularization,
     )
     if teacher is None:
         return common, sums

@@ -4,7 +4,7 @@
 
 SDPO: the divergence between student and teacher at each distilled token, times the truncated ratio student / old
 policy, times the truncated rollout weight. GRPO: PPO's clipped surrogate with group-relative advantages, at every
-response token.
+response token. KL to a reference policy and entropy: see ``regularization``.
 
 The core works on packed tokens [N]; ``compute_self_distillation_loss`` is the official signature on top of it.
 """
@@ -27,6 +27,7 @@ from sdpo.algorithm.divergence import (
     compute_sampled_token_surrogate,
     renormalize,
 )
+from sdpo.algorithm.regularization import Regularization, estimate_kl
 from sdpo.config import SelfDistillationConfig
 
 # metric -> (sum, count), to be added over micro-batches; a count of 0 marks a total
@@ -34,7 +35,7 @@ Sums: TypeAlias = dict[str, tuple[Tensor, Tensor]]
 # metric -> what it is the mean of, [N] or [M], or the sum of, if it is one of TOTALS
 TokenValues: TypeAlias = dict[str, Tensor]
 # Already weighted: micro-batches add up to the aggregate, so there is nothing to divide by.
-TOTALS = {metrics.PG_LOSS, metrics.DISTILLATION_LOSS, metrics.LOSS}
+TOTALS = {metrics.PG_LOSS, metrics.DISTILLATION_LOSS, metrics.KL_LOSS, metrics.LOSS}
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,12 @@ class LossInputs:
 
     student_log_probs: Tensor  # [N] log-probabilities of the sampled tokens
     old_log_probs: Tensor  # [N]
-    policy_weights: Tensor | None = None  # [N] weights in the GRPO part
+    policy_weights: Tensor | None = None  # [N] weights among all response tokens: in GRPO, KL and entropy
     advantages: Tensor | None = None  # [N]
     rollout_is_weights: Tensor | None = None  # [N] truncated, detached
-    student_entropies: Tensor | None = None  # [N] in nats, for who wants to know
+    student_entropies: Tensor | None = None  # [N] in nats; with a gradient where regularization has an entropy term
+    ref_log_probs: Tensor | None = None  # [N] the reference policy's for the sampled tokens
+    regularization: Regularization | None = None
 
     distilled: Tensor | None = None  # [N] bool, M of them set
     distillation_weights: Tensor | None = None  # [M]
@@ -204,6 +207,23 @@ def compute_policy_token_losses(inputs: LossInputs, config: SelfDistillationConf
     return losses, values
 
 
+def compute_regularization_token_losses(
+    inputs: LossInputs, regularization: Regularization
+) -> tuple[Tensor, TokenValues]:
+    """KL and entropy term of each response token [N], weighted, and what their metrics are made of."""
+    assert inputs.policy_weights is not None
+    losses, values = torch.zeros_like(inputs.student_log_probs), {}
+    if regularization.kl_loss_coef is not None:
+        assert inputs.ref_log_probs is not None
+        kl = estimate_kl(inputs.student_log_probs, inputs.ref_log_probs, regularization.kl_loss_type)
+        values[metrics.KL_LOSS] = kl * inputs.policy_weights
+        losses = losses + regularization.kl_loss_coef * values[metrics.KL_LOSS]
+    if regularization.entropy_coeff:
+        assert inputs.student_entropies is not None
+        losses = losses - regularization.entropy_coeff * inputs.student_entropies * inputs.policy_weights
+    return losses, values
+
+
 def compute_token_losses(inputs: LossInputs, config: SelfDistillationConfig) -> tuple[Tensor, TokenValues]:
     """What each token contributes to the blended loss, [N], and what the metrics are made of (``reduce_values``)."""
     # Zeros with a graph: tokens of which none is distilled can be differentiated like any others.
@@ -225,6 +245,10 @@ def compute_token_losses(inputs: LossInputs, config: SelfDistillationConfig) -> 
         else:
             contributions = contributions.masked_scatter(inputs.distilled, contributions[inputs.distilled] + scaled)
         values |= distillation_values | {metrics.DISTILLATION_LOSS: losses}
+    if inputs.regularization is not None:
+        losses, regularization_values = compute_regularization_token_losses(inputs, inputs.regularization)
+        contributions = contributions + losses
+        values |= regularization_values
     return contributions, values | {metrics.LOSS: contributions}
 
 

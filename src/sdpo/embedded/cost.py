@@ -71,14 +71,16 @@ def _hold(run: Run, model: ModelSize, lengths: Lengths) -> dict[str, int]:
     trained = _count_trained_bytes(run, model)
     has_module = config.distills and config.teacher_regularization != "live"
     teacher = model.num_params if model.adapters is None else model.adapters.num_adapted * follows(config)
-    # The student's features of all of a step's images, their gradient, and another tower's.
-    copies = 2 + has_module if run.trains_vision else 1
+    has_initial = run.needs_initial and not run.teacher_stays_initial and model.adapters is None
+    # The student's features of all of a step's images, their gradient, and the other towers'.
+    copies = 2 + has_module + has_initial if run.trains_vision else 1
     image_tokens = run.data.train_batch_size * lengths.prompt if model.tower else 0
     return {
         "student": model.num_params * size + (trained if model.adapters is not None else 0),
         "AdamW's moments": count_moments(run, _count_trained(run, model)),
         "teacher": teacher * size * has_module,
         "teacher's float32 average": _count_averaged(run, model) * 4,
+        "initial model": model.num_params * size * has_initial,
         "features of a step's images": image_tokens * model.feature_values * size * copies,
     }
 

@@ -6,6 +6,7 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from sdpo.algorithm.correction import compute_rollout_ratio
 from sdpo.algorithm.fused import FusedOutputs, TokenInputs
 from sdpo.algorithm.logits import LazyLogits
 from sdpo.algorithm.loss import Sums, add_sums, compute_distillation_coef, compute_token_weights, mean_of
+from sdpo.algorithm.regularization import Regularization
 from sdpo.algorithm.teacher import build_teacher
 from sdpo.config import Run
 from sdpo.embedded.allocation import is_out_of_memory
@@ -35,6 +37,23 @@ from sdpo.models.optimizer import UpdateRounding, build_optimizer, compile_on_gp
 from sdpo.models.packable import enable_packing
 from sdpo.models.packing import PackedSequences
 from sdpo.models.vision import Vision
+
+
+@dataclass(frozen=True)
+class _LogProbs:
+    """Log-probabilities of each sample's response tokens under other policies than the student as it is."""
+
+    old: list[Tensor] | None  # the student before the step; None: it is what it was
+    ref: list[Tensor] | None  # the initial model; None: no KL loss
+
+    def select(self, indices: Sequence[int]) -> _LogProbs:
+        """Those of some samples."""
+        return _LogProbs(*(None if many is None else [many[i] for i in indices] for many in (self.old, self.ref)))
+
+    def pack(self) -> tuple[Tensor | None, Tensor | None]:
+        """All samples' tokens in one tensor [N]."""
+        old, ref = (None if many is None else torch.cat(many) for many in (self.old, self.ref))
+        return old, ref
 
 
 class Learner:
@@ -70,6 +89,7 @@ class Learner:
         self.tell = tell
         self.version = 0
         self.micro_batch_tokens = run.learner.micro_batch_tokens
+        self.regularization = _build_regularization(run)
         self.distillation_factor = 1.0
         self.best: dict[str, Tensor] | None = None
         self._check_topk()
@@ -149,12 +169,18 @@ class Learner:
         images = self._step_images()
         # With a single optimizer step the student still is the old policy, and its own forward pass tells.
         old_log_probs = self.compute_log_probs(samples, images) if len(minis) > 1 else None
-        kl = self._estimate_kl_to_initial(samples, old_log_probs, images) if self._measures_kl(step) else {}
+        initial = None
+        if self.run.learner.kl_loss_coef or self._measures_kl(step):
+            initial = self.compute_log_probs(samples, images, self.initial)
+        kl = {}
+        if initial is not None and self._measures_kl(step):
+            kl = _estimate_kl_to_initial(samples, old_log_probs or self.compute_log_probs(samples, images), initial)
+        log_probs = _LogProbs(old_log_probs, initial if self.run.learner.kl_loss_coef else None)
         coef = compute_distillation_coef(self.config, step, self.run.total_steps) * self.distillation_factor
         results = [
             self._learn_mini_batch(
                 [samples[i] for i in mini],
-                [old_log_probs[i] for i in mini] if old_log_probs else None,
+                log_probs.select(mini),
                 coef,
                 images,
                 before_update,
@@ -168,6 +194,8 @@ class Learner:
         values = _average(results) | kl
         if self.config.distills:
             values[metrics.DISTILLATION_WEIGHT] = coef
+        if self.run.learner.kl_loss_coef:
+            values[metrics.KL_COEF] = self.run.learner.kl_loss_coef
         return values
 
     @property
@@ -230,7 +258,7 @@ class Learner:
     def _learn_mini_batch(
         self,
         samples: list[Sample],
-        old_log_probs: list[Tensor] | None,
+        log_probs: _LogProbs,
         coef: float,
         images: StepImages | None,
         before_update: Callable[[], None],
@@ -242,7 +270,7 @@ class Learner:
                 images.forget_gradients()
             spreads = {metrics.ENTROPY: ClusteredMean(), metrics.TEACHER_GAP: ClusteredMean()}
             try:
-                sums, nonfinite = self._accumulate_gradients(samples, old_log_probs, coef, images, spreads)
+                sums, nonfinite = self._accumulate_gradients(samples, log_probs, coef, images, spreads)
             except (RuntimeError, MemoryError) as error:
                 self._take_less_memory(error, samples)
                 continue
@@ -252,7 +280,7 @@ class Learner:
             num_dropped += len(nonfinite)
             kept = [i for i in range(len(samples)) if i not in nonfinite]
             samples = [samples[i] for i in kept]
-            old_log_probs = [old_log_probs[i] for i in kept] if old_log_probs else None
+            log_probs = log_probs.select(kept)
         values = {name: float(total) / max(int(count), 1) for name, (total, count) in sums.items()}
         for name, spread in spreads.items():
             values |= name_interval(name, spread.normal_interval())
@@ -266,7 +294,7 @@ class Learner:
     def _accumulate_gradients(
         self,
         samples: Sequence[Sample],
-        old_log_probs: Sequence[Tensor] | None,
+        log_probs: _LogProbs,
         coef: float,
         images: StepImages | None,
         spreads: dict[str, ClusteredMean],
@@ -281,9 +309,8 @@ class Learner:
         sums: Sums = {}
         for piece in self.batcher.split(samples, self.micro_batch_tokens):
             batch = self.batcher.build([samples[i] for i in piece])
-            old = torch.cat([old_log_probs[i] for i in piece]) if old_log_probs else None
             weights = [w[piece].to(self.device)[batch.sample_index] for w in (policy_weights, distillation_weights)]
-            outputs, more = self._forward(batch, old, weights[0], weights[1], coef, images)
+            outputs, more = self._forward(batch, log_probs.select(piece), weights[0], weights[1], coef, images)
             checked = (outputs.token_losses, outputs.student_log_probs, batch.rollout_log_probs)
             broken = ~torch.stack([torch.isfinite(values) for values in checked]).all(0)
             if bool(broken.any()):
@@ -302,7 +329,7 @@ class Learner:
     def _forward(
         self,
         batch: MicroBatch,
-        old: Tensor | None,
+        log_probs: _LogProbs,
         policy_weights: Tensor,
         distillation_weights: Tensor,
         coef: float,
@@ -317,6 +344,7 @@ class Learner:
                     self._read(module, batch.teacher, images, coefficient)
                     for module, coefficient in self.teacher.policy(self.student)
                 ]
+        old, ref = log_probs.pack()
         correction = self.run.learner.rollout_is
         if correction == "sequence" and old is None:
             old = self._compute_log_probs(student, batch)  # all of a sequence's tokens decide the weight of each
@@ -336,6 +364,8 @@ class Learner:
                 distilled=batch.distilled,
                 distillation_weights=distillation_weights,
                 distillation_coef=coef,
+                ref_log_probs=ref,
+                regularization=self.regularization,
             ),
             self.config,
             temperature=self.run.sampler.temperature,
@@ -373,11 +403,11 @@ class Learner:
             param.copy_(weights[name])
 
     def _keep_initial(self, student: PreTrainedModel) -> torch.nn.Module | None:
-        """The initial model, if it may be needed: the teacher's module where that is the one anyway."""
-        becomes_teacher = self.run.health.may_freeze and self.teacher is not None and self.teacher.module is None
-        if self.run.health.kl_to_initial_every == 0 and not becomes_teacher:
+        """The initial model, if it is needed: the teacher's module where that stays the initial model anyway."""
+        if not self.run.needs_initial:
             return None
-        if self.teacher is not None and self.config.teacher_regularization in ("frozen", "trust-region"):
+        if self.run.teacher_stays_initial:
+            assert self.teacher is not None
             return self.teacher.module
         initial = copy_without_adapters(student) if self.run.lora.rank else copy.deepcopy(student)
         return initial.requires_grad_(False).eval()
@@ -385,17 +415,6 @@ class Learner:
     def _measures_kl(self, step: int) -> bool:
         every = self.run.health.kl_to_initial_every
         return every > 0 and (step == 1 or step % every == 0)
-
-    def _estimate_kl_to_initial(
-        self, samples: Sequence[Sample], log_probs: list[Tensor] | None, images: StepImages | None
-    ) -> dict[str, float]:
-        """KL(student || initial model) by token, on the tokens that the student drew: unbiased, of either sign."""
-        student = log_probs or self.compute_log_probs(samples, images)
-        initial = self.compute_log_probs(samples, images, self.initial)
-        kl = ClusteredMean()
-        for sample, ours, theirs in zip(samples, student, initial, strict=True):
-            kl.add(id(sample.prompt), float((ours - theirs).sum()), len(ours))
-        return {metrics.KL_TO_INITIAL: kl.mean} | name_interval(metrics.KL_TO_INITIAL, kl.normal_interval())
 
     def _compute_log_probs(self, student: LazyLogits, batch: MicroBatch) -> Tensor:
         return score_tokens(student, batch.sampled_ids, temperature=self.run.sampler.temperature)[0]
@@ -463,6 +482,21 @@ class Learner:
                 f"self_distillation.distillation_topk={topk} is more than the model's vocabulary of {vocab_size}; "
                 "lower it or remove it"
             )
+
+
+def _build_regularization(run: Run) -> Regularization:
+    settings = run.learner
+    return Regularization(settings.kl_loss_coef or None, settings.kl_loss_type, settings.entropy_coeff)
+
+
+def _estimate_kl_to_initial(
+    samples: Sequence[Sample], student: Sequence[Tensor], initial: Sequence[Tensor]
+) -> dict[str, float]:
+    """KL(student || initial model) by token, on the tokens that the student drew: unbiased, of either sign."""
+    kl = ClusteredMean()
+    for sample, ours, theirs in zip(samples, student, initial, strict=True):
+        kl.add(id(sample.prompt), float((ours - theirs).sum()), len(ours))
+    return {metrics.KL_TO_INITIAL: kl.mean} | name_interval(metrics.KL_TO_INITIAL, kl.normal_interval())
 
 
 def _count_tokens(sample: Sample) -> int:

@@ -65,11 +65,12 @@ def _compare(device: torch.device, dtype: torch.dtype, config: SelfDistillationC
     found = []
     for module, wide in ((fused_loss, dtype), (fused, torch.float32)):
         leaves = [x.detach().to(wide).requires_grad_() for x in (hidden, head)]
-        student, teacher = LazyLogits(*leaves), LazyLogits(teacher_hidden.to(wide), 0.5 * head.to(wide))
+        student = LazyLogits(leaves[0], leaves[1])
+        teacher = LazyLogits(teacher_hidden.to(wide), 0.5 * head.to(wide))
         with torch.enable_grad():
             outputs = module.compute_fused_loss(student, [teacher], tokens, replace(config, grpo_coef=0.3))
             gradients = torch.autograd.grad(outputs.loss, leaves)
-        scored = (fused_loss if wide == dtype and module is fused_loss else logits).score_tokens(student.detach(), ids)
+        scored = (fused_loss if module is fused_loss else logits).score_tokens(student.detach(), ids)
         found.append([outputs.token_losses, *gradients, *scored])
     for name, ours, expected in zip(
         ("loss", "gradient by hidden states", "gradient by head", "log-probability", "entropy"), *found, strict=True

@@ -30,6 +30,7 @@ from sdpo import metrics
 from sdpo.algorithm.fused import FusedOutputs
 from sdpo.algorithm.logits import LazyLogits
 from sdpo.algorithm.loss import Sums, add_sums, compute_token_weights
+from sdpo.algorithm.regularization import Regularization
 from sdpo.algorithm.teacher import Teacher, get_shards
 from sdpo.config import SelfDistillationConfig
 from sdpo.errors import UserError
@@ -80,13 +81,19 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         model_config.model_type = "language_model"  # what verl builds modules by; ours chose this class
 
     def configure(
-        self, config: SelfDistillationConfig, loss_agg_mode: str, horizon: int, freeze_vision: bool = False
+        self,
+        config: SelfDistillationConfig,
+        loss_agg_mode: str,
+        horizon: int,
+        freeze_vision: bool = False,
+        regularization: Regularization | None = None,
     ) -> None:
-        """Say what to distil, how token losses become one number, and whether the image tower learns."""
+        """Say what to distil, how token losses become one number, whether the image tower learns, and what is added."""
         self.config = config
         self.loss_agg_mode = loss_agg_mode
         self.horizon = horizon
         self.freeze_vision = freeze_vision
+        self.regularization = regularization
         # Over all ranks, of the rollout batch that is being learned; whoever reports them begins anew.
         self.counts = {metrics.NONFINITE_SAMPLES: 0, metrics.SKIPPED_UPDATES: 0}
         self._skipped_in_a_row = 0
@@ -107,6 +114,16 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         if self.freeze_vision:
             freeze_tower(module)
         return module
+
+    def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
+        # verl keeps what is only read, a reference policy, in pinned host memory, which there is none of without a GPU.
+        forward_only = self.engine_config.forward_only
+        object.__setattr__(self.engine_config, "forward_only", forward_only and get_device_name() != "cpu")
+        try:
+            wrapped: nn.Module = super()._build_fsdp_module(module)
+        finally:
+            object.__setattr__(self.engine_config, "forward_only", forward_only)
+        return wrapped
 
     def _build_model_optimizer(self) -> None:
         super()._build_model_optimizer()
@@ -303,6 +320,8 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
             if max_tokens is not None:
                 tu.assign_non_tensor(data, max_token_len_per_gpu=max_tokens)
         output["metrics"] = {name: [value] for name, value in self._reduce_sums().items()}
+        if self.regularization is not None and self.regularization.kl_loss_coef is not None:
+            output["metrics"][metrics.KL_COEF] = [self.regularization.kl_loss_coef]
         return output
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
@@ -310,6 +329,7 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         if forward_only:
             return self._score(micro_batch, loss_function)
         tokens = pack_tokens(micro_batch)
+        tokens = replace(tokens, inputs=replace(tokens.inputs, regularization=self.regularization))
         teacher = self._read_teacher(tokens, micro_batch)
 
         def compute(logits: LazyLogits) -> Tensor:

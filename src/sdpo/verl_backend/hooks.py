@@ -61,7 +61,7 @@ HOOKS: tuple[Hook, ...] = (
     Hook("verl.models.transformers.monkey_patch:apply_monkey_patch", "relied on", "patches attention for packed rows"),
     Hook("verl.utils.import_utils:is_trl_available", "replaced", "no value head to patch"),
     Hook(f"{_ENGINE}:FSDPEngine._build_lora_module", "replaced", "adapters in float32, on layers of our choice"),
-    Hook(f"{_ENGINE}:FSDPEngine._build_fsdp_module", "called", "shards the teacher as the student"),
+    Hook(f"{_ENGINE}:FSDPEngine._build_fsdp_module", "extended", "shards the teacher too; a reference without a GPU"),
     Hook(f"{_ENGINE}:FSDPEngine.to", "extended", "offloads the teacher with the student"),
     Hook(f"{_ENGINE}:FSDPEngine.save_checkpoint", "extended", "saves the teacher"),
     Hook(f"{_ENGINE}:FSDPEngine.load_checkpoint", "extended", "loads the teacher"),
@@ -137,7 +137,13 @@ HOOKS: tuple[Hook, ...] = (
         "updates the teacher before offloading",
     ),
     Hook("verl.experimental.separation.engine_workers:DetachActorWorker", "subclassed", "chooses the worker"),
-    Hook("verl.workers.engine_workers:ActorRolloutRefWorker.init_model", "extended", "the actor's worker class"),
+    Hook(
+        "verl.workers.engine_workers:ActorRolloutRefWorker.init_model",
+        "extended",
+        "worker classes",
+    ),
+    Hook("verl.workers.engine_workers:ActorRolloutRefWorker.compute_ref_log_prob", "relied on", "KL to a reference"),
+    Hook("verl.trainer.ppo.core_algos:kl_penalty", "rewritten", "estimates of that KL"),
     # trainer.py
     Hook(f"{_ONE_STEP}:OneStepOffRayTrainer", "subclassed", "one step off policy"),
     Hook(f"{_ONE_STEP}:OneStepOffRayTrainer._create_continuous_iterator", "replaced", "keeps errors and epochs"),

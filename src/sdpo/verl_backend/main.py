@@ -244,7 +244,9 @@ def train_one_step_off(config: DictConfig) -> str | None:
 
     import_sampler(config.actor_rollout_ref.rollout)
     workers, group = create_role_worker_mapping(config)
-    workers[Role.Actor] = ray.remote(SelfDistillationActorWorker)
+    for role in (Role.Actor, Role.RefPolicy):
+        if role in workers:
+            workers[role] = ray.remote(SelfDistillationActorWorker)
     model = config.actor_rollout_ref.model
     path = copy_to_local(model.path, use_shm=model.use_shm)
     tokenizer = hf_tokenizer(path, trust_remote_code=model.trust_remote_code)

@@ -126,6 +126,7 @@ def pack_tokens(data: TensorDict) -> PackedTokens:
             distilled=distilled,
             distillation_weights=data[DISTILLATION_WEIGHTS][samples],
             distillation_coef=float(data[DISTILLATION_COEF][0]),
+            ref_log_probs=by_token("ref_log_prob") if data.get("ref_log_prob") is not None else None,
         ),
         teacher_samples=samples_distilled,
         teacher_sequences=sequences,

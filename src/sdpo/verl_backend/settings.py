@@ -11,7 +11,8 @@ from verl.utils.import_utils import import_external_libs
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config import FSDPActorConfig
 
-from sdpo.config import HealthConfig, LoraConfig, SelfDistillationConfig
+from sdpo.algorithm.regularization import Regularization
+from sdpo.config import HealthConfig, LearnerConfig, LoraConfig, SelfDistillationConfig
 from sdpo.errors import UserError
 from sdpo.verl_backend.translate import ALL_LINEAR, HEALTH_WITHOUT_EFFECT
 
@@ -82,6 +83,20 @@ def read_lora(model: Any) -> LoraConfig:
     return LoraConfig(model.lora_rank, model.lora_alpha, [] if chosen == [ALL_LINEAR] else chosen)
 
 
+def read_regularization(actor: DictConfig) -> Regularization:
+    """KL to the reference policy and entropy in an actor's loss, from verl's own keys.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+    names = ("kl_loss_coef", "kl_loss_type", "entropy_coeff")
+    try:
+        given = LearnerConfig(**{name: actor[name] for name in names})
+    except UserError as error:
+        raise UserError(str(error).replace("learner.", f"{ACTOR}.", 1)) from None
+    return Regularization(given.kl_loss_coef if actor.use_kl_loss else None, given.kl_loss_type, given.entropy_coeff)
+
+
 def import_sampler(rollout: DictConfig) -> None:
     """Let the module that ``checkpoint_engine.custom_backend_module`` names register its sampler in this process."""
     import_external_libs(rollout.checkpoint_engine.custom_backend_module or None)
@@ -117,9 +132,8 @@ def check_config(config: DictConfig) -> None:
     if actor.strategy != "fsdp2":
         raise UserError(f"{ACTOR}.strategy must be fsdp2 for loss_mode=sdpo, got {actor.strategy!r}")
     _check_lora(actor, model)
+    read_regularization(actor)
     ignored = {
-        f"{ACTOR}.entropy_coeff": (actor.entropy_coeff, 0),
-        f"{ACTOR}.use_kl_loss": (actor.use_kl_loss, False),
         f"{ACTOR}.calculate_entropy": (actor.calculate_entropy, False),
         f"{ACTOR}.calculate_sum_pi_squared": (actor.get("calculate_sum_pi_squared", False), False),
         f"{ACTOR}.use_prefix_grouper": (actor.get("use_prefix_grouper", False), False),

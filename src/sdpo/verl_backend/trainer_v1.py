@@ -55,7 +55,7 @@ class WithTeacherBatch(WithFailedGrades, WithHealthChecks):
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()  # type: ignore[misc]
-        for role in (Role.Actor, Role.ActorRollout, Role.ActorRolloutRef):
+        for role in (Role.Actor, Role.ActorRollout, Role.ActorRolloutRef, Role.RefPolicy):
             if role in self.role_worker_mapping:
                 self.role_worker_mapping[role] = ray.remote(SelfDistillationActorWorker)
 

@@ -18,6 +18,7 @@ from sdpo.models.optimizer import choose_optimizer
 
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
+REFERENCE = "actor_rollout_ref.ref"
 MODEL = "actor_rollout_ref.model"
 
 ALL_LINEAR = "all-linear"  # verl's default of model.target_modules
@@ -137,6 +138,8 @@ def _policy(run: Run) -> dict[str, Any]:
         f"++{MODEL}.override_config.attn_implementation": run.model.attn_implementation,
         f"{ACTOR}.fsdp_config.model_dtype": "bf16" if run.model.dtype == "bfloat16" else "fp32",
     }
+    # FSDP2 casts what it gathers, so a reference model kept in that data type computes the same.
+    settings[f"{REFERENCE}.fsdp_config.model_dtype"] = "bf16" if half else "fp32"
     for part, dtype in (("param", "bf16" if half else "fp32"), ("reduce", "fp32"), ("buffer", "fp32")):
         settings[f"++{ACTOR}.fsdp_config.mixed_precision.{part}_dtype"] = dtype
     return settings
@@ -166,6 +169,10 @@ def _learning(run: Run) -> dict[str, Any]:
         f"{ROLLOUT}.log_prob_max_token_len_per_gpu": run.learner.micro_batch_tokens,
         f"{ACTOR}.freeze_vision_tower": run.learner.freeze_vision,
         f"{ACTOR}.loss_agg_mode": run.learner.loss_agg_mode,
+        f"{ACTOR}.use_kl_loss": run.learner.kl_loss_coef > 0,
+        f"{ACTOR}.kl_loss_coef": run.learner.kl_loss_coef,
+        f"{ACTOR}.kl_loss_type": run.learner.kl_loss_type,
+        f"{ACTOR}.entropy_coeff": run.learner.entropy_coeff,
         "algorithm.rollout_correction.rollout_is": None if level == "none" else level,
         "algorithm.rollout_correction.rollout_is_threshold": run.learner.rollout_is_threshold,
         f"{ACTOR}.optim.lr": run.optim.lr,

@@ -14,10 +14,11 @@ from verl.utils.device import get_device_name
 from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
+from sdpo.algorithm.regularization import Regularization
 from sdpo.config import SelfDistillationConfig
 from sdpo.verl_backend.engine import MODEL_TYPE
 from sdpo.verl_backend.packing import repair_position_ids
-from sdpo.verl_backend.settings import import_sampler, read_self_distillation
+from sdpo.verl_backend.settings import import_sampler, read_regularization, read_self_distillation
 
 
 class SelfDistillationTrainingWorker(TrainingWorker):  # type: ignore[misc]
@@ -30,10 +31,11 @@ class SelfDistillationTrainingWorker(TrainingWorker):  # type: ignore[misc]
         loss_agg_mode: str = "token-mean",
         horizon: int = 1,
         freeze_vision: bool = False,
+        regularization: Regularization | None = None,
     ) -> None:
         object.__setattr__(config, "model_type", MODEL_TYPE)
         super().__init__(config)
-        self.engine.configure(self_distillation, loss_agg_mode, horizon, freeze_vision)
+        self.engine.configure(self_distillation, loss_agg_mode, horizon, freeze_vision, regularization)
 
     def train_mini_batch(self, data: Any) -> Any:
         """Every mini-batch of a rollout batch, then the teacher follows."""
@@ -53,7 +55,11 @@ class SelfDistillationTrainingWorker(TrainingWorker):  # type: ignore[misc]
 
 
 class SelfDistillationActorWorker(DetachActorWorker):  # type: ignore[misc]
-    """verl's actor; with ``policy_loss.loss_mode=sdpo`` it trains through ``SelfDistillationTrainingWorker``."""
+    """verl's actor, or its reference policy; with ``policy_loss.loss_mode=sdpo`` each has our engine.
+
+    The reference policy's is one without a teacher. verl's own would make the logits of all tokens at once, needs
+    flash-attn for packed rows, and has no form for CPUs.
+    """
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator]
     def init_model(self) -> None:
@@ -62,14 +68,18 @@ class SelfDistillationActorWorker(DetachActorWorker):  # type: ignore[misc]
             dist.init_process_group("gloo", rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
         import_sampler(self.config.rollout)
         actor = self.config.actor
-        settings = read_self_distillation(actor) if "actor" in self.role else None
+        settings = read_self_distillation(actor)
         if settings is not None:
+            self.ref_worker_cls = partial(
+                SelfDistillationTrainingWorker, self_distillation=SelfDistillationConfig(grpo_coef=1.0)
+            )
             self.actor_worker_cls = partial(
                 SelfDistillationTrainingWorker,
                 self_distillation=settings,
                 loss_agg_mode=actor.loss_agg_mode,
                 horizon=actor.loss_scale_factor or self.config.rollout.response_length,
                 freeze_vision=actor.freeze_vision_tower,
+                regularization=read_regularization(actor),
             )
         super().init_model()
 

@@ -17,6 +17,7 @@ from sdpo.algorithm.fused import TokenInputs, compute_fused_loss
 from sdpo.algorithm.inputs import build_loss_inputs
 from sdpo.algorithm.logits import LazyLogits, choose_chunk_size, cut_slice, score_tokens
 from sdpo.algorithm.loss import compute_loss
+from sdpo.algorithm.regularization import Regularization
 
 N, V, H = 7, 11, 4
 DISTRIBUTIONS = {
@@ -350,6 +351,24 @@ def test_the_blend_is_that_of_compute_loss(level: str, grpo_coef: float) -> None
     for distilled in (some, torch.ones(N, dtype=torch.bool), torch.zeros(N, dtype=torch.bool), None):
         for size in (1, 3, N, 50):
             run_engine_form(make_case(), config, distilled, size)
+
+
+@pytest.mark.parametrize("grpo_coef", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("level", LEVELS)
+def test_kl_to_a_reference_and_entropy_are_those_of_compute_loss(level: str, grpo_coef: float) -> None:
+    config = SelfDistillationConfig(**LEVELS[level], grpo_coef=grpo_coef, is_clip=1.1, divergence_clip=0.1)
+    some = torch.tensor([True, False, True, True, False, True, True])
+    case = make_case()
+    reference = case.old + 0.5 * case.advantages
+    for terms in (
+        Regularization(0.3, "low_var_kl", 0.2),
+        Regularization(0.3, "k1+", 0.0),
+        Regularization(None, "kl", 0.2),
+    ):
+        changes = {"regularization": terms, "ref_log_probs": reference if terms.kl_loss_coef is not None else None}
+        for distilled in (some, torch.ones(N, dtype=torch.bool), None):
+            for size in (3, 50):
+                run_engine_form(case, config, distilled, size, **changes)
 
 
 @pytest.mark.parametrize("level", LEVELS)

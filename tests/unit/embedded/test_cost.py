@@ -56,6 +56,15 @@ def test_weights_and_moments_are_as_large_as_they_turn_out(
         ({"model__dtype": "bfloat16", "optim__beta2": 0.95}, "learner", "student", 0.5),
         ({"model__dtype": "bfloat16", "optim__beta2": 0.95}, "learner", "teacher's float32 average", 1),
         ({"learner__autocast": True}, "sampler", "weights", 0.5),
+        ({"learner__kl_loss_coef": 0.1}, "learner", "initial model", 1),
+        ({"health__kl_to_initial_every": 5}, "learner", "initial model", 1),
+        (
+            {"learner__kl_loss_coef": 0.1, "self_distillation__teacher_regularization": "frozen"},
+            "learner",
+            "initial model",
+            0,
+        ),
+        ({"learner__kl_loss_coef": 0.1, "lora__rank": 2}, "learner", "initial model", 0),
         ({"optim__name": "adamw_8bit"}, "learner", "AdamW's moments", 0.5 * (1 + 4 / 256)),
     ],
 )

@@ -56,6 +56,19 @@ WAYS: dict[str, dict[str, Any]] = {
     "norm by horizon": {"learner__loss_agg_mode": "seq-mean-token-sum-norm"},
     "temperature": {"sampler__temperature": 0.7},
     "no rollout weights": {"learner__rollout_is": "none"},
+    # With GRPO every token has a gradient at the first step; the KL's alone is rounding there, and AdamW's step is not.
+    "KL to the initial model": {"learner__kl_loss_coef": 0.4, "self_distillation__grpo_coef": 0.3},
+    "KL and entropy, mean of sequences": {
+        "learner__kl_loss_coef": 0.4,
+        "learner__kl_loss_type": "k1+",
+        "learner__entropy_coeff": 0.05,
+        "learner__loss_agg_mode": "seq-mean-token-mean",
+    },
+    "entropy, GRPO alone, two mini-batches": {
+        "learner__entropy_coeff": 0.05,
+        "learner__mini_batch_size": 2,
+        "self_distillation__grpo_coef": 1.0,
+    },
 }
 # LoRA with each teacher: its deltas are compared, or that it has none.
 ADAPTED: dict[str, dict[str, Any]] = {
@@ -233,6 +246,11 @@ def on_verl(
             "max_tokens": None if number % 3 == 0 else 60,
             "micro_batch_size": 2,
             "score": True,
+            "regularization": (
+                run.learner.kl_loss_coef or None,
+                run.learner.kl_loss_type,
+                run.learner.entropy_coeff,
+            ),
             "engine": {"use_no_sync_for_gradient_accumulation": number % 4 != 0},
         }
     return train_on_verl(cases, request.param)

@@ -17,12 +17,14 @@ import pytest
 from omegaconf import DictConfig
 from transformers import AutoProcessor
 from verl.tools.function_tool import FUNCTION_TOOL_REGISTRY
+from verl.trainer.ppo.utils import need_reference_policy
 
+from sdpo.algorithm.regularization import Regularization
 from sdpo.config import DataConfig, HealthConfig, Run, SelfDistillationConfig
 from sdpo.errors import UserError
 from sdpo.models.processing import load_without_videos
 from sdpo.verl_backend.main import compose_config, main, run
-from sdpo.verl_backend.settings import read_health, read_self_distillation
+from sdpo.verl_backend.settings import read_health, read_regularization, read_self_distillation
 from sdpo.verl_backend.tools import load_tool_schemas
 
 ACTOR = "actor_rollout_ref.actor"
@@ -91,8 +93,9 @@ def test_another_loss_is_verls_own(compose: Callable[..., DictConfig]) -> None:
         (f"{ACTOR}.self_distillation.teacher_regularization=none", "teacher_regularization must be one of"),
         (f"{ACTOR}.self_distillation.full_logit_distillation=false", "alpha must be 1"),
         (f"{ACTOR}.strategy=fsdp", f"{ACTOR}.strategy must be fsdp2"),
-        (f"{ACTOR}.entropy_coeff=0.01", f"{ACTOR}.entropy_coeff=0.01 has no meaning"),
-        (f"{ACTOR}.use_kl_loss=true", f"{ACTOR}.use_kl_loss=True has no meaning"),
+        (f"{ACTOR}.entropy_coeff=-0.01", f"{ACTOR}.entropy_coeff must be in [0, inf), got -0.01"),
+        (f"{ACTOR}.use_kl_loss=true {ACTOR}.kl_loss_type=full", f"{ACTOR}.kl_loss_type must be one of kl, kl+, k1"),
+        (f"{ACTOR}.use_kl_loss=true {ACTOR}.kl_loss_coef=-1", f"{ACTOR}.kl_loss_coef must be in [0, inf)"),
         (f"{ACTOR}.clip_ratio_high=0.28", f"set {ACTOR}.self_distillation.clip_ratio_high instead"),
         ("algorithm.norm_adv_by_std_in_grpo=false", f"set {ACTOR}.self_distillation.norm_adv_by_std_in_grpo instead"),
         (f"{ACTOR}.loss_agg_mode=token-sum", "use token-mean"),
@@ -257,6 +260,22 @@ def test_a_truncated_sampler_has_its_weights_and_an_untruncated_one_may_be_the_o
 
 def test_the_share_of_failed_grades_has_one_default(compose: Callable[..., DictConfig]) -> None:
     assert compose().data.max_grader_failures == DataConfig.max_grader_failures
+
+
+def test_kl_and_entropy_are_verls_own_settings(compose: Callable[..., DictConfig]) -> None:
+    plain, terms = compose(), compose(f"{ACTOR}.use_kl_loss=true", f"{ACTOR}.entropy_coeff=0.01")
+    assert read_regularization(plain.actor_rollout_ref.actor) == Regularization(None, "low_var_kl", 0.0)
+    assert read_regularization(terms.actor_rollout_ref.actor) == Regularization(0.001, "low_var_kl", 0.01)
+    assert not need_reference_policy(plain) and need_reference_policy(terms)
+
+
+def test_the_reference_model_computes_as_the_actor_does(compose: Callable[..., DictConfig]) -> None:
+    names = ("model_dtype", "mixed_precision")
+    key = f"++{ACTOR}.fsdp_config.mixed_precision.param_dtype=fp32"
+    for overrides in ([], [f"{ACTOR}.fsdp_config.model_dtype=bf16"], [key]):
+        workers = compose(*overrides).actor_rollout_ref
+        for name in names:
+            assert workers.ref.fsdp_config.get(name) == workers.actor.fsdp_config.get(name), (overrides, name)
 
 
 def test_the_clips_are_one_value_for_both_losses(compose: Callable[..., DictConfig]) -> None:

@@ -24,6 +24,7 @@ from verl.workers.utils.padding import left_right_2_no_padding
 
 from sdpo.algorithm import logits
 from sdpo.algorithm.fused import FusedOutputs, TokenInputs, compute_fused_loss
+from sdpo.algorithm.regularization import Regularization
 from sdpo.config import SelfDistillationConfig
 from sdpo.verl_backend import engine as engine_module
 from sdpo.verl_backend.towers import share_images
@@ -59,6 +60,7 @@ def build_worker(case: dict[str, Any]) -> SelfDistillationTrainingWorker:
         case["loss_agg_mode"],
         case["horizon"],
         case.get("freeze_vision", False),
+        Regularization(*case["regularization"]) if "regularization" in case else None,
     )
     worker.reset()
     worker.set_loss_fn(lambda **_: None)  # the engine brings its own
@@ -119,6 +121,19 @@ def score(
         name: [values[-length - 1 : -1] for values, length in zip(output[name].unbind(), lengths, strict=True)]
         for name in ("log_probs", "entropy")
     }
+
+
+def add_reference(worker: SelfDistillationTrainingWorker, case: dict[str, Any], batch: dict[str, Any]) -> None:
+    """The reference policy's log-probabilities of this batch in it, as the trainer adds them."""
+    output = worker.infer_batch(send(case, batch, calculate_entropy=False, compute_loss=False))
+    log_probs = output["log_probs"]
+    mask = share_of_rank(batch)["response_mask"]
+    mine = torch.zeros(mask.shape)
+    for i, (values, length) in enumerate(zip(log_probs.unbind(), mask.sum(1).tolist(), strict=True)):
+        mine[i, :length] = values[-length - 1 : -1]
+    ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(ranks, mine)
+    batch["ref_log_prob"] = torch.cat(ranks)
 
 
 def find_largest(call: Callable[[], Any]) -> int:
@@ -230,6 +245,11 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         engine_module.share_images = lambda _: None
     worker = build_worker(case)
     engine_module.share_images = share_images
+    if case.get("regularization", (None,))[0] is not None:
+        changes = {"settings": {"grpo_coef": 1.0}, "engine": {**case["engine"], "forward_only": True}}
+        reference = build_worker({**case, **changes})
+        for batch in case["batches"]:
+            add_reference(reference, case, batch)
     num_passes, forward_step = [0], worker.engine.forward_step
 
     def counted(*args: Any, forward_only: bool, **kwargs: Any) -> Any:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from sdpo import metrics
-from sdpo.algorithm.fused import FusedOutputs, TokenInputs, attach_gradients
+from sdpo.algorithm.fused import FusedOutputs, TokenInputs, attach_gradients, differentiate
 from sdpo.algorithm.inputs import build_policy_inputs
 from sdpo.algorithm.logits import LazyLogits
 from sdpo.algorithm.loss import LossInputs, TokenValues, compute_token_losses, reduce_values
@@ -106,6 +106,10 @@ def _on_device_of(student: LazyLogits) -> Iterator[None]:
         yield
 
 
+def _stack(*rows: Tensor | None) -> Tensor:
+    return torch.stack([row for row in rows if row is not None])
+
+
 class _Pass:
     """One pass over the tokens, chunk by chunk: losses, sums and gradients so far."""
 
@@ -180,21 +184,25 @@ class _Pass:
         )
         inputs, kept = self._build_inputs(student, teacher, tokens, statistics, topk)
         compared = inputs.divergence if topk is None else inputs.student_distribution
-        leaves = [leaf.requires_grad_() for leaf in (inputs.student_log_probs, compared) if leaf is not None]
+        entropies = inputs.student_entropies if tokens.has_entropy_term else None
+        leaves = [
+            leaf if leaf is None else leaf.requires_grad_() for leaf in (inputs.student_log_probs, compared, entropies)
+        ]
         with torch.enable_grad():
             token_losses, values = compute_token_losses(inputs, self.config)
         self._keep(token_losses, statistics, values, is_taught=teacher is not None)
         if not self.differentiates:
             return
-        ones = torch.ones_like(token_losses)
-        by_leaf = torch.autograd.grad(token_losses, leaves, ones, allow_unused=True, materialize_grads=True)
-        by_sampled, by_compared = by_leaf if len(by_leaf) == 2 else (by_leaf[0], None)
+        by_sampled, by_compared, by_entropy = differentiate(token_losses, leaves)
+        assert by_sampled is not None
         if topk is None or by_compared is None:
-            coefficients = torch.stack([by_sampled if by_compared is None else by_compared, by_sampled, by_sampled])
+            coefficients = _stack(
+                by_sampled if by_compared is None else by_compared, by_sampled, by_sampled, by_entropy
+            )
             write_logits_gradient(student, teacher, tokens.sampled_ids, statistics, coefficients, alpha=alpha)
         else:
             assert kept is not None
-            self._write_kept(student, tokens.sampled_ids, statistics, kept, by_sampled, by_compared)
+            self._write_kept(student, tokens.sampled_ids, statistics, kept, by_sampled, by_compared, by_entropy)
 
     def _build_inputs(
         self,
@@ -207,7 +215,7 @@ class _Pass:
         """Leaves for what the loss reads of the distributions: few numbers a token."""
         inputs = build_policy_inputs(
             statistics.student_log_probs.detach(),
-            statistics.student_entropies,
+            statistics.student_entropies.detach(),
             old_log_probs=tokens.old_log_probs,
             policy_weights=tokens.policy_weights,
             advantages=tokens.advantages,
@@ -215,6 +223,8 @@ class _Pass:
             rollout_log_probs=tokens.rollout_log_probs,
             rollout_is_threshold=tokens.rollout_is_threshold,
             distillation_coef=tokens.distillation_coef,
+            ref_log_probs=tokens.ref_log_probs,
+            regularization=tokens.regularization,
         )
         if teacher is None:
             return inputs, None
@@ -250,13 +260,18 @@ class _Pass:
         kept: _Kept,
         by_sampled: Tensor,
         by_kept: Tensor,
+        by_entropy: Tensor | None,
     ) -> None:
         """dL / d products of the whole vocabulary by the kernel, then of the kept entries in float32 on top."""
         total = by_sampled + by_kept.sum(-1)
-        coefficients = torch.stack([total, total, by_sampled])
+        coefficients = _stack(total, total, by_sampled, by_entropy)
         write_logits_gradient(student, None, sampled_ids, statistics, coefficients)
-        gradient = by_kept - kept.log_probs.exp() * total[:, None]
+        probs = kept.log_probs.exp()
+        gradient = by_kept - probs * total[:, None]
         gradient = gradient + torch.where(kept.ids == sampled_ids[:, None], by_sampled[:, None], 0.0)
+        if by_entropy is not None:
+            above = kept.log_probs + statistics.student_entropies[:, None]
+            gradient = gradient - by_entropy[:, None] * torch.where(probs == 0.0, 0.0, probs * above)
         gradient = gradient * student.scale
         if kept.slope is not None:
             gradient = gradient * kept.slope

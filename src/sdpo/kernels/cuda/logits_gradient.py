@@ -6,7 +6,8 @@ token's log-probability, the gradient by the student's logits is
     forward KL      a (s - t)                          Jensen-Shannon  a s ((1 - alpha) log(s / m) - D'),
     reverse KL      a s (log(s / t) - D)                               D' = (1 - alpha) sum s log(s / m)
 
-plus b (1 at the sampled token - s). The logits' scale is part of the coefficients; the soft-cap's slope multiplies.
+plus b (1 at the sampled token - s), minus c s (log s + H) with c the coefficient of the entropy H. The logits' scale is
+part of the coefficients; the soft-cap's slope multiplies.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ def write_logits_gradient(
     Args:
         teacher: [n, V]; read only if ``alpha`` is given.
         sampled_ids: [n].
-        coefficients: [3, n] float32, contiguous: dL / d divergence; what multiplies the probabilities, negated, and
-            what stands at the sampled token: both dL / d log s of it, unless other entries are written on top.
+        coefficients: [3, n] or [4, n] float32, contiguous: dL / d divergence; what multiplies the probabilities,
+            negated, and what stands at the sampled token: both dL / d log s of it, unless other entries are written on
+            top; and dL / d entropy, if the loss has an entropy term.
         alpha: of the divergence of whole distributions; None: the loss reads none.
     """
     launch = launch or GRADIENT_LAUNCH
@@ -67,6 +69,7 @@ def write_logits_gradient(
         1.0 - (alpha or 0.0),
         *mixture_logs(alpha),
         DIVERGENCE=name_divergence(alpha),
+        HAS_ENTROPY=len(coefficients) == 4,
         **name_features(student, other),
         BLOCK=launch.block,
         num_warps=launch.num_warps,
@@ -95,6 +98,7 @@ def _gradient_kernel(
     log_rest,
     log_alpha,
     DIVERGENCE: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
     STUDENT_HAS_BIAS: tl.constexpr,
     STUDENT_HAS_SOFTCAP: tl.constexpr,
     TEACHER_HAS_BIAS: tl.constexpr,
@@ -143,6 +147,10 @@ def _gradient_kernel(
                 of_student, _of_teacher, _ratio = compare_with_mixture(student_2 + log_rest, teacher_2 + log_alpha)
                 log_ratio = (rest * LN_2) * (of_student - log_rest)
             gradient += by_divergence * tl.where(probs == 0.0, 0.0, probs * (log_ratio - centre))
+    if HAS_ENTROPY:
+        by_entropy = tl.load(coefficients + 3 * num_rows + row) * student_scale
+        above = LN_2 * student_2 + tl.load(statistics + 2 * num_rows + row)
+        gradient -= by_entropy * tl.where(probs == 0.0, 0.0, probs * above)
     gradient += tl.where(columns == tl.load(sampled_ids + row), by_sampled, 0.0)
     if STUDENT_HAS_SOFTCAP:
         gradient *= 1.0 - bent * bent

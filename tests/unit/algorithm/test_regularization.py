@@ -1,0 +1,130 @@
+"""KL to a reference policy and entropy in the loss: numbers by hand, and the fused loss against the plain one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sdpo import SelfDistillationConfig, metrics
+from sdpo.algorithm.fused import TokenInputs, compute_fused_loss
+from sdpo.algorithm.logits import LazyLogits
+from sdpo.algorithm.loss import LossInputs, compute_loss
+from sdpo.algorithm.regularization import Regularization, estimate_kl
+from sdpo.config import KL_LOSS_TYPES
+
+# Log-probabilities of student and reference: twice as likely, three times less likely, equal.
+LOG_PROBS = [math.log(0.6), math.log(0.1), math.log(0.5)]
+REF_LOG_PROBS = [math.log(0.3), math.log(0.3), math.log(0.5)]
+LOG_2, LOG_3 = math.log(2), math.log(3)
+BY_HAND: dict[str, tuple[list[float], list[float]]] = {
+    # estimate: values, gradients by the student's log-probabilities
+    "kl": ([LOG_2, -LOG_3, 0.0], [1.0, 1.0, 1.0]),
+    "abs": ([LOG_2, LOG_3, 0.0], [1.0, -1.0, 0.0]),
+    "mse": ([LOG_2**2 / 2, LOG_3**2 / 2, 0.0], [LOG_2, -LOG_3, 0.0]),
+    "low_var_kl": ([0.5 - 1 + LOG_2, 3 - 1 - LOG_3, 0.0], [1 - 0.5, 1 - 3.0, 0.0]),
+}
+SYNONYMS = {"k1": "kl", "k2": "mse", "k3": "low_var_kl"}
+
+
+def double(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", KL_LOSS_TYPES)
+def test_the_estimates_by_hand(kind: str) -> None:
+    name = kind.removesuffix("+")
+    values, gradients = BY_HAND[SYNONYMS.get(name, name)]
+    if kind != name:
+        gradients = BY_HAND["mse"][1]
+    log_probs, reference = double(LOG_PROBS).requires_grad_(), double(REF_LOG_PROBS).requires_grad_()
+    estimate = estimate_kl(log_probs, reference, kind)
+    assert estimate.tolist() == pytest.approx(values, abs=1e-14)
+    estimate.sum().backward()
+    assert log_probs.grad is not None and reference.grad is None
+    assert log_probs.grad.tolist() == pytest.approx(gradients, abs=1e-14)
+
+
+def test_the_low_variance_estimate_is_bounded() -> None:
+    """exp(30), exp(3) and a student far above the reference: all beyond 10, where there is no gradient."""
+    log_probs = double([-30.0, -3.0, -1.0]).requires_grad_()
+    estimate = estimate_kl(log_probs, double([0.0, 0.0, -18.0]), "low_var_kl")
+    assert estimate.tolist() == pytest.approx([10.0, 10.0, 10.0])
+    estimate.sum().backward()
+    assert log_probs.grad is not None and log_probs.grad.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_an_unknown_estimate_is_an_error() -> None:
+    with pytest.raises(ValueError, match="full"):
+        estimate_kl(double([0.0]), double([0.0]), "full")
+
+
+def test_the_terms_are_weighted_sums_over_all_response_tokens() -> None:
+    """No teacher and no advantage: the loss is 0.4 (w . KL) - 0.3 (w . H) by hand."""
+    student = double(LOG_PROBS).requires_grad_()
+    entropies = double([0.9, 0.2, 1.5]).requires_grad_()
+    weights = double([0.5, 0.25, 0.25])
+    inputs = LossInputs(
+        student,
+        student.detach(),
+        policy_weights=weights,
+        student_entropies=entropies,
+        ref_log_probs=double(REF_LOG_PROBS),
+        regularization=Regularization(0.4, "mse", 0.3),
+    )
+    outputs = compute_loss(inputs, SelfDistillationConfig())
+    kl = 0.5 * LOG_2**2 / 2 + 0.25 * LOG_3**2 / 2
+    entropy = 0.5 * 0.9 + 0.25 * 0.2 + 0.25 * 1.5
+    assert float(outputs.loss.detach()) == pytest.approx(0.4 * kl - 0.3 * entropy, abs=1e-14)
+    # A total, as it is weighted already.
+    total, count = outputs.sums[metrics.KL_LOSS]
+    assert (float(total), int(count)) == (pytest.approx(kl, abs=1e-14), 0)
+    outputs.loss.backward()
+    assert student.grad is not None and entropies.grad is not None
+    assert student.grad.tolist() == pytest.approx([0.4 * 0.5 * LOG_2, -0.4 * 0.25 * LOG_3, 0.0], abs=1e-14)
+    assert entropies.grad.tolist() == pytest.approx([-0.15, -0.075, -0.075], abs=1e-14)
+    # A weight of 0 measures the KL and leaves the loss alone.
+    measured = compute_loss(replace(inputs, regularization=Regularization(0.0, "mse", 0.0)), SelfDistillationConfig())
+    assert float(measured.loss.detach()) == 0.0
+    assert float(measured.sums[metrics.KL_LOSS][0]) == pytest.approx(kl, abs=1e-14)
+
+
+def test_the_entropy_s_gradient_by_logits_by_hand() -> None:
+    """Probabilities 1/2, 1/4, 1/4 and 0: H = 1.5 log 2, and dH / dz_j = -s_j (log s_j + H)."""
+    head = torch.eye(4, dtype=torch.float64)
+    bias = double([0.0, 0.0, 0.0, -math.inf])
+    hidden = double([[LOG_2, 0.0, 0.0, 0.0]]).requires_grad_()
+    tokens = TokenInputs(
+        torch.tensor([1]), policy_weights=double([1.0]), regularization=Regularization(None, "kl", 1.0)
+    )
+    outputs = compute_fused_loss(LazyLogits(hidden, head, bias), [], tokens, SelfDistillationConfig())
+    assert float(outputs.loss.detach()) == pytest.approx(-1.5 * LOG_2, abs=1e-14)
+    outputs.loss.backward()
+    assert hidden.grad is not None
+    # -dH / dz: s_j (log s_j + H) = (1/2)(-1 + 1.5) log 2, (1/4)(-2 + 1.5) log 2 twice, 0 where s_j = 0.
+    assert hidden.grad[0].tolist() == pytest.approx([0.25 * LOG_2, -0.125 * LOG_2, -0.125 * LOG_2, 0.0], abs=1e-14)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_the_gradients_by_finite_differences(softcap: float | None) -> None:
+    generator = torch.Generator().manual_seed(2)
+    hidden, head, bias = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for shape in ((5, 3), (9, 3), (9,))
+    )
+    tokens = TokenInputs(
+        torch.tensor([0, 8, 3, 3, 1]),
+        policy_weights=double([0.1, 0.3, 0.2, 0.4, 0.5]),
+        ref_log_probs=double([-1.0, -2.5, -0.5, -3.0, -2.0]),
+        regularization=Regularization(0.7, "low_var_kl", 0.6),
+    )
+
+    def value(*leaves: Tensor) -> Tensor:
+        student = LazyLogits(*leaves, softcap)
+        return compute_fused_loss(student, [], tokens, SelfDistillationConfig(), temperature=0.7, chunk_size=2).loss
+
+    assert torch.autograd.gradcheck(value, (hidden, head, bias), atol=1e-8)
