@@ -40,15 +40,15 @@ from sdpo.models.vision import Vision
 
 
 @dataclass(frozen=True)
-class _LogProbs:
+class LogProbs:
     """Log-probabilities of each sample's response tokens under other policies than the student as it is."""
 
     old: list[Tensor] | None  # the student before the step; None: it is what it was
     ref: list[Tensor] | None  # the initial model; None: no KL loss
 
-    def select(self, indices: Sequence[int]) -> _LogProbs:
+    def select(self, indices: Sequence[int]) -> LogProbs:
         """Those of some samples."""
-        return _LogProbs(*(None if many is None else [many[i] for i in indices] for many in (self.old, self.ref)))
+        return LogProbs(*(None if many is None else [many[i] for i in indices] for many in (self.old, self.ref)))
 
     def pack(self) -> tuple[Tensor | None, Tensor | None]:
         """All samples' tokens in one tensor [N]."""
@@ -175,7 +175,7 @@ class Learner:
         kl = {}
         if initial is not None and self._measures_kl(step):
             kl = _estimate_kl_to_initial(samples, old_log_probs or self.compute_log_probs(samples, images), initial)
-        log_probs = _LogProbs(old_log_probs, initial if self.run.learner.kl_loss_coef else None)
+        log_probs = LogProbs(old_log_probs, initial if self.run.learner.kl_loss_coef else None)
         coef = compute_distillation_coef(self.config, step, self.run.total_steps) * self.distillation_factor
         results = [
             self._learn_mini_batch(
@@ -258,7 +258,7 @@ class Learner:
     def _learn_mini_batch(
         self,
         samples: list[Sample],
-        log_probs: _LogProbs,
+        log_probs: LogProbs,
         coef: float,
         images: StepImages | None,
         before_update: Callable[[], None],
@@ -294,7 +294,7 @@ class Learner:
     def _accumulate_gradients(
         self,
         samples: Sequence[Sample],
-        log_probs: _LogProbs,
+        log_probs: LogProbs,
         coef: float,
         images: StepImages | None,
         spreads: dict[str, ClusteredMean],
@@ -329,7 +329,7 @@ class Learner:
     def _forward(
         self,
         batch: MicroBatch,
-        log_probs: _LogProbs,
+        log_probs: LogProbs,
         policy_weights: Tensor,
         distillation_weights: Tensor,
         coef: float,

@@ -19,7 +19,7 @@ from sdpo.algorithm import fused
 from sdpo.algorithm.loss import LossInputs
 from sdpo.config import Run
 from sdpo.embedded import learner as learner_module
-from sdpo.embedded.learner import Learner
+from sdpo.embedded.learner import Learner, LogProbs
 from sdpo.embedded.samples import Sample
 from sdpo.errors import UserError
 from sdpo.models.decoding import Decoding, sample_responses
@@ -516,7 +516,7 @@ def test_a_sample_that_was_not_graded_is_as_if_it_were_not_there(
     steps, expected_steps = record_steps(with_it), record_steps(without)
     values = with_it.learn(failed)
     expected = [
-        without._learn_mini_batch(list(mini), list(old) if old else None, 1.0, None, lambda: None)
+        without._learn_mini_batch(list(mini), LogProbs(list(old) if old else None, None), 1.0, None, lambda: None)
         for mini, old in split_without(without, samples, 1, minis)
     ]
     assert len(steps) == len(expected_steps) == (1 if minis is None else 2)
