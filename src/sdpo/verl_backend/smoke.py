@@ -47,11 +47,20 @@ class Part:
     checks: tuple[Callable[[Finished], str], ...]
 
 
+MODEL = "actor_rollout_ref.model"
+LORA = (
+    f"{MODEL}.lora_rank={checks.LORA_RANK}",
+    f"{MODEL}.lora_alpha={checks.LORA_RANK * checks.LORA_SCALE:g}",
+    f"{MODEL}.target_modules=all-linear",
+    f"{MODEL}.lora.merge=true",
+    "actor_rollout_ref.actor.optim.lr=1e-2",
+)
 COMMON = (checks.check_losses, checks.check_validation, checks.check_sampler, checks.check_teacher)
 ON_ONE_POOL = (*COMMON, checks.check_checkpoint)
 PARTS = {
     "text": Part("hidden_rule", "sdpo_sync", (STEPS - 1, STEPS), (), ON_ONE_POOL),
     "images": Part("figures", "sdpo_sync", (STEPS,), (), ON_ONE_POOL),
+    "lora": Part("hidden_rule", "sdpo_sync", (STEPS,), LORA, ON_ONE_POOL),
     "one-step-off": Part(
         "figures",
         "sdpo_trainer",
@@ -144,7 +153,8 @@ def run_part(name: str, folder: Path, num_gpus: int, overrides: Sequence[str]) -
             print("\n".join(log.read_text(errors="replace").splitlines()[-25:]), file=sys.stderr)
             return [f"verl ended with exit code {code}; its output is in {log}"]
     print(f"{name}: {len(part.ends)} starts of verl, {time.perf_counter() - started:.0f} s", flush=True)
-    finished, failed = Finished(folder, folder.parent / "tasks" / part.task, part.ends, on_cpu=num_gpus == 0), []
+    is_exact = num_gpus == 0 and part.overrides != LORA
+    finished, failed = Finished(folder, folder.parent / "tasks" / part.task, part.ends, is_exact), []
     for check in part.checks:
         try:
             print(f"  ok    {check(finished)}")

@@ -30,6 +30,7 @@ from sdpo.verl_backend.teacher_batch import Rollout, TeacherBatch, read_ground_t
 
 STEPS = 3
 EMA_RATE = 0.05
+LORA_RANK, LORA_SCALE = 4, 2.0
 DISTILLATION: dict[str, Any] = {"alpha": 0.5, "ema_update_rate": EMA_RATE, "include_environment_feedback": True}
 # verl's metrics of how far the sampler's probabilities of the sampled tokens are from the learner's
 SAMPLER_DIFFERENCE = "training/rollout_probs_diff_mean"
@@ -44,13 +45,14 @@ class Finished:
         folder: with ``checkpoints/`` and ``metrics.END.jsonl``.
         task: folder of the task's model and rows.
         ends: the steps at which the run ended; after each but the last it was resumed.
-        on_cpu: sampler and learner compute in float32.
+        is_exact: sampler and learner compute in float32 with the same weights, unlike on a GPU, and unlike with LoRA,
+            where the sampler's merged weights are rounded to bfloat16.
     """
 
     folder: Path
     task: Path
     ends: tuple[int, ...]
-    on_cpu: bool
+    is_exact: bool
 
     def read_metrics(self) -> dict[int, dict[str, float]]:
         """All metrics by step."""
@@ -84,7 +86,7 @@ def check_validation(run: Finished) -> str:
 
 def check_sampler(run: Finished) -> str:
     """Sampler and learner give the sampled tokens the same probabilities, where both have the same weights."""
-    most, least = (5e-4, 0.9999) if run.on_cpu else (2e-3, 0.995)
+    most, least = (5e-4, 0.9999) if run.is_exact else (2e-3, 0.995)
     rows = run.read_metrics()
     steps = [1] if run.is_off_policy else range(1, STEPS + 1)  # later batches were sampled one update before
     found = {step: (rows[step][SAMPLER_DIFFERENCE], rows[step][SAMPLER_CORRELATION]) for step in steps}
@@ -99,8 +101,8 @@ def check_teacher(run: Finished) -> str:
     along = length = error = 0.0
     moved = []
     for step in range(2, STEPS + 1):
-        before, saved = (load_weights(run.folder, k, teacher=True) for k in (step - 1, step))
-        earlier, student = (load_weights(run.folder, k) for k in (step - 1, step))
+        before, saved = (load_teacher(run.folder, k) for k in (step - 1, step))
+        earlier, student = (load_followed(run.folder, k) for k in (step - 1, step))
         for name, value in before.items():
             distance, move = (weights[name].double() - value.double() for weights in (student, saved))
             error = max(error, float((move - EMA_RATE * distance).abs().max()))
@@ -122,7 +124,7 @@ def check_teacher(run: Finished) -> str:
 def check_batch_ahead(run: Finished) -> str:
     """The batch sampled ahead in step k has the log-probabilities of the weights after step k - 1, and not others'."""
     step = STEPS - 1
-    most, ratio = (1e-4, 10) if run.on_cpu else (0.1, 3)
+    most, ratio = (1e-4, 10) if run.is_exact else (0.1, 3)
     batch = load_batch_ahead(run.folder)
     model, vision = load_vision_model(run.task)
     sampled = batch.batch["rollout_log_probs"][batch.batch["response_mask"].bool()]
@@ -141,7 +143,7 @@ def check_batch_ahead(run: Finished) -> str:
 
 def check_images(run: Finished) -> str:
     """What the last step measured of teacher and student comes out again with the rows' images, and not with others."""
-    most, ratio = (1e-5, 100) if run.on_cpu else (2e-2, 3)
+    most, ratio = (1e-5, 100) if run.is_exact else (2e-2, 3)
     measured = run.read_metrics()[STEPS][metrics.TEACHER_GAP]
     batch = load_batch_ahead(run.folder)
     model, vision = load_vision_model(run.task)
@@ -169,7 +171,7 @@ def check_checkpoint(run: Finished) -> str:
     last = (run.folder / "checkpoints" / "latest_checkpointed_iteration.txt").read_text()
     newest = run.folder / f"checkpoints/global_step_{last}"
     steps = json.loads((newest / "actor" / "teacher" / "teacher.json").read_text())["num_steps"]
-    if last != str(STEPS) or steps != STEPS or not load_weights(run.folder, STEPS, teacher=True):
+    if last != str(STEPS) or steps != STEPS or not load_teacher(run.folder, STEPS):
         raise AssertionError(f"the last checkpoint is of step {last}, its teacher of step {steps}")
     size = sum(file.stat().st_size for file in newest.rglob("*"))
     resumed = f", resumed at step {', '.join(map(str, run.ends[:-1]))}" if run.ends[1:] else ""
@@ -183,6 +185,31 @@ def load_weights(folder: Path, step: int, *, teacher: bool = False) -> dict[str,
     actor = folder / f"checkpoints/global_step_{step}/actor" / ("teacher" if teacher else "")
     state = torch.load(actor / "model_world_size_1_rank_0.pt", map_location="cpu", weights_only=False)
     return {name: getattr(value, "_local_tensor", value) for name, value in state.items()}
+
+
+def load_teacher(folder: Path, step: int) -> dict[str, Tensor]:
+    """The average: the teacher's weights, or with LoRA what it adds to the student's."""
+    deltas = folder / f"checkpoints/global_step_{step}/actor/teacher/deltas_world_size_1_rank_0.pt"
+    if deltas.is_file():
+        weights: dict[str, Tensor] = torch.load(deltas, map_location="cpu", weights_only=True)["weights"]
+        return weights
+    return load_weights(folder, step, teacher=True)
+
+
+def load_followed(folder: Path, step: int) -> dict[str, Tensor]:
+    """What the average is of: the student's weights, or with LoRA the products of its adapters."""
+    weights = {name.removeprefix("base_model.model."): value for name, value in load_weights(folder, step).items()}
+    layers = [
+        name.removesuffix(".lora_A.default.weight") for name in weights if name.endswith(".lora_A.default.weight")
+    ]
+    if not layers:
+        return weights
+    return {
+        f"{name}.weight": LORA_SCALE
+        * weights[f"{name}.lora_B.default.weight"]
+        @ weights[f"{name}.lora_A.default.weight"]
+        for name in layers
+    }
 
 
 def load_vision_model(task: Path) -> tuple[nn.Module, Vision]:
