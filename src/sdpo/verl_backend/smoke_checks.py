@@ -199,17 +199,10 @@ def load_teacher(folder: Path, step: int) -> dict[str, Tensor]:
 def load_followed(folder: Path, step: int) -> dict[str, Tensor]:
     """What the average is of: the student's weights, or with LoRA the products of its adapters."""
     weights = {name.removeprefix("base_model.model."): value for name, value in load_weights(folder, step).items()}
-    layers = [
-        name.removesuffix(".lora_A.default.weight") for name in weights if name.endswith(".lora_A.default.weight")
-    ]
-    if not layers:
-        return weights
-    return {
-        f"{name}.weight": LORA_SCALE
-        * weights[f"{name}.lora_B.default.weight"]
-        @ weights[f"{name}.lora_A.default.weight"]
-        for name in layers
-    }
+    down, up = ".lora_A.default.weight", ".lora_B.default.weight"
+    layers = [name.removesuffix(down) for name in weights if name.endswith(down)]
+    products = {f"{name}.weight": LORA_SCALE * weights[name + up] @ weights[name + down] for name in layers}
+    return products or weights
 
 
 def load_vision_model(task: Path) -> tuple[nn.Module, Vision]:
