@@ -5,7 +5,12 @@ The names below are the public interface; they are imported on first use, so tha
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
+
+# transformers imports torchao wherever it is installed, which then logs what it cannot load on a machine without CUDA.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
     from sdpo.algorithm.loss import compute_self_distillation_loss as compute_self_distillation_loss

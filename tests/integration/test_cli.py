@@ -193,7 +193,7 @@ def one_line(outcome: Outcome) -> str:
         (["model.path=./nowhere"], ["model.path: ./nowhere: no such folder"]),
         (["sampler.device=abacus"], ["sampler.device: no device 'abacus'"]),
         (["data.max_prompt_length=9"], ["row 0 has 16 prompt tokens, more than 9 (data.max_prompt_length)"]),
-        (["sampler.max_response_length=120"], ["16 prompt tokens, more than 8 (the model's window of 128 minus"]),
+        (["sampler.max_response_length=250"], ["16 prompt tokens, more than 6 (the model's window of 256 minus"]),
         (["tracking.backends=[abacus]"], ["tracking.backends must be one of tensorboard, wandb, trackio"]),
     ],
     ids=lambda value: value[0] if "=" in value[0] else "",

