@@ -166,7 +166,8 @@ def build_pass(family: str, precision: str, *, checkpointing: bool = False) -> t
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "precision"), CASES)
 def test_activations_stay_below_their_bound_and_near_it(family: str, precision: str, count_peak: CountPeak) -> None:
-    workspace = 1.03  # oneDNN's own copies for bfloat16 products, which some processors need and others do not
+    # oneDNN's own copies for bfloat16 products: none on AMD's processors, up to a ninth of this tiny tower on Intel's.
+    workspace = 1.15 if precision == "autocast" else 1.0
     for checkpointing in (False, True):
         stack, size, call = build_pass(family, precision, checkpointing=checkpointing)
         residual = 2 if precision == "bfloat16" else 4
@@ -179,11 +180,11 @@ def test_activations_stay_below_their_bound_and_near_it(family: str, precision: 
         weights = stack.num_params * 2 if precision == "autocast" else 0  # their copies in bfloat16
         bound = TOKENS * stack.count_learning(size, residual, checkpointing=checkpointing) + weights
         peak = count_peak(learn)
-        assert bound / 3 < peak <= bound * (workspace if precision == "autocast" else 1)
+        assert bound / 3 < peak <= bound * workspace
     bound = TOKENS * stack.count_reading(size) + weights
     with torch.no_grad():
         peak = count_peak(call)
-    assert bound / 3 < peak <= bound
+    assert bound / 3 < peak <= bound * workspace
 
 
 # ---- the loss in chunks ---------------------------------------------------------------------------------------------
