@@ -64,4 +64,4 @@ def test_the_policy_learns_to_call_the_tool(train: Callable[..., Any], tmp_path:
 def test_one_step_off_policy(train: Callable[..., Any]) -> None:
     rows = train("staleness=1", "total_steps=2", "eval_every=0", "data.train_batch_size=4")
     assert max(rows[step]["num_turns/max"] for step in (1, 2)) == 4
-    assert max(rows[step][metrics.DISTILLATION_LOSS] for step in (1, 2)) > 0
+    assert rows[1][metrics.DISTILLATION_LOSS] > 0  # of step 2, half of the time, nothing is distilled

@@ -153,9 +153,9 @@ def check_images(run: Finished) -> str:
     errors = []
     for shown in (teachers, _exchange_images(teachers, order)):
         model.load_state_dict(load_weights(run.folder, STEPS - 1, teacher=True))
-        teacher = compute_log_probs(model, vision, shown, batch)
+        teacher = compute_log_probs(model, vision, shown, batch, vision.placeholder_ids)
         model.load_state_dict(load_weights(run.folder, STEPS - 1))
-        student = compute_log_probs(model, vision, students, batch)
+        student = compute_log_probs(model, vision, students, batch, vision.placeholder_ids)
         errors.append(abs(float((teacher - student).mean()) - measured))
     if errors[0] > most or errors[1] < ratio * errors[0]:
         raise AssertionError(
