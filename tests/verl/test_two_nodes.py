@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,7 +36,10 @@ class Nodes:
             self.address = f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
         self.folder = folder
         self.processes: list[subprocess.Popen[bytes]] = []
-        self.add("--head", f"--port={self.address.partition(':')[2]}", "--include-dashboard=false")
+        # Of its own: in the usual folder Ray would note this cluster, and every run beside this test would join it.
+        self.temporary = tempfile.mkdtemp(prefix="nodes-", dir="/tmp")
+        head = ["--head", f"--port={self.address.rpartition(':')[2]}", f"--temp-dir={self.temporary}"]
+        self.add(*head, "--include-dashboard=false")
         self.wait_for(1)
 
     def add(self, *arguments: str) -> subprocess.Popen[bytes]:
@@ -82,6 +87,7 @@ def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
     for node in cluster.processes:
         if node.poll() is None:
             cluster.kill(node)
+    shutil.rmtree(cluster.temporary, ignore_errors=True)
 
 
 def test_a_run_on_two_nodes_outlives_one(
