@@ -96,7 +96,7 @@ def test_kernels_compile_without_spills_and_move_sixteen_bytes_at_a_time(capabil
     found = json.loads(result.stdout)
     for name, usage in found.items():
         assert usage["stack"] <= (64 if "full" in name else 0), (name, usage)  # bytes: soft-cap and bias on both sides
-        assert usage["registers"] <= 96, (name, usage)  # 2 programs of 8 warps on a multiprocessor at least
+        assert usage["registers"] <= 128, (name, usage)  # of 65,536: 2 programs of 8 warps on a multiprocessor at least
         if name.startswith(("statistics", "gradient")):
             # Two matrices, 16 entries of each a thread; the sampled token's entries are single.
             assert usage["wide loads"] >= (2 if name.startswith(f"gradient {capability} 0") else 4), (name, usage)
