@@ -78,6 +78,7 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
     def __init__(self, model_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(model_config, *args, **kwargs)
         self._rounding: UpdateRounding | None = None
+        self._forbidden_ids: list[int] | None = None  # found at the first output layer, whose rows they end with
         model_config.model_type = "language_model"  # what verl builds modules by; ours chose this class
 
     def configure(
@@ -438,8 +439,10 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         return _keep(self._forbid(logits), coefficient, with_weight)
 
     def _forbid(self, logits: LazyLogits) -> LazyLogits:
-        tokenizer, processor = self.model_config.tokenizer, self.model_config.processor
-        return forbid_tokens(logits, find_forbidden_ids(tokenizer, processor, len(logits.weight)))
+        if self._forbidden_ids is None:
+            tokenizer, processor = self.model_config.tokenizer, self.model_config.processor
+            self._forbidden_ids = find_forbidden_ids(tokenizer, processor, len(logits.weight))
+        return forbid_tokens(logits, self._forbidden_ids)
 
     def _build_teacher_inputs(self, tokens: PackedTokens, micro_batch: TensorDict) -> TensorDict:
         """The teacher's sequences as a micro-batch of verl's, with the images of their samples."""

@@ -78,8 +78,6 @@ def _check_with_verl(config: DictConfig) -> None:
 
 
 def _check_model(config: DictConfig) -> None:
-    from transformers import AutoConfig
-
     from sdpo.config import ModelConfig
     from sdpo.models.loading import build_meta_model, get_window, reads_images
     from sdpo.verl_backend.requirements import check_sampler_reads
@@ -99,7 +97,7 @@ def _check_model(config: DictConfig) -> None:
     except UserError as error:
         raise UserError(f"actor_rollout_ref.{error}") from error
     if config.actor_rollout_ref.rollout.name == "vllm":
-        check_sampler_reads(AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code), model.path)
+        check_sampler_reads(plain.config, model.path)
 
 
 def limit_length(config: DictConfig, window: int | None) -> None:
