@@ -124,8 +124,8 @@ def time_once(step: Callable[[], Any]) -> float:
     return float(start.elapsed_time(end))
 
 
-def measure(step: Callable[[], Any], kept_bytes: int = 0, repeats: int = REPEATS) -> dict[str, float]:
-    """Median milliseconds, and GB at the worst moment beyond what was there and what stays."""
+def measure(step: Callable[[], Any], repeats: int = REPEATS) -> dict[str, float]:
+    """Median milliseconds, and GB at the worst moment beyond what a first call left (gradients, in the same place)."""
     step()
     if TRIAL:
         return {"ms": time_once(step), "gb": 0.0}
@@ -133,7 +133,7 @@ def measure(step: Callable[[], Any], kept_bytes: int = 0, repeats: int = REPEATS
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     step()
-    peak = torch.cuda.max_memory_allocated() - before - kept_bytes
+    peak = torch.cuda.max_memory_allocated() - before
     return {"ms": statistics.median(time_once(step) for _ in range(repeats)), "gb": peak / 1e9}
 
 
@@ -202,7 +202,6 @@ def measure_table() -> None:
     rows = results["table"] = []
     for n in TOKENS:
         inputs = build(n)
-        gradients = 2 * (inputs.hidden.numel() + inputs.head.numel())
         floors = {chunk: measure(partial(run_floor, chunk, inputs))["ms"] for chunk in FLOOR_CHUNKS}
         floor = min(floors.values())
         print(n, "floor by chunk:", {chunk: round(ms, 2) for chunk, ms in floors.items()}, flush=True)
@@ -221,7 +220,7 @@ def measure_table() -> None:
                 clear(inputs)
                 free_memory()
                 try:
-                    row |= measure(partial(differentiate, compute, inputs), gradients)
+                    row |= measure(partial(differentiate, compute, inputs))
                     row["of_floor"] = row["ms"] / floor
                     shown = f"{row['ms']:8.2f} ms {row['of_floor']:6.3f} x {row['gb']:6.2f} GB"
                     print(f"{n:6} {setting:18} {line:29} {shown}", flush=True)

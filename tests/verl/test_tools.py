@@ -62,6 +62,7 @@ def test_the_policy_learns_to_call_the_tool(train: Callable[..., Any], tmp_path:
 
 
 def test_one_step_off_policy(train: Callable[..., Any]) -> None:
-    rows = train("staleness=1", "total_steps=2", "eval_every=0", "data.train_batch_size=4")
+    rows = train("staleness=1", "total_steps=2", "eval_every=0")
+    # One response in ten calls the tool, some of those are right: hardly ever none in two steps of 128 responses.
     assert max(rows[step]["num_turns/max"] for step in (1, 2)) == 4
-    assert rows[1][metrics.DISTILLATION_LOSS] > 0  # of step 2, half of the time, nothing is distilled
+    assert max(rows[step].get(metrics.DISTILLATION_LOSS, 0.0) for step in (1, 2)) > 0.0

@@ -24,7 +24,7 @@ A soft-cap c tanh(u / c) between head and softmax multiplies G by 1 - tanh(u / c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -126,9 +126,14 @@ def differentiate(values: Tensor, leaves: Sequence[Tensor | None]) -> list[Tenso
     return [None if leaf is None else next(gradients) for leaf in leaves]
 
 
-def attach_gradients(value: Tensor, gradients: Sequence[Tensor | None], leaves: Sequence[Tensor | None]) -> Tensor:
-    """A number [] with known gradients by leaves of the same shapes."""
-    attached: Tensor = _KnownGradients.apply(value, gradients, *leaves)  # type: ignore[no-untyped-call]
+def attach_gradients(
+    value: Tensor,
+    gradients: Sequence[Tensor | None],
+    leaves: Sequence[Tensor | None],
+    scale: Callable[[Tensor, Tensor], Tensor] = torch.mul,
+) -> Tensor:
+    """A number [] with known gradients by leaves of the same shapes; ``scale(gradient, number [])`` multiplies them."""
+    attached: Tensor = _KnownGradients.apply(value, gradients, scale, *leaves)  # type: ignore[no-untyped-call]
     return attached
 
 
@@ -136,14 +141,21 @@ class _KnownGradients(torch.autograd.Function):
     """A number whose gradients are known; the backward pass only scales them."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor | None], *leaves: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        gradients: Sequence[Tensor | None],
+        scale: Callable[[Tensor, Tensor], Tensor],
+        *leaves: Tensor | None,
+    ) -> Tensor:
         ctx.save_for_backward(*gradients)
+        ctx.scale = scale
         return value.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(None if known is None else known * scale for known in ctx.saved_tensors)
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, *(None if known is None else ctx.scale(known, factor) for known in ctx.saved_tensors)
 
 
 class _Pass:

@@ -323,6 +323,7 @@ def test_every_metric_has_a_description(make_task_run: MakeRun) -> None:
         optim__beta2=0.95,
         self_distillation__grpo_coef=0.5,
         learner__mini_batch_size=2,
+        learner__kl_loss_coef=0.1,
         eval__n=2,
         health__kl_to_initial_every=1,
     )
@@ -377,7 +378,7 @@ def test_an_error_in_a_step_is_raised_as_it_is_and_rows_before_it_stay(
         ({"model__path": "nowhere/at/all"}, "model.path"),
         ({"data__val_files": ["nowhere.parquet"]}, "data.val_files"),
         ({"data__max_prompt_length": 5}, "data.train_files"),
-        ({"sampler__max_response_length": 128}, "sampler.max_response_length"),
+        ({"sampler__max_response_length": 256}, "sampler.max_response_length"),
         ({"self_distillation__distillation_topk": 1000}, "self_distillation.distillation_topk"),
         ({"learner__device": "nowhere"}, "learner.device"),
         ({"data__task_args": {"dir": "x", "mode": "z"}}, "data.task_args"),

@@ -30,6 +30,7 @@ from sdpo.kernels import dispatch
 from sdpo.kernels.cuda import chunks, fused_loss
 from sdpo.kernels.cuda.logits import Logits
 from sdpo.kernels.cuda.row_statistics import compute_row_statistics
+from sdpo.kernels.cuda.scaling import scale
 from sdpo.kernels.cuda.top_k import select_top_ids
 
 REFERENCE = Path(__file__).parents[1] / "algorithm" / "numpy_reference.py"
@@ -569,3 +570,16 @@ def test_the_public_loss_and_the_engines_go_through_the_kernels(monkeypatch: pyt
     assert results[1][0][metrics.NONFINITE_SAMPLES] == 0.0
     for one, other in zip(results[1][1:], results[0][1:], strict=True):
         torch.testing.assert_close(one, other, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor", [1.0, 0.3, -2.0])
+def test_scaling(dtype: torch.dtype, factor: float) -> None:
+    values = torch.linspace(-1.0, 1.0, 8192 + 75, device=DEVICE).to(dtype)
+    kept, number = values.clone(), torch.tensor(factor, device=DEVICE)
+    scaled = scale(values, number)
+    assert scaled.dtype == dtype
+    # The interpreter rounds towards zero.
+    tolerance = 2.0**-7 if dtype == torch.bfloat16 else 1e-7
+    torch.testing.assert_close(scaled, (values.float() * number).to(dtype), rtol=tolerance, atol=0.0)
+    assert torch.equal(values, kept)

@@ -78,7 +78,7 @@ def test_responses_stop_at_the_tokenizer_s_end_and_the_model_s(
 
 
 def test_the_window_is_the_configuration_s(folder: Path) -> None:
-    assert get_window(load_model(ModelConfig(path=str(folder)), CPU)) == 128
+    assert get_window(load_model(ModelConfig(path=str(folder)), CPU)) == 256
 
 
 @pytest.mark.parametrize("name", ["cpu", "auto"])

@@ -42,6 +42,7 @@ from sdpo.kernels.cuda.chunks import (
 from sdpo.kernels.cuda.logits import LOG2_E, Logits
 from sdpo.kernels.cuda.logits_gradient import write_logits_gradient
 from sdpo.kernels.cuda.row_statistics import RowStatistics, compute_row_statistics
+from sdpo.kernels.cuda.scaling import scale
 from sdpo.kernels.cuda.top_k import select_top_ids
 from sdpo.kernels.cuda.weight_gradient import WeightGradient
 
@@ -80,7 +81,7 @@ def compute_fused_loss(
         outputs, gradients = run.finish()
     if not any(needed):
         return outputs
-    return replace(outputs, loss=attach_gradients(outputs.loss, gradients, leaves))
+    return replace(outputs, loss=attach_gradients(outputs.loss, gradients, leaves, scale))
 
 
 def score_tokens(
@@ -150,7 +151,7 @@ class _Pass:
         self.teacher_log_probs: list[Tensor] = []
         self.values: dict[str, list[Tensor]] = {}
         of_hidden, of_weight, self.bias_type = gradient_types
-        self.by_hidden = torch.empty_like(student.hidden) if of_hidden else None
+        self.by_hidden = torch.empty(student.hidden.shape, dtype=of_hidden, device=student.hidden.device) if of_hidden else None
         self.by_weight = WeightGradient(student.weight, of_weight) if of_weight else None
         self.by_bias = torch.zeros(len(student.weight), device=student.hidden.device) if self.bias_type else None
 

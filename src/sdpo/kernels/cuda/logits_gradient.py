@@ -26,7 +26,7 @@ from sdpo.kernels.cuda.row_statistics import (
     name_features,
 )
 
-GRADIENT_LAUNCH = Launch(4096, 8)
+GRADIENT_LAUNCH = Launch(4096, 16)  # the fastest of eight on an H200 (benchmarks/gpu/loss.py variants)
 
 
 def write_logits_gradient(
