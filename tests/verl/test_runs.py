@@ -65,9 +65,10 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(train_on_verl: Train, tmp_p
     assert running.wait() == 0, running.tail()
 
     running = train_on_verl(killed, *settings)
-    ahead = killed / "checkpoints" / "global_step_3" / "prefetched.pt"
-    assert running.wait(until=ahead.exists) is None, running.tail()
+    tracker = killed / "checkpoints" / "latest_checkpointed_iteration.txt"
+    assert running.wait(until=tracker.exists) is None, running.tail()
     running.kill()
+    assert (killed / "checkpoints" / "global_step_3" / "prefetched.pt").exists()
     assert not (killed / "checkpoints" / "global_step_6").exists(), "it was to be killed before the end"
     running = train_on_verl(killed, *settings, "resume=auto", f"trainer.validation_data_dir={killed / 'val'}")
     assert running.wait() == 0, running.tail()

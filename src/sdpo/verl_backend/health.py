@@ -2,7 +2,8 @@
 
 A step is checked after its update and before it is saved, so that a checkpoint has what an alarm changed. verl
 evaluates after it has saved; so the accuracy is put down in the checkpoint afterwards, and which checkpoints stay is
-decided here.
+decided here. verl's tracker file, from which a run is resumed, names a checkpoint once all of it is there: a process
+killed at any moment leaves the older one named.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from sdpo import metrics
 from sdpo.config import HealthConfig
@@ -28,6 +30,7 @@ from sdpo.verl_backend.settings import read_health, read_self_distillation
 from sdpo.verl_backend.teacher_batch import TeacherBatch
 
 STATE_FILE = "health.json"
+TRACKER_FILE = "latest_checkpointed_iteration.txt"  # verl's
 
 
 class RunHealth:
@@ -79,11 +82,23 @@ class RunHealth:
         if step in self._scores:
             self._scores[step] = metrics.find_score(values)
             self._save(step)
+            self._remove_old()
 
     def note_checkpoint(self, step: int) -> None:
-        """Take in that a step's checkpoint has been written; its evaluation may follow."""
+        """Write the state of the health rules into a step's checkpoint; its evaluation may follow."""
         self._scores[step] = None
         self._save(step)
+
+    def complete_checkpoint(self, step: int) -> None:
+        """Name a step's checkpoint, all of which is there, as the one to resume from, and remove those not to be kept."""
+        _write_at_once(self._folder / TRACKER_FILE, str(step))
+        self._remove_old()
+
+    def _remove_old(self) -> None:
+        if self._keep_last:
+            for old in self._scores.keys() - select_kept(self._scores, self._keep_last, self._keep_best):
+                shutil.rmtree(self._folder / f"global_step_{old}", ignore_errors=True)
+                del self._scores[old]
 
     def _save(self, step: int) -> None:
         state = {
@@ -91,14 +106,7 @@ class RunHealth:
             "learner": self._learner.state_dict(),
             "scores": list(self._scores.items()),
         }
-        path = self._folder / f"global_step_{step}" / STATE_FILE
-        partial_path = path.with_name(f".{STATE_FILE}.partial")
-        partial_path.write_text(json.dumps(state), encoding="utf-8")
-        partial_path.replace(path)
-        if self._keep_last:
-            for old in self._scores.keys() - select_kept(self._scores, self._keep_last, self._keep_best):
-                shutil.rmtree(self._folder / f"global_step_{old}", ignore_errors=True)
-                del self._scores[old]
+        _write_at_once(self._folder / f"global_step_{step}" / STATE_FILE, json.dumps(state))
 
     def _load(self, checkpoint: Path) -> None:
         path, step = checkpoint / STATE_FILE, _read_step(checkpoint)
@@ -117,6 +125,7 @@ class RunHealth:
 class WithHealthChecks:
     """The hooks of all trainers: evaluations and checkpoints are noted. Each trainer has ``check`` called itself."""
 
+    config: Any
     health: RunHealth
     global_steps: int
 
@@ -126,8 +135,32 @@ class WithHealthChecks:
         return values
 
     def _save_checkpoint(self) -> None:
-        super()._save_checkpoint()  # type: ignore[misc]
+        with _without_tracker(self.config):
+            super()._save_checkpoint()  # type: ignore[misc]
         self.health.note_checkpoint(self.global_steps)
+        self._complete_checkpoint()
+
+    def _complete_checkpoint(self) -> None:
+        self.health.complete_checkpoint(self.global_steps)
+
+
+@contextmanager
+def _without_tracker(config: Any) -> Iterator[None]:
+    """verl's trainers leave the tracker file alone where they take a checkpoint to be written in the background."""
+    settings = config.actor_rollout_ref.actor.checkpoint
+    kept = settings.get("async_save", False)
+    with open_dict(settings):
+        settings.async_save = True
+    try:
+        yield
+    finally:
+        settings.async_save = kept
+
+
+def _write_at_once(path: Path, text: str) -> None:
+    partial_path = path.with_name(f".{path.name}.partial")
+    partial_path.write_text(text, encoding="utf-8")
+    partial_path.replace(path)
 
 
 def summarize_rollouts(scores: Sequence[float], lengths: Sequence[int], longest: int) -> dict[str, float]:

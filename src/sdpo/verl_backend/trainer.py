@@ -181,12 +181,11 @@ class SelfDistillationOneStepOffTrainer(WithFailedGrades, WithHealthChecks, OneS
     async def fit_step(self, batch_data_future: Any, continuous_iterator: Any) -> Any:
         step = self.global_steps
         next_batch_future = await super().fit_step(batch_data_future, continuous_iterator)
-        if next_batch_future is not None and self._saved_step == step:
-            folder = self._checkpoint_folder(step)
-            fetched = await next_batch_future
-            partial = folder / f".{PREFETCHED}"
-            torch.save({"batch": fetched, "loader": self.train_dataloader.state_dict()}, partial)
-            partial.rename(folder / PREFETCHED)
+        if self._saved_step == step:
+            try:
+                await self._save_batch_ahead(next_batch_future)
+            finally:  # without that batch, a resumed run samples its prompts again
+                self.health.complete_checkpoint(step)
         await self._evaluate(next_batch_future)
         super()._fit_postprocess_step()
         if self.is_last_step:
@@ -212,12 +211,17 @@ class SelfDistillationOneStepOffTrainer(WithFailedGrades, WithHealthChecks, OneS
 
     # Saving
 
-    def _save_checkpoint(self) -> None:
-        super()._save_checkpoint()
-        self._saved_step = self.global_steps
-        # Until the batch ahead is saved too (above), a resumed run samples its prompts again rather than skip them.
+    def _complete_checkpoint(self) -> None:
+        """Not yet: the batch ahead is still being sampled, and ``fit_step`` saves it too."""
+        self._saved_step, folder = self.global_steps, self._checkpoint_folder(self.global_steps)
+        (folder / PREFETCHED).unlink(missing_ok=True)  # of a process that was killed in this step
         if self._loader_state is not None and self.global_steps < self.total_training_steps:
-            torch.save(self._loader_state, self._checkpoint_folder(self.global_steps) / "data.pt")
+            torch.save(self._loader_state, folder / "data.pt")
+
+    async def _save_batch_ahead(self, future: Any) -> None:
+        if future is not None:
+            state = {"batch": await future, "loader": self.train_dataloader.state_dict()}
+            torch.save(state, self._checkpoint_folder(self.global_steps) / PREFETCHED)
 
     def _load_checkpoint(self) -> Any:
         super()._load_checkpoint()

@@ -1,0 +1,182 @@
+"""Is anything lost when a run on verl is killed? One run that is killed again and again, beside one that never was.
+
+    python benchmarks/crash_verl.py         # ten kills, about ten minutes on two cores
+
+One step off policy on the CPU (``crash.py`` does the same to the embedded trainer). Every step is saved; SIGKILL comes
+to all processes at once, in turn while a checkpoint is being written and at any moment of a step, each followed by a
+resume. At the end weights, teacher, AdamW's moments, the data's position and the metrics of both must be the same, bit
+for bit. A step killed between the end of its saving and its line in metrics.jsonl has no such line; how many have not
+is counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+from crash import CONFIG
+from record import print_table, save
+
+PHASES = ("saving", "step")
+LONGEST = {"saving": 0.5, "step": 3.0}  # seconds from the first sign of that phase to the kill, at most
+LIMIT = 600  # seconds for one start
+NUM_STEPS = 16
+SETTINGS = [
+    "staleness=1",
+    f"total_steps={NUM_STEPS}",
+    "save_every=1",
+    "keep_last=2",
+    "eval_every=4",
+    "eval.max_prompts=4",
+    "data.train_batch_size=4",
+    "sampler.n=2",
+    "sampler.batch_size=1",  # rows are sampled alone, so that a rollout does not depend on its neighbours
+    "sampler.max_response_length=8",
+    "optim.lr=1e-3",
+    "self_distillation.teacher_regularization=ema",
+    "self_distillation.grpo_coef=0.3",
+    "data.task_args.pretrain_steps=20",
+    "data.task_args.num_train=64",
+    "data.task_args.num_test=8",
+    "actor_rollout_ref.rollout.full_determinism=true",
+    "resume=auto",
+]
+
+
+def start(run_dir: Path, common: list[str]) -> psutil.Popen:
+    command = [sys.executable, "-m", "sdpo.cli", "verl", str(CONFIG), *common, f"run_dir={run_dir}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    with run_dir.with_suffix(".log").open("a") as log:
+        return psutil.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def read_step(run_dir: Path) -> int:
+    """The step that a resumed run would go on from."""
+    tracker = run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
+    return int(tracker.read_text()) if tracker.exists() else 0
+
+
+def wait(process: psutil.Popen, run_dir: Path, phase: str | None, delay: float = 0.0) -> bool:
+    """Whether the run was killed in that phase; it may end before."""
+    end, begun_with, last = time.monotonic() + LIMIT, read_step(run_dir), None
+    while process.poll() is None:
+        if time.monotonic() > end:
+            kill(process)
+            sys.exit(f"{run_dir}: no end after {LIMIT} s")
+        step = read_step(run_dir)
+        is_saving = (run_dir / "checkpoints" / f"global_step_{step + 1}").exists()
+        sign = {"saving": is_saving and last == (step, False), "step": step > begun_with, None: False}[phase]
+        if sign:
+            time.sleep(delay)
+            kill(process)
+            return True
+        last = (step, is_saving)
+        time.sleep(0.005)
+    if process.returncode != 0:
+        sys.exit(f"{run_dir}: exit code {process.returncode}; see {run_dir.with_suffix('.log')}")
+    return False
+
+
+def kill(process: psutil.Popen) -> None:
+    family = [*process.children(recursive=True), process] if process.is_running() else []
+    for member in family:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(family, timeout=30)
+
+
+def read_rows(run_dir: Path) -> dict[int, dict[str, float]]:
+    """Metrics of each step without times; of a step that was made twice, the later."""
+    rows: dict[int, dict[str, float]] = {}
+    for path in sorted(run_dir.glob("metrics*.jsonl"), key=lambda path: path.stat().st_mtime):
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            values = {k: v for k, v in row["data"].items() if not k.startswith(("timing_", "perf/"))}
+            rows[row["step"]] = values
+    return rows
+
+
+def equal(one: Any, two: Any) -> bool:
+    """Whether two trees of tensors, arrays and plain values are the same to the bit."""
+    import numpy as np
+    import torch
+    from torch.utils._pytree import tree_flatten
+
+    (leaves, spec), (others, other_spec) = tree_flatten(one), tree_flatten(two)
+    if spec != other_spec:
+        return False
+    for leaf, other in zip(leaves, others, strict=True):
+        leaf, other = (getattr(x, "_local_tensor", x) for x in (leaf, other))
+        if isinstance(leaf, torch.Tensor):
+            same = torch.equal(leaf, other)
+        else:
+            same = np.array_equal(leaf, other) if isinstance(leaf, np.ndarray) else leaf == other
+        if not same:
+            return False
+    return True
+
+
+def differ(whole: Path, killed: Path) -> tuple[list[str], int]:
+    """What of the two runs is not the same to the bit, and of how many steps the second has no metrics."""
+    import torch
+
+    found = []
+    ends = [run / "checkpoints" / f"global_step_{NUM_STEPS}" for run in (whole, killed)]
+    names = [sorted(p.relative_to(end).as_posix() for p in end.rglob("*") if p.is_file()) for end in ends]
+    if names[0] != names[1]:
+        found.append("files")
+    for name in sorted(set(names[0]) & set(names[1])):
+        one, two = (end / name for end in ends)
+        if name.endswith(".pt"):
+            os.environ["VERL_PLATFORM"] = "cpu"
+            same = equal(*(torch.load(path, weights_only=False, map_location="cpu") for path in (one, two)))
+        else:
+            same = one.read_bytes() == two.read_bytes()
+        if not same:
+            found.append(name)
+    rows, again = read_rows(whole), read_rows(killed)
+    found += [f"metrics of step {step}" for step in again if again[step] != rows.get(step)]
+    return found, len(rows.keys() - again.keys())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=Path("data/benchmark_crash_verl"))
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
+    place = (options.folder / time.strftime("%Y%m%d_%H%M%S")).absolute()
+    place.mkdir(parents=True)
+    common = [*SETTINGS, f"data.task_args.dir={options.folder.absolute()}/task"]
+    whole, killed = place / "whole", place / "killed"
+    wait(start(whole, common), whole, None)
+    print("the run in one go has ended", flush=True)
+    kills: list[dict[str, Any]] = []
+    while len(kills) < options.kills:
+        phase = PHASES[len(kills) % len(PHASES)]
+        if not wait(start(killed, common), killed, phase, rng.uniform(0.0, LONGEST[phase])):
+            break  # it came to its end first
+        kills.append({"phase": phase, "goes on from": read_step(killed)})
+        print(kills[-1], flush=True)
+    else:
+        wait(start(killed, common), killed, None)
+    differences, missing = differ(whole, killed)
+    rows = [[phase, sum(kill["phase"] == phase for kill in kills)] for phase in PHASES]
+    print_table(f"{len(kills)} kills; differs: {', '.join(differences) or 'nothing'}", ["killed in", ""], rows)
+    print(f"metrics are missing of {missing} of {NUM_STEPS} steps")
+    save("crash_verl", {"kills": kills, "differences": differences, "steps_without_metrics": missing})
+
+
+if __name__ == "__main__":
+    main()
