@@ -26,9 +26,9 @@ from crash import CONFIG
 from record import print_table, save
 
 PHASES = ("saving", "step")
-LONGEST = {"saving": 0.5, "step": 3.0}  # seconds from the first sign of that phase to the kill, at most
+LONGEST = {"saving": 0.5, "step": 2.0}  # seconds from the first sign of that phase to the kill, at most
 LIMIT = 600  # seconds for one start
-NUM_STEPS = 16
+NUM_STEPS = 40
 SETTINGS = [
     "staleness=1",
     f"total_steps={NUM_STEPS}",

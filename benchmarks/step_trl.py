@@ -70,7 +70,7 @@ def run_ours(folder: str, workload: Workload, topk: int | None, steps: int, at_o
         for row in rows
     ]
     num_samples = workload.num_prompts * workload.n
-    assert all(row["self_distillation/distilled_sample_fraction"] == 1.0 for row in rows)
+    assert all(row["self_distillation/reprompt_sample_fraction"] == 1.0 for row in rows)
     return {
         **median_of(parts),
         "response_tokens": rows[0]["response_length/mean"] * num_samples,

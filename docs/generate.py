@@ -36,8 +36,8 @@ is SDPO's own stands under `self_distillation/`, what [Training health](health.m
 Some are estimates, and so have an interval of 95 %: `NAME/ci95_low` and `NAME/ci95_high`. A prompt is one observation
 in it, however many rollouts and tokens it has. That of a mean is the mean -+ 1.96 standard errors; that of a share is
 Wilson's. Those are {estimates}, and all accuracies on held-out prompts. On verl only
-`self_distillation/success_sample_fraction`, `self_distillation/success_group_fraction` and
-`self_distillation/distilled_sample_fraction` have it.
+`self_distillation/rollout_success_fraction`, `self_distillation/success_group_fraction` and
+`self_distillation/reprompt_sample_fraction` have it.
 """
 
 

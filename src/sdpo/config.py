@@ -383,9 +383,9 @@ class SelfDistillationConfig(Section):
         True, "A rollout is never its own demonstration (another success of the same prompt may be)."
     )
     distill_only_failed: bool = setting(False, "Distil only the rollouts that did not succeed.")
-    include_environment_feedback: bool = setting(False, "Show the grader's feedback on the rollout, if there is any.")
+    include_environment_feedback: bool = setting(True, "Show the grader's feedback on the rollout, if there is any.")
     environment_feedback_only_without_solution: bool = setting(
-        False, "Show feedback only where there is no demonstration."
+        True, "Show feedback only where there is no demonstration."
     )
     remove_thinking_from_demonstration: bool = setting(True, "Cut the reasoning out of demonstrations.")
     max_reprompt_len: int = setting(
@@ -711,6 +711,35 @@ def flatten_keys(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any
     return flat
 
 
+# Keys of the official implementation's section without effect here, at the one value that means what is done here.
+_OFFICIAL_VALUES = {
+    "rho": 0.25,
+    "renyi_regularization": False,
+    "renyi_regularization_level": 0.5,
+    "reprompt_truncation": "right",
+}
+
+
+def _translate_official_keys(origin: str, section: DictConfig) -> None:
+    """Change the official implementation's ``self_distillation`` section into ours, in place.
+
+    Raises:
+        UserError: a Renyi divergence or another truncation is asked for, or one rate is set under both of its names.
+    """
+    section.pop("_target_", None)
+    for key, supported in _OFFICIAL_VALUES.items():
+        if key in section and (value := section.pop(key)) != supported:
+            raise UserError(
+                f"{origin}: self_distillation.{key}={value}: not implemented; remove it, or set it to {supported}"
+            )
+    if "teacher_update_rate" in section:
+        if "ema_update_rate" in section:
+            raise UserError(
+                f"{origin}: self_distillation.teacher_update_rate and ema_update_rate are the same setting; remove one"
+            )
+        section["ema_update_rate"] = section.pop("teacher_update_rate")
+
+
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     """Read a run file and apply ``key=value`` overrides.
 
@@ -764,6 +793,8 @@ def _build_run(sources: Sequence[tuple[str, DictConfig]]) -> Run:
     for node in [merged, *(merged[name] for name in _SECTIONS)]:
         OmegaConf.set_readonly(node, None)  # frozen dataclasses become read-only nodes, which cannot be merged into
     for origin, source in sources:
+        if isinstance(source._get_node("self_distillation"), DictConfig):
+            _translate_official_keys(origin, source.self_distillation)
         values: Any = OmegaConf.to_container(source, resolve=False)
         _refuse_unknown_keys(origin, values)
         if isinstance(values.get("verl"), Mapping):

@@ -43,10 +43,12 @@ ROLLOUT_KL = "rollout_corr/kl"
 DISTILLATION_LOSS = "self_distillation/loss"
 DIVERGENCE = "self_distillation/divergence"
 DISTILLATION_WEIGHT = "self_distillation/weight"
-DISTILLED_FRACTION = "self_distillation/distilled_sample_fraction"
-SUCCESS_FRACTION = "self_distillation/success_sample_fraction"
+REPROMPT_FRACTION = "self_distillation/reprompt_sample_fraction"
+ROLLOUT_SUCCESS_FRACTION = "self_distillation/rollout_success_fraction"
 SUCCESS_GROUP_FRACTION = "self_distillation/success_group_fraction"
-DEMONSTRATION_FRACTION = "self_distillation/demonstration_used_fraction"
+SUCCESS_SAMPLE_FRACTION = "self_distillation/success_sample_fraction"
+SOLUTION_FRACTION = "self_distillation/solution_used_fraction"
+FEEDBACK_AVAILABLE_FRACTION = "self_distillation/feedback_available_fraction"
 FEEDBACK_FRACTION = "self_distillation/feedback_used_fraction"
 TRUNCATED_FRACTION = "self_distillation/reprompt_truncated_fraction"
 OVERLONG_FRACTION = "self_distillation/reprompt_overlong_fraction"
@@ -58,7 +60,7 @@ TEACHER_ENTROPY = "self_distillation/teacher_entropy"
 IS_RATIO_MEAN = "self_distillation/is_ratio_mean"
 IS_CLIP_FRACTION = "self_distillation/is_clip_fraction"
 NONFINITE_SAMPLES = "self_distillation/nonfinite_samples"
-STALENESS = "self_distillation/staleness"
+STALENESS = "training/off_policy/trajectory_staleness/mean"
 
 VAL_GRADER_FAILURES = "val-aux/grader_failures"
 KL_TO_INITIAL = "health/kl_to_initial"
@@ -108,13 +110,16 @@ DESCRIPTIONS: dict[str, str] = {
     DISTILLATION_LOSS: "The distillation part of the loss, before its weight and the blend (only if grpo_coef < 1).",
     DIVERGENCE: "Mean divergence of a distilled token in nats, before ratios and weights.",
     DISTILLATION_WEIGHT: "The weight of the distillation part: as scheduled, times what alarms made of it.",
-    DISTILLED_FRACTION: "Share of samples that were distilled (their teacher was shown something).",
-    SUCCESS_FRACTION: "Share of samples that reached success_reward_threshold.",
-    SUCCESS_GROUP_FRACTION: "Share of prompts with at least one success.",
-    DEMONSTRATION_FRACTION: "Share of samples whose teacher was shown a solution.",
-    FEEDBACK_FRACTION: "Share of samples whose teacher was shown feedback.",
-    TRUNCATED_FRACTION: "Share of samples whose demonstration or feedback was trimmed to fit max_reprompt_len.",
-    OVERLONG_FRACTION: "Share of samples left out because even an empty demonstration did not fit.",
+    REPROMPT_FRACTION: "Fraction of samples that were distilled: the teacher was shown a demonstration or feedback.",
+    ROLLOUT_SUCCESS_FRACTION: "Fraction of graded samples with a score of at least success_reward_threshold.",
+    SUCCESS_GROUP_FRACTION: "Fraction of prompts with at least one such sample.",
+    SUCCESS_SAMPLE_FRACTION: "Fraction of samples with a successful rollout as demonstration (demonstration_source=peer "
+    "or peer_then_ground_truth).",
+    SOLUTION_FRACTION: "Fraction of samples with a demonstration from any source.",
+    FEEDBACK_AVAILABLE_FRACTION: "Fraction of samples for which the grader returned feedback.",
+    FEEDBACK_FRACTION: "Fraction of samples whose teacher was shown feedback.",
+    TRUNCATED_FRACTION: "Fraction of samples whose demonstration or feedback was truncated to max_reprompt_len.",
+    OVERLONG_FRACTION: "Fraction of samples left out because even an empty demonstration did not fit.",
     TEACHER_GAP: "Mean of teacher minus student log-probability of the sampled tokens, over distilled tokens.",
     GAP_POSITIVE_FRACTION: "Share of distilled tokens that the teacher finds likelier than the student does.",
     GAP_POSITIVE_PART: "What those tokens contribute to the gap: mean of max(gap, 0) over distilled tokens.",
@@ -123,7 +128,7 @@ DESCRIPTIONS: dict[str, str] = {
     IS_RATIO_MEAN: "Mean truncated ratio student / old policy over distilled tokens.",
     IS_CLIP_FRACTION: "Share of distilled tokens whose ratio was truncated at is_clip.",
     NONFINITE_SAMPLES: "Samples dropped because a number of theirs was not finite.",
-    STALENESS: "Weight updates between the weights that sampled and the weights that learn.",
+    STALENESS: "Weight updates between sampling and training.",
     VAL_GRADER_FAILURES: "Held-out responses on which the grader failed: no mean has them.",
     KL_TO_INITIAL: "Estimate of KL(student || initial model), mean of log student - log initial over response tokens, "
     "before the step's update (only if health.kl_to_initial_every > 0).",
@@ -137,7 +142,7 @@ DESCRIPTIONS: dict[str, str] = {
     TIME_SAVE: "Seconds to write a checkpoint.",
     TIME_STEP: "Seconds of the whole step.",
     TOKENS: "Prompt and response tokens of the step's rollouts.",
-    THROUGHPUT: "Those tokens a second.",
+    THROUGHPUT: "Those tokens per second and device.",
 }
 
 
@@ -148,8 +153,8 @@ ESTIMATES = (
     RESPONSE_LENGTH_MEAN,
     RESPONSE_LENGTH_CLIP_RATIO,
     REPEATED_4GRAMS,
-    DISTILLED_FRACTION,
-    SUCCESS_FRACTION,
+    REPROMPT_FRACTION,
+    ROLLOUT_SUCCESS_FRACTION,
     SUCCESS_GROUP_FRACTION,
     TEACHER_GAP,
     KL_TO_INITIAL,

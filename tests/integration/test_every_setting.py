@@ -919,7 +919,7 @@ def test_is_clip_matters_with_several_mini_batches_only(ran: Runner) -> None:
 
 def test_prompt_difficulty_is_nothing_where_all_succeed(ran: Runner) -> None:
     easy = ran(sd(weight_by_prompt_difficulty=True, success_reward_threshold=-1.0))
-    assert easy.series(metrics.SUCCESS_FRACTION) == [1, 1]
+    assert easy.series(metrics.ROLLOUT_SUCCESS_FRACTION) == [1, 1]
     assert easy.series(metrics.LOSS) == [0, 0] and easy.series(metrics.GRAD_NORM) == [0, 0]
     weighted, plain = ran({"seed": 1, **sd(weight_by_prompt_difficulty=True)}), ran({"seed": 1})
     assert 0 < weighted.series(metrics.LOSS)[0] <= plain.series(metrics.LOSS)[0] / 2

@@ -419,3 +419,74 @@ def test_rounding_at_random_is_refused_where_nothing_is_rounded(
     assert load(on, *half).optim.stochastic_rounding
     assert "has no effect with model.dtype=float32" in refusal(on)
     assert "has no effect with lora.rank > 0" in refusal(on, *half, "lora.rank=2")
+
+
+# verl/trainer/config/actor/actor.yaml of github.com/lasgroup/SDPO at 0736c782, without its comments.
+OFFICIAL = """
+self_distillation:
+  _target_: verl.workers.config.SelfDistillationConfig
+  full_logit_distillation: True
+  distillation_topk: 100
+  distillation_add_tail: True
+  alpha: 0.5
+  rho: 0.25
+  success_reward_threshold: 0.5
+  teacher_regularization: ema
+  teacher_update_rate: 0.05
+  max_reprompt_len: 10240
+  reprompt_truncation: right
+  dont_reprompt_on_self_success: True
+  remove_thinking_from_demonstration: True
+  include_environment_feedback: True
+  environment_feedback_only_without_solution: True
+  is_clip: 2
+  reprompt_template: |-
+    {prompt}{solution}{feedback}
+
+    Correctly solve the original question.
+  solution_template: |-
+
+    Correct solution:
+
+    {successful_previous_attempt}
+  feedback_template: |-
+
+    The following is feedback from your unsuccessful earlier attempt:
+
+    {feedback_raw}
+"""
+
+
+def load_official(tmp_path: Path, change: tuple[str, str] = ("", ""), *overrides: str) -> SelfDistillationConfig:
+    path = tmp_path / "official.yaml"
+    path.write_text(OFFICIAL.replace(*change))
+    mandatory = ["run_dir=r", "model.path=m", "data.task=t"]
+    return load_run(path, [*mandatory, *overrides]).self_distillation
+
+
+def test_the_official_section_loads_unchanged(tmp_path: Path) -> None:
+    config = load_official(tmp_path)
+    assert (config.alpha, config.distillation_topk, config.is_clip) == (0.5, 100, 2.0)
+    assert config.ema_update_rate == 0.05 and config.success_reward_threshold == 0.5
+    assert config.solution_template == "\nCorrect solution:\n\n{successful_previous_attempt}"
+    assert load_official(tmp_path, ("teacher_update_rate: 0.05", "teacher_update_rate: 0.01")).ema_update_rate == 0.01
+    assert load_official(tmp_path, ("", ""), "self_distillation.teacher_update_rate=0.2").ema_update_rate == 0.2
+    # Of the other keys the defaults are the official ones, except those that docs/algorithm.md lists.
+    differs = {"alpha", "distillation_topk", "success_reward_threshold"}
+    differs |= {"reprompt_template", "solution_template", "feedback_template"}  # in white space at the end
+    default = SelfDistillationConfig()
+    changed = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(default, f.name)}
+    assert changed == differs
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("rho: 0.25", "rho: 0.5"), r"self_distillation\.rho=0\.5: not implemented; remove it, or set it to 0\.25"),
+        (("reprompt_truncation: right", "reprompt_truncation: left"), r"reprompt_truncation=left: not implemented"),
+        (("alpha: 0.5", "ema_update_rate: 0.1"), "teacher_update_rate and ema_update_rate are the same setting"),
+    ],
+)
+def test_official_settings_that_are_not_implemented(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_official(tmp_path, change)

@@ -19,8 +19,8 @@ BRISK = HealthConfig(window=2, tolerance=0.0)
 SCORE, ENTROPY, LENGTH = metrics.SCORE_MEAN, metrics.ENTROPY, metrics.RESPONSE_LENGTH_MEAN
 CLIPPED, DISTILLED, SUCCEEDED = (
     metrics.RESPONSE_LENGTH_CLIP_RATIO,
-    metrics.DISTILLED_FRACTION,
-    metrics.SUCCESS_FRACTION,
+    metrics.REPROMPT_FRACTION,
+    metrics.ROLLOUT_SUCCESS_FRACTION,
 )
 GAIN = metrics.teacher_gain_name("digits")
 GAIN_HIGH = metrics.ci95_names(GAIN)[1]

@@ -86,5 +86,5 @@ def test_failed_grades_are_counted_and_too_many_end_the_run(
     assert sorted(rows) == [0, 1]
     assert rows[1][metrics.GRADER_FAILURES] == 2
     assert rows[0][metrics.VAL_GRADER_FAILURES] == rows[1][metrics.VAL_GRADER_FAILURES] == 0
-    assert rows[1][metrics.DISTILLED_FRACTION] == pytest.approx(6 / 8)
+    assert rows[1][metrics.REPROMPT_FRACTION] == pytest.approx(6 / 8)
     assert rows[1][metrics.DISTILLATION_LOSS] > 0

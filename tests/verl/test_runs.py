@@ -132,7 +132,7 @@ def test_the_v1_trainers(
     assert sorted(rows) == [0, 1, 2, 3]
     for step in (1, 2, 3):
         assert rows[step][metrics.DISTILLATION_LOSS] > 0
-        assert rows[step][metrics.DISTILLED_FRACTION] > 0
+        assert rows[step][metrics.REPROMPT_FRACTION] > 0
         assert metrics.PG_LOSS in rows[step]
         assert 0 <= rows[step][metrics.STALENESS] <= (1 if name == "sdpo_separate_async" else 0)
     assert ACCURACY in rows[0] and ACCURACY in rows[3]
@@ -264,7 +264,7 @@ def test_images_and_texts_with_a_frozen_tower_on_one_gpu(start: Train, tmp_path:
     rows = metrics_of(tmp_path / "run")
     for step in (1, 2):
         assert rows[step][metrics.DISTILLATION_LOSS] > 0
-        assert rows[step][metrics.DISTILLED_FRACTION] == 1.0
+        assert rows[step][metrics.REPROMPT_FRACTION] == 1.0
     first, last = load_weights(tmp_path / "run", 1), load_weights(tmp_path / "run", 2)
     for name, value in first.items():
         assert torch.equal(last[name], value) == name.startswith("model.visual."), name

@@ -55,7 +55,7 @@ def test_the_policy_learns_to_call_the_tool(train: Callable[..., Any], tmp_path:
     assert rows[last][ACCURACY] >= 0.7  # the tiny model copies some digits wrongly
     # verl counts the question and the answer, and two more for a call and the tool's output.
     assert rows[0]["val-aux/num_turns/mean"] <= 2.1 and rows[last]["val-aux/num_turns/mean"] >= 3.5
-    assert rows[1][metrics.DISTILLED_FRACTION] < rows[last][metrics.DISTILLED_FRACTION]
+    assert rows[1][metrics.REPROMPT_FRACTION] < rows[last][metrics.REPROMPT_FRACTION]
     written = (tmp_path / "run" / "rollouts" / f"{last}.jsonl").read_text().splitlines()
     outputs = [json.loads(line)["output"] for line in written]
     assert any("</tool_call>" in output and "tool\n" in output for output in outputs)

@@ -42,6 +42,7 @@ class Demonstration:
 
     solution: str | None = None
     feedback: str | None = None
+    is_from_peer: bool = False  # the solution is another rollout
 
     @property
     def is_empty(self) -> bool:
@@ -102,23 +103,22 @@ def _select(
         return Demonstration()
     if config.distill_only_failed and sample.score >= config.success_reward_threshold:
         return Demonstration()
-    solution = _select_solution(index, sample, peers, config, rng)
+    peer = _select_peer(index, peers, config, rng)
+    solution = peer or _select_ground_truth(sample, config)
     shows_feedback = config.include_environment_feedback and not is_blank(sample.feedback)
     if config.environment_feedback_only_without_solution and solution is not None:
         shows_feedback = False
-    return Demonstration(solution, sample.feedback if shows_feedback else None)
+    return Demonstration(solution, sample.feedback if shows_feedback else None, is_from_peer=peer is not None)
 
 
-def _select_solution(
-    index: int,
-    sample: GradedResponse,
-    peers: Sequence[tuple[int, str]],
-    config: SelfDistillationConfig,
-    rng: random.Random,
+def _select_peer(
+    index: int, peers: Sequence[tuple[int, str]], config: SelfDistillationConfig, rng: random.Random
 ) -> str | None:
     candidates = [text for peer, text in peers if peer != index or not config.dont_reprompt_on_self_success]
-    if candidates:
-        return rng.choice(candidates)
+    return rng.choice(candidates) if candidates else None
+
+
+def _select_ground_truth(sample: GradedResponse, config: SelfDistillationConfig) -> str | None:
     if config.demonstration_source in ("ground_truth", "peer_then_ground_truth"):
         return _solution_text(sample.ground_truth, config)
     return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sdpo import metrics
 from sdpo.config import SelfDistillationConfig
-from sdpo.context.demonstration import Demonstration, GradedResponse, select_demonstrations
+from sdpo.context.demonstration import Demonstration, GradedResponse, is_blank, select_demonstrations
 from sdpo.context.encode import TeacherPrompt, Tokenizer, encode_teacher_prompt
 from sdpo.context.reprompt import Message
 from sdpo.estimates import ClusteredMean, compute_wilson_interval, name_interval
@@ -53,9 +53,13 @@ def build_lessons(
 def summarize_lessons(
     graded: Sequence[GradedResponse], lessons: Sequence[Lesson], config: SelfDistillationConfig
 ) -> dict[str, float]:
-    """Successes of a step, and how many of its rollouts are distilled, from what."""
+    """Fractions of a step's rollouts: that succeeded, that are distilled, and by which kind of demonstration.
 
-    def share(flags: Sequence[bool]) -> float:
+    Names and quantities of the official implementation, except ``rollout_success_fraction`` and
+    ``solution_used_fraction``, which it does not have.
+    """
+
+    def fraction(flags: Sequence[bool]) -> float:
         return sum(flags) / len(flags)
 
     def interval(name: str, flags: Sequence[bool], clusters: Sequence[Hashable]) -> dict[str, float]:
@@ -67,19 +71,21 @@ def summarize_lessons(
     if known:
         groups = {g.group for g in known}
         solved = len({g.group for g, ok in zip(known, succeeded, strict=True) if ok}) / len(groups)
-        values = {metrics.SUCCESS_FRACTION: share(succeeded), metrics.SUCCESS_GROUP_FRACTION: solved}
-        values |= interval(metrics.SUCCESS_FRACTION, succeeded, [g.group for g in known])
+        values = {metrics.ROLLOUT_SUCCESS_FRACTION: fraction(succeeded), metrics.SUCCESS_GROUP_FRACTION: solved}
+        values |= interval(metrics.ROLLOUT_SUCCESS_FRACTION, succeeded, [g.group for g in known])
         values |= name_interval(metrics.SUCCESS_GROUP_FRACTION, compute_wilson_interval(solved, len(groups)))
     if not config.distills:
         return values
     is_distilled = [x.is_distilled for x in lessons]
-    values |= interval(metrics.DISTILLED_FRACTION, is_distilled, [g.group for g in graded])
+    values |= interval(metrics.REPROMPT_FRACTION, is_distilled, [g.group for g in graded])
     return values | {
-        metrics.DISTILLED_FRACTION: share(is_distilled),
-        metrics.DEMONSTRATION_FRACTION: share(
+        metrics.REPROMPT_FRACTION: fraction(is_distilled),
+        metrics.SUCCESS_SAMPLE_FRACTION: fraction([x.is_distilled and x.demonstration.is_from_peer for x in lessons]),
+        metrics.SOLUTION_FRACTION: fraction(
             [x.is_distilled and x.demonstration.solution is not None for x in lessons]
         ),
-        metrics.FEEDBACK_FRACTION: share([x.is_distilled and x.demonstration.feedback is not None for x in lessons]),
-        metrics.TRUNCATED_FRACTION: share([x.prompt.truncated for x in lessons]),
-        metrics.OVERLONG_FRACTION: share([x.prompt.overlong for x in lessons]),
+        metrics.FEEDBACK_AVAILABLE_FRACTION: fraction([not is_blank(g.feedback) for g in graded]),
+        metrics.FEEDBACK_FRACTION: fraction([x.is_distilled and x.demonstration.feedback is not None for x in lessons]),
+        metrics.TRUNCATED_FRACTION: fraction([x.prompt.truncated for x in lessons]),
+        metrics.OVERLONG_FRACTION: fraction([x.prompt.overlong for x in lessons]),
     }

@@ -66,6 +66,7 @@ class Parts:
     window: int | None
     resumption: Resumption | None
     data: str
+    num_devices: int
     observer: Observer
 
     def prompts_of(self, step: int) -> list[Prompt]:
@@ -144,6 +145,7 @@ def build_parts(run: Run, observer: Observer) -> Parts:
         window=window,
         resumption=resumption,
         data=data,
+        num_devices=len({learner_device, sampler_device}),
         observer=observer,
     )
 

@@ -136,7 +136,7 @@ class _Training:
         self.row, self.is_checked, self.rollouts = values, False, None
         self.interruption.release()
         elapsed = time.perf_counter() - started
-        values |= {metrics.TIME_STEP: elapsed, metrics.THROUGHPUT: values[metrics.TOKENS] / elapsed}
+        values |= {metrics.TIME_STEP: elapsed, metrics.THROUGHPUT: values[metrics.TOKENS] / elapsed / parts.num_devices}
 
     def _finish_step(self) -> None:
         """Evaluate, save and log the last step; step 0 is before training."""

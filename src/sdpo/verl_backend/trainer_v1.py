@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 import transfer_queue as tq
@@ -18,7 +17,6 @@ from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-from sdpo import metrics as names
 from sdpo.verl_backend.grades import WithFailedGrades, check_failures, correct_advantages, replace_scores
 from sdpo.verl_backend.health import RunHealth, WithHealthChecks, summarize_rollouts
 from sdpo.verl_backend.teacher_batch import Rollout, read_ground_truth
@@ -72,10 +70,6 @@ class WithTeacherBatch(WithFailedGrades, WithHealthChecks):
                 fields=TensorDict(fields, batch_size=len(batch)),
             )
             metrics.update(values)
-        versions = [tag["min_global_steps"] for tag in batch.tags if tag.get("min_global_steps") is not None]
-        if versions:
-            # The weights after step k are named k here; step k begins with those named k - 1.
-            metrics[names.STALENESS] = self.global_steps - 1 - int(np.min(versions))
         batch = super()._compute_advantage(batch, metrics)  # type: ignore[misc]
         if any(sample.is_failed for sample in samples):
             self._correct_advantages(batch, rollouts)

@@ -132,7 +132,7 @@ def test_intervals_of_what_the_rollouts_tell(make_run: MakeRun, make_samples: Ma
         assert [values[end] for end in metrics.ci95_names(name)] == pytest.approx(
             ClusteredMean.of(numbers, prompts).normal_interval()
         )
-    for name in (metrics.RESPONSE_LENGTH_CLIP_RATIO, metrics.DISTILLED_FRACTION, metrics.SUCCESS_GROUP_FRACTION):
+    for name in (metrics.RESPONSE_LENGTH_CLIP_RATIO, metrics.REPROMPT_FRACTION, metrics.SUCCESS_GROUP_FRACTION):
         assert [values[end] for end in metrics.ci95_names(name)] == pytest.approx(
             compute_wilson_interval(values[name], len(set(prompts)))
         )

@@ -413,7 +413,7 @@ def test_drawn_geometry_by_the_grader_of_geometry3k(make_image_run: MakeRun, tmp
         self_distillation__include_environment_feedback=True,
     )
     result = train(run)
-    assert result.metrics[metrics.DEMONSTRATION_FRACTION] == 1.0
+    assert result.metrics[metrics.SOLUTION_FRACTION] == 1.0
     assert result.metrics[metrics.val_name("hiyouga/geometry3k", "mean@1")] == 0.0
     text = (result.run_dir / "rollouts" / "step_1.txt").read_text()
     assert "has no final answer in \\boxed{...}" in text

@@ -138,10 +138,10 @@ def test_the_summary_by_hand() -> None:
         metrics.PROMPT_LENGTH_MEAN: pytest.approx(10.5),
         metrics.PROMPT_LENGTH_MAX: 11,
         metrics.TOKENS: sum(lengths) + sum(prompt_lengths),
-        metrics.SUCCESS_FRACTION: pytest.approx(1 / 6),
+        metrics.ROLLOUT_SUCCESS_FRACTION: pytest.approx(1 / 6),
         metrics.SUCCESS_GROUP_FRACTION: 0.5,
-        metrics.DISTILLED_FRACTION: pytest.approx(5 / 6),
-        metrics.DEMONSTRATION_FRACTION: pytest.approx(2 / 6),
+        metrics.REPROMPT_FRACTION: pytest.approx(5 / 6),
+        metrics.SOLUTION_FRACTION: pytest.approx(2 / 6),
         metrics.FEEDBACK_FRACTION: pytest.approx(5 / 6),
         metrics.TRUNCATED_FRACTION: 0,
         metrics.OVERLONG_FRACTION: 0,
@@ -152,7 +152,7 @@ def test_the_summary_counts_what_did_not_fit() -> None:
     settings: dict[str, Any] = {"demonstration_source": "ground_truth", "max_reprompt_len": 10}
     values = summarize_samples(build(**settings), SelfDistillationConfig(**settings))
     assert values[metrics.OVERLONG_FRACTION] == 1
-    assert values[metrics.DISTILLED_FRACTION] == 0
+    assert values[metrics.REPROMPT_FRACTION] == 0
 
 
 def test_a_prompt_that_is_twice_in_a_batch_is_two_groups() -> None:
@@ -196,9 +196,9 @@ def test_a_response_that_was_not_graded_teaches_nothing() -> None:
     values = summarize_samples(samples, SelfDistillationConfig(**settings))
     assert values[metrics.GRADER_FAILURES] == 1
     assert values[metrics.SCORE_MEAN] == pytest.approx((1 + 0 + 0 + 0 + 0.5) / 5)
-    assert values[metrics.SUCCESS_FRACTION] == pytest.approx(2 / 5)
+    assert values[metrics.ROLLOUT_SUCCESS_FRACTION] == pytest.approx(2 / 5)
     assert values[metrics.SUCCESS_GROUP_FRACTION] == 1
-    assert values[metrics.DISTILLED_FRACTION] == pytest.approx(5 / 6)
+    assert values[metrics.REPROMPT_FRACTION] == pytest.approx(5 / 6)
 
 
 def test_a_step_in_which_nothing_was_graded_has_no_scores() -> None:
@@ -211,6 +211,6 @@ def test_a_step_in_which_nothing_was_graded_has_no_scores() -> None:
     samples = build_samples(tolerant, TOKENIZER, PROMPTS, RESPONSES, config, None, random.Random(0))
     values = summarize_samples(samples, config)
     assert values[metrics.GRADER_FAILURES] == 6
-    assert values[metrics.DISTILLED_FRACTION] == 0
-    assert not {metrics.SCORE_MEAN, metrics.SCORE_MAX, metrics.SCORE_MIN, metrics.SUCCESS_FRACTION} & set(values)
+    assert values[metrics.REPROMPT_FRACTION] == 0
+    assert not {metrics.SCORE_MEAN, metrics.SCORE_MAX, metrics.SCORE_MIN, metrics.ROLLOUT_SUCCESS_FRACTION} & set(values)
     assert all(value == value for value in values.values())

@@ -264,7 +264,7 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(make_task_run: MakeRun, tm
     assert first == same
     assert checkpoint_bytes(runs[0].run_dir) == checkpoint_bytes(runs[1].run_dir)
     assert len(checkpoint_bytes(runs[0].run_dir)) == 2  # student and teacher
-    assert first[1][metrics.DEMONSTRATION_FRACTION] == 1
+    assert first[1][metrics.SOLUTION_FRACTION] == 1
     assert [row[metrics.RESPONSE_LENGTH_MEAN] for row in first[1:]] != [
         row[metrics.RESPONSE_LENGTH_MEAN] for row in other[1:]
     ]
@@ -423,7 +423,7 @@ def test_a_grader_that_fails_now_and_then_costs_those_responses(make_task_run: M
     rows = [json.loads(line) for line in (Path(run.run_dir) / "metrics.jsonl").read_text().splitlines()]
     assert [row[metrics.GRADER_FAILURES] for row in rows] == [1, 1, 1]
     assert [row[metrics.SCORE_MEAN] for row in rows] == [1, 1, 1]
-    assert [row[metrics.DISTILLED_FRACTION] for row in rows] == [7 / 8] * 3
+    assert [row[metrics.REPROMPT_FRACTION] for row in rows] == [7 / 8] * 3
     assert [text for text in messages if "grading failed" in text][1:] == []
     assert "=== not graded, advantage 0," in (Path(run.run_dir) / "rollouts" / "step_1.txt").read_text()
 

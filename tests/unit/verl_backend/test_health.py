@@ -88,8 +88,8 @@ def make_rows(seed: int, num_steps: int = 40) -> list[dict[str, float]]:
                 metrics.TEACHER_ENTROPY: draw.uniform(0.5, 0.6) * (4 if spoilt else 1),
                 metrics.RESPONSE_LENGTH_MEAN: draw.uniform(20, 22) * (0.2 if spoilt else 1),
                 metrics.RESPONSE_LENGTH_CLIP_RATIO: 0.1 + 0.5 * spoilt,
-                metrics.DISTILLED_FRACTION: 0.0 if step % 10 > 6 else 0.5,
-                metrics.SUCCESS_FRACTION: draw.uniform(0.1, 0.2),
+                metrics.REPROMPT_FRACTION: 0.0 if step % 10 > 6 else 0.5,
+                metrics.ROLLOUT_SUCCESS_FRACTION: draw.uniform(0.1, 0.2),
             }
         )
     return rows

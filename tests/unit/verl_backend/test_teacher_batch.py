@@ -38,7 +38,7 @@ def test_a_peer_of_the_same_prompt_is_shown_and_nothing_where_there_is_none() ->
     assert fields[TEACHER_PROMPT_LENGTHS].tolist() == [len(expected), 0, 0]
     assert fields[TEACHER_PROMPTS][0].tolist() == expected
     torch.testing.assert_close(fields[SAMPLE_WEIGHTS], torch.tensor([0.5, 0.5, 0.0]))
-    assert values[metrics.DISTILLED_FRACTION] == pytest.approx(1 / 3)
+    assert values[metrics.REPROMPT_FRACTION] == pytest.approx(1 / 3)
     assert values[metrics.SUCCESS_GROUP_FRACTION] == 0.5
 
 
@@ -94,7 +94,7 @@ def test_grpo_alone_shows_nothing() -> None:
         [make_rollout("77", 0.0)], step=1
     )
     assert fields[TEACHER_PROMPT_LENGTHS].tolist() == [0]
-    assert metrics.DISTILLED_FRACTION not in values
+    assert metrics.REPROMPT_FRACTION not in values
 
 
 def test_which_peer_is_shown_follows_from_seed_and_step() -> None:
@@ -117,7 +117,7 @@ def test_padding_and_failed_responses_teach_nothing_and_are_not_counted(source: 
     plain, wanted = build(rollouts, step=1)
     fields, values = build([None, rollouts[0], None, *rollouts[1:], None], step=1)
     assert values == wanted
-    assert values[metrics.SUCCESS_FRACTION] == 0.5  # of two graded
+    assert values[metrics.ROLLOUT_SUCCESS_FRACTION] == 0.5  # of two graded
     for name in (TEACHER_PROMPTS, TEACHER_PROMPT_LENGTHS, SAMPLE_WEIGHTS, DISTILLATION_COEF):
         assert torch.equal(fields[name][[1, 3, 4]], plain[name]), name
     lengths = fields[TEACHER_PROMPT_LENGTHS].tolist()
