@@ -1,4 +1,4 @@
-"""Group-relative advantages: what GRPO calls credit, one number a response."""
+"""Group-relative advantages of GRPO, one number per response."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def compute_group_advantages(
 
     Args:
         scores: [B], the responses' scores.
-        group_index: [B], integers; responses to one prompt share one.
+        group_index: [B], integers; equal for responses to the same prompt.
         norm_by_std: divide by the group's sample standard deviation (Bessel-corrected, as verl does) plus ``epsilon``;
             without it the advantages are those of Dr. GRPO.
 

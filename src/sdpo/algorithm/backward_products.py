@@ -1,4 +1,4 @@
-"""From dL / dz to the gradients by hidden states and head: their two products, in pieces that the processor likes.
+"""Backward products of the output head, in pieces sized for the cache.
 
 G is dL / dz of some tokens, one row a token; X their hidden states; W the head's weight.
 """
@@ -10,12 +10,11 @@ from torch import Tensor
 
 from sdpo.algorithm.products import goes_to_onednn, multiply
 
-# Where oneDNN multiplies, products that add up to the head's gradient are made in pieces of this much: what
-# stays in the cache costs less to read again.
+# Size of the pieces in which oneDNN computes the head's gradient: a piece stays in the cache.
 PIECE_BYTES = 4_000_000
-# An accelerator needs larger ones to be busy.
+# The same on an accelerator, which needs larger pieces to be busy.
 ACCELERATOR_PIECE_BYTES = 64_000_000
-# So many pieces of a gradient are given free at once: fewer and the system backs them with small pages only.
+# Number of pieces of a gradient that are freed together: with fewer, the OS does not use huge pages.
 PART_PIECES = 16
 
 
@@ -42,7 +41,7 @@ class SumOfProducts:
         self.num_chunks += 1
 
     def finish(self, dtype: torch.dtype) -> Tensor:
-        """The sum. Parts are given free as they are converted, for the whole is there twice otherwise."""
+        """Return the sum. Each part is freed once converted, so that the gradient is not in memory twice."""
         if self.num_chunks == 0:
             for part in self.parts:
                 part.zero_()

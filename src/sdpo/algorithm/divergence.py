@@ -1,4 +1,4 @@
-"""How far the student's next-token distribution is from the teacher's: one number a token.
+"""Divergence of the student's and the teacher's next-token distributions, one number per token.
 
 Sign convention of the official code and TRL: ``alpha=0`` is the forward KL(teacher || student), ``alpha=1`` the reverse
 KL(student || teacher), and between them the generalised Jensen-Shannon divergence
@@ -19,10 +19,10 @@ from torch.autograd.function import once_differentiable
 
 # log(1 - sum p) of the tail bucket: sum p is held below 1 by this much, as in the official code.
 TAIL_LOG_SUM_MAX = -1e-7
-# Stands for log 0 where -inf on both sides would make the gradient of a logarithmic sum undefined; exp() of it is 0.
+# Replaces log 0 where -inf on both sides would make the gradient of a logarithmic sum undefined; exp() of it is 0.
 LOG_ZERO = -1e4
 LOG2_E = math.log2(math.e)
-# Up to so many entries it costs less to expect zeros than to look for them; and a GPU does not wait for the answer.
+# Up to this many entries, masking always costs less than checking for zeros, and needs no GPU synchronisation.
 FEW_ENTRIES = 4096
 
 
@@ -36,7 +36,7 @@ def compute_kl(p_log_probs: Tensor, q_log_probs: Tensor) -> Tensor:
 
 
 def _compute_log_ratio(p_log_probs: Tensor, q_log_probs: Tensor, out: Tensor | None = None) -> Tensor:
-    # A mask of all entries takes longer than all the rest, and few distributions rule one out.
+    # Masking dominates the cost, and few distributions have an entry of probability 0.
     masks = p_log_probs.shape[-1] <= FEW_ENTRIES or bool(torch.isneginf(p_log_probs.amin(-1)).any())
     mask = torch.isneginf(p_log_probs) if masks else None
     log_ratio = torch.sub(p_log_probs, q_log_probs, out=out)
@@ -70,7 +70,7 @@ def differentiate_divergence(
 
     Args:
         student, teacher: [..., V], the probabilities, if they are known already.
-        overwrite: both log-probabilities are of no further use: their memory is enough then.
+        overwrite: reuse the memory of both log-probabilities.
 
     Returns:
         [...] and [..., V]. An entry that the student rules out has the derivative 0 (forward KL: -t).

@@ -26,7 +26,7 @@ def multiply(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
             product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
             return product
         except RuntimeError:
-            pass  # once memory has run out, oneDNN may refuse a shape for good; what is wrong else, is so for torch too
+            pass  # after an OOM, oneDNN may reject this shape permanently; torch re-raises other errors
     return torch.nn.functional.linear(left, right, bias)
 
 
@@ -36,7 +36,7 @@ def multiply_into(out: Tensor, left: Tensor, right: Tensor) -> None:
         torch.mm(left, right.T, out=out)
         return
     for columns, rows in zip(out.split(PIECE_ROWS, dim=1), right.split(PIECE_ROWS), strict=True):
-        columns.copy_(multiply(left, rows))  # oneDNN makes tensors of its own
+        columns.copy_(multiply(left, rows))  # oneDNN allocates its outputs
 
 
 def find_round_length(length: int) -> int:

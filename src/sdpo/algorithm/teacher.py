@@ -1,4 +1,4 @@
-"""The teacher's weights: the student's, held back.
+"""The teacher's weights, which follow the student's.
 
 An average kept in bfloat16 does not move: at rate 0.05 the change is below half a unit in the last place. So the
 averaged copy is float32 whatever the model's dtype, and what the forward pass uses is cast from it.
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from sdpo.config import SelfDistillationConfig
 
-# So many entries of the student are cast to the average's data type at a time: 256 MiB in float32.
+# At most this many entries of the student are cast to the average's data type at a time: 256 MiB in float32.
 ENTRIES_AT_ONCE = 2**26
 
 # Modules and the coefficients with which their logits are added; one module with 1 is that model's own distribution.
@@ -83,7 +83,7 @@ class TeacherWeights(Protocol):
 
     @property
     def in_module(self) -> bool:
-        """Whether they are the module's own parameters, so that whoever saves those has saved all."""
+        """Whether they are the module's own parameters, so that saving the module saves them."""
 
     def read(self, student: nn.Module) -> Sequence[Tensor]:
         """The student's, of the same shapes in the same order."""
@@ -151,7 +151,7 @@ class Teacher:
             self.weights = weights or ModuleWeights(module, averaged=self.kind == "ema")
 
     def policy(self, student: nn.Module) -> Policy:
-        """Whose logits to add up: one module, or two for the trust region.
+        """Modules and the coefficients of their logits: one module, or two for the trust region.
 
         Trust region: lerp(initial model's logits, student's logits, rate), a geometric mixture of both distributions.
         Source: SDPO (arXiv 2601.20802), the regularised teacher.
@@ -192,7 +192,7 @@ class Teacher:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state_dict``; parameters that are not in it are loaded by whoever saved them."""
+        """Resume from ``state_dict``; the caller loads the parameters that are not in it."""
         self.num_steps = state["num_steps"]
         if self.weights is not None and not self.weights.in_module:
             values = self.weights.values

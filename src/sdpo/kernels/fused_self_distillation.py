@@ -44,7 +44,7 @@ def fused_self_distillation_loss(
         teacher_hidden: [N, H'], the teacher's for the same tokens; read at distilled tokens.
         teacher_head: [V, H'], be it the student's very tensor; the teacher never receives a gradient.
         sampled_ids: [N], the tokens that were sampled.
-        loss_mask: [N], 1 at tokens that count. What stands at others never matters.
+        loss_mask: [N], 1 at tokens that count. Values at other tokens are ignored.
         self_distillation_config: which divergence, which level, which clips.
         old_log_probs: [N], needed unless ``is_clip`` is None.
         rollout_is_weights: [N], truncated importance weights old policy / sampler.
@@ -63,7 +63,7 @@ def fused_self_distillation_loss(
     Raises:
         ValueError: ``old_log_probs`` is missing where the settings need it.
 
-    A token with a number that is not finite is left out as if it were not there, and counted in
+    A token with a non-finite number is left out and counted in
     ``self_distillation/nonfinite_samples``: here every token is a sample of its own.
     """
     config = self_distillation_config
@@ -103,7 +103,7 @@ def fused_self_distillation_loss(
         finite[shown] = finite[shown] & torch.isfinite(outputs.teacher_log_probs)
         checks = [(num_counted - counted.sum()).to(outputs.loss), finite.all().to(outputs.loss)]
         counted = counted & finite
-        # All that is read of the device is read at once.
+        # A single transfer from the device.
         means = [total / count.clamp(min=1) for total, count in outputs.sums.values()]
         *read, dropped, all_finite = torch.stack([*means, *checks]).tolist()
         if all_finite:

@@ -1,7 +1,7 @@
-"""Whether the kernels for CUDA give here what the portable form gives: asked once a process, on six tokens.
+"""Compare the CUDA kernels with the portable form on six tokens, once per process.
 
-A GPU, driver or compiler that they were never run on may lack something, or compute something else; there a run is to
-be slow rather than wrong.
+On an untested GPU, driver or compiler the kernels may fail or compute something else. The run then uses the slower
+portable form.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def kernels_agree(
 def _compare(device: torch.device, dtype: torch.dtype, config: SelfDistillationConfig) -> str:
     from sdpo.kernels.cuda import fused_loss
 
-    generator = torch.Generator().manual_seed(0)  # of its own: a run's numbers stay as they are
+    generator = torch.Generator().manual_seed(0)  # separate, so that the run's random numbers do not change
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device, dtype)

@@ -18,7 +18,7 @@ from transformers.masking_utils import sdpa_mask
 from sdpo.models.packing import Attention, Layout
 
 NAME = "sdpa_packed"
-# Stands for the mask of a packed row: transformers hands on a mask of four axes as it is and makes none of its own.
+# Replaces the mask of a packed row: transformers passes a mask of four axes through unchanged.
 NO_MASK = torch.empty(1, 1, 0, 0)
 # What a layer may ask of attention beyond a causal mask, and what it says where it does not.
 UNSUPPORTED = {"sliding_window": None, "softcap": None, "s_aux": None, "position_bias": None}
@@ -47,7 +47,7 @@ def attend(
     """
     if layout is None:
         if attention_mask is not None and not attention_mask.numel():
-            raise NotPackable(f"{type(module).__name__} does not hand on what a forward pass is given")
+            raise NotPackable(f"{type(module).__name__} does not pass the arguments of a forward pass to its attention")
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **settings
         )

@@ -21,7 +21,7 @@ BLOCK = 128
 # Tokens that are read before it is seen which rows have ended, for which a GPU has to be waited for.
 CHECK_EVERY = {"cpu": 1}
 CHECK_EVERY_ELSE = 8
-# Rows that have ended leave the batch once no more than this share of it is running.
+# Finished rows leave the batch once at most this fraction of it is running.
 KEEP_FULL = 0.9
 
 
@@ -51,7 +51,7 @@ class Response:
         token_ids: with the stop token at the end if it was reached.
         log_probs: of each token under the distribution that it was drawn from: after temperature and top-p, without
             forbidden tokens (0 where decoding is greedy).
-        finished: whether it ended by itself, and not at ``max_new_tokens``.
+        finished: whether it ended with a stop token, not at ``max_new_tokens``.
     """
 
     token_ids: list[int]
@@ -113,7 +113,7 @@ def _sample_batch(
     device, limit = generator.device, decoding.max_new_tokens
     check_every = CHECK_EVERY.get(device.type, CHECK_EVERY_ELSE)
     num_responses = len(prompts) * decoding.n
-    # Each response has random numbers of its own: what it becomes does not depend on which others still run.
+    # Random numbers are per response, so that a response does not depend on which others still run.
     uniform = torch.rand((limit, num_responses), dtype=torch.float64, generator=generator, device=device)
     batch = pad_sequences(prompts, [[]] * len(prompts), decoding.pad_token_id, device, vision)
     state = _DecodingState(policy, batch.token_ids.shape[1] + limit)
@@ -128,7 +128,7 @@ def _sample_batch(
     running = torch.ones_like(rows, dtype=torch.bool)
     for place in range(limit):
         token, log_prob = draw(logits, uniform[place, rows])
-        tokens[place, rows], log_probs[place, rows] = token, log_prob  # rows that have ended go on, unheeded
+        tokens[place, rows], log_probs[place, rows] = token, log_prob  # ignored in finished rows
         if place + 1 == limit:
             break
         running &= ~torch.isin(token, stop)
@@ -154,7 +154,7 @@ def _fill_gaps(running: Tensor, num_running: int) -> Tensor:
 def _cut_at_stop(tokens: Tensor, log_probs: Tensor, stop: Tensor) -> list[Response]:
     """Responses from what their rows drew [T, responses], each up to its first stop token."""
     if not log_probs.isfinite().all():
-        raise FloatingPointError("a token was to be drawn from logits that are not finite")
+        raise FloatingPointError("cannot sample: the logits are non-finite")
     stops = torch.isin(tokens, stop)
     finished = stops.any(0)
     lengths = torch.where(finished, stops.int().argmax(0) + 1, len(tokens))

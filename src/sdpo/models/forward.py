@@ -43,7 +43,7 @@ def pad_sequences(
 ) -> PaddedSequences:
     """Lay prompt and response of each sample side by side in one row; a response may be empty.
 
-    A response's positions go on by one from the highest of its prompt's, on every axis.
+    A response's positions continue from its prompt's highest in steps of 1, on every axis.
     """
     lengths = [len(prompt.token_ids) for prompt in prompts]
     prompt_length, response_length = max(lengths), max(map(len, responses))
@@ -71,8 +71,8 @@ def pad_sequences(
 def compute_positions(prompts: Sequence[TokenPrompt], response_length: int, vision: Vision | None) -> list[Tensor]:
     """Position ids [L], or [3, L] in models with multimodal rotary positions, of each prompt and a response to it.
 
-    A response's positions go on by one from the highest of its prompt's, on every axis; so those of a shorter response
-    are the first of these. Equal prompts, as rollouts have them, share one tensor.
+    A response's positions continue from its prompt's highest in steps of 1, on every axis. A shorter
+    response has the first of these. Equal prompts, as rollouts have them, share one tensor.
     """
     keys = [(tuple(prompt.token_ids), prompt.images) for prompt in prompts]
     distinct = dict(zip(keys, prompts, strict=True))

@@ -1,4 +1,4 @@
-"""Loading a model and its tokenizer, with the errors that a person meets."""
+"""Load a model and its tokenizer, with errors for the user."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ class ImageReader:
         return expanded
 
     def read_pixels(self, image: bytes) -> Mapping[str, Tensor]:
-        """What the model's image tower reads of one image, by the names of its arguments.
+        """Inputs of the model's vision tower for one image, by argument name.
 
         Raises:
             UserError: the image cannot be read.

@@ -1,4 +1,4 @@
-"""What a vision-language model makes of images: each image through its tower once, wherever a batch shows it.
+"""Image features of a vision-language model: the vision tower runs once per distinct image of a batch.
 
 The tower is all that comes before the language model: patches, blocks, projector. transformers' models call their own
 ``get_image_features`` in every forward pass; here that call is answered with features made before. What comes after it,
@@ -31,9 +31,9 @@ class ImageFeatures:
     """One image as the language model reads it.
 
     Attributes:
-        tokens: [image tokens, H], or [crops, tokens a crop, H] in models that cut images up.
+        tokens: [image tokens, H], or [crops, tokens per crop, H] in models that cut images up.
         by_layer: the same for each layer that reads images of its own (Qwen3-VL's deepstack); mostly none.
-        in_list: whether the model's tower returns a list with an entry an image, or one tensor.
+        in_list: whether the model's tower returns a list with an entry per image, or one tensor.
     """
 
     tokens: Tensor
@@ -164,7 +164,7 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def get_inner_model(model: nn.Module) -> Any:
-    """The part of a vision-language model that has the image tower.
+    """The part of a vision-language model that has the vision tower.
 
     Raises:
         UserError: there is none that transformers' common interface reaches.

@@ -251,7 +251,7 @@ def test_forbidden_tokens_are_not_drawn_and_have_no_probability(model: Any, plai
 def test_logits_that_are_not_finite_are_an_error(make_model: Any, top_p: float) -> None:
     model = make_model()
     model.lm_head.weight.data[5] = float("nan")
-    with pytest.raises(FloatingPointError, match="not finite"):
+    with pytest.raises(FloatingPointError, match="non-finite"):
         sample_responses([(model, 1.0)], PROMPTS, replace(DECODING, top_p=top_p), seed=1)
 
 

@@ -1,4 +1,4 @@
-"""verl 0.9.1's own mistakes, shown to be there, and shown not to bite. Those that need a run are in tests/verl."""
+"""Bugs of verl 0.9.1 and their workarounds: each is reproduced, then checked. tests/verl has those that need a run."""
 
 from __future__ import annotations
 

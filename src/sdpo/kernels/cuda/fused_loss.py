@@ -151,7 +151,9 @@ class _Pass:
         self.teacher_log_probs: list[Tensor] = []
         self.values: dict[str, list[Tensor]] = {}
         of_hidden, of_weight, self.bias_type = gradient_types
-        self.by_hidden = torch.empty(student.hidden.shape, dtype=of_hidden, device=student.hidden.device) if of_hidden else None
+        self.by_hidden = (
+            torch.empty(student.hidden.shape, dtype=of_hidden, device=student.hidden.device) if of_hidden else None
+        )
         self.by_weight = WeightGradient(student.weight, of_weight) if of_weight else None
         self.by_bias = torch.zeros(len(student.weight), device=student.hidden.device) if self.bias_type else None
 
