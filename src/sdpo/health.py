@@ -228,7 +228,9 @@ class HealthMonitor:
         return None
 
     def _nothing_to_distil(self) -> Finding | None:
-        distilled, succeeded = (self._trends[name] for name in (metrics.REPROMPT_FRACTION, metrics.ROLLOUT_SUCCESS_FRACTION))
+        distilled, succeeded = (
+            self._trends[name] for name in (metrics.REPROMPT_FRACTION, metrics.ROLLOUT_SUCCESS_FRACTION)
+        )
         if not distilled.is_ready or not succeeded.is_ready or distilled.mean > self.config.distilled_share:
             return None
         if succeeded.mean >= 1 - self.config.distilled_share:
@@ -237,7 +239,9 @@ class HealthMonitor:
             f"{distilled.mean:.3g} of the samples were distilled in the last {self.config.window} steps, though only "
             f"{succeeded.mean:.3g} succeeded"
         )
-        return Finding(reason, {metrics.REPROMPT_FRACTION: distilled.mean, metrics.ROLLOUT_SUCCESS_FRACTION: succeeded.mean})
+        return Finding(
+            reason, {metrics.REPROMPT_FRACTION: distilled.mean, metrics.ROLLOUT_SUCCESS_FRACTION: succeeded.mean}
+        )
 
     def _score_has_risen(self) -> bool:
         """A policy may become sure, or brief, because it knows the answer."""

@@ -235,7 +235,10 @@ SAMPLED = "self_distillation.full_logit_distillation=false"
             [SAMPLED, "self_distillation.alpha=1", "self_distillation.teacher_entropy_beta=1"],
             "self_distillation.teacher_entropy_beta",
         ),
-        (["self_distillation.demonstration_source=none"], "self_distillation.demonstration_source"),
+        (
+            ["self_distillation.demonstration_source=none", "self_distillation.include_environment_feedback=false"],
+            "self_distillation.demonstration_source",
+        ),
         (["self_distillation.reprompt_template='{prompt}{solution}'"], "{feedback}"),
         (["self_distillation.solution_template=Look"], "{successful_previous_attempt}"),
         (["self_distillation.feedback_template=Look"], "{feedback_raw}"),

@@ -35,7 +35,9 @@ BANNED = [
     "MOST_[A-Z]|DEEPEST_|LARGEST_",
 ]
 # "N per X": "tokens a step" is read as a typing error.
-COUNTED = "tokens|rollouts|prompts|samples|responses|rows|steps|updates|operations|launches|numbers|requests|times|GB|GiB|MB"
+COUNTED = (
+    "tokens|rollouts|prompts|samples|responses|rows|steps|updates|operations|launches|numbers|requests|times|GB|GiB|MB"
+)
 UNITS = "step|prompt|response|token|second|chunk|sample|batch|mini-batch|micro-batch|row|pass|sequence|GPU|node|run"
 PATTERN = re.compile(rf"\b({'|'.join(BANNED)}|({COUNTED}) an? ({UNITS}))\b", re.IGNORECASE)
 STYLE_PAGE = ("<!-- style -->", "<!-- /style -->")  # which has to name the words
@@ -54,7 +56,9 @@ def find_banned(text: str) -> list[str]:
 
 
 def list_files() -> list[Path]:
-    paths = [path for place in PLACES for path in ([ROOT / place] if (ROOT / place).is_file() else (ROOT / place).rglob("*"))]
+    paths = [
+        path for place in PLACES for path in ([ROOT / place] if (ROOT / place).is_file() else (ROOT / place).rglob("*"))
+    ]
     return sorted(path for path in paths if path.suffix in SUFFIXES and "results" not in path.parts)
 
 

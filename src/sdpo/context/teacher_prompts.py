@@ -81,9 +81,7 @@ def summarize_lessons(
     return values | {
         metrics.REPROMPT_FRACTION: fraction(is_distilled),
         metrics.SUCCESS_SAMPLE_FRACTION: fraction([x.is_distilled and x.demonstration.is_from_peer for x in lessons]),
-        metrics.SOLUTION_FRACTION: fraction(
-            [x.is_distilled and x.demonstration.solution is not None for x in lessons]
-        ),
+        metrics.SOLUTION_FRACTION: fraction([x.is_distilled and x.demonstration.solution is not None for x in lessons]),
         metrics.FEEDBACK_AVAILABLE_FRACTION: fraction([not is_blank(g.feedback) for g in graded]),
         metrics.FEEDBACK_FRACTION: fraction([x.is_distilled and x.demonstration.feedback is not None for x in lessons]),
         metrics.TRUNCATED_FRACTION: fraction([x.prompt.truncated for x in lessons]),

@@ -212,5 +212,7 @@ def test_a_step_in_which_nothing_was_graded_has_no_scores() -> None:
     values = summarize_samples(samples, config)
     assert values[metrics.GRADER_FAILURES] == 6
     assert values[metrics.REPROMPT_FRACTION] == 0
-    assert not {metrics.SCORE_MEAN, metrics.SCORE_MAX, metrics.SCORE_MIN, metrics.ROLLOUT_SUCCESS_FRACTION} & set(values)
+    assert not {metrics.SCORE_MEAN, metrics.SCORE_MAX, metrics.SCORE_MIN, metrics.ROLLOUT_SUCCESS_FRACTION} & set(
+        values
+    )
     assert all(value == value for value in values.values())

@@ -103,7 +103,10 @@ def test_kernels_compile_without_spills_and_move_sixteen_bytes_at_a_time(capabil
         loads = usage["loads of a matrix"]
         if name.startswith(("statistics", "gradient")):
             # Two matrices; the sampled token's entries are single.
-            assert usage["wide loads"] >= loads * (1 if name.startswith(f"gradient {capability} 0") else 2), (name, usage)
+            assert usage["wide loads"] >= loads * (1 if name.startswith(f"gradient {capability} 0") else 2), (
+                name,
+                usage,
+            )
             assert usage["narrow loads of logits"] <= 4, (name, usage)
         if name.startswith("gradient"):
             assert usage["wide stores"] == loads, (name, usage)

@@ -1,0 +1,117 @@
+"""``examples/sdpo_minimal.py`` against the native trainer: the same rollouts give the same losses and weights."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sdpo import load_run, metrics
+from sdpo.embedded.samples import build_samples
+from sdpo.embedded.setup import build_parts
+from sdpo.models.decoding import Response
+from sdpo.observer import Silent
+from sdpo.tasks.hidden_rule import HiddenRule
+
+ROOT = Path(__file__).parents[2]
+FILE = ROOT / "examples" / "sdpo_minimal.py"
+TASK = {"pretrain_steps": 5, "num_train": 20, "num_test": 4}
+
+
+@pytest.fixture(scope="module")
+def minimal() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("sdpo_minimal", FILE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_it_is_short() -> None:
+    assert len(FILE.read_text().splitlines()) <= 300
+
+
+def write_sensitive_model(folder: Path) -> None:
+    """A model whose next-token distribution changes with the solution in the prompt: larger weights."""
+    HiddenRule(str(folder), **TASK).prepare()
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(2.0 if weight.dim() > 1 else 1.0)
+    model.save_pretrained(folder / "model")
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_losses_and_weights_are_the_trainers(minimal: ModuleType, tmp_path: Path, alpha: float) -> None:
+    torch.set_num_threads(1)
+    write_sensitive_model(tmp_path / "task")
+    overrides = [
+        f"run_dir={tmp_path}/run",
+        f"data.task_args.dir={tmp_path}/task",
+        *(f"data.task_args.{name}={value}" for name, value in TASK.items()),
+        "data.train_batch_size=3",
+        "sampler.n=2",
+        "optim.lr=1e-3",
+        "optim.warmup_steps=0",
+        "optim.schedule=constant",
+        f"self_distillation.alpha={alpha}",
+        "self_distillation.teacher_regularization=ema",
+        "self_distillation.demonstration_source=ground_truth",
+        "self_distillation.include_environment_feedback=false",
+        "learner.rollout_is=none",
+        "tracking.rollouts_every=0",
+    ]
+    run = load_run(ROOT / "configs" / "hidden_rule.yaml", overrides)
+    parts = build_parts(run, Silent())
+    settings = minimal.Settings(n=2, max_response_length=8, alpha=alpha, lr=1e-3)
+    torch.manual_seed(0)
+    student = copy.deepcopy(parts.learner.student).eval()
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    optimizer = minimal.build_optimizer(student, settings)
+    for step in (1, 2):
+        prompts = parts.prompts_of(step)
+        problems = [minimal.Problem(list(p.row.prompt), p.row.ground_truth) for p in prompts]
+        rollouts = [minimal.roll_out(student, parts.tokenizer, problem, settings) for problem in problems]
+        responses = [
+            [Response(r.response_ids, [0.0] * len(r.response_ids), True) for r in of_prompt] for of_prompt in rollouts
+        ]
+        samples = build_samples(
+            parts.grader,
+            parts.tokenizer,
+            prompts,
+            responses,
+            run.self_distillation,
+            parts.window,
+            random.Random(0),
+        )
+        flat = [rollout for of_prompt in rollouts for rollout in of_prompt]
+        assert [list(s.prompt.token_ids) for s in samples] == [r.prompt_ids for r in flat]
+        assert [list(s.teacher_prompt.token_ids or []) for s in samples] == [r.teacher_prompt_ids for r in flat]
+        values = parts.learner.learn(samples)
+        loss, norm = minimal.update(student, teacher, optimizer, flat, settings)
+        assert loss > 0.01
+        assert values[metrics.DISTILLATION_LOSS] == pytest.approx(loss, rel=1e-4)
+        assert values[metrics.GRAD_NORM] == pytest.approx(norm, rel=1e-4)
+        for own, theirs in zip(student.parameters(), parts.learner.student.parameters(), strict=True):
+            torch.testing.assert_close(own, theirs, rtol=0.0, atol=2e-5)
+    parts.sampler.close()
+
+
+@pytest.mark.slow
+def test_it_runs(tmp_path: Path) -> None:
+    HiddenRule(str(tmp_path / "task"), pretrain_steps=10, num_train=4, num_test=2).prepare()
+    (tmp_path / "rows.jsonl").write_text('{"question": "1 2 3", "answer": "4"}\n' * 4)
+    command = [sys.executable, FILE, "--model", tmp_path / "task" / "model", "--data", tmp_path / "rows.jsonl"]
+    small = ["--steps", "2", "--n", "2", "--prompts-per-step", "2", "--max-response-length", "8"]
+    done = subprocess.run([*map(str, command), *small], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[1] for line in done.stdout.splitlines()] == ["1", "2"]
