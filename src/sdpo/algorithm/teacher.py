@@ -44,7 +44,9 @@ def update_teacher_ema(teacher_params: Iterable[Tensor], student_params: Iterabl
         raise ValueError("teacher_params and student_params must have the same shapes, in the same order")
     half = [t.dtype for t in teachers if t.dtype not in (torch.float32, torch.float64)]
     if half:
-        raise ValueError(f"teacher_params are {half[0]}, in which small updates round to zero; pass a float32 copy")
+        raise ValueError(
+            f"teacher_params must be float32, got {half[0]}: small updates round to zero; pass a float32 copy"
+        )
     for pairs in _group(_cut(teachers, students)):
         casted = [s.to(device=t.device, dtype=t.dtype) for t, s in pairs]
         torch._foreach_lerp_([t for t, _ in pairs], casted, ema_rate)
