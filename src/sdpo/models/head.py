@@ -87,7 +87,7 @@ def measure_logit_scale(model: nn.Module) -> float:
     difference = (compute_dense_logits(build_lazy_logits(model, hidden * scale)).float() - logits).abs().max()
     if not float(difference) <= tolerance * float(logits.abs().max()):
         raise UserError(
-            f"model.path: {type(model).__name__} makes logits of its hidden states in a way that is not supported "
-            f"(off by {float(difference):.2g})"
+            f"model.path: {type(model).__name__} computes logits from hidden states in an unsupported way "
+            f"(difference {float(difference):.2g})"
         )
     return scale

@@ -61,8 +61,8 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
     lacking = sorted({*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])})
     if lacking:
         raise UserError(
-            f"model.path: {config.path}: its files lack {len(lacking)} of the model's weights, or have them in another "
-            f"shape: {', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}; take files that belong together"
+            f"model.path: {config.path}: {len(lacking)} weights are missing or have another shape: "
+            f"{', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}; use weights and config of the same model"
         )
     speed_up_linear_layers(model)
     return model.to(device).eval()
@@ -77,7 +77,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         raise UserError(f"model.path: {config.path}: its tokenizer cannot be loaded ({_explain(error)})") from error
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"model.path: {config.path}: the tokenizer has no end-of-sequence token; responses could not end"
+            f"model.path: {config.path}: the tokenizer has no end-of-sequence token; set eos_token in its config"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -121,9 +121,7 @@ def get_stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     more = configured if isinstance(configured, list) else [configured]
     for token_id in more:
         if not isinstance(token_id, int | None):
-            raise UserError(
-                f"model.path: its generation_config.json has the eos_token_id {token_id!r:.40}, not a token's number"
-            )
+            raise UserError(f"model.path: eos_token_id={token_id!r:.40} in generation_config.json is not an integer")
     return sorted({tokenizer.eos_token_id, *(token for token in more if token is not None)})
 
 
@@ -140,8 +138,8 @@ def require_same_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     largest = max((token_id for token_id in tokenizer.get_vocab().values() if token_id not in added), default=0)
     if largest >= size:
         raise UserError(
-            f"model.path: {path}: its tokenizer writes tokens up to {largest}, and the model has embeddings of {size}; "
-            "take files that belong together"
+            f"model.path: {path}: the tokenizer has token ids up to {largest}, but the model has {size} embeddings; "
+            "use tokenizer and weights of the same model"
         )
 
 
@@ -167,7 +165,7 @@ def _require_model(config: ModelConfig) -> None:
         raise UserError(f"model.path: {config.path}: no such folder")
     if exists and not os.path.isfile(os.path.join(config.path, "config.json")):
         raise UserError(
-            f"model.path: {config.path}: holds no config.json; a model folder in the Hugging Face format does"
+            f"model.path: {config.path}: config.json is missing; use a model folder in the Hugging Face format"
         )
 
 

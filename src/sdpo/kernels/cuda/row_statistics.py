@@ -163,7 +163,7 @@ else:
 
     @triton.jit
     def _log2(values):
-        # The hardware's logarithm: its 2^-22 is enough after 1 is added, and Triton's own takes thirty instructions.
+        # Hardware log2: its error of 2^-22 is small enough for 1 + ratio; Triton's log2 takes thirty instructions.
         return tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [values], dtype=tl.float32, is_pure=True, pack=1
         )
