@@ -1,11 +1,13 @@
-"""SDPO as pure functions: tensors in, tensors out. Imports torch and nothing else.
+"""SDPO as functions of tensors: losses, gradients, and the teacher's weights.
 
-Axes, one letter each, in every docstring of this folder:
+Imports torch and, of this package, only ``sdpo.config`` and ``sdpo.metrics``.
+
+Axes in every docstring of this folder:
 
     B  samples (responses)          N  tokens packed from several samples
     T  response tokens              V  vocabulary
     K  kept vocabulary entries      H  hidden size
-    M  those of the N tokens that are distilled
+    M  distilled tokens among the N
     ...  any leading axes, usually [B, T] or [N]
 
 All log-probabilities are natural logarithms of normalised distributions (<= 0); divergences and entropies are in

@@ -9,7 +9,7 @@ from torch import Tensor
 def compute_group_advantages(
     scores: Tensor, group_index: Tensor, *, norm_by_std: bool = True, epsilon: float = 1e-6
 ) -> Tensor:
-    """Score minus the mean score of its group, on request over the group's standard deviation.
+    """Score minus the group's mean score, optionally divided by the group's standard deviation.
 
     Args:
         scores: [B], the responses' scores.
@@ -18,8 +18,8 @@ def compute_group_advantages(
             without it the advantages are those of Dr. GRPO.
 
     Returns:
-        [B]. A group of a single response has advantage 0 (departure from verl, which keeps its raw score: there is
-        nothing to compare with). A score that is not finite gets 0 and is left out of its group's statistics.
+        [B]. A response without others in its group gets 0 (departure from verl, which keeps the raw score). A
+        non-finite score gets 0 and is left out of its group's statistics.
 
     Source: DeepSeekMath (arXiv 2402.03300), section 4.1; verl ``compute_grpo_outcome_advantage``.
     """

@@ -1,6 +1,6 @@
 """Backward products of the output head, in pieces sized for the cache.
 
-G is dL / dz of some tokens, one row a token; X their hidden states; W the head's weight.
+G is dL / dz, one row per token; X the tokens' hidden states; W the head's weight.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from sdpo.algorithm.products import goes_to_onednn, multiply
 
 # Size of the pieces in which oneDNN computes the head's gradient: a piece stays in the cache.
 PIECE_BYTES = 4_000_000
-# The same on an accelerator, which needs larger pieces to be busy.
+# The same on an accelerator, which needs larger pieces for full utilization.
 ACCELERATOR_PIECE_BYTES = 64_000_000
 # Number of pieces of a gradient that are freed together: with fewer, the OS does not use huge pages.
 PART_PIECES = 16
 
 
 class SumOfProducts:
-    """sum of G^T X over chunks, [V, H], in the softmax's type: in half precision the later chunks would be lost."""
+    """Sum of G^T X over chunks, [V, H], in the softmax's type, because half precision would round away later chunks."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         self.in_place = weight.dtype == dtype and not goes_to_onednn(weight)
@@ -29,7 +29,7 @@ class SumOfProducts:
         self.num_chunks = 0
 
     def add(self, by_logits: Tensor, hidden: Tensor) -> None:
-        """G [n, V] and X [n, H]."""
+        """Add the product of G [n, V] and X [n, H]."""
         transposed = hidden.T.contiguous() if goes_to_onednn(hidden) else hidden.T
         for part, columns in zip(self.parts, by_logits.split(self.part_rows, dim=-1), strict=True):
             if self.in_place:
@@ -57,7 +57,7 @@ def multiply_by_pieces(by_logits: Tensor, weight: Tensor, dtype: torch.dtype) ->
     """G W, [n, H]."""
     if by_logits.dtype == dtype and not goes_to_onednn(weight):
         return by_logits @ weight
-    # oneDNN's sums over the whole vocabulary in one call are slower than those over pieces of it.
+    # oneDNN sums over the whole vocabulary more slowly than over pieces of it.
     total = by_logits.new_zeros(len(by_logits), weight.shape[1], dtype=dtype)
     rows = 4 * _count_piece_rows(weight)
     for columns, piece in zip(by_logits.split(rows, dim=-1), weight.split(rows), strict=True):

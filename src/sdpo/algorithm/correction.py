@@ -1,9 +1,11 @@
-"""Importance ratios: between student and old policy (several updates on one batch), and between old policy and sampler
-(another engine, other precision, older weights). Three policies, three sets of log-probabilities:
+"""Importance ratios between student and old policy, and between old policy and sampler.
 
-    rollout_log_probs   by the sampler, with the weights it had, as it sampled
+Student and old policy differ after several updates on a batch; old policy and sampler differ in engine, precision or
+staleness. The log-probabilities of the three policies:
+
+    rollout_log_probs   by the sampler, with its weights at the time of sampling
     old_log_probs       by the learner, with its weights at the start of the step
-    student_log_probs   by the learner, with its weights now
+    student_log_probs   by the learner, with its current weights
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ MAX_LOG_RATIO = 20.0
 
 
 def compute_ratio(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
-    """exp(log_probs - reference), the exponent held in [-20, 20]; any shape, positive; the reference is a constant."""
+    """exp(log_probs - reference), exponent clamped to [-20, 20]; any shape; no gradient by the reference."""
     return (log_probs - reference_log_probs.detach()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
@@ -27,8 +29,8 @@ def compute_rollout_ratio(
 
     Args:
         old_log_probs, rollout_log_probs: [N].
-        sample_index: [N] integers from 0, which sample a token belongs to.
-        level: ``"token"``; ``"sequence"``, the product over the sample's tokens, for each of them; or ``"none"``.
+        sample_index: [N] integers from 0, each token's sample.
+        level: ``"token"``; ``"sequence"``, the product over the sample's tokens, at each token; or ``"none"``.
 
     Returns:
         [N], positive, without gradient; None for ``"none"``.

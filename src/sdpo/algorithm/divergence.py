@@ -5,7 +5,7 @@ KL(student || teacher), and between them the generalised Jensen-Shannon divergen
 
     (1 - alpha) KL(student || m) + alpha KL(teacher || m),   m = (1 - alpha) student + alpha teacher.
 
-The interpolation tends to 0 at both ends, so the end points are the KLs themselves and not its limits.
+The interpolation tends to 0 for alpha -> 0 and 1, so both end points are defined as KLs instead of limits.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# log(1 - sum p) of the tail bucket: sum p is held below 1 by this much, as in the official code.
+# Upper bound of log(sum p) for the tail log(1 - sum p), as in the official code.
 TAIL_LOG_SUM_MAX = -1e-7
-# Replaces log 0 where -inf on both sides would make the gradient of a logarithmic sum undefined; exp() of it is 0.
+# Replaces log 0, because -inf minus -inf is NaN; exp() of it is 0.
 LOG_ZERO = -1e4
 LOG2_E = math.log2(math.e)
-# Up to this many entries, masking always costs less than checking for zeros, and needs no GPU synchronisation.
+# Up to this many entries, masking is cheaper than checking for zeros and avoids a GPU synchronization.
 FEW_ENTRIES = 4096
 
 
 def compute_kl(p_log_probs: Tensor, q_log_probs: Tensor) -> Tensor:
     """KL(p || q) of distributions [..., V], giving [...]; gradients reach both.
 
-    An entry that p rules out (log-probability ``-inf``) contributes 0, whatever q says, and no gradient; an entry that
-    q alone rules out makes the divergence infinite.
+    An entry with p = 0 (log-probability ``-inf``) contributes 0 and no gradient for every q; an entry with q = 0 and
+    p > 0 makes the divergence infinite.
     """
     return (p_log_probs.exp() * _compute_log_ratio(p_log_probs, q_log_probs)).sum(-1)
 
@@ -65,15 +65,15 @@ def differentiate_divergence(
         forward KL      D = sum t log(t / s)                  d = -t
         reverse KL      D = sum s log(s / t)                  d = s log(s / t) + s
         Jensen-Shannon  D = (1 - a) sum s log(s / m)          d = (1 - a) s log(s / m),
-                            + a sum t log(t / m)              for what m adds to it cancels: with dm / ds = 1 - a,
+                            + a sum t log(t / m)              as the terms by m cancel: with dm / ds = 1 - a,
                                                               (1 - a) - ((1 - a) s + a t) (1 - a) / m = 0
 
     Args:
-        student, teacher: [..., V], the probabilities, if they are known already.
+        student, teacher: [..., V], the probabilities, if already computed.
         overwrite: reuse the memory of both log-probabilities.
 
     Returns:
-        [...] and [..., V]. An entry that the student rules out has the derivative 0 (forward KL: -t).
+        [...] and [..., V]. An entry with s = 0 has the derivative 0 (forward KL: -t).
     """
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must be in [0, 1], got {alpha!r}")
@@ -86,9 +86,9 @@ def differentiate_divergence(
     if alpha == 1.0:
         terms = _compute_log_ratio(student_log_probs, teacher_log_probs, out).mul_(student)
         return terms.sum(-1), terms.add_(student)
-    # With r = log(a t / ((1 - a) s)), what m adds to the larger of the two is B = log(1 + exp(-|r|)), and
+    # With r = log(a t / ((1 - a) s)) and B = log(1 + exp(-|r|)),
     #     log(s / m) = -log(1 - a) - max(r, 0) - B        log(t / m) = -log a + min(r, 0) - B
-    # so that neither loses its digits, however small s or t. NaN is what both rule out.
+    # without cancellation for small s or t. r is NaN if s = t = 0.
     teacher = exponentiate(teacher_log_probs) if teacher is None else teacher
     log_ratio = torch.sub(teacher_log_probs, student_log_probs, out=out)
     if alpha != 0.5:
@@ -107,7 +107,7 @@ class _Divergence(torch.autograd.Function):
     def forward(ctx: Any, student_log_probs: Tensor, teacher_log_probs: Tensor, alpha: float) -> Tensor:
         value, by_student = differentiate_divergence(student_log_probs, teacher_log_probs, alpha)
         by_teacher = None
-        if ctx.needs_input_grad[1]:  # the divergence with the sides exchanged is the one of 1 - alpha
+        if ctx.needs_input_grad[1]:  # exchanging student and teacher replaces alpha by 1 - alpha
             by_teacher = differentiate_divergence(teacher_log_probs, student_log_probs, 1.0 - alpha)[1]
         ctx.save_for_backward(by_student, by_teacher)
         return value
@@ -121,9 +121,9 @@ class _Divergence(torch.autograd.Function):
 
 
 def compute_divergence(student_log_probs: Tensor, teacher_log_probs: Tensor, alpha: float) -> Tensor:
-    """The divergence that ``alpha`` names, of distributions [..., V] (or [..., K], with a tail or renormalised).
+    """Divergence for ``alpha`` of distributions [..., V] (or [..., K], with a tail or renormalised).
 
-    Gradients reach both, by the closed form of ``differentiate_divergence``. Range of a Jensen-Shannon divergence:
+    Both get gradients, by the closed form of ``differentiate_divergence``. Range of a Jensen-Shannon divergence:
     [0, H(alpha)] with H the binary entropy, so at most log 2 (at alpha = 0.5).
 
     Source: SDPO (arXiv 2601.20802), section 3 and appendix; official function ``compute_self_distillation_loss``.
@@ -136,18 +136,18 @@ def compute_divergence(student_log_probs: Tensor, teacher_log_probs: Tensor, alp
 
 
 def add_tail(topk_log_probs: Tensor) -> Tensor:
-    """Append the bucket that holds the rest of the mass, log(1 - sum p): [..., K] -> [..., K + 1]."""
+    """Append a bucket with the remaining mass, log(1 - sum p): [..., K] -> [..., K + 1]."""
     log_sum = torch.logsumexp(topk_log_probs, dim=-1, keepdim=True).clamp(max=TAIL_LOG_SUM_MAX)
     return torch.cat([topk_log_probs, torch.log(-torch.expm1(log_sum))], dim=-1)
 
 
 def renormalize(topk_log_probs: Tensor) -> Tensor:
-    """Make the kept entries [..., K] a distribution of their own."""
+    """Normalise the kept entries [..., K] to a distribution."""
     return topk_log_probs - torch.logsumexp(topk_log_probs, dim=-1, keepdim=True)
 
 
 def compute_sampled_token_surrogate(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-    """A loss [...] from the sampled token's log-probabilities [...] alone, whose expected gradient is the reverse KL's.
+    """Loss [...] from the sampled token's log-probabilities [...], with the reverse KL's gradient in expectation.
 
     stopgrad(log student - log teacher) * log student: the score-function form (Prop. 2.1 for the sampled entry). Its
     *value* is not a divergence and may be negative.
@@ -158,13 +158,13 @@ def compute_sampled_token_surrogate(student_log_probs: Tensor, teacher_log_probs
 def compute_entropy(log_probs: Tensor, probs: Tensor | None = None) -> Tensor:
     """Entropy in nats of distributions [..., V], giving [...]; an entry of probability 0 contributes 0.
 
-    ``probs`` [..., V] are the probabilities, if they are known already.
+    ``probs`` [..., V] are the probabilities, if already computed.
     """
     if probs is None:
         probs = exponentiate(log_probs)
     if log_probs.shape[-1] <= FEW_ENTRIES:
         return -torch.linalg.vecdot(probs, log_probs.clamp(min=LOG_ZERO))
     entropy = -torch.linalg.vecdot(probs, log_probs)
-    if bool(entropy.isnan().any()):  # 0 * -inf perhaps: rare enough to look again
+    if bool(entropy.isnan().any()):  # 0 * -inf, rare: recompute with a clamp
         entropy = -torch.linalg.vecdot(probs, log_probs.clamp(min=LOG_ZERO))
     return entropy

@@ -1,24 +1,24 @@
 """The loss from hidden states, without next-token distributions [N, V] of all tokens in memory.
 
-With a vocabulary of 150,000 the logits of a batch outweigh the model. So tokens go through head, softmax and loss in
-chunks; what is kept of a chunk is its losses and its share of the gradients, which are accumulated in this one pass.
-Nearly all of the time goes into four products, each as large as the head times the tokens: logits of student and
-teacher, gradients by hidden states and head. What is between them is done block by block in float32, while the block is
-in the cache; so in half precision no chunk is ever held in float32.
+With a vocabulary of 150,000 the logits of a batch take more memory than the model. So head, softmax and loss run on
+chunks of tokens. A single pass computes each chunk's losses and adds its gradients to the total. Nearly all of the time
+goes into four matrix products, each as large as the head times the tokens: logits of student and teacher, gradients by
+hidden states and head. The operations between the products run in float32 on blocks that fit in the CPU cache, so in
+half precision no float32 copy of a chunk exists.
 
 The gradient of one token's loss L, with z its logits, s = softmax(z) and d = dL / d log s:
 
     dL / dz_j = sum_i d_i (d log s_i / dz_j) = d_j - s_j sum_i d_i        for log s_i = z_i - log sum exp z
 
-L reads log s in few places: the sampled token's entry, and the divergence (or the k kept entries that it is made of);
-and where the loss has an entropy term, the entropy H, for which dH / dz_j = -s_j (log s_j + H).
-The derivative by those few numbers a token is autograd's, through the very ``compute_loss`` that the engines call, so
-that every clip, weight and blend is written once. The derivative of the divergence by all V entries is the closed form
-of ``differentiate_divergence``. From dL / dz (G, one row a token) follow, with X the hidden states and W the head:
+L depends on log s through few numbers per token: the sampled token's entry, the divergence (or the k kept entries from
+which it is computed) and, if the loss has an entropy term, the entropy H with dH / dz_j = -s_j (log s_j + H). Autograd
+computes the derivative by these numbers through ``compute_loss`` itself, so clips, weights and blends have one
+implementation. The derivative of the divergence by all V entries is the closed form of ``differentiate_divergence``.
+From dL / dz (G, one row per token) follow, with X the hidden states and W the head:
 
     z = X W^T + b        dL / dX = G W        dL / dW = G^T X        dL / db = sum of G's rows
 
-A soft-cap c tanh(u / c) between head and softmax multiplies G by 1 - tanh(u / c)^2, the temperature divides it.
+A soft-cap c tanh(u / c) between head and softmax multiplies G by 1 - tanh(u / c)^2; the temperature divides G.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ from sdpo.algorithm.loss import LossInputs, LossOutputs, Sums, add_sums, compute
 from sdpo.algorithm.regularization import Regularization
 from sdpo.config import SelfDistillationConfig
 
-# In half precision, where the head's gradient is there in float32 besides, the teacher's take a part of it only.
-HALF_PRECISION_TEACHER_SHARE = 4
+# In half precision the head's gradient takes a float32 buffer, so the teacher's buffer holds 1 / 4 of a chunk's rows.
+HALF_PRECISION_TEACHER_DIVISOR = 4
 
 
 @dataclass(frozen=True)
 class TokenInputs:
-    """What the loss reads of N packed tokens beside their distributions; see ``LossInputs``."""
+    """Inputs of the loss for N packed tokens, except their distributions; see ``LossInputs``."""
 
     sampled_ids: Tensor  # [N]
-    old_log_probs: Tensor | None = None  # [N]; the student's own, if not given
+    old_log_probs: Tensor | None = None  # [N]; the student's if None
     policy_weights: Tensor | None = None  # [N]
     advantages: Tensor | None = None  # [N]
     rollout_is_weights: Tensor | None = None  # [N]
-    rollout_log_probs: Tensor | None = None  # [N], of which those weights are made where they are not given
-    rollout_is_threshold: float = math.inf  # above which they are truncated then
+    rollout_log_probs: Tensor | None = None  # [N]; used to compute rollout_is_weights if these are None
+    rollout_is_threshold: float = math.inf  # upper bound of the weights computed from rollout_log_probs
     distilled: Tensor | None = None  # [N] bool, M of them set
     distillation_weights: Tensor | None = None  # [N], read at distilled tokens
     distillation_coef: float = 1.0
@@ -67,14 +67,14 @@ class TokenInputs:
         return self.regularization is not None and self.regularization.entropy_coeff != 0.0
 
     def select(self, rows: Tensor | slice) -> TokenInputs:
-        """Those of some rows."""
+        """Inputs of these rows."""
         chosen: dict[str, Any] = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **chosen)
 
 
 @dataclass(frozen=True)
 class FusedOutputs(LossOutputs):
-    """The loss to differentiate; ``token_losses`` and what follows are without a graph here."""
+    """The loss to differentiate; all other tensors are detached."""
 
     student_log_probs: Tensor  # [N] of the sampled tokens
     student_entropies: Tensor  # [N] in nats
@@ -90,19 +90,19 @@ def compute_fused_loss(
     temperature: float = 1.0,
     chunk_size: int | None = None,
 ) -> FusedOutputs:
-    """``compute_loss`` of ``build_loss_inputs``, and the entropies' metrics, from hidden states.
+    """Compute from hidden states what ``build_loss_inputs`` and ``compute_loss`` compute from distributions.
 
     Args:
-        student: [N, H]; gradients reach its hidden states, weight and bias, whichever require them.
-        teacher: [M, H] each, the distilled tokens' rows in order; several add their logits up (trust region). Empty
-            where nothing is distilled. Never receives a gradient, also where it shares its head with the student.
-        tokens: N of them.
-        temperature: of the sampler, > 0; both sides' logits are divided by it.
-        chunk_size: tokens at a time, >= 1; by default ``choose_chunk_size``. Changes nothing but rounding.
+        student: [N, H]; its hidden states, weight and bias get gradients if they require them.
+        teacher: [M, H] each, the distilled tokens' rows in order; several models' logits are added (trust region).
+            Empty if no token is distilled. Never receives a gradient, not even for a head shared with the student.
+        tokens: the N tokens.
+        temperature: of the sampler, > 0; divides the logits of student and teacher.
+        chunk_size: tokens per chunk, >= 1; by default ``choose_chunk_size``. Affects only rounding.
 
     Returns:
-        Loss, losses by token, sums. As with ``compute_loss`` a token whose contribution is not finite stands in
-        ``token_losses`` as it is, and the gradient is of no use then: drop its sample and call again.
+        Loss, token losses, sums. Non-finite token losses are returned unchanged, as by ``compute_loss``; the gradients
+        are then invalid. Drop the sample and call again.
     """
     leaves = (student.hidden, student.weight, student.bias)
     needed = [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
@@ -119,7 +119,7 @@ def compute_fused_loss(
 
 
 def differentiate(values: Tensor, leaves: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Gradients of the sum of some values, by those leaves that there are."""
+    """Gradients of the sum of the values by each leaf that is not None."""
     present = [leaf for leaf in leaves if leaf is not None]
     ones = torch.ones_like(values)
     gradients = iter(torch.autograd.grad(values, present, ones, allow_unused=True, materialize_grads=True))
@@ -132,13 +132,13 @@ def attach_gradients(
     leaves: Sequence[Tensor | None],
     scale: Callable[[Tensor, Tensor], Tensor] = torch.mul,
 ) -> Tensor:
-    """A number [] with known gradients by leaves of the same shapes; ``scale(gradient, number [])`` multiplies them."""
+    """Give a scalar known gradients, each of its leaf's shape; ``scale(gradient, scalar)`` multiplies in backward."""
     attached: Tensor = _KnownGradients.apply(value, gradients, scale, *leaves)  # type: ignore[no-untyped-call]
     return attached
 
 
 class _KnownGradients(torch.autograd.Function):
-    """A number whose gradients are known; the backward pass only scales them."""
+    """A scalar with known gradients; the backward pass only scales them."""
 
     @staticmethod
     def forward(
@@ -175,8 +175,8 @@ class _Pass:
         self.differentiates = any(needed)
         self.head = student
         self.student = ChunkedPolicy([student], temperature, chunk_size)
-        share = 1 if student.hidden.dtype == self.student.type else HALF_PRECISION_TEACHER_SHARE
-        self.teacher_size = -(-chunk_size // (share * max(1, len(teacher))))
+        divisor = 1 if student.hidden.dtype == self.student.type else HALF_PRECISION_TEACHER_DIVISOR
+        self.teacher_size = -(-chunk_size // (divisor * max(1, len(teacher))))
         self.teacher = ChunkedPolicy(teacher, temperature, self.teacher_size) if teacher else None
         self.sums: Sums = {}
         self.token_losses = student.hidden.new_zeros(len(student.hidden), dtype=self.student.type)
@@ -188,7 +188,7 @@ class _Pass:
         self.by_bias = self.token_losses.new_zeros(len(student.weight)) if needed[2] else None
 
     def add(self, tokens: TokenInputs, rows: Tensor, teacher_rows: Tensor | None) -> None:
-        """The tokens at ``rows``; either all are distilled, by the teacher's rows, or none is."""
+        """Add the tokens at ``rows``: all distilled, by ``teacher_rows``, or none."""
         by_logits = self.student.multiply(rows)
         for part in cut_slice(len(rows), len(rows) if teacher_rows is None else self.teacher_size):
             if teacher_rows is not None:
@@ -220,7 +220,7 @@ class _Pass:
         teacher_block: slice,
         by_logits: Tensor,
     ) -> None:
-        """Losses of a few tokens, and dL / dz where their logits were."""
+        """Compute the losses of a block and overwrite its logits with dL / dz."""
         student, student_probs = self.student.normalise(block)
         teacher = teacher_probs = None
         if teacher_rows is not None:
@@ -254,7 +254,7 @@ class _Pass:
         by_entropies = None
         if entropies is not None and by_entropy is not None:
             by_entropies = self._differentiate_entropies(student_probs, entropies.detach(), by_entropy)
-        gradient = student_probs  # takes their place
+        gradient = student_probs  # overwrites them
         self._differentiate(gradient, tokens.sampled_ids, inputs.kept_ids, derivative, by_sampled, by_compared)
         if by_entropies is not None:
             gradient.add_(by_entropies)
@@ -265,7 +265,7 @@ class _Pass:
         by_logits.copy_(gradient)
 
     def finish(self, dtypes: Sequence[torch.dtype | None]) -> tuple[FusedOutputs, list[Tensor | None]]:
-        """Outputs; gradients by hidden states, weight and bias, where needed, of these types."""
+        """Outputs, and the needed gradients by hidden states, weight and bias in these types."""
         del self.student, self.teacher  # their memory is needed for the gradients in half precision
         loss = self.token_losses.sum()
         outputs = FusedOutputs(
@@ -283,11 +283,11 @@ class _Pass:
     def _find_leaves(
         self, inputs: LossInputs, student_probs: Tensor, teacher_probs: Tensor | None
     ) -> tuple[LossInputs, Tensor | None, Tensor | None]:
-        """The inputs with leaves for what the loss reads: few numbers a token.
+        """Inputs with leaves, the compared leaf, and the divergence's derivative by the student's log-probabilities.
 
-        One is the sampled token's log-probability; another, if the loss has an entropy term, the entropy. The last, if
-        whole distributions are compared: the divergence [m], with its derivative [m, V]; or the kept entries [m, K],
-        without one, for they are log-probabilities themselves.
+        Leaves are the sampled token's log-probability and, if the loss has an entropy term, the entropy. If whole
+        distributions are compared, the compared leaf is the divergence [m], with its derivative [m, V]. With top-k it
+        is the kept log-probabilities [m, K], which need no derivative.
         """
         inputs = replace(inputs, student_log_probs=inputs.student_log_probs.requires_grad_())
         if inputs.regularization is not None and inputs.regularization.entropy_coeff:
@@ -304,7 +304,7 @@ class _Pass:
         return replace(inputs, divergence=value), value.requires_grad_(), derivative
 
     def _differentiate_entropies(self, student: Tensor, entropies: Tensor, by_entropy: Tensor) -> Tensor:
-        """dL / dH dH / dz, [n, V], from the student's probabilities."""
+        """dL / dH dH / dz, [n, V], with ``student`` its probabilities."""
         gradient = torch.xlogy(student, student).addcmul_(student, entropies[:, None])
         return gradient.mul_(-by_entropy[:, None] / self.temperature)
 
@@ -317,10 +317,10 @@ class _Pass:
         by_sampled: Tensor,
         by_compared: Tensor | None,
     ) -> None:
-        """dL / dz = (d - s sum(d)) / temperature, [n, V], in the place of the student's probabilities s.
+        """Overwrite the student's probabilities s with dL / dz = (d - s sum(d)) / temperature, [n, V].
 
-        d is the divergence's derivative times dL / d divergence, or dL / d log s at the kept entries, and on top of
-        either dL / d log s of the sampled token.
+        d is the divergence's derivative times dL / d divergence, or dL / d log s at the kept entries; dL / d log s of
+        the sampled token is added to either.
         """
         by_sampled = by_sampled[:, None] / self.temperature
         if by_compared is None:
@@ -338,7 +338,7 @@ class _Pass:
 
 
 def _cut(distilled: Tensor | None, rows: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Chunks of rows with the teacher's rows for them, then chunks of those that have none."""
+    """Chunks of distilled rows with their teacher rows, then chunks of the other rows."""
     if distilled is not None:
         taught = rows[distilled]
         for part in cut_slice(len(taught), size):

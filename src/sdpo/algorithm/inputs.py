@@ -1,4 +1,4 @@
-"""From next-token distributions of student and teacher to what the loss reads."""
+"""Build the loss's inputs from the next-token distributions of student and teacher."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from sdpo.algorithm.loss import LossInputs, Sums, mean_of
 from sdpo.algorithm.regularization import Regularization
 from sdpo.config import SelfDistillationConfig
 
-# Entries a group in the search for the largest: few enough to look at those of k groups, enough to make few groups.
+# Entries per group in the top-k search: a trade-off between the number of groups and the candidates in k groups.
 TOP_GROUP = 64
 
 
 def gather_log_probs(log_probs: Tensor, token_ids: Tensor) -> Tensor:
-    """The entries of ``token_ids`` [N] in distributions [N, V], giving [N]."""
+    """Entries of ``token_ids`` [N] in distributions [N, V], as [N]."""
     return log_probs.gather(-1, token_ids[:, None])[:, 0]
 
 
 def select_top(log_probs: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest entries of distributions [N, V], largest first, and which they are: [N, k] each."""
+    """Values and indices of the k largest entries of distributions [N, V], largest first: [N, k] each."""
     vocab_size = log_probs.shape[-1]
     width = vocab_size // TOP_GROUP
     if width <= k:
         return log_probs.topk(k, dim=-1)
-    # The k largest are in the k groups whose own largest entry is largest, or in the rest that fills no group. Group g
-    # is entries g, g + width, g + 2 width ...
+    # The k largest entries are in the k groups with the largest maxima, or in the remainder that fills no group.
+    # Group g holds the entries g, g + width, g + 2 width ...
     with torch.no_grad():
         largest = log_probs[:, : width * TOP_GROUP].unflatten(-1, (TOP_GROUP, width)).amax(1)
         groups = largest.topk(k, dim=-1, sorted=False).indices
@@ -57,11 +57,11 @@ def build_policy_inputs(
     ref_log_probs: Tensor | None = None,
     regularization: Regularization | None = None,
 ) -> LossInputs:
-    """Inputs of ``compute_loss`` without a teacher: what is known of each token beside its distributions.
+    """Inputs of ``compute_loss`` that need no teacher and no distributions.
 
     Args:
         student_log_probs: [N] of the sampled tokens, with gradient.
-        student_entropies: [N] in nats, with gradient where ``regularization`` has an entropy term.
+        student_entropies: [N] in nats, with gradient if ``regularization`` has an entropy term.
         (the others as in ``build_loss_inputs``)
     """
     old = student_log_probs.detach() if old_log_probs is None else old_log_probs
@@ -100,21 +100,20 @@ def build_loss_inputs(
     ref_log_probs: Tensor | None = None,
     regularization: Regularization | None = None,
 ) -> tuple[LossInputs, Sums]:
-    """Inputs of ``compute_loss``, and the sums for the entropies' metrics.
+    """Inputs of ``compute_loss``, and the sums of the entropy metrics.
 
     Args:
         student: [N, V] log-probabilities, normalised, with gradient.
-        sampled_ids: [N] the tokens that were sampled.
-        old_log_probs: [N]; the student's own, if not given: with one optimizer step it still is the old policy.
+        sampled_ids: [N] the sampled tokens.
+        old_log_probs: [N]; the student's if None: with one optimizer step, the student equals the old policy.
         policy_weights, advantages, rollout_is_weights: [N], as in ``LossInputs``.
-        rollout_log_probs: [N], the sampler's. If given, and no ``rollout_is_weights`` are, those are the ratios old
-            policy / sampler by token, at most ``rollout_is_threshold``: so they may depend on log-probabilities that
-            are known here only.
-        distillation_weights: [N], of which only those of distilled tokens are read.
+        rollout_log_probs: [N], the sampler's. Used only if ``rollout_is_weights`` is None: the weights are then the
+            ratios old policy / sampler by token, truncated at ``rollout_is_threshold``.
+        distillation_weights: [N], read at distilled tokens only.
         distilled: [N] bool, M of them set.
-        teacher: [M, V] log-probabilities, normalised; None where nothing is distilled.
-        student_probs, teacher_probs: exp of the two, if it is known already.
-        ref_log_probs: [N], the reference policy's; needed where ``regularization`` has a KL term.
+        teacher: [M, V] log-probabilities, normalised; None if no token is distilled.
+        student_probs, teacher_probs: exp of ``student`` and ``teacher``, if already computed.
+        ref_log_probs: [N], the reference model's; needed if ``regularization`` has a KL term.
     """
     has_entropy_term = regularization is not None and regularization.entropy_coeff != 0.0
     entropies = compute_entropy(student if has_entropy_term else student.detach(), student_probs)

@@ -1,7 +1,6 @@
-"""From hidden states to a policy's log-probabilities, without logits [N, V] of all tokens in memory.
+"""Log-probabilities from hidden states, without logits [N, V] of all tokens in memory.
 
-The products with the head are computed chunk by chunk, the softmax of a chunk in float32 block by block, while the
-block is in the cache.
+The head runs on chunks of tokens. The softmax runs in float32 on blocks of a chunk that fit in the CPU cache.
 """
 
 from __future__ import annotations
@@ -16,41 +15,40 @@ from sdpo.algorithm.divergence import compute_entropy, exponentiate
 from sdpo.algorithm.inputs import gather_log_probs
 from sdpo.algorithm.products import find_round_length, multiply_into
 
-# The student's logits of a chunk take at most this much, and the teacher's too: the larger the chunk, the more seldom
-# is the head's gradient read and written, and the faster are the products.
+# Size limit of a chunk's logits, for student and teacher each. Larger chunks read and write the head's gradient less
+# often and make faster matrix products.
 BUFFER_BYTES = 156_000_000
-# Between the products a processor works in blocks [block, V] of this much, five at a time: what stays in the cache
-# costs less to read again.
+# Size of a softmax block [block, V] on a CPU; five blocks should fit in the L2 or L3 cache.
 BLOCK_BYTES = 2_500_000
-# An accelerator needs larger ones to be busy.
+# An accelerator needs larger chunks and blocks for full utilization.
 ACCELERATOR_BUFFER_BYTES = 280_000_000
 ACCELERATOR_BLOCK_BYTES = 60_000_000
 
 
 @dataclass(frozen=True)
 class LazyLogits:
-    """Logits [N, V] that are not computed yet: hidden states and the head that makes logits of them.
+    """Logits [N, V] before they are computed: hidden states and head.
 
-    logits = coefficient * softcap * tanh((hidden @ weight.T + bias) / softcap); without a soft-cap the head's output
-    itself. The product has the type of the hidden states, everything after it float32 (float64 if they are float64).
+    logits = coefficient * softcap * tanh((hidden @ weight.T + bias) / softcap); without a soft-cap, coefficient
+    times the head's output. The product has the hidden states' type, all later operations ``softmax_type``.
     """
 
     hidden: Tensor  # [N, H]
     weight: Tensor  # [V, H]
     bias: Tensor | None = None  # [V]
     softcap: float | None = None  # > 0
-    coefficient: float = 1.0  # with which a policy of several models adds its logits up
+    coefficient: float = 1.0  # of this model in a policy that adds the logits of several models
 
     def detach(self) -> LazyLogits:
-        """Without a graph, and with the head in the type of the hidden states."""
+        """Detached, with the head's weight cast to the hidden states' type."""
         hidden = self.hidden.detach()
         return replace(self, hidden=hidden, weight=self.weight.detach().to(hidden.dtype))
 
 
 def choose_chunk_size(vocab_size: int, dtype: torch.dtype, device: torch.device | None = None) -> int:
-    """Tokens a chunk, at least 1, for hidden states of that type.
+    """Tokens per chunk, at least 1, for hidden states of this type.
 
-    Their logits stay below ``BUFFER_BYTES``; on CUDA below ``ACCELERATOR_BUFFER_BYTES`` and an eighth of what is free.
+    The logits take at most ``BUFFER_BYTES``; on CUDA ``ACCELERATOR_BUFFER_BYTES`` or 1 / 8 of the free memory.
     """
     num_bytes = BUFFER_BYTES
     if device is not None and device.type == "cuda":
@@ -60,7 +58,7 @@ def choose_chunk_size(vocab_size: int, dtype: torch.dtype, device: torch.device 
 
 
 class ChunkedPolicy:
-    """A policy's log-probabilities in two steps: the products with the head by the chunk, the softmax by the block."""
+    """A policy's log-probabilities in two steps: the head on a chunk, then the softmax on its blocks."""
 
     def __init__(self, parts: Sequence[LazyLogits], temperature: float, chunk_size: int) -> None:
         self.parts = parts
@@ -76,13 +74,13 @@ class ChunkedPolicy:
         self.probs = torch.empty_like(self.log_probs)
 
     def multiply(self, rows: Tensor) -> Tensor:
-        """Hidden states times head at some rows, [n, V]; of several models, the last one's."""
+        """Multiply hidden states by the head at these rows, [n, V]; returns the last model's product."""
         for part, product in zip(self.parts, self.products, strict=True):
             multiply_into(product[: len(rows)], part.hidden[rows], part.weight)
         return self.products[-1][: len(rows)]
 
     def normalise(self, block: slice) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and probabilities of some rows of the chunk, [b, V]; valid until the next call."""
+        """Log-probabilities and probabilities of a block of the chunk, [b, V]; valid until the next call."""
         log_probs, probs = self.log_probs[: block.stop - block.start], self.probs[: block.stop - block.start]
         for i, (part, product) in enumerate(zip(self.parts, self.products, strict=True)):
             logits = log_probs if i == 0 else probs
@@ -95,7 +93,7 @@ class ChunkedPolicy:
                 logits.mul_(part.coefficient / self.temperature)
             if i > 0:
                 log_probs.add_(logits)
-        # Both softmaxes at once take fewer passes than one after the other.
+        # Computing softmax and log-softmax together takes fewer passes over memory.
         exponentiate(log_probs.sub_(log_probs.amax(-1, keepdim=True)), out=probs)
         total = probs.sum(-1, keepdim=True)
         return log_probs.sub_(total.log()), probs.div_(total)
@@ -115,12 +113,12 @@ def score_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the sampled tokens [N] and entropies of their distributions in nats, [N] each.
 
-    Without a graph; float32 (float64 if the hidden states are it).
+    Detached, of type ``softmax_type``.
 
     Args:
         student: [N, H].
         temperature: of the sampler, > 0.
-        chunk_size: tokens at a time, >= 1; by default ``choose_chunk_size``.
+        chunk_size: tokens per chunk, >= 1; by default ``choose_chunk_size``.
     """
     size = chunk_size or choose_chunk_size(len(student.weight), student.hidden.dtype, student.hidden.device)
     with torch.no_grad(), torch.autocast(student.hidden.device.type, enabled=False):
@@ -138,9 +136,9 @@ def score_tokens(
 
 
 def cut_slice(length: int, size: int) -> Iterator[slice]:
-    """Slices of at most that size and of a round length (``find_round_length``), and what is left in a few short ones.
+    """Slices of nearly equal, round length (``find_round_length``), at most ``size``, and a few short ones at the end.
 
-    They are as equal as can be: a short one costs nearly as much as a long one.
+    The lengths are nearly equal because a short slice costs almost as much as a long one.
     """
     start = 0
     while start < length:
@@ -153,5 +151,5 @@ def cut_slice(length: int, size: int) -> Iterator[slice]:
 
 
 def softmax_type(dtype: torch.dtype) -> torch.dtype:
-    """What softmax and loss are computed in, for hidden states of that type."""
+    """Type of softmax and loss: float64 for float64 hidden states, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

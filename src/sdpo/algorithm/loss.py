@@ -1,12 +1,12 @@
-"""The SDPO loss: what each response token costs, and how those costs become one number.
+"""The SDPO loss: token losses of distillation, GRPO and regularization, and their aggregation.
 
     loss = grpo_coef * GRPO + (1 - grpo_coef) * weight * SDPO
 
 SDPO: the divergence between student and teacher at each distilled token, times the truncated ratio student / old
 policy, times the truncated rollout weight. GRPO: PPO's clipped surrogate with group-relative advantages, at every
-response token. KL to a reference policy and entropy: see ``regularization``.
+response token. KL to the reference model and entropy: see ``regularization``.
 
-The core works on packed tokens [N]; ``compute_self_distillation_loss`` is the official signature on top of it.
+``compute_loss`` takes packed tokens [N]; ``compute_self_distillation_loss`` is a wrapper with the official signature.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ from sdpo.algorithm.divergence import (
 from sdpo.algorithm.regularization import Regularization, estimate_kl
 from sdpo.config import SelfDistillationConfig
 
-# metric -> (sum, count), to be added over micro-batches; a count of 0 marks a total
+# metric -> (sum, count), added over micro-batches; a count of 0 marks a total
 Sums: TypeAlias = dict[str, tuple[Tensor, Tensor]]
-# metric -> what it is the mean of, [N] or [M], or the sum of, if it is one of TOTALS
+# metric -> its values by token, [N] or [M]; the metric is their mean, or their sum if it is in TOTALS
 TokenValues: TypeAlias = dict[str, Tensor]
-# Already weighted: micro-batches add up to the aggregate, so there is nothing to divide by.
+# Values that are already weighted: their sum over micro-batches is the metric.
 TOTALS = {metrics.PG_LOSS, metrics.DISTILLATION_LOSS, metrics.KL_LOSS, metrics.LOSS}
 
 
 @dataclass(frozen=True)
 class LossInputs:
-    """Packed response tokens of several samples. Gradients flow through the student's tensors only.
+    """Packed response tokens of several samples. Only the student's tensors receive gradients.
 
-    Weights say how much a token counts in the aggregate (``compute_token_weights``), so a loss summed over
-    micro-batches is the loss of the mini-batch, however it is cut.
+    The weights are each token's factor in the aggregated loss (``compute_token_weights``). So the loss summed over
+    micro-batches is the loss of the mini-batch, for any split into micro-batches.
     """
 
     student_log_probs: Tensor  # [N] log-probabilities of the sampled tokens
     old_log_probs: Tensor  # [N]
-    policy_weights: Tensor | None = None  # [N] weights among all response tokens: in GRPO, KL and entropy
+    policy_weights: Tensor | None = None  # [N] weights among all response tokens, for GRPO, KL and entropy
     advantages: Tensor | None = None  # [N]
     rollout_is_weights: Tensor | None = None  # [N] truncated, detached
-    student_entropies: Tensor | None = None  # [N] in nats; with a gradient where regularization has an entropy term
-    ref_log_probs: Tensor | None = None  # [N] the reference policy's for the sampled tokens
+    student_entropies: Tensor | None = None  # [N] in nats; with a gradient if regularization has an entropy term
+    ref_log_probs: Tensor | None = None  # [N] the reference model's for the sampled tokens
     regularization: Regularization | None = None
 
     distilled: Tensor | None = None  # [N] bool, M of them set
@@ -60,40 +60,40 @@ class LossInputs:
     teacher_log_probs: Tensor | None = None  # [M]
     student_distribution: Tensor | None = None  # [M, V] or [M, K] log-probabilities (K: the student's top k)
     teacher_distribution: Tensor | None = None  # [M, V] or [M, K], same entries
-    kept_ids: Tensor | None = None  # [M, K] which entries those are, for who wants to know
-    divergence: Tensor | None = None  # [M] of whole distributions, where it is known already
-    teacher_entropy: Tensor | None = None  # [M] of whole distributions, where it is known already
+    kept_ids: Tensor | None = None  # [M, K] vocabulary ids of the kept entries; compute_loss ignores them
+    divergence: Tensor | None = None  # [M] of whole distributions, if already computed
+    teacher_entropy: Tensor | None = None  # [M] of whole distributions, if already computed
     distillation_coef: float = 1.0  # the scheduled weight, >= 0
 
     def at_distilled(self, values: Tensor) -> Tensor:
-        """The values [N] of distilled tokens, [M]. Where all are, the mask is not read: a GPU would have to wait."""
+        """Select the distilled tokens [M] of values [N]; if all are, skip the mask, which would synchronize a GPU."""
         assert self.distilled is not None and self.teacher_log_probs is not None
         return values if len(self.teacher_log_probs) == len(values) else values[self.distilled]
 
 
 @dataclass(frozen=True)
 class LossOutputs:
-    """The loss to differentiate, its terms by token, and sums for metrics."""
+    """The loss to differentiate, its contributions by token, and sums for metrics."""
 
     loss: Tensor  # scalar
-    token_losses: Tensor  # [N] weighted contribution of each token to the loss; its sum is the loss
+    token_losses: Tensor  # [N] weighted contribution of each token; their sum is the loss
     sums: Sums
 
 
 def compute_token_weights(num_tokens: Tensor, loss_agg_mode: str, horizon: int | None = None) -> Tensor:
-    """What one token of each sample counts in the aggregated loss.
+    """Weight of a token of each sample in the aggregated loss.
 
     Args:
-        num_tokens: [B], counted tokens of each sample; a sample with 0 does not exist for the mean over sequences.
+        num_tokens: [B], counted tokens of each sample; samples with 0 are left out of the mean over sequences.
         loss_agg_mode: ``token-mean`` 1 / all tokens; ``seq-mean-token-sum`` 1 / sequences; ``seq-mean-token-mean``
             1 / (sequences * the sample's tokens); ``seq-mean-token-sum-norm`` 1 / (sequences * horizon).
-        horizon: constant of the last mode, in tokens; needed there.
+        horizon: constant of ``seq-mean-token-sum-norm``, in tokens; ignored by the other modes.
 
     Returns:
         [B] float, at least float32.
 
     Raises:
-        ValueError: unknown mode, or no horizon where one is needed.
+        ValueError: unknown mode, or a missing horizon.
 
     Source: verl ``agg_loss``. ``token-mean`` counts distilled tokens, as the official code does.
     """
@@ -114,7 +114,7 @@ def compute_token_weights(num_tokens: Tensor, loss_agg_mode: str, horizon: int |
 
 
 def compute_distillation_coef(config: SelfDistillationConfig, step: int, total_steps: int) -> float:
-    """The scheduled weight of the distillation loss at step 1 ... total_steps: linear from start to end."""
+    """Weight of the distillation loss at step 1 ... total_steps: linear from start to end."""
     progress = 0.0 if total_steps <= 1 else (step - 1) / (total_steps - 1)
     return config.distillation_weight_start + progress * (
         config.distillation_weight_end - config.distillation_weight_start
@@ -122,12 +122,12 @@ def compute_distillation_coef(config: SelfDistillationConfig, step: int, total_s
 
 
 def compute_prompt_weights(success_rates: Tensor) -> Tensor:
-    """sqrt(p (1 - p)) of each sample's prompt, [B] in [0, 0.5]: nothing to learn where all or none succeed."""
+    """sqrt(p (1 - p)) of each sample's prompt, [B] in [0, 0.5]; 0 if all rollouts succeed or all fail."""
     return (success_rates * (1.0 - success_rates)).clamp(min=0).sqrt()
 
 
 def _complete_kept_entries(inputs: LossInputs, config: SelfDistillationConfig) -> LossInputs:
-    """The top k entries [M, K] as distributions: [M, K + 1] with their tail, or [M, K] renormalised."""
+    """Make distributions of the top k entries [M, K]: [M, K + 1] with a tail entry, or [M, K] renormalised."""
     if config.distillation_topk is None or not config.full_logit_distillation:
         return inputs
     student, teacher = inputs.student_distribution, inputs.teacher_distribution
@@ -137,7 +137,7 @@ def _complete_kept_entries(inputs: LossInputs, config: SelfDistillationConfig) -
 
 
 def _compute_token_divergence(inputs: LossInputs, config: SelfDistillationConfig) -> Tensor:
-    """Divergence of each distilled token in nats, [M]; for the sampled-token level its surrogate."""
+    """Divergence of each distilled token in nats, [M]; at the sampled-token level, its surrogate."""
     if inputs.divergence is not None:
         return inputs.divergence
     if not config.full_logit_distillation:
@@ -148,7 +148,7 @@ def _compute_token_divergence(inputs: LossInputs, config: SelfDistillationConfig
 
 
 def _compute_clip_factor(divergence: Tensor, limit: float) -> Tensor:
-    # Scaled, not clamped: a clamp would take the gradient away from the tokens where the teacher disagrees most.
+    # Scaled, not clamped: a clamp would zero the gradient of the tokens with the largest divergence.
     return limit / divergence.detach().abs().clamp(min=limit)
 
 
@@ -160,12 +160,12 @@ def _compute_teacher_entropy(inputs: LossInputs) -> Tensor:
 
 
 def compute_distillation_token_losses(inputs: LossInputs, config: SelfDistillationConfig) -> tuple[Tensor, TokenValues]:
-    """Loss of each distilled token [M] before aggregation, and what its metrics are made of."""
+    """Loss of each distilled token [M] before aggregation, and the values of its metrics."""
     inputs = _complete_kept_entries(inputs, config)
     assert inputs.teacher_log_probs is not None
     student_log_probs = inputs.at_distilled(inputs.student_log_probs)
     losses = _compute_token_divergence(inputs, config)
-    # The sampled token's surrogate is no divergence; the log-ratio, of either sign, estimates it.
+    # The sampled token's surrogate is not a divergence; the log-ratio, of either sign, estimates the divergence.
     divergence = losses if config.full_logit_distillation else student_log_probs - inputs.teacher_log_probs
     if config.divergence_clip is not None:
         losses = losses * _compute_clip_factor(divergence, config.divergence_clip)
@@ -191,7 +191,7 @@ def compute_distillation_token_losses(inputs: LossInputs, config: SelfDistillati
 
 
 def compute_policy_token_losses(inputs: LossInputs, config: SelfDistillationConfig) -> tuple[Tensor, TokenValues]:
-    """PPO's clipped surrogate of each response token [N], before aggregation, and what its metrics are made of.
+    """PPO's clipped surrogate of each response token [N] before aggregation, and the values of its metrics.
 
     Source: PPO (arXiv 1707.06347) eq. 7 with separate bounds (DAPO, arXiv 2503.14476). Departure from verl: no dual
     clip.
@@ -210,7 +210,7 @@ def compute_policy_token_losses(inputs: LossInputs, config: SelfDistillationConf
 def compute_regularization_token_losses(
     inputs: LossInputs, regularization: Regularization
 ) -> tuple[Tensor, TokenValues]:
-    """KL and entropy term of each response token [N], weighted, and what their metrics are made of."""
+    """Weighted KL and entropy terms of each response token [N], and the values of their metrics."""
     assert inputs.policy_weights is not None
     losses, values = torch.zeros_like(inputs.student_log_probs), {}
     if regularization.kl_loss_coef is not None:
@@ -225,8 +225,8 @@ def compute_regularization_token_losses(
 
 
 def compute_token_losses(inputs: LossInputs, config: SelfDistillationConfig) -> tuple[Tensor, TokenValues]:
-    """What each token contributes to the blended loss, [N], and what the metrics are made of (``reduce_values``)."""
-    # Zeros with a graph: tokens of which none is distilled can be differentiated like any others.
+    """Contribution of each token to the blended loss, [N], and the metrics' values for ``reduce_values``."""
+    # Zeros with a graph, so that backward works even if no token is distilled.
     contributions = 0.0 * inputs.student_log_probs
     values: TokenValues = {metrics.PPO_KL: inputs.old_log_probs - inputs.student_log_probs}
     if config.grpo_coef > 0.0:
@@ -255,8 +255,8 @@ def compute_token_losses(inputs: LossInputs, config: SelfDistillationConfig) -> 
 def compute_loss(inputs: LossInputs, config: SelfDistillationConfig) -> LossOutputs:
     """The blended loss of packed tokens.
 
-    A token whose contribution is not finite stands in ``token_losses`` as it is: the caller drops its sample and calls
-    again, because a masked NaN still reaches the weights through the backward pass of what made it.
+    Non-finite token losses are returned unchanged; the caller drops the sample and recomputes. Masking the loss would
+    not be enough: the backward pass multiplies NaN by 0, which gives NaN gradients.
     """
     contributions, values = compute_token_losses(inputs, config)
     return LossOutputs(contributions.sum(), contributions, reduce_values(values))
@@ -276,31 +276,33 @@ def compute_self_distillation_loss(
     loss_agg_mode: str = "token-mean",
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The distillation loss of a padded batch, with the signature of the official function (lasgroup/SDPO).
+    """Distillation loss of a padded batch, with the signature of the official function (lasgroup/SDPO).
 
     Args:
         student_log_probs: [B, T], log-probabilities of the sampled tokens, with gradient.
         teacher_log_probs: [B, T], the teacher's for the same tokens; never receives a gradient.
         response_mask: [B, T], 1 at response tokens.
-        self_distillation_config: which divergence, which level, which clips. ``grpo_coef`` is not applied here: this is
-            the distillation part alone.
-        old_log_probs: [B, T], needed unless ``is_clip`` is None.
+        self_distillation_config: divergence, level and clips. ``grpo_coef`` is not applied: the result is the
+            distillation loss alone.
+        old_log_probs: [B, T], required unless ``is_clip`` is None.
         student_all_log_probs, teacher_all_log_probs: [B, T, V], for the full vocabulary.
         student_topk_log_probs, teacher_topk_log_probs: [B, T, K], both at the student's top k, for top-k.
-        self_distillation_mask: [B], 1 for samples whose teacher was shown something.
-        loss_agg_mode: see ``compute_token_weights``; the horizon of the last mode is T.
+        self_distillation_mask: [B], 1 for samples with teacher context.
+        loss_agg_mode: see ``compute_token_weights``; the horizon of ``seq-mean-token-sum-norm`` is T.
         rollout_is_weights: [B, T], truncated importance weights old policy / sampler.
 
     Returns:
-        The scalar loss and its metrics. No distilled token at all gives a loss of exactly 0 with a zero gradient.
+        The scalar loss and its metrics. Without distilled tokens the loss is exactly 0, with a zero gradient.
 
     Raises:
-        ValueError: a tensor that the settings need is missing.
+        ValueError: a tensor that the settings require is missing.
 
-    Departures from the official function: a sample with a number that is not finite is left out as if it were not in
-    the batch, and counted in ``self_distillation/nonfinite_samples``; what stands at masked positions never matters,
-    not even NaN; ``seq-mean-token-sum-norm`` divides by the number of sequences too, as verl itself does by now; the
-    added options of the configuration apply.
+    Departures from the official function:
+    - Samples with a non-finite value are removed from the batch and counted in
+      ``self_distillation/nonfinite_samples``.
+    - Values at masked positions are ignored, even NaN.
+    - ``seq-mean-token-sum-norm`` also divides by the number of sequences, as current verl does.
+    - The options that this package adds to the config apply.
     """
     config = self_distillation_config
     _require_tensors(config, locals())
@@ -337,7 +339,7 @@ def compute_self_distillation_loss(
         broken = torch.zeros_like(mask).masked_scatter(mask, ~torch.isfinite(losses))
         if not bool(broken.any()):
             break
-    # The sum over no tokens keeps the graph, so that an empty batch can be differentiated like any other.
+    # The sum over zero tokens keeps the graph, so that backward works on an empty batch.
     assert inputs.distillation_weights is not None
     loss = (losses * inputs.distillation_weights).sum() + 0.0 * student_log_probs[mask].sum()
     values = {name: float(total / count.clamp(min=1)) for name, (total, count) in reduce_values(by_token).items()}
@@ -348,14 +350,14 @@ def compute_self_distillation_loss(
 def _find_nonfinite_tokens(
     mask: Tensor, token_values: Sequence[Tensor | None], distributions: Sequence[Tensor | None]
 ) -> Tensor:
-    """Tokens [B, T] with a number that is not finite; ``-inf`` in a distribution rules an entry out and is none."""
+    """Mask [B, T] of tokens with a non-finite value; ``-inf`` in a distribution is valid (probability 0)."""
     broken = torch.zeros_like(mask)
     for values in token_values:
         if values is not None:
             broken = broken | ~torch.isfinite(values.detach())
     for log_probs in distributions:
         if log_probs is not None:
-            broken = broken | ~(log_probs.detach().amax(-1) < torch.inf)  # the maximum hands NaN on
+            broken = broken | ~(log_probs.detach().amax(-1) < torch.inf)  # amax propagates NaN
     return broken
 
 
@@ -369,12 +371,12 @@ def _require_tensors(config: SelfDistillationConfig, given: Mapping[str, object]
     for name in needed:
         if given[name] is None:
             raise ValueError(
-                f"{name} is needed by these settings (full_logit_distillation, distillation_topk, is_clip)"
+                f"{name} is required by these settings (full_logit_distillation, distillation_topk, is_clip)"
             )
 
 
 def add_sums(sums: Sums, more: Sums) -> None:
-    """Add the sums of another micro-batch, in place."""
+    """Add the sums of another micro-batch in place."""
     for name, (total, count) in more.items():
         before = sums.get(name)
         sums[name] = (total, count) if before is None else (before[0] + total, before[1] + count)
@@ -387,7 +389,7 @@ def mean_of(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def reduce_values(values: TokenValues) -> Sums:
-    """The sums for the metrics."""
+    """Sums and counts of the metrics."""
     return {name: _total(each) if name in TOTALS else mean_of(each) for name, each in values.items()}
 
 

@@ -1,7 +1,7 @@
-"""Matrix products in float32 on a CPU, by the library that is fastest there.
+"""Matrix products in float32 on a CPU, by MKL or oneDNN, whichever is faster there.
 
-torch multiplies float32 matrices with MKL, which on AMD's processors leaves half of their vectors' width unused.
-oneDNN, which torch has beside it for other types, does not: with AVX-512 it is 2 to 2.4 times as fast, and as precise.
+torch multiplies float32 matrices with MKL, which on AMD CPUs uses only half of the vector width. oneDNN, which torch
+uses for other types, uses all of it: with AVX-512 it is 2 to 2.4 times as fast and equally precise.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# Multiplications in a product from which on oneDNN's longer start pays.
+# Smallest product, in multiplications, for which oneDNN's call overhead pays off.
 MIN_SIZE = 2**20
-# Rows of a large matrix that are multiplied at once where the result is copied: it is in the cache then.
+# Rows of a large matrix per product if the result is copied; the result then fits in the cache.
 PIECE_ROWS = 4096
 
 
@@ -40,15 +40,15 @@ def multiply_into(out: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def find_round_length(length: int) -> int:
-    """The largest number up to ``length`` of which there are eight an octave.
+    """The largest round number up to ``length``; there are eight round numbers per power of two.
 
-    oneDNN keeps what it makes for a shape, a thousand of them: rows packed to another number each time took 0.7 GB.
+    oneDNN caches primitives for 1,000 shapes: packed rows of a different length each time took 0.7 GB.
     """
     return length - length % _find_step(length)
 
 
 def round_up_rows(tensor: Tensor) -> Tensor:
-    """[..., K] as rows [M, K], with rows of zeros behind them until M is round (``find_round_length``)."""
+    """Flatten [..., K] to rows [M, K], padded with zero rows to a round M (``find_round_length``)."""
     rows = tensor.flatten(0, -2)
     missing = -len(rows) % _find_step(len(rows))
     return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
@@ -59,15 +59,15 @@ def _find_step(length: int) -> int:
 
 
 def goes_to_onednn(tensor: Tensor) -> bool:
-    """Whether large products with this tensor do, if the other one has its type."""
+    """Whether large products of this tensor with another of its type use oneDNN."""
     return tensor.is_cpu and tensor.dtype == torch.float32 and prefers_onednn()
 
 
 @cache
 def prefers_onednn() -> bool:
-    """Whether float32 products go to oneDNN: on AMD's processors with AVX-512.
+    """Whether float32 products use oneDNN: on AMD CPUs with AVX-512.
 
-    A rule and no measurement, so that a run is the same number for number whenever it is repeated on a machine.
+    A fixed rule instead of a measurement keeps runs on a machine reproducible bit for bit.
     """
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False

@@ -1,8 +1,8 @@
-"""KL to a reference policy and entropy: terms of the loss beside distillation and GRPO, over all response tokens.
+"""Loss terms for KL to the reference model and for entropy, over all response tokens.
 
     loss = blend of GRPO and SDPO + kl_loss_coef * KL(student || reference) - entropy_coeff * H(student)
 
-Both are aggregated as the policy loss is, over every response token, whether it is distilled or not.
+Both are aggregated like the policy loss, over all response tokens, distilled or not.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 # Bounds of the log-ratio before exp, and of the estimate, in ``low_var_kl``: verl's.
 LOG_RATIO_MAX = 20.0
 LOW_VAR_KL_MAX = 10.0
-# verl's short names for the same estimates.
+# verl's short names of the estimators.
 SYNONYMS = {"k1": "kl", "k2": "mse", "k3": "low_var_kl"}
 
 
@@ -24,9 +24,9 @@ class Regularization:
     """Weights of the two terms.
 
     Attributes:
-        kl_loss_coef: weight of the KL divergence, >= 0; None: no reference policy, no KL.
-        kl_loss_type: how it is estimated, one of ``sdpo.config.KL_LOSS_TYPES``.
-        entropy_coeff: weight of the entropy, which is subtracted; 0: none.
+        kl_loss_coef: weight of the KL divergence, >= 0; None: no reference model, no KL.
+        kl_loss_type: estimator, one of ``sdpo.config.KL_LOSS_TYPES``.
+        entropy_coeff: weight of the entropy, which is subtracted; 0: no term.
     """
 
     kl_loss_coef: float | None
@@ -39,10 +39,10 @@ def estimate_kl(log_probs: Tensor, ref_log_probs: Tensor, kl_loss_type: str) -> 
 
     Args:
         log_probs: [...], with gradient.
-        ref_log_probs: [...], never receives one.
+        ref_log_probs: [...], never receives a gradient.
         kl_loss_type: with d = log student - log reference, ``kl`` (``k1``): d; ``abs``: |d|; ``mse`` (``k2``): d^2 / 2;
-            ``low_var_kl`` (``k3``): exp(-d) - 1 + d. A ``+`` at its end: that value with the gradient of ``mse``, whose
-            expectation is the gradient of the KL divergence.
+            ``low_var_kl`` (``k3``): exp(-d) - 1 + d. With a trailing ``+``: the same value,
+            with the gradient of ``mse``, which in expectation is the KL divergence's.
 
     Returns:
         [...]

@@ -1,7 +1,7 @@
-"""The teacher's weights, which follow the student's.
+"""The teacher: which weights it uses, and how they follow the student's.
 
-An average kept in bfloat16 does not move: at rate 0.05 the change is below half a unit in the last place. So the
-averaged copy is float32 whatever the model's dtype, and what the forward pass uses is cast from it.
+An average in bfloat16 would stay constant: at rate 0.05 most changes are below half a unit in the last place. So the
+average is kept in float32 for every model dtype, and the weights of the forward pass are cast from it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch.distributed.tensor import DTensor
 
 from sdpo.config import SelfDistillationConfig
 
-# At most this many entries of the student are cast to the average's data type at a time: 256 MiB in float32.
+# At most this many entries of the student are cast to the average's data type at once: 256 MiB in float32.
 ENTRIES_AT_ONCE = 2**26
 
-# Modules and the coefficients with which their logits are added; one module with 1 is that model's own distribution.
+# Modules and the coefficients of their logits in the sum.
 Policy = Sequence[tuple[nn.Module, float]]
 
 
@@ -33,25 +33,27 @@ def update_teacher_ema(teacher_params: Iterable[Tensor], student_params: Iterabl
         ema_rate: in [0, 1]; 0 keeps the teacher, 1 copies the student.
 
     Raises:
-        ValueError: a teacher tensor in half precision, shapes or numbers of tensors that differ, a rate out of range.
+        ValueError: a teacher tensor in half precision, different shapes or numbers of tensors, or a rate out of range.
 
-    Source: SDPO (arXiv 2601.20802), section 3: once a rollout batch, after all of its optimizer steps.
+    Source: SDPO (arXiv 2601.20802), section 3: once per rollout batch, after all of its optimizer steps.
     """
     if not 0.0 <= ema_rate <= 1.0:
         raise ValueError(f"ema_rate must be in [0, 1], got {ema_rate!r}")
     teachers, students = list(teacher_params), list(student_params)
     if [t.shape for t in teachers] != [s.shape for s in students]:
-        raise ValueError("teacher_params and student_params must be the same tensors, in the same order")
+        raise ValueError("teacher_params and student_params must have the same shapes, in the same order")
     half = [t.dtype for t in teachers if t.dtype not in (torch.float32, torch.float64)]
     if half:
-        raise ValueError(f"teacher_params must be float32 (an average in {half[0]} does not move); keep a float32 copy")
+        raise ValueError(
+            f"teacher_params must be float32, got {half[0]}: small updates round to zero; pass a float32 copy"
+        )
     for pairs in _group(_cut(teachers, students)):
         casted = [s.to(device=t.device, dtype=t.dtype) for t, s in pairs]
         torch._foreach_lerp_([t for t, _ in pairs], casted, ema_rate)
 
 
 def _cut(teachers: Sequence[Tensor], students: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Both sides' tensors, large ones in slices along their first axis."""
+    """Pairs of tensors, with large tensors split along their first axis."""
     for teacher, student in zip(teachers, students, strict=True):
         if teacher.dim() == 0 or teacher.numel() <= ENTRIES_AT_ONCE:
             yield teacher, student.detach()
@@ -61,7 +63,7 @@ def _cut(teachers: Sequence[Tensor], students: Sequence[Tensor]) -> Iterator[tup
 
 
 def _group(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Lists of neighbours, of about ``ENTRIES_AT_ONCE`` entries each, so that small tensors share an operation."""
+    """Group pairs up to ``ENTRIES_AT_ONCE`` entries, so that one operation updates many small tensors."""
     group: list[tuple[Tensor, Tensor]] = []
     count = 0
     for pair in pairs:
@@ -75,27 +77,27 @@ def _group(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor
 
 
 class TeacherWeights(Protocol):
-    """Tensors, by name, that follow those of the student, and how the teacher's module makes use of them."""
+    """Teacher tensors, by name, that follow the student's, and how the teacher's module applies them."""
 
     @property
     def values(self) -> Mapping[str, Tensor]:
-        """The teacher's; float32 or float64 if they are averaged."""
+        """The teacher's tensors; float32 or float64 if they are averaged."""
 
     @property
     def in_module(self) -> bool:
-        """Whether they are the module's own parameters, so that saving the module saves them."""
+        """Whether ``values`` are the module's parameters, so that saving the module saves them."""
 
     def read(self, student: nn.Module) -> Sequence[Tensor]:
-        """The student's, of the same shapes in the same order."""
+        """The student's tensors, with the shapes and order of ``values``."""
 
     def apply(self) -> None:
-        """Compute with ``values`` from now on."""
+        """Make the module compute with ``values``."""
 
 
 class ModuleWeights:
-    """All parameters of the teacher's module; of one in half precision a float32 copy is averaged.
+    """All parameters of the teacher's module; if it is in half precision, the average is a float32 copy.
 
-    Parameters may be shards (DTensor): those of the same rank follow each other, nothing is gathered.
+    Parameters may be shards (DTensor): each rank updates its own shards, without communication.
     """
 
     def __init__(self, module: nn.Module, averaged: bool) -> None:
@@ -123,18 +125,18 @@ class ModuleWeights:
 class Teacher:
     """The teacher that ``teacher_regularization`` names.
 
-    It holds one frozen module (none for the live teacher, which is the student itself), says by ``policy`` whose logits
-    make the teacher's distribution, and follows the student in ``step``, once a rollout batch.
+    It holds one frozen module; the live teacher, which is the student itself, holds none. ``policy`` returns the models
+    of the teacher's distribution. ``step`` follows the student once per rollout batch.
 
     Args:
-        module: with the student's initial weights, without gradients; None for the live teacher only.
-        config: which teacher.
-        weights: what follows the student; all of the module's parameters if None.
+        module: with the student's initial weights, without gradients; None only for the live teacher.
+        config: kind and rate of the teacher.
+        weights: the tensors that follow the student; all of the module's parameters if None.
 
     Attributes:
-        kind: which teacher; ``frozen`` once it is.
-        num_steps: how often it has followed.
-        weights: None where nothing follows: live, frozen, trust region.
+        kind: ``teacher_regularization``; ``frozen`` after ``freeze``.
+        num_steps: number of calls of ``step``.
+        weights: None if no weights follow: live, frozen, trust region.
     """
 
     def __init__(
@@ -145,7 +147,7 @@ class Teacher:
         self.snapshot_every = config.teacher_snapshot_every
         self.num_steps = 0
         self.module = module
-        assert (module is None) == (self.kind == "live"), "only the live teacher has no module of its own"
+        assert (module is None) == (self.kind == "live"), "only the live teacher has no module"
         self.weights: TeacherWeights | None = None
         if module is not None and follows(config):
             self.weights = weights or ModuleWeights(module, averaged=self.kind == "ema")
@@ -153,7 +155,7 @@ class Teacher:
     def policy(self, student: nn.Module) -> Policy:
         """Modules and the coefficients of their logits: one module, or two for the trust region.
 
-        Trust region: lerp(initial model's logits, student's logits, rate), a geometric mixture of both distributions.
+        Trust region: lerp(reference model's logits, student's logits, rate), a geometric mixture of the distributions.
         Source: SDPO (arXiv 2601.20802), the regularised teacher.
         """
         if self.module is None:
@@ -177,22 +179,22 @@ class Teacher:
         self.weights.apply()
 
     def freeze(self, initial: nn.Module | None = None) -> None:
-        """Follow no more. An average or a snapshot stays as it is; of the trust region the initial model is left.
+        """Stop following. An average or a snapshot keeps its weights; the trust region becomes the reference model.
 
-        The live teacher, which has no weights of its own, becomes ``initial``, the initial model without gradients.
+        The live teacher has no weights, so it becomes ``initial``: the reference model, without gradients.
         """
         self.module = self.module if self.module is not None else initial
-        assert self.module is not None, "the live teacher is frozen to the initial model only"
+        assert self.module is not None, "freezing the live teacher needs the reference model"
         self.kind = "frozen"
 
     def state_dict(self) -> dict[str, Any]:
-        """Which it is, how often it has followed, and what follows where the module's parameters are not all of it."""
+        """Kind, number of steps, and the following weights if saving the module does not save them."""
         outside = None if self.weights is None or self.weights.in_module else dict(self.weights.values)
         return {"kind": self.kind, "num_steps": self.num_steps, "weights": outside}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from ``state_dict``; the caller loads the parameters that are not in it."""
+        """Resume from ``state_dict``; the caller loads the module's parameters."""
         self.num_steps = state["num_steps"]
         if self.weights is not None and not self.weights.in_module:
             values = self.weights.values
@@ -201,18 +203,18 @@ class Teacher:
 
 
 def follows(config: SelfDistillationConfig) -> bool:
-    """Whether the teacher's module changes, rather than that there is none or that it stays the initial model."""
+    """Whether the teacher's module changes during training."""
     return config.teacher_regularization in ("ema", "snapshot")
 
 
 def build_teacher(student: nn.Module, config: SelfDistillationConfig) -> Teacher:
-    """The teacher of a student that fits into one process: its module begins as a copy of the student."""
+    """Build the teacher in one process; its module starts as a copy of the student."""
     is_live = config.teacher_regularization == "live"
     return Teacher(None if is_live else copy.deepcopy(student).requires_grad_(False).eval(), config)
 
 
 def get_shards(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters, or the shards of them that this rank holds."""
+    """Parameters, or this rank's shards of them."""
     return {name: p.to_local() if isinstance(p, DTensor) else p.data for name, p in module.named_parameters()}
 
 

@@ -1,1 +1,1 @@
-"""The loss from hidden states by device: the portable form of ``sdpo.algorithm``, or kernels made for a GPU."""
+"""The loss from hidden states, by device: portable (``sdpo.algorithm``) or with CUDA kernels."""

@@ -1,4 +1,4 @@
-"""Which form of the loss a device gets. The only place that asks."""
+"""Select the portable loss or the CUDA kernels by device; the only place that does."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def compute_fused_loss(
     temperature: float = 1.0,
     chunk_size: int | None = None,
 ) -> FusedOutputs:
-    """``sdpo.algorithm.fused.compute_fused_loss`` in the form for the device and type of the hidden states."""
+    """``sdpo.algorithm.fused.compute_fused_loss``, by CUDA kernels if the hidden states' device and type allow."""
     compute = fused.compute_fused_loss
     kind = (config.alpha, config.full_logit_distillation, config.distillation_topk is not None)
     if has_cuda_kernels(student.hidden) and kernels_agree(student.hidden.device, student.hidden.dtype, *kind):
@@ -36,7 +36,7 @@ def compute_fused_loss(
 def score_tokens(
     student: LazyLogits, sampled_ids: Tensor, *, temperature: float = 1.0, chunk_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``sdpo.algorithm.logits.score_tokens`` in the form for the device and type of the hidden states."""
+    """``sdpo.algorithm.logits.score_tokens``, by CUDA kernels if the hidden states' device and type allow."""
     score = logits.score_tokens
     if has_cuda_kernels(student.hidden) and kernels_agree(student.hidden.device, student.hidden.dtype):
         from sdpo.kernels.cuda.fused_loss import score_tokens as score
@@ -44,13 +44,13 @@ def score_tokens(
 
 
 def has_cuda_kernels(hidden: Tensor) -> bool:
-    """Whether hidden states of this device and type go through ``sdpo.kernels.cuda``."""
+    """Whether ``sdpo.kernels.cuda`` supports hidden states of this device and type."""
     return hidden.is_cuda and hidden.dtype != torch.float64 and _supports_kernels(hidden.device)
 
 
 @cache
 def _supports_kernels(device: torch.device) -> bool:
-    """From Ampere on; what is older has no bfloat16, and AMD's GPUs have warps of another size."""
+    """Whether the GPU is Ampere or later; older GPUs lack bfloat16, and AMD GPUs have another warp size."""
     if torch.version.hip is not None or importlib.util.find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -1,4 +1,4 @@
-"""The public form of the loss from hidden states."""
+"""Public function for the loss from hidden states."""
 
 from __future__ import annotations
 
@@ -36,41 +36,41 @@ def fused_self_distillation_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """``compute_self_distillation_loss`` from hidden states, averaged over the counted tokens (``token-mean``).
 
-    Its memory does not grow with N times V; loss and gradients are the same, computed in one pass.
+    Memory does not grow with N times V. Loss and gradients are equal up to rounding, computed in one pass.
 
     Args:
-        student_hidden: [N, H], what the student's head reads at the positions that predict the sampled tokens.
-        student_head: [V, H], the head's weight. Gradients reach both, and ``student_bias``.
-        teacher_hidden: [N, H'], the teacher's for the same tokens; read at distilled tokens.
-        teacher_head: [V, H'], be it the student's very tensor; the teacher never receives a gradient.
-        sampled_ids: [N], the tokens that were sampled.
+        student_hidden: [N, H], inputs of the student's head at the positions that predict the sampled tokens.
+        student_head: [V, H], the head's weight. Both get gradients, as does ``student_bias``.
+        teacher_hidden: [N, H'], inputs of the teacher's head for the same tokens; read at distilled tokens.
+        teacher_head: [V, H'], may be ``student_head``; the teacher never receives a gradient.
+        sampled_ids: [N], the sampled tokens.
         loss_mask: [N], 1 at tokens that count. Values at other tokens are ignored.
-        self_distillation_config: which divergence, which level, which clips.
-        old_log_probs: [N], needed unless ``is_clip`` is None.
+        self_distillation_config: divergence, level and clips.
+        old_log_probs: [N], required unless ``is_clip`` is None.
         rollout_is_weights: [N], truncated importance weights old policy / sampler.
-        advantages: [N]. If given, the loss is grpo_coef * GRPO + (1 - grpo_coef) * distillation; if not, it is the
-            distillation part alone, whatever ``grpo_coef``.
-        self_distillation_mask: [N], 1 at tokens that are distilled; by default all that count.
-        temperature: of the sampler, > 0; both sides' logits are divided by it.
-        softcap: logits -> softcap * tanh(logits / softcap) on both sides, > 0.
+        advantages: [N]. With advantages the loss is grpo_coef * GRPO + (1 - grpo_coef) * distillation; without, it is
+            the distillation loss alone and ``grpo_coef`` is ignored.
+        self_distillation_mask: [N], 1 at distilled tokens; by default all counted tokens.
+        temperature: of the sampler, > 0; divides the logits of student and teacher.
+        softcap: logits -> softcap * tanh(logits / softcap) for student and teacher, > 0.
         student_bias, teacher_bias: [V], the heads' biases.
-        chunk_size: tokens at a time, >= 1; by default ``choose_chunk_size``.
+        chunk_size: tokens per chunk, >= 1; by default ``choose_chunk_size``.
 
     Returns:
-        The scalar loss and its metrics, those of distilled tokens only if there are any. No counted token at all gives
-        a loss of exactly 0 with a zero gradient.
+        The scalar loss and its metrics; distillation metrics are missing if no token is distilled. Without counted
+        tokens the loss is exactly 0, with a zero gradient.
 
     Raises:
-        ValueError: ``old_log_probs`` is missing where the settings need it.
+        ValueError: ``old_log_probs`` is None, but ``is_clip`` requires it.
 
-    A token with a non-finite number is left out and counted in
-    ``self_distillation/nonfinite_samples``: here every token is a sample of its own.
+    Tokens with a non-finite value are left out and counted in ``self_distillation/nonfinite_samples``; this function
+    treats each token as a sample.
     """
     config = self_distillation_config
     if advantages is None:
         config = replace(config, grpo_coef=0.0)
     if config.is_clip is not None and old_log_probs is None:
-        raise ValueError("old_log_probs is needed by these settings (is_clip)")
+        raise ValueError("old_log_probs is required by these settings (is_clip)")
     counted = loss_mask.bool()
     distilled = counted if self_distillation_mask is None else counted & self_distillation_mask.bool()
     if advantages is None:
@@ -111,16 +111,16 @@ def fused_self_distillation_loss(
 
 
 def _find(mask: Tensor) -> Tensor:
-    """Where a mask [N] is set."""
+    """Indices at which a mask [N] is set."""
     return mask.nonzero()[:, 0]
 
 
 def _take(values: Tensor, rows: Tensor) -> Tensor:
-    """Some rows in their order; the tensor itself if those are all."""
+    """Select rows; returns the tensor itself, without a copy, if all rows are selected."""
     return values if len(rows) == len(values) else values[rows]
 
 
 def _average(mask: Tensor, like: Tensor) -> Tensor:
-    """What a token counts in the mean over the tokens of a mask, [1]."""
+    """Weight of a token in the mean over a mask's tokens, [1]."""
     count = mask.sum()[None].to(softmax_type(like.dtype))
     return compute_token_weights(count, "token-mean")

@@ -1,6 +1,6 @@
 """Compare the CUDA kernels with the portable form on six tokens, once per process.
 
-On an untested GPU, driver or compiler the kernels may fail or compute something else. The run then uses the slower
+On an untested GPU, driver or compiler the kernels may fail or compute wrong values. The run then uses the slower
 portable form.
 """
 
@@ -26,11 +26,11 @@ TOLERANCE = 0.05  # relative; bfloat16 leaves 0.01
 def kernels_agree(
     device: torch.device, dtype: torch.dtype, alpha: float = 0.0, full: bool = True, has_topk: bool = False
 ) -> bool:
-    """Whether losses, gradients and scores agree; if not, one warning says why, and what it costs.
+    """Whether losses, gradients and scores agree; if not, logs one warning with the reason and the cost.
 
     Args:
         device, dtype: of hidden states.
-        alpha, full, has_topk: which kernels the settings of a run use.
+        alpha, full, has_topk: settings that select the kernels.
     """
     topk = 20 if has_topk else None
     config = SelfDistillationConfig(alpha=alpha, full_logit_distillation=full, distillation_topk=topk)

@@ -1,1 +1,1 @@
-"""Models of transformers: loading them, and sampling from them. What both engines share beside the algorithm."""
+"""Load transformers models, run forward passes and sample: code that both backends share."""

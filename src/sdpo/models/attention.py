@@ -1,6 +1,6 @@
-"""Attention over a packed row, as a kernel that transformers' models call by its name.
+"""Attention over packed rows, registered as an attention implementation of transformers.
 
-It is transformers' own SDPA wherever no packed row is read, such as in sampling with a cache.
+For rows that are not packed, such as in sampling with a cache, it calls transformers' SDPA.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sdpo.models.packing import Attention, Layout
 NAME = "sdpa_packed"
 # Replaces the mask of a packed row: transformers passes a mask of four axes through unchanged.
 NO_MASK = torch.empty(1, 1, 0, 0)
-# What a layer may ask of attention beyond a causal mask, and what it says where it does not.
+# Arguments for features beyond causal attention, with the values that disable them.
 UNSUPPORTED = {"sliding_window": None, "softcap": None, "s_aux": None, "position_bias": None}
 
 
@@ -43,7 +43,7 @@ def attend(
     """Attention of a packed row [1, heads, L, head size], giving [1, L, heads, head size].
 
     Raises:
-        NotPackable: the layer asks for more than causal attention, or did not get the layout.
+        NotPackable: the layer needs more than causal attention, or the model did not pass the layout.
     """
     if layout is None:
         if attention_mask is not None and not attention_mask.numel():
@@ -60,7 +60,7 @@ def attend(
 
 
 def _call(call: Attention, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float) -> Tensor:
-    """[rows * Q, heads, head size] of one call; states are [L, heads, head size]."""
+    """Output [rows * Q, heads, head size] of one call; states are [L, heads, head size]."""
     num_queries, num_keys = call.queries.shape[1], call.keys.shape[1]
 
     def gather(states: Tensor, places: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def _call(call: Attention, query: Tensor, key: Tensor, value: Tensor, scaling: f
 
 
 def _build_mask(num_queries: int, num_keys: int, like: Tensor) -> Tensor:
-    if like.is_cuda:  # whose kernels need no mask in memory for this
+    if like.is_cuda:  # CUDA kernels need no mask in memory
         return causal_lower_right(num_queries, num_keys)
     visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=like.device).tril(num_keys - num_queries)
     return torch.zeros(visible.shape, dtype=like.dtype, device=like.device).masked_fill_(~visible, float("-inf"))

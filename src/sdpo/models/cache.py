@@ -1,4 +1,4 @@
-"""A key-value cache that is written in place: reading a token copies that token's keys and values and no others."""
+"""A key-value cache that is extended in place: a new token copies only its own keys and values."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-# A new buffer has room for this many more tokens, or for this share of those that it holds: few, so that what attention
-# reads lies close together and nothing is kept for tokens that never come; enough that copying does not count.
-ROOM, ROOM_SHARE = 16, 8
+# A new buffer has room for 16 more tokens or 1 / 8 of the tokens it holds, whichever is more. A small room keeps the
+# memory that attention reads compact and wastes little; this room is large enough that the copies cost little.
+ROOM, ROOM_DIVISOR = 16, 8
 
 
 def build_cache(config: Any, capacity: int) -> DynamicCache:
-    """The cache of a model of transformers, for at most ``capacity`` tokens a row.
+    """The cache of a transformers model, for at most ``capacity`` tokens per row.
 
-    Layers that keep something else than the keys and values of all tokens (a sliding window, the state of linear
-    attention) stay transformers' own.
+    Only full-attention layers use ``RoomyLayer``. Other layers (sliding window, linear attention) keep the classes of
+    transformers.
     """
     cache = DynamicCache(config=config)
     cache.layers = [RoomyLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
@@ -28,8 +28,8 @@ def build_cache(config: Any, capacity: int) -> DynamicCache:
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values of one layer of full attention.
 
-    ``keys`` and ``values`` are those of all tokens read, [rows, heads, tokens, head size]: first the tensors that the
-    prompts left, then views of buffers with room for some more, which are replaced when they are full.
+    ``keys`` and ``values`` of all tokens so far are [rows, heads, tokens, head size]. After the prompt they are the
+    prompt's tensors; later they are views of larger buffers, which are replaced when full.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -50,20 +50,20 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row ``repeats`` times; those of a row lie side by side."""
+        """Repeat each row ``repeats`` times; copies of a row are adjacent."""
         self._make_room(1, repeats)
 
     def _make_room(self, needed: int, repeats: int = 1) -> None:
         length = self.get_seq_length()
-        room = min(max(needed, ROOM, length // ROOM_SHARE), self._capacity - length)
+        room = min(max(needed, ROOM, length // ROOM_DIVISOR), self._capacity - length)
         if room < needed:
-            raise ValueError(f"a cache of {self._capacity} tokens was given {length + needed}")
+            raise ValueError(f"cache capacity is {self._capacity} tokens, got {length + needed}")
         self.keys = _copy(self.keys, repeats, room)
         self.values = _copy(self.values, repeats, room)
         self._room = room
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows, in place: only rows that change their place are copied."""
+        """Keep these rows, in place; only rows with a new index are copied."""
         places = torch.arange(len(indices), device=indices.device)
         moved = (indices != places).nonzero()[:, 0]
         for held in (self.keys, self.values):
@@ -72,7 +72,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
 
 
 def _copy(held: Tensor, repeats: int, room: int) -> Tensor:
-    """A view of a new buffer that begins with each row ``repeats`` times and has room for more tokens."""
+    """Copy into a new buffer, each row ``repeats`` times, with room for more tokens; returns the filled view."""
     rows, heads, length, size = held.shape
     buffer = held.new_empty(rows * repeats, heads, length + room, size)[:, :, :length]
     buffer.unflatten(0, (rows, repeats)).copy_(held[:, None])
@@ -80,7 +80,7 @@ def _copy(held: Tensor, repeats: int, room: int) -> Tensor:
 
 
 def _extend(held: Tensor, new: Tensor) -> Tensor:
-    """``held`` with further tokens, written into the buffer that it is a view of."""
+    """Append tokens to ``held``, in the buffer that it is a view of."""
     rows, heads, length, size = held.shape
     longer = held.as_strided((rows, heads, length + new.shape[-2], size), held.stride())
     longer[:, :, length:].copy_(new)

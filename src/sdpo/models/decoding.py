@@ -16,9 +16,9 @@ from sdpo.models.forward import PaddedSequences, compute_logits, pad_sequences
 from sdpo.models.processing import TokenPrompt
 from sdpo.models.vision import SeenImages, Vision
 
-# Tokens of the vocabulary that are summed up to one number when a token is drawn.
+# Vocabulary entries per partial sum when a token is drawn.
 BLOCK = 128
-# Tokens that are read before it is seen which rows have ended, for which a GPU has to be waited for.
+# Decoding steps between checks for finished rows; each check synchronizes with the GPU.
 CHECK_EVERY = {"cpu": 1}
 CHECK_EVERY_ELSE = 8
 # Finished rows leave the batch once at most this fraction of it is running.
@@ -29,7 +29,7 @@ KEEP_FULL = 0.9
 class Decoding:
     """How to decode. ``temperature=0`` is greedy; forbidden tokens are never drawn.
 
-    With a ``dtype``, models of another one are copied in it for as long as they sample.
+    With a ``dtype``, sampling uses copies of the models in this type.
     """
 
     n: int
@@ -49,9 +49,9 @@ class Response:
 
     Attributes:
         token_ids: with the stop token at the end if it was reached.
-        log_probs: of each token under the distribution that it was drawn from: after temperature and top-p, without
-            forbidden tokens (0 where decoding is greedy).
-        finished: whether it ended with a stop token, not at ``max_new_tokens``.
+        log_probs: of each token under the sampling distribution: after temperature and top-p, without forbidden tokens
+            (0 with greedy decoding).
+        finished: whether it ended with a stop token instead of at ``max_new_tokens``.
     """
 
     token_ids: list[int]
@@ -67,13 +67,13 @@ def sample_responses(
     seed: int,
     vision: Vision | None = None,
 ) -> list[list[Response]]:
-    """``decoding.n`` responses to each prompt, in the prompts' order; the same seed gives the same responses.
+    """Sample ``decoding.n`` responses per prompt, in the prompts' order; deterministic for a seed.
 
-    Prompts of similar length are decoded together; a prompt, images included, is read once for all of its responses; a
-    response that has ended leaves the batch. ``vision`` is of the policy's models, where they read images.
+    Prompts of similar length are decoded together. A prompt, images included, is read once for all of its responses.
+    Finished responses leave the batch. ``vision`` is needed if the policy's models read images.
 
     Raises:
-        FloatingPointError: the models' logits are not finite.
+        FloatingPointError: the models' logits are non-finite.
     """
     if decoding.dtype is not None:
         policy = [(_copy_in(module, decoding.dtype), coefficient) for module, coefficient in policy]
@@ -96,7 +96,7 @@ def sample_responses(
 
 
 def _copy_in(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The module with its parameters in that type: a copy, unless they are."""
+    """A copy of the module in this type; the module itself if all parameters have it."""
     params = list(module.parameters())
     if all(param.dtype == dtype for param in params):
         return module
@@ -113,7 +113,7 @@ def _sample_batch(
     device, limit = generator.device, decoding.max_new_tokens
     check_every = CHECK_EVERY.get(device.type, CHECK_EVERY_ELSE)
     num_responses = len(prompts) * decoding.n
-    # Random numbers are per response, so that a response does not depend on which others still run.
+    # Random numbers are per response, so that a response does not depend on which other rows are running.
     uniform = torch.rand((limit, num_responses), dtype=torch.float64, generator=generator, device=device)
     batch = pad_sequences(prompts, [[]] * len(prompts), decoding.pad_token_id, device, vision)
     state = _DecodingState(policy, batch.token_ids.shape[1] + limit)
@@ -124,7 +124,7 @@ def _sample_batch(
     stop = torch.tensor(list(decoding.stop_token_ids), device=device)
     tokens = torch.full((limit, num_responses), decoding.pad_token_id, device=device)
     log_probs = torch.zeros((limit, num_responses), device=device)
-    rows = torch.arange(num_responses, device=device)  # which response each row of the batch is
+    rows = torch.arange(num_responses, device=device)  # response index of each row in the batch
     running = torch.ones_like(rows, dtype=torch.bool)
     for place in range(limit):
         token, log_prob = draw(logits, uniform[place, rows])
@@ -145,14 +145,14 @@ def _sample_batch(
 
 
 def _fill_gaps(running: Tensor, num_running: int) -> Tensor:
-    """The running rows, of which all that can stay in their place do; the last ones fill the gaps."""
+    """Indices of the running rows; the last rows fill the gaps, and all others keep their place."""
     kept = torch.arange(num_running, device=running.device)
     kept[~running[:num_running]] = num_running + running[num_running:].nonzero()[:, 0]
     return kept
 
 
 def _cut_at_stop(tokens: Tensor, log_probs: Tensor, stop: Tensor) -> list[Response]:
-    """Responses from what their rows drew [T, responses], each up to its first stop token."""
+    """Make responses of drawn tokens [T, responses], each up to its first stop token."""
     if not log_probs.isfinite().all():
         raise FloatingPointError("cannot sample: the logits are non-finite")
     stops = torch.isin(tokens, stop)
@@ -167,7 +167,7 @@ def _cut_at_stop(tokens: Tensor, log_probs: Tensor, stop: Tensor) -> list[Respon
 
 
 class _DecodingState:
-    """The caches of a policy's modules, the mask of what has been read and the last positions, row by row."""
+    """Caches of a policy's modules, and attention mask and last position of each row."""
 
     def __init__(self, policy: Policy, capacity: int) -> None:
         self.policy = policy
@@ -178,7 +178,7 @@ class _DecodingState:
         """Logits [rows, V] after each prompt."""
         mask = prompts.attention_mask
         self.length = mask.shape[1]
-        self.mask: Tensor | None = None  # [rows, capacity]; without padding there is nothing to mask
+        self.mask: Tensor | None = None  # [rows, capacity]; None without padding
         if not mask.all():
             self.mask = nn.functional.pad(mask, (0, self.capacity - self.length), value=1)
         self.axes = prompts.position_ids.shape[:-2]  # () or (3,)
@@ -239,7 +239,7 @@ class _Drawing:
     def __call__(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [rows] and their log-probabilities, from logits [rows, V], which are overwritten.
 
-        ``uniform`` [rows] decides: numbers in [0, 1), float64.
+        ``uniform`` [rows] are the random numbers in [0, 1), float64.
         """
         temperature, top_p = self.decoding.temperature, self.decoding.top_p
         if len(self.forbidden):
@@ -256,9 +256,8 @@ class _Drawing:
 def draw_tokens(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens [rows] drawn in proportion to ``weights`` [rows, V] by inverse transform, and their log-probabilities.
 
-    First a block of tokens is found, then a token in it. Cumulative sums are float64 and short, so that no token is
-    favoured however large the vocabulary, and one of weight 0 is never drawn. Weights that are not numbers give
-    log-probabilities that are none either.
+    It finds a block of tokens, then a token in the block. Cumulative sums are short and float64, so large vocabularies
+    cause no bias and tokens of weight 0 are never drawn. NaN weights give NaN log-probabilities.
 
     Args:
         uniform: [rows] in [0, 1), float64.
@@ -273,14 +272,14 @@ def draw_tokens(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     in_block = in_block.masked_fill_(places >= weights.shape[-1], 0.0)
     place, _ = _find(in_block, rest)
     log_prob = (in_block.gather(-1, place) / total).log()
-    token = (block * BLOCK + place).clamp(max=weights.shape[-1] - 1)  # beyond it where weights are not numbers
+    token = (block * BLOCK + place).clamp(max=weights.shape[-1] - 1)  # out of range for NaN weights
     return token[:, 0], log_prob[:, 0].float()
 
 
 def _find(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the cumulative sum of ``mass`` [rows, K] passes ``target`` [rows, 1], and by how much target is inside.
+    """Index at which the cumulative sum of ``mass`` [rows, K] passes ``target`` [rows, 1], and the remainder.
 
-    Never at a mass of 0, however the target was rounded: it is brought below the sum of all.
+    The target is clamped below the total, so rounding never selects an entry of mass 0.
     """
     cumulative = mass.cumsum(-1)
     target = torch.minimum(target, cumulative[:, -1:].nextafter(torch.zeros_like(target)))
@@ -290,9 +289,9 @@ def _find(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def compute_sampling_log_probs(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Log-probabilities [..., V] that tokens are drawn with: temperature, then the nucleus, renormalised.
+    """Log-probabilities [..., V] of the sampling distribution: temperature, then the nucleus, renormalised.
 
-    The nucleus is the smallest set of likeliest tokens whose mass reaches ``top_p``; it is never empty.
+    The nucleus is the smallest set of most probable tokens with a mass of at least ``top_p``; it is never empty.
     """
     log_probs = torch.log_softmax(logits.float() / temperature, dim=-1)
     if top_p >= 1.0:

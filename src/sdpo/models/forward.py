@@ -1,4 +1,4 @@
-"""Prompts and sequences as tensors, and one forward pass of them: what sampling and learning share."""
+"""Batch prompts and responses as tensors and run a forward pass, for sampling and training."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class PaddedSequences:
         token_ids: [B, L].
         attention_mask: [B, L].
         position_ids: [B, L], or [3, B, L] in models with multimodal rotary positions.
-        response_mask: [B, T] bool, T the longest response; T is 0 for prompts alone.
-        images: those of all prompts, row by row.
+        response_mask: [B, T] bool, T the longest response; 0 without responses.
+        images: of all prompts, row by row.
     """
 
     token_ids: Tensor
@@ -41,9 +41,9 @@ def pad_sequences(
     device: torch.device,
     vision: Vision | None = None,
 ) -> PaddedSequences:
-    """Lay prompt and response of each sample side by side in one row; a response may be empty.
+    """Put prompt and response of each sample into one row; a response may be empty.
 
-    A response's positions continue from its prompt's highest in steps of 1, on every axis.
+    Positions of a response continue from the prompt's maximum in steps of 1, on every axis.
     """
     lengths = [len(prompt.token_ids) for prompt in prompts]
     prompt_length, response_length = max(lengths), max(map(len, responses))
@@ -69,10 +69,10 @@ def pad_sequences(
 
 
 def compute_positions(prompts: Sequence[TokenPrompt], response_length: int, vision: Vision | None) -> list[Tensor]:
-    """Position ids [L], or [3, L] in models with multimodal rotary positions, of each prompt and a response to it.
+    """Position ids [L], or [3, L] in models with multimodal rotary positions, of each prompt and a response.
 
-    A response's positions continue from its prompt's highest in steps of 1, on every axis. A shorter
-    response has the first of these. Equal prompts, as rollouts have them, share one tensor.
+    Positions of a response continue from the prompt's maximum in steps of 1, on every axis. Shorter responses use the
+    first of them. Equal prompts, such as those of a group, share one tensor.
     """
     keys = [(tuple(prompt.token_ids), prompt.images) for prompt in prompts]
     distinct = dict(zip(keys, prompts, strict=True))
@@ -98,10 +98,10 @@ def compute_hidden(
     vision: Vision | None = None,
     features: Sequence[ImageFeatures] = (),
 ) -> Tensor:
-    """Hidden states [N, H] of which the model's output layer predicts each response token, response by response.
+    """Hidden states [N, H] from which the output layer predicts each response token, response by response.
 
     Args:
-        sequences: packed ones only of a model for which ``enable_packing`` says so.
+        sequences: packed sequences need a model that ``enable_packing`` supports.
         features: of the sequences' images, in their order.
     """
     transformer: Any = model
@@ -137,8 +137,8 @@ def compute_logits(
     """Logits [B, keep, V] after the last ``keep`` tokens of each row.
 
     Args:
-        token_ids: [B, L], or only what comes after what ``cache`` holds.
-        attention_mask: [B, all tokens so far]; None where nothing is padded.
+        token_ids: [B, L]; with a ``cache``, only the tokens after the cached tokens.
+        attention_mask: [B, all tokens so far]; None without padding.
         position_ids: as in ``PaddedSequences``, of ``token_ids``.
         features: of the images in ``token_ids``, row by row.
     """
@@ -154,5 +154,5 @@ def compute_logits(
             **marks,
             **shown,
         )
-    logits: Tensor = output.logits[:, -keep:]  # a model that ignores logits_to_keep gives all positions
+    logits: Tensor = output.logits[:, -keep:]  # a model that ignores logits_to_keep returns all positions
     return logits

@@ -1,4 +1,4 @@
-"""From a model's hidden states to its logits, without computing them: what the loss needs to do so in chunks."""
+"""Describe how a model computes logits from hidden states, so that the loss can compute them in chunks."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from sdpo.algorithm.logits import LazyLogits
 from sdpo.errors import UserError
 
 PROBE_LENGTH = 4
-# Added to a logit: no probability in float32, and finite, since the divergence of two infinities is not a number. A
-# soft-cap c leaves exp(-c - the largest logit) of it, 1e-20 for Gemma's 30.
+# Added to the logit of a forbidden token: probability 0 in float32, but finite, because a divergence with -inf on both
+# sides is NaN. With a soft-cap c a probability of exp(-c - the largest logit) is left, 1e-20 for Gemma's c = 30.
 FORBIDDEN = -1e4
 
 
 def build_lazy_logits(model: nn.Module, hidden: Tensor, coefficient: float = 1.0) -> LazyLogits:
-    """The logits that a model of transformers would make of hidden states [N, H], not computed yet.
+    """Logits of a transformers model for hidden states [N, H], before they are computed.
 
     Args:
-        coefficient: with which they are added up in a policy of several models.
+        coefficient: of the logits in a policy that adds several models' logits.
     """
     transformer: Any = model
     head, config = transformer.get_output_embeddings(), transformer.config.get_text_config()
@@ -38,10 +38,10 @@ def build_lazy_logits(model: nn.Module, hidden: Tensor, coefficient: float = 1.0
 
 
 def forbid_tokens(lazy: LazyLogits, token_ids: Sequence[int]) -> LazyLogits:
-    """The same logits with no probability for some tokens, as a sampler has them that never draws these.
+    """Set the probability of some tokens to 0, as a sampler that never draws them does.
 
     Args:
-        token_ids: of the vocabulary; without any, nothing changes.
+        token_ids: of the forbidden tokens; may be empty.
     """
     if not token_ids:
         return lazy
@@ -51,7 +51,7 @@ def forbid_tokens(lazy: LazyLogits, token_ids: Sequence[int]) -> LazyLogits:
 
 
 def compute_dense_logits(lazy: LazyLogits) -> Tensor:
-    """Those logits [N, V], all of them: for few tokens."""
+    """Compute all logits [N, V] at once; for few tokens."""
     logits = lazy.hidden @ lazy.weight.to(lazy.hidden.dtype).T
     if lazy.bias is not None:
         logits = logits + lazy.bias
@@ -62,16 +62,16 @@ def compute_dense_logits(lazy: LazyLogits) -> Tensor:
 
 @torch.no_grad()
 def measure_logit_scale(model: nn.Module) -> float:
-    """By what a model multiplies its hidden states, beyond what ``build_lazy_logits`` knows: 1 for nearly all models.
+    """Measure a model's factor of hidden states that ``build_lazy_logits`` lacks: 1 for nearly all models.
 
-    A few tokens are read, and the model's logits of them compared with those of its output layer.
+    It compares the model's logits of a few tokens with those of ``build_lazy_logits``.
 
     Raises:
-        UserError: they are not proportional, so this model makes logits in a way that is not known here.
+        UserError: the logits are not proportional, so the model computes them in an unsupported way.
     """
     transformer: Any = model
     device = next(model.parameters()).device
-    if device.type == "meta":  # a model to count with: nothing can be computed
+    if device.type == "meta":  # a model without weights, used for counting
         return 1.0
     token_ids = torch.arange(PROBE_LENGTH, device=device)[None]
     was_training = model.training
@@ -87,7 +87,7 @@ def measure_logit_scale(model: nn.Module) -> float:
     difference = (compute_dense_logits(build_lazy_logits(model, hidden * scale)).float() - logits).abs().max()
     if not float(difference) <= tolerance * float(logits.abs().max()):
         raise UserError(
-            f"model.path: {type(model).__name__} makes logits of its hidden states in a way that is not supported "
-            f"(off by {float(difference):.2g})"
+            f"model.path: {type(model).__name__} computes logits from hidden states in an unsupported way "
+            f"(difference {float(difference):.2g})"
         )
     return scale

@@ -1,4 +1,4 @@
-"""Linear layers whose float32 products on a CPU go the fastest way, forward and backward."""
+"""Linear layers with faster float32 products on a CPU, forward and backward."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sdpo.algorithm.products import multiply, prefers_onednn, round_up_rows
 
 
 class FastLinear(nn.Linear):
-    """``nn.Linear``, the same numbers up to rounding."""
+    """``nn.Linear`` with the same results up to rounding."""
 
     def forward(self, input: Tensor) -> Tensor:
         fast = input.is_cpu and input.dtype == self.weight.dtype == torch.float32
@@ -45,12 +45,12 @@ class _Linear(torch.autograd.Function):
 
 
 def _multiply_rows(rows: Tensor, weight: Tensor, bias: Tensor | None, shape: torch.Size) -> Tensor:
-    """Of as many rows as the shape [...] has, [..., out]; what they were rounded up by is left out."""
+    """Multiply, drop the padding rows, and reshape to [..., out] for the shape [...]."""
     return multiply(rows, weight, bias)[: shape.numel()].unflatten(0, shape)
 
 
 def speed_up_linear_layers(model: nn.Module) -> None:
-    """Let a model's linear layers multiply as ``FastLinear``, where this machine gains by it."""
+    """Turn a model's linear layers into ``FastLinear`` if this machine prefers oneDNN."""
     if not prefers_onednn():
         return
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer, with errors for the user."""
+"""Load a model and its tokenizer; failures raise ``UserError``."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ from sdpo.config import ModelConfig
 from sdpo.errors import UserError
 from sdpo.models.linear import speed_up_linear_layers
 
-# Its bars for loading and writing shards would break the run's own.
+# transformers' progress bars would garble the trainer's output.
 transformers_logging.disable_progress_bar()
 
 
 def resolve_device(name: str, setting: str) -> torch.device:
-    """``auto`` is the first GPU if there is one, else the CPU.
+    """Resolve a device name; ``auto`` is the first GPU, or the CPU without a GPU.
 
     Raises:
-        UserError: the device does not exist here.
+        UserError: the device does not exist.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(1, device=name).device  # with its index: cuda and cuda:0 are the same
+        return torch.empty(1, device=name).device  # with an index, so that cuda equals cuda:0
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{setting}: no device {name!r} here ({reason}); use auto or cpu") from error
 
 
 def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
-    """The model in evaluation mode, its weights in ``model.dtype`` on ``device``.
+    """Load the model in evaluation mode, with weights in ``model.dtype`` on ``device``.
 
     Raises:
-        UserError: it cannot be loaded, or its files lack weights, which transformers would draw at random.
+        UserError: it cannot be loaded, or its files lack weights, which transformers would initialize randomly.
     """
     kind = _get_auto_class(_load_architecture(config))
     try:
@@ -54,30 +54,30 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by their names
+            ignore_mismatched_sizes=True,  # the error below names the mismatched weights
         )
-    except Exception as error:  # transformers and the model's own code raise anything
+    except Exception as error:  # transformers and remote code may raise any exception
         raise UserError(f"model.path: {config.path}: cannot be loaded ({_explain(error)})") from error
     lacking = sorted({*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])})
     if lacking:
         raise UserError(
-            f"model.path: {config.path}: its files lack {len(lacking)} of the model's weights, or have them in another "
-            f"shape: {', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}; take files that belong together"
+            f"model.path: {config.path}: {len(lacking)} weights are missing or have another shape: "
+            f"{', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}; use weights and config of the same model"
         )
     speed_up_linear_layers(model)
     return model.to(device).eval()
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; one without a padding token pads with its end token, which masks hide anyway."""
+    """Load the model's tokenizer; without a padding token it pads with the end token, which is masked."""
     _require_model(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # broken files make it raise anything
+    except Exception as error:  # broken files may raise any exception
         raise UserError(f"model.path: {config.path}: its tokenizer cannot be loaded ({_explain(error)})") from error
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"model.path: {config.path}: the tokenizer has no end-of-sequence token; responses could not end"
+            f"model.path: {config.path}: the tokenizer has no end-of-sequence token; set eos_token in its config"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -85,17 +85,17 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def build_meta_model(config: ModelConfig) -> PreTrainedModel:
-    """The model's architecture without weights, to count with."""
+    """The model's architecture without weights, to count parameters and FLOPs."""
     architecture = _load_architecture(config)
     try:
         with torch.device("meta"):
             return _get_auto_class(architecture).from_config(architecture, trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # odd settings make it raise anything
+    except Exception as error:  # invalid settings may raise any exception
         raise UserError(f"model.path: {config.path}: cannot be loaded ({_explain(error)})") from error
 
 
 def reads_images(config: ModelConfig) -> bool:
-    """Whether transformers knows the model as one that reads images and text."""
+    """Whether transformers lists the model as one for images and text."""
     return type(_load_architecture(config)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
@@ -103,7 +103,7 @@ def _load_architecture(config: ModelConfig) -> PretrainedConfig:
     _require_model(config)
     try:
         return AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # broken files make it raise anything
+    except Exception as error:  # broken files may raise any exception
         raise UserError(f"model.path: {config.path}: cannot be loaded ({_explain(error)})") from error
 
 
@@ -116,48 +116,46 @@ def _get_auto_class(architecture: PretrainedConfig) -> type[AutoModelForCausalLM
 
 
 def get_stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a response: the tokenizer's and those that the model's generation settings add."""
+    """Tokens that end a response: from the tokenizer and from the model's generation config."""
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     more = configured if isinstance(configured, list) else [configured]
     for token_id in more:
         if not isinstance(token_id, int | None):
-            raise UserError(
-                f"model.path: its generation_config.json has the eos_token_id {token_id!r:.40}, not a token's number"
-            )
+            raise UserError(f"model.path: eos_token_id={token_id!r:.40} in generation_config.json is not an integer")
     return sorted({tokenizer.eos_token_id, *(token for token in more if token is not None)})
 
 
 def require_same_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """See that the model reads what the tokenizer writes.
+    """Check that the model has an embedding for each token of the tokenizer.
 
-    Added tokens may lie beyond the embeddings, as Gemma's for an image does in models of text alone.
+    Added tokens may lack one, as Gemma's image token does in text-only models.
 
     Raises:
-        UserError: another token does, or the one that ends a response.
+        UserError: another token or the end or padding token lacks an embedding.
     """
     size = count_embeddings(model)
     added = set(tokenizer.added_tokens_decoder) - {tokenizer.eos_token_id, tokenizer.pad_token_id}
     largest = max((token_id for token_id in tokenizer.get_vocab().values() if token_id not in added), default=0)
     if largest >= size:
         raise UserError(
-            f"model.path: {path}: its tokenizer writes tokens up to {largest}, and the model has embeddings of {size}; "
-            "take files that belong together"
+            f"model.path: {path}: the tokenizer has token ids up to {largest}, but the model has {size} embeddings; "
+            "use tokenizer and weights of the same model"
         )
 
 
 def count_embeddings(model: PreTrainedModel) -> int:
-    """Tokens that the model can read."""
+    """Number of tokens with an embedding."""
     return int(model.get_input_embeddings().weight.shape[0])
 
 
 def get_window(model: PreTrainedModel) -> int | None:
-    """Most tokens the model can read, if its configuration says so."""
+    """Maximum number of tokens of a sequence, if the model's config has it."""
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return int(window) if window else None
 
 
 def looks_local(path: str) -> bool:
-    """Whether a model's path cannot be the name of one on a hub (``owner/name``)."""
+    """Whether a model's path cannot be a name on the Hugging Face Hub (``owner/name``)."""
     return path.startswith(("/", ".")) or path.count("/") > 1
 
 
@@ -167,11 +165,11 @@ def _require_model(config: ModelConfig) -> None:
         raise UserError(f"model.path: {config.path}: no such folder")
     if exists and not os.path.isfile(os.path.join(config.path, "config.json")):
         raise UserError(
-            f"model.path: {config.path}: holds no config.json; a model folder in the Hugging Face format does"
+            f"model.path: {config.path}: config.json is missing; use a model folder in the Hugging Face format"
         )
 
 
 def _explain(error: Exception) -> str:
     text = " ".join(str(error).split())
-    # The text of these is a name alone.
+    # The text of a KeyError is only the key.
     return f"{type(error).__name__} {text}".strip() if isinstance(error, KeyError) or not text else f"{text:.250}"

@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA) by PEFT, within a student that stays a model of transformers.
+"""Low-rank adapters (LoRA) by PEFT, injected into a transformers model.
 
-An adapted layer computes W x + s B A x, of which A and B alone learn, in float32 whatever the model's data type. What
-belongs to W + s B A goes by the name that W has in the plain model, as everywhere outside of this file.
+An adapted layer computes W x + s B A x. Only A and B are trained, in float32 for every model dtype. Outside of this
+file, W + s B A has the name of W in the model without adapters.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     from peft import LoraConfig as PeftSettings
     from peft.tuners.lora import Linear as AdaptedLayer
 
-ADAPTER = "default"  # PEFT's name for the only one
+ADAPTER = "default"  # PEFT's name for a single adapter
 FILE = "adapter_model.safetensors"
 
 
 def require_peft() -> None:
-    """Refuse LoRA where PEFT is missing.
+    """Check that PEFT is installed.
 
     Raises:
-        UserError: it is.
+        UserError: PEFT cannot be imported.
     """
     try:
         import peft  # noqa: F401
@@ -42,10 +42,12 @@ def require_peft() -> None:
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
-    """Put adapters into the model, drawn from torch's generator; all else is frozen. At first they change nothing.
+    """Add adapters to the model and freeze all other parameters.
+
+    A is drawn from torch's generator and B is zero, so the adapters do not change the model yet.
 
     Raises:
-        UserError: PEFT is missing, or a name in ``target_modules`` is that of no layer that can be adapted.
+        UserError: PEFT is missing, or a name in ``target_modules`` matches no adaptable layer.
     """
     require_peft()
     import peft
@@ -57,7 +59,7 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
 
 
 def build_peft_settings(model: PreTrainedModel, config: LoraConfig) -> PeftSettings:
-    """What PEFT is told about the adapters; each layer to adapt by its full name.
+    """PEFT's settings, with the full name of each layer to adapt.
 
     Raises:
         UserError: see ``find_target_layers``.
@@ -68,7 +70,7 @@ def build_peft_settings(model: PreTrainedModel, config: LoraConfig) -> PeftSetti
         r=config.rank,
         lora_alpha=config.scale_numerator,
         target_modules=list(find_target_layers(model, config)),
-        lora_dropout=0.0,  # the sampler could not draw the same
+        lora_dropout=0.0,  # the sampler could not reproduce dropout masks
         bias="none",
     )
     settings.base_model_name_or_path = model.name_or_path
@@ -76,10 +78,10 @@ def build_peft_settings(model: PreTrainedModel, config: LoraConfig) -> PeftSetti
 
 
 def find_target_layers(model: PreTrainedModel, config: LoraConfig) -> dict[str, nn.Linear]:
-    """The layers to adapt, by name: linear ones of the language model, never the output layer.
+    """Layers to adapt, by name: linear layers of the language model except the output layer.
 
     Raises:
-        UserError: there are none, or a name in ``target_modules`` is that of none of them.
+        UserError: there are none, or a name in ``target_modules`` matches none.
     """
     head = model.get_output_embeddings()
     vision = hasattr(model.config, "vision_config")
@@ -90,15 +92,15 @@ def find_target_layers(model: PreTrainedModel, config: LoraConfig) -> dict[str, 
         if isinstance(module, nn.Linear) and module is not head and id(module.weight) not in outside
     }
     if not layers:
-        raise UserError(f"lora.rank: {type(model).__name__} has no linear layers that adapters fit")
+        raise UserError(f"lora.rank: {type(model).__name__} has no linear layers to adapt")
     if not config.target_modules:
         return layers
     for target in config.target_modules:
         if not any(_ends_with(name, target) for name in layers):
             known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
             raise UserError(
-                f"lora.target_modules: {target!r} is no linear layer of the language model but the output layer; "
-                f"there are: {known}"
+                f"lora.target_modules: {target!r} is no linear layer of the language model, the output layer excluded; "
+                f"use one of: {known}"
             )
     return {
         name: layer
@@ -108,21 +110,21 @@ def find_target_layers(model: PreTrainedModel, config: LoraConfig) -> dict[str, 
 
 
 def get_adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
-    """The adapted layers by their name; none where PEFT has not been at work."""
+    """Adapted layers by name; empty for a model without adapters."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
 
 
 @torch.no_grad()
 def compute_delta(layer: AdaptedLayer) -> Tensor:
-    """s B A, [outputs, inputs] in float32: what adapting has added to the layer's weight."""
+    """s B A, [outputs, inputs] in float32: the adapter's change of the layer's weight."""
     delta: Tensor = layer.get_delta_weight(ADAPTER)
     return delta
 
 
 class MergedParameters(Mapping[str, Tensor]):
-    """A model's parameters as the plain model has them, W + s B A made each time that it is asked for.
+    """Parameters with the names of the model without adapters; W + s B A is computed on access.
 
-    So there is one merged weight at a time, and not a second model.
+    So memory holds one merged weight at a time instead of a second model.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -152,7 +154,7 @@ class MergedParameters(Mapping[str, Tensor]):
 
 
 def copy_without_adapters(model: PreTrainedModel) -> PreTrainedModel:
-    """The model before adapting, as another module that shares all of its weights with it."""
+    """The model without adapters, as a second module that shares all base weights."""
     shared = {id(param): param for param in model.parameters()}
     base = copy.deepcopy(model, shared)
     _remove_adapters(base)
@@ -161,7 +163,7 @@ def copy_without_adapters(model: PreTrainedModel) -> PreTrainedModel:
 
 @torch.no_grad()
 def merge_adapters(model: PreTrainedModel) -> None:
-    """Turn the model into the plain one that computes the same."""
+    """Merge the adapters into the weights and remove them."""
     merged = MergedParameters(model)
     for name, layer in get_adapted_layers(model).items():
         base: Any = layer.get_base_layer()
@@ -170,7 +172,7 @@ def merge_adapters(model: PreTrainedModel) -> None:
 
 
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Write the adapters as PEFT does: ``PeftModel.from_pretrained(base_model, folder)`` loads them."""
+    """Write the adapters in PEFT's format, for ``PeftModel.from_pretrained(base_model, folder)``."""
     folder.mkdir(parents=True, exist_ok=True)
     settings: Any = model.peft_config[ADAPTER]
     settings.save_pretrained(str(folder))
@@ -181,23 +183,23 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 @torch.no_grad()
 def load_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Set the model's adapters from those that ``save_adapter`` wrote, to the bit.
+    """Load adapters that ``save_adapter`` wrote, bit for bit.
 
     Raises:
-        UserError: they are others, or not there.
+        UserError: the file is missing, or its adapters have other names or shapes.
     """
     own = _get_adapter_parameters(model)
     if not (folder / FILE).is_file():
-        raise UserError(f"{folder}: holds no {FILE}")
+        raise UserError(f"{folder}: {FILE} is missing")
     saved = load_file(folder / FILE)
     if {name: param.shape for name, param in own.items()} != {name: value.shape for name, value in saved.items()}:
-        raise UserError(f"{folder / FILE}: adapters of other layers or another rank than lora.* says")
+        raise UserError(f"{folder / FILE}: layers or rank differ from lora.* in the config")
     for name, param in own.items():
         param.copy_(saved[name])
 
 
 def _get_adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Matrices A and B, by the names that PEFT gives them in a file."""
+    """Matrices A and B by their names in PEFT's files."""
     return {
         f"base_model.model.{name}.{part}.weight": getattr(layer, part)[ADAPTER].weight
         for name, layer in get_adapted_layers(model).items()

@@ -1,7 +1,7 @@
-"""The teacher of a student with adapters: the base model, shared with it, and what the adapters' products come to.
+"""The teacher of a student with adapters: the shared base model plus s B A, which follows the student's.
 
-An average of A times an average of B is not the average of their products: B begins at zero, and a teacher that follows
-so falls behind. So it is s B A that is averaged, as a whole matrix in float32.
+The product of averaged B and averaged A is not the average of B A: B starts at zero, so that teacher would lag behind.
+So the matrix s B A is averaged, in float32.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from sdpo.models.lora import compute_delta, copy_without_adapters, get_adapted_l
 
 
 class TeacherDeltas:
-    """What is added to each adapted layer's weight in the teacher's module, by the weight's name in the plain model.
+    """Changes of the adapted layers' weights in the teacher's module, by weight name without adapters.
 
-    These weights are the module's own; all others it shares with the student.
+    The teacher's module has separate weights in these layers and shares all other weights with the student.
     """
 
     in_module = False
 
     def __init__(self, module: nn.Module, student: nn.Module) -> None:
-        self._pairs: list[tuple[nn.Parameter, Tensor]] = []  # the module's own weight, and the base model's
+        self._pairs: list[tuple[nn.Parameter, Tensor]] = []  # teacher's weight, base model's weight
         self._values: dict[str, Tensor] = {}
         for name in get_adapted_layers(student):
             layer = module.get_submodule(name)
@@ -49,7 +49,7 @@ class TeacherDeltas:
 
 
 def build_lora_teacher(student: PreTrainedModel, config: SelfDistillationConfig) -> Teacher:
-    """The teacher of a student whose adapters do not change anything yet."""
+    """Build the teacher of a student whose adapters are still zero."""
     if config.teacher_regularization == "live":
         return Teacher(None, config)
     module = copy_without_adapters(student).requires_grad_(False).eval()

@@ -1,8 +1,8 @@
-"""AdamW as a run's settings name it, and how much of its updates survives where weights are rounded.
+"""Build AdamW from the config, and measure which fraction of its updates is lost to rounding.
 
-A weight in bfloat16 has 8 significant bits: an update below 1/512 to 1/256 of the weight is rounded away, which at a
-learning rate of 1e-5 is the fate of nearly all of them. Weights in float32 keep every update; torchao's AdamW with
-8-bit moments makes room for them.
+A bfloat16 weight has 8 significant bits, so an update below 1/512 to 1/256 of the weight is rounded away. At a learning
+rate of 1e-5 this happens to nearly all updates. Weights in float32 keep every update; torchao's AdamW with 8-bit
+moments frees the memory for them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from sdpo.config import OptimConfig
 from sdpo.errors import UserError
 
 NUM_SAMPLED = 65_536
-# Above this share of an update lost, training is another one than the learning rate says.
-MOST_LOST = 0.25
+# Above this lost fraction a warning is logged: the effective learning rate is far from the configured value.
+MAX_LOST = 0.25
 REMEDY = (
     "use model.dtype=float32 with learner.autocast=true and optim.name=adamw_8bit, or optim.stochastic_rounding=true"
 )
@@ -30,7 +30,7 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def choose_optimizer(config: OptimConfig) -> tuple[str, str, dict[str, Any]]:
-    """Module, class and further arguments, as verl's settings of an optimizer have them."""
+    """Module, class and extra arguments of the optimizer, as in verl's optimizer config."""
     if config.name == "adamw_8bit":
         return "torchao.optim", "AdamW8bit", {"bf16_stochastic_round": config.stochastic_rounding}
     if config.stochastic_rounding:
@@ -39,10 +39,10 @@ def choose_optimizer(config: OptimConfig) -> tuple[str, str, dict[str, Any]]:
 
 
 def require_optimizer(module: str, setting: str) -> None:
-    """Refuse an optimizer whose package is missing.
+    """Check that the optimizer's package is installed.
 
     Raises:
-        UserError: it is.
+        UserError: ``module`` cannot be imported.
     """
     try:
         importlib.import_module(module)
@@ -51,15 +51,15 @@ def require_optimizer(module: str, setting: str) -> None:
 
 
 def build_optimizer(params: Sequence[torch.nn.Parameter], config: OptimConfig) -> Optimizer:
-    """The optimizer of these parameters; those without gradients have no part in it.
+    """Build the optimizer; parameters without gradients are never updated.
 
     Raises:
-        UserError: torchao, which the settings ask for, is missing.
+        UserError: the settings require torchao, which is missing.
     """
     module, name, arguments = choose_optimizer(config)
     require_optimizer(module, f"optim.name={config.name}" if config.name != "adamw" else "optim.stochastic_rounding")
     if module == "torch.optim" and all(param.is_cuda for param in params):
-        arguments = {"fused": True}  # torch's choice, one operation for many tensors, copies all of the moments
+        arguments = {"fused": True}  # torch's default, foreach, copies all moments
     optimizer: Optimizer = getattr(importlib.import_module(module), name)(
         params, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, **arguments
     )
@@ -67,22 +67,22 @@ def build_optimizer(params: Sequence[torch.nn.Parameter], config: OptimConfig) -
 
 
 def compile_on_gpus_only(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """The context of a step of torchao's: it compiles its update, which on a CPU takes minutes and wins nothing."""
+    """Context for a step of a torchao optimizer, without torch.compile on CPUs, which takes minutes there."""
     return contextlib.nullcontext() if device_type == "cuda" else torch.compiler.set_stance("force_eager")
 
 
 class UpdateRounding:
-    """Measures, at each step of an AdamW, what share of the update rounding took away.
+    """Measure at each AdamW step the fraction of the update that is lost to rounding.
 
-    On ``NUM_SAMPLED`` entries of the weights in half precision, drawn once: with u the update that AdamW asks for
-    and d what the weights moved by, 1 - <d, u> / <u, u>. It is 0 for float32, on average also where weights are rounded
-    at random, and 1 where nothing moved. Where parameters are shards (DTensor), those of this rank are sampled.
+    With u the update that AdamW computes and d the actual change of the weights, this is 1 - <d, u> / <u, u>, on
+    ``NUM_SAMPLED`` entries of the half-precision weights, drawn once. It is 0 for float32, 0 on average with stochastic
+    rounding, and 1 if no weight changed. Of sharded parameters (DTensor), only this rank's shards are sampled.
 
     Args:
-        optimizer: torch's AdamW or one of torchao's, its learning rate still the peak.
-        tell: is told what to expect before the first update, and once if more than ``MOST_LOST`` was lost. Not called
-            where all weights that learn are float32: nothing is lost, and nothing measured.
-        seed: of the entries.
+        optimizer: torch's or torchao's AdamW, before the scheduler changes its peak learning rate.
+        tell: called with a log message: an estimate before the first update, and a warning the first time that more
+            than ``MAX_LOST`` is lost. Not called if all trained weights are float32: then nothing is measured.
+        seed: of the drawn entries.
     """
 
     def __init__(self, optimizer: Optimizer, tell: Callable[[str], None], seed: int = 0) -> None:
@@ -90,7 +90,7 @@ class UpdateRounding:
         self._tell = tell
         self._at_random = bool(getattr(optimizer, "bf16_stochastic_round", False))
         half = [
-            (param, number)  # of its group: the groups themselves are others once a state was loaded
+            (param, number)  # of its group; the group object changes when a state is loaded
             for number, group in enumerate(optimizer.param_groups)
             for param in group["params"]
             if param.requires_grad and param.dtype in _HALF
@@ -110,7 +110,7 @@ class UpdateRounding:
             optimizer.register_step_post_hook(lambda *_: self._compare())
 
     def take(self) -> float | None:
-        """The share lost in the last step, once; None if there was no step, or its learning rate was 0."""
+        """Return and reset the last step's lost fraction; None without a step or with a zero update."""
         measured, self._measured = self._measured, None
         if measured is None:
             return None
@@ -118,7 +118,7 @@ class UpdateRounding:
         if asked == 0:
             return None
         lost = 1.0 - kept / asked
-        if lost > MOST_LOST and not self._at_random and not self._has_warned:
+        if lost > MAX_LOST and not self._at_random and not self._has_warned:
             self._has_warned = True
             self._tell(f"{lost:.0%} of the optimizer's update was lost to rounding; {REMEDY}")
         return lost
@@ -126,14 +126,14 @@ class UpdateRounding:
     def _describe(self, lr: float) -> str:
         name = str(self._entries[0][0].dtype).removeprefix("torch.")
         if self._at_random:
-            return f"{name} weights are rounded at random: an update is kept on average, with noise"
-        lost = self._estimate_lost_share(lr)
-        line = f"{name} weights: {lost:.0%} of an update as large as the learning rate of {lr:g} is lost to rounding"
-        return line if lost <= MOST_LOST else f"{line}; {REMEDY}"
+            return f"{name} weights with stochastic rounding: updates are kept on average, with noise"
+        lost = self._estimate_lost_fraction(lr)
+        line = f"{name} weights: {lost:.0%} of an update of size lr={lr:g} is lost to rounding"
+        return line if lost <= MAX_LOST else f"{line}; {REMEDY}"
 
     @torch.no_grad()
-    def _estimate_lost_share(self, lr: float) -> float:
-        """Of an update of that size, up or down, rounded to nearest."""
+    def _estimate_lost_fraction(self, lr: float) -> float:
+        """Lost fraction of updates +lr and -lr, rounded to nearest."""
         kept, count = 0.0, 0
         for param, _, places in self._entries:
             before = _take(param, places.to(_local(param).device))
@@ -156,7 +156,7 @@ class UpdateRounding:
             self._measured = torch.stack([kept, torch.stack([update.square().sum() for _, update in pairs]).sum()])
 
     def _compute_update(self, param: Tensor, number: int, places: Tensor) -> tuple[Tensor, ...]:
-        """Parameter, places, its entries and what AdamW's step, in float32, adds to them."""
+        """Parameter, places, entries at these places, and AdamW's update of them in float32."""
         assert param.grad is not None
         before, gradient, state = _take(param, places), _take(param.grad, places), self._optimizer.state[param]
         group = self._optimizer.param_groups[number]
@@ -172,7 +172,7 @@ class UpdateRounding:
 
 
 def _draw_places(sizes: Sequence[int], count: int, seed: int) -> list[Tensor]:
-    """``count`` places of so many in all, by tensor, the same for the same seed."""
+    """Draw ``count`` places from tensors of these sizes, by tensor; deterministic for a seed."""
     total = sum(sizes)
     if total == 0:
         return [torch.empty(0, dtype=torch.long) for _ in sizes]
@@ -189,7 +189,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _take(tensor: Tensor, places: Tensor) -> Tensor:
-    """Entries of the flattened tensor, in float32; of one that torchao keeps in 8 bits without making it whole."""
+    """Entries of the flattened tensor in float32; of torchao's 8-bit tensors, dequantize only these entries."""
     local: Any = _local(tensor)
     if not hasattr(local, "qmap"):
         return local.reshape(-1)[places].float()

@@ -1,4 +1,4 @@
-"""Which models can read packed rows, and what reading costs them: asked once, at the start."""
+"""Test at startup whether a model supports packed rows, and estimate the cost of its forward pass."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ from sdpo.models.packing import Family, ReadingCost, pack_sequences
 from sdpo.models.processing import TokenPrompt
 from sdpo.models.vision import Vision, get_tower_parameters
 
-# Floating-point operations of a forward pass that a device could have done, with their backward pass, while one call of
-# attention is started, its rows gathered and scattered, forward and backward, in one layer. CPU: 60 microseconds were
-# measured, one thread. Others: an estimate, 100 microseconds at 300 TFLOP/s.
+# Overhead of one attention call in one layer (launch, gather, scatter; forward and backward), expressed in FLOPs of a
+# forward pass. CPU: 60 microseconds measured, one thread. Others: estimate, 100 microseconds at 300 TFLOP/s.
 CALL_ON_CPU, CALL_ELSEWHERE = 5e6, 1e10
 PROBE = f"{NAME}_probe"
 
 
 def enable_packing(model: nn.Module, vision: Vision | None = None) -> ReadingCost | None:
-    """Let a model of transformers read packed rows; what reading costs it, or None where it cannot.
+    """Enable packed rows in a transformers model; returns its reading cost, or None if unsupported.
 
-    It can where each of its layers asks for causal attention over all that came before and hands on the layout, as
-    most do: no sliding windows, no recurrent layers, no images whose tokens see each other. Models loaded with another
+    Supported models use full causal attention in every layer and pass the layout on to it, as most models do. Sliding
+    windows, recurrent layers and bidirectional attention among image tokens are not supported. Models with another
     attention kernel than SDPA keep it and read padded rows.
 
-    On return its attention is the packed one, which is SDPA wherever a row is not packed.
+    Supported models get the packed attention, which is SDPA for rows that are not packed.
     """
     transformer: Any = model
     config = transformer.config.get_text_config()
@@ -51,7 +50,7 @@ def enable_packing(model: nn.Module, vision: Vision | None = None) -> ReadingCos
         with torch.no_grad():
             compute_hidden(model.eval(), row)
         packs = len(layers) == config.num_hidden_layers
-    except (NotPackable, TypeError):  # the latter if it does not take a layout
+    except (NotPackable, TypeError):  # TypeError: the model does not accept a layout
         packs = False
     finally:
         model.train(was_training)
@@ -60,7 +59,7 @@ def enable_packing(model: nn.Module, vision: Vision | None = None) -> ReadingCos
 
 
 def measure_reading(model: nn.Module, vision: Vision | None = None) -> ReadingCost:
-    """The cost of reading for a model's shape on the device that it is on."""
+    """Reading cost of a model, from its shape and device."""
     transformer: Any = model
     config = transformer.config.get_text_config()
     outside = {id(param) for param in get_tower_parameters(model)} if vision is not None else set()

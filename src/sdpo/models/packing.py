@@ -1,11 +1,11 @@
-"""Sequences side by side in one row, without padding, and what several begin with read once.
+"""Pack sequences into one row without padding; a shared prefix is read once.
 
     family of three                prefix | rest 1 | rest 2 | rest 3
-    a sequence by itself           the whole of it
+    single sequence                sequence
 
-Every rest is read as if its prefix stood before it alone. So the n rollouts of a prompt cost one prompt and n
-responses, and n teacher prompts that differ in their feedback cost one question. Layers that treat every token by
-itself need nothing for that; attention is computed call by call (``Attention``), see ``attention.py``.
+Each rest attends only to its prefix and itself. So the n rollouts of a prompt cost one prompt and n responses, and n
+teacher prompts with different feedback cost one question. Token-wise layers need no change; attention is computed call
+by call (``Attention``), see ``attention.py``.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from sdpo.models.processing import TokenPrompt
 
 @dataclass(frozen=True)
 class Family:
-    """Consecutive sequences that begin alike.
+    """Consecutive sequences with a shared prefix.
 
     Attributes:
-        prefix: tokens that are read once for all members; 0 for a sequence by itself.
-        lengths: of each member, prefix included.
+        prefix: tokens that are read once for all members; 0 for a single sequence.
+        lengths: tokens of each member, prefix included.
     """
 
     prefix: int
@@ -34,21 +34,20 @@ class Family:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are read."""
+        """Tokens in the packed row."""
         return sum(self.lengths) - (len(self.lengths) - 1) * self.prefix
 
 
 @dataclass(frozen=True)
 class ReadingCost:
-    """What reading costs a model, in floating-point operations of a forward pass.
+    """Cost of a forward pass, in FLOPs.
 
-    A backward pass multiplies the first two by about the same, so that choices hold for it too.
+    A backward pass multiplies ``by_token`` and ``by_pair`` by about the same factor, so the same packing is best.
 
     Attributes:
-        by_token: products with weights.
-        by_pair: attention of one token to another, all layers; kernels compute pairs that a mask rules out too.
-        by_call: the operations that a device could have done in the time in which one call of attention is started in
-            every layer, its rows gathered and scattered.
+        by_token: products of a token with all weights.
+        by_pair: attention of one token to another, all layers; kernels compute masked pairs too.
+        by_call: overhead of one attention call in every layer: launch, gather and scatter.
     """
 
     by_token: float
@@ -58,12 +57,13 @@ class ReadingCost:
 
 @dataclass(frozen=True)
 class Attention:
-    """One call of attention in each layer: equally many queries and keys in each of its rows.
+    """One attention call per layer, with Q queries and K keys in each of its rows.
 
-    Row by row, the last query sees all keys, the one before it all but the last, and so on.
+    In each row the last query attends to all keys, the previous query to all but the last key, and so on.
 
     Attributes:
-        queries: [rows, Q] places in the packed row; what answers a place beyond a sequence's end is nobody's.
+        queries: [rows, Q] places in the packed row. Queries past the end of a sequence are padding; their outputs are
+            discarded.
         keys: [rows, K], K >= Q.
     """
 
@@ -76,8 +76,8 @@ class Layout:
     """How a packed row's attention is computed.
 
     Attributes:
-        calls: they answer every place of the row at least once.
-        answers: [L] for each place, which of the calls' queries, one after the other, is its own.
+        calls: attention calls that together contain every place of the row as a query.
+        answers: [L] for each place, the index of its query in the concatenation of all calls' queries.
     """
 
     calls: tuple[Attention, ...]
@@ -91,9 +91,9 @@ class PackedSequences:
     Attributes:
         token_ids: [1, L].
         position_ids: [1, L], or [3, 1, L] in models with multimodal rotary positions.
-        scored: [N] places after which the response tokens come, response by response.
-        layout: how its attention is computed.
-        images: those of its prompts, in the order in which the row shows them.
+        scored: [N] places that predict the response tokens, response by response.
+        layout: of the row's attention.
+        images: of the prompts, in the order of their tokens in the row.
     """
 
     token_ids: Tensor
@@ -104,7 +104,7 @@ class PackedSequences:
 
 
 def count_shared_tokens(prompts: Sequence[TokenPrompt], image_token_ids: Sequence[int]) -> int:
-    """Tokens that all of these prompts begin with; images are among them all together or not at all."""
+    """Length of the prompts' common prefix, which contains all images or none."""
     first = prompts[0].token_ids
     shared = min(len(prompt.token_ids) for prompt in prompts)
     for prompt in prompts[1:]:
@@ -124,12 +124,12 @@ def find_families(
     cost: ReadingCost,
     image_token_ids: Sequence[int] = (),
 ) -> list[Family]:
-    """Consecutive sequences of one group as a family, where that pays; every other sequence by itself.
+    """Make a family of consecutive sequences of a group if that is cheaper, else single sequences.
 
     Args:
-        prompts: of the sequences; all images of a prompt are those of its group.
-        response_lengths: what follows each prompt.
-        groups: which sequences may share; those of a rollout's prompt, for student and teacher.
+        prompts: of the sequences; prompts of a group have the same images.
+        response_lengths: tokens of the response after each prompt.
+        groups: sequences with equal values may share a prefix: rollouts of one prompt, for student and teacher.
     """
     families: list[Family] = []
     for _, places in groupby(range(len(prompts)), key=lambda i: groups[i]):
@@ -142,7 +142,7 @@ def find_families(
 
 
 def count_cost(families: Sequence[Family], cost: ReadingCost) -> float:
-    """What these sequences cost as one packed row."""
+    """Cost of these sequences as one packed row, in FLOPs."""
     shapes = [shape for _, shape in _plan_calls(families, cost)]
     tokens = sum(family.num_tokens for family in families)
     pairs = sum(rows * queries * keys for rows, queries, keys in shapes)
@@ -158,11 +158,11 @@ def pack_sequences(
     device: torch.device,
     image_token_ids: Sequence[int] = (),
 ) -> PackedSequences:
-    """One row of these sequences.
+    """Pack sequences into one row.
 
     Args:
         families: of the sequences, in order.
-        positions: position ids [..., L] of each sequence, the whole of it or more.
+        positions: position ids [..., L] of each sequence, for at least all of its tokens.
     """
     token_ids: list[int] = []
     places: list[Tensor] = []
@@ -179,7 +179,7 @@ def pack_sequences(
             rests.append(len(token_ids) + family.prefix - skipped)
             if i == member or not _has_image(whole[: family.prefix], image_token_ids):
                 images += prompts[i].images
-            # Where the response's tokens are predicted, the first of them perhaps by the prefix's last token.
+            # Places that predict the response's tokens; the prefix's last token may predict the first of them.
             before = torch.arange(len(prompts[i].token_ids) - 1, len(whole) - 1)
             scored.append(torch.where(before < family.prefix, before + start, before - family.prefix + rests[-1]))
             token_ids += whole[skipped:]
@@ -199,13 +199,13 @@ def _has_image(token_ids: Sequence[int], image_token_ids: Sequence[int]) -> bool
     return any(token in image_token_ids for token in token_ids)
 
 
-# A piece of the row that attends to itself and, if it is a rest, to its family's prefix: (family, member); -1 stands
-# for the prefix.
+# A prefix or a rest in the row: (family, member), with member -1 for the prefix. A piece attends to itself; a rest also
+# attends to its family's prefix.
 _Piece = tuple[int, int]
 
 
 def _plan_calls(families: Sequence[Family], cost: ReadingCost) -> list[tuple[list[_Piece], tuple[int, int, int]]]:
-    """Which pieces share a call of attention, and how many rows, queries and keys it has."""
+    """Pieces of each attention call, and its numbers of rows, queries and keys."""
     alone: list[tuple[int, _Piece]] = []
     groups: list[tuple[int, list[tuple[int, _Piece]]]] = [(0, alone)]
     for f, family in enumerate(families):
@@ -225,7 +225,7 @@ def _plan_calls(families: Sequence[Family], cost: ReadingCost) -> list[tuple[lis
 def _share_calls(
     prefix: int, pieces: Sequence[tuple[int, _Piece]], cost: ReadingCost
 ) -> list[tuple[int, list[_Piece]]]:
-    """Pieces, longest first, in calls of one length: a new one where padding would cost more than the call."""
+    """Group pieces, longest first, into calls; start a new call if padding would cost more."""
     calls: list[tuple[int, list[_Piece]]] = []
     wasted = 0.0
     for length, piece in pieces:
@@ -257,8 +257,8 @@ def _lay_out(
                 first, length = start, family.prefix
             else:
                 first, length = rests[member], family.lengths[member] - family.prefix
-            # Beyond its end stands the piece itself again: a number that is not finite stays in its own sequence, for a
-            # mask does not keep it away.
+            # Padding repeats the piece's last token. Another sequence's token could pass on NaN, which a mask does not
+            # stop.
             own = first + torch.arange(num_queries).clamp(max=length - 1)
             queries.append(own)
             keys.append(torch.cat([start + torch.arange(num_keys - num_queries), own]))

@@ -1,4 +1,4 @@
-"""The processor of a vision-language model: messages with images to token ids, image files to pixels."""
+"""Processors of vision-language models: convert messages to token ids and image files to pixels."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from sdpo.context.images import collect_images, open_image
 from sdpo.errors import UserError
 from sdpo.models.loading import reads_images
 
-CACHED_IMAGES = 64  # a step's; the pixels of an image of a million pixels take 15 MB
+CACHED_IMAGES = 64  # about one step's images; an image of a million pixels takes 15 MB
 
 
 @dataclass(frozen=True)
 class TokenPrompt:
-    """A prompt as token ids, with the image files that its image tokens stand for, in their order."""
+    """A prompt as token ids, with the image files of its image tokens, in order."""
 
     token_ids: Sequence[int]
     images: tuple[bytes, ...] = ()
 
 
 def load_processor(path: str, **options: Any) -> ProcessorMixin:
-    """The processor of a model folder. Where torchvision is missing, one that does without videos, which need it."""
+    """Load a model's processor; without torchvision, load it without video support, which requires torchvision."""
     try:
         return AutoProcessor.from_pretrained(path, **options)
     except ImportError:
@@ -37,7 +37,7 @@ def load_processor(path: str, **options: Any) -> ProcessorMixin:
 
 
 def load_without_videos(path: str, **options: Any) -> ProcessorMixin:
-    """A processor of the same name for texts and images."""
+    """Load a processor of the same class name without its video processor."""
     architecture = AutoConfig.from_pretrained(path, **options)
     return _leave_out_videos(PROCESSOR_MAPPING[type(architecture)]).from_pretrained(path, **options)
 
@@ -50,26 +50,27 @@ def _leave_out_videos(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
 
         def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
             files = super().save_pretrained(save_directory, **kwargs)
-            # Where torchvision is there, a processor with videos finds their settings in this file.
+            # With torchvision, a processor with videos reads the video settings from this file.
             self.image_processor.save_pretrained(save_directory)
             return files
 
-    WithoutVideos.__name__ = WithoutVideos.__qualname__ = kind.__name__  # its name is how it is saved and known
+    WithoutVideos.__name__ = WithoutVideos.__qualname__ = kind.__name__  # transformers saves and looks up this name
     return WithoutVideos
 
 
 class ImageReader:
     """A processor as the tokenizer of ``context/encode.py``, and as the source of pixels.
 
-    It writes a chat as the processor does, each image as the tokens that stand for it, but prepares an image once for
-    all prompts that show it. Content parts of type image hold the image file as bytes.
+    It returns the processor's token ids for a chat, but prepares an image once for all prompts that contain it. Content
+    parts of type image hold the image file as bytes.
 
-    Most processors put special tokens alone in an image's place; since text is never merged across these, an image's
-    tokens are the same in every prompt, and are put there without the processor. The others are asked each time.
+    Most processors replace an image with special tokens only. Tokenizers never merge text across special tokens, so
+    these image tokens are the same in every prompt and are inserted without the processor. Other processors run for
+    every prompt.
 
     Args:
         processor: of the model.
-        max_pixels: larger images are made smaller first.
+        max_pixels: larger images are downscaled first.
     """
 
     def __init__(self, processor: ProcessorMixin, max_pixels: int) -> None:
@@ -80,19 +81,19 @@ class ImageReader:
         self.image_token = getattr(processor, "image_token", None)
         self._open = lru_cache(CACHED_IMAGES)(lambda data: open_image(data, self.max_pixels))
         self._read = lru_cache(CACHED_IMAGES)(self._read_file)
-        # What is small is kept of every image, so that a step of many images need not prepare them again for it.
+        # Token ids and grids are small, so they are cached for every image; this avoids preparing images again.
         self._measure = lru_cache(None)(self._measure_file)
 
     @cached_property
     def _has_fixed_tokens(self) -> bool:
-        """Whether an image becomes special tokens alone, wherever it stands."""
+        """Whether the processor replaces an image with special tokens only."""
         from PIL import Image
 
         if self.image_token is None:
             return False
         try:
             token_ids = self._process(self.image_token, [Image.new("RGB", (56, 56))])["input_ids"][0].tolist()
-        except UserError:  # its place is marked by another token
+        except UserError:  # the processor marks images by another token
             return False
         return set(token_ids) <= set(self.tokenizer.added_tokens_decoder)
 
@@ -111,9 +112,9 @@ class ImageReader:
         return_dict: bool = False,
         **settings: Any,
     ) -> Any:
-        """Token ids, with as many image tokens as the model makes features of each image.
+        """Token ids of a chat, with one image token per image feature.
 
-        ``settings`` go to the chat template; ``tokenize`` and ``return_dict`` have no other value.
+        ``settings`` are passed to the chat template; ``tokenize`` and ``return_dict`` support only their defaults.
 
         Raises:
             UserError: an image cannot be read, or the text itself contains image tokens.
@@ -144,13 +145,13 @@ class ImageReader:
         return self._read(image)[1]
 
     def read_grid(self, image: bytes) -> Tensor:
-        """[1, 3] patches of one image in time, height and width, for models with multimodal rotary positions.
+        """[1, 3] number of patches of an image in time, height and width, for multimodal rotary positions.
 
         Raises:
             UserError: the image cannot be read.
         """
         grid = self._measure(image)[1]
-        assert grid is not None, "the processor makes no image_grid_thw"
+        assert grid is not None, "the processor returns no image_grid_thw"
         return grid
 
     def _measure_file(self, data: bytes) -> tuple[tuple[int, ...], Tensor | None]:
@@ -158,7 +159,7 @@ class ImageReader:
         return token_ids, pixels.get("image_grid_thw")
 
     def _read_file(self, data: bytes) -> tuple[tuple[int, ...], dict[str, Tensor]]:
-        """The tokens of an image where these are fixed, and its pixels."""
+        """An image's token ids, meaningful if they are fixed, and its pixels."""
         alone = [{"role": "user", "content": [{"type": "image"}]}]
         text = str(self.image_token) if self._has_fixed_tokens else self._render(alone, False)
         made = self._process(text, [self._open(data)])
@@ -181,10 +182,10 @@ class ImageReader:
         begin = self._lacks_beginning(text) and text != self.image_token
         try:
             return dict(self.processor(text=[text], images=images, return_tensors="pt", add_special_tokens=begin))
-        # Sizes and numbers of images that this processor refuses; the last is how some count.
+        # Unsupported sizes or numbers of images; some processors raise StopIteration for a wrong number.
         except (ValueError, ZeroDivisionError, StopIteration) as error:
             sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
-            reason = " ".join(str(error).split()) or "the prompt has room for another number"
+            reason = " ".join(str(error).split()) or "the prompt has another number of image tokens"
             raise UserError(f"images of {sizes} pixels cannot be prepared ({reason})") from error
 
 
@@ -199,10 +200,10 @@ def _without_payload(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_reader(config: ModelConfig, max_pixels: int) -> ImageReader | None:
-    """The reader of a model that reads images; None for a language model.
+    """Load the image reader of a vision-language model; None for a language model.
 
     Raises:
-        UserError: its processor cannot be loaded.
+        UserError: the processor cannot be loaded.
     """
     if not reads_images(config):
         return None
@@ -215,7 +216,7 @@ def load_reader(config: ModelConfig, max_pixels: int) -> ImageReader | None:
 
 
 def encode_png(image: Any) -> bytes:
-    """A PIL image as the bytes of a PNG file, which loses nothing."""
+    """Encode a PIL image losslessly as the bytes of a PNG file."""
     file = BytesIO()
     image.save(file, "PNG")
     return file.getvalue()

@@ -1,8 +1,8 @@
 """Image features of a vision-language model: the vision tower runs once per distinct image of a batch.
 
-The tower is all that comes before the language model: patches, blocks, projector. transformers' models call their own
-``get_image_features`` in every forward pass; here that call is answered with features made before. What comes after it,
-such as placing them among the tokens, or feeding them to several layers (Qwen3-VL), stays transformers' own.
+The tower is all layers before the language model: patches, blocks, projector. transformers' models call
+``get_image_features`` in every forward pass; here this call returns precomputed features. The model itself still
+inserts them among the tokens or feeds them to several layers (Qwen3-VL).
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from sdpo.models.processing import ImageReader, TokenPrompt
 
 Precision: TypeAlias = Callable[[], AbstractContextManager[Any]]
 
-# Numbers in the pixels of images that go through the tower together: bounds what its backward pass must keep.
+# Pixel values per run of the tower; bounds the activations of its backward pass.
 CHUNK_SIZE = 2**22
 
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """One image as the language model reads it.
+    """Features of one image, the input of the language model.
 
     Attributes:
-        tokens: [image tokens, H], or [crops, tokens per crop, H] in models that cut images up.
-        by_layer: the same for each layer that reads images of its own (Qwen3-VL's deepstack); mostly none.
+        tokens: [image tokens, H], or [crops, tokens per crop, H] in models that split images into crops.
+        by_layer: the same for each layer with separate features (Qwen3-VL's deepstack); empty for most models.
         in_list: whether the model's tower returns a list with an entry per image, or one tensor.
     """
 
@@ -45,7 +45,7 @@ class ImageFeatures:
 
 
 def combine_features(features: Sequence[ImageFeatures]) -> Any:
-    """What ``get_image_features`` would return for these images in this order."""
+    """The output of ``get_image_features`` for these images in this order."""
     tokens = [each.tokens for each in features]
     layers = zip(*(each.by_layer for each in features), strict=True)
     return SimpleNamespace(
@@ -55,15 +55,14 @@ def combine_features(features: Sequence[ImageFeatures]) -> Any:
 
 
 class SeenImages:
-    """What one model's tower makes of distinct images, each made when it is first asked for, without a graph.
+    """Cache of one model's features of distinct images, computed on first use without a graph.
 
-    With ``learning``, gradients that reach the features are collected until ``backward`` sends them through the tower:
-    it runs again, chunk by chunk, so that at no time more than a chunk's activations are kept, however many sequences
-    and micro-batches showed an image.
+    With ``learning``, the features collect gradients until ``backward`` runs the tower again with a graph, chunk by
+    chunk. So memory holds the activations of one chunk, for any number of sequences and micro-batches with an image.
 
     Args:
-        model: whose tower.
-        reader: of its processor.
+        model: with the vision tower.
+        reader: of the model's processor.
         learning: whether the tower is trained.
         precision: the context of the tower's forward pass, such as autocast.
     """
@@ -90,7 +89,7 @@ class SeenImages:
         return [self._features[image] for image in images]
 
     def backward(self) -> None:
-        """Send the gradients collected so far through the tower, and forget them."""
+        """Propagate the collected gradients through the tower, then clear them."""
         reached = [
             image
             for image, features in self._features.items()
@@ -130,7 +129,7 @@ def _cut(reader: ImageReader, images: Iterable[bytes]) -> list[dict[bytes, Mappi
 
 
 def _run_tower(model: nn.Module, pixels: Sequence[Mapping[str, Tensor]]) -> list[ImageFeatures]:
-    """Each image's features, from one run of the tower if its output says whose is what."""
+    """Features of each image, from one run of the tower if its output can be split by image."""
     inner = get_inner_model(model)
     device = next(model.parameters()).device
     inputs = {name: _stack([each[name] for each in pixels]).to(device) for name in pixels[0]}
@@ -153,7 +152,7 @@ def _run_tower(model: nn.Module, pixels: Sequence[Mapping[str, Tensor]]) -> list
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    """One after another along the first axis; in the others padded with zeros to the largest."""
+    """Concatenate along the first axis; pad the other axes with zeros to the largest size."""
     shape = torch.tensor([tensor.shape[1:] for tensor in tensors]).amax(0).tolist() if tensors[0].dim() > 1 else []
     padded = []
     for tensor in tensors:
@@ -167,7 +166,7 @@ def get_inner_model(model: nn.Module) -> Any:
     """The part of a vision-language model that has the vision tower.
 
     Raises:
-        UserError: there is none that transformers' common interface reaches.
+        UserError: the model lacks transformers' common interface for image features.
     """
     inner = getattr(model, "model", None)
     if not hasattr(inner, "get_image_features"):
@@ -176,13 +175,13 @@ def get_inner_model(model: nn.Module) -> Any:
 
 
 def get_tower_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Everything that image features depend on: all of the inner model but its language model."""
+    """Parameters that image features depend on: the inner model without its language model."""
     inner = get_inner_model(model)
     return [p for name, p in inner.named_parameters() if not name.startswith("language_model.")]
 
 
 def freeze_tower(model: nn.Module) -> None:
-    """Leave the language model, with its head, alone to be trained.
+    """Freeze the vision tower; only the language model and its head are trained.
 
     Raises:
         UserError: as ``get_inner_model`` does.
@@ -192,11 +191,11 @@ def freeze_tower(model: nn.Module) -> None:
 
 
 class Vision:
-    """How a vision-language model reads prompts.
+    """Image tokens and position ids of a vision-language model.
 
     Args:
-        model: of transformers.
-        reader: of its processor.
+        model: a transformers model.
+        reader: of the model's processor.
     """
 
     def __init__(self, model: nn.Module, reader: ImageReader) -> None:
@@ -205,14 +204,14 @@ class Vision:
         config: Any = model.config
         self.image_token_id = config.image_token_id
         self._rope = getattr(self._inner, "get_rope_index", None)
-        self.num_axes = 1 if self._rope is None else 3  # of position ids: time, height, width
+        self.num_axes = 1 if self._rope is None else 3  # of position ids; 3: time, height, width
         self.marks_images = "token_type_ids" in inspect.signature(model.forward).parameters
-        # No text ever means these; a model that reads one in a response looks for an image that is not there.
+        # These tokens never occur in text; a model that reads one in a response expects an image.
         names = ("image_token_id", "video_token_id", "audio_token_id")
         self.placeholder_ids = [i for name in names if (i := getattr(config, name, None)) is not None]
 
     def compute_positions(self, prompt: TokenPrompt) -> Tensor:
-        """Position ids [3, L] of a prompt with images, in a model with multimodal rotary positions."""
+        """Position ids [3, L] of a prompt with images, for multimodal rotary positions."""
         assert self._rope is not None, "only for num_axes > 1"
         token_ids = torch.tensor([list(prompt.token_ids)])
         grids = torch.cat([self.reader.read_grid(image) for image in prompt.images])
@@ -221,13 +220,13 @@ class Vision:
         return positions[:, 0]
 
     def mark_images(self, token_ids: Tensor) -> dict[str, Tensor]:
-        """Further inputs beside token ids: which of them are images, for models that let those attend to each other."""
+        """Extra inputs that mark image tokens, for models in which image tokens attend to each other."""
         return {"token_type_ids": (token_ids == self.image_token_id).long()} if self.marks_images else {}
 
 
 @contextmanager
 def showing(model: nn.Module, features: Sequence[ImageFeatures]) -> Iterator[dict[str, Any]]:
-    """Within, forward passes of the model get these features where they ask for images; yields inputs to add."""
+    """Make the model's forward passes use these image features; yields extra inputs for them."""
     if not features:
         yield {}
         return
@@ -235,6 +234,6 @@ def showing(model: nn.Module, features: Sequence[ImageFeatures]) -> Iterator[dic
     combined = combine_features(features)
     inner.get_image_features = lambda *_, **__: combined
     try:
-        yield {"pixel_values": combined.pooler_output[0]}  # only asked whether it is there
+        yield {"pixel_values": combined.pooler_output[0]}  # the model only checks that it is not None
     finally:
         del inner.get_image_features

@@ -544,7 +544,7 @@ def test_a_backward_pass_may_be_repeated() -> None:
 
 
 def test_a_ratio_needs_the_old_policy() -> None:
-    with pytest.raises(ValueError, match="old_log_probs is needed"):
+    with pytest.raises(ValueError, match="old_log_probs is required"):
         run_fused(make_case(), SelfDistillationConfig(), torch.ones(N), torch.ones(N), 3, old_log_probs=None)
     loss, _ = run_fused(
         make_case(), SelfDistillationConfig(is_clip=None), torch.ones(N), torch.ones(N), 3, old_log_probs=None

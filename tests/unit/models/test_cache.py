@@ -73,7 +73,7 @@ def test_a_token_is_written_in_place_until_there_is_no_room() -> None:
     assert len(set(places[:ROOM])) == 1
     assert len(set(places)) <= (CAPACITY - PROMPT) // ROOM + 1
     assert layer.keys.untyped_storage().nbytes() == 4 * HEADS * CAPACITY * SIZE * 4, "room beyond the capacity"
-    with pytest.raises(ValueError, match="a cache of 60 tokens was given 61"):
+    with pytest.raises(ValueError, match="cache capacity is 60 tokens, got 61"):
         layer.update(*make_states(4, 1))
 
 

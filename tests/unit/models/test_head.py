@@ -89,7 +89,7 @@ def test_a_scale_that_no_setting_names_is_measured(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("change", [torch.sigmoid, lambda logits: logits + 1.0, lambda logits: logits * float("nan")])
 def test_anything_else_is_refused(change: Callable[[Tensor], Tensor]) -> None:
     model = change_logits(build("divided"), change)
-    with pytest.raises(UserError, match="GraniteForCausalLM makes logits of its hidden states in a way that is not"):
+    with pytest.raises(UserError, match="GraniteForCausalLM computes logits from hidden states in an unsupported way"):
         measure_logit_scale(model)
 
 

@@ -98,7 +98,7 @@ def test_devices_that_there_are_not(name: str) -> None:
     ("breaking", "complaint"),
     [
         (shutil.rmtree, "no such folder"),
-        (lambda f: (f / "config.json").unlink(), "holds no config.json"),
+        (lambda f: (f / "config.json").unlink(), "config.json is missing"),
         (lambda f: (f / "config.json").write_text("{"), "cannot be loaded"),
     ],
 )

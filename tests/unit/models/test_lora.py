@@ -86,7 +86,7 @@ def test_what_is_no_layer_to_adapt_is_refused(make_model: MakeModel, name: str) 
 
 
 def test_a_model_without_linear_layers_is_refused() -> None:
-    with pytest.raises(UserError, match=r"lora\.rank: GPT2LMHeadModel has no linear layers that adapters fit"):
+    with pytest.raises(UserError, match=r"lora\.rank: GPT2LMHeadModel has no linear layers to adapt"):
         add_adapters(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=8)), LoraConfig(rank=2))
 
 
@@ -174,7 +174,7 @@ def test_other_adapters_are_refused(adapted: Any, make_model: MakeModel, tmp_pat
     save_adapter(adapted, tmp_path)
     model = make_model()
     add_adapters(model, other)
-    with pytest.raises(UserError, match=re.escape("adapters of other layers or another rank than lora.* says")):
+    with pytest.raises(UserError, match=re.escape("layers or rank differ from lora.* in the config")):
         load_adapter(model, tmp_path)
-    with pytest.raises(UserError, match=r"holds no adapter_model\.safetensors"):
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors is missing"):
         load_adapter(model, tmp_path / "nowhere")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sdpo.config import OptimConfig
 from sdpo.errors import UserError
 from sdpo.models.optimizer import (
-    MOST_LOST,
+    MAX_LOST,
     NUM_SAMPLED,
     UpdateRounding,
     build_optimizer,
@@ -207,7 +207,7 @@ def test_plain_bfloat16_is_warned_of_at_the_start_and_once_more() -> None:
 
 def test_a_learning_rate_that_is_large_enough_is_no_matter() -> None:
     lost, told = measure(OptimConfig(beta2=0.95), torch.bfloat16, 1, lr=1e-2)
-    assert abs(lost[0]) < MOST_LOST
+    assert abs(lost[0]) < MAX_LOST
     assert len(told) == 1 and "model.dtype" not in told[0]
 
 
@@ -216,7 +216,7 @@ def test_rounded_at_random_an_update_is_kept_on_average(config: OptimConfig) -> 
     pytest.importorskip("torchao")
     lost, told = measure(config, torch.bfloat16, 3)
     assert all(abs(share) < 0.1 for share in lost)
-    assert told == ["bfloat16 weights are rounded at random: an update is kept on average, with noise"]
+    assert told == ["bfloat16 weights with stochastic rounding: updates are kept on average, with noise"]
 
 
 def test_a_step_of_learning_rate_0_has_no_share() -> None:

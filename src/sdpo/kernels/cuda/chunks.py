@@ -1,4 +1,4 @@
-"""Chunks of tokens: how many at a time, and the products with the head that are held of them."""
+"""Chunks of tokens: their size, and buffers for the head's output."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from sdpo.kernels.cuda.logits import Logits, mix_logits
 
 Rows: TypeAlias = "slice | Tensor"
 
-# Logits that are held at a time, or half of the free memory if that is less: 2,048 rows of the student's and 1,024 of
-# the teacher's with a vocabulary of 152,000 in bfloat16.
+# Limit of all logits buffers, unless half of the free memory is less. With a vocabulary of 152,000 in bfloat16 they
+# hold 2,048 rows of the student's logits and 1,024 of the teacher's.
 BUFFER_BYTES = 940_000_000
-LARGEST_CHUNK = 4096
-# Rows of the products' tiles. A product of 1,024 rows, or 2,048, by a head of 2,048 columns has 64 tiles, or 128, of
-# 128 x 256: nearly all of a Hopper's 132 multiprocessors work. With 1,408 rows it would have 88.
+MAX_CHUNK = 4096
+# Rows of a cuBLAS tile (128 x 256). With 2,048 columns, a product of 1,024 rows has 64 tiles and one of 2,048 rows has
+# 128, which fill most of a Hopper GPU's 132 multiprocessors; 1,408 rows would have 88 tiles.
 TILE_ROWS = 128
 ROUND_ROWS = 1024
-# Rows of the buffers begin at multiples of so many values, for loads of 16 bytes.
+# Row stride of the buffers is a multiple of this many values, for aligned loads of 16 bytes.
 ALIGNMENT = 16
 
 
 def choose_chunk_size(head: LazyLogits, buffers: float) -> int:
-    """Tokens a chunk, at least ``TILE_ROWS``, from the memory that is free on the head's device.
+    """Tokens per chunk, at least ``TILE_ROWS``, from the free memory of the head's device.
 
     Args:
-        buffers: rows of logits that are held for a token of the chunk.
+        buffers: rows of logits in memory per token of the chunk.
     """
     hidden, num_bytes = head.hidden, BUFFER_BYTES
     if hidden.is_cuda:
         cached = torch.cuda.memory_reserved(hidden.device) - torch.cuda.memory_allocated(hidden.device)
         num_bytes = min(num_bytes, (torch.cuda.mem_get_info(hidden.device)[0] + cached) // 2)
-    size = min(LARGEST_CHUNK, int(num_bytes / (buffers * len(head.weight) * hidden.element_size())))
+    size = min(MAX_CHUNK, int(num_bytes / (buffers * len(head.weight) * hidden.element_size())))
     return max(TILE_ROWS, size - size % (ROUND_ROWS if size >= ROUND_ROWS else TILE_ROWS))
 
 
 def cut_evenly(start: int, stop: int, size: int) -> Iterator[slice]:
-    """Slices of at most that size, as few as can be and equal, but for the rows of a tile."""
+    """Cut into the fewest slices of at most ``size``, equal up to a multiple of ``TILE_ROWS``."""
     number = -(-(stop - start) // size)
     if number == 0:
         return
@@ -51,12 +51,12 @@ def cut_evenly(start: int, stop: int, size: int) -> Iterator[slice]:
 
 
 def select_rows(rows: Rows, part: slice) -> Rows:
-    """Those of some rows that stand at the places of a slice."""
+    """The rows at the positions of a slice."""
     return slice(rows.start + part.start, rows.start + part.stop) if isinstance(rows, slice) else rows[part]
 
 
 def detach_all(parts: Sequence[LazyLogits]) -> list[LazyLogits]:
-    """Without a graph, heads in the type of the hidden states; a head that is shared is converted once."""
+    """Detach and cast heads to the hidden states' type; a shared head is cast once."""
     converted: dict[tuple[int, torch.dtype], Tensor] = {}
     detached = []
     for part in parts:
@@ -68,7 +68,7 @@ def detach_all(parts: Sequence[LazyLogits]) -> list[LazyLogits]:
 
 
 class Buffer:
-    """Memory for the products of hidden states and head of some rows, used again and again."""
+    """Reusable memory for the head's output of a chunk."""
 
     def __init__(self, head: LazyLogits, rows: int, temperature: float) -> None:
         self.vocab_size = len(head.weight)
@@ -76,7 +76,7 @@ class Buffer:
         self.memory = head.hidden.new_empty(rows, -(-self.vocab_size // ALIGNMENT) * ALIGNMENT)
 
     def multiply(self, head: LazyLogits, rows: Rows) -> Logits:
-        """Logits of some rows; valid until the next call."""
+        """Logits of these rows; valid until the next call."""
         hidden = head.hidden[rows]
         products = self.memory[: len(hidden), : self.vocab_size]
         torch.mm(hidden, head.weight.T, out=products)
@@ -84,7 +84,7 @@ class Buffer:
 
 
 class MixedBuffer:
-    """The same for a policy of one model or several, whose logits are added up; of several, half is for the terms."""
+    """Buffer for the sum of several models' logits; with more than one model, half of it holds the current term."""
 
     def __init__(self, heads: Sequence[LazyLogits], rows: int, temperature: float) -> None:
         self.heads = heads

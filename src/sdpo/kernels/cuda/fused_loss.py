@@ -1,17 +1,17 @@
-"""``compute_fused_loss`` and ``score_tokens`` on a CUDA device: the same signatures, the same results up to rounding.
+"""``compute_fused_loss`` and ``score_tokens`` for CUDA: same signatures, same results up to rounding.
 
-A chunk of one to four thousand tokens goes through eight steps, none of which waits for the GPU:
+Chunks of 1,000 to 4,000 tokens go through eight steps without synchronizing with the GPU:
 
-    1, 2  products of hidden states and head, student's and teacher's, into two buffers
-    3     one kernel reads both: log-sum-exps, sampled token, entropies, divergence       (``row_statistics``)
-    4     top-k only: which entries are kept                                              (``top_k``)
-    5     the loss of each token and its derivative by those few numbers, by autograd through the very ``compute_loss``
-          that everything else calls, so that every clip, weight and blend is written once
-    6     one kernel reads both again and writes dL / d products over the student's       (``logits_gradient``)
-    7, 8  products of that with head and hidden states: the gradients
+    1, 2  products of hidden states and head, of student and teacher, into two buffers
+    3     a kernel reads both: log-sum-exps, sampled token, entropies, divergence         (``row_statistics``)
+    4     top-k only: find the kept entries                                               (``top_k``)
+    5     token losses and their derivatives by the numbers from step 3, by autograd through ``compute_token_losses``,
+          so clips, weights and blends have one implementation
+    6     a kernel reads both again and overwrites the student's with dL / d products     (``logits_gradient``)
+    7, 8  products of dL / d products with head and hidden states: the gradients
 
-Steps 2 to 6 are done for one half of the chunk after the other, so that the teacher's buffer is half as large.
-Distilled tokens come first, then those without a teacher, for which step 2 is left out.
+Steps 2 to 6 run on each half of the chunk in turn, which halves the teacher's buffer. Distilled tokens come first, then
+the other tokens, which skip step 2.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ from sdpo.kernels.cuda.scaling import scale
 from sdpo.kernels.cuda.top_k import select_top_ids
 from sdpo.kernels.cuda.weight_gradient import WeightGradient
 
-# Of a chunk's rows the teacher's logits are held for a half at a time: so the chunk is larger, and the products that
-# make gradients of it are faster.
-TEACHER_SHARE = 0.5
+# Rows of the teacher's buffer as a fraction of the chunk's. A smaller buffer leaves memory for larger chunks, which
+# make the gradients' matrix products faster.
+TEACHER_FRACTION = 0.5
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class _Kept:
 
     ids: Tensor
     log_probs: Tensor
-    slope: Tensor | None  # of the soft-cap
+    slope: Tensor | None  # derivative of the soft-cap
 
 
 def compute_fused_loss(
@@ -69,7 +69,7 @@ def compute_fused_loss(
     temperature: float = 1.0,
     chunk_size: int | None = None,
 ) -> FusedOutputs:
-    """As ``sdpo.algorithm.fused.compute_fused_loss``; ``chunk_size`` by default as memory allows."""
+    """As ``sdpo.algorithm.fused.compute_fused_loss``; the default ``chunk_size`` depends on the free memory."""
     leaves = (student.hidden, student.weight, student.bias)
     needed = [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
     with torch.no_grad(), _on_device_of(student):
@@ -91,7 +91,7 @@ def score_tokens(
     with torch.no_grad(), _on_device_of(student):
         student = student.detach()
         log_probs, entropies = torch.empty(2, len(sampled_ids), device=student.hidden.device)
-        size = chunk_size or choose_chunk_size(student, buffers=1 + TEACHER_SHARE)
+        size = chunk_size or choose_chunk_size(student, buffers=1 + TEACHER_FRACTION)
         buffer = Buffer(student, min(size, len(sampled_ids)), temperature)
         for rows in cut_evenly(0, len(sampled_ids), size):
             statistics = compute_row_statistics(buffer.multiply(student, rows), None, sampled_ids[rows])
@@ -102,7 +102,7 @@ def score_tokens(
 
 @contextmanager
 def _on_device_of(student: LazyLogits) -> Iterator[None]:
-    """Kernels are launched on the current device; products are of the given types, also under autocast."""
+    """Launch kernels on the student's device, with autocast disabled."""
     with torch.cuda.device_of(student.hidden), torch.autocast(student.hidden.device.type, enabled=False):
         yield
 
@@ -130,8 +130,8 @@ class _Pass:
         self.differentiates = any(gradient_types)
         self.num_tokens = len(student.hidden)
         self.num_distilled = len(teacher[0].hidden) if teacher else 0
-        self.size = chunk_size or choose_chunk_size(student, buffers=1 + TEACHER_SHARE if teacher else 1)
-        self.order: Tensor | None = None  # the distilled first; None: as they are
+        self.size = chunk_size or choose_chunk_size(student, buffers=1 + TEACHER_FRACTION if teacher else 1)
+        self.order: Tensor | None = None  # distilled tokens first; None: unchanged order
         if 0 < self.num_distilled < self.num_tokens:
             assert tokens.distilled is not None
             self.order = torch.argsort(tokens.distilled.logical_not().to(torch.uint8), stable=True)
@@ -139,13 +139,13 @@ class _Pass:
         self.student_buffer: Buffer | None = Buffer(student, rows, temperature)
         self.teacher_buffer: MixedBuffer | None = None
         if teacher:
-            size = min(self.num_distilled, math.ceil(rows * TEACHER_SHARE))
+            size = min(self.num_distilled, math.ceil(rows * TEACHER_FRACTION))
             self.teacher_buffer = MixedBuffer(teacher, max(1, size), temperature)
-        # Whole distributions are compared: by the kernels, or by the loss at the kept entries.
+        # The kernels compare whole distributions (alpha); with top-k, the loss compares the kept entries (topk).
         self.alpha = config.alpha if config.full_logit_distillation and config.distillation_topk is None else None
         self.topk = config.distillation_topk if config.full_logit_distillation else None
 
-        # By token, chunk after chunk.
+        # Values by token, one tensor per chunk.
         self.token_losses: list[Tensor] = []
         self.student_log_probs: list[Tensor] = []
         self.teacher_log_probs: list[Tensor] = []
@@ -158,14 +158,14 @@ class _Pass:
         self.by_bias = torch.zeros(len(student.weight), device=student.hidden.device) if self.bias_type else None
 
     def cut(self) -> Iterator[tuple[Rows, slice | None]]:
-        """Rows of a chunk, and the teacher's where it has some."""
+        """Rows of each chunk, and its teacher rows if its tokens are distilled."""
         for part in cut_evenly(0, self.num_distilled, self.size):
             yield part if self.order is None else self.order[part], part
         for part in cut_evenly(self.num_distilled, self.num_tokens, self.size):
             yield part if self.order is None else self.order[part], None
 
     def add(self, rows: Rows, teacher_rows: slice | None) -> None:
-        """A chunk; either all its tokens are distilled, by the teacher's rows, or none is."""
+        """Add a chunk of tokens: all distilled, by ``teacher_rows``, or none."""
         assert self.student_buffer is not None
         student = self.student_buffer.multiply(self.student, rows)
         if teacher_rows is None:
@@ -179,7 +179,7 @@ class _Pass:
             self._multiply(rows, student.products)
 
     def _add_part(self, student: Logits, teacher: Logits | None, tokens: TokenInputs) -> None:
-        """Losses of some rows, and dL / d products in the place of the student's products."""
+        """Compute the losses of these rows and overwrite the student's products with dL / d products."""
         alpha = self.alpha if teacher is not None else None
         topk = self.topk if teacher is not None else None
         statistics = compute_row_statistics(
@@ -215,7 +215,7 @@ class _Pass:
         statistics: RowStatistics,
         topk: int | None,
     ) -> tuple[LossInputs, _Kept | None]:
-        """Leaves for what the loss reads of the distributions: few numbers a token."""
+        """Inputs of the loss from each token's statistics, and the kept entries with top-k."""
         inputs = build_policy_inputs(
             statistics.student_log_probs.detach(),
             statistics.student_entropies.detach(),
@@ -250,7 +250,7 @@ class _Pass:
         teacher_logits, _ = teacher.gather(ids)
         kept = _Kept(ids, logits - statistics.student_log_sum_exp_2[:, None] / LOG2_E, slope)
         of_teacher = teacher_logits - statistics.teacher_log_sum_exp_2[:, None] / LOG2_E
-        # The leaf is a tensor of its own, for ``kept`` is read without a graph.
+        # The leaf is a separate tensor, because ``kept`` is read without a graph.
         return replace(
             inputs, student_distribution=kept.log_probs.detach(), teacher_distribution=of_teacher, kept_ids=ids
         ), kept
@@ -265,7 +265,7 @@ class _Pass:
         by_kept: Tensor,
         by_entropy: Tensor | None,
     ) -> None:
-        """dL / d products of the whole vocabulary by the kernel, then of the kept entries in float32 on top."""
+        """Write dL / d products of the whole vocabulary by kernel, then overwrite the kept entries from float32."""
         total = by_sampled + by_kept.sum(-1)
         coefficients = _stack(total, total, by_sampled, by_entropy)
         write_logits_gradient(student, None, sampled_ids, statistics, coefficients)
@@ -302,7 +302,7 @@ class _Pass:
             self.by_weight.add(by_logits, self.student.hidden[rows])
 
     def finish(self) -> tuple[FusedOutputs, list[Tensor | None]]:
-        """Outputs; gradients by hidden states, weight and bias, where needed."""
+        """Outputs, and the needed gradients by hidden states, weight and bias."""
         self.student_buffer = self.teacher_buffer = None
         token_losses = self._join(self.token_losses)
         values = {name: torch.cat(chunks) for name, chunks in self.values.items()}
@@ -319,7 +319,7 @@ class _Pass:
         return outputs, [self.by_hidden, by_weight, by_bias]
 
     def _join(self, chunks: Sequence[Tensor]) -> Tensor:
-        """Values of all tokens [N], where they belong."""
+        """Concatenate the chunks' values [N] in the tokens' original order."""
         values = torch.cat([torch.empty(0, device=self.student.hidden.device), *chunks])
         if self.order is None:
             return values

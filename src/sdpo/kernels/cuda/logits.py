@@ -1,4 +1,4 @@
-"""The head's output of a chunk in memory, and how kernels read logits from it."""
+"""The head's output of a chunk, and device functions that read logits from it."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ LOG2_E = math.log2(math.e)
 
 @dataclass(frozen=True)
 class Logits:
-    """Logits of some rows: scale * softcap * tanh((products + bias) / softcap); without a soft-cap only scaled."""
+    """Logits of n rows: scale * softcap * tanh((products + bias) / softcap), or scale * (products + bias)."""
 
-    products: Tensor  # [n, V] hidden states times head; the rows may be further apart than V
+    products: Tensor  # [n, V] hidden states times head; the row stride may exceed V
     bias: Tensor | None
     softcap: float | None
     scale: float
 
     def kernel_arguments(self) -> tuple[Tensor, int, Tensor, float, float]:
-        """Pointer, row stride, bias, scale to base 2, soft-cap; what is absent is replaced and not read."""
+        """Pointer, row stride, bias, scale to base 2, soft-cap; placeholders for an absent bias or soft-cap."""
         bias = self.products if self.bias is None else self.bias
         return self.products, self.products.stride(0), bias, self.scale * LOG2_E, self.softcap or 1.0
 
     def select(self, rows: slice) -> Logits:
-        """Those of some rows."""
+        """Logits of these rows."""
         return replace(self, products=self.products[rows])
 
     def gather(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits [n, K] of some entries [n, K], and the soft-cap's slope there, if there is one."""
+        """Logits [n, K] of the entries ``ids`` [n, K], and the soft-cap's derivative there, if any."""
         values = self.products.gather(-1, ids).float()
         if self.bias is not None:
             values = values + self.bias.float()[ids]
@@ -53,7 +53,7 @@ def read_bent_logits(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """Logits to base 2, -inf beyond the vocabulary; and tanh(u / softcap), whose square is 1 - slope."""
+    """Logits to base 2, -inf beyond the vocabulary; and tanh(u / softcap), from which slope = 1 - tanh^2."""
     inside = columns < vocab_size
     values = tl.load(row + columns, mask=inside, other=float("-inf")).to(tl.float32)
     if HAS_BIAS:
@@ -129,7 +129,7 @@ def _mix_kernel(
 
 
 def mix_logits(target: Logits, other: Logits, block: int = 4096) -> Logits:
-    """The sum of two models' logits, in the place of the first one's."""
+    """Add the logits of two models, overwriting ``target``."""
     rows, vocab_size = target.products.shape
     _mix_kernel[(triton.cdiv(vocab_size, block), rows)](
         *target.kernel_arguments(),

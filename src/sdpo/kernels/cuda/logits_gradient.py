@@ -1,13 +1,13 @@
 """dL / d products, written over the student's products.
 
-With s and t the probabilities, D the divergence, a its coefficient in the loss's gradient and b that of the sampled
-token's log-probability, the gradient by the student's logits is
+Let s and t be the probabilities of student and teacher, D the divergence, a = dL / dD, b = dL / d log s of the sampled
+token, c = dL / dH and H the student's entropy. The gradient by the student's logits is
 
     forward KL      a (s - t)                          Jensen-Shannon  a s ((1 - alpha) log(s / m) - D'),
     reverse KL      a s (log(s / t) - D)                               D' = (1 - alpha) sum s log(s / m)
 
-plus b (1 at the sampled token - s), minus c s (log s + H) with c the coefficient of the entropy H. The logits' scale is
-part of the coefficients; the soft-cap's slope multiplies.
+plus b (1 at the sampled token - s), minus c s (log s + H). It is multiplied by the logits' scale and the soft-cap's
+derivative.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ def write_logits_gradient(
     alpha: float | None = None,
     launch: Launch | None = None,
 ) -> None:
-    """Write the gradient of n rows in the place of ``student.products``.
+    """Overwrite ``student.products`` with the gradient of n rows.
 
     Args:
         teacher: [n, V]; read only if ``alpha`` is given.
         sampled_ids: [n].
-        coefficients: [3, n] or [4, n] float32, contiguous: dL / d divergence; what multiplies the probabilities,
-            negated, and what stands at the sampled token: both dL / d log s of it, unless other entries are written on
-            top; and dL / d entropy, if the loss has an entropy term.
-        alpha: of the divergence of whole distributions; None: the loss reads none.
+        coefficients: [3, n] or [4, n] float32, contiguous. Row 0: dL / d divergence. Row 1: factor of -s. Row 2: value
+            added at the sampled token. Rows 1 and 2 are both b, except with top-k, where the caller overwrites the kept
+            entries. Row 3: dL / d entropy, if the loss has an entropy term.
+        alpha: of the divergence of whole distributions; None if the loss has no such term.
     """
     launch = launch or GRADIENT_LAUNCH
     rows, vocab_size = student.products.shape

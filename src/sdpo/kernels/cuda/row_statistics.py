@@ -1,16 +1,16 @@
-"""What the loss needs of each row of logits, from one read of student and teacher.
+"""Statistics of each row of logits for the loss, from one read of student and teacher.
 
-Maximum, sum of exponentials and the sums built on it are updated together as blocks come in (online softmax), by lane
-of eight neighbouring entries, so that a row has no barrier before its end. With y the logits to base 2, m a lane's
-maximum so far and e = 2^(y - m):
+Online softmax: maximum, sum of exponentials and the other sums are updated block by block. Each lane of eight
+neighbouring entries has its own sums, so threads synchronize only at the end of a row. With y the logits to base 2, m a
+lane's maximum so far and e = 2^(y - m):
 
     total     sum e                          log-sum-exp  m + log2 total
     weighted  sum e (y - m)                  entropy      log2 total - weighted / total
     crossed   sum e (y - y')                 KL           crossed / total - log-sum-exp + log-sum-exp'
 
-When m grows by s, all three are multiplied by 2^-s, after -s total was added to ``weighted``. The Jensen-Shannon
-divergence is no such sum: its mixture needs both normalisers first, so the row is read a second time, from its end
-backwards, because its end is in the cache.
+When m grows by s, -s total is added to ``weighted``, then all three sums are multiplied by 2^-s. The Jensen-Shannon
+divergence needs both log-sum-exps for its mixture, so it reads the row a second time, backwards, because the end of the
+row is still in the cache.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from torch import Tensor
 from sdpo.kernels.cuda.logits import LOG2_E, Logits, read_logits
 
 NO_DIVERGENCE, FORWARD_KL, REVERSE_KL, JENSEN_SHANNON = range(4)
-GROUP = 32  # entries of which the largest is noted, for the search of the top k
+GROUP = 32  # entries per stored maximum, for the top-k search
 NUM_STATISTICS = 8
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Entries a program takes at a time, its warps, and how many blocks ahead it loads."""
+    """Entries per block, warps per program, and stages of load pipelining."""
 
     block: int
     num_warps: int
@@ -48,9 +48,9 @@ JENSEN_SHANNON_LAUNCH = Launch(4096, 16)
 
 @dataclass(frozen=True)
 class RowStatistics:
-    """Of n rows, in nats unless named ``_2``; the teacher's are meaningless where there is none."""
+    """Statistics of n rows, in nats unless named ``_2``; the teacher's are undefined without a teacher."""
 
-    packed: Tensor  # [NUM_STATISTICS, n] all that follows, as the kernels read it
+    packed: Tensor  # [NUM_STATISTICS, n] all statistics, in the kernels' layout
     group_maxima: Tensor | None  # [n, ceil(V / GROUP)] to base 2
 
     @property
@@ -97,8 +97,8 @@ def compute_row_statistics(
     Args:
         student, teacher: [n, V].
         sampled_ids: [n].
-        alpha: of the divergence of whole distributions; None computes none.
-        group_maxima: also the largest of each ``GROUP`` entries of the student.
+        alpha: of the divergence of whole distributions; None: no divergence.
+        group_maxima: also compute the maximum of each ``GROUP`` entries of the student.
     """
     rows, vocab_size = student.products.shape
     divergence = name_divergence(alpha)
@@ -131,21 +131,21 @@ def compute_row_statistics(
 
 
 def name_divergence(alpha: float | None) -> int:
-    """Which of the forms above."""
+    """The kernel's constant for a divergence."""
     if alpha is None:
         return NO_DIVERGENCE
     return {0.0: FORWARD_KL, 1.0: REVERSE_KL}.get(alpha, JENSEN_SHANNON)
 
 
 def mixture_logs(alpha: float | None) -> tuple[float, float]:
-    """log2(1 - alpha), log2 alpha; zeros where there is no mixture."""
+    """log2(1 - alpha), log2 alpha; zeros if the divergence has no mixture."""
     if alpha is None or alpha in (0.0, 1.0):
         return 0.0, 0.0
     return math.log1p(-alpha) * LOG2_E, math.log2(alpha)
 
 
 def name_features(student: Logits, teacher: Logits) -> dict[str, Any]:
-    """What the kernels are compiled for."""
+    """Compile-time flags of the kernels."""
     return {
         "STUDENT_HAS_BIAS": student.bias is not None,
         "STUDENT_HAS_SOFTCAP": student.softcap is not None,
@@ -163,7 +163,7 @@ else:
 
     @triton.jit
     def _log2(values):
-        # The hardware's logarithm: its 2^-22 is enough after 1 is added, and Triton's own takes thirty instructions.
+        # Hardware log2: its error of 2^-22 is small enough for 1 + ratio; Triton's log2 takes thirty instructions.
         return tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [values], dtype=tl.float32, is_pure=True, pack=1
         )
@@ -171,9 +171,9 @@ else:
 
 @triton.jit
 def compare_with_mixture(student_share, teacher_share):
-    """With x and y the log2 of (1 - alpha) s and alpha t: log2(x / m), log2(y / m), and the smaller over the larger.
+    """For x = (1 - alpha) s, y = alpha t (given as log2) and m = x + y: log2(x / m), log2(y / m), smaller / larger.
 
-    Both are of the form min(difference, 0) - log2(1 + smaller / larger), so neither loses its digits.
+    Both are min(difference, 0) - log2(1 + smaller / larger), a form without cancellation.
     """
     difference = student_share - teacher_share
     ratio = tl.exp2(-tl.abs(difference))
@@ -183,7 +183,7 @@ def compare_with_mixture(student_share, teacher_share):
 
 @triton.jit
 def _update(logits, peak, total, weighted):
-    """Sums of [lanes] with a block [lanes, 8]; also e of the block, and by what older sums are multiplied."""
+    """Update sums [lanes] with a block [lanes, 8]; also returns its e, the factor of older sums, and maxima."""
     largest = tl.max(logits, axis=1)
     new_peak = tl.maximum(peak, largest)
     shift = peak - new_peak
@@ -199,7 +199,7 @@ def _update(logits, peak, total, weighted):
 
 @triton.jit
 def _combine(peak, total, weighted, crossed):
-    """Sums of all lanes: log-sum-exp to base 2, entropy in nats, crossed / total."""
+    """Reduce the lanes' sums to log-sum-exp to base 2, entropy in nats, crossed / total."""
     top = tl.max(peak, axis=0)
     shift = peak - top
     decay = tl.exp2(shift)
@@ -273,7 +273,7 @@ def _statistics_kernel(
         if HAS_GROUPS:
             groups = tl.reshape(largest, [BLOCK // GROUP_SIZE, GROUP_SIZE // 8])
             places = i * (BLOCK // GROUP_SIZE) + tl.arange(0, BLOCK // GROUP_SIZE)
-            # Above -inf, so that what is ruled out comes before what is beyond the vocabulary.
+            # Clamp -inf, so that entries of probability 0 rank above positions beyond the vocabulary.
             highest = tl.maximum(tl.max(groups, axis=1), -3.0e38)
             tl.store(group_maxima + row.to(tl.int64) * num_groups + places, highest, mask=places < num_groups)
         if HAS_TEACHER:
@@ -331,8 +331,8 @@ def _statistics_kernel(
         tl.store(statistics + 3 * num_rows + row, teacher_log_sum_exp)
         tl.store(statistics + 4 * num_rows + row, (sampled_2 - teacher_log_sum_exp) * LN_2)
         tl.store(statistics + 5 * num_rows + row, teacher_entropy)
-        # The seventh is the divergence; the eighth the sum of its derivatives by the log-probabilities, where the
-        # gradient needs it (reverse KL: less the sum of the probabilities).
+        # Index 6 is the divergence. Index 7 is the sum of its derivatives by the log-probabilities, if the gradient
+        # needs it (for reverse KL without the sum of the probabilities, 1).
         if DIVERGENCE == 1:
             divergence = (teacher_crossed - teacher_log_sum_exp + student_log_sum_exp) * LN_2
             tl.store(statistics + 6 * num_rows + row, divergence)

@@ -1,4 +1,4 @@
-"""A gradient times a number that is on the device, sixteen bytes at a time: torch's own product reads two."""
+"""Multiply a gradient by a device scalar with loads of 16 bytes; torch's product loads 2 bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BLOCK = 8192
 
 
 def scale(values: Tensor, factor: Tensor) -> Tensor:
-    """values * factor, of the values' type; the values contiguous, the factor []."""
+    """values * factor, in the type of ``values``; ``values`` is contiguous, ``factor`` a scalar []."""
     assert values.is_contiguous()
     scaled = torch.empty_like(values)
     if values.numel():

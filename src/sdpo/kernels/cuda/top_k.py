@@ -1,7 +1,7 @@
 """The student's k largest logits of each row, without a search of the whole vocabulary.
 
-They lie in the k groups of neighbouring entries whose own largest entry is largest, and these maxima are known from the
-read for the statistics. So the search is one among V / GROUP maxima and one among k * GROUP candidates.
+They are in the k groups of neighbouring entries with the largest maxima, and ``row_statistics`` has computed these
+maxima. So two smaller searches suffice: V / GROUP maxima, then k * GROUP candidates.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sdpo.kernels.cuda.row_statistics import GROUP
 
 
 def select_top_ids(student: Logits, group_maxima: Tensor, k: int, block: int = 1024) -> Tensor:
-    """Which entries are the k largest, [n, k], in no order.
+    """Ids of the k largest entries, [n, k], unsorted.
 
     Args:
         student: [n, V].
@@ -32,7 +32,7 @@ def select_top_ids(student: Logits, group_maxima: Tensor, k: int, block: int = 1
 
 
 def _gather_candidates(student: Logits, groups: Tensor, block: int) -> Tensor:
-    """The logits to base 2 of all entries of some groups [n, g], in [n, g * GROUP]; -inf beyond the vocabulary."""
+    """Logits to base 2 of the entries of groups [n, g], as [n, g * GROUP]; -inf beyond the vocabulary."""
     rows = len(groups)
     candidates = torch.empty(rows, groups.shape[1] * GROUP, device=groups.device)
     products, stride, bias, scale_2, softcap = student.kernel_arguments()
@@ -79,6 +79,6 @@ def _candidates_kernel(
     logits = read_logits(
         student + row * student_stride, columns, vocab_size, bias, scale_2, softcap, HAS_BIAS, HAS_SOFTCAP
     )
-    # Above -inf, so that what is ruled out comes before what is beyond the vocabulary.
+    # Clamp -inf, so that entries of probability 0 rank above positions beyond the vocabulary.
     logits = tl.where(columns < vocab_size, tl.maximum(logits, -3.0e38), float("-inf"))
     tl.store(candidates + row * num_groups * GROUP_SIZE + places, logits, mask=inside)

@@ -1,4 +1,4 @@
-"""The gradient by the head's weight: a sum of products over the chunks."""
+"""The gradient by the head's weight, summed over chunks."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 class WeightGradient:
-    """sum of G^T X over chunks, [V, H], each product summed up in float32 and added by the product itself.
+    """Sum of G^T X over chunks, [V, H]; each matrix product accumulates in float32 and adds to the sum.
 
-    Its type is the weight's own, so that no second copy is needed. With a weight in half precision the sum is rounded
-    once a chunk; chunks have a thousand tokens and more, so this stays below the rounding of G itself for some hundred
-    thousand tokens.
+    The sum has the weight's type, which avoids a second copy. With a weight in half precision the sum is rounded once
+    per chunk. Chunks have 1,000 tokens or more, so this error stays below the rounding of G for a few hundred thousand
+    tokens.
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
@@ -19,7 +19,7 @@ class WeightGradient:
         self.is_empty = True
 
     def add(self, by_logits: Tensor, hidden: Tensor) -> None:
-        """G [n, V] and X [n, H], of one type."""
+        """Add the product of G [n, V] and X [n, H], which have the same type."""
         beta = 0 if self.is_empty else 1
         self.is_empty = False
         if self.total.dtype == by_logits.dtype:
@@ -42,4 +42,4 @@ class WeightGradient:
         return self.total.zero_() if self.is_empty else self.total
 
 
-PIECE = 16_384  # rows of the head at a time, where a product cannot be added to a sum of another type
+PIECE = 16_384  # rows of the head at once, if torch cannot add a product to a sum of another type
