@@ -4,12 +4,12 @@
 
 Self-Distillation Policy Optimization (arXiv 2601.20802). The policy answers a prompt n times. The same model, shown the
 solution as well, is the teacher: it reads the policy's own response and gives a next-token distribution at each of the
-response's tokens. The loss is the divergence of the policy's distribution from the teacher's there. The teacher's weights
-are a moving average of the policy's.
+response's tokens. The loss is the divergence of the policy's distribution from the teacher's there. The teacher's
+weights are a moving average of the policy's.
 
-What ``sdpo train`` has and this file leaves out: packed rows and shared prefixes, a fused loss without the logits of all
-tokens, an own decoder, validation, checkpoints, overlapped sampling with importance correction, GRPO blend, images, LoRA,
-health checks. The losses are the same: tests/integration/test_minimal.py compares both on the same rollouts.
+What ``sdpo train`` has and this file leaves out: packed rows and shared prefixes, a fused loss without the logits of
+all tokens, a decoder, validation, checkpoints, overlapped sampling with importance correction, GRPO blend, images,
+LoRA, health checks. The losses are the same: tests/integration/test_minimal.py compares both on the same rollouts.
 """
 
 from __future__ import annotations

@@ -113,8 +113,8 @@ DESCRIPTIONS: dict[str, str] = {
     REPROMPT_FRACTION: "Fraction of samples that were distilled: the teacher was shown a demonstration or feedback.",
     ROLLOUT_SUCCESS_FRACTION: "Fraction of graded samples with a score of at least success_reward_threshold.",
     SUCCESS_GROUP_FRACTION: "Fraction of prompts with at least one such sample.",
-    SUCCESS_SAMPLE_FRACTION: "Fraction of samples with a successful rollout as demonstration (demonstration_source=peer "
-    "or peer_then_ground_truth).",
+    SUCCESS_SAMPLE_FRACTION: "Fraction of samples with a successful rollout as demonstration "
+    "(demonstration_source=peer or peer_then_ground_truth).",
     SOLUTION_FRACTION: "Fraction of samples with a demonstration from any source.",
     FEEDBACK_AVAILABLE_FRACTION: "Fraction of samples for which the grader returned feedback.",
     FEEDBACK_FRACTION: "Fraction of samples whose teacher was shown feedback.",

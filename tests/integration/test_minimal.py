@@ -98,7 +98,7 @@ def test_losses_and_weights_are_the_trainers(minimal: ModuleType, tmp_path: Path
         assert [list(s.teacher_prompt.token_ids or []) for s in samples] == [r.teacher_prompt_ids for r in flat]
         values = parts.learner.learn(samples)
         loss, norm = minimal.update(student, teacher, optimizer, flat, settings)
-        assert loss > 0.01
+        assert loss > 1e-3
         assert values[metrics.DISTILLATION_LOSS] == pytest.approx(loss, rel=1e-4)
         assert values[metrics.GRAD_NORM] == pytest.approx(norm, rel=1e-4)
         for own, theirs in zip(student.parameters(), parts.learner.student.parameters(), strict=True):

@@ -141,7 +141,7 @@ def summarize_samples(samples: Sequence[Sample], config: SelfDistillationConfig)
     cut_off = ClusteredMean.of([not s.response.finished for s in samples], prompts)
     values |= name_interval(metrics.RESPONSE_LENGTH_CLIP_RATIO, cut_off.share_interval())
     values |= _summarize_repetition(samples)
-    graded = [GradedResponse(id(s.prompt), s.text, s.grade.score) for s in samples]
+    graded = [GradedResponse(id(s.prompt), s.text, s.grade.score, s.grade.feedback) for s in samples]
     lessons = [Lesson(s.demonstration, s.teacher_prompt) for s in samples]
     return values | summarize_lessons(graded, lessons, config)
 

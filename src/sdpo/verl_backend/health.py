@@ -90,7 +90,7 @@ class RunHealth:
         self._save(step)
 
     def complete_checkpoint(self, step: int) -> None:
-        """Name a step's checkpoint, all of which is there, as the one to resume from, and remove those not to be kept."""
+        """Name a step's complete checkpoint as the one to resume from, and remove those not to be kept."""
         _write_at_once(self._folder / TRACKER_FILE, str(step))
         self._remove_old()
 

@@ -121,7 +121,10 @@ def test_reproducible_from_the_generator() -> None:
 def test_only_failed_samples_are_distilled() -> None:
     samples = rollouts(1.0, 0.0, 1.0, ground_truth="4", feedback="wrong")
     chosen = select(
-        samples, demonstration_source="ground_truth", include_environment_feedback=True, distill_only_failed=True
+        samples,
+        demonstration_source="ground_truth",
+        environment_feedback_only_without_solution=False,
+        distill_only_failed=True,
     )
     assert chosen == [Demonstration(), Demonstration("4", "wrong"), Demonstration()]
     assert [d.is_empty for d in chosen] == [True, False, True]
@@ -137,16 +140,11 @@ def test_feedback() -> None:
         GradedResponse(0, "r", 0.0, feedback="too low"),
         GradedResponse(0, "r", 0.0),
     ]
-    shown = {"include_environment_feedback": True}
-    assert [d.feedback for d in select(samples)] == [None] * 4
-    assert [d.feedback for d in select(samples, **shown)] == ["too high", None, "too low", None]
-    assert [d.feedback for d in select(samples, **shown, environment_feedback_only_without_solution=True)] == [
-        None,
-        None,
-        "too low",
-        None,
-    ]
-    assert select(samples, **shown, demonstration_source="none")[0] == Demonstration(None, "too high")
+    assert [d.feedback for d in select(samples, include_environment_feedback=False)] == [None] * 4
+    assert [d.feedback for d in select(samples)] == [None, None, "too low", None], "the official defaults"
+    both = {"environment_feedback_only_without_solution": False}
+    assert [d.feedback for d in select(samples, **both)] == ["too high", None, "too low", None]
+    assert select(samples, demonstration_source="none")[0] == Demonstration(None, "too high")
 
 
 def test_reasoning_is_removed_from_peers_and_ground_truths_but_not_from_feedback() -> None:
@@ -154,8 +152,9 @@ def test_reasoning_is_removed_from_peers_and_ground_truths_but_not_from_feedback
         GradedResponse(0, "<think>a</think>peer", 1.0),
         GradedResponse(0, "r", 0.0, feedback="<think>f</think>", ground_truth="b</think>truth"),
     ]
-    options = {"include_environment_feedback": True}
-    assert select(samples, demonstration_source="peer", **options)[1] == Demonstration("peer", "<think>f</think>")
+    options = {"environment_feedback_only_without_solution": False}
+    shown = select(samples, demonstration_source="peer", **options)[1]
+    assert shown == Demonstration("peer", "<think>f</think>", is_from_peer=True)
     assert solutions(samples)[1] == "truth"
     kept = {"remove_thinking_from_demonstration": False}
     assert solutions(samples, demonstration_source="peer", **kept)[1] == "<think>a</think>peer"
@@ -205,7 +204,7 @@ SETTINGS: dict[str, Any] = {
     "dont_reprompt_on_self_success": False,
     "distill_only_failed": True,
     "include_environment_feedback": False,
-    "environment_feedback_only_without_solution": True,
+    "environment_feedback_only_without_solution": False,
     "remove_thinking_from_demonstration": False,
 }
 

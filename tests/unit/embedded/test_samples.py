@@ -119,10 +119,9 @@ def test_the_window_leaves_room_for_each_response() -> None:
 
 
 def test_the_summary_by_hand() -> None:
-    config = SelfDistillationConfig(
-        demonstration_source="peer", include_environment_feedback=True, success_reward_threshold=1.0
-    )
-    samples = build(Exact(feedback=True), demonstration_source="peer", include_environment_feedback=True)
+    settings: dict[str, Any] = {"demonstration_source": "peer", "environment_feedback_only_without_solution": False}
+    config = SelfDistillationConfig(**settings, success_reward_threshold=1.0)
+    samples = build(Exact(feedback=True), **settings)
     values = summarize_samples(samples, config)
     lengths = [3, 3, 2, 6, 2, 4]
     prompt_lengths = [10, 10, 10, 11, 11, 11]
@@ -142,6 +141,8 @@ def test_the_summary_by_hand() -> None:
         metrics.SUCCESS_GROUP_FRACTION: 0.5,
         metrics.REPROMPT_FRACTION: pytest.approx(5 / 6),
         metrics.SOLUTION_FRACTION: pytest.approx(2 / 6),
+        metrics.SUCCESS_SAMPLE_FRACTION: pytest.approx(2 / 6),
+        metrics.FEEDBACK_AVAILABLE_FRACTION: pytest.approx(5 / 6),
         metrics.FEEDBACK_FRACTION: pytest.approx(5 / 6),
         metrics.TRUNCATED_FRACTION: 0,
         metrics.OVERLONG_FRACTION: 0,

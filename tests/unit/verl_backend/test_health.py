@@ -164,6 +164,7 @@ def test_those_checkpoints_stay_that_stay_on_the_embedded_engine(
     for step, score in enumerate(scores, start=1):
         make_checkpoint(config, step)
         health.note_checkpoint(step)
+        health.complete_checkpoint(step)
         if score is not None:
             health.note_evaluation(step, {ACCURACY: score})
         save_checkpoint(embedded, step, score, lambda _: None)
@@ -179,6 +180,7 @@ def test_the_best_stays_by_hand(tmp_path: Path) -> None:
     for step, score in enumerate([0.2, 0.7, 0.3, 0.7, 0.1, 0.1], start=1):
         make_checkpoint(config, step)
         health.note_checkpoint(step)
+        health.complete_checkpoint(step)
         health.note_evaluation(step, {ACCURACY: score})
         kept.append(sorted(int(path.name[12:]) for path in (tmp_path / "checkpoints").iterdir()))
     assert kept == [[1], [1, 2], [2, 3], [3, 4], [4, 5], [4, 5, 6]]
@@ -197,6 +199,7 @@ def test_without_a_limit_all_checkpoints_stay(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         make_checkpoint(config, step)
         health.note_checkpoint(step)
+        health.complete_checkpoint(step)
     assert len(list((tmp_path / "checkpoints").iterdir())) == 3
 
 
@@ -218,6 +221,7 @@ def test_a_resumed_run_knows_what_it_knew(tmp_path: Path) -> None:
         expected.append(health.check(step, row))
         folder = make_checkpoint(config, step)
         health.note_checkpoint(step)
+        health.complete_checkpoint(step)
         health.note_evaluation(step, {ACCURACY: 1 / step})
     alarms = read_alarms(tmp_path)
     assert [(alarm["step"], alarm["rule"]) for alarm in alarms] == [(4, "score_collapse"), (4, "entropy_explosion")]
@@ -232,6 +236,7 @@ def test_a_resumed_run_knows_what_it_knew(tmp_path: Path) -> None:
     assert values == expected[4] == {metrics.ALARMS: 0, metrics.TEACHER_FROZEN: 1}
     assert read_alarms(tmp_path) == alarms
     health.note_checkpoint(5)
+    health.complete_checkpoint(5)
     assert sorted(path.name for path in folder.parent.iterdir()) == [f"global_step_{step}" for step in (1, 4, 5)]
 
     again, workers = build_teacher_batch(), Workers()
@@ -262,6 +267,7 @@ def test_the_student_of_a_live_teacher_is_remembered_at_its_best_evaluation(tmp_
         health.check(step, {metrics.SCORE_MEAN: 1.0})
         make_checkpoint(config, step)
         health.note_checkpoint(step)
+        health.complete_checkpoint(step)
         health.note_evaluation(step, {ACCURACY: accuracy})
     assert workers.calls == ["keep", "keep"]
     for step, calls in ((2, ["keep"]), (3, [])):  # of step 2 the checkpoint is the best student; of step 3 it has it

@@ -209,6 +209,7 @@ def test_a_checkpoint_is_removed_with_its_folder_and_after_a_resume_too(tmp_path
         (folder / "actor").mkdir(parents=True)
         (folder / "data.pt").touch()
         health.note_checkpoint(step)
+        health.complete_checkpoint(step)
         if step == 1:
             health = begin(folder)
     left = sorted(str(path.relative_to(tmp_path / "ours")) for path in (tmp_path / "ours").glob("*/*"))

@@ -43,7 +43,7 @@ def test_a_peer_of_the_same_prompt_is_shown_and_nothing_where_there_is_none() ->
 
 
 def test_feedback_and_ground_truth_fit_into_the_window() -> None:
-    config = SelfDistillationConfig(include_environment_feedback=True)
+    config = SelfDistillationConfig(environment_feedback_only_without_solution=False)
     rollouts = [make_rollout("77", 0.0, feedback="Expected: 321"), make_rollout("321", 1.0, feedback="")]
     build = TeacherBatch(config, TOKENIZER, 60, seed=0, total_steps=1).build
     fields, _ = build(rollouts, step=1)
