@@ -169,7 +169,7 @@ def test_those_checkpoints_stay_that_stay_on_the_embedded_engine(
             health.note_evaluation(step, {ACCURACY: score})
         save_checkpoint(embedded, step, score, lambda _: None)
         retire_checkpoints(embedded, keep_last, keep_best)
-    kept = {int(path.name.removeprefix("global_step_")) for path in (tmp_path / "checkpoints").iterdir()}
+    kept = {int(path.name.removeprefix("global_step_")) for path in (tmp_path / "checkpoints").glob("global_step_*")}
     assert kept == {int(path.name.removeprefix("step_")) for path in embedded.iterdir()}
 
 
@@ -182,7 +182,7 @@ def test_the_best_stays_by_hand(tmp_path: Path) -> None:
         health.note_checkpoint(step)
         health.complete_checkpoint(step)
         health.note_evaluation(step, {ACCURACY: score})
-        kept.append(sorted(int(path.name[12:]) for path in (tmp_path / "checkpoints").iterdir()))
+        kept.append(sorted(int(path.name[12:]) for path in (tmp_path / "checkpoints").glob("global_step_*")))
     assert kept == [[1], [1, 2], [2, 3], [3, 4], [4, 5], [4, 5, 6]]
 
 
@@ -200,7 +200,7 @@ def test_without_a_limit_all_checkpoints_stay(tmp_path: Path) -> None:
         make_checkpoint(config, step)
         health.note_checkpoint(step)
         health.complete_checkpoint(step)
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 3
+    assert len(list((tmp_path / "checkpoints").glob("global_step_*"))) == 3
 
 
 def read_alarms(folder: Path) -> list[Mapping[str, Any]]:
@@ -226,7 +226,7 @@ def test_a_resumed_run_knows_what_it_knew(tmp_path: Path) -> None:
     alarms = read_alarms(tmp_path)
     assert [(alarm["step"], alarm["rule"]) for alarm in alarms] == [(4, "score_collapse"), (4, "entropy_explosion")]
     assert (batch.factor, workers.calls) == (0.5, ["freeze"])
-    assert sorted(path.name for path in folder.parent.iterdir()) == [f"global_step_{step}" for step in (1, 4, 5)]
+    assert sorted(path.name for path in folder.parent.glob("global_step_*")) == [f"global_step_{step}" for step in (1, 4, 5)]
 
     again, workers = build_teacher_batch(), Workers()
     health = RunHealth(build_config(tmp_path, **settings), again, workers, folder.parent / "global_step_4")
@@ -237,7 +237,7 @@ def test_a_resumed_run_knows_what_it_knew(tmp_path: Path) -> None:
     assert read_alarms(tmp_path) == alarms
     health.note_checkpoint(5)
     health.complete_checkpoint(5)
-    assert sorted(path.name for path in folder.parent.iterdir()) == [f"global_step_{step}" for step in (1, 4, 5)]
+    assert sorted(path.name for path in folder.parent.glob("global_step_*")) == [f"global_step_{step}" for step in (1, 4, 5)]
 
     again, workers = build_teacher_batch(), Workers()
     health = RunHealth(build_config(tmp_path, **settings), again, workers, folder.parent / "global_step_1")
