@@ -226,7 +226,9 @@ def test_a_resumed_run_knows_what_it_knew(tmp_path: Path) -> None:
     alarms = read_alarms(tmp_path)
     assert [(alarm["step"], alarm["rule"]) for alarm in alarms] == [(4, "score_collapse"), (4, "entropy_explosion")]
     assert (batch.factor, workers.calls) == (0.5, ["freeze"])
-    assert sorted(path.name for path in folder.parent.glob("global_step_*")) == [f"global_step_{step}" for step in (1, 4, 5)]
+    assert sorted(path.name for path in folder.parent.glob("global_step_*")) == [
+        f"global_step_{step}" for step in (1, 4, 5)
+    ]
 
     again, workers = build_teacher_batch(), Workers()
     health = RunHealth(build_config(tmp_path, **settings), again, workers, folder.parent / "global_step_4")
@@ -237,7 +239,9 @@ def test_a_resumed_run_knows_what_it_knew(tmp_path: Path) -> None:
     assert read_alarms(tmp_path) == alarms
     health.note_checkpoint(5)
     health.complete_checkpoint(5)
-    assert sorted(path.name for path in folder.parent.glob("global_step_*")) == [f"global_step_{step}" for step in (1, 4, 5)]
+    assert sorted(path.name for path in folder.parent.glob("global_step_*")) == [
+        f"global_step_{step}" for step in (1, 4, 5)
+    ]
 
     again, workers = build_teacher_batch(), Workers()
     health = RunHealth(build_config(tmp_path, **settings), again, workers, folder.parent / "global_step_1")
