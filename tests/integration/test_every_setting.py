@@ -38,6 +38,7 @@ from sdpo.config import (
     ModelConfig,
     OptimConfig,
     SamplerConfig,
+    SelfDistillationConfig,
     TrackingConfig,
     iterate_settings,
 )
@@ -62,6 +63,9 @@ BASE = Run(
     sampler=SamplerConfig(device="cpu", n=3, max_response_length=4),
     learner=LearnerConfig(device="cpu"),
     optim=OptimConfig(lr=1e-2, warmup_steps=0),
+    self_distillation=SelfDistillationConfig(
+        include_environment_feedback=False, environment_feedback_only_without_solution=False
+    ),
     eval=EvalConfig(before_training=False),
     tracking=TrackingConfig(rollouts_every=1, rollouts_per_save=1000),
 )

@@ -55,7 +55,10 @@ def test_out_of_range(name: str, value: Any, described: str) -> None:
             {"full_logit_distillation": False, "alpha": 1.0, "teacher_entropy_beta": 0.1},
             ("self_distillation.teacher_entropy_beta", "full_logit_distillation=true"),
         ),
-        ({"demonstration_source": "none"}, ("self_distillation.demonstration_source", "grpo_coef=1")),
+        (
+            {"demonstration_source": "none", "include_environment_feedback": False},
+            ("self_distillation.demonstration_source", "grpo_coef=1"),
+        ),
     ],
 )
 def test_settings_that_contradict_each_other(together: dict[str, Any], named: tuple[str, ...]) -> None:
