@@ -152,10 +152,10 @@ def differ(one: Path, two: Path) -> list[str]:
         return [*found, "files"]
     for name in names[0]:
         tensors = [load_file(end / name) for end in ends]
-        if not _equal(*tensors):
+        if not equal(*tensors):
             found.append(name)
     states = [torch.load(end / "training_state.pt") for end in ends]
-    if not _equal(*(state["learner"] for state in states)) or states[0]["rollouts"] != states[1]["rollouts"]:
+    if not equal(*(state["learner"] for state in states)) or states[0]["rollouts"] != states[1]["rollouts"]:
         found.append("training_state.pt")
     return found
 
@@ -164,14 +164,24 @@ def _without_clock(line: str) -> dict[str, float]:
     return {k: v for k, v in json.loads(line).items() if not k.startswith(("timing_s/", "perf/throughput"))}
 
 
-def _equal(one: Any, two: Any) -> bool:
+def equal(one: Any, two: Any) -> bool:
+    """Whether two trees of tensors, arrays and plain values are the same to the bit."""
+    import numpy as np
     import torch
+    from torch.utils._pytree import tree_flatten
 
-    if isinstance(one, dict):
-        return one.keys() == two.keys() and all(_equal(one[key], two[key]) for key in one)
-    if isinstance(one, list):
-        return len(one) == len(two) and all(map(_equal, one, two))
-    return torch.equal(one, two) if isinstance(one, torch.Tensor) else bool(one == two)
+    (leaves, spec), (others, other_spec) = tree_flatten(one), tree_flatten(two)
+    if spec != other_spec:
+        return False
+    for leaf, other in zip(leaves, others, strict=True):
+        leaf, other = (getattr(x, "_local_tensor", x) for x in (leaf, other))
+        if isinstance(leaf, torch.Tensor):
+            same = torch.equal(leaf, other)
+        else:
+            same = np.array_equal(leaf, other) if isinstance(leaf, np.ndarray) else leaf == other
+        if not same:
+            return False
+    return True
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from crash import CONFIG
+from crash import CONFIG, equal
 from record import print_table, save
 
 PHASES = ("saving", "step")
@@ -104,26 +104,6 @@ def read_rows(run_dir: Path) -> dict[int, dict[str, float]]:
             values = {k: v for k, v in row["data"].items() if not k.startswith(("timing_", "perf/", "actor/perf/"))}
             rows.setdefault(row["step"], {}).update(values)
     return rows
-
-
-def equal(one: Any, two: Any) -> bool:
-    """Whether two trees of tensors, arrays and plain values are the same to the bit."""
-    import numpy as np
-    import torch
-    from torch.utils._pytree import tree_flatten
-
-    (leaves, spec), (others, other_spec) = tree_flatten(one), tree_flatten(two)
-    if spec != other_spec:
-        return False
-    for leaf, other in zip(leaves, others, strict=True):
-        leaf, other = (getattr(x, "_local_tensor", x) for x in (leaf, other))
-        if isinstance(leaf, torch.Tensor):
-            same = torch.equal(leaf, other)
-        else:
-            same = np.array_equal(leaf, other) if isinstance(leaf, np.ndarray) else leaf == other
-        if not same:
-            return False
-    return True
 
 
 def differ(whole: Path, killed: Path) -> tuple[list[str], int]:
