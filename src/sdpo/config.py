@@ -720,7 +720,7 @@ _OFFICIAL_VALUES = {
 }
 
 
-def _translate_official_keys(origin: str, section: DictConfig) -> None:
+def _translate_official_keys(origin: str, section: dict[str, Any]) -> None:
     """Change the official implementation's ``self_distillation`` section into ours, in place.
 
     Raises:
@@ -793,9 +793,10 @@ def _build_run(sources: Sequence[tuple[str, DictConfig]]) -> Run:
     for node in [merged, *(merged[name] for name in _SECTIONS)]:
         OmegaConf.set_readonly(node, None)  # frozen dataclasses become read-only nodes, which cannot be merged into
     for origin, source in sources:
-        if isinstance(source._get_node("self_distillation"), DictConfig):
-            _translate_official_keys(origin, source.self_distillation)
         values: Any = OmegaConf.to_container(source, resolve=False)
+        if isinstance(values.get("self_distillation"), dict):
+            _translate_official_keys(origin, values["self_distillation"])
+            source["self_distillation"] = values["self_distillation"]
         _refuse_unknown_keys(origin, values)
         if isinstance(values.get("verl"), Mapping):
             source["verl"] = flatten_keys(values["verl"])  # or a key written in two ways would be two keys
