@@ -38,7 +38,6 @@ class Settings:
     max_response_length: int = 64
     alpha: float = 0.0  # 0 forward KL(teacher || student), 1 reverse KL, between: Jensen-Shannon
     ema_update_rate: float = 0.05
-    is_clip: float = 2.0  # truncates the importance ratio student / old policy
     lr: float = 1e-5
     weight_decay: float = 0.01
     grad_clip: float = 1.0
@@ -155,17 +154,17 @@ def compute_divergence(student: Tensor, teacher: Tensor, alpha: float) -> Tensor
     return alpha * kl(teacher, mixture) + (1.0 - alpha) * kl(student, mixture)
 
 
-def compute_loss(student: Any, teacher: Any, rollout: Rollout, old_log_probs: Tensor, settings: Settings) -> Tensor:
-    """Sum of the token losses of one rollout."""
-    ids = torch.tensor(rollout.response_ids, device=student.device)
+def compute_loss(student: Any, teacher: Any, rollout: Rollout, settings: Settings) -> Tensor:
+    """Sum of the token losses of one rollout.
+
+    The importance ratio student / old policy is left out: with one optimizer step per batch it is 1.
+    """
     student_log_probs = compute_log_probs(student, rollout.prompt_ids, rollout.response_ids, settings.temperature)
     with torch.no_grad():
         teacher_log_probs = compute_log_probs(
             teacher, rollout.teacher_prompt_ids, rollout.response_ids, settings.temperature
         )
-    divergence = compute_divergence(student_log_probs, teacher_log_probs, settings.alpha)
-    ratio = (student_log_probs.detach().gather(-1, ids[:, None])[:, 0] - old_log_probs).exp()
-    return (divergence * ratio.clamp(max=settings.is_clip)).sum()
+    return compute_divergence(student_log_probs, teacher_log_probs, settings.alpha).sum()
 
 
 # 6. Step.
@@ -178,11 +177,7 @@ def update(
     num_tokens = sum(len(rollout.response_ids) for rollout in rollouts)
     total = 0.0
     for rollout in rollouts:
-        with torch.no_grad():  # of the policy that sampled; with one optimizer step per batch the ratio is 1
-            ids = torch.tensor(rollout.response_ids, device=student.device)
-            log_probs = compute_log_probs(student, rollout.prompt_ids, rollout.response_ids, settings.temperature)
-            old_log_probs = log_probs.gather(-1, ids[:, None])[:, 0]
-        loss = compute_loss(student, teacher, rollout, old_log_probs, settings) / num_tokens
+        loss = compute_loss(student, teacher, rollout, settings) / num_tokens
         loss.backward()
         total += float(loss.detach())
     norm = nn.utils.clip_grad_norm_(student.parameters(), settings.grad_clip)
