@@ -53,7 +53,7 @@ def die() -> None:
 
 def die_in_training(rng: random.Random) -> None:
     """At any moment of a few steps, saving and hand-over included."""
-    from sdpo.embedded.learner import Learner
+    from sdpo.trainer.actor.actor import Learner
 
     learn = Learner.learn
 
@@ -89,12 +89,12 @@ def die_in_saving(rng: random.Random) -> None:
 
 def die_in_hand_over(rng: random.Random) -> None:
     """With a part of the weights handed over, or just before or after."""
-    from sdpo.embedded import weights
-    from sdpo.embedded.sampler import LocalSampler
+    from sdpo.trainer.rollout import weight_sync
+    from sdpo.trainer.rollout.sampler import LocalSampler
 
     calls_left, part = rng.randrange(4), rng.random()
 
-    def write_a_part(shared: weights.SharedWeights, *arguments: Any) -> None:
+    def write_a_part(shared: weight_sync.SharedWeights, *arguments: Any) -> None:
         nonlocal calls_left
         calls_left -= 1
         tensors = dict(shared.tensors)
@@ -113,8 +113,8 @@ def die_in_hand_over(rng: random.Random) -> None:
         if calls_left < 0:
             die()
 
-    write, load = weights.SharedWeights.write, LocalSampler.load_weights
-    weights.SharedWeights.write = write_a_part  # type: ignore[method-assign]
+    write, load = weight_sync.SharedWeights.write, LocalSampler.load_weights
+    weight_sync.SharedWeights.write = write_a_part  # type: ignore[method-assign]
     LocalSampler.load_weights = load_weights  # type: ignore[method-assign]
 
 

@@ -23,8 +23,8 @@ def prepare(folder: str, seed: int) -> None:
     """The task's files, and beside them the held-out rows with their images exchanged."""
     import pyarrow.parquet as pq
 
-    from sdpo.tasks.drawing import write_rows
-    from sdpo.tasks.figures import Figures, shuffle_images
+    from sdpo.rewards.toy.drawing import write_rows
+    from sdpo.rewards.toy.figures import Figures, shuffle_images
 
     Figures(dir=f"{folder}/{seed}", seed=seed).prepare()
     rows = pq.read_table(f"{folder}/{seed}/test.parquet").to_pylist()
@@ -34,9 +34,9 @@ def prepare(folder: str, seed: int) -> None:
 def learn(folder: str, config: str, seed: int, name: str) -> dict[str, Any]:
     """Train once, then evaluate the checkpoint on the exchanged images."""
     from sdpo import load_run, train
-    from sdpo.embedded.setup import build_parts
-    from sdpo.observer import Silent
+    from sdpo.observability.progress import Silent
     from sdpo.report import read_run
+    from sdpo.trainer.build import build_parts
 
     settings = [f"seed={seed}", f"data.task_args.seed={seed}", f"data.task_args.dir={folder}/{seed}"]
     run = load_run(CONFIGS / config, [*settings, f"run_dir={folder}/runs/{name}_{seed}"])

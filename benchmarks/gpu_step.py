@@ -67,8 +67,8 @@ def count_operations(model: Any, lengths: Sequence[int], num_kept: int) -> int:
 def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from sdpo.embedded.setup import build_parts
-    from sdpo.observer import Silent
+    from sdpo.observability.progress import Silent
+    from sdpo.trainer.build import build_parts
 
     device = torch.device("cpu" if options.tiny else "cuda")
     if options.tiny:

@@ -24,7 +24,7 @@ from typing import Any
 from record import compute_slope, describe_kernels, print_table, read_peak, reset_peak, run_all, save
 from workload import Workload
 
-from sdpo.embedded.allocation import keep_freed_memory
+from sdpo.kernels.cpu.allocator import keep_freed_memory
 
 BASE = Workload(
     vocab_size=4096,
@@ -54,9 +54,9 @@ def measure(workload: Workload, repeats: int) -> dict[str, float]:
     """Seconds and bytes of learning and of sampling, above what does not grow."""
     import torch
 
-    from sdpo.embedded.setup import build_parts
-    from sdpo.models.decoding import Response
-    from sdpo.observer import Silent
+    from sdpo.models.generation.sampling import Response
+    from sdpo.observability.progress import Silent
+    from sdpo.trainer.build import build_parts
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:

@@ -85,7 +85,7 @@ def find_run_dir(folder: str, name: str, seed: int) -> Path:
 
 
 def draw(folder: str, seed: int) -> None:
-    from sdpo import metrics
+    from sdpo.observability import metrics
     from sdpo.report import read_run
     from sdpo.report.plots import Panel, plot_panels
 

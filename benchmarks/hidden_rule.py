@@ -28,7 +28,7 @@ TEACHERS = {
 
 
 def prepare(folder: str, mode: str, seed: int) -> None:
-    from sdpo.tasks.hidden_rule import HiddenRule
+    from sdpo.rewards.toy.hidden_rule import HiddenRule
 
     HiddenRule(dir=f"{folder}/{mode}_{seed}", mode=mode, seed=seed).prepare()
 

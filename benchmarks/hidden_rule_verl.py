@@ -16,7 +16,7 @@ from pathlib import Path
 
 from record import print_table, save
 
-from sdpo import metrics
+from sdpo.observability import metrics
 from sdpo.report import read_run
 
 CONFIG = Path(__file__).parent.parent / "configs" / "hidden_rule.yaml"

@@ -40,7 +40,7 @@ from typing import Any
 from loss_lines import COMPUTE, SETTINGS, Case, Inputs, build_inputs, run_floor, run_floor_by_onednn
 from record import describe_kernels, print_table, read_peak, reset_peak, run_all, save
 
-from sdpo.embedded.allocation import keep_freed_memory
+from sdpo.kernels.cpu.allocator import keep_freed_memory
 
 LINES = ("floor", "floor, oneDNN", "ours", "official", "trl", "liger", "liger, eager")
 NEEDS = {"trl": "trl", "liger": "liger_kernel", "liger, eager": "liger_kernel"}
@@ -160,7 +160,7 @@ def measure_alone(case: Case, chunk: int) -> dict[str, Any]:
 def _goes_to_onednn(case: Case) -> bool:
     import torch
 
-    from sdpo.algorithm.products import goes_to_onednn
+    from sdpo.kernels.cpu.onednn import goes_to_onednn
 
     return goes_to_onednn(torch.empty(0, device=case.device, dtype=getattr(torch, case.dtype)))
 

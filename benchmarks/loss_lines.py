@@ -82,7 +82,7 @@ def run_floor(chunk: int, inputs: Inputs) -> None:
 def run_floor_by_onednn(chunk: int, inputs: Inputs) -> None:
     import torch
 
-    from sdpo.algorithm.products import PIECE_ROWS, multiply, multiply_into
+    from sdpo.kernels.cpu.onednn import PIECE_ROWS, multiply, multiply_into
 
     hidden, head = inputs.hidden.detach(), inputs.head.detach()
     with torch.no_grad():

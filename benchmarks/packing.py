@@ -30,8 +30,8 @@ def measure(model: Any, cost: Any, prompt_length: int, num_rollouts: int, repeat
     import torch
 
     from sdpo.models.forward import compute_hidden, compute_positions, pad_sequences
-    from sdpo.models.packing import Family, count_cost, pack_sequences
-    from sdpo.models.processing import TokenPrompt
+    from sdpo.models.multimodal.processor import TokenPrompt
+    from sdpo.models.packing.layout import Family, count_cost, pack_sequences
 
     rng, device = random.Random(0), torch.device("cpu")
     prompt = TokenPrompt(rng.choices(range(4096), k=prompt_length))
@@ -74,8 +74,8 @@ def _time(work: Callable[[], None]) -> float:
 def main() -> None:
     import torch
 
-    from sdpo.models.linear import speed_up_linear_layers
-    from sdpo.models.packable import enable_packing
+    from sdpo.kernels.cpu.fast_linear import speed_up_linear_layers
+    from sdpo.models.packing.support import enable_packing
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)

@@ -22,9 +22,9 @@ from record import print_table, save
 from transformers import Qwen2ForCausalLM
 from workload import Workload
 
-from sdpo.models.decoding import Decoding, sample_responses
-from sdpo.models.linear import speed_up_linear_layers
-from sdpo.models.processing import TokenPrompt
+from sdpo.kernels.cpu.fast_linear import speed_up_linear_layers
+from sdpo.models.generation.sampling import Decoding, sample_responses
+from sdpo.models.multimodal.processor import TokenPrompt
 
 PROMPTS, ROLLOUTS, PROMPT_LENGTH, RESPONSE_LENGTH = 8, 8, 56, 64
 VOCABULARIES = (4096, 32768)

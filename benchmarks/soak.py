@@ -62,8 +62,8 @@ def main() -> None:
     options = parser.parse_args()
 
     from sdpo import load_run, train
-    from sdpo.embedded.allocation import keep_freed_memory
-    from sdpo.observer import Silent
+    from sdpo.kernels.cpu.allocator import keep_freed_memory
+    from sdpo.observability.progress import Silent
 
     seen: list[tuple[int, dict[str, float]]] = []
 

@@ -34,7 +34,7 @@ from typing import Any
 from record import describe_kernels, median_of, print_table, read_peak, reset_peak, run_all, save
 from workload import Workload
 
-from sdpo.embedded.allocation import keep_freed_memory
+from sdpo.kernels.cpu.allocator import keep_freed_memory
 
 TOPK = 100
 SETTINGS = {"full vocabulary": None, f"top {TOPK} with tail": TOPK}
@@ -81,8 +81,8 @@ def run_ours(folder: str, workload: Workload, topk: int | None, steps: int, at_o
 
 
 def _count_teacher_tokens(run: Any, workload: Workload) -> int:
-    from sdpo.embedded.setup import build_parts
-    from sdpo.observer import Silent
+    from sdpo.observability.progress import Silent
+    from sdpo.trainer.build import build_parts
 
     samples = workload.build_samples(build_parts(run, Silent()), run)
     return sum(len(sample.teacher_prompt.token_ids) for sample in samples)

@@ -43,7 +43,7 @@ CAPITALS = {
 
 def grade(row: Any, response: str) -> Any:
     """The task's grader: whether the capital is named."""
-    from sdpo.tasks.interface import Grade
+    from sdpo.rewards.base import Grade
 
     return Grade(float(row.ground_truth in response))
 
@@ -109,9 +109,9 @@ def run_steps(run: Any, num_steps: int, prepare: Any = lambda learner: None) -> 
 
     import torch
 
-    from sdpo.embedded.samples import build_samples
-    from sdpo.embedded.setup import build_parts
-    from sdpo.observer import Silent
+    from sdpo.observability.progress import Silent
+    from sdpo.trainer.build import build_parts
+    from sdpo.trainer.data.samples import build_samples
 
     torch.set_num_threads(1)
     parts = build_parts(run, Silent())

@@ -26,20 +26,20 @@ from record import print_table, save
 from torch import nn
 
 from sdpo.config import DataConfig, LearnerConfig, ModelConfig, Run, SamplerConfig, SelfDistillationConfig
-from sdpo.context.demonstration import Demonstration
-from sdpo.context.encode import encode_teacher_prompt
-from sdpo.embedded import learner as learner_module
-from sdpo.embedded.data import Prompt
-from sdpo.embedded.learner import Learner
-from sdpo.embedded.samples import Sample
-from sdpo.embedded.step_images import StepImages
-from sdpo.models import vision as vision_module
-from sdpo.models.decoding import Decoding, Response, sample_responses
+from sdpo.models.generation.sampling import Decoding, Response, sample_responses
 from sdpo.models.loading import load_model
-from sdpo.models.processing import encode_png, load_reader
-from sdpo.models.vision import ImageFeatures, Vision, freeze_tower
-from sdpo.tasks import figures, offline
-from sdpo.tasks.interface import Grade, Row
+from sdpo.models.multimodal import vision_tower as vision_module
+from sdpo.models.multimodal.feature_cache import StepImages
+from sdpo.models.multimodal.processor import encode_png, load_reader
+from sdpo.models.multimodal.vision_tower import ImageFeatures, Vision, freeze_tower
+from sdpo.prompting.demonstrations import Demonstration
+from sdpo.prompting.tokenization import encode_teacher_prompt
+from sdpo.rewards.base import Grade, Row
+from sdpo.rewards.toy import base, figures
+from sdpo.trainer.actor import actor as learner_module
+from sdpo.trainer.actor.actor import Learner
+from sdpo.trainer.data.prompts import Prompt
+from sdpo.trainer.data.samples import Sample
 
 
 class TowerForEachSequence(StepImages):
@@ -55,7 +55,7 @@ class TowerForEachSequence(StepImages):
 def build_model(folder: Path) -> None:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
-    tokenizer = offline.build_tokenizer([], figures.CHAT_TEMPLATE, figures.VISION_TOKENS)
+    tokenizer = base.build_tokenizer([], figures.CHAT_TEMPLATE, figures.VISION_TOKENS)
     start, end, image, video = tokenizer.convert_tokens_to_ids(list(figures.VISION_TOKENS))
     text = dict(
         vocab_size=19_000,

@@ -136,8 +136,8 @@ class Workload:
 
     def build_samples(self, parts: Any, run: Run) -> list[Any]:
         """Samples of one step with random responses, of a model that need not have sampled them."""
-        from sdpo.embedded.samples import build_samples
-        from sdpo.models.decoding import Response
+        from sdpo.models.generation.sampling import Response
+        from sdpo.trainer.data.samples import build_samples
 
         rng = random.Random(0)
         log_probs = [-math.log(self.vocab_size)] * self.response_length
@@ -157,8 +157,8 @@ def build_tokenizer(vocab_size: int) -> Any:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    from sdpo.tasks.hidden_rule import CHAT_TEMPLATE
-    from sdpo.tasks.offline import build_tokenizer
+    from sdpo.rewards.toy.base import build_tokenizer
+    from sdpo.rewards.toy.hidden_rule import CHAT_TEMPLATE
 
     content = json.loads(build_tokenizer([], CHAT_TEMPLATE).backend_tokenizer.to_str())
     vocabulary = content["model"]["vocab"]

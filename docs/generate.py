@@ -13,9 +13,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from sdpo import metrics
 from sdpo.config import describe_range, iterate_settings
-from sdpo.verl_backend.hooks import HOOKS, VERL_VERSION
+from sdpo.observability import metrics
+from sdpo.verl_backend.compat.hooks import HOOKS, VERL_VERSION
 
 DOCS = Path(__file__).parent
 RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", DOCS.parent / "benchmarks" / "results"))

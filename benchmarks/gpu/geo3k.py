@@ -33,7 +33,7 @@ def write_model(folder: Path, *, tiny: bool) -> None:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    from sdpo.tasks import figures
+    from sdpo.rewards.toy import figures
 
     tokenizer = figures.build_tokenizer()
     start, end, image, video = tokenizer.convert_tokens_to_ids(list(figures.VISION_TOKENS))
@@ -123,7 +123,7 @@ def main() -> int:
     if not (folder / "model").exists():
         started = time.perf_counter()
         write_model(folder / "model", tiny=options.tiny)
-        from sdpo.tasks.drawn_geometry import write_drawn_geometry
+        from sdpo.rewards.toy.synthetic_geometry import write_drawn_geometry
 
         write_drawn_geometry(folder / "data", 64, 16)
         print(f"model and data written in {time.perf_counter() - started:.0f} s", flush=True)

@@ -34,14 +34,13 @@ from loss_lines import COMPUTE, SETTINGS, Case, Inputs, build_inputs, run_floor
 from record import RESULTS, describe_machine
 
 from sdpo import SelfDistillationConfig
-from sdpo.algorithm import fused
-from sdpo.algorithm.fused import TokenInputs
-from sdpo.algorithm.logits import LazyLogits
-from sdpo.kernels import dispatch
+from sdpo.kernels import dispatch, fused_linear_loss
+from sdpo.kernels.chunked_log_probs import LazyLogits
 from sdpo.kernels.cuda.chunks import Buffer
 from sdpo.kernels.cuda.logits_gradient import write_logits_gradient
 from sdpo.kernels.cuda.row_statistics import Launch, compute_row_statistics
 from sdpo.kernels.cuda.top_k import select_top_ids
+from sdpo.kernels.fused_linear_loss import TokenInputs
 
 TRIAL = bool(os.environ.get("TRIAL"))
 DEVICE, HIDDEN, VOCAB = ("cpu", 16, 520) if TRIAL else ("cuda", 2048, 151_936)
@@ -174,10 +173,10 @@ def measure_accuracy() -> None:
     for setting, settings in SETTINGS.items():
         found = {}
         for name, compute, dtype in (
-            ("float64", fused.compute_fused_loss, torch.float64),
+            ("float64", fused_linear_loss.compute_fused_loss, torch.float64),
             ("float32", dispatch.compute_fused_loss, torch.float32),
             ("bfloat16", dispatch.compute_fused_loss, torch.bfloat16),
-            ("bfloat16, portable", fused.compute_fused_loss, torch.bfloat16),
+            ("bfloat16, portable", fused_linear_loss.compute_fused_loss, torch.bfloat16),
         ):
             hidden, head = (x.detach().to(dtype).requires_grad_() for x in (inputs.hidden, inputs.head))
             outputs = run_core(compute, settings, inputs, hidden, head, dtype=dtype)

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from sdpo.config import SelfDistillationConfig
-from sdpo.context.demonstration import Demonstration
-from sdpo.context.encode import encode_prompt, encode_teacher_prompt
-from sdpo.observer import Observer
-from sdpo.tasks import offline
-from sdpo.tasks.hidden_rule import build_model
-from sdpo.tasks.interface import Grade, Row
+from sdpo.observability.progress import Observer
+from sdpo.prompting.demonstrations import Demonstration
+from sdpo.prompting.tokenization import encode_prompt, encode_teacher_prompt
+from sdpo.rewards.base import Grade, Row
+from sdpo.rewards.toy import base
+from sdpo.rewards.toy.hidden_rule import build_model
 
 DATA_SOURCE = "calculator"
 SMALLEST, LARGEST = 32, 99  # of two digits, and their products of four
@@ -36,7 +36,7 @@ CHAT_TEMPLATE = (
 
 
 @dataclass(frozen=True)
-class Calculator(offline.OfflineTask):
+class Calculator(base.OfflineTask):
     """The task, and the maker of its files.
 
     Args:
@@ -55,7 +55,7 @@ class Calculator(offline.OfflineTask):
     num_test: int = 100
 
     def __post_init__(self) -> None:
-        offline.check_arguments(self.dir, self.seed, self.pretrain_steps, self.num_train, self.num_test)
+        base.check_arguments(self.dir, self.seed, self.pretrain_steps, self.num_train, self.num_test)
 
     def grade(self, row: Row, response: str) -> Grade:
         """1 if the last turn is the product. verl hands over the whole response, the tool's output included."""
@@ -65,7 +65,7 @@ class Calculator(offline.OfflineTask):
     def write(self, folder: Path, observer: Observer) -> None:
         self._write_rows(folder)
         tokenizer = build_tokenizer()
-        with offline.reproducible(self.seed):
+        with base.reproducible(self.seed):
             model = build_model(len(tokenizer))
             _pretrain(model, tokenizer, self.pretrain_steps, observer)
         model.save_pretrained(folder / "model")
@@ -99,7 +99,7 @@ build_task = Calculator
 def build_tokenizer() -> Any:
     """A byte-level Qwen2 tokenizer whose digits are a token each, and which knows the words of question and call."""
     texts = [QUESTION.format(a=0, b=0), CALL.format(a=0, b=0), "multiply\n", "tool\n"]
-    return offline.build_tokenizer(texts, CHAT_TEMPLATE)
+    return base.build_tokenizer(texts, CHAT_TEMPLATE)
 
 
 class _WithTools:
@@ -161,7 +161,7 @@ def _pretrain(model: Any, tokenizer: Any, steps: int, observer: Observer, *, bat
             loss = loss + (losses * weight).sum() / (weight.sum() * batch_size)
         return loss
 
-    offline.pretrain(model.parameters(), compute_loss, steps, observer, "pretraining the tiny model")
+    base.pretrain(model.parameters(), compute_loss, steps, observer, "pretraining the tiny model")
 
 
 def _fill(token_ids: Any, values: Sequence[Any], digits: Any) -> Any:

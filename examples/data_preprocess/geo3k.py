@@ -7,7 +7,7 @@ import sys
 
 from sdpo.errors import UserError
 from sdpo.report.console import ConsoleObserver
-from sdpo.tasks.geo3k_data import DATA_SOURCE, prepare
+from sdpo.rewards.geo3k.data import DATA_SOURCE, prepare
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

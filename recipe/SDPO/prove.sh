@@ -10,4 +10,4 @@
 # SMOKE_DIR names the folder for models, logs and checkpoints (default: a temporary one); PYTHON the interpreter.
 set -euo pipefail
 [ $# -gt 0 ] || set -- all
-exec "${PYTHON:-python}" -m sdpo.verl_backend.smoke "$@"
+exec "${PYTHON:-python}" -m sdpo.verl_backend.smoke.suite "$@"

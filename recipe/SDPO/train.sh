@@ -18,7 +18,7 @@ PYTHON=${PYTHON:-python}
 set -euo pipefail
 
 if [ "$SMOKE_TEST" = 1 ]; then
-  exec "$PYTHON" -m sdpo.verl_backend.smoke "$@"
+  exec "$PYTHON" -m sdpo.verl_backend.smoke.suite "$@"
 fi
 
 exec "$PYTHON" -m sdpo.cli verl "$RUN_FILE" \

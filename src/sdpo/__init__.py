@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from sdpo.config import Run as Run
     from sdpo.config import SelfDistillationConfig as SelfDistillationConfig
     from sdpo.config import load_run as load_run
-    from sdpo.embedded.trainer import Result as Result
-    from sdpo.embedded.trainer import train as train
     from sdpo.errors import UserError as UserError
     from sdpo.kernels.fused_self_distillation import fused_self_distillation_loss as fused_self_distillation_loss
+    from sdpo.trainer.trainer import Result as Result
+    from sdpo.trainer.trainer import train as train
 
 __version__ = "0.1.0"
 
@@ -32,8 +32,8 @@ _HOMES = {
     "Run": "sdpo.config",
     "SelfDistillationConfig": "sdpo.config",
     "load_run": "sdpo.config",
-    "Result": "sdpo.embedded.trainer",
-    "train": "sdpo.embedded.trainer",
+    "Result": "sdpo.trainer.trainer",
+    "train": "sdpo.trainer.trainer",
     "UserError": "sdpo.errors",
 }
 

@@ -40,16 +40,16 @@ def train(
 
     run = load_run(run_file, [*(overrides or []), *(["resume=must"] if resume else [])])
     if dry_run:
-        from sdpo.embedded.cost import estimate_cost
         from sdpo.report.dry_run import print_dry_run
+        from sdpo.trainer.memory_estimate import estimate_cost
 
         print_dry_run(run, estimate_cost(run))
         return
 
-    from sdpo.embedded.allocation import keep_freed_memory
-    from sdpo.embedded.trainer import train as run_training
+    from sdpo.kernels.cpu.allocator import keep_freed_memory
     from sdpo.report import read_run
     from sdpo.report.console import ConsoleObserver, print_result_table
+    from sdpo.trainer.trainer import train as run_training
 
     keep_freed_memory()
     with ConsoleObserver(run.total_steps) as observer:
@@ -73,7 +73,7 @@ def verl(
 ) -> None:
     """Train on verl: Ray, vLLM, FSDP2. The same run file; settings that only verl has are passed on to Hydra."""
     from sdpo.config import iterate_settings, load_run
-    from sdpo.verl_backend.launch import build_command, launch
+    from sdpo.verl_backend.entrypoint.launch import build_command, launch
 
     known = {key for key, _ in iterate_settings()}
     ours: list[str] = []
@@ -87,7 +87,7 @@ def verl(
         print(note, file=sys.stderr)
     if dry_run:
         from sdpo.report.dry_run import print_dry_run
-        from sdpo.verl_backend.cost import estimate_cost
+        from sdpo.verl_backend.config.memory_estimate import estimate_cost
 
         print_dry_run(run, estimate_cost(run, command.arguments))
     if show:
@@ -104,7 +104,7 @@ def data_hidden_rule(
 ) -> None:
     """A tiny pretrained model and the digit strings that it is to learn a hidden rule on; about a minute."""
     from sdpo.report.console import ConsoleObserver
-    from sdpo.tasks.hidden_rule import HiddenRule
+    from sdpo.rewards.toy.hidden_rule import HiddenRule
 
     with ConsoleObserver(0) as observer:
         HiddenRule(dir=str(out), mode=mode, seed=seed).prepare(observer)
@@ -123,8 +123,8 @@ def data_geo3k(
 ) -> None:
     """Geometry3k, geometry problems with a diagram, in verl's schema; needs sdpo[geo3k]."""
     from sdpo.report.console import ConsoleObserver
-    from sdpo.tasks.drawn_geometry import write_drawn_geometry
-    from sdpo.tasks.geo3k_data import prepare
+    from sdpo.rewards.geo3k.data import prepare
+    from sdpo.rewards.toy.synthetic_geometry import write_drawn_geometry
 
     if drawn:
         write_drawn_geometry(out, drawn, max(1, drawn // 4))
@@ -141,7 +141,7 @@ def data_figures(
 ) -> None:
     """A tiny pretrained vision-language model and the figures that it is to learn to read; about two minutes."""
     from sdpo.report.console import ConsoleObserver
-    from sdpo.tasks.figures import Figures
+    from sdpo.rewards.toy.figures import Figures
 
     with ConsoleObserver(0) as observer:
         Figures(dir=str(out), seed=seed).prepare(observer)
@@ -155,7 +155,7 @@ def export(
     teacher: Annotated[bool, typer.Option("--teacher", help="The teacher, and not the student.")] = False,
 ) -> None:
     """Write a checkpoint's student or teacher as a plain model, LoRA adapters merged into it."""
-    from sdpo.embedded.export import export_model
+    from sdpo.trainer.checkpoint.export import export_model
 
     export_model(checkpoint, out, teacher=teacher)
     print(f"model: {out}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sdpo.tasks.hidden_rule import HiddenRule
+from sdpo.rewards.toy.hidden_rule import HiddenRule
 
 ARGUMENTS = {"pretrain_steps": 0, "num_train": 40, "num_test": 8}
 

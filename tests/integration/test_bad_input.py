@@ -35,8 +35,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from sdpo import UserError, load_run, train
 from sdpo.config import iterate_settings
-from sdpo.observer import Silent
-from sdpo.tasks.hidden_rule import build_tokenizer
+from sdpo.observability.progress import Silent
+from sdpo.rewards.toy.hidden_rule import build_tokenizer
 
 NUM_RUN_FILES = 500
 NUM_DATA_FILES = 300

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from sdpo.config import load_run
-from sdpo.tasks.hidden_rule import HiddenRule
+from sdpo.rewards.toy.hidden_rule import HiddenRule
 
 ROOT = Path(__file__).parents[2]
 has_trl = importlib.util.find_spec("trl") is not None
@@ -130,8 +130,8 @@ def test_operations_of_a_model_are_those_that_it_runs() -> None:
 
 
 def test_the_workload_is_as_long_as_it_says_and_never_ends_early(tmp_path: Path) -> None:
-    from sdpo.embedded.setup import build_parts
-    from sdpo.observer import Silent
+    from sdpo.observability.progress import Silent
+    from sdpo.trainer.build import build_parts
 
     workload_module = importlib.import_module("workload")
     small = dict(vocab_size=512, hidden_size=16, intermediate_size=32, num_layers=1, num_prompts=2, n=3)

@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM
 
 from sdpo import cli, doctor
 from sdpo.config import load_run
-from sdpo.metrics import STEP
-from sdpo.tasks import hidden_rule
-from sdpo.tasks.hidden_rule import HiddenRule
+from sdpo.observability.metrics import STEP
+from sdpo.rewards.toy import hidden_rule
+from sdpo.rewards.toy.hidden_rule import HiddenRule
 
 WriteRunFile = Callable[[], Path]
 COMMAND = [sys.executable, "-m", "sdpo.cli"]

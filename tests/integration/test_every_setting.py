@@ -30,7 +30,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from vision_language import build_vision_model, make_image
 
-from sdpo import Run, UserError, metrics, train
+from sdpo import Run, UserError, train
 from sdpo.config import (
     DataConfig,
     EvalConfig,
@@ -42,9 +42,10 @@ from sdpo.config import (
     TrackingConfig,
     iterate_settings,
 )
-from sdpo.embedded.setup import build_parts
 from sdpo.models.optimizer import choose_optimizer
-from sdpo.observer import Silent
+from sdpo.observability import metrics
+from sdpo.observability.progress import Silent
+from sdpo.trainer.build import build_parts
 
 # ---- what is run ----------------------------------------------------------------------------------------------------
 
@@ -121,7 +122,7 @@ def make_files(folder: Path) -> None:
     import pyarrow.parquet as pq
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from sdpo.tasks.hidden_rule import build_tokenizer
+    from sdpo.rewards.toy.hidden_rule import build_tokenizer
 
     tokenizer = build_tokenizer()
     for name, seed in (("model", 0), ("other_model", 1)):
@@ -362,7 +363,7 @@ class Runner:
 
         with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=self.folder) as place:
             patch.chdir(place)
-            patch.setattr("sdpo.embedded.sampler.sample_responses", sample)
+            patch.setattr("sdpo.trainer.rollout.sampler.sample_responses", sample)
             parts = build_parts(change(BASE, changes), Silent())
             parts.folder.close()
             parts.sampler.submit([], seed=0)
@@ -414,8 +415,8 @@ class Runner:
 
         with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=self.folder) as place:
             patch.chdir(place)
-            patch.setattr("sdpo.embedded.trainer._Training.run_to_end", stop)
-            patch.setattr("sdpo.embedded.trainer._Training.rescue", lambda _, wait: waits.append(wait))
+            patch.setattr("sdpo.trainer.trainer._Training.run_to_end", stop)
+            patch.setattr("sdpo.trainer.trainer._Training.rescue", lambda _, wait: waits.append(wait))
             train(change(BASE, changes))
         return waits[0]
 
@@ -537,7 +538,7 @@ CASES = {
     "resume": Case(["auto"], look=Runner.find_first_step, observe=itself),
     "stop_within": Case([0.0], look=Runner.find_wait, observe=itself),
     "staleness": Case([1], WITH_CODE),
-    # What verl makes of them is seen in tests/unit/verl_backend/test_translate.py.
+    # What verl makes of them is seen in tests/unit/verl_backend/test_to_verl.py.
     "verl": Case([{"trainer.nnodes": 2}], observe=lambda ran: ran.messages, keeps=Ran.outcome),
     "model.path": Case(["../other_model"]),
     "model.dtype": Case(["bfloat16"], {"optim.beta2": 0.95}),

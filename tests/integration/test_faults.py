@@ -1,7 +1,7 @@
 """What can go wrong around a run, made to go wrong: docs/embedded.md has the table of these.
 
 A killed learner is in benchmarks/crash.py, of which a part is run here; signals, two runs in one folder and settings
-that differ are in tests/unit/embedded/test_resume.py, graders in tests/unit/tasks/test_grading.py.
+that differ are in tests/unit/trainer/test_resume.py, graders in tests/unit/rewards/test_scoring.py.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdpo import Run, UserError, load_run, metrics, train
-from sdpo.embedded.checkpoint import find_newest
-from sdpo.embedded.learner import Learner
-from sdpo.embedded.sampler import ProcessSampler
-from sdpo.embedded.training_state import FILE
-from sdpo.observer import Silent
+from sdpo import Run, UserError, load_run, train
+from sdpo.observability import metrics
+from sdpo.observability.progress import Silent
+from sdpo.trainer.actor.actor import Learner
+from sdpo.trainer.checkpoint.manager import find_newest
+from sdpo.trainer.checkpoint.state import FILE
+from sdpo.trainer.rollout.sampler import ProcessSampler
 
 ROOT = Path(__file__).parents[2]
 FORKS = pytest.mark.slow
@@ -239,8 +240,8 @@ def test_memory_too_small_for_a_micro_batch(make_run: Callable[..., Run], tmp_pa
     limited = """
 import resource
 from sdpo import load_run, train
-from sdpo.embedded.learner import Learner
-from sdpo.observer import Silent
+from sdpo.trainer.actor.actor import Learner
+from sdpo.observability.progress import Silent
 
 class Listening(Silent):
     def message(self, text):

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from sdpo import load_run, metrics, train
+from sdpo import load_run, train
 from sdpo.config import Run
-from sdpo.tasks import hidden_rule
-from sdpo.tasks.hidden_rule import HiddenRule, Mode
+from sdpo.observability import metrics
+from sdpo.rewards.toy import hidden_rule
+from sdpo.rewards.toy.hidden_rule import HiddenRule, Mode
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ARGUMENTS = {"pretrain_steps": 200, "num_train": 3000, "num_test": 200}

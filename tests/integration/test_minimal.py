@@ -14,12 +14,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sdpo import load_run, metrics
-from sdpo.embedded.samples import build_samples
-from sdpo.embedded.setup import build_parts
-from sdpo.models.decoding import Response
-from sdpo.observer import Silent
-from sdpo.tasks.hidden_rule import HiddenRule
+from sdpo import load_run
+from sdpo.models.generation.sampling import Response
+from sdpo.observability import metrics
+from sdpo.observability.progress import Silent
+from sdpo.rewards.toy.hidden_rule import HiddenRule
+from sdpo.trainer.build import build_parts
+from sdpo.trainer.data.samples import build_samples
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "examples" / "sdpo_minimal.py"

@@ -16,13 +16,13 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from sdpo import config as sections
 from sdpo.config import Run
-from sdpo.context.demonstration import Demonstration
-from sdpo.context.encode import TeacherPrompt
-from sdpo.embedded.data import Prompt
-from sdpo.embedded.samples import Sample
-from sdpo.models.decoding import Response
-from sdpo.tasks.hidden_rule import HiddenRule
-from sdpo.tasks.interface import Grade, Row
+from sdpo.models.generation.sampling import Response
+from sdpo.prompting.demonstrations import Demonstration
+from sdpo.prompting.tokenization import TeacherPrompt
+from sdpo.rewards.base import Grade, Row
+from sdpo.rewards.toy.hidden_rule import HiddenRule
+from sdpo.trainer.data.prompts import Prompt
+from sdpo.trainer.data.samples import Sample
 
 sys.path.insert(0, str(Path(__file__).parent / "models"))
 from vision_language import LoadedModel, build_vision_model, load_vision_model

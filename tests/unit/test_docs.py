@@ -83,7 +83,7 @@ def test_the_generated_pages_are_up_to_date() -> None:
 
 def test_every_setting_and_metric_is_documented() -> None:
     from sdpo.config import iterate_settings
-    from sdpo.metrics import DESCRIPTIONS
+    from sdpo.observability.metrics import DESCRIPTIONS
 
     configuration, metrics = ((ROOT / "docs" / name).read_text() for name in ("configuration.md", "metrics.md"))
     assert [key for key, _ in iterate_settings() if f"| `{key}` |" not in configuration] == []

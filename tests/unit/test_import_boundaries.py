@@ -14,31 +14,21 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "src" / "sdpo"
 
-GROUND = {
-    "config",
-    "errors",
-    "estimates",
-    "health",
-    "health_actions",
-    "json_lines",
-    "metrics",
-    "observer",
-    "retention",
-}
-BELOW_ENGINES = GROUND | {"algorithm", "kernels", "context", "models", "tasks"}
-ENGINES = {"embedded", "verl_backend"}
-EVERYTHING = BELOW_ENGINES | ENGINES | {"doctor", "report", "cli"}
+GROUND = {"config", "errors", "observability", "retention"}
+BELOW_TRAINERS = GROUND | {"algorithm", "kernels", "prompting", "models", "rewards"}
+TRAINERS = {"trainer", "verl_backend"}
+EVERYTHING = BELOW_TRAINERS | TRAINERS | {"doctor", "report", "cli"}
 
 MAY_IMPORT = {
     **dict.fromkeys(GROUND, GROUND),
     "algorithm": GROUND,
     "kernels": GROUND | {"algorithm"},
-    "context": GROUND,
-    "models": GROUND | {"algorithm", "context"},
-    "tasks": GROUND | {"context"},
-    **dict.fromkeys(ENGINES, BELOW_ENGINES),
+    "prompting": GROUND,
+    "models": GROUND | {"algorithm", "kernels", "prompting"},
+    "rewards": GROUND | {"prompting"},
+    **dict.fromkeys(TRAINERS, BELOW_TRAINERS),
     "doctor": GROUND,
-    "report": BELOW_ENGINES | ENGINES | {"doctor"},
+    "report": BELOW_TRAINERS | TRAINERS | {"doctor"},
     "cli": EVERYTHING,
     "__init__": EVERYTHING,
 }
@@ -64,7 +54,7 @@ def imports_of(source: str, floor: str, where: str, package: str) -> Iterator[Im
         elif isinstance(node, ast.ImportFrom):
             above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             module = ".".join([*above, *([node.module] if node.module else [])])
-            # `from sdpo import metrics` names a floor only in its second half.
+            # `from sdpo import config` names a floor only in its second half.
             names = [f"sdpo.{alias.name}" for alias in node.names] if module == "sdpo" else [module]
             yield from (Import(floor, place, name) for name in names)
 
@@ -117,14 +107,14 @@ def test_imports_point_down() -> None:
     [
         ("config", "import sdpo.algorithm.loss"),
         ("algorithm", "from sdpo.kernels.dispatch import compute_fused_loss"),
-        ("algorithm", "from sdpo.context.encode import encode_prompt"),
-        ("context", "from sdpo import algorithm"),
-        ("context", "from ..tasks import hidden_rule"),
-        ("tasks", "def f():\n    from sdpo.embedded.trainer import train"),
-        ("tasks", "from sdpo import train"),
-        ("embedded", "import sdpo.verl_backend"),
-        ("verl_backend", "if True:\n    from ..embedded.trainer import train"),
-        ("embedded", "from sdpo.report import write_report"),
+        ("algorithm", "from sdpo.prompting.tokenization import encode_prompt"),
+        ("prompting", "from sdpo import algorithm"),
+        ("prompting", "from ..rewards.toy import hidden_rule"),
+        ("rewards", "def f():\n    from sdpo.trainer.trainer import train"),
+        ("rewards", "from sdpo import train"),
+        ("trainer", "import sdpo.verl_backend"),
+        ("verl_backend", "if True:\n    from ..trainer.trainer import train"),
+        ("trainer", "from sdpo.report import write_report"),
         ("report", "from sdpo.cli import app"),
     ],
 )
@@ -132,8 +122,8 @@ def test_an_import_that_points_up_is_found(floor: str, source: str) -> None:
     assert upward(list(imports_of(source, floor, "a.py", f"sdpo.{floor}")))
 
 
-def test_the_ground_and_the_context_know_no_engine_library() -> None:
-    quiet = GROUND | {"context", "report", "__init__"}
+def test_the_ground_and_prompting_import_no_engine_library() -> None:
+    quiet = GROUND | {"prompting", "report", "__init__"}
     assert [found for found, root in libraries(IMPORTS) if found.floor in quiet and root in ENGINE_LIBRARIES] == []
 
 

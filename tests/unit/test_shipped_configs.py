@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from sdpo.config import iterate_settings, load_run
-from sdpo.models.cost import Cost
+from sdpo.models.memory_estimate import Cost
 from sdpo.report.dry_run import format_bytes, list_memory
 
 ROOT = Path(__file__).parents[2]
@@ -34,11 +34,11 @@ def test_a_shipped_run_is_read(path: Path) -> None:
 def dry_run(path: Path, *overrides: str, on_verl: bool = False) -> Cost:
     run = load_run(path, [MODEL, *overrides])
     if path not in ON_VERL and not on_verl:
-        from sdpo.embedded.cost import estimate_cost as estimate_embedded
+        from sdpo.trainer.memory_estimate import estimate_cost as estimate_embedded
 
         return estimate_embedded(run)
-    from sdpo.verl_backend.cost import estimate_cost
-    from sdpo.verl_backend.translate import translate
+    from sdpo.verl_backend.config.memory_estimate import estimate_cost
+    from sdpo.verl_backend.config.to_verl import translate
 
     return estimate_cost(run, translate(run).overrides)
 
@@ -125,9 +125,9 @@ def test_a_peers_solution_fits_as_the_page_says(path: Path) -> None:
 def test_a_run_on_verl_composes(
     name: str, learners: tuple[int, int], samplers: tuple[int, int], tmp_path: Path
 ) -> None:
-    from sdpo.verl_backend.main import compose_config
-    from sdpo.verl_backend.settings import read_self_distillation
-    from sdpo.verl_backend.translate import translate
+    from sdpo.verl_backend.config.schema import read_self_distillation
+    from sdpo.verl_backend.config.to_verl import translate
+    from sdpo.verl_backend.entrypoint.main import compose_config
 
     for kind in ("train", "test"):
         (tmp_path / f"{kind}.parquet").touch()

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from sdpo.tasks.hidden_rule import HiddenRule
+from sdpo.rewards.toy.hidden_rule import HiddenRule
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "models"))  # vision_language.py
 

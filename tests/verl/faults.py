@@ -11,7 +11,7 @@ from typing import Any
 
 from tensordict import NonTensorData, NonTensorStack
 
-from sdpo.verl_backend.engine import SelfDistillationEngine, read_images
+from sdpo.verl_backend.worker.engine import SelfDistillationEngine, read_images
 
 FAULT = os.environ["FAULT"]
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from sdpo import load_run, metrics
-from sdpo.verl_backend.launch import build_command
+from sdpo import load_run
+from sdpo.observability import metrics
+from sdpo.verl_backend.entrypoint.launch import build_command
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,7 +23,7 @@ Train = Callable[..., Any]
 GRADER = """
 import time
 from pathlib import Path
-from sdpo.tasks.hidden_rule import HiddenRule
+from sdpo.rewards.toy.hidden_rule import HiddenRule
 
 class build_task(HiddenRule):
     def grade(self, row, response):
@@ -69,7 +70,7 @@ def test_failed_grades_are_counted_and_too_many_end_the_run(
     for variable, value in command.environment.items():
         monkeypatch.setenv(variable, value)
     arguments = [name if argument.startswith("sdpo_") else argument for argument in command.arguments]
-    running = start(sys.executable, "-m", "sdpo.verl_backend.main", *arguments)
+    running = start(sys.executable, "-m", "sdpo.verl_backend.entrypoint.main", *arguments)
     assert running.wait() == 2, running.tail()
     log = running.log.read_text(errors="replace")
     last = [line for line in log.splitlines() if line.startswith("error: ")]

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from sdpo import metrics
-from sdpo.verl_backend.health import STATE_FILE
-from sdpo.verl_backend.smoke_checks import load_weights
+from sdpo.observability import metrics
+from sdpo.verl_backend.driver.health import STATE_FILE
+from sdpo.verl_backend.smoke.checks import load_weights
 
 Metrics = Callable[[Path], dict[int, dict[str, Any]]]
 Train = Callable[..., Any]

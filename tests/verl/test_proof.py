@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from sdpo.verl_backend import smoke_checks
-from sdpo.verl_backend.smoke_checks import Finished
+from sdpo.verl_backend.smoke.checks import Finished
+from sdpo.verl_backend.smoke.suite import checks
 
 ROOT = Path(__file__).parents[2]
 RATE = "actor_rollout_ref.actor.self_distillation.ema_update_rate=0.0505"  # the checks know 0.05
@@ -49,4 +49,4 @@ def test_a_wrong_pipeline_is_found(
     # The thresholds of a GPU, which leave room for bfloat16, find it too.
     run = Finished(tmp_path / "proof" / part, tmp_path / "proof" / "tasks", (2, 3) if part == "text" else (3,), False)
     with pytest.raises(AssertionError, match="mean difference and correlation"):
-        smoke_checks.check_sampler(run)
+        checks.check_sampler(run)

@@ -14,13 +14,14 @@ import pytest
 import torch
 from vision_language import build_vision_model, make_image
 
-from sdpo import load_run, metrics
+from sdpo import load_run
 from sdpo.config import ModelConfig
 from sdpo.models.loading import load_model
-from sdpo.tasks import hidden_rule
-from sdpo.tasks.hidden_rule import HiddenRule, Mode
-from sdpo.verl_backend.launch import build_command
-from sdpo.verl_backend.smoke_checks import load_weights
+from sdpo.observability import metrics
+from sdpo.rewards.toy import hidden_rule
+from sdpo.rewards.toy.hidden_rule import HiddenRule, Mode
+from sdpo.verl_backend.entrypoint.launch import build_command
+from sdpo.verl_backend.smoke.checks import load_weights
 
 ROOT = Path(__file__).parents[2]
 ACCURACY = "val-core/hidden_rule/acc/mean@1"
@@ -126,7 +127,7 @@ def test_the_v1_trainers(
     arguments = [name if argument.startswith("sdpo_") else argument for argument in command.arguments]
     for variable, value in command.environment.items():
         monkeypatch.setenv(variable, value)
-    running = start(sys.executable, "-m", "sdpo.verl_backend.main", *arguments)
+    running = start(sys.executable, "-m", "sdpo.verl_backend.entrypoint.main", *arguments)
     assert running.wait() == 0, running.tail()
     rows = metrics_of(tmp_path / "run")
     assert sorted(rows) == [0, 1, 2, 3]

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from sdpo import metrics
-from sdpo.observer import Silent
-from sdpo.tasks.interface import load_task, prepare_task
+from sdpo.observability import metrics
+from sdpo.observability.progress import Silent
+from sdpo.rewards.base import load_task, prepare_task
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "calculator"

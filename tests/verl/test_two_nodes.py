@@ -17,8 +17,8 @@ import psutil
 import pytest
 import ray
 
-from sdpo import metrics
-from sdpo.tasks.figures import Figures
+from sdpo.observability import metrics
+from sdpo.rewards.toy.figures import Figures
 
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))

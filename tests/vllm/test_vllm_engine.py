@@ -17,14 +17,15 @@ import pytest
 import torch
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from sdpo import UserError, metrics
+from sdpo import UserError
 from sdpo.config import ModelConfig
-from sdpo.embedded import vllm_engine
-from sdpo.embedded.sampler import LocalSampler
-from sdpo.embedded.vllm_engine import VllmEngine
-from sdpo.models.decoding import Decoding, Response, compute_sampling_log_probs, sample_responses
-from sdpo.models.processing import TokenPrompt
-from sdpo.tasks import hidden_rule
+from sdpo.models.generation.sampling import Decoding, Response, compute_sampling_log_probs, sample_responses
+from sdpo.models.multimodal.processor import TokenPrompt
+from sdpo.observability import metrics
+from sdpo.rewards.toy import hidden_rule
+from sdpo.trainer.rollout import vllm_engine
+from sdpo.trainer.rollout.sampler import LocalSampler
+from sdpo.trainer.rollout.vllm_engine import VllmEngine
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM; make test-vllm installs it"),

@@ -1,6 +1,6 @@
 """SDPO as functions of tensors: losses, gradients, and the teacher's weights.
 
-Imports torch and, of this package, only ``sdpo.config`` and ``sdpo.metrics``.
+Imports torch and, of this package, only ``sdpo.config`` and ``sdpo.observability.metrics``.
 
 Axes in every docstring of this folder:
 

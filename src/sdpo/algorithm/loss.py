@@ -18,8 +18,6 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from sdpo import metrics
-from sdpo.algorithm.correction import compute_ratio
 from sdpo.algorithm.divergence import (
     add_tail,
     compute_divergence,
@@ -27,8 +25,10 @@ from sdpo.algorithm.divergence import (
     compute_sampled_token_surrogate,
     renormalize,
 )
+from sdpo.algorithm.importance_sampling import compute_ratio
 from sdpo.algorithm.regularization import Regularization, estimate_kl
 from sdpo.config import SelfDistillationConfig
+from sdpo.observability import metrics
 
 # metric -> (sum, count), added over micro-batches; a count of 0 marks a total
 Sums: TypeAlias = dict[str, tuple[Tensor, Tensor]]

@@ -9,10 +9,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from sdpo.algorithm import fused, logits
-from sdpo.algorithm.fused import FusedOutputs, TokenInputs
-from sdpo.algorithm.logits import LazyLogits
 from sdpo.config import SelfDistillationConfig
+from sdpo.kernels import chunked_log_probs, fused_linear_loss
+from sdpo.kernels.chunked_log_probs import LazyLogits
+from sdpo.kernels.fused_linear_loss import FusedOutputs, TokenInputs
 from sdpo.kernels.self_check import kernels_agree
 
 
@@ -25,8 +25,8 @@ def compute_fused_loss(
     temperature: float = 1.0,
     chunk_size: int | None = None,
 ) -> FusedOutputs:
-    """``sdpo.algorithm.fused.compute_fused_loss``, by CUDA kernels if the hidden states' device and type allow."""
-    compute = fused.compute_fused_loss
+    """``fused_linear_loss.compute_fused_loss``, by CUDA kernels if the hidden states' device and type allow."""
+    compute = fused_linear_loss.compute_fused_loss
     kind = (config.alpha, config.full_logit_distillation, config.distillation_topk is not None)
     if has_cuda_kernels(student.hidden) and kernels_agree(student.hidden.device, student.hidden.dtype, *kind):
         from sdpo.kernels.cuda.fused_loss import compute_fused_loss as compute
@@ -36,8 +36,8 @@ def compute_fused_loss(
 def score_tokens(
     student: LazyLogits, sampled_ids: Tensor, *, temperature: float = 1.0, chunk_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``sdpo.algorithm.logits.score_tokens``, by CUDA kernels if the hidden states' device and type allow."""
-    score = logits.score_tokens
+    """``sdpo.kernels.chunked_log_probs.score_tokens``, by CUDA kernels if the hidden states' device and type allow."""
+    score = chunked_log_probs.score_tokens
     if has_cuda_kernels(student.hidden) and kernels_agree(student.hidden.device, student.hidden.dtype):
         from sdpo.kernels.cuda.fused_loss import score_tokens as score
     return score(student, sampled_ids, temperature=temperature, chunk_size=chunk_size)

@@ -7,12 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sdpo import metrics
-from sdpo.algorithm.fused import TokenInputs
-from sdpo.algorithm.logits import LazyLogits, softmax_type
 from sdpo.algorithm.loss import compute_token_weights
 from sdpo.config import SelfDistillationConfig
+from sdpo.kernels.chunked_log_probs import LazyLogits, softmax_type
 from sdpo.kernels.dispatch import compute_fused_loss
+from sdpo.kernels.fused_linear_loss import TokenInputs
+from sdpo.observability import metrics
 
 
 def fused_self_distillation_loss(

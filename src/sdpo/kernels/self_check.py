@@ -13,10 +13,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from sdpo.algorithm import fused, logits
-from sdpo.algorithm.fused import TokenInputs
-from sdpo.algorithm.logits import LazyLogits
 from sdpo.config import SelfDistillationConfig
+from sdpo.kernels import chunked_log_probs, fused_linear_loss
+from sdpo.kernels.chunked_log_probs import LazyLogits
+from sdpo.kernels.fused_linear_loss import TokenInputs
 
 NUM_TOKENS, VOCAB_SIZE, HIDDEN_SIZE = 6, 1030, 32
 TOLERANCE = 0.05  # relative; bfloat16 leaves 0.01
@@ -63,14 +63,14 @@ def _compare(device: torch.device, dtype: torch.dtype, config: SelfDistillationC
         ids, policy_weights=ones, advantages=ones - 0.5, distilled=distilled, distillation_weights=ones
     )
     found = []
-    for module, wide in ((fused_loss, dtype), (fused, torch.float32)):
+    for module, wide in ((fused_loss, dtype), (fused_linear_loss, torch.float32)):
         leaves = [x.detach().to(wide).requires_grad_() for x in (hidden, head)]
         student = LazyLogits(leaves[0], leaves[1])
         teacher = LazyLogits(teacher_hidden.to(wide), 0.5 * head.to(wide))
         with torch.enable_grad():
             outputs = module.compute_fused_loss(student, [teacher], tokens, replace(config, grpo_coef=0.3))
             gradients = torch.autograd.grad(outputs.loss, leaves)
-        scored = (fused_loss if module is fused_loss else logits).score_tokens(student.detach(), ids)
+        scored = (fused_loss if module is fused_loss else chunked_log_probs).score_tokens(student.detach(), ids)
         found.append([outputs.token_losses, *gradients, *scored])
     for name, ours, expected in zip(
         ("loss", "gradient by hidden states", "gradient by head", "log-probability", "entropy"), *found, strict=True

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdpo.models.attention import NO_MASK
-from sdpo.models.packing import PackedSequences
-from sdpo.models.processing import TokenPrompt
-from sdpo.models.vision import ImageFeatures, Vision, showing
+from sdpo.models.multimodal.processor import TokenPrompt
+from sdpo.models.multimodal.vision_tower import ImageFeatures, Vision, showing
+from sdpo.models.packing.attention import NO_MASK
+from sdpo.models.packing.layout import PackedSequences
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from sdpo.config import ModelConfig
 from sdpo.errors import UserError
-from sdpo.models.linear import speed_up_linear_layers
+from sdpo.kernels.cpu.fast_linear import speed_up_linear_layers
 
 # transformers' progress bars would garble the trainer's output.
 transformers_logging.disable_progress_bar()

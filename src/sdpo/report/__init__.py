@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sdpo.errors import UserError
-from sdpo.report.run_folder import RunRecord, read_run, read_runs
+from sdpo.report.run_dir import RunRecord, read_run, read_runs
 
 __all__ = ["ReportPaths", "RunRecord", "read_run", "read_runs", "write_report"]
 

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from sdpo.metrics import (
+from sdpo.observability.metrics import (
     DIVERGENCE,
     RESPONSE_LENGTH_MEAN,
     SCORE_MEAN,
@@ -24,7 +24,7 @@ from sdpo.metrics import (
     teacher_val_name,
     val_name,
 )
-from sdpo.report.run_folder import RunRecord
+from sdpo.report.run_dir import RunRecord
 from sdpo.report.summary import HEADINGS, summarize
 
 

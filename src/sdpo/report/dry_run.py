@@ -11,7 +11,7 @@ from rich.table import Table
 from sdpo.config import Run, format_run
 
 if TYPE_CHECKING:
-    from sdpo.models.cost import Cost
+    from sdpo.models.memory_estimate import Cost
 
 
 def print_dry_run(run: Run, cost: Cost, console: Console | None = None) -> None:

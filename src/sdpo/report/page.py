@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sdpo.config import iterate_settings
-from sdpo.metrics import DESCRIPTIONS
-from sdpo.report.run_folder import RunRecord
+from sdpo.observability.metrics import DESCRIPTIONS
+from sdpo.report.run_dir import RunRecord
 from sdpo.report.summary import ACCURACY_HEADINGS, HEADINGS, Summary, summarize
 from sdpo.report.theme import DARK, LIGHT, Theme
 

@@ -18,8 +18,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from sdpo import metrics
-from sdpo.report.run_folder import RunRecord
+from sdpo.observability import metrics
+from sdpo.report.run_dir import RunRecord
 from sdpo.report.theme import LIGHT, Theme
 
 _DOTS_PER_INCH = 150

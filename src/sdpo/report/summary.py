@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from sdpo.metrics import RESPONSE_LENGTH_MEAN, TIME_EVAL, TIME_SAVE, TIME_STEP, teacher_val_name, val_name
-from sdpo.report.run_folder import RunRecord
+from sdpo.observability.metrics import RESPONSE_LENGTH_MEAN, TIME_EVAL, TIME_SAVE, TIME_STEP, teacher_val_name, val_name
+from sdpo.report.run_dir import RunRecord
 
 HEADINGS = {
     "steps": "Training steps done.",

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from numpy_reference import LEVELS
 from torch import Tensor
 
-from sdpo import SelfDistillationConfig, metrics
+from sdpo import SelfDistillationConfig
 from sdpo.algorithm.loss import (
     LossInputs,
     LossOutputs,
@@ -26,6 +26,7 @@ from sdpo.algorithm.loss import (
     compute_prompt_weights,
     compute_token_weights,
 )
+from sdpo.observability import metrics
 
 PROPERTY = settings(max_examples=25, deadline=None, derandomize=True)
 N, V = 7, 5

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdpo import SelfDistillationConfig, metrics
-from sdpo.algorithm.fused import TokenInputs, compute_fused_loss
-from sdpo.algorithm.logits import LazyLogits
+from sdpo import SelfDistillationConfig
 from sdpo.algorithm.loss import LossInputs, compute_loss
 from sdpo.algorithm.regularization import Regularization, estimate_kl
 from sdpo.config import KL_LOSS_TYPES
+from sdpo.kernels.chunked_log_probs import LazyLogits
+from sdpo.kernels.fused_linear_loss import TokenInputs, compute_fused_loss
+from sdpo.observability import metrics
 
 # Log-probabilities of student and reference: twice as likely, three times less likely, equal.
 LOG_PROBS = [math.log(0.6), math.log(0.1), math.log(0.5)]

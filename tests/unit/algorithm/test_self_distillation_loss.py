@@ -19,8 +19,9 @@ from numpy_reference import LEVELS, Batch, make_batch
 from torch import Tensor
 
 import sdpo
-from sdpo import SelfDistillationConfig, metrics
+from sdpo import SelfDistillationConfig
 from sdpo.algorithm.loss import compute_token_weights
+from sdpo.observability import metrics
 
 MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 PROPERTY = settings(max_examples=25, deadline=None, derandomize=True)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from sdpo.config import LoraConfig
 from sdpo.errors import UserError
-from sdpo.models.lora import (
+from sdpo.models.lora.adapters import (
     MergedParameters,
     add_adapters,
     copy_without_adapters,

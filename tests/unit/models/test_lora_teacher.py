@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from sdpo.algorithm.teacher import Teacher
 from sdpo.config import LoraConfig, SelfDistillationConfig
-from sdpo.models.lora import MergedParameters, add_adapters, get_adapted_layers
-from sdpo.models.lora_teacher import build_lora_teacher
+from sdpo.models.lora.adapters import MergedParameters, add_adapters, get_adapted_layers
+from sdpo.models.lora.teacher import build_lora_teacher
 
 MakeModel = Callable[..., Any]
 IDS = torch.tensor([[5, 6, 7, 8, 3]])

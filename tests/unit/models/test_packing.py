@@ -37,11 +37,11 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
-from sdpo.models.attention import NAME
 from sdpo.models.forward import compute_hidden, compute_positions, pad_sequences
-from sdpo.models.head import measure_logit_scale
-from sdpo.models.packable import enable_packing
-from sdpo.models.packing import (
+from sdpo.models.multimodal.processor import TokenPrompt
+from sdpo.models.output_head import measure_logit_scale
+from sdpo.models.packing.attention import NAME
+from sdpo.models.packing.layout import (
     Family,
     PackedSequences,
     ReadingCost,
@@ -50,7 +50,7 @@ from sdpo.models.packing import (
     find_families,
     pack_sequences,
 )
-from sdpo.models.processing import TokenPrompt
+from sdpo.models.packing.support import enable_packing
 
 CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = {

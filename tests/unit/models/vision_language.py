@@ -33,10 +33,10 @@ from transformers import (
 )
 
 from sdpo.config import ModelConfig
-from sdpo.context.images import collect_images, open_image
 from sdpo.models.loading import load_model
-from sdpo.models.processing import ImageReader, TokenPrompt, encode_png, load_reader
-from sdpo.models.vision import Vision
+from sdpo.models.multimodal.processor import ImageReader, TokenPrompt, encode_png, load_reader
+from sdpo.models.multimodal.vision_tower import Vision
+from sdpo.prompting.images import collect_images, open_image
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
 SPECIAL += ["<|video_pad|>"]

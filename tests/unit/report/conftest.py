@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sdpo.metrics import STEP
+from sdpo.observability.metrics import STEP
 
 WriteRun = Callable[..., Path]
 

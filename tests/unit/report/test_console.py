@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from sdpo.report.console import ConsoleObserver, print_result_table
-from sdpo.report.run_folder import read_run
+from sdpo.report.run_dir import read_run
 
 
 class Terminal(io.StringIO):

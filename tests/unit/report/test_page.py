@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 import pytest
 
 from sdpo.report.page import build_page, differing_settings, write_page
-from sdpo.report.run_folder import read_run, read_runs
+from sdpo.report.run_dir import read_run, read_runs
 
 VOID = {"meta", "link", "img", "source", "br"}
 

@@ -6,7 +6,7 @@ import pytest
 from matplotlib.image import imread
 
 from sdpo.report.plots import _running_mean, _spread, build_figure, plot_learning_curves
-from sdpo.report.run_folder import read_run
+from sdpo.report.run_dir import read_run
 from sdpo.report.theme import DARK, LIGHT
 
 ACCURACY, TEACHER, SCORE = "val-core/t/acc/mean@1", "val-teacher/t/acc/mean@1", "critic/score/mean"

@@ -35,7 +35,7 @@ def test_mistakes_are_one_line(write_run, tmp_path):
 
 def test_importing_the_package_loads_no_drawing_library():
     heavy = "{'torch', 'transformers', 'matplotlib', 'rich', 'numpy'}"
-    code = f"import sys, sdpo.report, sdpo.observer; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, sdpo.report, sdpo.observability.progress; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

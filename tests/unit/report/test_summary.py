@@ -1,4 +1,4 @@
-from sdpo.report.run_folder import read_run
+from sdpo.report.run_dir import read_run
 from sdpo.report.summary import HEADINGS, summarize
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from sdpo.embedded.samples import Sample
-from sdpo.models.vision import Vision
+from sdpo.models.multimodal.vision_tower import Vision
+from sdpo.trainer.data.samples import Sample
 
 SCRIPT = Path(__file__).with_name("train_cases.py")
 SOURCE = Path(__file__).parents[3] / "src"

@@ -15,12 +15,12 @@ from verl.tools.function_tool import FUNCTION_TOOL_REGISTRY
 from verl.tools.tool_registry import load_all_tools
 from verl.workers.rollout.replica import TokenOutput
 
-from sdpo.context.encode import encode_prompt
 from sdpo.errors import UserError
-from sdpo.tasks.offline import build_tokenizer
-from sdpo.verl_backend.agent_loop import ImageFreeResponses, TextTools
-from sdpo.verl_backend.teacher_batch import decode_turns
-from sdpo.verl_backend.tools import PromptTokenizer, load_tool_schemas
+from sdpo.prompting.tokenization import encode_prompt
+from sdpo.rewards.toy.base import build_tokenizer
+from sdpo.verl_backend.driver.teacher_batch import decode_turns
+from sdpo.verl_backend.driver.tools import PromptTokenizer, load_tool_schemas
+from sdpo.verl_backend.rollout.agent_loop import ImageFreeResponses, TextTools
 
 
 def ask(monkeypatch: pytest.MonkeyPatch, processor: Any, response: list[int], mask: int = 1) -> dict[str, Any]:
@@ -167,5 +167,5 @@ def test_both_loops_stand_in_verls_places() -> None:
         ("sdpo_single_turn", "single_turn_agent", ImageFreeResponses),
         ("sdpo_tools", "tool_agent", TextTools),
     ):
-        target = {"_target_": f"sdpo.verl_backend.agent_loop.{kind.__name__}"}
+        target = {"_target_": f"sdpo.verl_backend.rollout.agent_loop.{kind.__name__}"}
         assert _agent_loop_registry[ours] == _agent_loop_registry[verls] == target

@@ -19,9 +19,9 @@ from vision_language import make_image
 from sdpo.config import DataConfig, ModelConfig
 from sdpo.errors import UserError
 from sdpo.models.loading import load_tokenizer
-from sdpo.models.processing import ImageReader, load_reader
+from sdpo.models.multimodal.processor import ImageReader, load_reader
 from sdpo.verl_backend.cpu import processor as cpu_processor
-from sdpo.verl_backend.main import compose_config
+from sdpo.verl_backend.entrypoint.main import compose_config
 
 IN_PROCESS = ["data.filter_overlong_prompts_workers=null"]
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")

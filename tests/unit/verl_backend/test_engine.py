@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from sdpo import metrics
-from sdpo.embedded.samples import Sample
-from sdpo.metrics import UPDATE_ROUNDING
-from sdpo.tasks.hidden_rule import build_tokenizer
+from sdpo.observability import metrics
+from sdpo.observability.metrics import UPDATE_ROUNDING
+from sdpo.rewards.toy.hidden_rule import build_tokenizer
+from sdpo.trainer.data.samples import Sample
 
 BUDGET = 60
 VOCABULARY = 20_000

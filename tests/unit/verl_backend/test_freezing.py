@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from sdpo.embedded.samples import Sample
-from sdpo.tasks.hidden_rule import build_tokenizer
+from sdpo.rewards.toy.hidden_rule import build_tokenizer
+from sdpo.trainer.data.samples import Sample
 
 pytestmark = pytest.mark.slow
 

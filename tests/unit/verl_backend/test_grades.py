@@ -16,12 +16,11 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopO
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
-from sdpo import metrics
 from sdpo.algorithm.advantage import compute_group_advantages
 from sdpo.errors import UserError
-from sdpo.tasks.grading import GradingFailed
-from sdpo.verl_backend.agent_workers import EXTRA, OneStepOffWorker
-from sdpo.verl_backend.grades import (
+from sdpo.observability import metrics
+from sdpo.rewards.scoring import GradingFailed
+from sdpo.verl_backend.driver.grades import (
     FAILURE,
     REFUSAL,
     WithFailedGrades,
@@ -29,6 +28,7 @@ from sdpo.verl_backend.grades import (
     correct_advantages,
     replace_scores,
 )
+from sdpo.verl_backend.rollout.agent_workers import EXTRA, OneStepOffWorker
 
 CONFIG = OmegaConf.create(
     {

@@ -12,19 +12,19 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from sdpo import metrics
 from sdpo.config import HealthConfig, Run, SelfDistillationConfig
-from sdpo.embedded.checkpoint import retire_checkpoints, save_checkpoint
-from sdpo.embedded.learner import Learner
-from sdpo.embedded.run_folder import RunFolder
-from sdpo.embedded.samples import Sample, summarize_samples
-from sdpo.health import HealthMonitor
-from sdpo.health_actions import Guard
-from sdpo.observer import Silent
-from sdpo.tasks.hidden_rule import build_tokenizer
-from sdpo.verl_backend.health import STATE_FILE, RunHealth, summarize_rollouts
-from sdpo.verl_backend.packing import DISTILLATION_COEF
-from sdpo.verl_backend.teacher_batch import Rollout, TeacherBatch
+from sdpo.observability import metrics
+from sdpo.observability.health import HealthMonitor
+from sdpo.observability.health_callback import Guard
+from sdpo.observability.progress import Silent
+from sdpo.rewards.toy.hidden_rule import build_tokenizer
+from sdpo.trainer.actor.actor import Learner
+from sdpo.trainer.checkpoint.manager import retire_checkpoints, save_checkpoint
+from sdpo.trainer.data.samples import Sample, summarize_samples
+from sdpo.trainer.logging.run_dir import RunFolder
+from sdpo.verl_backend.driver.health import STATE_FILE, RunHealth, summarize_rollouts
+from sdpo.verl_backend.driver.teacher_batch import Rollout, TeacherBatch
+from sdpo.verl_backend.worker.packing import DISTILLATION_COEF
 
 ACCURACY = metrics.val_name("digits", "mean@1")
 TOKENIZER = build_tokenizer()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sdpo.verl_backend.hooks import HOOKS, VERL_VERSION, fingerprint
+from sdpo.verl_backend.compat.hooks import HOOKS, VERL_VERSION, fingerprint
 
 RECORDED = Path(__file__).parents[2] / "golden" / "verl_hooks.json"
 CHANGED = (
@@ -38,6 +38,6 @@ def test_nothing_recorded_is_left_over() -> None:
 
 
 def test_verl_finds_our_plugin() -> None:
-    assert {"sdpo": "sdpo.verl_backend.plugin"}.items() <= {
+    assert {"sdpo": "sdpo.verl_backend.compat.plugin"}.items() <= {
         entry.name: entry.value for entry in entry_points(group="verl.plugins")
     }.items()

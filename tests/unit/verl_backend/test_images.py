@@ -11,17 +11,17 @@ import pytest
 import torch
 from vision_language import LoadedModel, load_vision_model, make_messages, plain_logits
 
-from sdpo import metrics
 from sdpo.config import SelfDistillationConfig
-from sdpo.context.demonstration import Demonstration
-from sdpo.context.encode import TeacherPrompt, encode_teacher_prompt
-from sdpo.embedded.data import Prompt
-from sdpo.embedded.learner import Learner
-from sdpo.embedded.samples import Sample
-from sdpo.models.decoding import Response
-from sdpo.models.lora import add_adapters
-from sdpo.models.vision import freeze_tower
-from sdpo.tasks.interface import Grade, Row
+from sdpo.models.generation.sampling import Response
+from sdpo.models.lora.adapters import add_adapters
+from sdpo.models.multimodal.vision_tower import freeze_tower
+from sdpo.observability import metrics
+from sdpo.prompting.demonstrations import Demonstration
+from sdpo.prompting.tokenization import TeacherPrompt, encode_teacher_prompt
+from sdpo.rewards.base import Grade, Row
+from sdpo.trainer.actor.actor import Learner
+from sdpo.trainer.data.prompts import Prompt
+from sdpo.trainer.data.samples import Sample
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 NUM_IMAGES = (1, 0, 3, 1)  # of the prompts

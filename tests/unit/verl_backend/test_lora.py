@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from sdpo.algorithm.teacher import Teacher
 from sdpo.config import LoraConfig, SelfDistillationConfig
-from sdpo.embedded.samples import Sample
-from sdpo.models.lora import get_adapted_layers
-from sdpo.tasks.hidden_rule import build_tokenizer
-from sdpo.verl_backend.lora import build_lora_teacher, wrap_with_adapters
+from sdpo.models.lora.adapters import get_adapted_layers
+from sdpo.rewards.toy.hidden_rule import build_tokenizer
+from sdpo.trainer.data.samples import Sample
+from sdpo.verl_backend.worker.lora import build_lora_teacher, wrap_with_adapters
 
 RANK, ALPHA = 4, 6
 SCALE = ALPHA / RANK

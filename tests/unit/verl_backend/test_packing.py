@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from verl.workers.utils.padding import left_right_2_no_padding
 
-from sdpo.algorithm.fused import FusedOutputs, compute_fused_loss
-from sdpo.algorithm.logits import LazyLogits
 from sdpo.config import SelfDistillationConfig
-from sdpo.tasks.hidden_rule import build_model
-from sdpo.verl_backend.packing import (
+from sdpo.kernels.chunked_log_probs import LazyLogits
+from sdpo.kernels.fused_linear_loss import FusedOutputs, compute_fused_loss
+from sdpo.rewards.toy.hidden_rule import build_model
+from sdpo.verl_backend.worker.packing import (
     DISTILLATION_COEF,
     DISTILLATION_WEIGHTS,
     POLICY_WEIGHTS,

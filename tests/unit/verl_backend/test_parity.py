@@ -21,13 +21,13 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from sdpo import metrics
 from sdpo.config import LoraConfig, Run
-from sdpo.context.encode import TeacherPrompt
-from sdpo.embedded.learner import Learner
-from sdpo.embedded.samples import Sample
-from sdpo.models.lora import add_adapters
-from sdpo.tasks.hidden_rule import build_tokenizer
+from sdpo.models.lora.adapters import add_adapters
+from sdpo.observability import metrics
+from sdpo.prompting.tokenization import TeacherPrompt
+from sdpo.rewards.toy.hidden_rule import build_tokenizer
+from sdpo.trainer.actor.actor import Learner
+from sdpo.trainer.data.samples import Sample
 
 PROMPTS, N = 4, 2  # two ranks of four samples each
 

@@ -13,9 +13,9 @@ from omegaconf import DictConfig
 from transformers import Qwen2Config, Qwen3Config
 
 from sdpo.errors import UserError
-from sdpo.tasks import figures, hidden_rule
-from sdpo.verl_backend import requirements
-from sdpo.verl_backend.main import compose_config
+from sdpo.rewards.toy import figures, hidden_rule
+from sdpo.verl_backend.entrypoint import requirements
+from sdpo.verl_backend.entrypoint.main import compose_config
 
 MODEL, ROLLOUT, OPTIM = "actor_rollout_ref.model", "actor_rollout_ref.rollout", "actor_rollout_ref.actor.optim"
 EVERYTHING = {"vllm", "cupy", "torchao", "torch"}

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from sdpo.errors import UserError
-from sdpo.verl_backend.sockets import claim_sockets
+from sdpo.verl_backend.entrypoint.sockets import claim_sockets
 
 OTHER = """
 import sys, tempfile
 tempfile.tempdir = sys.argv[1]
-from sdpo.verl_backend.sockets import claim_sockets
+from sdpo.verl_backend.entrypoint.sockets import claim_sockets
 claimed = claim_sockets(sys.argv[2])
 print("claimed", flush=True)
 sys.stdin.read()

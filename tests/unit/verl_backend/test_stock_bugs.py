@@ -22,11 +22,12 @@ from verl.utils.checkpoint.checkpoint_manager import BaseCheckpointManager
 from verl.utils.import_utils import is_trl_available
 from verl.workers.utils.padding import left_right_2_no_padding
 
-from sdpo import metrics
-from sdpo.verl_backend import engine, trainer_v1
-from sdpo.verl_backend.health import RunHealth
-from sdpo.verl_backend.packing import repair_position_ids
-from sdpo.verl_backend.trainer import SelfDistillationOneStepOffTrainer
+from sdpo.observability import metrics
+from sdpo.verl_backend.driver import v1_trainers
+from sdpo.verl_backend.driver.health import RunHealth
+from sdpo.verl_backend.driver.one_step_off_trainer import SelfDistillationOneStepOffTrainer
+from sdpo.verl_backend.worker import engine
+from sdpo.verl_backend.worker.packing import repair_position_ids
 
 
 class BrokenLoader:
@@ -124,7 +125,7 @@ def test_the_logger_of_separate_async_takes_flush() -> None:
     stock = trainer_separate_async.logger
     with pytest.raises(TypeError, match="flush"):
         stock.info("as verl calls it", flush=True)
-    trainer_v1._AcceptsFlush(stock, {}).info("the same", flush=True)
+    v1_trainers._AcceptsFlush(stock, {}).info("the same", flush=True)
 
 
 def test_an_installed_trl_without_the_value_head_does_no_harm(
@@ -159,7 +160,7 @@ def test_responses_are_cut_off_at_the_limit_and_not_at_the_longest_of_the_batch(
         "actor_rollout_ref": {"rollout": {}, "model": {}},
     }
     found = {}
-    for kind in (PPOTrainerSync, trainer_v1.SelfDistillationSyncTrainer):
+    for kind in (PPOTrainerSync, v1_trainers.SelfDistillationSyncTrainer):
         trainer = object.__new__(kind)
         trainer.config = OmegaConf.create(config)
         trainer.use_critic, trainer._rollout_moe_lb_metrics_accumulator = False, None

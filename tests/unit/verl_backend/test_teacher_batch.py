@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdpo import metrics
 from sdpo.config import SelfDistillationConfig
-from sdpo.context.demonstration import Demonstration
-from sdpo.context.encode import encode_teacher_prompt
-from sdpo.tasks.grading import GradingFailed
-from sdpo.tasks.hidden_rule import build_tokenizer
-from sdpo.verl_backend.packing import DISTILLATION_COEF, SAMPLE_WEIGHTS, TEACHER_PROMPT_LENGTHS, TEACHER_PROMPTS
-from sdpo.verl_backend.reward import compute_score
-from sdpo.verl_backend.teacher_batch import Rollout, TeacherBatch
-from sdpo.verl_backend.trainer import rename_metrics
+from sdpo.observability import metrics
+from sdpo.prompting.demonstrations import Demonstration
+from sdpo.prompting.tokenization import encode_teacher_prompt
+from sdpo.rewards.scoring import GradingFailed
+from sdpo.rewards.toy.hidden_rule import build_tokenizer
+from sdpo.verl_backend.driver.one_step_off_trainer import rename_metrics
+from sdpo.verl_backend.driver.teacher_batch import Rollout, TeacherBatch
+from sdpo.verl_backend.rollout.reward import compute_score
+from sdpo.verl_backend.worker.packing import DISTILLATION_COEF, SAMPLE_WEIGHTS, TEACHER_PROMPT_LENGTHS, TEACHER_PROMPTS
 
 TOKENIZER = build_tokenizer()
 MESSAGES = [{"role": "user", "content": "123"}]

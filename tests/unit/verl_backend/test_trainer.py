@@ -10,9 +10,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from sdpo import metrics
-from sdpo.verl_backend.trainer import SelfDistillationOneStepOffTrainer
-from sdpo.verl_backend.trainer_v1 import SelfDistillationSyncTrainer
+from sdpo.observability import metrics
+from sdpo.verl_backend.driver.one_step_off_trainer import SelfDistillationOneStepOffTrainer
+from sdpo.verl_backend.driver.v1_trainers import SelfDistillationSyncTrainer
 
 TOTAL = 4
 QUIET = ("start_profile", "stop_profile", "dump_data", "collect_metrics", "experimental", "save_checkpoint")

@@ -22,13 +22,13 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
 from verl.workers.utils.padding import left_right_2_no_padding
 
-from sdpo.algorithm import logits
-from sdpo.algorithm.fused import FusedOutputs, TokenInputs, compute_fused_loss
 from sdpo.algorithm.regularization import Regularization
 from sdpo.config import SelfDistillationConfig
-from sdpo.verl_backend import engine as engine_module
-from sdpo.verl_backend.towers import share_images
-from sdpo.verl_backend.worker import SelfDistillationTrainingWorker
+from sdpo.kernels import chunked_log_probs
+from sdpo.kernels.fused_linear_loss import FusedOutputs, TokenInputs, compute_fused_loss
+from sdpo.verl_backend.worker import engine as engine_module
+from sdpo.verl_backend.worker.vision_tower import share_images
+from sdpo.verl_backend.worker.worker import SelfDistillationTrainingWorker
 
 FULL = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
 
@@ -298,10 +298,10 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         result["kept"] = count_bytes(worker)
         result["after sending"] = full_weights(worker.engine.module)
     if "buffer_bytes" in case:
-        logits.BUFFER_BYTES, usual = case["buffer_bytes"], logits.BUFFER_BYTES
+        chunked_log_probs.BUFFER_BYTES, usual = case["buffer_bytes"], chunked_log_probs.BUFFER_BYTES
         result["largest"] = find_largest(lambda: learn(worker, case, case["batches"][0]))
         result["largest_of_scores"] = find_largest(lambda: score(worker, case, case["batches"][0]))
-        logits.BUFFER_BYTES = usual
+        chunked_log_probs.BUFFER_BYTES = usual
     if "checkpoint" in case:
         worker.engine.save_checkpoint(case["checkpoint"], global_step=1)
         again = build_worker({**case, "settings": {**case["settings"], **case.get("changed", {})}})

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from sdpo.algorithm.logits import LazyLogits
+from sdpo.kernels.chunked_log_probs import LazyLogits
 from sdpo.kernels.cuda.logits import Logits, mix_logits
 
 Rows: TypeAlias = "slice | Tensor"

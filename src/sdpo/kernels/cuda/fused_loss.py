@@ -24,12 +24,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sdpo import metrics
-from sdpo.algorithm.fused import FusedOutputs, TokenInputs, attach_gradients, differentiate
-from sdpo.algorithm.inputs import build_policy_inputs
-from sdpo.algorithm.logits import LazyLogits
 from sdpo.algorithm.loss import LossInputs, TokenValues, compute_token_losses, reduce_values
 from sdpo.config import SelfDistillationConfig
+from sdpo.kernels.chunked_log_probs import LazyLogits
 from sdpo.kernels.cuda.chunks import (
     Buffer,
     MixedBuffer,
@@ -45,6 +42,9 @@ from sdpo.kernels.cuda.row_statistics import RowStatistics, compute_row_statisti
 from sdpo.kernels.cuda.scaling import scale
 from sdpo.kernels.cuda.top_k import select_top_ids
 from sdpo.kernels.cuda.weight_gradient import WeightGradient
+from sdpo.kernels.fused_linear_loss import FusedOutputs, TokenInputs, attach_gradients, differentiate
+from sdpo.kernels.loss_inputs import build_policy_inputs
+from sdpo.observability import metrics
 
 # Rows of the teacher's buffer as a fraction of the chunk's. A smaller buffer leaves memory for larger chunks, which
 # make the gradients' matrix products faster.
@@ -69,7 +69,7 @@ def compute_fused_loss(
     temperature: float = 1.0,
     chunk_size: int | None = None,
 ) -> FusedOutputs:
-    """As ``sdpo.algorithm.fused.compute_fused_loss``; the default ``chunk_size`` depends on the free memory."""
+    """As in ``sdpo.kernels.fused_linear_loss``; the default ``chunk_size`` depends on the free memory."""
     leaves = (student.hidden, student.weight, student.bias)
     needed = [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
     with torch.no_grad(), _on_device_of(student):
@@ -87,7 +87,7 @@ def compute_fused_loss(
 def score_tokens(
     student: LazyLogits, sampled_ids: Tensor, *, temperature: float = 1.0, chunk_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As ``sdpo.algorithm.logits.score_tokens``."""
+    """As ``sdpo.kernels.chunked_log_probs.score_tokens``."""
     with torch.no_grad(), _on_device_of(student):
         student = student.detach()
         log_probs, entropies = torch.empty(2, len(sampled_ids), device=student.hidden.device)

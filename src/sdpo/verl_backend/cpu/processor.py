@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoProcessor
 
-from sdpo.models.processing import load_without_videos
+from sdpo.models.multimodal.processor import load_without_videos
 
 
 def stand_in() -> None:

@@ -18,10 +18,10 @@ from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry,
 from verl.workers.rollout.utils import ensure_async_iterator
 
 from sdpo.config import ModelConfig
-from sdpo.models.decoding import Decoding, Response, sample_responses
+from sdpo.models.generation.sampling import Decoding, Response, sample_responses
 from sdpo.models.loading import get_stop_token_ids, load_model, load_tokenizer
-from sdpo.models.processing import TokenPrompt, encode_png, load_reader
-from sdpo.models.vision import Vision
+from sdpo.models.multimodal.processor import TokenPrompt, encode_png, load_reader
+from sdpo.models.multimodal.vision_tower import Vision
 
 NAME = "transformers"
 NUMBERED = "det-"  # how verl names requests with full_determinism

@@ -1,0 +1,1 @@
+"""Fast paths for processors: oneDNN products, memory allocation."""

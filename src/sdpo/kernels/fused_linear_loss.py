@@ -1,0 +1,348 @@
+"""The loss from hidden states, without next-token distributions [N, V] of all tokens in memory.
+
+With a vocabulary of 150,000 the logits of a batch take more memory than the model. So head, softmax and loss run on
+chunks of tokens. A single pass computes each chunk's losses and adds its gradients to the total. Nearly all of the time
+goes into four matrix products, each as large as the head times the tokens: logits of student and teacher, gradients by
+hidden states and head. The operations between the products run in float32 on blocks that fit in the CPU cache, so in
+half precision no float32 copy of a chunk exists.
+
+The gradient of one token's loss L, with z its logits, s = softmax(z) and d = dL / d log s:
+
+    dL / dz_j = sum_i d_i (d log s_i / dz_j) = d_j - s_j sum_i d_i        for log s_i = z_i - log sum exp z
+
+L depends on log s through few numbers per token: the sampled token's entry, the divergence (or the k kept entries from
+which it is computed) and, if the loss has an entropy term, the entropy H with dH / dz_j = -s_j (log s_j + H). Autograd
+computes the derivative by these numbers through ``compute_loss`` itself, so clips, weights and blends have one
+implementation. The derivative of the divergence by all V entries is the closed form of ``differentiate_divergence``.
+From dL / dz (G, one row per token) follow, with X the hidden states and W the head:
+
+    z = X W^T + b        dL / dX = G W        dL / dW = G^T X        dL / db = sum of G's rows
+
+A soft-cap c tanh(u / c) between head and softmax multiplies G by 1 - tanh(u / c)^2; the temperature divides G.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sdpo.algorithm.divergence import differentiate_divergence
+from sdpo.algorithm.loss import LossInputs, LossOutputs, Sums, add_sums, compute_loss
+from sdpo.algorithm.regularization import Regularization
+from sdpo.config import SelfDistillationConfig
+from sdpo.kernels.chunked_log_probs import ChunkedPolicy, LazyLogits, choose_chunk_size, cut_slice
+from sdpo.kernels.head_grad import SumOfProducts, multiply_by_pieces
+from sdpo.kernels.loss_inputs import build_loss_inputs
+
+# In half precision the head's gradient takes a float32 buffer, so the teacher's buffer holds 1 / 4 of a chunk's rows.
+HALF_PRECISION_TEACHER_DIVISOR = 4
+
+
+@dataclass(frozen=True)
+class TokenInputs:
+    """Inputs of the loss for N packed tokens, except their distributions; see ``LossInputs``."""
+
+    sampled_ids: Tensor  # [N]
+    old_log_probs: Tensor | None = None  # [N]; the student's if None
+    policy_weights: Tensor | None = None  # [N]
+    advantages: Tensor | None = None  # [N]
+    rollout_is_weights: Tensor | None = None  # [N]
+    rollout_log_probs: Tensor | None = None  # [N]; used to compute rollout_is_weights if these are None
+    rollout_is_threshold: float = math.inf  # upper bound of the weights computed from rollout_log_probs
+    distilled: Tensor | None = None  # [N] bool, M of them set
+    distillation_weights: Tensor | None = None  # [N], read at distilled tokens
+    distillation_coef: float = 1.0
+    ref_log_probs: Tensor | None = None  # [N]
+    regularization: Regularization | None = None
+
+    @property
+    def has_entropy_term(self) -> bool:
+        """Whether the loss depends on the student's entropies."""
+        return self.regularization is not None and self.regularization.entropy_coeff != 0.0
+
+    def select(self, rows: Tensor | slice) -> TokenInputs:
+        """Inputs of these rows."""
+        chosen: dict[str, Any] = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **chosen)
+
+
+@dataclass(frozen=True)
+class FusedOutputs(LossOutputs):
+    """The loss to differentiate; all other tensors are detached."""
+
+    student_log_probs: Tensor  # [N] of the sampled tokens
+    student_entropies: Tensor  # [N] in nats
+    teacher_log_probs: Tensor  # [M]
+
+
+def compute_fused_loss(
+    student: LazyLogits,
+    teacher: Sequence[LazyLogits],
+    tokens: TokenInputs,
+    config: SelfDistillationConfig,
+    *,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> FusedOutputs:
+    """Compute from hidden states what ``build_loss_inputs`` and ``compute_loss`` compute from distributions.
+
+    Args:
+        student: [N, H]; its hidden states, weight and bias get gradients if they require them.
+        teacher: [M, H] each, the distilled tokens' rows in order; several models' logits are added (trust region).
+            Empty if no token is distilled. Never receives a gradient, not even for a head shared with the student.
+        tokens: the N tokens.
+        temperature: of the sampler, > 0; divides the logits of student and teacher.
+        chunk_size: tokens per chunk, >= 1; by default ``choose_chunk_size``. Affects only rounding.
+
+    Returns:
+        Loss, token losses, sums. Non-finite token losses are returned unchanged, as by ``compute_loss``; the gradients
+        are then invalid. Drop the sample and call again.
+    """
+    leaves = (student.hidden, student.weight, student.bias)
+    needed = [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
+    size = chunk_size or choose_chunk_size(len(student.weight), student.hidden.dtype, student.hidden.device)
+    with torch.no_grad(), torch.autocast(student.hidden.device.type, enabled=False):
+        run = _Pass(student.detach(), [part.detach() for part in teacher], config, temperature, needed, size)
+        every_row = torch.arange(len(student.hidden), device=student.hidden.device)
+        for rows, teacher_rows in _cut(tokens.distilled if teacher else None, every_row, size):
+            run.add(tokens.select(rows), rows, teacher_rows)
+        outputs, gradients = run.finish([None if leaf is None else leaf.dtype for leaf in leaves])
+    if not any(needed):
+        return outputs
+    return replace(outputs, loss=attach_gradients(outputs.loss, gradients, leaves))
+
+
+def differentiate(values: Tensor, leaves: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients of the sum of the values by each leaf that is not None."""
+    present = [leaf for leaf in leaves if leaf is not None]
+    ones = torch.ones_like(values)
+    gradients = iter(torch.autograd.grad(values, present, ones, allow_unused=True, materialize_grads=True))
+    return [None if leaf is None else next(gradients) for leaf in leaves]
+
+
+def attach_gradients(
+    value: Tensor,
+    gradients: Sequence[Tensor | None],
+    leaves: Sequence[Tensor | None],
+    scale: Callable[[Tensor, Tensor], Tensor] = torch.mul,
+) -> Tensor:
+    """Give a scalar known gradients, each of its leaf's shape; ``scale(gradient, scalar)`` multiplies in backward."""
+    attached: Tensor = _KnownGradients.apply(value, gradients, scale, *leaves)  # type: ignore[no-untyped-call]
+    return attached
+
+
+class _KnownGradients(torch.autograd.Function):
+    """A scalar with known gradients; the backward pass only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        gradients: Sequence[Tensor | None],
+        scale: Callable[[Tensor, Tensor], Tensor],
+        *leaves: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        ctx.scale = scale
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, *(None if known is None else ctx.scale(known, factor) for known in ctx.saved_tensors)
+
+
+class _Pass:
+    """One pass over the tokens, chunk by chunk: losses, sums and gradients so far."""
+
+    def __init__(
+        self,
+        student: LazyLogits,
+        teacher: Sequence[LazyLogits],
+        config: SelfDistillationConfig,
+        temperature: float,
+        needed: Sequence[bool],
+        chunk_size: int,
+    ) -> None:
+        self.config = config
+        self.temperature = temperature
+        self.differentiates = any(needed)
+        self.head = student
+        self.student = ChunkedPolicy([student], temperature, chunk_size)
+        divisor = 1 if student.hidden.dtype == self.student.type else HALF_PRECISION_TEACHER_DIVISOR
+        self.teacher_size = -(-chunk_size // (divisor * max(1, len(teacher))))
+        self.teacher = ChunkedPolicy(teacher, temperature, self.teacher_size) if teacher else None
+        self.sums: Sums = {}
+        self.token_losses = student.hidden.new_zeros(len(student.hidden), dtype=self.student.type)
+        self.student_log_probs = torch.zeros_like(self.token_losses)
+        self.student_entropies = torch.zeros_like(self.token_losses)
+        self.teacher_log_probs = self.token_losses.new_zeros(len(teacher[0].hidden) if teacher else 0)
+        self.by_hidden = torch.zeros_like(student.hidden) if needed[0] else None
+        self.by_weight = SumOfProducts(student.weight, self.student.type) if needed[1] else None
+        self.by_bias = self.token_losses.new_zeros(len(student.weight)) if needed[2] else None
+
+    def add(self, tokens: TokenInputs, rows: Tensor, teacher_rows: Tensor | None) -> None:
+        """Add the tokens at ``rows``: all distilled, by ``teacher_rows``, or none."""
+        by_logits = self.student.multiply(rows)
+        for part in cut_slice(len(rows), len(rows) if teacher_rows is None else self.teacher_size):
+            if teacher_rows is not None:
+                assert self.teacher is not None
+                self.teacher.multiply(teacher_rows[part])
+            for block in cut_slice(part.stop - part.start, self.student.block_size):
+                shifted = slice(part.start + block.start, part.start + block.stop)
+                self._add_block(
+                    tokens.select(shifted),
+                    rows[shifted],
+                    None if teacher_rows is None else teacher_rows[shifted],
+                    shifted,
+                    block,
+                    by_logits[shifted],
+                )
+        if not self.differentiates:
+            return
+        if self.by_hidden is not None:
+            self.by_hidden[rows] = multiply_by_pieces(by_logits, self.head.weight, self.student.type)
+        if self.by_weight is not None:
+            self.by_weight.add(by_logits, self.head.hidden[rows])
+
+    def _add_block(
+        self,
+        tokens: TokenInputs,
+        rows: Tensor,
+        teacher_rows: Tensor | None,
+        block: slice,
+        teacher_block: slice,
+        by_logits: Tensor,
+    ) -> None:
+        """Compute the losses of a block and overwrite its logits with dL / dz."""
+        student, student_probs = self.student.normalise(block)
+        teacher = teacher_probs = None
+        if teacher_rows is not None:
+            assert self.teacher is not None
+            teacher, teacher_probs = self.teacher.normalise(teacher_block)
+        inputs, sums = build_loss_inputs(
+            student,
+            config=self.config,
+            teacher=teacher,
+            student_probs=student_probs,
+            teacher_probs=teacher_probs,
+            **vars(tokens),
+        )
+        inputs, compared, derivative = self._find_leaves(inputs, student_probs, teacher_probs)
+        with torch.enable_grad():
+            outputs = compute_loss(inputs, self.config)
+        add_sums(self.sums, sums | outputs.sums)
+        self.token_losses[rows] = outputs.token_losses.detach().to(self.student.type)
+        self.student_log_probs[rows] = inputs.student_log_probs.detach()
+        assert inputs.student_entropies is not None
+        self.student_entropies[rows] = inputs.student_entropies
+        if inputs.teacher_log_probs is not None:
+            self.teacher_log_probs[teacher_rows] = inputs.teacher_log_probs
+        if not self.differentiates:
+            return
+        entropies = inputs.student_entropies if tokens.has_entropy_term else None
+        by_sampled, by_compared, by_entropy = differentiate(
+            outputs.loss, (inputs.student_log_probs, compared, entropies)
+        )
+        assert by_sampled is not None
+        by_entropies = None
+        if entropies is not None and by_entropy is not None:
+            by_entropies = self._differentiate_entropies(student_probs, entropies.detach(), by_entropy)
+        gradient = student_probs  # overwrites them
+        self._differentiate(gradient, tokens.sampled_ids, inputs.kept_ids, derivative, by_sampled, by_compared)
+        if by_entropies is not None:
+            gradient.add_(by_entropies)
+        if self.head.softcap is not None:
+            gradient.mul_(self.student.compute_slope(block, out=student))
+        if self.by_bias is not None:
+            self.by_bias += gradient.sum(0)
+        by_logits.copy_(gradient)
+
+    def finish(self, dtypes: Sequence[torch.dtype | None]) -> tuple[FusedOutputs, list[Tensor | None]]:
+        """Outputs, and the needed gradients by hidden states, weight and bias in these types."""
+        del self.student, self.teacher  # their memory is needed for the gradients in half precision
+        loss = self.token_losses.sum()
+        outputs = FusedOutputs(
+            loss, self.token_losses, self.sums, self.student_log_probs, self.student_entropies, self.teacher_log_probs
+        )
+        by_weight = None
+        if self.by_weight is not None and dtypes[1] is not None:
+            by_weight = self.by_weight.finish(dtypes[1])
+        by_hidden, by_bias = (
+            None if gradient is None or dtype is None else gradient.to(dtype)
+            for gradient, dtype in ((self.by_hidden, dtypes[0]), (self.by_bias, dtypes[2]))
+        )
+        return outputs, [by_hidden, by_weight, by_bias]
+
+    def _find_leaves(
+        self, inputs: LossInputs, student_probs: Tensor, teacher_probs: Tensor | None
+    ) -> tuple[LossInputs, Tensor | None, Tensor | None]:
+        """Inputs with leaves, the compared leaf, and the divergence's derivative by the student's log-probabilities.
+
+        Leaves are the sampled token's log-probability and, if the loss has an entropy term, the entropy. If whole
+        distributions are compared, the compared leaf is the divergence [m], with its derivative [m, V]. With top-k it
+        is the kept log-probabilities [m, K], which need no derivative.
+        """
+        inputs = replace(inputs, student_log_probs=inputs.student_log_probs.requires_grad_())
+        if inputs.regularization is not None and inputs.regularization.entropy_coeff:
+            assert inputs.student_entropies is not None
+            inputs.student_entropies.requires_grad_()
+        student, teacher = inputs.student_distribution, inputs.teacher_distribution
+        if student is None or teacher is None or not self.config.full_logit_distillation:
+            return inputs, None, None
+        if self.config.distillation_topk is not None:
+            return inputs, student.requires_grad_(), None
+        value, derivative = differentiate_divergence(
+            student, teacher, self.config.alpha, student=student_probs, teacher=teacher_probs, overwrite=True
+        )
+        return replace(inputs, divergence=value), value.requires_grad_(), derivative
+
+    def _differentiate_entropies(self, student: Tensor, entropies: Tensor, by_entropy: Tensor) -> Tensor:
+        """dL / dH dH / dz, [n, V], with ``student`` its probabilities."""
+        gradient = torch.xlogy(student, student).addcmul_(student, entropies[:, None])
+        return gradient.mul_(-by_entropy[:, None] / self.temperature)
+
+    def _differentiate(
+        self,
+        student: Tensor,
+        sampled_ids: Tensor,
+        kept_ids: Tensor | None,
+        derivative: Tensor | None,
+        by_sampled: Tensor,
+        by_compared: Tensor | None,
+    ) -> None:
+        """Overwrite the student's probabilities s with dL / dz = (d - s sum(d)) / temperature, [n, V].
+
+        d is the divergence's derivative times dL / d divergence, or dL / d log s at the kept entries; dL / d log s of
+        the sampled token is added to either.
+        """
+        by_sampled = by_sampled[:, None] / self.temperature
+        if by_compared is None:
+            student.mul_(-by_sampled)
+        elif derivative is not None:
+            by_divergence = by_compared[:, None] / self.temperature
+            total = by_sampled + by_divergence * derivative.sum(-1, keepdim=True)
+            student.mul_(-total).addcmul_(derivative, by_divergence)
+        else:
+            assert kept_ids is not None
+            by_kept = by_compared / self.temperature
+            total = by_sampled + by_kept.sum(-1, keepdim=True)
+            student.mul_(-total).scatter_add_(-1, kept_ids, by_kept)
+        student.scatter_add_(-1, sampled_ids[:, None], by_sampled)
+
+
+def _cut(distilled: Tensor | None, rows: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Chunks of distilled rows with their teacher rows, then chunks of the other rows."""
+    if distilled is not None:
+        taught = rows[distilled]
+        for part in cut_slice(len(taught), size):
+            yield taught[part], rows[part]
+        rows = rows[~distilled]
+    for part in cut_slice(len(rows), size):
+        yield rows[part], None

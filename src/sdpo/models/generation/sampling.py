@@ -1,0 +1,302 @@
+"""Batched sampling with a key-value cache."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdpo.algorithm.teacher import Policy
+from sdpo.models.forward import PaddedSequences, compute_logits, pad_sequences
+from sdpo.models.generation.kv_cache import build_cache
+from sdpo.models.multimodal.processor import TokenPrompt
+from sdpo.models.multimodal.vision_tower import SeenImages, Vision
+
+# Vocabulary entries per partial sum when a token is drawn.
+BLOCK = 128
+# Decoding steps between checks for finished rows; each check synchronizes with the GPU.
+CHECK_EVERY = {"cpu": 1}
+CHECK_EVERY_ELSE = 8
+# Finished rows leave the batch once at most this fraction of it is running.
+KEEP_FULL = 0.9
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How to decode. ``temperature=0`` is greedy; forbidden tokens are never drawn.
+
+    With a ``dtype``, sampling uses copies of the models in this type.
+    """
+
+    n: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    batch_size: int
+    stop_token_ids: Sequence[int]
+    pad_token_id: int
+    forbidden_token_ids: Sequence[int] = ()
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sampled response.
+
+    Attributes:
+        token_ids: with the stop token at the end if it was reached.
+        log_probs: of each token under the sampling distribution: after temperature and top-p, without forbidden tokens
+            (0 with greedy decoding).
+        finished: whether it ended with a stop token instead of at ``max_new_tokens``.
+    """
+
+    token_ids: list[int]
+    log_probs: list[float]
+    finished: bool
+
+
+@torch.no_grad()
+def sample_responses(
+    policy: Policy,
+    prompts: Sequence[TokenPrompt],
+    decoding: Decoding,
+    seed: int,
+    vision: Vision | None = None,
+) -> list[list[Response]]:
+    """Sample ``decoding.n`` responses per prompt, in the prompts' order; deterministic for a seed.
+
+    Prompts of similar length are decoded together. A prompt, images included, is read once for all of its responses.
+    Finished responses leave the batch. ``vision`` is needed if the policy's models read images.
+
+    Raises:
+        FloatingPointError: the models' logits are non-finite.
+    """
+    if decoding.dtype is not None:
+        policy = [(_copy_in(module, decoding.dtype), coefficient) for module, coefficient in policy]
+    device = next(policy[0][0].parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
+    prompts_at_once = max(1, decoding.batch_size // decoding.n)
+    responses: list[list[Response]] = [[] for _ in prompts]
+    training = [module.training for module, _ in policy]
+    for module, _ in policy:
+        module.eval()
+    for start in range(0, len(by_length), prompts_at_once):
+        chosen = by_length[start : start + prompts_at_once]
+        sampled = _sample_batch(policy, [prompts[i] for i in chosen], decoding, generator, vision)
+        for place, i in enumerate(chosen):
+            responses[i] = sampled[place * decoding.n : (place + 1) * decoding.n]
+    for (module, _), was_training in zip(policy, training, strict=True):
+        module.train(was_training)
+    return responses
+
+
+def _copy_in(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of the module in this type; the module itself if all parameters have it."""
+    params = list(module.parameters())
+    if all(param.dtype == dtype for param in params):
+        return module
+    return copy.deepcopy(module, {id(p): nn.Parameter(p.to(dtype), requires_grad=False) for p in params})
+
+
+def _sample_batch(
+    policy: Policy,
+    prompts: Sequence[TokenPrompt],
+    decoding: Decoding,
+    generator: torch.Generator,
+    vision: Vision | None,
+) -> list[Response]:
+    device, limit = generator.device, decoding.max_new_tokens
+    check_every = CHECK_EVERY.get(device.type, CHECK_EVERY_ELSE)
+    num_responses = len(prompts) * decoding.n
+    # Random numbers are per response, so that a response does not depend on which other rows are running.
+    uniform = torch.rand((limit, num_responses), dtype=torch.float64, generator=generator, device=device)
+    batch = pad_sequences(prompts, [[]] * len(prompts), decoding.pad_token_id, device, vision)
+    state = _DecodingState(policy, batch.token_ids.shape[1] + limit)
+    logits = state.read_prompts(batch, vision).repeat_interleave(decoding.n, dim=0)
+    state.repeat(decoding.n)
+
+    draw = _Drawing(decoding, logits)
+    stop = torch.tensor(list(decoding.stop_token_ids), device=device)
+    tokens = torch.full((limit, num_responses), decoding.pad_token_id, device=device)
+    log_probs = torch.zeros((limit, num_responses), device=device)
+    rows = torch.arange(num_responses, device=device)  # response index of each row in the batch
+    running = torch.ones_like(rows, dtype=torch.bool)
+    for place in range(limit):
+        token, log_prob = draw(logits, uniform[place, rows])
+        tokens[place, rows], log_probs[place, rows] = token, log_prob  # ignored in finished rows
+        if place + 1 == limit:
+            break
+        running &= ~torch.isin(token, stop)
+        if (place + 1) % check_every == 0:
+            num_running = int(running.sum())
+            if num_running == 0:
+                break
+            if num_running <= KEEP_FULL * len(rows):
+                kept = _fill_gaps(running, num_running)
+                state.select(kept)
+                rows, token, running = rows[kept], token[kept], running[kept]
+        logits = state.read(token)
+    return _cut_at_stop(tokens, log_probs, stop)
+
+
+def _fill_gaps(running: Tensor, num_running: int) -> Tensor:
+    """Indices of the running rows; the last rows fill the gaps, and all others keep their place."""
+    kept = torch.arange(num_running, device=running.device)
+    kept[~running[:num_running]] = num_running + running[num_running:].nonzero()[:, 0]
+    return kept
+
+
+def _cut_at_stop(tokens: Tensor, log_probs: Tensor, stop: Tensor) -> list[Response]:
+    """Make responses of drawn tokens [T, responses], each up to its first stop token."""
+    if not log_probs.isfinite().all():
+        raise FloatingPointError("cannot sample: the logits are non-finite")
+    stops = torch.isin(tokens, stop)
+    finished = stops.any(0)
+    lengths = torch.where(finished, stops.int().argmax(0) + 1, len(tokens))
+    return [
+        Response(drawn[:length], their_log_probs[:length], ended)
+        for drawn, their_log_probs, length, ended in zip(
+            tokens.T.tolist(), log_probs.T.tolist(), lengths.tolist(), finished.tolist(), strict=True
+        )
+    ]
+
+
+class _DecodingState:
+    """Caches of a policy's modules, and attention mask and last position of each row."""
+
+    def __init__(self, policy: Policy, capacity: int) -> None:
+        self.policy = policy
+        self.capacity = capacity
+        self.caches: list[Any] = [build_cache(module.config, capacity) for module, _ in policy]
+
+    def read_prompts(self, prompts: PaddedSequences, vision: Vision | None) -> Tensor:
+        """Logits [rows, V] after each prompt."""
+        mask = prompts.attention_mask
+        self.length = mask.shape[1]
+        self.mask: Tensor | None = None  # [rows, capacity]; None without padding
+        if not mask.all():
+            self.mask = nn.functional.pad(mask, (0, self.capacity - self.length), value=1)
+        self.axes = prompts.position_ids.shape[:-2]  # () or (3,)
+        self.last_position = prompts.position_ids.amax(-1).reshape(-1, len(mask)).amax(0)
+        return self._forward(prompts.token_ids, prompts.position_ids, prompts.images, vision)
+
+    def read(self, token: Tensor) -> Tensor:
+        """Read one more token [rows]; logits [rows, V] after it."""
+        self.length += 1
+        self.last_position = self.last_position + 1
+        return self._forward(token[:, None], self.last_position[:, None].expand(*self.axes, -1, 1), (), None)
+
+    def _forward(
+        self, token_ids: Tensor, position_ids: Tensor, images: Sequence[bytes], vision: Vision | None
+    ) -> Tensor:
+        total: Tensor | None = None
+        for (module, coefficient), cache in zip(self.policy, self.caches, strict=True):
+            logits = compute_logits(
+                module,
+                token_ids,
+                None if self.mask is None else self.mask[:, : self.length],
+                position_ids,
+                1,
+                vision=vision,
+                features=SeenImages(module, vision.reader).select(images) if vision is not None and images else (),
+                cache=cache,
+            )
+            logits = logits[:, -1].float()
+            if coefficient != 1.0:
+                logits = logits * coefficient
+            total = logits if total is None else total.add_(logits)
+        assert total is not None
+        return total
+
+    def repeat(self, n: int) -> None:
+        if self.mask is not None:
+            self.mask = self.mask.repeat_interleave(n, dim=0)
+        self.last_position = self.last_position.repeat_interleave(n, dim=0)
+        for cache in self.caches:
+            cache.batch_repeat_interleave(n)
+
+    def select(self, rows: Tensor) -> None:
+        if self.mask is not None:
+            self.mask = self.mask[rows]
+        self.last_position = self.last_position[rows]
+        for cache in self.caches:
+            cache.batch_select_indices(rows)
+
+
+class _Drawing:
+    """Draws the next token of each row."""
+
+    def __init__(self, decoding: Decoding, logits: Tensor) -> None:
+        self.decoding = decoding
+        self.forbidden = torch.tensor(list(decoding.forbidden_token_ids), dtype=torch.long, device=logits.device)
+        self.buffer = torch.empty_like(logits) if decoding.temperature > 0 and decoding.top_p >= 1 else None
+
+    def __call__(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [rows] and their log-probabilities, from logits [rows, V], which are overwritten.
+
+        ``uniform`` [rows] are the random numbers in [0, 1), float64.
+        """
+        temperature, top_p = self.decoding.temperature, self.decoding.top_p
+        if len(self.forbidden):
+            logits.index_fill_(-1, self.forbidden, float("-inf"))
+        if temperature == 0.0:
+            return logits.argmax(dim=-1), torch.zeros(len(logits), device=logits.device)
+        if self.buffer is None:
+            return draw_tokens(compute_sampling_log_probs(logits, temperature, top_p).exp_(), uniform)
+        if temperature != 1.0:
+            logits.div_(temperature)
+        return draw_tokens(torch.softmax(logits, dim=-1, out=self.buffer[: len(logits)]), uniform)
+
+
+def draw_tokens(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [rows] drawn in proportion to ``weights`` [rows, V] by inverse transform, and their log-probabilities.
+
+    It finds a block of tokens, then a token in the block. Cumulative sums are short and float64, so large vocabularies
+    cause no bias and tokens of weight 0 are never drawn. NaN weights give NaN log-probabilities.
+
+    Args:
+        uniform: [rows] in [0, 1), float64.
+    """
+    whole = weights.shape[-1] // BLOCK * BLOCK
+    blocks = weights[:, :whole].unflatten(-1, (-1, BLOCK))
+    mass = torch.cat([blocks.sum(-1), weights[:, whole:].sum(-1, keepdim=True)], dim=-1).double()
+    total = mass.sum(-1, keepdim=True)
+    block, rest = _find(mass, uniform[:, None] * total)
+    places = block * BLOCK + torch.arange(BLOCK, device=weights.device)
+    in_block = weights.gather(-1, places.clamp(max=weights.shape[-1] - 1)).double()
+    in_block = in_block.masked_fill_(places >= weights.shape[-1], 0.0)
+    place, _ = _find(in_block, rest)
+    log_prob = (in_block.gather(-1, place) / total).log()
+    token = (block * BLOCK + place).clamp(max=weights.shape[-1] - 1)  # out of range for NaN weights
+    return token[:, 0], log_prob[:, 0].float()
+
+
+def _find(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Index at which the cumulative sum of ``mass`` [rows, K] passes ``target`` [rows, 1], and the remainder.
+
+    The target is clamped below the total, so rounding never selects an entry of mass 0.
+    """
+    cumulative = mass.cumsum(-1)
+    target = torch.minimum(target, cumulative[:, -1:].nextafter(torch.zeros_like(target)))
+    index = torch.searchsorted(cumulative, target, right=True).clamp(max=mass.shape[-1] - 1)
+    before = torch.where(index > 0, cumulative.gather(-1, (index - 1).clamp(min=0)), 0.0)
+    return index, target - before
+
+
+def compute_sampling_log_probs(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Log-probabilities [..., V] of the sampling distribution: temperature, then the nucleus, renormalised.
+
+    The nucleus is the smallest set of most probable tokens with a mass of at least ``top_p``; it is never empty.
+    """
+    log_probs = torch.log_softmax(logits.float() / temperature, dim=-1)
+    if top_p >= 1.0:
+        return log_probs
+    ordered, order = log_probs.sort(dim=-1, descending=True)
+    mass_before = ordered.exp().cumsum(-1) - ordered.exp()
+    outside = torch.zeros_like(log_probs, dtype=torch.bool).scatter(-1, order, mass_before >= top_p)
+    return torch.log_softmax(log_probs.masked_fill(outside, float("-inf")), dim=-1)

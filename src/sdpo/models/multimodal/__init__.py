@@ -1,0 +1,1 @@
+"""Processors, the vision tower, its features."""

@@ -1,0 +1,239 @@
+"""Image features of a vision-language model: the vision tower runs once per distinct image of a batch.
+
+The tower is all layers before the language model: patches, blocks, projector. transformers' models call
+``get_image_features`` in every forward pass; here this call returns precomputed features. The model itself still
+inserts them among the tokens or feeds them to several layers (Qwen3-VL).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from sdpo.errors import UserError
+from sdpo.models.multimodal.processor import ImageReader, TokenPrompt
+
+Precision: TypeAlias = Callable[[], AbstractContextManager[Any]]
+
+# Pixel values per run of the tower; bounds the activations of its backward pass.
+CHUNK_SIZE = 2**22
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """Features of one image, the input of the language model.
+
+    Attributes:
+        tokens: [image tokens, H], or [crops, tokens per crop, H] in models that split images into crops.
+        by_layer: the same for each layer with separate features (Qwen3-VL's deepstack); empty for most models.
+        in_list: whether the model's tower returns a list with an entry per image, or one tensor.
+    """
+
+    tokens: Tensor
+    by_layer: tuple[Tensor, ...]
+    in_list: bool
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.tokens, *self.by_layer)
+
+
+def combine_features(features: Sequence[ImageFeatures]) -> Any:
+    """The output of ``get_image_features`` for these images in this order."""
+    tokens = [each.tokens for each in features]
+    layers = zip(*(each.by_layer for each in features), strict=True)
+    return SimpleNamespace(
+        pooler_output=tokens if features[0].in_list else torch.cat(tokens),
+        deepstack_features=[torch.cat(layer) for layer in layers],
+    )
+
+
+class SeenImages:
+    """Cache of one model's features of distinct images, computed on first use without a graph.
+
+    With ``learning``, the features collect gradients until ``backward`` runs the tower again with a graph, chunk by
+    chunk. So memory holds the activations of one chunk, for any number of sequences and micro-batches with an image.
+
+    Args:
+        model: with the vision tower.
+        reader: of the model's processor.
+        learning: whether the tower is trained.
+        precision: the context of the tower's forward pass, such as autocast.
+    """
+
+    def __init__(
+        self, model: nn.Module, reader: ImageReader, *, learning: bool = False, precision: Precision = nullcontext
+    ) -> None:
+        self._model = model
+        self._reader = reader
+        self._learning = learning
+        self._precision = precision
+        self._features: dict[bytes, ImageFeatures] = {}
+
+    def select(self, images: Sequence[bytes]) -> list[ImageFeatures]:
+        """Features of these images, in this order."""
+        new = dict.fromkeys(image for image in images if image not in self._features)
+        for chunk in _cut(self._reader, new):
+            with torch.no_grad(), self._precision():
+                made = _run_tower(self._model, list(chunk.values()))
+            for features in made if self._learning else ():
+                for tensor in features.tensors():
+                    tensor.requires_grad_()
+            self._features.update(zip(chunk, made, strict=True))
+        return [self._features[image] for image in images]
+
+    def backward(self) -> None:
+        """Propagate the collected gradients through the tower, then clear them."""
+        reached = [
+            image
+            for image, features in self._features.items()
+            if any(tensor.grad is not None for tensor in features.tensors())
+        ]
+        for chunk in _cut(self._reader, reached):
+            with torch.enable_grad(), self._precision():
+                made = _run_tower(self._model, list(chunk.values()))
+            pairs = [
+                (tensor, leaf.grad)
+                for image, features in zip(chunk, made, strict=True)
+                for tensor, leaf in zip(features.tensors(), self._features[image].tensors(), strict=True)
+                if leaf.grad is not None and tensor.requires_grad
+            ]
+            if pairs:
+                torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])
+        self.forget_gradients()
+
+    def forget_gradients(self) -> None:
+        for features in self._features.values():
+            for tensor in features.tensors():
+                tensor.grad = None
+
+
+def _cut(reader: ImageReader, images: Iterable[bytes]) -> list[dict[bytes, Mapping[str, Tensor]]]:
+    chunks: list[dict[bytes, Mapping[str, Tensor]]] = []
+    size = CHUNK_SIZE
+    for image in images:
+        pixels = reader.read_pixels(image)
+        more = sum(tensor.numel() for tensor in pixels.values())
+        if size + more > CHUNK_SIZE:
+            chunks.append({})
+            size = 0
+        chunks[-1][image] = pixels
+        size += more
+    return chunks
+
+
+def _run_tower(model: nn.Module, pixels: Sequence[Mapping[str, Tensor]]) -> list[ImageFeatures]:
+    """Features of each image, from one run of the tower if its output can be split by image."""
+    inner = get_inner_model(model)
+    device = next(model.parameters()).device
+    inputs = {name: _stack([each[name] for each in pixels]).to(device) for name in pixels[0]}
+    settings = {
+        name: getattr(model.config, name)
+        for name in ("vision_feature_layer", "vision_feature_select_strategy")  # of the LLaVA family
+        if name in inspect.signature(inner.get_image_features).parameters
+    }
+    output = inner.get_image_features(**inputs, **settings, return_dict=True)
+    tokens, layers = output.pooler_output, getattr(output, "deepstack_features", None) or ()
+    in_list = not isinstance(tokens, Tensor)
+    if len(tokens) == len(pixels):
+        parts = list(tokens) if in_list else list(tokens.split(1))
+        lengths = [len(part) for part in parts]
+        by_layer = list(zip(*(layer.split(lengths) for layer in layers), strict=True)) or [()] * len(parts)
+        return [ImageFeatures(part, own, in_list) for part, own in zip(parts, by_layer, strict=True)]
+    if len(pixels) > 1:
+        return [_run_tower(model, [each])[0] for each in pixels]
+    return [ImageFeatures(torch.cat(list(tokens)) if in_list else tokens, tuple(layers), in_list)]
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Concatenate along the first axis; pad the other axes with zeros to the largest size."""
+    shape = torch.tensor([tensor.shape[1:] for tensor in tensors]).amax(0).tolist() if tensors[0].dim() > 1 else []
+    padded = []
+    for tensor in tensors:
+        missing = [length - own for length, own in zip(shape, tensor.shape[1:], strict=True)]
+        padding = [number for more in reversed(missing) for number in (0, more)]
+        padded.append(nn.functional.pad(tensor, padding) if any(missing) else tensor)
+    return torch.cat(padded)
+
+
+def get_inner_model(model: nn.Module) -> Any:
+    """The part of a vision-language model that has the vision tower.
+
+    Raises:
+        UserError: the model lacks transformers' common interface for image features.
+    """
+    inner = getattr(model, "model", None)
+    if not hasattr(inner, "get_image_features"):
+        raise UserError(f"model.path: {type(model).__name__} has no model.get_image_features; it is not supported")
+    return inner
+
+
+def get_tower_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters that image features depend on: the inner model without its language model."""
+    inner = get_inner_model(model)
+    return [p for name, p in inner.named_parameters() if not name.startswith("language_model.")]
+
+
+def freeze_tower(model: nn.Module) -> None:
+    """Freeze the vision tower; only the language model and its head are trained.
+
+    Raises:
+        UserError: as ``get_inner_model`` does.
+    """
+    for param in get_tower_parameters(model):
+        param.requires_grad_(False)
+
+
+class Vision:
+    """Image tokens and position ids of a vision-language model.
+
+    Args:
+        model: a transformers model.
+        reader: of the model's processor.
+    """
+
+    def __init__(self, model: nn.Module, reader: ImageReader) -> None:
+        self.reader = reader
+        self._inner = get_inner_model(model)
+        config: Any = model.config
+        self.image_token_id = config.image_token_id
+        self._rope = getattr(self._inner, "get_rope_index", None)
+        self.num_axes = 1 if self._rope is None else 3  # of position ids; 3: time, height, width
+        self.marks_images = "token_type_ids" in inspect.signature(model.forward).parameters
+        # These tokens never occur in text; a model that reads one in a response expects an image.
+        names = ("image_token_id", "video_token_id", "audio_token_id")
+        self.placeholder_ids = [i for name in names if (i := getattr(config, name, None)) is not None]
+
+    def compute_positions(self, prompt: TokenPrompt) -> Tensor:
+        """Position ids [3, L] of a prompt with images, for multimodal rotary positions."""
+        assert self._rope is not None, "only for num_axes > 1"
+        token_ids = torch.tensor([list(prompt.token_ids)])
+        grids = torch.cat([self.reader.read_grid(image) for image in prompt.images])
+        is_image = (token_ids == self.image_token_id).int()
+        positions, _ = self._rope(input_ids=token_ids, mm_token_type_ids=is_image, image_grid_thw=grids)
+        return positions[:, 0]
+
+    def mark_images(self, token_ids: Tensor) -> dict[str, Tensor]:
+        """Extra inputs that mark image tokens, for models in which image tokens attend to each other."""
+        return {"token_type_ids": (token_ids == self.image_token_id).long()} if self.marks_images else {}
+
+
+@contextmanager
+def showing(model: nn.Module, features: Sequence[ImageFeatures]) -> Iterator[dict[str, Any]]:
+    """Make the model's forward passes use these image features; yields extra inputs for them."""
+    if not features:
+        yield {}
+        return
+    inner = get_inner_model(model)
+    combined = combine_features(features)
+    inner.get_image_features = lambda *_, **__: combined
+    try:
+        yield {"pixel_values": combined.pooler_output[0]}  # the model only checks that it is not None
+    finally:
+        del inner.get_image_features

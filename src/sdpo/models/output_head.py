@@ -1,0 +1,93 @@
+"""Describe how a model computes logits from hidden states, so that the loss can compute them in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdpo.errors import UserError
+from sdpo.kernels.chunked_log_probs import LazyLogits
+
+PROBE_LENGTH = 4
+# Added to the logit of a forbidden token: probability 0 in float32, but finite, because a divergence with -inf on both
+# sides is NaN. With a soft-cap c a probability of exp(-c - the largest logit) is left, 1e-20 for Gemma's c = 30.
+FORBIDDEN = -1e4
+
+
+def build_lazy_logits(model: nn.Module, hidden: Tensor, coefficient: float = 1.0) -> LazyLogits:
+    """Logits of a transformers model for hidden states [N, H], before they are computed.
+
+    Args:
+        coefficient: of the logits in a policy that adds several models' logits.
+    """
+    transformer: Any = model
+    head, config = transformer.get_output_embeddings(), transformer.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+    return LazyLogits(
+        hidden if scale == 1.0 else hidden * scale,
+        head.weight,
+        getattr(head, "bias", None),
+        getattr(config, "final_logit_softcapping", None),  # Gemma
+        coefficient,
+    )
+
+
+def forbid_tokens(lazy: LazyLogits, token_ids: Sequence[int]) -> LazyLogits:
+    """Set the probability of some tokens to 0, as a sampler that never draws them does.
+
+    Args:
+        token_ids: of the forbidden tokens; may be empty.
+    """
+    if not token_ids:
+        return lazy
+    bias = torch.zeros(len(lazy.weight), device=lazy.hidden.device)
+    bias[list(token_ids)] = FORBIDDEN
+    return replace(lazy, bias=bias if lazy.bias is None else lazy.bias + bias)
+
+
+def compute_dense_logits(lazy: LazyLogits) -> Tensor:
+    """Compute all logits [N, V] at once; for few tokens."""
+    logits = lazy.hidden @ lazy.weight.to(lazy.hidden.dtype).T
+    if lazy.bias is not None:
+        logits = logits + lazy.bias
+    if lazy.softcap is not None:
+        logits = lazy.softcap * torch.tanh(logits / lazy.softcap)
+    return logits * lazy.coefficient
+
+
+@torch.no_grad()
+def measure_logit_scale(model: nn.Module) -> float:
+    """Measure a model's factor of hidden states that ``build_lazy_logits`` lacks: 1 for nearly all models.
+
+    It compares the model's logits of a few tokens with those of ``build_lazy_logits``.
+
+    Raises:
+        UserError: the logits are not proportional, so the model computes them in an unsupported way.
+    """
+    transformer: Any = model
+    device = next(model.parameters()).device
+    if device.type == "meta":  # a model without weights, used for counting
+        return 1.0
+    token_ids = torch.arange(PROBE_LENGTH, device=device)[None]
+    was_training = model.training
+    model.eval()
+    hidden = transformer.base_model(input_ids=token_ids, use_cache=False).last_hidden_state[0]
+    logits = transformer(input_ids=token_ids, use_cache=False).logits[0].float()
+    model.train(was_training)
+    plain = compute_dense_logits(build_lazy_logits(model, hidden)).float()
+    scale = float((logits * plain).sum() / plain.square().sum())
+    tolerance = 1e-3 if hidden.dtype == torch.float32 else 0.05
+    if abs(scale - 1.0) < tolerance:
+        scale = 1.0
+    difference = (compute_dense_logits(build_lazy_logits(model, hidden * scale)).float() - logits).abs().max()
+    if not float(difference) <= tolerance * float(logits.abs().max()):
+        raise UserError(
+            f"model.path: {type(model).__name__} computes logits from hidden states in an unsupported way "
+            f"(difference {float(difference):.2g})"
+        )
+    return scale

@@ -1,0 +1,1 @@
+"""Metric names, confidence intervals, health checks, progress."""

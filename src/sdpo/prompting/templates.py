@@ -1,0 +1,76 @@
+"""The teacher's prompt as messages: the student's prompt with the demonstration and the feedback written into it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from sdpo.config import SelfDistillationConfig
+from sdpo.errors import UserError
+from sdpo.prompting.demonstrations import Demonstration, is_blank
+
+Message: TypeAlias = dict[str, Any]
+"""``role`` and ``content``; the content is a string, or a list of parts such as ``{"type": "text", "text": ...}`` and
+``{"type": "image", ...}``."""
+
+
+def build_teacher_messages(
+    prompt: Sequence[Message], demonstration: Demonstration, config: SelfDistillationConfig
+) -> list[Message]:
+    """The messages of the teacher's prompt.
+
+    The last user message is rewritten by ``reprompt_template``, where ``{prompt}`` stands for its whole original
+    content; all other messages stay as they are. Content in parts stays in parts: the template's text before
+    ``{prompt}``, the original parts in their order, images included, and the text after. A missing or blank solution
+    or feedback takes its section with it; an empty demonstration leaves the messages unchanged.
+
+    Placeholders are replaced in a single pass over the template, so that braces in a prompt, a solution or a feedback
+    mean nothing, and so do a template's braces around anything but its placeholders (``{{`` is two braces).
+
+    The messages passed in are not modified. The same messages as in the official code (lasgroup/SDPO), which keeps the
+    system messages only, formats with ``str.format`` and rejects content in parts.
+
+    Raises:
+        UserError: there is no user message, or its content is neither a string nor a list, or the template repeats
+            ``{prompt}`` although the content is in parts, whose images must not be repeated.
+    """
+    messages = list(prompt)
+    if demonstration.is_empty:
+        return messages
+    last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
+    if last_user is None:
+        raise UserError(
+            "prompt: has no user message for the teacher's demonstration to stand in; add one with role 'user'"
+        )
+    content = _rewrite(messages[last_user]["content"], demonstration, config)
+    messages[last_user] = {**messages[last_user], "content": content}
+    return messages
+
+
+def _rewrite(content: Any, demonstration: Demonstration, config: SelfDistillationConfig) -> str | list[Any]:
+    sections = {
+        "solution": _section(config.solution_template, "successful_previous_attempt", demonstration.solution),
+        "feedback": _section(config.feedback_template, "feedback_raw", demonstration.feedback),
+    }
+    texts = [_substitute(text, sections) for text in config.reprompt_template.split("{prompt}")]
+    if isinstance(content, str):
+        return content.join(texts)
+    if not isinstance(content, (list, tuple)):
+        raise UserError(f"prompt: a message's content must be a string or a list of parts, got {content!r}")
+    if len(texts) > 2:
+        raise UserError(
+            "self_distillation.reprompt_template repeats {prompt}, which would repeat the images of a prompt; keep one"
+        )
+    before, after = ([{"type": "text", "text": text}] if text else [] for text in texts)
+    return [*before, *content, *after]
+
+
+def _section(template: str, placeholder: str, text: str | None) -> str:
+    return "" if text is None or is_blank(text) else _substitute(template, {placeholder: text})
+
+
+def _substitute(template: str, values: Mapping[str, str]) -> str:
+    # One pass: a value that contains a placeholder of another must reach the teacher as it is.
+    names = "|".join(map(re.escape, values))
+    return re.sub(rf"\{{({names})\}}", lambda match: values[match.group(1)], template)

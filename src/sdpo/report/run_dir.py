@@ -1,0 +1,159 @@
+"""A run folder, read back: what the run measured and how it was set."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from sdpo.errors import UserError
+from sdpo.observability.health_callback import ALARMS_FILE
+from sdpo.observability.metrics import STEP, find_accuracies
+
+METRICS_FILE = "metrics.jsonl"
+RUN_FILE = "run.yaml"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run: a row of metrics a step, in order, its settings by dotted key, and the alarms that it raised."""
+
+    name: str
+    path: Path
+    rows: Sequence[Mapping[str, float]]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    alarms: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def last_step(self) -> int:
+        return int(self.rows[-1][STEP])
+
+    def series(self, metric: str) -> tuple[list[int], list[float]]:
+        """Steps and values of the rows that have the metric; NaN and infinities are kept."""
+        rows = [row for row in self.rows if metric in row]
+        return [int(row[STEP]) for row in rows], [row[metric] for row in rows]
+
+    def final(self, metric: str) -> float | None:
+        """The last value, even where it is NaN: a run that broke must not look whole."""
+        return next(reversed(self.series(metric)[1]), None)
+
+    def best(self, metric: str) -> float | None:
+        """The highest finite value."""
+        return max(filter(math.isfinite, self.series(metric)[1]), default=None)
+
+    def accuracies(self) -> dict[str, str]:
+        return find_accuracies(name for row in self.rows for name in row)
+
+
+def read_run(path: str | Path) -> RunRecord:
+    """Read one run folder.
+
+    Raises:
+        UserError: the folder or its ``metrics.jsonl`` is missing, empty or broken; the line is named.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such run folder; give the run_dir of a run")
+    metrics_file = path / METRICS_FILE
+    if not metrics_file.is_file():
+        raise UserError(f"{path}: no {METRICS_FILE} in it, so not a run folder or a run that has not begun")
+    rows = _read_rows(metrics_file)
+    if not rows:
+        raise UserError(f"{metrics_file}: no metrics in it yet; wait for the run's first step")
+    settings = _read_settings(path / RUN_FILE)
+    alarms = _read_alarms(path / ALARMS_FILE, last_step=int(rows[-1][STEP]))
+    return RunRecord(str(settings.get("tracking.name") or path.resolve().name), path, rows, settings, alarms)
+
+
+def read_runs(paths: Sequence[str | Path]) -> list[RunRecord]:
+    """Read several run folders, each once, and give them names that differ."""
+    folders: dict[Path, Path] = {}
+    for path in paths:
+        folders.setdefault(Path(path).resolve(), Path(path))
+    return _tell_apart([read_run(folder) for folder in folders.values()])
+
+
+def _tell_apart(records: list[RunRecord]) -> list[RunRecord]:
+    """Runs that share a name are called by as much of the end of their path as differs."""
+    count = Counter(record.name for record in records)
+    twins = {id(record): record.path.resolve().parts for record in records if count[record.name] > 1}
+    length = 1
+    while len({parts[-length:] for parts in twins.values()}) < len(twins):
+        length += 1
+    return [
+        replace(record, name=Path(*twins[id(record)][-length:]).as_posix()) if id(record) in twins else record
+        for record in records
+    ]
+
+
+def _read_rows(path: Path) -> list[dict[str, float]]:
+    lines = path.read_text(encoding="utf-8", errors="replace").rstrip().split("\n")
+    rows: list[dict[str, float]] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            content = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # the run is writing it now, or was stopped while it did
+                break
+            raise UserError(f"{path}:{number}: not a JSON object ({error.msg}); mend or remove the line") from None
+        _append(rows, _to_row(content, f"{path}:{number}"))
+    return rows
+
+
+def _to_row(content: Any, where: str) -> dict[str, float]:
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: not a JSON object; mend or remove the line")
+    if isinstance(content.get("data"), dict):  # verl's own form of a row
+        content = {STEP: content.get("step"), **content["data"]}
+    row = {name: float(value) for name, value in content.items() if isinstance(value, (int, float))}
+    if not math.isfinite(row.get(STEP, math.nan)):
+        raise UserError(f"{where}: no number under {STEP}; mend or remove the line")
+    return row
+
+
+def _read_alarms(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """Alarms up to the last step; a line that a killed run left half written is none."""
+    alarms = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            alarm = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(alarm, dict) and isinstance(alarm.get("step"), int) and alarm["step"] <= last_step:
+            alarms.append(alarm)
+    return alarms
+
+
+def _append(rows: list[dict[str, float]], row: dict[str, float]) -> None:
+    # A resumed run goes back to its checkpoint: what the first attempt did after it is no longer part of the run.
+    while rows and rows[-1][STEP] > row[STEP]:
+        rows.pop()
+    if rows and rows[-1][STEP] == row[STEP]:
+        row = {**rows.pop(), **row}
+    rows.append(row)
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    from omegaconf import OmegaConf
+
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except Exception as error:  # yaml raises its own family of errors
+        raise UserError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
+    return dict(_flatten(content)) if isinstance(content, dict) else {}
+
+
+def _flatten(settings: Mapping[Any, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,97 @@
+"""Graders that are coroutine functions: many wait side by side, on an event loop in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import inspect
+import threading
+import time
+from collections.abc import Callable
+
+from sdpo.errors import UserError
+from sdpo.rewards.base import Grade, Row, Task, parse_grade
+from sdpo.rewards.scoring import GraderTimeout, GradingFailed, describe_timeout, name_failure, name_row
+
+# Seconds beyond the timeout after which the loop itself is taken to be blocked.
+PATIENCE = 2.0
+
+
+def is_asynchronous(task: Task) -> bool:
+    """Whether the task's ``grade`` must be awaited."""
+    return inspect.iscoroutinefunction(task.grade)
+
+
+class AsyncGrader:
+    """Grades by a task whose ``grade`` is a coroutine function; safe in every thread, any number at once.
+
+    A coroutine that takes too long is cancelled. One that blocks cannot be; then the loop is left behind with all that
+    waits on it, and the next response gets another one.
+
+    Args:
+        task: what grades.
+        timeout: seconds that one response may take; None for no limit.
+    """
+
+    def __init__(self, task: Task, timeout: float | None) -> None:
+        self._task = task
+        self._timeout = timeout
+        self._starting = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def grade(self, row: Row, response: str) -> Grade:
+        """Grade one response.
+
+        Raises:
+            GradingFailed, UserError: as ``grade_once`` does.
+        """
+        return self.begin(row, response)()
+
+    def begin(self, row: Row, response: str) -> Callable[[], Grade]:
+        """Start to grade one response; what is returned waits for the grade, and raises as ``grade`` does."""
+        loop = self._get_loop()
+        future = asyncio.run_coroutine_threadsafe(self._grade(row, response), loop)
+        end = None if self._timeout is None else time.monotonic() + self._timeout + PATIENCE
+
+        def finish() -> Grade:
+            try:
+                return future.result(None if end is None else max(0.0, end - time.monotonic()))
+            except concurrent.futures.TimeoutError:
+                assert self._timeout is not None
+                self._leave(loop)
+                reason = f"{describe_timeout(self._timeout)}, and it blocks the event loop"
+                raise GradingFailed(f"{name_row(row)}: {reason}", GraderTimeout.__name__) from None
+
+        return finish
+
+    async def _grade(self, row: Row, response: str) -> Grade:
+        async def attempt() -> Grade | BaseException:
+            try:
+                return parse_grade(await self._task.grade(row, response))
+            except (Exception, SystemExit) as error:  # a SystemExit would end the loop
+                return error
+
+        call = asyncio.ensure_future(attempt())
+        done, _ = await asyncio.wait({call}, timeout=self._timeout)
+        if not done:
+            call.cancel()
+            outcome: Grade | BaseException = GraderTimeout()
+        else:
+            outcome = asyncio.CancelledError() if call.cancelled() else call.result()
+        if isinstance(outcome, Grade):
+            return outcome
+        if isinstance(outcome, UserError):
+            raise outcome
+        raise name_failure(outcome, self._task, row, self._timeout) from outcome
+
+    def _get_loop(self) -> asyncio.AbstractEventLoop:
+        with self._starting:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, name="graders", daemon=True).start()
+            return self._loop
+
+    def _leave(self, loop: asyncio.AbstractEventLoop) -> None:
+        with self._starting:
+            if self._loop is loop:
+                self._loop = None

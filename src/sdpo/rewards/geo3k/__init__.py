@@ -1,0 +1,1 @@
+"""Geometry3k: data and reward."""

@@ -1,0 +1,230 @@
+"""Geometry3k: the data, as parquet files in verl's schema. ``geo3k.py`` grades."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sdpo.errors import UserError
+from sdpo.observability.progress import Observer, Silent
+from sdpo.prompting.images import TAG, open_image
+
+DATA_SOURCE = "hiyouga/geometry3k"
+SPLITS = ("train", "test")
+COLUMNS = ("images", "problem", "answer")
+# Word for word that of verl's example, so that runs can be compared.
+INSTRUCTION = (
+    r"You FIRST think about the reasoning process as an internal monologue and then provide the final answer. "
+    r"The reasoning process MUST BE enclosed within <think> </think> tags. "
+    r"The final answer MUST BE put in \boxed{}."
+)
+BATCH_ROWS = 64  # held in memory at a time, images and all
+
+
+def prepare(out: str | Path, source: str | Path = DATA_SOURCE, observer: Observer | None = None) -> dict[str, int]:
+    """Write ``train.parquet`` and ``test.parquet``.
+
+    Both are made beside the folder and renamed into it when complete; files of those names are replaced. Images keep
+    the bytes they have in the source. A row that cannot be used is named to the observer and left out.
+
+    Args:
+        out: folder for the files; made if it is not there.
+        source: a data set's name on the Hugging Face hub; or a folder, either one of parquet files named by split, such
+            as a clone of that data set, or one written by ``DatasetDict.save_to_disk``.
+        observer: told the progress, each row left out, and how many rows each split has.
+
+    Returns:
+        Rows written, by split.
+
+    Raises:
+        UserError: ``datasets`` is not installed; the source cannot be loaded, or lacks a split or a column;
+            no row of a split can be used; the folder cannot be written, or is the source.
+    """
+    target = Path(os.path.expanduser(out))
+    observer = observer or Silent()
+    folder = os.path.expanduser(source)
+    if os.path.isdir(target) and os.path.isdir(folder) and os.path.samefile(target, folder):
+        raise UserError(f"{target}: is the source itself; name another folder for the files")
+    if os.path.exists(target) and not os.path.isdir(target):
+        raise UserError(f"{target}: is no folder; name another")
+    splits = _load(str(source))
+    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        counts = {split: _write(splits[split], split, partial / f"{split}.parquet", observer) for split in SPLITS}
+        target.mkdir(exist_ok=True)
+        for split in SPLITS:
+            os.replace(partial / f"{split}.parquet", target / f"{split}.parquet")
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror or error}); name another folder") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return counts
+
+
+def build_row(record: dict[str, Any], split: str, index: int) -> dict[str, Any]:
+    """A row in verl's schema.
+
+    Args:
+        record: the source's row as it is stored; each of its images is ``{"bytes": ..., "path": ...}``.
+        split, index: where the row stands in the source.
+
+    Raises:
+        ValueError: the row cannot be used; says why.
+    """
+    problem, answer = (_get_text(record, column) for column in ("problem", "answer"))
+    images = [_read_image(image, f"image {i + 1}") for i, image in enumerate(record["images"] or [])]
+    if not images:
+        raise ValueError("no image")
+    if (tags := problem.count(TAG)) != len(images):
+        raise ValueError(f"{tags} {TAG} tags in the problem for {len(images)} images")
+    return {
+        "data_source": DATA_SOURCE,
+        "prompt": [{"role": "user", "content": f"{problem} {INSTRUCTION}"}],
+        "images": images,
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": answer},
+        "extra_info": {"split": split, "index": index, "answer": answer, "question": problem},
+    }
+
+
+def _get_text(record: dict[str, Any], column: str) -> str:
+    text = record[column]
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"no {column}")
+    return text
+
+
+def _read_image(image: dict[str, Any] | None, which: str) -> dict[str, Any]:
+    path = (image or {}).get("path")
+    data = (image or {}).get("bytes")
+    if data is None and path:
+        try:
+            data = Path(path).read_bytes()
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            raise ValueError(f"{which}: {path} cannot be read") from error
+    if not data:
+        raise ValueError(f"{which} is empty")
+    try:
+        open_image(data, max_pixels=2**62)
+    except UserError as error:
+        raise ValueError(f"{which} is {error}") from error
+    return {"bytes": data, "path": os.path.basename(path) if path else None}
+
+
+def _write(rows: Any, split: str, file: Path, observer: Observer) -> int:
+    import pyarrow.parquet as pq
+
+    written, skipped = 0, 0
+    batch: list[dict[str, Any]] = []
+    schema = _build_schema()
+
+    def flush() -> None:
+        import pyarrow as pa
+
+        nonlocal written
+        writer.write_table(pa.Table.from_pylist(batch, schema=schema))
+        written += len(batch)
+        batch.clear()
+
+    with pq.ParquetWriter(file, schema) as writer:
+        for index, record in enumerate(_iterate(rows, split)):
+            try:
+                batch.append(build_row(record, split, index))
+            except ValueError as error:
+                observer.message(f"{split} row {index} is left out: {error}")
+                skipped += 1
+            if len(batch) == BATCH_ROWS:
+                flush()
+            observer.progress(f"reading {split}", index + 1, len(rows))
+        flush()
+    if not written:
+        raise UserError(f"split {split!r}: no row of {len(rows)} can be used; name another data set with --source")
+    observer.message(f"{split}: {written} rows" + (f", {skipped} left out" if skipped else ""))
+    return written
+
+
+def _iterate(rows: Any, split: str) -> Iterator[dict[str, Any]]:
+    from pyarrow import ArrowException
+
+    try:
+        # In Arrow tables images are still bytes; a cast to undecoded images would write a copy beside the source.
+        for table in rows.with_format("arrow").iter(BATCH_ROWS):
+            yield from table.to_pylist()
+    except (ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"split {split!r} is damaged ({reason}); make it again, or name another by --source") from error
+
+
+def _build_schema() -> Any:
+    """As ``datasets`` writes it, so that it reads the images back as images."""
+    from datasets import Features, Image, Sequence, Value
+
+    text = Value("string")
+    return Features(
+        {
+            "data_source": text,
+            "prompt": [{"role": text, "content": text}],
+            "images": Sequence(Image()),
+            "ability": text,
+            "reward_model": {"style": text, "ground_truth": text},
+            "extra_info": {"split": text, "index": Value("int64"), "answer": text, "question": text},
+        }
+    ).arrow_schema
+
+
+def _load(source: str) -> dict[str, Any]:
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise UserError(f"Geometry3k's data needs {error.name}; install it: pip install 'sdpo[geo3k]'") from error
+    import pyarrow as pa
+
+    folder = os.path.expanduser(source)
+    is_local = os.path.isdir(folder)
+    if not is_local and (os.path.exists(folder) or source.startswith(("/", ".", "~")) or source.count("/") > 1):
+        raise UserError(f"--source {source}: no such folder; it must hold parquet files named by split")
+    is_saved = any(os.path.isfile(os.path.join(folder, name)) for name in ("dataset_dict.json", "state.json"))
+    try:
+        with _quiet_datasets():
+            if is_saved:
+                splits = datasets.load_from_disk(folder)
+            else:
+                splits = datasets.load_dataset(folder if is_local else source)
+    except Exception as error:  # of datasets, of the hub's client and of what that stands on; they share no base
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        advice = "name another by --source" if is_local else "without a connection name a local copy by --source"
+        raise UserError(f"--source {source}: cannot be loaded ({reason}); {advice}") from error
+    if not isinstance(splits, datasets.DatasetDict):
+        raise UserError(f"--source {source}: is a single split; it must have {' and '.join(SPLITS)}")
+    for split in SPLITS:
+        if split not in splits:
+            raise UserError(f"--source {source}: has no split {split!r}, only {', '.join(map(str, splits))}")
+        missing = [column for column in COLUMNS if column not in splits[split].column_names]
+        if missing:
+            has = ", ".join(splits[split].column_names)
+            raise UserError(f"--source {source}: split {split!r} has no column {missing[0]!r}, only {has}")
+        stored = splits[split].features.arrow_schema.field("images").type
+        if stored != pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()})):
+            raise UserError(f"--source {source}: column 'images' of split {split!r} is {stored}, not a list of images")
+    return {split: splits[split].select_columns(list(COLUMNS)) for split in SPLITS}
+
+
+@contextlib.contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Without its bars, which would break the observer's own, and its log: what goes wrong is our one line."""
+    import datasets
+
+    had_bars, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if had_bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,73 @@
+"""Graders go wrong: one that raises, hangs or returns no score costs that response its grade, and is counted."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+from sdpo.config import DataConfig
+from sdpo.errors import UserError
+from sdpo.observability.progress import Observer
+from sdpo.rewards.async_scoring import AsyncGrader, is_asynchronous
+from sdpo.rewards.base import Grade, Row, Task
+from sdpo.rewards.scoring import GradingFailed, grade_once
+
+FAILED = Grade(math.nan)
+
+
+class Grader:
+    """A task's ``grade``, whose failures are survived, told and counted.
+
+    Coroutine functions grade all responses of a step side by side, others one after the other. A failure is an
+    exception (``SystemExit`` too), a call longer than ``data.grader_timeout``, or a return value that
+    ``parse_grade`` refuses. A ``UserError`` is none: it is the task's way to refuse its data, and ends the run.
+
+    Args:
+        task: what grades.
+        config: its name, the timeout and the share of failures that a run survives.
+        observer: told of the first failure of each kind; a kind is a type of exception at a line of the grader.
+
+    Attributes:
+        num_failures: so far.
+    """
+
+    def __init__(self, task: Task, config: DataConfig, observer: Observer) -> None:
+        self._begin = _choose_begin(task, config.grader_timeout)
+        self._config = config
+        self._observer = observer
+        self._told: set[str] = set()
+        self.num_failures = 0
+
+    def grade(self, responses: Sequence[tuple[Row, str]]) -> list[Grade]:
+        """A grade for each response to a row, in their order; the score of a failed one is NaN.
+
+        Raises:
+            UserError: more than ``data.max_grader_failures`` of them have failed; the rest is not graded.
+        """
+        grades = []
+        num_failed = 0
+        for finish in [self._begin(row, response) for row, response in responses]:
+            try:
+                grades.append(finish())
+            except GradingFailed as failure:
+                grades.append(FAILED)
+                num_failed += 1
+                self.num_failures += 1
+                if num_failed > self._config.max_grader_failures * len(responses):
+                    raise UserError(
+                        f"data.task: {self._config.task}: grading failed for {num_failed} of the {len(grades)} "
+                        f"responses graded so far, of {len(responses)} in all, which is more than "
+                        f"data.max_grader_failures={self._config.max_grader_failures:g}; the last: {failure}"
+                    ) from failure.__cause__
+                if failure.kind not in self._told:
+                    self._told.add(failure.kind)
+                    self._observer.message(f"data.task: grading failed, which costs that response: {failure}")
+        return grades
+
+
+def _choose_begin(task: Task, timeout: float | None) -> Callable[[Row, str], Callable[[], Grade]]:
+    """What begins to grade a response, and gives what ends it: the whole call, where ``grade`` is no coroutine."""
+    if is_asynchronous(task):
+        return AsyncGrader(task, timeout).begin
+    return lambda row, response: functools.partial(grade_once, task, row, response, timeout)

@@ -1,0 +1,199 @@
+"""From a run to the parts that the loop works with. Everything that can be refused is refused here, before training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+from sdpo.config import Run, flatten_keys
+from sdpo.errors import UserError
+from sdpo.models.generation.sampling import Decoding
+from sdpo.models.loading import (
+    count_embeddings,
+    get_stop_token_ids,
+    get_window,
+    load_model,
+    load_tokenizer,
+    require_same_vocabulary,
+    resolve_device,
+)
+from sdpo.models.lora.adapters import require_peft
+from sdpo.models.multimodal.processor import load_reader
+from sdpo.models.multimodal.vision_tower import Vision, freeze_tower
+from sdpo.observability.health import HealthMonitor
+from sdpo.observability.health_callback import Guard
+from sdpo.observability.progress import Observer
+from sdpo.prompting.tokenization import Tokenizer
+from sdpo.rewards.base import load_task, prepare_task
+from sdpo.rewards.manager import Grader
+from sdpo.trainer.actor.actor import Learner
+from sdpo.trainer.checkpoint.resume import Resumption, find_resumption
+from sdpo.trainer.checkpoint.state import (
+    compute_fingerprint,
+    load_student,
+    load_teacher_module,
+    set_random_states,
+)
+from sdpo.trainer.data.prompts import Prompt, PromptOrder, load_prompts
+from sdpo.trainer.evaluator import Evaluator
+from sdpo.trainer.logging.run_dir import RunFolder, require_idle
+from sdpo.trainer.rollout.sampler import LocalSampler, ProcessSampler, Sampler, TransformersEngine
+from sdpo.trainer.rollout.vllm_engine import VllmEngine, require_vllm
+from sdpo.trainer.rollout.weight_sync import copy_parameters
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a run, built and checked.
+
+    ``tokenizer`` writes chats, images included; ``processing`` is what a checkpoint needs beside the weights.
+    """
+
+    grader: Grader
+    tokenizer: Tokenizer
+    processing: PreTrainedTokenizerBase | ProcessorMixin
+    prompts: list[Prompt]
+    order: PromptOrder
+    learner: Learner
+    sampler: Sampler
+    evaluator: Evaluator
+    folder: RunFolder
+    guard: Guard
+    window: int | None
+    resumption: Resumption | None
+    data: str
+    num_devices: int
+    observer: Observer
+
+    def prompts_of(self, step: int) -> list[Prompt]:
+        return [self.prompts[i] for i in self.order.batch(step)]
+
+
+def build_parts(run: Run, observer: Observer) -> Parts:
+    """Prepare the task's files if it makes its own, load everything, open the run folder.
+
+    Raises:
+        UserError: see the functions called here.
+    """
+    if run.verl:
+        observer.message(f"without effect here: verl.{', verl.'.join(flatten_keys(run.verl))}")
+    if run.learner.num_threads is not None:
+        torch.set_num_threads(run.learner.num_threads)
+    torch.manual_seed(run.seed)
+    require_idle(Path(run.run_dir))
+    resumption = find_resumption(run, observer)
+    learner_device = resolve_device(run.learner.device, "learner.device")
+    sampler_device = resolve_device(run.sampler.device, "sampler.device")
+    if run.sampler.engine == "vllm":
+        require_vllm(sampler_device)
+    if run.lora.rank:
+        require_peft()
+    task = load_task(run.data.task, run.data.task_args)
+    prepare_task(task, observer)
+    grader = Grader(task, run.data, observer)
+    text_tokenizer = load_tokenizer(run.model)
+    reader = load_reader(run.model, run.data.max_pixels)
+    tokenizer: Tokenizer = reader or text_tokenizer
+    if reader is not None and run.sampler.engine == "vllm":
+        raise UserError("sampler.engine=vllm does not sample from models that read images yet; use transformers")
+    student = load_student(run, resumption.checkpoint if resumption else None, learner_device)
+    vision = Vision(student, reader) if reader is not None else None
+    if run.learner.freeze_vision:
+        if vision is None:
+            raise UserError("learner.freeze_vision=true, but the model has no image tower; remove it")
+        freeze_tower(student)
+    require_same_vocabulary(student, text_tokenizer, run.model.path)
+    window = get_window(student)
+    prompts = load_prompts(run.data.train_files, "data.train_files", run, tokenizer, window, observer)
+    held_out = load_prompts(run.data.val_files, "data.val_files", run, tokenizer, window, observer)
+    _require_known_tokens([*prompts, *held_out], count_embeddings(student))
+    decoding = Decoding(
+        n=run.sampler.n,
+        max_new_tokens=run.sampler.max_response_length,
+        temperature=run.sampler.temperature,
+        top_p=run.sampler.top_p,
+        batch_size=run.sampler.batch_size,
+        stop_token_ids=get_stop_token_ids(student, text_tokenizer),
+        pad_token_id=int(text_tokenizer.pad_token_id),
+        forbidden_token_ids=vision.placeholder_ids if vision is not None else (),
+        dtype=getattr(torch, run.sampling_dtype) if run.sampling_dtype != run.model.dtype else None,
+    )
+    learner = Learner(student, run, decoding.pad_token_id, vision, observer.message)
+    data = compute_fingerprint(prompts)
+    if resumption is not None:
+        _restore(learner, run, resumption, data)
+    folder = RunFolder(run, observer, resumption.step if resumption else None)
+    guard = Guard(HealthMonitor(run.health), learner, folder.log_alarm, observer)
+    if resumption is not None:
+        guard.load_state_dict(resumption.state.guard)
+    sampler = _build_sampler(run, student, decoding, sampler_device, window, vision, observer)
+    return Parts(
+        grader=grader,
+        tokenizer=tokenizer,
+        processing=reader.processor if reader is not None else text_tokenizer,
+        prompts=prompts,
+        order=PromptOrder(len(prompts), run.data.train_batch_size, shuffle=run.data.shuffle, seed=run.seed),
+        learner=learner,
+        sampler=sampler,
+        evaluator=Evaluator(run, grader, tokenizer, held_out[: run.eval.max_prompts], decoding, window, vision),
+        folder=folder,
+        guard=guard,
+        window=window,
+        resumption=resumption,
+        data=data,
+        num_devices=len({learner_device, sampler_device}),
+        observer=observer,
+    )
+
+
+def _restore(learner: Learner, run: Run, resumption: Resumption, data: str) -> None:
+    state = resumption.state
+    if state.data != data:
+        raise UserError(
+            "data.train_files: other rows than when the run began; restore them or begin in another run_dir"
+        )
+    if learner.initial is not None and not run.lora.rank:  # which was made from the student as it is now
+        copy_parameters(dict(load_model(run.model, learner.device).named_parameters()), learner.initial)
+    is_saved = (resumption.checkpoint / "teacher").is_dir()
+    teacher = load_teacher_module(run, resumption.checkpoint, learner.device) if is_saved else None
+    learner.load_state_dict(state.learner, teacher)
+    set_random_states(state.random)
+
+
+def _require_known_tokens(prompts: list[Prompt], num_embeddings: int) -> None:
+    for prompt in prompts:
+        largest = max(prompt.token_ids, default=0)
+        if largest >= num_embeddings:
+            raise UserError(
+                f"{prompt.row.origin}: its prompt has token {largest}, and the model of model.path embeddings of "
+                f"{num_embeddings}; its tokenizer's files and its weights do not belong together"
+            )
+
+
+def _build_sampler(
+    run: Run,
+    student: PreTrainedModel,
+    decoding: Decoding,
+    device: torch.device,
+    window: int | None,
+    vision: Vision | None,
+    observer: Observer,
+) -> Sampler:
+    threads, config = run.sampler.num_threads, replace(run.model, dtype=run.sampling_dtype)
+    if run.sampler.engine == "vllm":
+        needed = run.data.max_prompt_length + run.sampler.max_response_length
+        max_length = needed if window is None else min(needed, window)
+        build_vllm = partial(VllmEngine, config, decoding, device, max_length, run.sampler.kv_cache_gib)
+        if run.staleness == 1:
+            return ProcessSampler(student, build_vllm, threads, True, run.sampler.max_restarts, observer.message)
+        return LocalSampler(build_vllm(), probes=True)
+    build_engine = partial(TransformersEngine.from_config, config, decoding, device, run.data.max_pixels)
+    if run.staleness == 1:
+        return ProcessSampler(student, build_engine, threads, False, run.sampler.max_restarts, observer.message)
+    if device != student.device:
+        return LocalSampler(build_engine())
+    return LocalSampler(TransformersEngine(student, decoding, vision, is_student=True))

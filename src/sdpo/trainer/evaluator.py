@@ -1,0 +1,133 @@
+"""Held-out accuracy of the student, and of the teacher as it is prompted in training."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from sdpo.algorithm.teacher import Policy, Teacher
+from sdpo.config import Run
+from sdpo.models.generation.sampling import Decoding, sample_responses
+from sdpo.models.multimodal.processor import TokenPrompt
+from sdpo.models.multimodal.vision_tower import Vision
+from sdpo.observability.confidence import ClusteredMean, name_interval
+from sdpo.observability.metrics import (
+    VAL_GRADER_FAILURES,
+    teacher_gain_name,
+    teacher_prompted_name,
+    teacher_val_name,
+    val_name,
+)
+from sdpo.prompting.demonstrations import GradedResponse, select_demonstrations
+from sdpo.prompting.tokenization import Tokenizer, encode_teacher_prompt
+from sdpo.rewards.manager import Grader
+from sdpo.trainer.data.prompts import Prompt
+from sdpo.trainer.data.samples import grade_responses
+
+# Evaluation draws the same noise every time, so that two of them differ by the weights alone.
+SEED = 20_601_20_802
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Grades greedy and sampled responses to held-out prompts."""
+
+    run: Run
+    grader: Grader
+    tokenizer: Tokenizer
+    prompts: Sequence[Prompt]
+    decoding: Decoding
+    window: int | None
+    vision: Vision | None = None
+
+    def evaluate(self, student: nn.Module, teacher: Teacher | None) -> dict[str, float]:
+        """Accuracy by data source: ``mean@1`` greedy, ``mean@n`` and ``best@n/mean`` (pass@n) of ``eval.n`` samples.
+
+        Responses that could not be graded are left out and counted.
+        """
+        config = self.run.eval
+        failures_before = self.grader.num_failures
+        policy: Policy = [(student, 1.0)]
+        greedy = self._respond(policy, n=1, temperature=0.0)
+        values = _mean_by_source(self.prompts, greedy, lambda source: val_name(source, "mean@1"))
+        shown = greedy
+        if config.n > 0:
+            shown = self._respond(policy, n=config.n, temperature=config.temperature)
+            best = _best_of_groups(shown, config.n)
+            values |= _mean_by_source(self.prompts, shown, lambda source: val_name(source, f"mean@{config.n}"))
+            values |= _mean_by_source(self.prompts, best, lambda source: val_name(source, f"best@{config.n}/mean"))
+        if teacher is not None and config.teacher:
+            values |= self._evaluate_teacher(teacher.policy(student), shown, greedy)
+        return values | {VAL_GRADER_FAILURES: self.grader.num_failures - failures_before}
+
+    def _respond(self, policy: Policy, n: int, temperature: float) -> list[GradedResponse]:
+        decoding = replace(self.decoding, n=n, temperature=temperature, top_p=self.run.eval.top_p)
+        responses = sample_responses(policy, [p.tokens for p in self.prompts], decoding, SEED, self.vision)
+        return grade_responses(self.grader, self.tokenizer, self.prompts, responses)
+
+    def _evaluate_teacher(
+        self, policy: Policy, shown: Sequence[GradedResponse], greedy: Sequence[GradedResponse]
+    ) -> dict[str, float]:
+        """Greedy accuracy of the teacher, shown what training would show it of the student's responses.
+
+        The first response of each prompt that gets a demonstration or feedback speaks for its prompt. Its gain is over
+        the student's greedy responses to the same prompts.
+        """
+        config = self.run.self_distillation
+        demonstrations = select_demonstrations(shown, config, random.Random(SEED))
+        contexts: dict[int, TokenPrompt] = {}
+        for response, demonstration in zip(shown, demonstrations, strict=True):
+            group = int(response.group)
+            if group in contexts or demonstration.is_empty:
+                continue
+            room = None if self.window is None else self.window - self.decoding.max_new_tokens
+            encoded = encode_teacher_prompt(
+                self.tokenizer, self.prompts[group].row.prompt, demonstration, config, max_length=room
+            )
+            if encoded.token_ids is not None:
+                contexts[group] = TokenPrompt(encoded.token_ids, self.prompts[group].images)
+        sources = [p.row.data_source for p in self.prompts]
+        prompted = [self.prompts[group] for group in contexts]
+        values = {
+            teacher_prompted_name(source): sum(sources[group] == source for group in contexts) / sources.count(source)
+            for source in dict.fromkeys(sources)
+        }
+        if prompted:
+            decoding = replace(self.decoding, n=1, temperature=0.0)
+            responses = sample_responses(policy, list(contexts.values()), decoding, SEED, self.vision)
+            graded = grade_responses(self.grader, self.tokenizer, prompted, responses)
+            values |= _mean_by_source(prompted, graded, lambda source: teacher_val_name(source, "mean@1"))
+            student = {int(g.group): g.score for g in greedy}
+            gains = [replace(g, score=g.score - student[group]) for g, group in zip(graded, contexts, strict=True)]
+            values |= _mean_by_source(prompted, gains, teacher_gain_name, is_difference=True)
+        return values
+
+
+def _mean_by_source(
+    prompts: Sequence[Prompt],
+    graded: Sequence[GradedResponse],
+    name: Callable[[str], str],
+    *,
+    is_difference: bool = False,
+) -> dict[str, float]:
+    """Means and their intervals; a prompt is one observation."""
+    scores = defaultdict(list)
+    for response in graded:
+        if response.is_graded:
+            scores[prompts[int(response.group)].row.data_source].append(response)
+    values: dict[str, float] = {}
+    for source, of_source in scores.items():
+        mean = ClusteredMean.of([r.score for r in of_source], [r.group for r in of_source])
+        is_share = not is_difference and all(0 <= r.score <= 1 for r in of_source)
+        interval = mean.share_interval() if is_share else mean.normal_interval()
+        values |= {name(source): mean.mean} | name_interval(name(source), interval)
+    return values
+
+
+def _best_of_groups(graded: Sequence[GradedResponse], n: int) -> list[GradedResponse]:
+    groups = [[g for g in graded[i : i + n] if g.is_graded] for i in range(0, len(graded), n)]
+    return [max(group, key=lambda g: g.score) for group in groups if group]

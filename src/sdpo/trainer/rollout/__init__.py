@@ -1,0 +1,1 @@
+"""Sampling for the trainer, in its process or beside it."""

@@ -1,0 +1,266 @@
+"""SDPO's settings in verl's configuration: where they stand, what they may not be combined with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from verl.utils.import_utils import import_external_libs
+from verl.utils.torch_dtypes import PrecisionType
+from verl.workers.config import FSDPActorConfig
+
+from sdpo.algorithm.regularization import Regularization
+from sdpo.config import HealthConfig, LearnerConfig, LoraConfig, SelfDistillationConfig
+from sdpo.errors import UserError
+from sdpo.verl_backend.config.to_verl import ALL_LINEAR, HEALTH_WITHOUT_EFFECT
+
+LOSS_MODE = "sdpo"
+ACTOR = "actor_rollout_ref.actor"
+MODEL = "actor_rollout_ref.model"
+# Below model.lora: verl's default, and what the setting is called for FSDP.
+MEGATRON_LORA = (
+    ("rank", 0, "lora_rank"),
+    ("alpha", 32, "lora_alpha"),
+    ("target_modules", ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"], "target_modules"),
+    ("dropout", 0.0, None),
+    ("adapter_path", None, None),
+)
+ROLLOUT = "actor_rollout_ref.rollout"
+MULTI_TURN = f"{ROLLOUT}.multi_turn"
+TOOL_PATHS = ("tool_config_path", "function_tool_path")
+# Our agent loops (agent_loop.py), and the names of verl's in whose places they stand.
+SINGLE_TURN, TOOL_TURNS = "sdpo_single_turn", "sdpo_tools"
+AGENT_LOOPS = {SINGLE_TURN: "single_turn_agent", TOOL_TURNS: "tool_agent"}
+
+
+@dataclass
+class SelfDistillationActorConfig(FSDPActorConfig):  # type: ignore[misc]
+    """verl's FSDP actor with the section ``self_distillation`` in it."""
+
+    self_distillation: Any = field(default_factory=SelfDistillationConfig)
+
+
+def build_schema(section: type[SelfDistillationConfig] | type[HealthConfig]) -> DictConfig:
+    """A section of ours for Hydra: keys, types and defaults of the dataclass."""
+    schema = OmegaConf.structured(section)
+    OmegaConf.set_readonly(schema, None)  # frozen dataclasses become read-only nodes, which cannot be overridden
+    return schema
+
+
+def read_health(config: DictConfig) -> HealthConfig:
+    """The section ``health``.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+    values: Any = OmegaConf.to_container(config.health, resolve=True)
+    return HealthConfig(**values)
+
+
+def read_self_distillation(actor: DictConfig) -> SelfDistillationConfig | None:
+    """The settings of an actor whose ``policy_loss.loss_mode`` is ``sdpo``; None for any other loss.
+
+    Raises:
+        UserError: a value is out of range or contradicts another.
+    """
+    if actor.policy_loss.loss_mode != LOSS_MODE:
+        return None
+    values: Any = OmegaConf.to_container(actor.self_distillation, resolve=True)
+    try:
+        return SelfDistillationConfig(**values)
+    except UserError as error:
+        raise UserError(str(error).replace("self_distillation.", f"{ACTOR}.self_distillation.", 1)) from None
+
+
+def read_lora(model: Any) -> LoraConfig:
+    """The adapters of verl's section ``model``: ``lora_rank``, ``lora_alpha``, ``target_modules``."""
+    if not model.lora_rank:
+        return LoraConfig()
+    targets = model.target_modules
+    chosen = [targets] if isinstance(targets, str) else list(targets)
+    return LoraConfig(model.lora_rank, model.lora_alpha, [] if chosen == [ALL_LINEAR] else chosen)
+
+
+def read_regularization(actor: DictConfig) -> Regularization:
+    """KL to the reference policy and entropy in an actor's loss, from verl's own keys.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+    names = ("kl_loss_coef", "kl_loss_type", "entropy_coeff")
+    try:
+        given = LearnerConfig(**{name: actor[name] for name in names})
+    except UserError as error:
+        raise UserError(str(error).replace("learner.", f"{ACTOR}.", 1)) from None
+    return Regularization(given.kl_loss_coef if actor.use_kl_loss else None, given.kl_loss_type, given.entropy_coeff)
+
+
+def import_sampler(rollout: DictConfig) -> None:
+    """Let the module that ``checkpoint_engine.custom_backend_module`` names register its sampler in this process."""
+    import_external_libs(rollout.checkpoint_engine.custom_backend_module or None)
+
+
+def complete_turns(config: DictConfig) -> None:
+    """``multi_turn.enable=true`` chooses the agent loop with tools; Ray's processes may start in another folder."""
+    rollout = config.actor_rollout_ref.rollout
+    if rollout.multi_turn.enable and rollout.agent.default_agent_loop == SINGLE_TURN:
+        rollout.agent.default_agent_loop = TOOL_TURNS
+    for name in TOOL_PATHS:
+        if rollout.multi_turn[name]:
+            rollout.multi_turn[name] = str(Path(rollout.multi_turn[name]).expanduser().absolute())
+
+
+def check_config(config: DictConfig) -> None:
+    """Refuse, before Ray starts, what would be ignored or go wrong.
+
+    Raises:
+        UserError: names the key and what to do.
+    """
+    actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
+    _check_batches(config)
+    settings = read_self_distillation(actor)
+    _check_health(config, settings)
+    if settings is None:
+        if actor.freeze_vision_tower:
+            raise UserError(
+                f"{ACTOR}.freeze_vision_tower=True has no effect on verl's own FSDP engine, which "
+                f"loss_mode={actor.policy_loss.loss_mode} uses; use loss_mode=sdpo with self_distillation.grpo_coef=1"
+            )
+        return
+    if actor.strategy != "fsdp2":
+        raise UserError(f"{ACTOR}.strategy must be fsdp2 for loss_mode=sdpo, got {actor.strategy!r}")
+    _check_lora(actor, model)
+    read_regularization(actor)
+    ignored = {
+        f"{ACTOR}.calculate_entropy": (actor.calculate_entropy, False),
+        f"{ACTOR}.calculate_sum_pi_squared": (actor.get("calculate_sum_pi_squared", False), False),
+        f"{ACTOR}.use_prefix_grouper": (actor.get("use_prefix_grouper", False), False),
+        f"{ACTOR}.clip_ratio_low": (actor.clip_ratio_low, settings.clip_ratio_low),
+        f"{ACTOR}.clip_ratio_high": (actor.clip_ratio_high, settings.clip_ratio_high),
+        "algorithm.norm_adv_by_std_in_grpo": (
+            config.algorithm.norm_adv_by_std_in_grpo,
+            settings.norm_adv_by_std_in_grpo,
+        ),
+        "actor_rollout_ref.model.use_fused_kernels": (model.get("use_fused_kernels", False), False),
+        f"{ACTOR}.fsdp_config.pad_to_length": (actor.fsdp_config.get("pad_to_length", False), False),
+        f"{ACTOR}.ulysses_sequence_parallel_size": (actor.ulysses_sequence_parallel_size, 1),
+        f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size": (
+            actor.fsdp_config.ulysses_sequence_parallel_size,
+            1,
+        ),
+        "distillation.enabled": (config.distillation.enabled, False),
+    }
+    for key, (value, wanted) in ignored.items():
+        if value != wanted:
+            hint = ""
+            if key.split(".")[-1] in ("clip_ratio_low", "clip_ratio_high", "norm_adv_by_std_in_grpo"):
+                hint = f"; set {ACTOR}.self_distillation.{key.split('.')[-1]} instead"
+            raise UserError(f"{key}={value} has no meaning with loss_mode=sdpo, it must be {wanted}{hint}")
+    _check_turns(config.actor_rollout_ref.rollout)
+    if model.get("enable_activation_offload", False):
+        raise UserError(
+            "actor_rollout_ref.model.enable_activation_offload=True is not supported with loss_mode=sdpo: it would "
+            "run the output layer twice, inside of which the loss is computed; set it to false"
+        )
+    precision = actor.fsdp_config.get("mixed_precision") or {}
+    if PrecisionType.is_fp16(precision.get("param_dtype")):
+        raise UserError(
+            f"{ACTOR}.fsdp_config.mixed_precision.param_dtype={precision.get('param_dtype')} is not supported with "
+            "loss_mode=sdpo: a token's gradient is too small for it; use bf16 or fp32"
+        )
+    if actor.loss_agg_mode == "token-sum":
+        raise UserError(f"{ACTOR}.loss_agg_mode=token-sum is not supported with loss_mode=sdpo; use token-mean")
+    correction = config.algorithm.rollout_correction
+    rollout = config.actor_rollout_ref.rollout
+    if correction.get("bypass_mode") and (rollout.top_p < 1 or rollout.top_k > 0):
+        key = f"top_p={rollout.top_p}" if rollout.top_p < 1 else f"top_k={rollout.top_k}"
+        raise UserError(
+            f"actor_rollout_ref.rollout.{key} cannot be used with algorithm.rollout_correction.bypass_mode=true: the "
+            "sampler's log-probabilities are those of the truncated distribution then, and would be taken for the old "
+            "policy's; set bypass_mode to false, or top_p to 1 and top_k to -1"
+        )
+    if correction.get("rollout_is") is not None and correction.get("bypass_mode"):
+        raise UserError(
+            "algorithm.rollout_correction.rollout_is has no effect with bypass_mode=true, where the sampler is the old "
+            "policy and is_clip truncates the ratio to it; set one of them to null or false"
+        )
+
+
+def _check_lora(actor: DictConfig, model: DictConfig) -> None:
+    if model.lora_adapter_path:
+        raise UserError(
+            f"{MODEL}.lora_adapter_path={model.lora_adapter_path} is not supported with loss_mode=sdpo: the teacher "
+            f"begins as the model at {MODEL}.path, without it; merge the adapter into that model first"
+        )
+    for key, default, name in MEGATRON_LORA:
+        if model.lora.get(key, default) != default:
+            hint = f"set {MODEL}.{name} instead" if name else "remove it"
+            raise UserError(f"{MODEL}.lora.{key}={model.lora[key]} is for Megatron, and verl's FSDP ignores it; {hint}")
+    if not model.lora_rank:
+        if model.lora.merge:
+            raise UserError(f"{MODEL}.lora.merge=True has no effect with lora_rank=0; set lora_rank or remove it")
+        return
+    if not model.lora.merge:
+        raise UserError(
+            f"{MODEL}.lora.merge must be true with lora_rank={model.lora_rank} and loss_mode=sdpo: the sampler gets "
+            "merged weights"
+        )
+    for key in ("target_parameters", "exclude_modules"):
+        if model.get(key):
+            raise UserError(
+                f"{MODEL}.{key} is not supported with loss_mode=sdpo: adapters are put on linear layers alone; name "
+                f"those by {MODEL}.target_modules"
+            )
+    if actor.freeze_vision_tower:
+        raise UserError(
+            f"{ACTOR}.freeze_vision_tower=True has no effect with LoRA, which never trains the image tower; remove it"
+        )
+
+
+def _check_turns(rollout: DictConfig) -> None:
+    turns, agent = rollout.multi_turn, rollout.agent
+    given = [name for name in TOOL_PATHS if turns[name]]
+    if given and not turns.enable:
+        raise UserError(f"{MULTI_TURN}.{given[0]} has no effect without {MULTI_TURN}.enable=true")
+    if turns.enable and not given:
+        keys = " or ".join(f"{MULTI_TURN}.{name}" for name in TOOL_PATHS)
+        raise UserError(f"{MULTI_TURN}.enable=true needs tools: set {keys}")
+    if agent.agent_loop_config_path:
+        raise UserError(
+            f"{ROLLOUT}.agent.agent_loop_config_path is not supported with loss_mode=sdpo: the teacher's prompt is "
+            "made of the row's messages, and a loop of one's own may make the student's of more; set it to null"
+        )
+    wanted = TOOL_TURNS if turns.enable else SINGLE_TURN
+    if agent.default_agent_loop not in (wanted, AGENT_LOOPS[wanted]):
+        raise UserError(
+            f"{ROLLOUT}.agent.default_agent_loop={agent.default_agent_loop} must be {wanted} with loss_mode=sdpo and "
+            f"{MULTI_TURN}.enable={str(turns.enable).lower()}"
+        )
+
+
+def _check_health(config: DictConfig, settings: SelfDistillationConfig | None) -> None:
+    health, usual = read_health(config), HealthConfig()
+    for name, reason in HEALTH_WITHOUT_EFFECT.items():
+        value = getattr(health, name)
+        if value != getattr(usual, name):
+            raise UserError(f"health.{name}={value} has no effect on verl, where {reason}; remove it")
+    # Another loss distils nothing.
+    health.check_actions(settings or SelfDistillationConfig(grpo_coef=1.0))
+    keep_best = config.trainer.keep_best
+    if not isinstance(keep_best, int) or isinstance(keep_best, bool) or keep_best < 0:
+        raise UserError(f"trainer.keep_best must be a whole number, at least 0, got {keep_best!r}")
+
+
+def _check_batches(config: DictConfig) -> None:
+    mini, batch = config.actor_rollout_ref.actor.ppo_mini_batch_size, config.data.train_batch_size
+    num_gpus = config.trainer.nnodes * config.trainer.n_gpus_per_node
+    if batch % mini:
+        raise UserError(f"{ACTOR}.ppo_mini_batch_size={mini} must divide data.train_batch_size={batch}")
+    rollouts = mini * config.actor_rollout_ref.rollout.n
+    if rollouts % num_gpus:
+        raise UserError(
+            f"{ACTOR}.ppo_mini_batch_size * actor_rollout_ref.rollout.n = {rollouts} must be a multiple of the "
+            f"{num_gpus} GPUs that train (trainer.nnodes * trainer.n_gpus_per_node)"
+        )

@@ -1,0 +1,131 @@
+"""verl's dataset with images as the embedded engine has them: the same files, pixels and errors."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import datasets
+import pyarrow.compute as pc
+from omegaconf import DictConfig
+from verl.utils.dataset.rl_dataset import RLHFDataset
+
+from sdpo.errors import UserError
+from sdpo.models.multimodal.processor import ImageReader
+from sdpo.prompting.images import collect_images, open_image, place_images
+from sdpo.prompting.tokenization import encode_prompt
+from sdpo.rewards.base import read_image
+from sdpo.verl_backend.config.schema import AGENT_LOOPS, MULTI_TURN, SINGLE_TURN, TOOL_TURNS
+from sdpo.verl_backend.rollout import agent_loop  # noqa: F401  its loops are registered wherever verl imports this class
+
+AGENT_NAME = "agent_name"
+
+
+class ImageDataset(RLHFDataset):  # type: ignore[misc]
+    """Rows in verl's schema, all for one agent loop. Images are files as bytes in content parts of the messages.
+
+    verl's own class opens images by qwen_vl_utils, which needs torchvision and has limits of its own, and counts a row
+    that cannot be read as overlong. Here ``data.max_pixels`` is the limit, and a row whose images cannot be read is an
+    error that names it, or skipped with ``data.filter_unreadable_images=true``. ``max_samples`` are the first rows that
+    can be used, as on the embedded engine.
+
+    Raises:
+        UserError: such a row; rows with images for a model that reads none; or rows that name another agent loop, or a
+            choice of the tools.
+    """
+
+    max_samples: int
+    dataframe: datasets.Dataset
+
+    def _read_files_and_tokenize(self) -> None:
+        # verl would draw max_samples rows at random, and drop overlong ones of them afterwards.
+        limit, self.max_samples = self.max_samples, -1
+        super()._read_files_and_tokenize()
+        self.max_samples = limit
+        if 0 < limit < len(self.dataframe):
+            self.dataframe = self.dataframe.select(range(limit))
+
+    def maybe_filter_out_long_prompts(self, dataframe: datasets.Dataset) -> datasets.Dataset:
+        self._check_turns(dataframe)
+        if self.image_key in dataframe.column_names:
+            if self.processor is not None:
+                dataframe = self._check_images(_undecoded(dataframe, self.image_key))
+            elif pc.max(pc.list_value_length(dataframe.data.column(self.image_key))).as_py():
+                raise UserError(
+                    f"{self._files} has images, but actor_rollout_ref.model.path is a model that reads none; "
+                    "use one that does"
+                )
+        return super().maybe_filter_out_long_prompts(dataframe)
+
+    def _check_turns(self, rows: datasets.Dataset) -> None:
+        """The teacher's prompt names the same tools for all rows."""
+        has_tools = bool(self.tool_config_path or self.function_tool_path)
+        expected = TOOL_TURNS if has_tools else SINGLE_TURN
+        known = (expected, AGENT_LOOPS[expected])
+        for name in rows.unique(AGENT_NAME) if AGENT_NAME in rows.column_names else ():
+            if name not in known:
+                raise UserError(
+                    f"{self._files}: column {AGENT_NAME} holds {name!r}, and "
+                    f"{MULTI_TURN}.enable={str(has_tools).lower()} runs {' or '.join(known)}; change or drop the column"
+                )
+        if has_tools and "tool_selection" in (rows.features.get("extra_info") or ()):
+            chosen = [number for number, info in enumerate(rows["extra_info"]) if info and info["tool_selection"]]
+            if chosen:
+                raise UserError(
+                    f"{self._files}: row {chosen[0]}: extra_info.tool_selection is not supported: all rows have the "
+                    "same tools; drop it"
+                )
+
+    @property
+    def _files(self) -> str:
+        return ", ".join(map(str, self.original_data_files))
+
+    @cached_property
+    def _reader(self) -> ImageReader:
+        return ImageReader(self.processor, self.config.max_pixels)
+
+    def _check_images(self, rows: datasets.Dataset) -> datasets.Dataset:
+        errors = rows.map(
+            lambda row: {"error": self._find_error(row)},
+            num_proc=self.num_workers,
+            remove_columns=rows.column_names,
+            desc="Reading images",
+        )["error"]
+        broken = [number for number, error in enumerate(errors) if error]
+        if not broken:
+            return rows
+        where = f"{self._files}: row {broken[0]}: {errors[broken[0]]}"
+        if not self.config.filter_unreadable_images:
+            raise UserError(f"{where}; set data.filter_unreadable_images=true to skip such rows")
+        if len(broken) == len(rows):
+            raise UserError(f"no row is left: {where}")
+        print(f"skipped {len(broken)} of {len(rows)} rows whose images cannot be read; the first: {where}")
+        return rows.select([number for number, error in enumerate(errors) if not error])
+
+    def _find_error(self, row: dict[str, Any]) -> str:
+        """Why the row's prompt cannot be encoded; empty if it can, or if it has no images."""
+        if row.get(self.image_key):
+            try:
+                encode_prompt(self._reader, self._build_messages(row, key=self.prompt_key))
+            except UserError as error:
+                return str(error)
+        return ""
+
+    def _build_messages(self, example: dict[str, Any], key: str) -> list[dict[str, Any]]:
+        images = [read_image(image, self.image_key) for image in example.get(self.image_key) or ()]
+        return place_images(example[key], images)
+
+    @classmethod
+    def _process_multi_modal_info(
+        cls, messages: list[dict[str, Any]], image_patch_size: int, config: DictConfig
+    ) -> tuple[list[Any] | None, None, None]:
+        files = collect_images(messages)
+        return [open_image(file, config.max_pixels) for file in files] or None, None, None
+
+
+def _undecoded(rows: datasets.Dataset, column: str) -> datasets.Dataset:
+    """Image files as they are, where ``datasets`` would open them."""
+    feature = rows.features[column]
+    if isinstance(getattr(feature, "feature", None), datasets.Image):
+        return rows.cast_column(column, datasets.Sequence(datasets.Image(decode=False)))
+    return rows

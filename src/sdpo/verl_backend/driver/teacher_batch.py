@@ -1,0 +1,132 @@
+"""On the driver: what the teacher of each rollout is shown, as fields of verl's batch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdpo.algorithm.loss import compute_distillation_coef, compute_prompt_weights
+from sdpo.config import SelfDistillationConfig
+from sdpo.observability import metrics
+from sdpo.prompting.demonstrations import GradedResponse, compute_success_rates
+from sdpo.prompting.teacher_context import build_lessons, summarize_lessons
+from sdpo.prompting.templates import Message
+from sdpo.rewards.base import Row
+from sdpo.verl_backend.worker.packing import DISTILLATION_COEF, SAMPLE_WEIGHTS, TEACHER_PROMPT_LENGTHS, TEACHER_PROMPTS
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One rollout, out of whichever container a trainer keeps it in; the score is NaN where the grader failed."""
+
+    group: str
+    messages: Sequence[Message]
+    response_ids: Sequence[int]  # of all turns, the outputs of tools included
+    response_mask: Sequence[int]  # 1 where the policy sampled the token
+    score: float
+    feedback: str | None
+    ground_truth: str | None
+
+    @property
+    def is_failed(self) -> bool:
+        return math.isnan(self.score)
+
+
+def read_ground_truth(reward_model: Mapping[str, Any]) -> str | None:
+    """The solution in a row's ``reward_model``, if it has one."""
+    return Row("", [], reward_model).ground_truth
+
+
+def decode_turns(tokenizer: Any, response_ids: Sequence[int], response_mask: Sequence[int]) -> str:
+    """What the policy wrote: the tokens whose mask is 1, each turn on a line of its own."""
+    turns = itertools.groupby(zip(response_ids, response_mask, strict=True), key=lambda pair: bool(pair[1]))
+    return "\n".join(
+        tokenizer.decode([token_id for token_id, _ in pairs], skip_special_tokens=True)
+        for is_sampled, pairs in turns
+        if is_sampled
+    )
+
+
+class TeacherBatch:
+    """Builds the teacher's fields of a batch.
+
+    Args:
+        config: what the teacher is shown.
+        tokenizer: of the policy.
+        window: most tokens the model can read, None if it does not say.
+        seed: with the step, decides which peer is shown.
+        total_steps: of the run, for the schedule of the distillation weight.
+
+    Attributes:
+        factor: what the scheduled distillation weight is multiplied by; alarms lower it.
+    """
+
+    def __init__(
+        self, config: SelfDistillationConfig, tokenizer: Any, window: int | None, seed: int, total_steps: int
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.window = window
+        self.seed = seed
+        self.total_steps = total_steps
+        self.factor = 1.0
+
+    def build(self, rows: Sequence[Rollout | None], step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Fields by name, [B, ...] in the rows' order, and the step's metrics.
+
+        Args:
+            rows: the batch; None for a row that is no sample: it is not distilled, shown to nobody and not counted.
+            step: from 1.
+        """
+        rollouts = [row for row in rows if row is not None]
+        graded = [
+            GradedResponse(
+                group=rollout.group,
+                response=decode_turns(self.tokenizer, rollout.response_ids, rollout.response_mask),
+                score=rollout.score,
+                feedback=rollout.feedback,
+                ground_truth=rollout.ground_truth,
+            )
+            for rollout in rollouts
+        ]
+        lessons = build_lessons(
+            self.tokenizer,
+            [rollout.messages for rollout in rollouts],
+            graded,
+            [None if self.window is None else self.window - len(rollout.response_ids) for rollout in rollouts],
+            self.config,
+            random.Random(f"demonstrations {self.seed} {step}"),
+        )
+        weights = [1.0] * len(graded)
+        if self.config.weight_by_prompt_difficulty:
+            rates = compute_success_rates(graded, self.config.success_reward_threshold)
+            weights = compute_prompt_weights(torch.tensor(rates)).tolist()
+        coef = compute_distillation_coef(self.config, step, self.total_steps) * self.factor
+        of_samples = iter(zip(lessons, weights, strict=True))
+        prompts, row_weights = [], []
+        for row in rows:
+            token_ids, weight = (None, 0.0)
+            if row is not None:
+                lesson, weight = next(of_samples)
+                token_ids = lesson.prompt.token_ids
+            prompts.append(torch.tensor(token_ids or [], dtype=torch.long))
+            row_weights.append(weight)
+        padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+        fields = {
+            # At least one column, since some containers take no empty tensor.
+            TEACHER_PROMPTS: padded if padded.shape[1] else padded.new_zeros(len(prompts), 1),
+            TEACHER_PROMPT_LENGTHS: torch.tensor([len(prompt) for prompt in prompts]),
+            SAMPLE_WEIGHTS: torch.tensor(row_weights),
+            DISTILLATION_COEF: torch.full((len(rows),), coef),
+        }
+        values = summarize_lessons(graded, lessons, self.config)
+        if self.config.distills:
+            values[metrics.DISTILLATION_WEIGHT] = coef
+        return fields, values

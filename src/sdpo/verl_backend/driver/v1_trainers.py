@@ -1,0 +1,186 @@
+"""verl's V1 trainers with the teacher's batch: ``separate_async`` (two pools of GPUs) and ``sync`` (one pool)."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+import torch
+import transfer_queue as tq
+from tensordict import TensorDict
+from verl.trainer.ppo.utils import Role
+from verl.trainer.ppo.v1 import trainer_separate_async
+from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+from sdpo.verl_backend.driver.grades import WithFailedGrades, check_failures, correct_advantages, replace_scores
+from sdpo.verl_backend.driver.health import RunHealth, WithHealthChecks, summarize_rollouts
+from sdpo.verl_backend.driver.one_step_off_trainer import build_teacher_batch, find_resumed, rename_metrics
+from sdpo.verl_backend.driver.teacher_batch import Rollout, read_ground_truth
+from sdpo.verl_backend.worker.worker import SelfDistillationActorWorker
+
+FIELDS = ["uid", "raw_prompt", "responses", "response_mask", "rm_scores", "reward_model", "extra_fields"]
+
+
+class WithTeacherBatch(WithFailedGrades, WithHealthChecks):
+    """The trainer hooks of both: our worker, the teacher's fields before the advantages, our metrics' names.
+
+    verl fills a batch up with rows that are no samples (``is_padding``): they are counted nowhere.
+    """
+
+    config: Any
+    tokenizer: Any
+    processor: Any
+    global_steps: int
+    total_training_steps: int
+    parameter_sync_step: int
+    role_worker_mapping: dict[Role, Any]
+    actor_rollout_wg: Any
+
+    def _setup(self) -> None:
+        super()._setup()  # type: ignore[misc]
+        self.teacher_batch = build_teacher_batch(self.config, self.tokenizer, self.processor, self.total_training_steps)
+        self.health = RunHealth(
+            self.config, self.teacher_batch, self.actor_rollout_wg, find_resumed(self.config, self.global_steps)
+        )
+        # Of the step's samples so far: scores, NaN where the grader failed, and tokens of the responses.
+        self.scores: list[float] = []
+        self.lengths: list[int] = []
+
+    def _init_resource_pool_mgr(self) -> None:
+        super()._init_resource_pool_mgr()  # type: ignore[misc]
+        for role in (Role.Actor, Role.ActorRollout, Role.ActorRolloutRef, Role.RefPolicy):
+            if role in self.role_worker_mapping:
+                self.role_worker_mapping[role] = ray.remote(SelfDistillationActorWorker)
+
+    def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        rollouts = self._read_rollouts(batch)
+        samples = [rollout for rollout in rollouts if rollout is not None]
+        self.scores += [sample.score for sample in samples]
+        self.lengths += [len(sample.response_ids) for sample in samples]
+        if self.teacher_batch is not None:
+            fields, values = self.teacher_batch.build(rollouts, self.global_steps)
+            tq.kv_batch_put(
+                keys=batch.keys,
+                partition_id=batch.partition_id,
+                fields=TensorDict(fields, batch_size=len(batch)),
+            )
+            metrics.update(values)
+        batch = super()._compute_advantage(batch, metrics)  # type: ignore[misc]
+        if any(sample.is_failed for sample in samples):
+            self._correct_advantages(batch, rollouts)
+        return batch
+
+    def _correct_advantages(self, batch: Any, rollouts: Sequence[Rollout | None]) -> None:
+        data = tq.kv_batch_get(
+            keys=batch.keys, partition_id=batch.partition_id, select_fields=["response_mask", "rm_scores", "advantages"]
+        )
+        masks = [mask.float() for mask in data["response_mask"].unbind()]
+        verl_s = [
+            (values * mask).sum() / mask.sum().clamp(min=1)
+            for values, mask in zip(data["advantages"].unbind(), masks, strict=True)
+        ]
+        own = correct_advantages(
+            torch.stack(verl_s),
+            torch.stack([scores.sum() for scores in data["rm_scores"].unbind()]),
+            [rollout is not None and rollout.is_failed for rollout in rollouts],
+            [i if rollout is None else rollout.group for i, rollout in enumerate(rollouts)],
+            self.config,
+        )
+        by_token = torch.nested.as_nested_tensor(
+            [value * mask for value, mask in zip(own, masks, strict=True)], layout=torch.jagged
+        )
+        fields = TensorDict({"advantages": by_token, "returns": by_token.clone()}, batch_size=len(batch))
+        tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
+
+    def _read_rollouts(self, batch: Any) -> list[Rollout | None]:
+        """The batch's rollouts in its order, None for padding.
+
+        Raises:
+            UserError: see ``check_failures``.
+            RuntimeError: a rollout is missing.
+        """
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=FIELDS)
+        responses, masks, scores = (data[name].unbind() for name in ("responses", "response_mask", "rm_scores"))
+        # Stacks of objects or plain lists, whichever the queue made of them.
+        uids, prompts, truths, extras = (
+            values.tolist() if hasattr(values := data[name], "tolist") else list(values)
+            for name in ("uid", "raw_prompt", "reward_model", "extra_fields")
+        )
+        present = [i for i, tag in enumerate(batch.tags) if not tag.get("is_padding", False)]
+        self._check_all_there([batch.keys[i] for i in present])
+        infos = {i: (extras[i] or {}).get("reward_extra_info") or {} for i in present}
+        failed = check_failures(list(infos.values()), self.config, f"step {self.global_steps}")
+        rollouts: list[Rollout | None] = [None] * len(batch)
+        for i, is_failed in zip(present, failed, strict=True):
+            rollouts[i] = Rollout(
+                group=uids[i],
+                messages=list(prompts[i]),
+                response_ids=responses[i].tolist(),
+                response_mask=masks[i].tolist(),
+                score=math.nan if is_failed else float(scores[i].sum()),
+                feedback=infos[i].get("feedback"),
+                ground_truth=read_ground_truth(truths[i]),
+            )
+        return rollouts
+
+    def _check_all_there(self, keys: Sequence[str]) -> None:
+        """verl logs an error in a rollout, and goes on with those that are left."""
+        found = len({key.rsplit("_", 1)[0] for key in keys})
+        wanted = self.config.data.train_batch_size // self.parameter_sync_step * self.config.actor_rollout_ref.rollout.n
+        if found < wanted:
+            raise RuntimeError(
+                f"step {self.global_steps}: {wanted - found} of {wanted} rollouts are missing; the log of verl's agent "
+                "loop workers says why"
+            )
+
+    def _compute_metrics(self, batch: Any, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        super()._compute_metrics(batch, metrics, *args, **kwargs)  # type: ignore[misc]
+        replace_scores(metrics, self.scores, self.config)
+        metrics |= summarize_rollouts(self.scores, self.lengths, self.config.data.max_response_length)
+        self.scores, self.lengths = [], []
+
+    def step(self, metrics: dict[str, Any], timing_raw: dict[str, Any]) -> Any:
+        batch = super().step(metrics, timing_raw)  # type: ignore[misc]
+        metrics |= summarize_rollouts(self.scores, self.lengths, self.config.data.max_response_length)
+        metrics |= self.health.check(self.global_steps, metrics)
+        if self.health.is_stopped:
+            self._end_here()
+        return batch
+
+    def _end_here(self) -> None:
+        """Make this step the last one; verl's loop decides before a step whether it is, so it is saved by frequency."""
+        trainer = self.config.trainer
+        self.total_training_steps = self.global_steps
+        trainer.save_freq, trainer.test_freq = min(trainer.save_freq, 1), min(trainer.test_freq, 1)
+
+    def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        batch = super()._update_actor(batch, metrics)  # type: ignore[misc]
+        rename_metrics(metrics)
+        return batch
+
+
+class SelfDistillationSyncTrainer(WithTeacherBatch, PPOTrainerSync):  # type: ignore[misc]
+    """Sampling and learning take turns on the same GPUs."""
+
+
+class SelfDistillationSeparateAsyncTrainer(WithTeacherBatch, PPOTrainerSeparateAsync):  # type: ignore[misc]
+    """Sampling and learning each have GPUs of their own; verl's maintained successor of one-step-off."""
+
+
+class _AcceptsFlush(logging.LoggerAdapter):  # type: ignore[type-arg]
+    def process(self, msg: Any, kwargs: Any) -> Any:
+        kwargs.pop("flush", None)
+        return msg, kwargs
+
+
+def register() -> None:
+    """Put these in the places of verl's own, which its runner looks up by the same names."""
+    # verl 0.9.1 calls its logger with print's flush where hybrid_engine is false, which raises.
+    trainer_separate_async.logger = _AcceptsFlush(trainer_separate_async.logger, {})
+    TRAINER_REGISTRY["sync"] = SelfDistillationSyncTrainer
+    TRAINER_REGISTRY["separate_async"] = SelfDistillationSeparateAsyncTrainer

@@ -1,0 +1,145 @@
+"""LoRA on verl: adapters within PEFT's wrapper, and a teacher in shards that has no weights but its deltas.
+
+FSDP2 cuts a layer's weight W [outputs, inputs] and its adapter's matrix B [outputs, rank] along the same dimension, so
+that a rank's rows of s B A are its rows of B times all of A. The teacher's delta D, which follows s B A, is cut the
+same way; D is gathered, layer by layer, where the teacher's pass adds it to the student's own W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from sdpo.algorithm.teacher import Teacher, follows
+from sdpo.config import LoraConfig, SelfDistillationConfig
+from sdpo.models.lora.adapters import ADAPTER, build_peft_settings, get_adapted_layers
+
+WRAPPED = "base_model.model."  # what PEFT's wrapper puts before the name of each of a model's modules
+
+
+def wrap_with_adapters(model: PreTrainedModel, config: LoraConfig) -> nn.Module:
+    """The model within PEFT's wrapper, which verl expects; its adapters alone learn, in float32.
+
+    verl's own function casts them to the data type of W, where updates below half a unit in the last place are lost.
+
+    Raises:
+        UserError: a name in ``target_modules`` is that of no layer that can be adapted.
+    """
+    import peft
+
+    settings = build_peft_settings(model, config)
+    settings.task_type = peft.TaskType.CAUSAL_LM
+    return peft.get_peft_model(model, settings, adapter_name=ADAPTER, autocast_adapter_dtype=True)
+
+
+class ShardedDeltas:
+    """The teacher's deltas D in float32, this rank's shard of each, by the adapted weight's name in the plain model.
+
+    ``values`` and ``read`` give local shards [own outputs, inputs]; ``full`` has them as they are cut over the ranks.
+    """
+
+    in_module = False
+
+    def __init__(self, student: nn.Module) -> None:
+        self.full: dict[str, DTensor] = {}
+        for name, layer in get_adapted_layers(student).items():
+            base: Any = layer.get_base_layer()
+            zeros: Any = torch.zeros_like(base.weight, dtype=torch.float32, requires_grad=False)
+            self.full[_plain(name)] = zeros
+
+    @property
+    def values(self) -> Mapping[str, Tensor]:
+        return {name: delta.to_local() for name, delta in self.full.items()}
+
+    def read(self, student: nn.Module) -> Sequence[Tensor]:
+        return [_compute_own_delta(layer) for layer in get_adapted_layers(student).values()]
+
+    def apply(self) -> None:
+        """Nothing: the teacher's pass reads ``full``."""
+
+    def to(self, device: str) -> None:
+        for name, delta in self.full.items():
+            moved: Any = delta.to(device)
+            self.full[name] = moved
+
+
+class SharedTeacher(nn.Module):
+    """The student's module as the teacher computes with it: W + D in place of W + s B A, no dropout.
+
+    Args:
+        deltas: D by the weight's name; None for the base model, whose layers compute with W alone.
+    """
+
+    def __init__(self, student: nn.Module, deltas: ShardedDeltas | None) -> None:
+        super().__init__()
+        self.student = student
+        self.deltas = deltas
+
+    @property
+    def config(self) -> Any:
+        return self.student.config
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The student's own, which is never adapted."""
+        head: nn.Module = self.student.get_output_embeddings()  # type: ignore[operator]
+        return head
+
+    def forward(self, **inputs: Any) -> Any:
+        was_training = self.student.training
+        self.student.eval()
+        try:
+            with _replace_adapters(self.student, self.deltas.full if self.deltas is not None else {}):
+                return self.student(**inputs)
+        finally:
+            self.student.train(was_training)
+
+
+def build_lora_teacher(student: nn.Module, config: SelfDistillationConfig) -> Teacher:
+    """The teacher of a student in shards whose adapters do not change anything yet."""
+    if config.teacher_regularization == "live":
+        return Teacher(None, config)
+    deltas = ShardedDeltas(student) if follows(config) else None
+    return Teacher(SharedTeacher(student, deltas), config, deltas)
+
+
+@torch.no_grad()
+def _compute_own_delta(layer: Any) -> Tensor:
+    """This rank's rows of s B A, [own outputs, inputs] in float32, on the device where its shard of B is."""
+    a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    own = b.to_local().float()
+    # An offloaded A is gathered where the ranks can exchange it.
+    whole = a.to(a.device_mesh.device_type).full_tensor().to(own)
+    return layer.scaling[ADAPTER] * (own @ whole)
+
+
+@contextmanager
+def _replace_adapters(student: nn.Module, deltas: Mapping[str, DTensor]) -> Iterator[None]:
+    layers = get_adapted_layers(student)
+    for name, layer in layers.items():
+        compute = partial(_compute_with_delta, layer.get_base_layer(), deltas.get(_plain(name)))
+        layer.forward = compute  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            del layer.forward
+
+
+def _compute_with_delta(base: Any, delta: DTensor | None, input: Tensor) -> Tensor:
+    """x (W + D)^T + bias; runs where FSDP2 has W gathered."""
+    weight: Tensor = base.weight
+    if delta is not None:
+        moved: Any = delta.to(device=weight.device, dtype=weight.dtype)
+        weight = weight + moved.full_tensor()
+    return nn.functional.linear(input, weight, base.bias)
+
+
+def _plain(layer: str) -> str:
+    return f"{layer.removeprefix(WRAPPED)}.weight"

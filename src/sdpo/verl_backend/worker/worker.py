@@ -1,0 +1,94 @@
+"""The training worker: verl's, with our engine and its teacher's update after each rollout batch."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+from verl.experimental.separation.engine_workers import DetachActorWorker
+from verl.single_controller.base.decorator import Dispatch, register
+from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_name
+from verl.workers.config import TrainingWorkerConfig
+from verl.workers.engine_workers import TrainingWorker
+
+from sdpo.algorithm.regularization import Regularization
+from sdpo.config import SelfDistillationConfig
+from sdpo.verl_backend.config.schema import import_sampler, read_regularization, read_self_distillation
+from sdpo.verl_backend.worker.engine import MODEL_TYPE
+from sdpo.verl_backend.worker.packing import repair_position_ids
+
+
+class SelfDistillationTrainingWorker(TrainingWorker):  # type: ignore[misc]
+    """Student and teacher of one rank."""
+
+    def __init__(
+        self,
+        config: TrainingWorkerConfig,
+        self_distillation: SelfDistillationConfig,
+        loss_agg_mode: str = "token-mean",
+        horizon: int = 1,
+        freeze_vision: bool = False,
+        regularization: Regularization | None = None,
+    ) -> None:
+        object.__setattr__(config, "model_type", MODEL_TYPE)
+        super().__init__(config)
+        self.engine.configure(self_distillation, loss_agg_mode, horizon, freeze_vision, regularization)
+
+    def train_mini_batch(self, data: Any) -> Any:
+        """Every mini-batch of a rollout batch, then the teacher follows."""
+        repair_position_ids(data)  # before verl cuts mini-batches
+        keep_loaded = tu.pop(data, key="disable_auto_offload", default=False)
+        tu.assign_non_tensor(data, disable_auto_offload=True)
+        # The teacher follows before anything is offloaded, since verl does not wait for its copies to the host.
+        with self.engine.train_mode(disable_auto_offload=keep_loaded):
+            output = super().train_mini_batch(data)
+            self.engine.step_teacher()
+        counts = self.engine.counts
+        if output is not None:
+            # Totals of the rollout batch, where verl would average over mini-batches.
+            tu.get(output, "metrics").update({name: [float(count)] for name, count in counts.items()})
+        counts.update(dict.fromkeys(counts, 0))
+        return output
+
+
+class SelfDistillationActorWorker(DetachActorWorker):  # type: ignore[misc]
+    """verl's actor, or its reference policy; with ``policy_loss.loss_mode=sdpo`` each has our engine.
+
+    The reference policy's is one without a teacher. verl's own would make the logits of all tokens at once, needs
+    flash-attn for packed rows, and has no form for CPUs.
+    """
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator]
+    def init_model(self) -> None:
+        if get_device_name() == "cpu" and not dist.is_initialized():
+            # verl knows no backend for a group of CPUs only.
+            dist.init_process_group("gloo", rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+        import_sampler(self.config.rollout)
+        actor = self.config.actor
+        settings = read_self_distillation(actor)
+        if settings is not None:
+            self.ref_worker_cls = partial(
+                SelfDistillationTrainingWorker, self_distillation=SelfDistillationConfig(grpo_coef=1.0)
+            )
+            self.actor_worker_cls = partial(
+                SelfDistillationTrainingWorker,
+                self_distillation=settings,
+                loss_agg_mode=actor.loss_agg_mode,
+                horizon=actor.loss_scale_factor or self.config.rollout.response_length,
+                freeze_vision=actor.freeze_vision_tower,
+                regularization=read_regularization(actor),
+            )
+        super().init_model()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator]
+    def freeze_teacher(self) -> None:
+        """See the engine's."""
+        self.actor.engine.freeze_teacher()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator]
+    def keep_as_best(self) -> None:
+        """See the engine's."""
+        self.actor.engine.keep_as_best()

@@ -1,0 +1,112 @@
+"""The loss on a GPU at real sizes: a vocabulary of 151,936, against float64; what it waits for; what it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sdpo import SelfDistillationConfig
+from sdpo.kernels import dispatch, fused_linear_loss
+from sdpo.kernels.chunked_log_probs import LazyLogits
+from sdpo.kernels.fused_linear_loss import TokenInputs
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+
+V, H = 151_936, 256
+LEVELS: dict[str, dict[str, Any]] = {
+    "forward KL": {"alpha": 0.0},
+    "Jensen-Shannon": {"alpha": 0.5},
+    "reverse KL": {"alpha": 1.0},
+    "top 100 with tail": {"alpha": 0.5, "distillation_topk": 100},
+    "sampled token": {"alpha": 1.0, "full_logit_distillation": False},
+}
+
+
+def draw(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (scale * torch.randn(*shape, device="cuda")).to(dtype)
+
+
+def make(n: int, dtype: torch.dtype, head_dtype: torch.dtype | None = None) -> tuple[LazyLogits, LazyLogits, Tensor]:
+    torch.manual_seed(0)
+    hidden, shown = draw(n, H, dtype=dtype), draw(n, H, dtype=dtype)
+    heads = [draw(V, H, dtype=dtype, scale=2 * H**-0.5).to(head_dtype or dtype) for _ in range(2)]
+    student = LazyLogits(hidden.requires_grad_(), heads[0].requires_grad_())
+    return student, LazyLogits(shown, heads[1]), torch.randint(V, (n,), device="cuda")
+
+
+def run(
+    compute: Callable[..., Any], student: LazyLogits, teacher: LazyLogits, ids: Tensor, settings: dict[str, Any]
+) -> Any:
+    n = len(ids)
+    tokens = TokenInputs(
+        ids,
+        distilled=torch.ones(n, dtype=torch.bool, device="cuda"),
+        distillation_weights=torch.full((n,), 1 / n, device="cuda"),
+    )
+    return compute(student, [teacher], tokens, SelfDistillationConfig(**settings, is_clip=None))
+
+
+def convert(logits: LazyLogits, dtype: torch.dtype, *, leaf: bool) -> LazyLogits:
+    hidden, weight = (x.detach().to(dtype, copy=True).requires_grad_(leaf) for x in (logits.hidden, logits.weight))
+    return LazyLogits(hidden, weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("level", LEVELS)
+def test_loss_and_gradients_are_those_in_float64(level: str, dtype: torch.dtype) -> None:
+    """300 tokens in one chunk. In bfloat16 the top k are others where logits differ by less than their rounding."""
+    student, teacher, ids = make(300, dtype)
+    assert dispatch.has_cuda_kernels(student.hidden)
+    exact = convert(student, torch.float64, leaf=True)
+    wanted = run(
+        fused_linear_loss.compute_fused_loss, exact, convert(teacher, torch.float64, leaf=False), ids, LEVELS[level]
+    )
+    wanted.loss.backward()
+    result = run(dispatch.compute_fused_loss, student, teacher, ids, LEVELS[level])
+    result.loss.backward()
+    coarse = dtype == torch.bfloat16
+    assert float(result.loss.detach()) == pytest.approx(float(wanted.loss.detach()), rel=0.01 if coarse else 1e-5)
+    limit = (0.05 if "top" in level else 0.015) if coarse else 1e-4
+    for name in ("hidden", "weight"):
+        one, other = getattr(student, name).grad.double(), getattr(exact, name).grad
+        assert float((one - other).norm() / other.norm()) < limit, name
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_nothing_waits_for_the_gpu(level: str) -> None:
+    student, teacher, ids = make(5000, torch.bfloat16)
+    run(dispatch.compute_fused_loss, student, teacher, ids, LEVELS[level])  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(dispatch.compute_fused_loss, student, teacher, ids, LEVELS[level])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("level", ["Jensen-Shannon", "top 100 with tail"])
+def test_a_gigabyte_is_enough_for_any_number_of_tokens(level: str) -> None:
+    for n in (4096, 16_384):
+        student, teacher, ids = make(n, torch.bfloat16)
+        run(dispatch.compute_fused_loss, student, teacher, ids, LEVELS[level])
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run(dispatch.compute_fused_loss, student, teacher, ids, LEVELS[level]).loss.backward()
+        gradients = 2 * (student.hidden.numel() + student.weight.numel())
+        assert torch.cuda.max_memory_allocated() - before - gradients < 1e9
+
+
+def test_a_float32_head_gets_its_gradient_in_float32() -> None:
+    """Six chunks: each product with half-precision factors is added to a float32 sum by the product itself."""
+    student, teacher, ids = make(12_000, torch.bfloat16, torch.float32)
+    run(dispatch.compute_fused_loss, student, teacher, ids, LEVELS["Jensen-Shannon"]).loss.backward()
+    half = LazyLogits(student.hidden.detach(), student.weight.detach().bfloat16().requires_grad_())
+    run(dispatch.compute_fused_loss, half, teacher, ids, LEVELS["Jensen-Shannon"]).loss.backward()
+    one, other = student.weight.grad, half.weight.grad
+    assert one is not None and other is not None and one.dtype == torch.float32
+    difference = float((one - other.float()).norm() / one.norm())
+    assert 2**-12 < difference < 2**-7  # what bfloat16 rounds away in six sums

@@ -1,0 +1,78 @@
+"""KL and entropy terms in the loss's form for CUDA against the portable one in float64; see ``test_cuda_loss``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="has no wheel for this system")
+
+from sdpo import SelfDistillationConfig
+from sdpo.algorithm.regularization import Regularization
+from sdpo.kernels import fused_linear_loss
+from sdpo.kernels.chunked_log_probs import LazyLogits
+from sdpo.kernels.cuda import fused_loss
+from sdpo.kernels.fused_linear_loss import FusedOutputs, TokenInputs
+from sdpo.observability import metrics
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+N, V, H = 7, 75, 4
+LEVELS: dict[str, dict[str, Any]] = {
+    "forward KL": {"alpha": 0.0},
+    "JSD": {"alpha": 0.5},
+    "reverse KL": {"alpha": 1.0},
+    "top-k": {"alpha": 0.5, "distillation_topk": 5},
+    "sampled token": {"alpha": 1.0, "full_logit_distillation": False},
+}
+TERMS = {
+    "both": Regularization(0.3, "low_var_kl", 0.2),
+    "KL": Regularization(0.3, "k1+", 0.0),
+    "entropy": Regularization(None, "kl", 0.2),
+}
+
+
+def run(
+    compute: Any, config: SelfDistillationConfig, terms: Regularization, some: Tensor | None, dtype: torch.dtype
+) -> tuple[FusedOutputs, list[Tensor]]:
+    generator = torch.Generator().manual_seed(4)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+
+    leaves = [normal(N, H).requires_grad_(), normal(V, H).requires_grad_(), normal(V).requires_grad_()]
+    teacher_hidden, teacher_head = normal(N, H), normal(V, H)
+    tokens = TokenInputs(
+        torch.randint(V, (N,), generator=generator).to(DEVICE),
+        old_log_probs=normal(N) - 4.0,
+        policy_weights=normal(N).abs(),
+        advantages=normal(N),
+        distilled=some,
+        distillation_weights=normal(N).abs(),
+        ref_log_probs=normal(N) - 4.0,
+        regularization=terms,
+    )
+    teacher = [LazyLogits(teacher_hidden[some], teacher_head, softcap=2.0)] if some is not None else []
+    outputs = compute(LazyLogits(*leaves, softcap=2.0), teacher, tokens, config, temperature=0.7, chunk_size=3)
+    (3.0 * outputs.loss).backward()
+    return outputs, [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+
+@pytest.mark.parametrize("distilled", ["some", "none"])
+@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_terms_and_their_gradients_are_the_portable_ones(level: str, name: str, distilled: str) -> None:
+    config = SelfDistillationConfig(**LEVELS[level], grpo_coef=0.3)
+    some = torch.tensor([True, False, True, True, False, True, True], device=DEVICE) if distilled == "some" else None
+    expected, wanted = run(fused_linear_loss.compute_fused_loss, config, TERMS[name], some, torch.float64)
+    outputs, gradients = run(fused_loss.compute_fused_loss, config, TERMS[name], some, torch.float32)
+    close = {"rtol": 1e-5, "atol": 1e-5, "check_dtype": False}
+    torch.testing.assert_close(outputs.token_losses, expected.token_losses, **close)
+    for result, reference in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(result, reference, **close)
+    assert outputs.sums.keys() == expected.sums.keys()
+    assert (metrics.KL_LOSS in outputs.sums) == (name != "entropy")
+    for metric, (total, _) in expected.sums.items():
+        assert float(outputs.sums[metric][0]) == pytest.approx(float(total), abs=1e-4), metric

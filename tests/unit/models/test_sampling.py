@@ -1,0 +1,313 @@
+"""Sampled tokens and their log-probabilities against plain forward passes of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from sdpo.algorithm.teacher import Policy
+from sdpo.models.generation import sampling as decoding_module
+from sdpo.models.generation.sampling import BLOCK, Decoding, Response, compute_sampling_log_probs, draw_tokens
+from sdpo.models.multimodal.processor import TokenPrompt
+
+PROMPTS = [[5, 6, 7, 8, 9, 3, 4], [4, 4, 5], [9], [3, 8, 3, 8, 5], [10, 3], [7, 7, 7, 6, 3, 3, 9, 10, 4]]
+DECODING = Decoding(
+    n=4, max_new_tokens=12, temperature=0.7, top_p=1.0, batch_size=12, stop_token_ids=[2], pad_token_id=0
+)
+
+
+def sample_responses(
+    policy: Policy, prompts: Sequence[Sequence[int]], decoding: Decoding, seed: int
+) -> list[list[Response]]:
+    return decoding_module.sample_responses(policy, [TokenPrompt(ids) for ids in prompts], decoding, seed)
+
+
+PlainLogits = Callable[[nn.Module, Sequence[int], Sequence[int]], Tensor]
+
+
+def pairs(responses: list[list[Response]]) -> list[tuple[list[int], Response]]:
+    return [(prompt, one) for prompt, many in zip(PROMPTS, responses, strict=True) for one in many]
+
+
+def log_probs_of(logits: Tensor, token_ids: list[int], temperature: float) -> Tensor:
+    return (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(token_ids)[:, None])[:, 0]
+
+
+def test_a_model_of_another_data_type_samples_as_a_copy_in_that(make_model: Any) -> None:
+    model = make_model().train()
+    half = replace(DECODING, dtype=torch.bfloat16)
+    before = {name: param.clone() for name, param in model.named_parameters()}
+    loaded = make_model()  # as from_pretrained has it in that type: rotary frequencies, which are buffers, stay float32
+    for param in loaded.parameters():
+        param.data = param.data.bfloat16()
+    expected = sample_responses([(loaded, 1.0)], PROMPTS, DECODING, seed=1)
+    assert sample_responses([(model, 1.0)], PROMPTS, half, seed=1) == expected
+    assert sample_responses([(model, 1.0)], PROMPTS, DECODING, seed=1) != expected
+    assert model.training and all(param.requires_grad for param in model.parameters())
+    assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
+    copied = decoding_module._copy_in(model, torch.bfloat16)
+    assert copied.lm_head.weight.dtype == torch.bfloat16
+    assert (copied.lm_head.weight is copied.model.embed_tokens.weight) == model.config.tie_word_embeddings
+    assert decoding_module._copy_in(copied, torch.bfloat16) is copied
+
+
+@pytest.mark.parametrize("batch_size", [1, 12, 1000])
+def test_log_probs_are_those_of_a_plain_forward_pass(
+    model: Any, plain_logits: PlainLogits, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compactions = []
+    select = decoding_module._DecodingState.select
+    monkeypatch.setattr(
+        decoding_module._DecodingState, "select", lambda self, rows: (compactions.append(rows), select(self, rows))
+    )
+    responses = sample_responses([(model, 1.0)], PROMPTS, replace(DECODING, batch_size=batch_size), seed=1)
+
+    assert len(responses) == len(PROMPTS)
+    assert all(len(many) == DECODING.n for many in responses)
+    assert compactions, "no response left the batch early: the test does not reach that code"
+    assert len({len(one.token_ids) for _, one in pairs(responses)}) > 3
+    for prompt, one in pairs(responses):
+        expected = log_probs_of(plain_logits(model, prompt, one.token_ids), one.token_ids, DECODING.temperature)
+        torch.testing.assert_close(torch.tensor(one.log_probs), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_response_belongs_to_its_prompt(model: Any, plain_logits: PlainLogits) -> None:
+    """The check above would not notice swapped prompts if the model did not read them."""
+    responses = sample_responses([(model, 1.0)], PROMPTS, DECODING, seed=1)
+    for i, many in enumerate(responses):
+        for one in many:
+            elsewhere = log_probs_of(plain_logits(model, PROMPTS[i - 1], one.token_ids), one.token_ids, 0.7)
+            assert (torch.tensor(one.log_probs) - elsewhere).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, [[9], [10]]])
+def test_a_model_with_absolute_positions(prompts: list[list[int]], plain_logits: PlainLogits) -> None:
+    """Rotary embeddings forgive positions that are all shifted; learned ones do not."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=12, n_positions=32, n_embd=16, n_layer=1, n_head=2)).eval()
+    torch.nn.init.normal_(model.transformer.wpe.weight, std=1.0)
+    responses = sample_responses([(model, 1.0)], prompts, DECODING, seed=3)
+    for prompt, many in zip(prompts, responses, strict=True):
+        for one in many:
+            expected = log_probs_of(plain_logits(model, prompt, one.token_ids), one.token_ids, DECODING.temperature)
+            torch.testing.assert_close(torch.tensor(one.log_probs), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_ends_at_the_stop_token_or_at_the_limit(model: Any) -> None:
+    decoding = replace(DECODING, n=16, max_new_tokens=6, stop_token_ids=[2, 5])
+    responses = [one for _, one in pairs(sample_responses([(model, 1.0)], PROMPTS, decoding, seed=0))]
+    for one in responses:
+        assert len(one.token_ids) == len(one.log_probs)
+        assert one.finished == (one.token_ids[-1] in (2, 5))
+        assert not {2, 5} & set(one.token_ids[:-1])
+        assert len(one.token_ids) == 6 or one.finished
+    assert {one.token_ids[-1] for one in responses if one.finished} == {2, 5}
+    assert any(not one.finished for one in responses)
+    assert any(one.finished and len(one.token_ids) == 6 for one in responses), "the last place may stop, too"
+
+
+def test_the_seed_decides(model: Any) -> None:
+    first, same, other = (sample_responses([(model, 1.0)], PROMPTS, DECODING, seed) for seed in (1, 1, 2))
+    assert first == same
+    assert first != other
+
+
+def test_responses_to_one_prompt_differ(model: Any) -> None:
+    for many in sample_responses([(model, 1.0)], PROMPTS, DECODING, seed=1):
+        assert len({tuple(one.token_ids) for one in many}) > 1
+
+
+def test_greedy_is_the_argmax_and_what_generate_gives(model: Any, plain_logits: PlainLogits) -> None:
+    decoding = replace(DECODING, n=1, temperature=0.0)
+    for prompt, one in pairs(sample_responses([(model, 1.0)], PROMPTS, decoding, seed=0)):
+        looped: list[int] = []
+        while len(looped) < decoding.max_new_tokens and looped[-1:] != [2]:
+            looped.append(int(plain_logits(model, prompt, [*looped, 0])[-1].argmax()))
+        generated = model.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=2, pad_token_id=0
+        )
+        assert one.token_ids == looped == generated[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_frequencies_are_the_probabilities(model: Any, plain_logits: PlainLogits, temperature: float) -> None:
+    num_samples = 4000
+    decoding = replace(DECODING, n=num_samples, max_new_tokens=2, temperature=temperature, stop_token_ids=[])
+    [responses] = sample_responses([(model, 1.0)], PROMPTS[:1], decoding, seed=0)
+
+    def chi_square(tokens: list[int], probabilities: Tensor) -> float:
+        expected = probabilities * len(tokens)
+        counts = torch.bincount(torch.tensor(tokens), minlength=12)
+        common = expected >= 5
+        rare = torch.stack([expected[~common].sum(), counts[~common].sum()])
+        statistic = ((counts - expected).square() / expected)[common].sum()
+        return float(statistic + ((rare[1] - rare[0]).square() / rare[0] if rare[0] >= 5 else 0))
+
+    first = (plain_logits(model, PROMPTS[0], [0])[0] / temperature).softmax(-1)
+    assert first.max() > 2 / 12, "too flat to tell apart from uniform sampling"
+    # 11 degrees of freedom: beyond 38 once in ten thousand.
+    assert chi_square([one.token_ids[0] for one in responses], first) < 38
+    likely = int(first.argmax())
+    followers = [one.token_ids[1] for one in responses if one.token_ids[0] == likely]
+    second = (plain_logits(model, PROMPTS[0], [likely, 0])[1] / temperature).softmax(-1)
+    assert chi_square(followers, second) < 38
+
+
+HAND_MADE = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2]).log()
+
+
+@pytest.mark.parametrize(
+    ("top_p", "nucleus"),
+    [
+        (0.01, [1]),
+        (0.39, [1]),
+        (0.41, [1, 3]),
+        (0.64, [1, 3]),
+        (0.66, [1, 3, 4]),
+        (0.94, [0, 1, 3, 4]),
+        (0.96, [0, 1, 2, 3, 4]),
+        (1.0, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(top_p: float, nucleus: list[int]) -> None:
+    shifted = HAND_MADE + 3.0
+    log_probs = compute_sampling_log_probs(torch.stack([shifted, shifted.flip(0)]), 1.0, top_p)
+    expected = torch.zeros(5)
+    expected[nucleus] = HAND_MADE.exp()[nucleus] / HAND_MADE.exp()[nucleus].sum()
+    torch.testing.assert_close(log_probs.exp(), torch.stack([expected, expected.flip(0)]))
+
+
+def test_the_temperature_comes_before_the_nucleus() -> None:
+    hot = compute_sampling_log_probs(HAND_MADE, 100.0, 0.5)
+    cold = compute_sampling_log_probs(HAND_MADE, 0.1, 0.5)
+    assert torch.isfinite(hot).sum() == 3
+    assert torch.isfinite(cold).sum() == 1
+
+
+def test_nucleus_samples_carry_renormalised_log_probs(make_model: Any, plain_logits: PlainLogits) -> None:
+    model = make_model(dtype=torch.float64)
+    decoding = replace(DECODING, top_p=0.6)
+    for prompt, one in pairs(sample_responses([(model, 1.0)], PROMPTS, decoding, seed=1)):
+        probs = (plain_logits(model, prompt, one.token_ids) / decoding.temperature).softmax(-1)
+        for row, token, log_prob in zip(probs, one.token_ids, one.log_probs, strict=True):
+            ordered = sorted(range(12), key=lambda t, row=row: -row[t])
+            nucleus = next(ordered[:k] for k in range(1, 13) if row[ordered[:k]].sum() >= decoding.top_p)
+            assert token in nucleus
+            assert log_prob == pytest.approx(float((row[token] / row[nucleus].sum()).log()), abs=1e-5)
+
+
+def test_two_modules_answer_as_their_added_logits(make_model: Any, plain_logits: PlainLogits) -> None:
+    first, second = make_model(seed=0), make_model(seed=1)
+    responses = sample_responses([(first, 0.7), (second, 0.3)], PROMPTS, DECODING, seed=1)
+    for prompt, one in pairs(responses):
+        logits = torch.lerp(
+            plain_logits(first, prompt, one.token_ids), plain_logits(second, prompt, one.token_ids), 0.3
+        )
+        expected = log_probs_of(logits, one.token_ids, DECODING.temperature)
+        torch.testing.assert_close(torch.tensor(one.log_probs), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_is_off_and_the_mode_is_given_back(make_model: Any) -> None:
+    model = make_model(attention_dropout=0.9)
+    expected = sample_responses([(model, 1.0)], PROMPTS, DECODING, seed=1)
+    model.train()
+    assert sample_responses([(model, 1.0)], PROMPTS, DECODING, seed=1) == expected
+    assert model.training
+
+
+@pytest.mark.parametrize(("keep_full", "check_every"), [(0.0, 1), (0.5, 1), (1.0, 1), (1.0, 5), (0.9, 100)])
+def test_a_response_is_the_same_whenever_others_leave_the_batch(
+    model: Any, monkeypatch: pytest.MonkeyPatch, keep_full: float, check_every: int
+) -> None:
+    expected = sample_responses([(model, 1.0)], PROMPTS, DECODING, seed=1)
+    monkeypatch.setattr(decoding_module, "KEEP_FULL", keep_full)
+    monkeypatch.setattr(decoding_module, "CHECK_EVERY", {"cpu": check_every})
+    found = sample_responses([(model, 1.0)], PROMPTS, DECODING, seed=1)
+    for (_, one), (_, other) in zip(pairs(found), pairs(expected), strict=True):
+        assert (one.token_ids, one.finished) == (other.token_ids, other.finished)
+        assert one.log_probs == pytest.approx(other.log_probs, abs=1e-5)
+
+
+def test_forbidden_tokens_are_not_drawn_and_have_no_probability(model: Any, plain_logits: PlainLogits) -> None:
+    forbidden = [3, 8]
+    for decoding in (replace(DECODING, forbidden_token_ids=forbidden), replace(DECODING, temperature=0.0)):
+        decoding = replace(decoding, forbidden_token_ids=forbidden)
+        for prompt, one in pairs(sample_responses([(model, 1.0)], PROMPTS, decoding, seed=1)):
+            assert not set(forbidden) & set(one.token_ids)
+            if decoding.temperature:
+                logits = plain_logits(model, prompt, one.token_ids)
+                logits[:, forbidden] = float("-inf")
+                expected = log_probs_of(logits, one.token_ids, decoding.temperature)
+                torch.testing.assert_close(torch.tensor(one.log_probs), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.6])
+def test_logits_that_are_not_finite_are_an_error(make_model: Any, top_p: float) -> None:
+    model = make_model()
+    model.lm_head.weight.data[5] = float("nan")
+    with pytest.raises(FloatingPointError, match="non-finite"):
+        sample_responses([(model, 1.0)], PROMPTS, replace(DECODING, top_p=top_p), seed=1)
+
+
+# ---- drawing ---------------------------------------------------------------------------------------------------------
+
+LAST = 1 - 2**-53  # the largest number that torch.rand gives in float64
+
+
+def draw(weights: Tensor, uniform: Sequence[float]) -> list[int]:
+    rows = weights.expand(len(uniform), -1)
+    tokens, log_probs = draw_tokens(rows, torch.tensor(uniform, dtype=torch.float64))
+    expected = (weights.double()[tokens] / weights.double().sum()).log()
+    torch.testing.assert_close(log_probs.double(), expected, atol=1e-6, rtol=1e-6)
+    return tokens.tolist()
+
+
+@pytest.mark.parametrize("size", [2, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK, 1000])
+def test_the_first_and_the_last_token_can_be_drawn(size: int) -> None:
+    assert draw(torch.full((size,), 0.7), [0.0, LAST]) == [0, size - 1]
+
+
+@pytest.mark.parametrize("possible", [[3], [700], [0, 999], [127, 128], [130, 131, 500], [900, 998]])
+def test_a_token_of_probability_0_is_never_drawn(possible: list[int]) -> None:
+    weights = torch.zeros(1000)
+    weights[possible] = torch.tensor([0.1, 0.3, 1e-30])[: len(possible)]
+    total = weights.double().sum()
+    edges = (weights.double().cumsum(0) / total).unique().tolist()
+    near = [edge + shift for edge in edges for shift in (-(2**-52), 0.0, 2**-52) if 0 <= edge + shift < 1]
+    drawn = draw(weights, [0.0, *near, *torch.rand(100).tolist(), LAST])
+    assert set(drawn) <= set(possible)
+    assert {drawn[0], drawn[-1]} == {possible[0], possible[1 if len(possible) > 1 else 0]}
+
+
+def test_drawn_in_proportion_to_the_weights() -> None:
+    torch.manual_seed(0)
+    num_draws, size = 40_000, 1000
+    weights = torch.randn(size).exp()
+    tokens, _ = draw_tokens(weights.expand(num_draws, -1), torch.rand(num_draws, dtype=torch.float64))
+    expected = weights / weights.sum() * num_draws
+    statistic = ((torch.bincount(tokens, minlength=size) - expected).square() / expected).sum()
+    # 999 degrees of freedom: their mean, and five standard deviations.
+    assert abs(float(statistic) - 999) < 5 * (2 * 999) ** 0.5
+
+
+@pytest.mark.slow
+def test_a_large_vocabulary_does_not_bias() -> None:
+    """Cumulative sums in float32 are off at one draw in ten."""
+    torch.manual_seed(0)
+    size = 151_936
+    weights = torch.rand(size) * 1e-6
+    weights[0] = 1.0
+    cumulative = weights.double().cumsum(0)
+    uniform = torch.linspace(float(cumulative[0] / cumulative[-1]), LAST, 400, dtype=torch.float64)
+    expected = torch.searchsorted(cumulative, uniform * cumulative[-1], right=True).clamp(max=size - 1)
+    exact = torch.cat([draw_tokens(weights.expand(len(part), -1), part)[0] for part in uniform.split(50)])
+    in_float32 = torch.searchsorted(weights.cumsum(0), (uniform * cumulative[-1]).float(), right=True)
+    assert (in_float32 != expected).float().mean() > 0.1
+    assert (exact != expected).float().mean() < 0.03
+    assert (exact - expected).abs().max() <= 1

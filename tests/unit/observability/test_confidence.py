@@ -1,0 +1,67 @@
+"""Intervals by hand, and how often they hold what they promise."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from sdpo.observability.confidence import ClusteredMean, compute_wilson_interval, name_interval
+
+
+def test_mean_and_interval_of_two_clusters() -> None:
+    # Mean 4. Residuals 4 - 2 * 4 = -4 and 12 - 2 * 4 = 4; sqrt(2 / 1 * 32) / 4 = 2.
+    mean = ClusteredMean.of([1, 3, 5, 7], ["a", "a", "b", "b"])
+    assert mean.mean == 4
+    assert mean.normal_interval() == pytest.approx((4 - 1.96 * 2, 4 + 1.96 * 2), abs=1e-3)
+
+
+def test_clusters_of_different_size() -> None:
+    # Mean 4 / 4. Residuals 2 - 1 and 2 - 3; sqrt(2 / 1 * 2) / 4 = 0.5.
+    mean = ClusteredMean()
+    mean.add("a", 2, 1)
+    mean.add("b", 1.5, 2)
+    mean.add("b", 0.5, 1)
+    mean.add("empty", 0, 0)
+    assert (mean.mean, mean.num_clusters) == (1, 2)
+    assert mean.normal_interval() == pytest.approx((1 - 1.96 * 0.5, 1 + 1.96 * 0.5), abs=1e-3)
+
+
+def test_more_of_the_same_makes_no_interval_narrower() -> None:
+    once = ClusteredMean.of([0.0, 1.0, 1.0], "abc")
+    often = ClusteredMean.of([0.0, 1.0, 1.0] * 8, "abc" * 8)
+    assert often.normal_interval() == pytest.approx(once.normal_interval())
+    assert often.share_interval() == pytest.approx(once.share_interval())
+
+
+@pytest.mark.parametrize(
+    ("share", "observations", "interval"),
+    [(0.8, 10, (0.4902, 0.9433)), (0.0, 10, (0.0, 0.2775)), (1.0, 10, (0.7225, 1.0)), (0.5, 0, (0.0, 1.0))],
+)
+def test_wilson(share: float, observations: int, interval: tuple[float, float]) -> None:
+    assert compute_wilson_interval(share, observations) == pytest.approx(interval, abs=1e-4)
+
+
+def test_an_interval_that_is_not_known_has_no_name() -> None:
+    alone = ClusteredMean.of([1.0, 2.0], "aa")
+    assert name_interval("x", alone.normal_interval()) == {}
+    assert name_interval("x", (0.25, 0.5)) == {"x/ci95_low": 0.25, "x/ci95_high": 0.5}
+    assert math.isnan(ClusteredMean().mean)
+
+
+def test_the_interval_covers_the_truth_95_times_in_100() -> None:
+    rng = random.Random(0)
+    covered = trusted_too_much = 0
+    for _ in range(1000):
+        values, clusters = [], []
+        for cluster in range(40):
+            shared = rng.gauss(0, 1)
+            values += [shared + rng.gauss(0, 0.5) for _ in range(8)]
+            clusters += [cluster] * 8
+        low, high = ClusteredMean.of(values, clusters).normal_interval()
+        covered += low <= 0 <= high
+        low, high = ClusteredMean.of(values, range(len(values))).normal_interval()
+        trusted_too_much += low <= 0 <= high
+    assert 0.93 <= covered / 1000 <= 0.97
+    assert trusted_too_much / 1000 < 0.7  # as if rollouts of one prompt knew nothing of each other

@@ -1,0 +1,208 @@
+"""Graders that raise, hang and return nonsense: what it costs, what is said, and when it ends the run."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from sdpo.config import DataConfig
+from sdpo.errors import UserError
+from sdpo.observability.progress import Silent
+from sdpo.rewards.base import Grade, Row, load_task
+from sdpo.rewards.geo3k.reward import Geo3k
+from sdpo.rewards.manager import Grader
+
+ROW = Row("sums", [{"role": "user", "content": "1 + 1?"}], {"ground_truth": "2"}, origin="data.train_files: a: row 7")
+
+
+class Told(Silent):
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+@pytest.fixture
+def told() -> Told:
+    return Told()
+
+
+@pytest.fixture
+def make_grader(tmp_path: Path, told: Told) -> Callable[..., Grader]:
+    """A grader from the body of its function in a file of its own."""
+
+    def make(body: str, **settings: Any) -> Grader:
+        name = tmp_path / "mine.py"
+        name.write_text(f"def grade(row, response):\n    {body}\n")
+        config = DataConfig(task=str(name), **{"max_grader_failures": 1.0, **settings})
+        return Grader(load_task(str(name), {}), config, told)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _alarms_are_put_back() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGALRM)
+    yield
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def scores(grader: Grader, *responses: str) -> list[float | None]:
+    grades = grader.grade([(ROW, response) for response in responses])
+    return [grade.score if grade.score == grade.score else None for grade in grades]
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("return 1 / len(response)", "ZeroDivisionError: division by zero ({file}:2)"),
+        ("return {'': None}.get(response, 1)", "BadGradeError: the grader's score must be a finite number, got None"),
+        ("return float(response or 'nan')", "BadGradeError: the grader's score must be a finite number, got nan"),
+        ("return float(response or '-inf')", "BadGradeError: the grader's score must be a finite number, got -inf"),
+        (
+            "return 1 if response else 10**999",
+            "BadGradeError: the grader's score must be a finite number, got 1" + "0" * 79,
+        ),
+        (
+            "return 1 if response else {'score': 1, 'feedback': 3}",
+            "BadGradeError: the grader's feedback must be text, got 3",
+        ),
+        ("return 1 if response else exit(3)", "SystemExit: 3 ({file}:2)"),
+        ("return 1 if response else grade(row, response)", None),
+        ("return 1 if response else [][0]", "IndexError: list index out of range ({file}:2)"),
+        ("return 1 if response else __import__('json').loads('{{')", None),
+    ],
+)
+def test_a_failure_costs_its_response_alone(
+    body: str, reason: str | None, make_grader: Callable[..., Grader], told: Told, tmp_path: Path
+) -> None:
+    grader = make_grader(body)
+    assert scores(grader, "1", "", "1", "", "1") == [1.0, None, 1.0, None, 1.0]
+    assert grader.num_failures == 2
+    [message] = told.messages  # told once
+    assert "\n" not in message and "data.train_files: a: row 7: " in message
+    if reason is not None:
+        assert message.endswith(reason.replace("{file}", str(tmp_path / "mine.py")))
+
+
+def test_each_kind_of_failure_is_told_once(make_grader: Callable[..., Grader], told: Told, tmp_path: Path) -> None:
+    grader = make_grader("if not response: raise ValueError('two\\nlines')\n    raise TypeError")
+    assert scores(grader, "", "1", "", "1", "") == [None] * 5
+    assert [message.split("row 7: ")[1] for message in told.messages] == [
+        f"ValueError: two lines ({tmp_path}/mine.py:2)",
+        f"TypeError ({tmp_path}/mine.py:3)",
+    ]
+
+
+def test_the_run_stops_past_the_share(make_grader: Callable[..., Grader], tmp_path: Path) -> None:
+    grader = make_grader("return 1 / len(response)", max_grader_failures=0.25)
+    assert scores(grader, *["", "", *"123456"]) == [None, None, *[1.0] * 6]
+    with pytest.raises(UserError) as caught:
+        scores(grader, *["", "1", "", "", *"1234"])
+    assert str(caught.value) == (
+        f"data.task: {tmp_path}/mine.py: grading failed for 3 of the 4 responses graded so far, of 8 in all, which is "
+        "more than data.max_grader_failures=0.25; the last: data.train_files: a: row 7: ZeroDivisionError: division "
+        f"by zero ({tmp_path}/mine.py:2)"
+    )
+    with pytest.raises(UserError, match="failed for 1 of the 1 responses graded so far, of 100 in all"):
+        scores(make_grader("return 1 / 0", max_grader_failures=0.0), *["1"] * 100)
+
+
+def test_what_the_task_refuses_itself_ends_the_run() -> None:
+    grader = Grader(Geo3k(), DataConfig(max_grader_failures=1.0), Silent())
+    with pytest.raises(UserError, match=r"row \? of sums has no reward_model\.ground_truth"):
+        grader.grade([(Row("sums", [], {}), "2")])
+
+
+@pytest.mark.parametrize(
+    "hang",
+    [
+        "__import__('time').sleep(60)",
+        "sum(iter(lambda: 1, 2))",
+        "__import__('threading').Event().wait()",
+        "__import__('re').match('(a+)+$', 'a' * 40 + 'b')",
+    ],
+)
+def test_a_grader_that_hangs_is_cut_off(hang: str, make_grader: Callable[..., Grader], told: Told) -> None:
+    grader = make_grader(f"return {hang} if not response else 1", grader_timeout=0.2)
+    began = time.monotonic()
+    assert scores(grader, "1", "", "1") == [1.0, None, 1.0]
+    assert time.monotonic() - began < 5
+    assert told.messages[0].endswith(
+        "no grade within data.grader_timeout=0.2 seconds (" + told.messages[0].split("(")[-1]
+    )
+
+
+def test_a_grader_cannot_swallow_the_alarm(make_grader: Callable[..., Grader]) -> None:
+    swallow_all = "for _ in range(100):\n        try: __import__('time').sleep(0.1)\n        except Exception: pass"
+    began = time.monotonic()
+    assert scores(make_grader(swallow_all, grader_timeout=0.2), "") == [None]
+    once = "try: __import__('time').sleep(60)\n    except BaseException: __import__('time').sleep(60)"
+    assert scores(make_grader(once, grader_timeout=0.2), "") == [None]
+    assert time.monotonic() - began < 8
+
+
+def test_no_timeout_is_set_where_it_cannot_be_kept_or_is_not_wanted(make_grader: Callable[..., Grader]) -> None:
+    slow = "__import__('time').sleep(0.3) or 1.0"
+    assert scores(make_grader(f"return {slow}", grader_timeout=None), "") == [1.0]
+    results: list[Any] = []
+    grader = make_grader(f"return {slow}", grader_timeout=0.1)
+    thread = threading.Thread(target=lambda: results.extend(scores(grader, "")))
+    thread.start()
+    thread.join()
+    assert results == [1.0]
+
+
+def test_an_earlier_alarm_is_put_back(make_grader: Callable[..., Grader]) -> None:
+    rung: list[int] = []
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        rung.append(number)
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, 0.4)
+    try:
+        assert scores(make_grader("__import__('time').sleep(60)", grader_timeout=0.1), "") == [None]
+        assert signal.getsignal(signal.SIGALRM) is ring
+        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] < 0.35
+        time.sleep(0.5)
+        assert rung == [signal.SIGALRM]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_grader_with_an_alarm_of_its_own(told: Told) -> None:
+    """math-verify in the grader's own thread, as many graders call it: it sets and clears the same alarm."""
+    from math_verify import parse, verify
+
+    class Own:
+        def grade(self, row: Row, response: str) -> float:
+            return float(verify(parse(row.ground_truth or ""), parse(response)))
+
+    grader = Grader(Own(), DataConfig(grader_timeout=10.0), told)
+    assert scores(grader, "2", "$\\frac{4}{2}$", "3") == [1.0, 1.0, 0.0]
+
+
+def test_geometry_is_graded_under_the_timeout() -> None:
+    """Its own process and its own limit, within ours: an expression that never ends is wrong, not a failure."""
+    grader = Grader(Geo3k(format_weight=0.0, timeout=1.0), DataConfig(max_grader_failures=0.0), Silent())
+    row = Row("geometry3k", [], {"ground_truth": "3 \\sqrt{2}"})
+    texts = ["\\boxed{\\sqrt{18}}", "\\boxed{9^{9^{9^{9^9}}}}", "\\boxed{\\sqrt{18}}"]
+    grades = grader.grade([(row, text) for text in texts])
+    assert [grade.score for grade in grades] == [1.0, 0.0, 1.0]
+    assert all(isinstance(grade, Grade) for grade in grades)
+
+
+def test_ctrl_c_is_no_failure(make_grader: Callable[..., Grader]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        scores(make_grader("raise KeyboardInterrupt"), "")

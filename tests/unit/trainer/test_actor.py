@@ -1,0 +1,636 @@
+"""The learner against the same step written plainly: one sample a forward pass, padded tensors, the public loss."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from sdpo import compute_self_distillation_loss
+from sdpo.algorithm.loss import LossInputs
+from sdpo.config import Run
+from sdpo.errors import UserError
+from sdpo.kernels import fused_linear_loss
+from sdpo.models.generation.sampling import Decoding, sample_responses
+from sdpo.models.multimodal.processor import TokenPrompt
+from sdpo.observability import metrics
+from sdpo.rewards.base import Grade
+from sdpo.trainer.actor import actor as learner_module
+from sdpo.trainer.actor.actor import Learner, LogProbs
+from sdpo.trainer.data.samples import Sample
+
+MakeModel = Callable[..., Any]
+MakeRun = Callable[..., Run]
+MakeSamples = Callable[..., list[Sample]]
+HORIZON = 8
+
+
+@dataclass
+class OptimizerStep:
+    """Weights and (clipped) gradients as the optimizer found them."""
+
+    weights: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    lr: float
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    return {name: param.detach().clone() for name, param in module.named_parameters()}
+
+
+def record_steps(learner: Learner) -> list[OptimizerStep]:
+    steps: list[OptimizerStep] = []
+
+    def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        gradients = {name: p.grad.clone() for name, p in learner.student.named_parameters() if p.grad is not None}
+        steps.append(OptimizerStep(weights_of(learner.student), gradients, optimizer.param_groups[0]["lr"]))
+
+    learner.optimizer.register_step_pre_hook(before)
+    return steps
+
+
+def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    """Relative to the largest entry: a sum of many terms has no relative precision where it cancels."""
+    assert actual.keys() == expected.keys()
+    largest = max(float(g.abs().max()) for g in expected.values())
+    assert largest > 0
+    for name in expected:
+        torch.testing.assert_close(
+            actual[name],
+            expected[name],
+            atol=tolerance * largest,
+            rtol=10 * tolerance,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+
+
+def assert_same_weights(actual: nn.Module, expected: nn.Module, tolerance: float = 0.0) -> None:
+    for (name, one), two in zip(actual.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(one, two, atol=tolerance, rtol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# --- the step, written plainly
+
+
+def plain_log_probs(
+    policy: Sequence[tuple[nn.Module, float]], prompt: Sequence[int], sample: Sample, run: Run
+) -> Tensor:
+    """[T, V] with gradient."""
+    ids = torch.tensor([[*prompt, *sample.response.token_ids]])
+    logits = sum(coefficient * module(input_ids=ids).logits[0, len(prompt) - 1 : -1] for module, coefficient in policy)
+    return (logits / run.sampler.temperature).log_softmax(-1)
+
+
+def pad(rows: Sequence[Tensor]) -> Tensor:
+    return torch.stack([nn.functional.pad(row, [0, 0] * (row.dim() - 1) + [0, HORIZON - len(row)]) for row in rows])
+
+
+def sampled(log_probs: Tensor, sample: Sample) -> Tensor:
+    return log_probs.gather(-1, torch.tensor(sample.response.token_ids)[:, None])[:, 0]
+
+
+def plain_old_log_probs(student: nn.Module, samples: Sequence[Sample], run: Run) -> list[Tensor]:
+    with torch.no_grad():
+        return [sampled(plain_log_probs([(student, 1.0)], s.prompt.token_ids, s, run), s) for s in samples]
+
+
+def plain_rollout_weights(old: Tensor, sample: Sample, run: Run) -> Tensor:
+    log_ratio = old - torch.tensor(sample.response.log_probs)
+    if run.learner.rollout_is == "none":
+        return torch.ones_like(old)
+    if run.learner.rollout_is == "sequence":
+        log_ratio = log_ratio.sum().expand_as(log_ratio)
+    return log_ratio.exp().clamp(max=run.learner.rollout_is_threshold)
+
+
+def plain_loss(
+    student: nn.Module, teacher: nn.Module, samples: Sequence[Sample], run: Run, old: Sequence[Tensor] | None = None
+) -> Tensor:
+    config = run.self_distillation
+    rows = [plain_log_probs([(student, 1.0)], s.prompt.token_ids, s, run) for s in samples]
+    policy = {
+        "trust-region": [(teacher, 1 - config.ema_update_rate), (student, config.ema_update_rate)],
+        "live": [(student, 1.0)],
+    }.get(config.teacher_regularization, [(teacher, 1.0)])
+    with torch.no_grad():
+        shown = [s.teacher_prompt.token_ids or s.prompt.token_ids for s in samples]
+        teacher_rows = [plain_log_probs(policy, ids, s, run) for ids, s in zip(shown, samples, strict=True)]
+    student_log_probs = [sampled(row, s) for row, s in zip(rows, samples, strict=True)]
+    old = [lp.detach() for lp in student_log_probs] if old is None else old
+    rollout_weights = [plain_rollout_weights(o, s, run) for o, s in zip(old, samples, strict=True)]
+    mask = pad([torch.ones(len(row)) for row in rows])
+    total = torch.zeros(())
+    if config.distills:
+        kept = [row.topk(config.distillation_topk).indices for row in rows] if config.distillation_topk else None
+        some, teacher_some = rows, teacher_rows
+        if kept is not None:
+            some = [row.gather(-1, k) for row, k in zip(rows, kept, strict=True)]
+            teacher_some = [row.gather(-1, k) for row, k in zip(teacher_rows, kept, strict=True)]
+        level = "topk" if kept is not None else "all"
+        # The loss has no weight of a sample; a weight on its tokens is the same.
+        by_token = [w * s.distillation_weight for w, s in zip(rollout_weights, samples, strict=True)]
+        loss, _ = compute_self_distillation_loss(
+            pad(student_log_probs),
+            pad([sampled(row, s) for row, s in zip(teacher_rows, samples, strict=True)]),
+            mask,
+            config,
+            old_log_probs=pad(old),
+            **{f"student_{level}_log_probs": pad(some), f"teacher_{level}_log_probs": pad(teacher_some)},
+            self_distillation_mask=torch.tensor([float(s.is_distilled) for s in samples]),
+            loss_agg_mode=run.learner.loss_agg_mode,
+            rollout_is_weights=pad(by_token),
+        )
+        total = total + (1 - config.grpo_coef) * loss
+    if config.grpo_coef:
+        token_losses = []
+        for s, new, before, weight in zip(samples, student_log_probs, old, rollout_weights, strict=True):
+            ratio = (new - before).exp()
+            clipped = ratio.clamp(1 - config.clip_ratio_low, 1 + config.clip_ratio_high)
+            token_losses.append(-torch.minimum(s.advantage * ratio, s.advantage * clipped) * weight)
+        total = total + config.grpo_coef * {
+            "token-mean": lambda rows: torch.cat(rows).mean(),
+            "seq-mean-token-sum": lambda rows: torch.stack([row.sum() for row in rows]).mean(),
+            "seq-mean-token-mean": lambda rows: torch.stack([row.mean() for row in rows]).mean(),
+            "seq-mean-token-sum-norm": lambda rows: torch.stack([row.sum() / HORIZON for row in rows]).mean(),
+        }[run.learner.loss_agg_mode](token_losses)
+    return total
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "sdpo": {},
+    "reverse": {"self_distillation__alpha": 1.0},
+    "jensen-shannon": {"self_distillation__alpha": 0.3, "sampler__temperature": 0.7},
+    "top-k": {"self_distillation__distillation_topk": 3},
+    "top-k, renormalised": {
+        "self_distillation__distillation_topk": 3,
+        "self_distillation__distillation_add_tail": False,
+        "self_distillation__alpha": 1.0,
+    },
+    "sampled token": {"self_distillation__full_logit_distillation": False, "self_distillation__alpha": 1.0},
+    "no ratio": {"self_distillation__is_clip": None, "learner__rollout_is": "none"},
+    "ratio": {"self_distillation__is_clip": 1.01, "learner__rollout_is": "sequence"},
+    "trust region": {
+        "self_distillation__teacher_regularization": "trust-region",
+        "self_distillation__ema_update_rate": 0.3,
+    },
+    "live": {"self_distillation__teacher_regularization": "live"},
+    "options": {
+        "self_distillation__divergence_clip": 0.5,
+        "self_distillation__teacher_entropy_beta": 0.7,
+    },
+    "grpo": {"self_distillation__grpo_coef": 1.0},
+    "blend": {"self_distillation__grpo_coef": 0.4, "self_distillation__clip_ratio_high": 0.05},
+    "clipped gradient": {"optim__grad_clip": 0.01},
+    **{f"sdpo, {m}": {"learner__loss_agg_mode": m} for m in ("seq-mean-token-sum", "seq-mean-token-mean")},
+    "blend, sum-norm": {
+        "learner__loss_agg_mode": "seq-mean-token-sum-norm",
+        "self_distillation__grpo_coef": 0.4,
+    },
+    "grpo, seq-mean-token-mean": {"learner__loss_agg_mode": "seq-mean-token-mean", "self_distillation__grpo_coef": 1.0},
+}
+
+
+@pytest.mark.parametrize("mini_batch_size", [2, 1], ids=["one mini-batch", "two mini-batches"])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_gradients_and_loss_are_those_of_the_plain_step(
+    model: Any, make_model: MakeModel, make_run: MakeRun, make_samples: MakeSamples, settings: Any, mini_batch_size: int
+) -> None:
+    run = make_run(learner__mini_batch_size=mini_batch_size, learner__micro_batch_tokens=60, **settings)
+    samples = make_samples(undistilled=(1, 5) if run.self_distillation.distills else range(6))
+    learner = Learner(model, run, 0)
+    teacher = make_model(seed=0)
+    if learner.teacher is not None and learner.teacher.module is not None:
+        # A teacher that differs from the student from the start, so that nothing cancels.
+        teacher = make_model(seed=1)
+        learner.teacher.module.load_state_dict(teacher.state_dict())
+    steps = record_steps(learner)
+    old = plain_old_log_probs(model, samples, run)
+    values = learner.learn(samples)
+
+    size = 3 * mini_batch_size
+    cuts = range(0, len(samples), size)
+    assert len(steps) == len(cuts)
+    losses, norms = [], []
+    for start, step in zip(cuts, steps, strict=True):
+        plain = make_model()
+        plain.load_state_dict(step.weights)
+        loss = plain_loss(plain, teacher, samples[start : start + size], run, old[start : start + size])
+        loss.backward()
+        norm = torch.stack([p.grad.norm() for p in plain.parameters()]).norm()
+        scale = min(1.0, run.optim.grad_clip / float(norm))
+        assert_same_gradients(step.gradients, {n: scale * p.grad for n, p in plain.named_parameters()})
+        losses.append(loss.item())
+        norms.append(float(norm))
+    assert values[metrics.LOSS] == pytest.approx(sum(losses) / len(losses), rel=1e-4, abs=1e-6)
+    assert values[metrics.GRAD_NORM] == pytest.approx(sum(norms) / len(norms), rel=1e-4)
+    assert values[metrics.NONFINITE_SAMPLES] == values[metrics.SKIPPED_UPDATES] == 0
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_gradients_do_not_depend_on_the_micro_batches(
+    make_model: MakeModel, make_run: MakeRun, make_samples: MakeSamples, settings: Any
+) -> None:
+    results = []
+    for budget in (1, 40, 10**6):
+        run = make_run(learner__micro_batch_tokens=budget, **settings)
+        samples = make_samples(undistilled=(1, 5) if run.self_distillation.distills else range(6))
+        learner = Learner(make_model(), run, 0)
+        if learner.teacher is not None and learner.teacher.module is not None:
+            learner.teacher.module.load_state_dict(make_model(seed=1).state_dict())
+        steps = record_steps(learner)
+        values = learner.learn(samples)
+        results.append((steps[0].gradients, values, len(learner.batcher.split(samples, budget))))
+    assert results[0][2] == 6 and 1 < results[1][2] < 6 and results[2][2] == 1
+    for gradients, values, _ in results[1:]:
+        assert_same_gradients(gradients, results[0][0], 2e-6)
+        assert values == pytest.approx(results[0][1], rel=1e-4, abs=1e-6)
+
+
+# --- old and rollout log-probs
+
+
+def capture_inputs(monkeypatch: pytest.MonkeyPatch) -> list[LossInputs]:
+    captured: list[LossInputs] = []
+    compute = fused_linear_loss.compute_loss
+    monkeypatch.setattr(
+        fused_linear_loss, "compute_loss", lambda inputs, config: (captured.append(inputs), compute(inputs, config))[1]
+    )
+    return captured
+
+
+def test_old_log_probs_are_the_student_s_at_the_start_of_the_step(
+    model: Any, make_run: MakeRun, make_samples: MakeSamples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured = capture_inputs(monkeypatch)
+    run = make_run(learner__mini_batch_size=1, self_distillation__is_clip=100.0)
+    samples = make_samples(undistilled=())
+    learner = Learner(model, run, 0)
+    for _ in range(2):
+        captured.clear()
+        before = copy.deepcopy(model)
+        learner.learn(samples)
+        minis = [samples[:3], samples[3:]]
+        assert len(captured) == 2
+        for inputs, mini in zip(captured, minis, strict=True):
+            expected = torch.cat(plain_old_log_probs(before, mini, run))
+            torch.testing.assert_close(inputs.old_log_probs, expected, atol=1e-5, rtol=1e-5)
+        first, second = ((i.student_log_probs - i.old_log_probs).exp() for i in captured)
+        torch.testing.assert_close(first, torch.ones_like(first), atol=1e-5, rtol=0)
+        assert (second - 1).abs().max() > 1e-2
+
+
+def test_with_one_mini_batch_the_ratio_is_exactly_one(
+    model: Any, make_run: MakeRun, make_samples: MakeSamples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured = capture_inputs(monkeypatch)
+    learner = Learner(model, make_run(), 0)
+    for _ in range(2):
+        values = learner.learn(make_samples())
+        assert values[metrics.IS_RATIO_MEAN] == 1.0
+        assert values[metrics.PPO_KL] == 0.0
+    for inputs in captured:
+        assert torch.equal(inputs.student_log_probs, inputs.old_log_probs)
+        assert not inputs.old_log_probs.requires_grad
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "none"])
+@pytest.mark.parametrize("threshold", [1.2, 1000.0])
+def test_rollout_weights_are_old_over_rollout_truncated(
+    model: Any,
+    make_run: MakeRun,
+    make_samples: MakeSamples,
+    monkeypatch: pytest.MonkeyPatch,
+    level: str,
+    threshold: float,
+) -> None:
+    captured = capture_inputs(monkeypatch)
+    run = make_run(learner__rollout_is=level, learner__rollout_is_threshold=threshold, learner__micro_batch_tokens=80)
+    samples = make_samples(seed=7, undistilled=())
+    old = plain_old_log_probs(model, samples, run)
+    values = Learner(model, run, 0).learn(samples)
+    assert len(captured) > 1
+    expected = torch.cat([plain_rollout_weights(o, s, run) for o, s in zip(old, samples, strict=True)])
+    gap = torch.cat([torch.tensor(s.response.log_probs) - o for o, s in zip(old, samples, strict=True)])
+    assert values[metrics.ROLLOUT_KL] == pytest.approx(float(gap.mean()), rel=1e-4)
+    if level == "none":
+        assert all(inputs.rollout_is_weights is None for inputs in captured)
+        assert metrics.ROLLOUT_IS_MEAN not in values
+        return
+    actual = torch.cat([inputs.rollout_is_weights for inputs in captured if inputs.rollout_is_weights is not None])
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+    assert values[metrics.ROLLOUT_IS_MEAN] == pytest.approx(float(expected.mean()), rel=1e-4)
+    truncated = (expected >= threshold).float().mean()
+    assert values[metrics.ROLLOUT_IS_CLIP_FRACTION] == pytest.approx(float(truncated))
+    assert (truncated > 0) == (threshold == 1.2)
+
+
+def test_log_probs_of_the_sampler_and_of_the_learner_agree(
+    model: Any, make_run: MakeRun, make_sample: Callable[..., Sample]
+) -> None:
+    """The same weights, once by cached decoding and once by a padded forward pass: every correction weight is 1."""
+    run = make_run(sampler__temperature=0.6)
+    prompts = [[5, 6, 7, 8, 9, 3, 4], [4, 4, 5]]
+    decoding = Decoding(3, HORIZON, 0.6, 1.0, 100, [2], 0)
+    sampled_by_prompt = sample_responses([(model, 1.0)], [TokenPrompt(ids) for ids in prompts], decoding, seed=0)
+    samples = [
+        make_sample(prompt, one.token_ids, [3, *prompt], log_probs=one.log_probs)
+        for prompt, many in zip(prompts, sampled_by_prompt, strict=True)
+        for one in many
+    ]
+    values = Learner(model, run, 0).learn(samples)
+    assert values[metrics.ROLLOUT_IS_MEAN] == pytest.approx(1.0, abs=1e-5)
+    assert values[metrics.ROLLOUT_KL] == pytest.approx(0.0, abs=1e-5)
+
+
+# --- teacher and optimizer
+
+
+def test_the_teacher_moves_once_a_step_by_the_average_s_formula(
+    model: Any, make_run: MakeRun, make_samples: MakeSamples
+) -> None:
+    learner = Learner(model, make_run(learner__mini_batch_size=1, self_distillation__ema_update_rate=0.2), 0)
+    assert learner.teacher is not None and learner.teacher.module is not None
+    expected = weights_of(model)
+    for _ in range(3):
+        learner.learn(make_samples())
+        expected = {name: 0.8 * expected[name] + 0.2 * param for name, param in weights_of(model).items()}
+        for name, param in learner.teacher.module.named_parameters():
+            torch.testing.assert_close(param, expected[name], atol=1e-6, rtol=0)
+    moved = max(float((p - expected[n]).abs().max()) for n, p in weights_of(model).items())
+    assert moved > 1e-3, "the teacher is not the student"
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_updates_are_adamw_s_at_the_schedule_s_rates(
+    model: Any, make_run: MakeRun, make_samples: MakeSamples, schedule: str
+) -> None:
+    run = make_run(
+        total_steps=5,
+        learner__mini_batch_size=1,
+        optim__schedule=schedule,
+        optim__warmup_steps=3,
+        optim__weight_decay=0.1,
+        optim__beta1=0.8,
+        optim__beta2=0.95,
+        optim__grad_clip=0.02,
+    )
+    by_hand = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(by_hand.parameters(), lr=1e-2, weight_decay=0.1, betas=(0.8, 0.95))
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=10)
+    learner = Learner(model, run, 0)
+    steps = record_steps(learner)
+    rates = []
+    for _ in range(5):
+        values = learner.learn(make_samples())
+        for step in steps[-2:]:
+            for param, gradient in zip(by_hand.parameters(), step.gradients.values(), strict=True):
+                param.grad = gradient.clone()
+            rates.append(scheduler.get_last_lr()[0])
+            assert step.lr == pytest.approx(rates[-1])
+            norm = torch.stack([g.norm() for g in step.gradients.values()]).norm()
+            assert norm == pytest.approx(0.02, rel=1e-3)
+            optimizer.step()
+            scheduler.step()
+        assert values[metrics.LR] == pytest.approx(rates[-1])
+        assert_same_weights(model, by_hand, 1e-7)
+    assert len(rates) == 10
+    assert rates[:3] == pytest.approx([0, 1e-2 / 3, 2e-2 / 3])
+    after = rates[3:]
+    assert len(set(after)) == 1 if schedule == "constant" else all(a > b > 0 for a, b in pairwise(after))
+
+
+def test_the_distillation_weight_is_scheduled(model: Any, make_run: MakeRun, make_samples: MakeSamples) -> None:
+    run = make_run(
+        total_steps=3,
+        optim__lr=1e-12,
+        self_distillation__distillation_weight_start=1.0,
+        self_distillation__distillation_weight_end=0.5,
+        self_distillation__teacher_regularization="frozen",
+    )
+    learner = Learner(model, run, 0)
+    values = [learner.learn(make_samples()) for _ in range(3)]
+    assert [v[metrics.DISTILLATION_WEIGHT] for v in values] == [1.0, 0.75, 0.5]
+    losses = [v[metrics.LOSS] for v in values]
+    assert losses == pytest.approx([losses[0], 0.75 * losses[0], 0.5 * losses[0]], rel=1e-4)
+    assert [v[metrics.DISTILLATION_LOSS] for v in values] == pytest.approx([losses[0]] * 3, rel=1e-4)
+
+
+def test_logits_that_a_model_scales_are_learned_from_as_they_are(
+    make_model: MakeModel, make_run: MakeRun, make_samples: MakeSamples
+) -> None:
+    by_head, by_model = make_model(), make_model()
+    with torch.no_grad():
+        by_head.lm_head.weight.mul_(-2.0)
+    run = by_model.forward
+
+    def forward(**inputs: Any) -> Any:
+        output = run(**inputs)
+        output.logits = -2.0 * output.logits
+        return output
+
+    by_model.forward = forward
+    results = [Learner(model, make_run(), 0).learn(make_samples()) for model in (by_head, by_model)]
+    for metric in (metrics.LOSS, metrics.ENTROPY, metrics.ROLLOUT_KL):
+        assert results[0][metric] == pytest.approx(results[1][metric], rel=1e-4)
+
+
+def test_plain_grpo_has_no_teacher(model: Any, make_run: MakeRun, make_samples: MakeSamples) -> None:
+    learner = Learner(model, make_run(self_distillation__grpo_coef=1.0), 0)
+    values = learner.learn(make_samples(undistilled=range(6)))
+    assert learner.teacher is None
+    assert metrics.PG_LOSS in values
+    assert metrics.DISTILLATION_LOSS not in values and metrics.DISTILLATION_WEIGHT not in values
+
+
+# --- numbers gone bad
+
+
+def broken(sample: Sample, how: str) -> Sample:
+    if how == "rollout":
+        values = [*sample.response.log_probs[:-1], math.nan]
+        return replace(sample, response=replace(sample.response, log_probs=values))
+    if how == "advantage":
+        return replace(sample, advantage=math.nan)
+    if how == "student":
+        ids = [11, *sample.response.token_ids[1:]]
+        return replace(sample, response=replace(sample.response, token_ids=ids))
+    ids = [11, *(sample.teacher_prompt.token_ids or [])]
+    return replace(sample, teacher_prompt=replace(sample.teacher_prompt, token_ids=ids))
+
+
+@pytest.mark.parametrize("budget", [1, 10**6])
+@pytest.mark.parametrize("how", ["rollout", "advantage", "student", "teacher"])
+def test_a_sample_that_is_not_finite_is_as_if_it_were_not_there(
+    make_model: MakeModel, make_run: MakeRun, make_samples: MakeSamples, how: str, budget: int
+) -> None:
+    """Token 11 has no finite embedding: whoever reads it has NaN for logits."""
+    run = make_run(self_distillation__grpo_coef=0.3, learner__micro_batch_tokens=budget, learner__mini_batch_size=1)
+    samples = make_samples()
+    results = []
+    for chosen in ([*samples[:4], broken(samples[4], how), samples[5]], [*samples[:4], samples[5]]):
+        model = make_model()
+        with torch.no_grad():
+            model.get_input_embeddings().weight[11] = math.nan
+        values = Learner(model, run, 0).learn(chosen)
+        results.append((model, values))
+    (with_it, values), (without, expected) = results
+    assert values.pop(metrics.NONFINITE_SAMPLES) == 1
+    assert expected.pop(metrics.NONFINITE_SAMPLES) == 0
+    assert values == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    # A thousandth of a step: a bias of keys has no gradient but rounding, of which AdamW makes steps too.
+    assert_same_weights(with_it, without, 1e-3 * run.optim.lr)
+    assert torch.isfinite(with_it.lm_head.weight).all()
+
+
+def test_dropped_samples_are_counted_over_mini_batches(
+    model: Any, make_run: MakeRun, make_samples: MakeSamples
+) -> None:
+    samples = [broken(s, "rollout") if i in (0, 2, 5) else s for i, s in enumerate(make_samples())]
+    values = Learner(model, make_run(learner__mini_batch_size=1), 0).learn(samples)
+    assert values[metrics.NONFINITE_SAMPLES] == 3
+    assert all(math.isfinite(v) for v in values.values())
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"])
+@pytest.mark.parametrize("minis", [None, 1])
+@pytest.mark.parametrize("coef", [0.0, 0.5])
+def test_a_sample_that_was_not_graded_is_as_if_it_were_not_there(
+    mode: str, minis: int | None, coef: float, make_model: Any, make_run: MakeRun, make_samples: MakeSamples
+) -> None:
+    """Gradients and loss are those of the step without it; its place in a mini-batch is taken by nobody."""
+    run = make_run(
+        learner__loss_agg_mode=mode, learner__mini_batch_size=minis, self_distillation__grpo_coef=coef, sampler__n=3
+    )
+    samples = make_samples(undistilled=(1,))
+    failed = [replace(s, grade=Grade(math.nan), advantage=0.0) if i == 1 else s for i, s in enumerate(samples)]
+    with_it, without = Learner(make_model(), run, 0), Learner(make_model(), run, 0)
+    steps, expected_steps = record_steps(with_it), record_steps(without)
+    values = with_it.learn(failed)
+    expected = [
+        without._learn_mini_batch(list(mini), LogProbs(list(old) if old else None, None), 1.0, None, lambda: None)
+        for mini, old in split_without(without, samples, 1, minis)
+    ]
+    assert len(steps) == len(expected_steps) == (1 if minis is None else 2)
+    for step, expected_step in zip(steps, expected_steps, strict=True):
+        assert_same_gradients(step.gradients, expected_step.gradients)
+    losses = [values[metrics.LOSS] for values in expected]
+    assert values[metrics.LOSS] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert values[metrics.NONFINITE_SAMPLES] == 0
+
+
+def split_without(learner: Learner, samples: list[Sample], left_out: int, minis: int | None) -> Any:
+    """The two prompts' samples, by mini-batch, without one; with old log-probabilities where there are several."""
+    old = learner.compute_log_probs(samples)
+    places = [range(6)] if minis is None else [range(3), range(3, 6)]
+    for mini in places:
+        kept = [i for i in mini if i != left_out]
+        yield [samples[i] for i in kept], None if minis is None else [old[i] for i in kept]
+
+
+def test_a_batch_of_bad_samples_alone_changes_nothing(model: Any, make_run: MakeRun, make_samples: MakeSamples) -> None:
+    before = copy.deepcopy(model)
+    values = Learner(model, make_run(), 0).learn([broken(s, "rollout") for s in make_samples()])
+    assert all(math.isfinite(v) for v in values.values())
+    assert values[metrics.NONFINITE_SAMPLES] == 6
+    assert_same_weights(model, before)
+
+
+@pytest.mark.parametrize("budget", [1, 10**6])
+def test_a_batch_with_nothing_to_distil_changes_nothing(
+    model: Any, make_run: MakeRun, make_samples: MakeSamples, budget: int
+) -> None:
+    before = copy.deepcopy(model)
+    run = make_run(learner__micro_batch_tokens=budget, optim__weight_decay=0.0)
+    values = Learner(model, run, 0).learn(make_samples(undistilled=range(6)))
+    assert values[metrics.LOSS] == 0
+    assert_same_weights(model, before)
+
+
+def test_an_update_with_a_gradient_that_is_not_finite_is_left_out(
+    model: Any, make_run: MakeRun, make_samples: MakeSamples
+) -> None:
+    learner = Learner(model, make_run(), 0)
+    before = copy.deepcopy(model)
+    handle = model.lm_head.weight.register_hook(lambda gradient: gradient * math.inf)
+    values = learner.learn(make_samples())
+    assert values[metrics.SKIPPED_UPDATES] == 1
+    assert_same_weights(model, before)
+    handle.remove()
+    values = learner.learn(make_samples())
+    assert values[metrics.SKIPPED_UPDATES] == 0
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert not torch.equal(model.lm_head.weight, before.lm_head.weight)
+
+
+# --- how it runs
+
+
+def test_checkpointing_recomputes_and_gives_the_same_gradients(
+    make_model: MakeModel, make_run: MakeRun, make_samples: MakeSamples
+) -> None:
+    results = []
+    for checkpointing in (False, True):
+        learner = Learner(make_model(), make_run(learner__gradient_checkpointing=checkpointing), 0)
+        calls: list[bool] = []
+        learner.student.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(True))
+        steps = record_steps(learner)
+        learner.learn(make_samples())
+        results.append((steps[0].gradients, len(calls)))
+    assert [calls for _, calls in results] == [1, 2]
+    assert_same_gradients(results[1][0], results[0][0], 1e-6)
+
+
+def test_autocast_computes_in_bfloat16_and_keeps_the_weights(
+    make_model: MakeModel, make_run: MakeRun, make_samples: MakeSamples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = learner_module.compute_fused_loss
+    results = []
+    for autocast in (False, True):
+        learner = Learner(make_model(), make_run(learner__autocast=autocast), 0)
+        seen: list[torch.dtype] = []
+        learner.student.model.layers[1].mlp.down_proj.register_forward_hook(
+            lambda *args, seen=seen: seen.append(args[2].dtype)
+        )
+
+        def watch(student: Any, teacher: Any, *args: Any, seen: Any = seen, **settings: Any) -> Any:
+            seen += [student.hidden.dtype, *(part.hidden.dtype for part in teacher)]
+            return compute(student, teacher, *args, **settings)
+
+        monkeypatch.setattr(learner_module, "compute_fused_loss", watch)
+        values = learner.learn(make_samples())
+        assert {p.dtype for p in learner.student.parameters()} == {torch.float32}
+        results.append((values[metrics.LOSS], set(seen)))
+    assert [dtypes for _, dtypes in results] == [{torch.float32}, {torch.bfloat16}]
+    assert results[1][0] != results[0][0]
+    assert results[1][0] == pytest.approx(results[0][0], rel=0.1)
+
+
+def test_the_teacher_of_a_bfloat16_student_is_averaged_in_float32(
+    make_model: MakeModel, make_run: MakeRun, make_samples: MakeSamples
+) -> None:
+    """In bfloat16, an average at this rate would not move at all."""
+    model = make_model(dtype=torch.bfloat16)
+    learner = Learner(model, make_run(optim__lr=2e-3, self_distillation__ema_update_rate=0.01), 0)
+    assert learner.teacher is not None and learner.teacher.module is not None
+    expected = {name: param.float() for name, param in weights_of(model).items()}
+    for _ in range(6):
+        learner.learn(make_samples())
+        expected = {name: 0.99 * expected[name] + 0.01 * param.float() for name, param in weights_of(model).items()}
+    for name, param in learner.teacher.module.named_parameters():
+        assert param.dtype == torch.bfloat16
+        torch.testing.assert_close(param, expected[name].bfloat16(), atol=0, rtol=0.01)
+
+
+def test_top_k_beyond_the_vocabulary_is_refused(model: Any, make_run: MakeRun) -> None:
+    with pytest.raises(UserError, match=r"distillation_topk=13 .* vocabulary of 12"):
+        Learner(model, make_run(self_distillation__distillation_topk=13), 0)

@@ -1,0 +1,138 @@
+"""The metrics by which one sees that a training is not well, against distributions written out in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sdpo.config import Run
+from sdpo.observability import metrics
+from sdpo.observability.confidence import ClusteredMean, compute_wilson_interval
+from sdpo.trainer.actor.actor import Learner
+from sdpo.trainer.data.samples import Sample, compute_repetition, summarize_samples
+
+MakeRun = Callable[..., Run]
+MakeSamples = Callable[..., list[Sample]]
+PRECISE = {"rel": 1e-9, "abs": 1e-12}
+
+
+@pytest.fixture
+def student(make_model: Callable[..., Any]) -> Any:
+    return make_model(dtype=torch.float64)
+
+
+@torch.no_grad()
+def distributions(module: nn.Module, prompt: Sequence[int], sample: Sample, run: Run) -> Tensor:
+    """[T, V] log-probabilities."""
+    ids = torch.tensor([[*prompt, *sample.response.token_ids]])
+    return (module(input_ids=ids).logits[0, len(prompt) - 1 : -1] / run.sampler.temperature).log_softmax(-1)
+
+
+def sampled(rows: Tensor, sample: Sample) -> Tensor:
+    return rows.gather(-1, torch.tensor(sample.response.token_ids)[:, None])[:, 0]
+
+
+def gaps_of(module: nn.Module, samples: Sequence[Sample], run: Run) -> list[tuple[Sample, Tensor]]:
+    """At the first step, where the teacher's weights are the student's."""
+    gaps = []
+    for sample in samples:
+        if sample.teacher_prompt.token_ids is not None:
+            theirs = sampled(distributions(module, sample.teacher_prompt.token_ids, sample, run), sample)
+            gaps.append((sample, theirs - sampled(distributions(module, sample.prompt.token_ids, sample, run), sample)))
+    return gaps
+
+
+def test_gap_by_sign(student: Any, make_run: MakeRun, make_samples: MakeSamples) -> None:
+    run, samples = make_run(), make_samples()
+    gaps = torch.cat([gap for _, gap in gaps_of(student, samples, run)])
+    assert 0 < int((gaps > 0).sum()) < len(gaps)
+    values = Learner(student, run, 0).learn(samples)
+    assert values[metrics.GAP_POSITIVE_FRACTION] == pytest.approx(float((gaps > 0).double().mean()), **PRECISE)
+    assert values[metrics.GAP_POSITIVE_PART] == pytest.approx(float(gaps[gaps > 0].sum()) / len(gaps), **PRECISE)
+    assert values[metrics.GAP_NEGATIVE_PART] == pytest.approx(float(gaps[gaps < 0].sum()) / len(gaps), **PRECISE)
+    parts = values[metrics.GAP_POSITIVE_PART] + values[metrics.GAP_NEGATIVE_PART]
+    assert parts == pytest.approx(values[metrics.TEACHER_GAP], **PRECISE)
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [1, 60, 100_000])
+def test_intervals_of_entropy_and_gap_are_over_prompts(
+    micro_batch_tokens: int, student: Any, make_run: MakeRun, make_samples: MakeSamples
+) -> None:
+    run, samples = make_run(learner__micro_batch_tokens=micro_batch_tokens), make_samples()
+    entropy, gap = ClusteredMean(), ClusteredMean()
+    for sample in samples:
+        rows = distributions(student, sample.prompt.token_ids, sample, run)
+        entropy.add(id(sample.prompt), float(-(rows.exp() * rows).sum()), len(rows))
+    for sample, values in gaps_of(student, samples, run):
+        gap.add(id(sample.prompt), float(values.sum()), len(values))
+    assert entropy.num_clusters == run.data.train_batch_size
+    values = Learner(student, run, 0).learn(samples)
+    for name, expected in ((metrics.ENTROPY, entropy), (metrics.TEACHER_GAP, gap)):
+        assert values[name] == pytest.approx(expected.mean, **PRECISE)
+        ends = [values[end] for end in metrics.ci95_names(name)]
+        assert ends == pytest.approx(expected.normal_interval(), **PRECISE)
+        assert ends[0] < values[name] < ends[1]
+
+
+@pytest.mark.parametrize("kind", ["ema", "frozen"])
+def test_kl_to_the_initial_model_is_that_of_the_sampled_tokens(
+    kind: str, make_model: Callable[..., Any], make_run: MakeRun, make_samples: MakeSamples
+) -> None:
+    initial, student = (make_model(dtype=torch.float64) for _ in range(2))
+    run = make_run(self_distillation__teacher_regularization=kind, health__kl_to_initial_every=2)
+    learner, samples = Learner(student, run, 0), make_samples()
+    assert (learner.initial is learner.teacher.module) == (kind == "frozen")  # type: ignore[union-attr]
+    first = learner.learn(samples)
+    assert first[metrics.KL_TO_INITIAL] == 0.0
+    expected = ClusteredMean()
+    for sample in samples:
+        ours, theirs = (
+            sampled(distributions(m, sample.prompt.token_ids, sample, run), sample) for m in (student, initial)
+        )
+        expected.add(id(sample.prompt), float((ours - theirs).sum()), len(ours))
+    second = learner.learn(samples)
+    assert second[metrics.KL_TO_INITIAL] == pytest.approx(expected.mean, **PRECISE)
+    assert second[metrics.KL_TO_INITIAL] != 0.0
+    ends = [second[end] for end in metrics.ci95_names(metrics.KL_TO_INITIAL)]
+    assert ends == pytest.approx(expected.normal_interval(), **PRECISE)
+    assert metrics.KL_TO_INITIAL not in learner.learn(samples)
+
+
+def test_no_copy_is_kept_where_it_is_not_compared_with(student: Any, make_run: MakeRun) -> None:
+    assert Learner(student, make_run(), 0).initial is None
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "share"),
+    [
+        ([1, 2, 3, 4, 1, 2, 3, 4], 1 / 5),  # 1234 2341 3412 4123 1234
+        ([7] * 8, 4 / 5),
+        ([1, 2, 3, 4, 5], 0),
+        ([1, 2, 3, 4], 0),
+        ([1, 2, 3], None),
+        ([], None),
+    ],
+)
+def test_repeated_4grams_by_hand(token_ids: list[int], share: float | None) -> None:
+    assert compute_repetition(token_ids) == (None if share is None else pytest.approx(share))
+
+
+def test_intervals_of_what_the_rollouts_tell(make_run: MakeRun, make_samples: MakeSamples) -> None:
+    run, samples = make_run(), make_samples()
+    values = summarize_samples(samples, run.self_distillation)
+    prompts = [id(s.prompt) for s in samples]
+    for name, numbers in (
+        (metrics.SCORE_MEAN, [s.grade.score for s in samples]),
+        (metrics.RESPONSE_LENGTH_MEAN, [float(len(s.response.token_ids)) for s in samples]),
+    ):
+        assert [values[end] for end in metrics.ci95_names(name)] == pytest.approx(
+            ClusteredMean.of(numbers, prompts).normal_interval()
+        )
+    for name in (metrics.RESPONSE_LENGTH_CLIP_RATIO, metrics.REPROMPT_FRACTION, metrics.SUCCESS_GROUP_FRACTION):
+        assert [values[end] for end in metrics.ci95_names(name)] == pytest.approx(
+            compute_wilson_interval(values[name], len(set(prompts)))
+        )

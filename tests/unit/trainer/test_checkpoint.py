@@ -1,0 +1,145 @@
+"""Checkpoint folders are whole or not there; what is damaged is found; old ones go, the best stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sdpo.errors import UserError
+from sdpo.trainer.checkpoint import manager
+from sdpo.trainer.checkpoint.manager import find_fault, find_newest, read_manifest, retire_checkpoints, save_checkpoint
+
+
+def write(folder: Path) -> None:
+    (folder / "weights").write_bytes(b"0123456789")
+    (folder / "teacher").mkdir()
+    (folder / "teacher" / "weights").write_bytes(b"abc")
+
+
+def write_other(folder: Path) -> None:
+    (folder / "weights").write_bytes(b"other")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_manifest_has_every_file(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path, 3, 0.5, write)
+    assert folder == tmp_path / "step_3"
+    assert names(tmp_path) == ["step_3"]
+    manifest = read_manifest(folder)
+    assert (manifest.step, manifest.score) == (3, 0.5)
+    # by sha256sum
+    assert manifest.files == {
+        "weights": (10, "84d89877f0d4041efb6bf91a16f0248f2fd573e6af05c19f96bedb9f882f7882"),
+        "teacher/weights": (3, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"),
+    }
+    assert find_fault(folder) is None
+
+
+@pytest.mark.parametrize("fails", ["write", "_seal", "_sync", "rename"])
+def test_a_failure_at_any_moment_leaves_what_was_saved_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    save_checkpoint(tmp_path, 3, None, write)
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if fails == "rename":
+            patch.setattr(Path, "rename", fail)
+        elif fails != "write":
+            patch.setattr(manager, fails, fail)
+        save_checkpoint(tmp_path, 4, None, fail if fails == "write" else write_other)
+    assert names(tmp_path) == [".step_4.partial", "step_3"]
+    assert find_newest(tmp_path, print) == tmp_path / "step_3"
+    save_checkpoint(tmp_path, 4, None, write_other)
+    assert names(tmp_path) == ["step_3", "step_4"]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[0] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "fault"),
+    [
+        ("weights", truncate, "weights has 9 bytes, not 10"),
+        ("teacher/weights", flip, "teacher/weights has other content than was written"),
+        ("teacher/weights", Path.unlink, "teacher/weights is missing"),
+        ("manifest.json", truncate, None),
+        ("manifest.json", flip, "manifest.json: JSONDecodeError"),
+        ("manifest.json", Path.unlink, "manifest.json: FileNotFoundError"),
+    ],
+)
+def test_damage_is_named_and_the_one_before_is_taken(
+    tmp_path: Path, name: str, damage: Callable[[Path], None], fault: str | None
+) -> None:
+    for step in (9, 10):
+        save_checkpoint(tmp_path, step, None, write)
+    damage(tmp_path / "step_10" / name)
+    told: list[str] = []
+    if fault is None:  # the newline at its end
+        assert find_newest(tmp_path, told.append) == tmp_path / "step_10"
+        return
+    assert find_newest(tmp_path, told.append) == tmp_path / "step_9"
+    [message] = told
+    assert message.startswith(f"{tmp_path / 'step_10'} is damaged ({fault}")
+    assert message.endswith("the one before it is taken")
+    save_checkpoint(tmp_path, 10, None, write_other)
+    assert find_newest(tmp_path, told.append) == tmp_path / "step_10"
+    assert names(tmp_path) == ["step_10", "step_9"]
+
+
+def test_none_is_found_where_all_are_damaged_or_there_is_none(tmp_path: Path) -> None:
+    assert find_newest(tmp_path / "nowhere", print) is None
+    save_checkpoint(tmp_path, 1, None, write)
+    (tmp_path / "step_1" / "weights").unlink()
+    told: list[str] = []
+    assert find_newest(tmp_path, told.append) is None
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_best", "kept"),
+    [
+        (1, 0, [6]),
+        (2, 0, [5, 6]),
+        (1, 1, [4, 6]),  # of 2 and 4, which are alike, the newer
+        (1, 2, [2, 4, 6]),
+        (1, 3, [1, 2, 4, 6]),
+        (9, 0, [1, 2, 3, 4, 5, 6]),
+    ],
+)
+def test_the_newest_and_the_best_are_kept(tmp_path: Path, keep_last: int, keep_best: int, kept: list[int]) -> None:
+    for step, score in enumerate([0.2, 0.9, None, 0.9, None, 0.1], start=1):
+        save_checkpoint(tmp_path, step, score, write_other)
+    retire_checkpoints(tmp_path, keep_last, keep_best)
+    assert names(tmp_path) == [f"step_{step}" for step in kept]
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("no folder")
+    with pytest.raises(
+        UserError, match=r"step_1: cannot be saved \(.*Not a directory.*\); what was saved before is intact"
+    ):
+        save_checkpoint(tmp_path / "checkpoints", 1, None, write)
+
+
+def test_an_error_of_the_program_stays_one(tmp_path: Path) -> None:
+    def fail(_: Path) -> None:
+        raise RuntimeError("a shape is wrong")
+
+    with pytest.raises(RuntimeError, match="a shape is wrong"):
+        save_checkpoint(tmp_path, 1, None, fail)
+    assert names(tmp_path) == []

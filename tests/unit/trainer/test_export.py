@@ -1,0 +1,125 @@
+"""What is exported computes what the run's student or teacher computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sdpo.config import Run
+from sdpo.errors import UserError
+from sdpo.trainer import trainer
+from sdpo.trainer.actor.actor import Learner
+from sdpo.trainer.checkpoint.export import export_model
+from sdpo.trainer.trainer import train
+
+MakeRun = Callable[..., Run]
+IDS = torch.tensor([[5, 6, 7, 8, 3]])
+SETTINGS: dict[str, Any] = {
+    "total_steps": 3,
+    "optim__lr": 1e-2,
+    "self_distillation__ema_update_rate": 0.3,
+    "self_distillation__teacher_snapshot_every": 2,
+}
+LORA = {"lora__rank": 4, "lora__alpha": 6}
+CHECKPOINT = "checkpoints/step_3"
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module) -> Tensor:
+    return model.eval()(input_ids=IDS).logits.float()
+
+
+def run_and_keep(run: Run, monkeypatch: pytest.MonkeyPatch) -> Learner:
+    """Train, and give the learner as it was at the end."""
+    kept: list[Learner] = []
+    save = trainer.save_models
+
+    def keep(folder: Path, learner: Learner, processing: Any) -> None:
+        kept.append(learner)
+        save(folder, learner, processing)
+
+    monkeypatch.setattr(trainer, "save_models", keep)
+    train(run)
+    return kept[-1]
+
+
+@pytest.mark.parametrize("kind", ["ema", "snapshot", "frozen"])
+@pytest.mark.parametrize(
+    ("settings", "tolerance"),
+    [
+        ({}, 1e-5),
+        (LORA, 1e-5),
+        ({**LORA, "lora__target_modules": ["v_proj"]}, 1e-5),
+        # Merged weights are rounded: 2^-9 of each, through two layers.
+        ({**LORA, "model__dtype": "bfloat16"}, 0.05),
+    ],
+    ids=["full", "lora", "some", "bfloat16"],
+)
+def test_the_export_computes_the_same(
+    make_task_run: MakeRun,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    kind: str,
+    settings: dict[str, Any],
+    tolerance: float,
+) -> None:
+    run = make_task_run(**SETTINGS, **settings, self_distillation__teacher_regularization=kind)
+    learner = run_and_keep(run, monkeypatch)
+    assert learner.teacher is not None and learner.teacher.module is not None
+    checkpoint = Path(run.run_dir) / CHECKPOINT
+    models = {}
+    for name, teacher, module in (("s", False, learner.student), ("t", True, learner.teacher.module)):
+        export_model(checkpoint, tmp_path / name, teacher=teacher)
+        models[name] = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert not list((tmp_path / name).glob("adapter*"))
+        assert models[name].dtype == module.dtype
+        torch.testing.assert_close(logits_of(models[name]), logits_of(module), rtol=tolerance, atol=tolerance)
+        assert AutoTokenizer.from_pretrained(tmp_path / name).vocab_size == learner.student.config.vocab_size
+    assert (logits_of(models["s"]) - logits_of(models["t"])).abs().max() > 10 * tolerance or "model__dtype" in settings
+    if "model__dtype" in settings:  # a teacher's module is made of the same numbers
+        for name, param in learner.teacher.module.named_parameters():
+            assert torch.equal(param, models["t"].get_parameter(name))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"teacher_regularization": "live"}, "is the student itself; export that"),
+        ({"teacher_regularization": "trust-region"}, "is a mixture of two models' logits"),
+        ({"grpo_coef": 1.0}, "does not exist with grpo_coef=1"),
+    ],
+)
+def test_a_teacher_that_is_no_model_is_refused(
+    make_task_run: MakeRun, tmp_path: Path, settings: dict[str, Any], said: str
+) -> None:
+    changes = {f"self_distillation__{name}": value for name, value in settings.items()}
+    run = make_task_run(**{**SETTINGS, "total_steps": 1}, **changes)
+    train(run)
+    with pytest.raises(UserError, match=said):
+        export_model(Path(run.run_dir) / "checkpoints/step_1", tmp_path / "out", teacher=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_exported_leaves_nothing(make_task_run: MakeRun, tmp_path: Path) -> None:
+    run = make_task_run(**{**SETTINGS, "total_steps": 1}, **LORA)
+    train(run)
+    checkpoint, out = Path(run.run_dir) / "checkpoints/step_1", tmp_path / "out"
+    with pytest.raises(UserError, match=r"no checkpoint in a run folder"):
+        export_model(tmp_path, out)
+    with pytest.raises(UserError, match=r"is damaged \(manifest\.json"):
+        export_model(checkpoint.with_name("step_7"), out)
+    out.mkdir()
+    with pytest.raises(UserError, match="out: exists already; name another folder"):
+        export_model(checkpoint, out)
+    out.rmdir()
+    file = checkpoint / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"is damaged \(adapter_model\.safetensors has \d+ bytes"):
+        export_model(checkpoint, out)
+    assert not out.exists() and not list(tmp_path.glob(".out*"))

@@ -1,0 +1,218 @@
+"""What alarms do: to the learner, to the run, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sdpo.config import HealthConfig, Run
+from sdpo.errors import UserError
+from sdpo.observability import metrics
+from sdpo.observability.health import HealthMonitor
+from sdpo.observability.health_callback import Guard
+from sdpo.observability.progress import Silent
+from sdpo.trainer.actor.actor import Learner
+from sdpo.trainer.data.samples import Sample
+from sdpo.trainer.trainer import train
+
+MakeRun = Callable[..., Run]
+MakeSamples = Callable[..., list[Sample]]
+ACCURACY = metrics.val_name("digits", "mean@1")
+
+
+def record_in(folder: Path) -> Callable[[Mapping[str, Any]], None]:
+    """As a run folder does it."""
+
+    def record(alarm: Mapping[str, Any]) -> None:
+        with (folder / "alarms.jsonl").open("a") as file:
+            file.write(json.dumps(alarm) + "\n")
+
+    return record
+
+
+def build_guard(learner: Learner, folder: Path, **actions: str) -> Guard:
+    config = HealthConfig(window=1, tolerance=0.0, **actions)
+    return Guard(HealthMonitor(config), learner, record_in(folder), Silent())
+
+
+def fall(guard: Guard) -> dict[str, float]:
+    """The score falls, at the second step."""
+    assert guard.watch(1, {metrics.SCORE_MEAN: 1.0})[metrics.ALARMS] == 0
+    return guard.watch(2, {metrics.SCORE_MEAN: 0.5})
+
+
+def weights_of(module: nn.Module) -> list[torch.Tensor]:
+    return [param.detach().clone() for param in module.parameters()]
+
+
+def same_weights(one: nn.Module | list[torch.Tensor], other: nn.Module | list[torch.Tensor]) -> bool:
+    pairs = zip(*(list(x.parameters()) if isinstance(x, nn.Module) else x for x in (one, other)), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_lower_halves_the_weight_down_to_its_floor(
+    model: Any, make_run: MakeRun, make_samples: MakeSamples, tmp_path: Path
+) -> None:
+    run = make_run(self_distillation__distillation_weight_start=0.8, self_distillation__distillation_weight_end=0.8)
+    learner = Learner(model, run, 0)
+    samples = make_samples()
+    assert learner.learn(samples)[metrics.DISTILLATION_WEIGHT] == pytest.approx(0.8)
+    fall(build_guard(learner, tmp_path, score_collapse="lower"))
+    assert learner.learn(samples)[metrics.DISTILLATION_WEIGHT] == pytest.approx(0.4)
+    for _ in range(5):
+        learner.lower_distillation()
+    assert learner.learn(samples)[metrics.DISTILLATION_WEIGHT] == pytest.approx(0.8 * 0.1)
+
+
+def test_a_lowered_weight_makes_the_gradient_as_much_smaller(
+    make_model: Callable[..., Any], make_run: MakeRun, make_samples: MakeSamples
+) -> None:
+    norms = []
+    for lowered in (False, True):
+        learner = Learner(make_model(), make_run(), 0)
+        if lowered:
+            learner.lower_distillation()
+        norms.append(learner.learn(make_samples())[metrics.GRAD_NORM])
+    assert norms[1] == pytest.approx(0.5 * norms[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ema", "snapshot"])
+def test_a_frozen_teacher_stays_as_it_was(
+    kind: str, model: Any, make_run: MakeRun, make_samples: MakeSamples, tmp_path: Path
+) -> None:
+    run = make_run(
+        self_distillation__teacher_regularization=kind,
+        self_distillation__teacher_snapshot_every=1,
+        health__score_collapse="freeze",
+    )
+    learner = Learner(model, run, 0)
+    assert learner.teacher is not None and learner.teacher.module is not None
+    initial = weights_of(learner.teacher.module)
+    learner.learn(make_samples())
+    moved = weights_of(learner.teacher.module)
+    assert not same_weights(initial, moved)
+    values = fall(build_guard(learner, tmp_path, score_collapse="freeze"))
+    assert (values[metrics.ALARMS], values[metrics.TEACHER_FROZEN]) == (1, 1)
+    before = weights_of(learner.student)
+    learner.learn(make_samples())
+    assert same_weights(learner.teacher.module, moved)
+    assert not same_weights(learner.student, before)
+
+
+def test_of_the_trust_region_the_initial_model_is_left(model: Any, make_run: MakeRun) -> None:
+    learner = Learner(model, make_run(self_distillation__teacher_regularization="trust-region"), 0)
+    assert learner.teacher is not None
+    assert len(learner.teacher.policy(learner.student)) == 2
+    learner.freeze_teacher()
+    assert [(module, share) for module, share in learner.teacher.policy(learner.student)] == [
+        (learner.teacher.module, 1.0)
+    ]
+
+
+def test_a_live_teacher_becomes_the_initial_model_and_the_student_goes_back(
+    model: Any, make_run: MakeRun, make_samples: MakeSamples, tmp_path: Path
+) -> None:
+    learner = Learner(
+        model, make_run(self_distillation__teacher_regularization="live", health__score_collapse="freeze"), 0
+    )
+    guard = build_guard(learner, tmp_path, score_collapse="freeze")
+    assert learner.teacher is not None
+    initial = weights_of(learner.student)
+    guard.watch(1, {metrics.SCORE_MEAN: 1.0, ACCURACY: 0.8})
+    learner.learn(make_samples())
+    guard.watch(2, {metrics.SCORE_MEAN: 1.0, ACCURACY: 0.9})
+    best = weights_of(learner.student)
+    learner.learn(make_samples())
+    guard.watch(3, {metrics.SCORE_MEAN: 1.0, ACCURACY: 0.9})  # as good, and later
+    assert learner.teacher.policy(learner.student)[0][0] is learner.student
+    guard.watch(4, {metrics.SCORE_MEAN: 0.5})
+    ((module, share),) = learner.teacher.policy(learner.student)
+    assert share == 1.0 and same_weights(module, initial) and not same_weights(best, initial)
+    assert same_weights(learner.student, best)
+    learner.learn(make_samples())
+    assert same_weights(module, initial) and not same_weights(learner.student, best)
+
+
+def test_without_an_evaluation_the_student_stays(
+    model: Any, make_run: MakeRun, make_samples: MakeSamples, tmp_path: Path
+) -> None:
+    learner = Learner(
+        model, make_run(self_distillation__teacher_regularization="live", health__score_collapse="freeze"), 0
+    )
+    learner.learn(make_samples())
+    before = weights_of(learner.student)
+    fall(build_guard(learner, tmp_path, score_collapse="freeze"))
+    assert same_weights(learner.student, before)
+    assert learner.teacher is not None and learner.teacher.module is learner.initial
+
+
+def test_alarm_is_told_and_written(model: Any, make_run: MakeRun, tmp_path: Path) -> None:
+    told: list[str] = []
+
+    class Listener(Silent):
+        def message(self, text: str) -> None:
+            told.append(text)
+
+    monitor = HealthMonitor(HealthConfig(window=1, tolerance=0.0, score_collapse="stop"))
+    guard = Guard(monitor, Learner(model, make_run(), 0), record_in(tmp_path), Listener())
+    fall(guard)
+    reason = "training score fell from 1 to 0.5 (means of 1 steps)"
+    assert told == [f"step 2: score_collapse: {reason}; the run stops here"]
+    assert json.loads((tmp_path / "alarms.jsonl").read_text()) == {
+        "step": 2,
+        "rule": "score_collapse",
+        "action": "stop",
+        "reason": reason,
+        "values": {f"{metrics.SCORE_MEAN}/before": 1.0, metrics.SCORE_MEAN: 0.5},
+    }
+    assert guard.stopped_by is not None and guard.stopped_by.rule == "score_collapse"
+
+
+def test_guard_goes_on_from_its_state(model: Any, make_run: MakeRun, tmp_path: Path) -> None:
+    learner = Learner(model, make_run(), 0)
+    first, second = (build_guard(learner, tmp_path) for _ in range(2))
+    first.watch(1, {metrics.SCORE_MEAN: 1.0, ACCURACY: 0.7})
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert second.best_accuracy == 0.7
+    assert second.watch(2, {metrics.SCORE_MEAN: 0.5})[metrics.ALARMS] == 1
+
+
+def rows_of(run: Run) -> list[Mapping[str, float]]:
+    return [json.loads(line) for line in (Path(run.run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_stop_ends_the_run_like_a_finished_one(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([1.0, 1.0, 0.2, 0.2, 0.2])
+    summarize = "sdpo.trainer.trainer.summarize_samples"
+    from sdpo.trainer.data.samples import summarize_samples
+
+    monkeypatch.setattr(summarize, lambda *a: summarize_samples(*a) | {metrics.SCORE_MEAN: next(scores)})
+    run = make_task_run(total_steps=5, health__window=1, health__tolerance=0.0, health__score_collapse="stop")
+    result = train(run)
+    assert result.stopped_by == "score_collapse: training score fell from 1 to 0.2 (means of 1 steps)"
+    rows = rows_of(run)
+    assert [row[metrics.STEP] for row in rows] == [0, 1, 2, 3]
+    assert any(name.startswith("val-core/") for name in rows[-1])  # evaluated, as after the last step
+    assert (Path(run.run_dir) / "checkpoints" / "step_3").is_dir()
+    assert result.metrics[metrics.ALARMS] == 1 and not result.interrupted
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"self_distillation__grpo_coef": 1.0, "health__entropy_collapse": "lower"}, "health.entropy_collapse=lower"),
+        (
+            {"self_distillation__teacher_regularization": "frozen", "health__teacher_worse": "freeze"},
+            "health.teacher_worse=freeze",
+        ),
+    ],
+)
+def test_an_action_that_could_do_nothing_is_refused(settings: dict[str, Any], message: str, make_run: MakeRun) -> None:
+    with pytest.raises(UserError, match=message):
+        make_run(**settings)

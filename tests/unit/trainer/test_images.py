@@ -1,0 +1,420 @@
+"""The embedded engine with images: micro-batches, the tower's economy, whole runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor, nn
+from vision_language import FAMILIES, STOP, LoadedModel, make_image, make_messages, plain_logits
+
+from sdpo.config import Run
+from sdpo.errors import UserError
+from sdpo.models.forward import PaddedSequences, compute_hidden
+from sdpo.models.generation.sampling import Response
+from sdpo.models.lora.adapters import add_adapters
+from sdpo.models.multimodal import vision_tower as vision_module
+from sdpo.models.multimodal.feature_cache import StepImages
+from sdpo.models.multimodal.processor import load_processor
+from sdpo.models.multimodal.vision_tower import freeze_tower, get_tower_parameters
+from sdpo.models.output_head import build_lazy_logits, compute_dense_logits
+from sdpo.models.packing.layout import PackedSequences
+from sdpo.models.packing.support import enable_packing
+from sdpo.observability import metrics
+from sdpo.observability.progress import Silent
+from sdpo.prompting.demonstrations import Demonstration
+from sdpo.prompting.images import collect_images
+from sdpo.prompting.tokenization import encode_teacher_prompt
+from sdpo.rewards.base import Grade, Row
+from sdpo.rewards.toy.synthetic_geometry import write_drawn_geometry
+from sdpo.trainer.actor.actor import Learner
+from sdpo.trainer.actor.collate import Batcher
+from sdpo.trainer.data.prompts import Prompt
+from sdpo.trainer.data.samples import Sample
+from sdpo.trainer.trainer import train
+
+VisionModel = Callable[[str], LoadedModel]
+MakeRun = Callable[..., Run]
+CPU = torch.device("cpu")
+
+
+def make_samples(loaded: LoadedModel, run: Run, counts: Sequence[int] = (0, 1, 3), n: int = 2) -> list[Sample]:
+    """``n`` rollouts a prompt with so many images, every second one shown a demonstration."""
+    samples = []
+    for number in counts:
+        messages = make_messages(number)
+        prompt = Prompt(Row("tiny", messages, {"ground_truth": "12"}), list(loaded.encode(messages).token_ids))
+        for i in range(n):
+            response = [10 + 7 * number + i, 40 + i, 90 + number, STOP][i % 2 :]
+            shown = Demonstration(solution="12" if i % 2 == 0 and run.self_distillation.distills else None)
+            teacher = encode_teacher_prompt(loaded.reader, messages, shown, run.self_distillation)
+            assert collect_images(teacher.messages) == prompt.images
+            samples.append(
+                Sample(
+                    prompt=prompt,
+                    response=Response(response, [-2.0] * len(response), finished=True),
+                    text="",
+                    grade=Grade(float(i)),
+                    demonstration=shown,
+                    teacher_prompt=teacher,
+                    advantage=0.5 - i,
+                    distillation_weight=1.0,
+                )
+            )
+    return samples
+
+
+def step_images(loaded: LoadedModel, frozen: bool = False) -> StepImages:
+    return StepImages(loaded.vision, loaded.model, frozen=frozen, precision=torch.no_grad)
+
+
+# --- 1: the same numbers as one sample alone
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("num_samples", [1, 6])
+@pytest.mark.parametrize("packs", [True, False])
+def test_logits_of_student_and_teacher_are_those_of_each_sample_alone(
+    vision_model: VisionModel, make_run: MakeRun, family: str, num_samples: int, packs: bool
+) -> None:
+    loaded = vision_model(family)
+    samples = make_samples(loaded, make_run())[-num_samples:]
+    distilled = [s for s in samples if s.is_distilled]
+    expected = [plain_logits(loaded.model, loaded.reader, s.prompt.row.prompt, s.response.token_ids) for s in samples]
+    by_teacher = [
+        plain_logits(loaded.model, loaded.reader, s.teacher_prompt.messages, s.response.token_ids) for s in distilled
+    ]
+    cost = enable_packing(loaded.model, loaded.vision) if packs else None
+    assert (cost is not None) == (packs and family != "gemma3")  # whose images' tokens see each other
+    shares = None if cost is None else replace(cost, by_call=0.0)  # on models this small it does not pay
+    batch = Batcher(0, CPU, loaded.vision, shares).build(samples)
+    images = step_images(loaded)
+
+    def compute(sequences: PaddedSequences | PackedSequences) -> Tensor:
+        features = images.select(loaded.model, sequences.images)
+        with torch.no_grad():
+            hidden = compute_hidden(loaded.model, sequences, vision=loaded.vision, features=features)
+            return compute_dense_logits(build_lazy_logits(loaded.model, hidden))
+
+    torch.testing.assert_close(compute(batch.student), torch.cat(expected), atol=1e-4, rtol=1e-4)
+    if batch.teacher is not None:
+        torch.testing.assert_close(compute(batch.teacher), torch.cat(by_teacher), atol=1e-4, rtol=1e-4)
+    if cost is not None and num_samples == 6:
+        assert len(batch.student.images) == 1 + 3, "a prompt's images stand in the row once"
+
+
+# --- 2: the tower's economy
+
+
+class Counter:
+    """How many images each module's tower was given, and with gradients or without."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.passed: list[tuple[nn.Module, int, bool]] = []
+        run = vision_module._run_tower
+
+        def count(model: nn.Module, pixels: Sequence[Any]) -> Any:
+            self.passed.append((model, len(pixels), torch.is_grad_enabled()))
+            return run(model, pixels)
+
+        monkeypatch.setattr(vision_module, "_run_tower", count)
+
+    def of(self, module: nn.Module | None, grad: bool) -> int:
+        return sum(number for model, number, had in self.passed if model is module and had == grad)
+
+
+@pytest.mark.parametrize(
+    ("settings", "student", "again", "teacher"),
+    [
+        ({}, 3, 3, 3),
+        ({"learner__freeze_vision": True}, 3, 0, 0),
+        ({"lora__rank": 2}, 3, 0, 0),
+        ({"self_distillation__teacher_regularization": "live"}, 3, 3, 0),
+        ({"self_distillation__teacher_regularization": "trust-region"}, 3, 3, 3),
+        ({"self_distillation__grpo_coef": 1.0}, 3, 3, 0),
+        # Two optimizer steps: the first sees one image, the second all, with features that are made anew for it.
+        ({"learner__mini_batch_size": 2}, 6, 4, 3),
+        ({"learner__mini_batch_size": 2, "learner__freeze_vision": True}, 3, 0, 0),
+    ],
+)
+def test_every_image_of_a_step_goes_through_a_tower_once(
+    vision_model: VisionModel,
+    make_run: MakeRun,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    student: int,
+    again: int,
+    teacher: int,
+) -> None:
+    """Three distinct images in 16 rollouts of four prompts; a tower run for each sequence would be of 16, twice."""
+    run = make_run(data__train_batch_size=4, sampler__n=4, learner__micro_batch_tokens=300, **settings)
+    learner, loaded = build_learner(vision_model("qwen2_5_vl"), run)
+    counter = Counter(monkeypatch)
+    learner.learn(make_samples(loaded, run, counts=(1, 0, 3, 0), n=4))
+    module = learner.teacher.module if learner.teacher is not None else None
+    assert (counter.of(learner.student, False), counter.of(learner.student, True)) == (student, again)
+    assert counter.of(module, False) == teacher
+
+
+def build_learner(loaded: LoadedModel, run: Run) -> tuple[Learner, LoadedModel]:
+    if run.learner.freeze_vision:
+        freeze_tower(loaded.model)
+    if run.lora.rank:
+        torch.manual_seed(0)
+        add_adapters(loaded.model, run.lora)
+    return Learner(loaded.model, run, 0, loaded.vision), loaded
+
+
+class NaiveImages:
+    """A tower run for every sequence that shows an image, with its graph: what the engine does not do."""
+
+    def __init__(self, vision: Any) -> None:
+        self.vision = vision
+
+    def select(self, module: nn.Module, images: Sequence[bytes]) -> list[Any]:
+        return [vision_module._run_tower(module, [self.vision.reader.read_pixels(image)])[0] for image in images]
+
+    def backward(self) -> None: ...
+
+    forget_gradients = forget_student = backward
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"self_distillation__alpha": 0.5},
+        {"learner__mini_batch_size": 1, "self_distillation__grpo_coef": 0.3},
+        {"learner__freeze_vision": True, "self_distillation__teacher_regularization": "trust-region"},
+        {"lora__rank": 2},
+    ],
+)
+def test_a_step_is_that_of_a_tower_for_each_sequence(
+    vision_model: VisionModel, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, family: str, settings: dict[str, Any]
+) -> None:
+    run = make_run(data__train_batch_size=3, sampler__n=2, learner__micro_batch_tokens=250, **settings)
+    outcomes = []
+    for naive in (False, True):
+        learner, loaded = build_learner(vision_model(family), run)
+        before = {n: p.detach().clone() for n, p in learner.student.named_parameters()}
+        if naive:
+            monkeypatch.setattr(learner, "_step_images", lambda vision=loaded.vision: NaiveImages(vision))
+        values = [learner.learn(make_samples(loaded, run)) for _ in range(2)]
+        outcomes.append((values, dict(learner.student.named_parameters()), before))
+    (ours, weights, before), (naive_values, naive_weights, _) = outcomes
+    for mine, theirs in zip(ours, naive_values, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-6)
+    for name, weight in weights.items():
+        if name.endswith(
+            "k_proj.bias"
+        ):  # shifts all scores of a query alike: its gradient is rounding, made big by AdamW
+            continue
+        torch.testing.assert_close(weight, naive_weights[name], atol=5e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+    tower = {id(p) for p in get_tower_parameters(learner.student)}
+    moved = {
+        id(p) in tower
+        for n, p in learner.student.named_parameters()
+        if not torch.equal(p.detach(), before[n].to(p.dtype))
+    }
+    assert moved == ({False, True} if run.trains_vision else {False})
+
+
+def test_a_sample_that_is_not_finite_leaves_nothing_in_the_tower(vision_model: VisionModel, make_run: MakeRun) -> None:
+    """The mini-batch is begun again without it; gradients that images have collected before are forgotten."""
+    run = make_run(data__train_batch_size=3, sampler__n=2, learner__micro_batch_tokens=1)
+    weights = []
+    for broken in (True, False):
+        learner, loaded = build_learner(vision_model("qwen2_5_vl"), run)
+        samples = make_samples(loaded, run)
+        if broken:
+            samples[-2].response.log_probs[0] = float("nan")
+        else:
+            del samples[-2]
+        values = learner.learn(samples)
+        assert values[metrics.NONFINITE_SAMPLES] == float(broken)
+        weights.append(dict(learner.student.named_parameters()))
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# --- 3: whole runs
+
+
+def write_rows(path: Path, counts: Sequence[int], **changes: Any) -> str:
+    rows = []
+    for index, number in enumerate(counts):
+        images = [{"bytes": make_image(10 * index + k), "path": None} for k in range(number)]
+        rows.append(
+            {
+                "data_source": "tiny",
+                "prompt": [{"role": "user", "content": "<image>" * number + "how long?"}],
+                "images": images,
+                "reward_model": {"style": "rule", "ground_truth": "12"},
+                **changes,
+            }
+        )
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return str(path)
+
+
+@pytest.fixture
+def make_image_run(make_run: MakeRun, vision_dir: Callable[[str], Path], tmp_path: Path) -> MakeRun:
+    def make(family: str = "qwen2_5_vl", counts: Sequence[int] = (1, 0, 2, 1), **settings: Any) -> Run:
+        task = tmp_path / "task.py"
+        task.write_text("def grade(row, response):\n    return float('1' in response)\n")
+        plain: dict[str, Any] = {
+            "total_steps": 2,
+            "eval_every": 0,
+            "model__path": str(vision_dir(family)),
+            "data__task": str(task),
+            "data__train_files": [write_rows(tmp_path / "train.parquet", counts)],
+            "data__val_files": [write_rows(tmp_path / "test.parquet", (1, 0))],
+            "data__train_batch_size": 2,
+            "sampler__n": 2,
+            "sampler__max_response_length": 4,
+        }
+        return make_run(**{**plain, **settings})
+
+    return make
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("staleness", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_run_with_images(make_image_run: MakeRun, family: str, staleness: int) -> None:
+    result = train(make_image_run(family, staleness=staleness))
+    rows = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert all(row[metrics.DISTILLATION_LOSS] > 0 for row in rows[1:])
+    assert all(row[metrics.ROLLOUT_KL] == pytest.approx(0, abs=0.05) for row in rows[1:2])
+    assert metrics.val_name("tiny", "mean@1") in rows[0]
+    checkpoint = result.run_dir / "checkpoints" / "step_2"
+    assert load_processor(str(checkpoint)).image_token in ("<|image_pad|>", "<image_soft_token>")
+    text = (result.run_dir / "rollouts" / "step_1.txt").read_text()
+    assert "<image>" in text
+    assert "\\x89PNG" not in text
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize(("setting", "tolerance"), [("gradient_checkpointing", 1e-5), ("autocast", 0.15)])
+def test_checkpointing_and_autocast_reach_the_tower(
+    vision_model: VisionModel, make_run: MakeRun, family: str, setting: str, tolerance: float
+) -> None:
+    values = []
+    for on in (False, True):
+        run = make_run(data__train_batch_size=3, sampler__n=2, **{f"learner__{setting}": on})
+        learner, loaded = build_learner(vision_model(family), run)
+        found: list[torch.Tensor] = []
+
+        def keep(learner: Any = learner, found: list[torch.Tensor] = found) -> None:
+            found += [p.grad.flatten().clone() for p in get_tower_parameters(learner.student) if p.grad is not None]
+
+        loss = learner.learn(make_samples(loaded, run), before_update=keep)[metrics.LOSS]
+        values.append((loss, torch.cat(found)))
+    (loss, gradient), (other_loss, other_gradient) = values
+    assert other_loss == pytest.approx(loss, rel=tolerance)
+    assert (gradient - other_gradient).norm() <= tolerance * gradient.norm()
+    assert gradient.norm() > 0
+    assert setting != "autocast" or not torch.allclose(gradient, other_gradient, rtol=1e-4, atol=0), "not in bfloat16"
+
+
+def test_a_frozen_tower_stays(make_image_run: MakeRun, vision_model: VisionModel) -> None:
+    result = train(make_image_run(learner__freeze_vision=True))
+    from safetensors.torch import load_file
+
+    saved = load_file(result.run_dir / "checkpoints" / "step_2" / "model.safetensors")
+    before = vision_model("qwen2_5_vl").model.state_dict()
+    same = {("visual" in name): set() for name in saved}
+    for name, value in saved.items():
+        ours = name if name in before else name.replace("visual.", "model.visual.").replace("model.model", "model")
+        if ours in before:
+            same["visual" in name].add(torch.equal(value, before[ours]))
+    assert same[True] == {True}
+    assert False in same[False]
+
+
+def test_a_language_model_has_nothing_to_freeze(make_task_run: MakeRun) -> None:
+    with pytest.raises(UserError, match=r"learner\.freeze_vision=true, but the model has no image tower; remove it"):
+        train(make_task_run(learner__freeze_vision=True))
+
+
+def test_a_language_model_reads_no_images(make_task_run: MakeRun, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "images.parquet", (0, 1))
+    with pytest.raises(
+        UserError, match=r"images\.parquet: row 1: has images, which model\.path=.* does not read; take a model"
+    ):
+        train(make_task_run(data__train_files=[file]))
+
+
+def test_vllm_is_refused(make_image_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdpo.trainer.build.require_vllm", lambda device: None)
+    with pytest.raises(UserError, match=r"sampler\.engine=vllm does not sample from models that read images yet"):
+        train(make_image_run(sampler__engine="vllm"))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"images": [{"bytes": b"no image", "path": None}]}, "not an image file"),
+        ({"images": []}, None),  # the tag is text then, as on verl
+        (
+            {"images": [{"bytes": make_image(0), "path": None}] * 2},
+            r"the prompt has 1 <image> and the row has 2 images",
+        ),
+        ({"images": [{"bytes": make_image(0)[:60], "path": None}]}, "not "),
+        ({"images": [{"bytes": None, "path": "nowhere.png"}]}, r"image nowhere\.png: cannot be read"),
+    ],
+)
+def test_rows_that_cannot_be_read_are_refused_or_skipped(
+    make_image_run: MakeRun, tmp_path: Path, change: dict[str, Any], reason: str | None
+) -> None:
+    good = pq.read_table(write_rows(tmp_path / "good.parquet", (1, 1, 1))).to_pylist()
+    bad = pq.read_table(write_rows(tmp_path / "bad.parquet", (1,), **change)).to_pylist()
+    file = tmp_path / "mixed.parquet"
+    pq.write_table(pa.Table.from_pylist([*good[:2], *bad, *good[2:]]), file)
+    run = make_image_run(data__train_files=[str(file)], total_steps=1)
+    if reason is None:
+        train(run)
+        return
+    with pytest.raises(UserError, match=rf"mixed\.parquet: row 2: .*{reason}"):
+        train(run)
+    assert not (tmp_path / "run").exists(), "half a run was written"
+
+    class Listening(Silent):
+        def __init__(self) -> None:
+            self.messages: list[str] = []
+
+        def message(self, text: str) -> None:
+            self.messages.append(text)
+
+    listening = Listening()
+    skipping = make_image_run(data__train_files=[str(file)], total_steps=1, data__filter_unreadable_images=True)
+    if "nowhere" in reason:  # a path that leads nowhere is a mistake in the file, not in one row
+        return
+    train(skipping, listening)
+    assert any("data.train_files: skipped 1 of 4 rows; the first:" in text for text in listening.messages)
+
+
+def test_drawn_geometry_by_the_grader_of_geometry3k(make_image_run: MakeRun, tmp_path: Path) -> None:
+    """The mission's data set in small: rows of geo3k's schema, texts and several images among them, and its grader."""
+    write_drawn_geometry(tmp_path / "drawn", num_train=24, num_test=6)
+    run = make_image_run(
+        total_steps=1,
+        data__task="geo3k",
+        data__train_files=[str(tmp_path / "drawn" / "train.parquet")],
+        data__val_files=[str(tmp_path / "drawn" / "test.parquet")],
+        data__train_batch_size=12,  # of each kind of problem one
+        data__shuffle=False,
+        self_distillation__include_environment_feedback=True,
+    )
+    result = train(run)
+    assert result.metrics[metrics.SOLUTION_FRACTION] == 1.0
+    assert result.metrics[metrics.val_name("hiyouga/geometry3k", "mean@1")] == 0.0
+    text = (result.run_dir / "rollouts" / "step_1.txt").read_text()
+    assert "has no final answer in \\boxed{...}" in text
+    assert "Correct solution:" in text

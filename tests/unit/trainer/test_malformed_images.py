@@ -1,0 +1,125 @@
+"""Broken and odd image files on their whole way into a run: read, or named in one line, or skipped and counted."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from vision_language import make_image
+
+from sdpo.config import ModelConfig, Run
+from sdpo.errors import UserError
+from sdpo.models.multimodal.processor import ImageReader, load_reader
+from sdpo.observability.progress import Silent
+from sdpo.trainer.data.prompts import load_prompts
+
+MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F", "LAB"]
+SIZES = [(1, 1), (1, 2), (2, 1), (3, 500), (199, 1), (200, 1), (27, 29), (640, 480)]
+TOO_NARROW = [(1, 201), (10_000, 1), (1, 10_000), (10_000, 40)]
+
+
+def save(image: Image.Image, kind: str, **options: Any) -> bytes:
+    file = BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def cases() -> Iterator[tuple[str, bytes, bool | None]]:
+    """Name, file, and whether it must be readable; None where either is right, so long as nothing else happens."""
+    good = {
+        kind: save(Image.open(BytesIO(make_image(0))), kind) for kind in ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")
+    }
+    for kind, data in good.items():
+        yield f"whole {kind}", data, True
+        for share in (0.02, 0.2, 0.5, 0.9):
+            yield f"{kind} cut off at {share}", data[: int(len(data) * share)], False if share < 0.6 else None
+        rng = random.Random(kind)
+        for number in range(8):
+            broken = bytearray(data)
+            for _ in range(number + 1):
+                broken[rng.randrange(len(broken))] = rng.randrange(256)
+            yield f"{kind} with {number + 1} bytes changed", bytes(broken), None
+    for mode in MODES:
+        kind = "TIFF" if mode in ("CMYK", "I", "F", "LAB") else "PNG"
+        yield f"mode {mode}", save(Image.new(mode, (60, 60)), kind), True
+    for size in SIZES:
+        yield f"{size[0]} x {size[1]}", save(Image.new("RGB", size), "PNG"), True
+    for size in TOO_NARROW:
+        yield f"{size[0]} x {size[1]}", save(Image.new("L", size), "PNG"), False
+    yield "10,000 x 10,000 JPEG", save(Image.new("L", (10_000, 10_000)), "JPEG"), True
+    yield "20,000 x 20,000", save(Image.new("1", (20_000, 20_000)), "PNG"), False
+    texts = [b"", b"\0", b"\0" * 5000, b"<image>", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"%PDF-1.4", b"<svg></svg>"]
+    for data in [*texts, random.Random(0).randbytes(4000)]:
+        yield f"no image: {data[:8]!r}", data, False
+
+
+CASES = list(cases())
+assert len(CASES) >= 100
+
+
+@pytest.fixture(scope="module")
+def reader(vision_dir: Callable[[str], Path]) -> ImageReader:
+    loaded = load_reader(ModelConfig(path=str(vision_dir("qwen2_5_vl"))), 10**6)
+    assert loaded is not None
+    return loaded
+
+
+def write(path: Path, files: list[bytes]) -> str:
+    prompt = [{"role": "user", "content": "<image>how long?"}]
+    rows = [
+        {
+            "data_source": "x",
+            "prompt": prompt,
+            "reward_model": {"ground_truth": "1"},
+            "images": [{"bytes": data, "path": None}],
+        }
+        for data in files
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return str(path)
+
+
+@pytest.mark.parametrize(("name", "data", "readable"), CASES, ids=[name for name, _, _ in CASES])
+def test_read_or_named_in_one_line(
+    reader: ImageReader, make_run: Callable[..., Run], tmp_path: Path, name: str, data: bytes, readable: bool | None
+) -> None:
+    file = write(tmp_path / "rows.parquet", [make_image(1), data])
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            prompts = load_prompts([file], "data.train_files", make_run(), reader, None, Silent())
+    except UserError as error:
+        assert not readable, error
+        assert str(error).startswith(f"data.train_files: {file}: row 1: ")
+        assert str(error).endswith("; set data.filter_unreadable_images=true to skip such rows")
+        assert "\n" not in str(error)
+        assert "0x" not in str(error), "an object's address says nothing"
+        return
+    assert readable is not False
+    assert len(prompts) == 2
+    assert all(value.isfinite().all() for value in reader.read_pixels(data).values())
+
+
+def test_all_at_once_are_skipped_and_counted(reader: ImageReader, make_run: Callable[..., Run], tmp_path: Path) -> None:
+    sure = [(data, readable) for _, data, readable in CASES if readable is not None]
+    num_bad = sum(not readable for _, readable in sure)
+    messages = []
+
+    class Listening(Silent):
+        def message(self, text: str) -> None:
+            messages.append(text)
+
+    file = write(tmp_path / "rows.parquet", [data for data, _ in sure])
+    run = make_run(data__filter_unreadable_images=True)
+    prompts = load_prompts([file], "data.train_files", run, reader, None, Listening())
+    assert [p.images[0] for p in prompts] == [data for data, readable in sure if readable]
+    assert len(messages) == 1
+    assert messages[0].startswith(f"data.train_files: skipped {num_bad} of {len(sure)} rows; the first: ")

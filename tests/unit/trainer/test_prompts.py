@@ -1,0 +1,141 @@
+"""Prompts within their limits, and the order in which steps take them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdpo.config import Run
+from sdpo.errors import UserError
+from sdpo.observability.progress import Silent
+from sdpo.prompting.tokenization import encode_prompt
+from sdpo.rewards.toy.hidden_rule import build_tokenizer
+from sdpo.trainer.data.prompts import PromptOrder, load_prompts
+
+MakeRun = Callable[..., Run]
+
+# --- the order
+
+
+@given(num_rows=st.integers(1, 40), batch_size=st.integers(1, 60), seed=st.integers(0, 5), shuffle=st.booleans())
+def test_every_epoch_is_a_permutation(num_rows: int, batch_size: int, seed: int, shuffle: bool) -> None:
+    order = PromptOrder(num_rows, batch_size, shuffle=shuffle, seed=seed)
+    num_steps = -(-3 * num_rows // batch_size)
+    rows = [i for step in range(1, num_steps + 1) for i in order.batch(step)]
+    assert all(len(order.batch(step)) == batch_size for step in range(1, num_steps + 1))
+    epochs = [rows[start : start + num_rows] for start in range(0, 3 * num_rows, num_rows)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(num_rows))
+        assert shuffle or epoch == list(range(num_rows))
+    assert order.epoch(num_steps) == pytest.approx(num_steps * batch_size / num_rows)
+
+
+def test_any_step_can_be_asked_for_at_any_time() -> None:
+    forth, back = (PromptOrder(50, 7, shuffle=True, seed=3) for _ in range(2))
+    steps = range(1, 30)
+    assert [forth.batch(k) for k in steps] == [back.batch(k) for k in reversed(steps)][::-1]
+
+
+def test_the_seed_and_the_epoch_decide_the_order() -> None:
+    first, same, other = (PromptOrder(50, 50, shuffle=True, seed=s) for s in (0, 0, 1))
+    assert first.batch(1) == same.batch(1)
+    assert first.batch(1) != other.batch(1)
+    assert first.batch(1) != first.batch(2)
+    assert first.batch(1) != list(range(50))
+
+
+def test_no_row_leads_every_epoch() -> None:
+    order = PromptOrder(5, 5, shuffle=True, seed=0)
+    leaders = Counter(order.batch(step)[0] for step in range(1, 1001))
+    # Uniform would be 200 each; 60 is 4.7 standard deviations.
+    assert all(abs(leaders[row] - 200) < 60 for row in range(5))
+
+
+# --- the prompts
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[list[str]], str]:
+    def write(texts: list[str]) -> str:
+        rows = [
+            {"data_source": "x", "prompt": [{"role": "user", "content": t}], "reward_model": {"ground_truth": "1"}}
+            for t in texts
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+        return str(tmp_path / "rows.parquet")
+
+    return write
+
+
+class Listening(Silent):
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+def load(run: Run, file: str, window: int | None = None, observer: Any = None) -> list[Any]:
+    return load_prompts([file], "data.train_files", run, build_tokenizer(), window, observer or Silent())
+
+
+def test_prompts_are_encoded_with_the_header_of_the_answer(make_run: MakeRun, write: Any) -> None:
+    prompts = load(make_run(), write(["123", "45"]))
+    tokenizer = build_tokenizer()
+    assert [p.token_ids for p in prompts] == [encode_prompt(tokenizer, p.row.prompt) for p in prompts]
+    assert tokenizer.decode(prompts[1].token_ids).endswith("45<|im_end|>\n<|im_start|>assistant\n")
+
+
+# A prompt of k digits is k + 8 tokens: <|im_start|> user \n ... <|im_end|> \n <|im_start|> assistant \n
+OVERHEAD = 8
+
+
+def test_the_length_of_the_tests_prompts(make_run: MakeRun, write: Any) -> None:
+    assert [len(p.token_ids) - OVERHEAD for p in load(make_run(), write(["1", "12345"]))] == [1, 5]
+
+
+@pytest.mark.parametrize(
+    ("window", "reason"),
+    [
+        (None, "data.max_prompt_length"),
+        (1000, "data.max_prompt_length"),
+        (OVERHEAD + 4 + 8, "the model's window of 20 minus sampler.max_response_length=8"),
+    ],
+)
+def test_a_prompt_that_is_too_long_is_refused_or_skipped(
+    make_run: MakeRun, write: Any, window: int | None, reason: str
+) -> None:
+    limit = OVERHEAD + 4
+    settings = {"data__max_prompt_length": limit if reason == "data.max_prompt_length" else limit + 2}
+    file = write(["1234", "12345", "1", "123456", "12"])
+    with pytest.raises(UserError) as caught:
+        load(make_run(**settings), file, window)
+    assert str(caught.value) == (
+        f"data.train_files: {file}: row 3 has {OVERHEAD + 6} prompt tokens, more than {limit} ({reason}); set "
+        "data.filter_overlong_prompts=true to skip such rows"
+    )
+    listening = Listening()
+    kept = load(make_run(**settings, data__filter_overlong_prompts=True), file, window, listening)
+    assert [p.row.prompt[0]["content"] for p in kept] == ["1234", "1", "12"]
+    assert listening.messages == ["data.train_files: skipped 2 of 5 rows with overlong prompts"]
+
+
+def test_no_prompt_is_left(make_run: MakeRun, write: Any) -> None:
+    run = make_run(data__max_prompt_length=3, data__filter_overlong_prompts=True)
+    with pytest.raises(
+        UserError, match=rf"no row is left: .*rows\.parquet: row 0 has {OVERHEAD + 1} prompt tokens, more than 3"
+    ):
+        load(run, write(["1"]))
+
+
+def test_a_window_without_room_for_a_prompt(make_run: MakeRun, write: Any) -> None:
+    with pytest.raises(UserError, match=r"sampler\.max_response_length leaves no room .* window of 8 tokens"):
+        load(make_run(), write(["1"]), window=8)

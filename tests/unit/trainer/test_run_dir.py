@@ -1,0 +1,250 @@
+"""What a run leaves behind, and that it never destroys what was there before."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdpo.config import Run, load_run
+from sdpo.errors import UserError
+from sdpo.observability import metrics
+from sdpo.observability.progress import Silent
+from sdpo.prompting.tokenization import TeacherPrompt
+from sdpo.rewards.base import Grade
+from sdpo.trainer.data.samples import Sample
+from sdpo.trainer.logging import trackers
+from sdpo.trainer.logging.run_dir import RunFolder
+
+MakeRun = Callable[..., Run]
+MakeSample = Callable[..., Sample]
+
+
+class Listening(Silent):
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+        self.rows: list[tuple[int, dict[str, float]]] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def metrics(self, step: int, values: Any) -> None:
+        self.rows.append((step, dict(values)))
+
+
+def test_the_resolved_run_reloads_to_an_equal_one(make_run: MakeRun) -> None:
+    run = make_run(
+        data__task_args={"dir": "x", "num_train": 3},
+        data__train_files=["a.parquet", "b.parquet"],
+        self_distillation__is_clip=None,
+        self_distillation__reprompt_template="{prompt}: {solution}\n'{feedback}'\n",
+        tracking__name="ünïcode",
+    )
+    folder = RunFolder(run, Silent())
+    folder.close()
+    assert load_run(Path(run.run_dir) / "run.yaml") == run
+    assert folder.path == Path(run.run_dir)
+
+
+def test_versions_are_those_installed(make_run: MakeRun) -> None:
+    folder = RunFolder(make_run(), Silent())
+    folder.close()
+    versions = json.loads((folder.path / "versions.json").read_text())
+    assert {name: versions[name] for name in ("torch", "transformers")} == {
+        name: version(name) for name in ("torch", "transformers")
+    }
+    assert {"python", "platform", "sdpo"} <= versions.keys()
+
+
+def test_rows_reach_the_file_at_once_and_everybody_who_listens(make_run: MakeRun) -> None:
+    listening = Listening()
+    folder = RunFolder(make_run(), listening)
+    folder.log(0, {metrics.LOSS: 1, "a": 2.5})
+    folder.log(1, {metrics.LOSS: 0.5})
+    rows = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [{metrics.STEP: 0, metrics.LOSS: 1, "a": 2.5}, {metrics.STEP: 1, metrics.LOSS: 0.5}]
+    assert listening.rows == [(0, rows[0]), (1, rows[1])]
+    assert folder.final == {metrics.STEP: 1, metrics.LOSS: 0.5, "a": 2.5}
+    folder.close()
+
+
+def test_an_earlier_run_is_moved_aside(make_run: MakeRun) -> None:
+    listening, contents = Listening(), []
+    for number in range(3):
+        folder = RunFolder(make_run(seed=number), listening)
+        folder.log(0, {metrics.LOSS: number})
+        folder.close()
+        contents.append((folder.path / "metrics.jsonl").read_text())
+    path = folder.path
+    assert (path / "metrics.jsonl").read_text() == contents[2]
+    assert (path.with_name("run.1") / "metrics.jsonl").read_text() == contents[0]
+    assert (path.with_name("run.2") / "metrics.jsonl").read_text() == contents[1]
+    assert listening.messages == [f"{path} held an earlier run; moved to {path}.{k}" for k in (1, 2)]
+
+
+def test_an_empty_folder_is_used(make_run: MakeRun) -> None:
+    run = make_run()
+    Path(run.run_dir).mkdir()
+    RunFolder(run, Silent()).close()
+    assert [p.name for p in Path(run.run_dir).parent.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_what_is_no_run_folder_is_refused_and_left(make_run: MakeRun, as_file: bool) -> None:
+    run = make_run()
+    path = Path(run.run_dir)
+    if as_file:
+        path.write_text("years of work")
+    else:
+        path.mkdir()
+        (path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match=rf"^run_dir: {path}: exists and is no run folder; name another one$"):
+        RunFolder(run, Silent())
+    assert (path if as_file else path / "thesis.txt").read_text() == "years of work"
+    assert as_file or [p.name for p in path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_folder_that_cannot_be_made_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"^run_dir: .*/file/run: cannot be written \(Not a directory\)$"):
+        RunFolder(make_run(run_dir=str(tmp_path / "file" / "run")), Silent())
+
+
+# --- rollouts
+
+
+def described(sample: Sample, number: int) -> Sample:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Solution: {number}?"}]
+    return replace(
+        sample,
+        text=f"answer {number}",
+        grade=Grade(0.25, f"feedback {number}"),
+        teacher_prompt=TeacherPrompt([1, 2], messages, truncated=number == 2),
+    )
+
+
+def test_rollouts_show_all_that_made_them(make_run: MakeRun, make_sample: MakeSample) -> None:
+    folder = RunFolder(make_run(tracking__rollouts_every=2, tracking__rollouts_per_save=8), Silent())
+    samples = [described(make_sample([3], [4, 2], advantage=-0.5), k) for k in range(3)]
+    cut_off = replace(samples[0].response, finished=False)
+    samples.append(replace(make_sample([3], [4]), text="no teacher", response=cut_off))
+    folder.save_rollouts(1, samples)
+    folder.close()
+    text = (folder.path / "rollouts" / "step_1.txt").read_text()
+    blocks = text.split("=== ")[1:]
+    assert len(blocks) == 4
+    assert blocks[1] == (
+        "score 0.25, advantage -0.5, 2 tokens\n--- prompt\n[user] ?\n--- response\nanswer 1\n--- ground truth\n!\n"
+        "--- feedback\nfeedback 1\n--- teacher's prompt\n[system] Be brief.\n[user] Solution: 1?\n\n"
+    )
+    assert "--- teacher's prompt (trimmed)\n" in blocks[2]
+    assert "--- response (cut off)\nno teacher\n" in blocks[3]
+    assert blocks[3].endswith("--- feedback\n(none)\n--- teacher's prompt\n(not distilled)\n")
+
+
+@pytest.mark.parametrize(("every", "expected"), [(2, [1, 2, 4]), (1, [1, 2, 3, 4, 5]), (10, [1]), (0, [])])
+def test_rollouts_are_written_every_so_many_steps(
+    make_run: MakeRun, make_sample: MakeSample, every: int, expected: list[int]
+) -> None:
+    folder = RunFolder(make_run(tracking__rollouts_every=every), Silent())
+    for step in range(1, 6):
+        folder.save_rollouts(step, [make_sample([3], [4])])
+    folder.close()
+    written = sorted((folder.path / "rollouts").glob("*")) if expected else []
+    assert [p.name for p in written] == [f"step_{step}.txt" for step in expected]
+    assert expected or not (folder.path / "rollouts").exists()
+
+
+@pytest.mark.parametrize(("num_samples", "expected"), [(2, [0, 1]), (3, [0, 1, 2]), (7, [0, 2, 4]), (30, [0, 10, 20])])
+def test_rollouts_come_from_the_whole_batch(
+    make_run: MakeRun, make_sample: MakeSample, num_samples: int, expected: list[int]
+) -> None:
+    folder = RunFolder(make_run(tracking__rollouts_per_save=3), Silent())
+    folder.save_rollouts(1, [described(make_sample([3], [4]), k) for k in range(num_samples)])
+    folder.close()
+    text = (folder.path / "rollouts" / "step_1.txt").read_text()
+    assert [int(part.split()[1]) for part in text.split("--- response\n")[1:]] == expected
+
+
+# --- trackers
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_touched(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    RunFolder(make_run(), Silent()).close()
+
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(trackers.importlib, "import_module", missing)
+    run = make_run(tracking__backends=["wandb"])
+    with pytest.raises(UserError, match=r"^tracking\.backends: wandb is not installed; pip install 'sdpo\[wandb\]'$"):
+        RunFolder(run, Silent())
+    assert [p.name for p in Path(run.run_dir).parent.iterdir()] == ["run"]
+
+
+class FakeTracker:
+    """Has the calls of wandb and trackio."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+
+    def init(self, **arguments: Any) -> None:
+        self.calls.append(("init", arguments))
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.calls.append(("log", (step, values)))
+
+    def finish(self) -> None:
+        self.calls.append(("finish", None))
+
+
+@pytest.mark.parametrize("backend", ["wandb", "trackio"])
+@pytest.mark.parametrize(("name", "shown"), [(None, "run"), ("mine", "mine")])
+def test_rows_reach_wandb_and_trackio(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, backend: str, name: str | None, shown: str
+) -> None:
+    fake = FakeTracker()
+    monkeypatch.setattr(trackers.importlib, "import_module", {backend: fake}.__getitem__)
+    run = make_run(tracking__backends=[backend], tracking__project="p", tracking__name=name)
+    folder = RunFolder(run, Silent())
+    folder.log(3, {metrics.LOSS: 0.5})
+    folder.close()
+    [(_, arguments), (_, row), _] = fake.calls
+    assert [call for call, _ in fake.calls] == ["init", "log", "finish"]
+    assert (arguments["project"], arguments["name"]) == ("p", shown)
+    assert arguments["config"]["optim"]["lr"] == run.optim.lr
+    assert row == (3, {metrics.STEP: 3, metrics.LOSS: 0.5})
+
+
+def test_rows_reach_tensorboard(make_run: MakeRun) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = RunFolder(make_run(tracking__backends=["tensorboard"]), Silent())
+    for step in range(3):
+        folder.log(step, {metrics.LOSS: 0.5 * step})
+    folder.close()
+    events = EventAccumulator(str(folder.path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars(metrics.LOSS)] == [(0, 0.0), (1, 0.5), (2, 1.0)]
+
+
+def test_a_line_that_a_killed_run_left_half_written_is_left_out(make_run: MakeRun) -> None:
+    folder = RunFolder(run := make_run(), Silent())
+    for step in (1, 2, 3):
+        folder.log(step, {metrics.LOSS: step})
+        folder.log_alarm({"step": step})
+    folder.close()
+    for name in ("metrics.jsonl", "alarms.jsonl"):
+        with (folder.path / name).open("a") as file:
+            file.write('{"step": 4, "tr')
+    RunFolder(run, Silent(), resumed_step=2).close()
+    kept = [(folder.path / name).read_text() for name in ("metrics.jsonl", "alarms.jsonl")]
+    assert kept == [json.dumps({metrics.STEP: 1, metrics.LOSS: 1.0}) + "\n", '{"step": 1}\n{"step": 2}\n']

@@ -1,0 +1,219 @@
+"""From rollouts to samples, with a task, a tokenizer and responses made by hand."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from sdpo.config import DataConfig, SelfDistillationConfig
+from sdpo.models.generation.sampling import Response
+from sdpo.observability import metrics
+from sdpo.observability.progress import Silent
+from sdpo.rewards.base import Grade, Row, Task
+from sdpo.rewards.manager import Grader
+from sdpo.rewards.toy.hidden_rule import build_tokenizer
+from sdpo.trainer.data.prompts import Prompt
+from sdpo.trainer.data.samples import Sample, build_samples, summarize_samples
+
+TOKENIZER = build_tokenizer()
+EOS = TOKENIZER.eos_token_id
+
+
+class Exact:
+    """1 for the ground truth; else 0, and 0.5 if it has the right length; feedback on request."""
+
+    def __init__(self, feedback: bool = False) -> None:
+        self.feedback = feedback
+
+    def grade(self, row: Row, response: str) -> Grade:
+        truth = row.ground_truth or ""
+        score = 1.0 if response == truth else 0.5 * (len(response) == len(truth))
+        return Grade(score, f"Expected: {truth}" if self.feedback and score < 1 else None)
+
+
+def grader(task: Task) -> Grader:
+    return Grader(task, DataConfig(max_grader_failures=0.5), Silent())
+
+
+def prompt(text: str, truth: str) -> Prompt:
+    messages = [{"role": "user", "content": text}]
+    ids = TOKENIZER.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    return Prompt(Row("x", messages, {"ground_truth": truth}), list(ids))
+
+
+def response(text: str, finished: bool = True) -> Response:
+    ids = [*TOKENIZER(text)["input_ids"], *([EOS] if finished else [])]
+    return Response(ids, [-1.0] * len(ids), finished)
+
+
+PROMPTS = [prompt("12", "21"), prompt("345", "543")]
+RESPONSES = [
+    [response("21"), response("12"), response("7")],
+    [response("543543", finished=False), response("1"), response("345")],
+]
+
+
+def build(task: Any = None, window: int | None = 128, seed: int = 0, **settings: Any) -> list[Sample]:
+    config = SelfDistillationConfig(**settings)
+    return build_samples(grader(task or Exact()), TOKENIZER, PROMPTS, RESPONSES, config, window, random.Random(seed))
+
+
+def test_samples_come_prompt_by_prompt_with_their_grades() -> None:
+    samples = build()
+    assert [s.text for s in samples] == ["21", "12", "7", "543543", "1", "345"]
+    assert [s.grade.score for s in samples] == [1, 0.5, 0, 0, 0, 0.5]
+    assert [s.prompt for s in samples] == [PROMPTS[0]] * 3 + [PROMPTS[1]] * 3
+    assert [s.response for s in samples] == RESPONSES[0] + RESPONSES[1]
+
+
+def test_advantages_are_relative_to_the_group() -> None:
+    plain = [s.advantage for s in build(norm_adv_by_std_in_grpo=False)]
+    assert plain == pytest.approx([0.5, 0, -0.5, -1 / 6, -1 / 6, 1 / 3])
+    normed = [s.advantage for s in build()]
+    deviation = 0.5  # of 1, 0.5, 0, by n - 1
+    assert normed[:3] == pytest.approx([0.5 / deviation, 0, -0.5 / deviation], rel=1e-4)
+
+
+def test_weights_by_difficulty() -> None:
+    assert [s.distillation_weight for s in build()] == [1.0] * 6
+    weights = [s.distillation_weight for s in build(weight_by_prompt_difficulty=True)]
+    assert weights == pytest.approx([(1 / 3 * 2 / 3) ** 0.5] * 3 + [0] * 3)
+
+
+def test_the_teacher_reads_its_demonstration_and_then_the_same_response() -> None:
+    samples = build(demonstration_source="peer")
+    assert [s.is_distilled for s in samples] == [False, True, True, False, False, False]
+    for sample in samples[1:3]:
+        assert sample.demonstration.solution == "21"
+        text = TOKENIZER.decode(sample.teacher_prompt.token_ids)
+        assert "Correct solution:\n\n21\n" in text
+        assert text.endswith("<|im_start|>assistant\n")
+    assert samples[0].teacher_prompt.token_ids is None
+    truth = build(demonstration_source="ground_truth")
+    assert [s.demonstration.solution for s in truth] == ["21"] * 3 + ["543"] * 3
+
+
+def test_feedback_reaches_the_teacher_of_its_own_sample() -> None:
+    samples = build(Exact(feedback=True), demonstration_source="none", include_environment_feedback=True)
+    assert [s.demonstration.feedback for s in samples] == [None] + ["Expected: 21"] * 2 + ["Expected: 543"] * 3
+    assert [s.is_distilled for s in samples] == [False] + [True] * 5
+
+
+def test_plain_grpo_prepares_nothing_for_a_teacher() -> None:
+    assert not any(s.is_distilled for s in build(Exact(feedback=True), grpo_coef=1.0))
+
+
+def test_the_window_leaves_room_for_each_response() -> None:
+    """A window of just the teacher's prompt and a response of 3 tokens: the response of 6 gets one token less of it."""
+    whole = build(demonstration_source="ground_truth", window=None)
+    size = len(whole[5].teacher_prompt.token_ids or []) + len(whole[5].response.token_ids)
+    cut = build(demonstration_source="ground_truth", window=size)
+    assert cut[5].teacher_prompt == whole[5].teacher_prompt
+    assert len(whole[3].response.token_ids) == 6 and len(whole[5].response.token_ids) == 4
+    assert cut[3].teacher_prompt.truncated
+    for sample in cut:
+        if sample.teacher_prompt.token_ids is not None:
+            assert len(sample.teacher_prompt.token_ids) + len(sample.response.token_ids) <= size
+
+
+def test_the_summary_by_hand() -> None:
+    settings: dict[str, Any] = {"demonstration_source": "peer", "environment_feedback_only_without_solution": False}
+    config = SelfDistillationConfig(**settings, success_reward_threshold=1.0)
+    samples = build(Exact(feedback=True), **settings)
+    values = summarize_samples(samples, config)
+    lengths = [3, 3, 2, 6, 2, 4]
+    prompt_lengths = [10, 10, 10, 11, 11, 11]
+    assert {name: value for name, value in values.items() if "/ci95_" not in name} == {
+        metrics.GRADER_FAILURES: 0,
+        metrics.SCORE_MEAN: pytest.approx(2 / 6),
+        metrics.SCORE_MAX: 1,
+        metrics.SCORE_MIN: 0,
+        metrics.RESPONSE_LENGTH_MEAN: pytest.approx(sum(lengths) / 6),
+        metrics.RESPONSE_LENGTH_MAX: 6,
+        metrics.RESPONSE_LENGTH_CLIP_RATIO: pytest.approx(1 / 6),
+        metrics.REPEATED_4GRAMS: 0,
+        metrics.PROMPT_LENGTH_MEAN: pytest.approx(10.5),
+        metrics.PROMPT_LENGTH_MAX: 11,
+        metrics.TOKENS: sum(lengths) + sum(prompt_lengths),
+        metrics.ROLLOUT_SUCCESS_FRACTION: pytest.approx(1 / 6),
+        metrics.SUCCESS_GROUP_FRACTION: 0.5,
+        metrics.REPROMPT_FRACTION: pytest.approx(5 / 6),
+        metrics.SOLUTION_FRACTION: pytest.approx(2 / 6),
+        metrics.SUCCESS_SAMPLE_FRACTION: pytest.approx(2 / 6),
+        metrics.FEEDBACK_AVAILABLE_FRACTION: pytest.approx(5 / 6),
+        metrics.FEEDBACK_FRACTION: pytest.approx(5 / 6),
+        metrics.TRUNCATED_FRACTION: 0,
+        metrics.OVERLONG_FRACTION: 0,
+    }
+
+
+def test_the_summary_counts_what_did_not_fit() -> None:
+    settings: dict[str, Any] = {"demonstration_source": "ground_truth", "max_reprompt_len": 10}
+    values = summarize_samples(build(**settings), SelfDistillationConfig(**settings))
+    assert values[metrics.OVERLONG_FRACTION] == 1
+    assert values[metrics.REPROMPT_FRACTION] == 0
+
+
+def test_a_prompt_that_is_twice_in_a_batch_is_two_groups() -> None:
+    """Steps of more prompts than there are rows: each appearance has rollouts of its own."""
+    config = SelfDistillationConfig()
+    twice = [PROMPTS[0], PROMPTS[0]]
+    samples = build_samples(grader(Exact()), TOKENIZER, twice, RESPONSES, config, None, random.Random(0))
+    assert [s.grade.score for s in samples] == [1, 0.5, 0, 0, 0, 0]
+    assert [round(s.advantage, 3) for s in samples[3:]] == [0, 0, 0]
+
+
+class FailsOn:
+    """As ``Exact``, but raises on one response."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def grade(self, row: Row, response: str) -> Grade:
+        if response == self.text:
+            raise ZeroDivisionError
+        return Exact(feedback=True).grade(row, response)
+
+
+def test_a_response_that_was_not_graded_teaches_nothing() -> None:
+    """The others' advantages, weights and demonstrations are those of a group that never had it."""
+    settings: dict[str, Any] = {
+        "demonstration_source": "peer_then_ground_truth",
+        "include_environment_feedback": True,
+        "weight_by_prompt_difficulty": True,
+        "success_reward_threshold": 0.5,
+        "dont_reprompt_on_self_success": False,
+    }
+    samples = build(FailsOn("12"), **settings)
+    failed, others = samples[1], [samples[0], samples[2]]
+    assert [s.is_graded for s in samples] == [True, False, True, True, True, True]
+    assert (failed.is_distilled, failed.advantage, failed.grade.feedback) == (False, 0.0, None)
+    assert [s.demonstration.solution for s in others] == ["21", "21"]
+    deviation = 0.5**0.5  # of 1 and 0, by n - 1
+    assert [s.advantage for s in others] == pytest.approx([0.5 / deviation, -0.5 / deviation], rel=1e-4)
+    assert [s.distillation_weight for s in others] == [0.5, 0.5]  # one of two succeeded
+    values = summarize_samples(samples, SelfDistillationConfig(**settings))
+    assert values[metrics.GRADER_FAILURES] == 1
+    assert values[metrics.SCORE_MEAN] == pytest.approx((1 + 0 + 0 + 0 + 0.5) / 5)
+    assert values[metrics.ROLLOUT_SUCCESS_FRACTION] == pytest.approx(2 / 5)
+    assert values[metrics.SUCCESS_GROUP_FRACTION] == 1
+    assert values[metrics.REPROMPT_FRACTION] == pytest.approx(5 / 6)
+
+
+def test_a_step_in_which_nothing_was_graded_has_no_scores() -> None:
+    class Broken:
+        def grade(self, row: Row, response: str) -> float:
+            raise ZeroDivisionError
+
+    tolerant = Grader(Broken(), DataConfig(max_grader_failures=1.0), Silent())
+    config = SelfDistillationConfig()
+    samples = build_samples(tolerant, TOKENIZER, PROMPTS, RESPONSES, config, None, random.Random(0))
+    values = summarize_samples(samples, config)
+    assert values[metrics.GRADER_FAILURES] == 6
+    assert values[metrics.REPROMPT_FRACTION] == 0
+    assert not {metrics.SCORE_MEAN, metrics.SCORE_MAX, metrics.SCORE_MIN, metrics.ROLLOUT_SUCCESS_FRACTION} & set(
+        values
+    )
+    assert all(value == value for value in values.values())

@@ -1,0 +1,127 @@
+"""Checkpoints are models of transformers, student and teacher, with all that training needs to go on."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sdpo.config import Run
+from sdpo.errors import UserError
+from sdpo.models.generation.sampling import Response
+from sdpo.rewards.base import Row
+from sdpo.rewards.toy.hidden_rule import build_tokenizer
+from sdpo.trainer.actor.actor import Learner
+from sdpo.trainer.checkpoint.state import (
+    FILE,
+    TrainingState,
+    compute_fingerprint,
+    get_random_states,
+    save_models,
+    set_random_states,
+)
+from sdpo.trainer.data.prompts import Prompt
+from sdpo.trainer.data.samples import Sample
+from sdpo.trainer.rollout.sampler import Rollouts
+
+MakeModel = Callable[..., Any]
+MakeRun = Callable[..., Run]
+MakeSamples = Callable[..., list[Sample]]
+TOKENIZER = build_tokenizer()
+IDS = torch.tensor([[5, 6, 7, 8, 3]])
+
+
+def assert_same_model(folder: Path, model: torch.nn.Module, dtype: torch.dtype) -> None:
+    with torch.no_grad():
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        assert loaded.dtype == dtype
+        for (name, param), expected in zip(loaded.named_parameters(), model.parameters(), strict=True):
+            assert torch.equal(param, expected), name
+        if dtype == torch.float32:
+            torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["ema", "trust-region", "frozen", "snapshot"])
+def test_student_teacher_and_tokenizer_load(
+    make_model: MakeModel, make_run: MakeRun, make_samples: MakeSamples, tmp_path: Path, dtype: torch.dtype, kind: str
+) -> None:
+    run = make_run(
+        self_distillation__teacher_regularization=kind,
+        self_distillation__ema_update_rate=0.5,
+        optim__lr=0.1,
+    )
+    learner = Learner(make_model(dtype=dtype), run, 0)
+    for _ in range(2):
+        learner.learn(make_samples())
+    save_models(tmp_path, learner, TOKENIZER)
+    assert learner.teacher is not None and learner.teacher.module is not None
+    assert_same_model(tmp_path, learner.student.eval(), dtype)
+    assert_same_model(tmp_path / "teacher", learner.teacher.module, dtype)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    messages = [{"role": "user", "content": "123"}]
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == TOKENIZER.apply_chat_template(
+        messages, tokenize=False
+    )
+    with torch.no_grad():
+        difference = (learner.student(IDS).logits - learner.teacher.module(IDS).logits).abs().max()
+    assert difference > 1e-2, "teacher and student must differ for this to tell them apart"
+
+
+@pytest.mark.parametrize("settings", [{"teacher_regularization": "live"}, {"grpo_coef": 1.0}])
+def test_no_teacher_is_saved_where_there_is_none(
+    model: Any, make_run: MakeRun, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    run = make_run(**{f"self_distillation__{name}": value for name, value in settings.items()})
+    save_models(tmp_path, Learner(model, run, 0), TOKENIZER)
+    assert not (tmp_path / "teacher").exists()
+
+
+def test_the_state_comes_back_as_it_was(
+    model: Any, make_run: MakeRun, make_samples: MakeSamples, tmp_path: Path
+) -> None:
+    learner = Learner(model, make_run(), 0)
+    learner.learn(make_samples())
+    rollouts = Rollouts([[Response([5, 2], [-0.1, -0.3], True)], [Response([7], [-2.5], False)]], 4, 0.25)
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)
+    saved = TrainingState(learner.state_dict(), {"monitor": {}}, {"a": 0.1}, False, rollouts, "rows")
+    saved.save(tmp_path)
+    drawn = random.random(), np.random.rand(), torch.rand(1)
+
+    loaded = TrainingState.load(tmp_path)
+    assert (loaded.row, loaded.is_checked, loaded.rollouts, loaded.data) == ({"a": 0.1}, False, rollouts, "rows")
+    set_random_states(loaded.random)
+    assert (random.random(), np.random.rand(), torch.rand(1)) == drawn
+    assert loaded.learner.keys() == saved.learner.keys()
+    for number, moments in saved.learner["moments"].items():
+        assert all(torch.equal(loaded.learner["moments"][number][name], value) for name, value in moments.items())
+
+
+def test_a_state_of_another_version_is_refused(tmp_path: Path) -> None:
+    torch.save({"learner": {}}, tmp_path / FILE)
+    with pytest.raises(UserError, match=r"training_state\.pt: was written by another version \(KeyError\)"):
+        TrainingState.load(tmp_path)
+
+
+def test_other_rows_have_another_fingerprint() -> None:
+    def prompts(*token_ids: list[int], answer: str = "1") -> list[Prompt]:
+        return [Prompt(Row("", [], {"ground_truth": answer}), ids) for ids in token_ids]
+
+    same = prompts([1, 2], [3])
+    assert compute_fingerprint(same) == compute_fingerprint(prompts([1, 2], [3]))
+    others = [prompts([1], [2, 3]), prompts([3], [1, 2]), prompts([1, 2]), prompts([1, 2], [3], answer="2")]
+    assert len({compute_fingerprint(p) for p in [same, *others]}) == 5
+
+
+def test_states_of_generators_do_not_depend_on_when_they_are_set() -> None:
+    states = get_random_states()
+    first = [torch.rand(2), np.random.rand(2), random.gauss(0, 1)]
+    set_random_states(states)
+    again = [torch.rand(2), np.random.rand(2), random.gauss(0, 1)]
+    assert torch.equal(first[0], again[0]) and (first[1] == again[1]).all() and first[2] == again[2]

@@ -1,0 +1,438 @@
+"""Whole runs in this process: which weights sample, reproducibility, interruption, the order of things."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from sdpo.config import Run
+from sdpo.errors import UserError
+from sdpo.models.generation.sampling import Response
+from sdpo.observability import metrics
+from sdpo.observability.progress import Silent
+from sdpo.trainer import build, trainer
+from sdpo.trainer.actor.actor import Learner
+from sdpo.trainer.data.samples import Sample, build_samples
+from sdpo.trainer.rollout.sampler import LocalSampler, ProcessSampler, Rollouts
+from sdpo.trainer.trainer import train
+
+MakeRun = Callable[..., Run]
+Weights = dict[str, Tensor]
+
+
+def rows_of(run_dir: str | Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_timings(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{k: v for k, v in row.items() if not k.startswith("timing_s/") and k != metrics.THROUGHPUT} for row in rows]
+
+
+def checkpoint_bytes(run_dir: str | Path) -> dict[str, bytes]:
+    folder = Path(run_dir) / "checkpoints"
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.safetensors")}
+
+
+class Recorder:
+    """Watches a run: weights by version, rollouts as they came, samples and old log-probs as they were learned."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.student: nn.Module | None = None
+        self.weights: dict[int, Weights] = {}
+        self.rollouts: list[Rollouts] = []
+        self.samples: list[Sequence[Sample]] = []
+        self.old_log_probs: list[list[Tensor]] = []
+        learn, compute_log_probs = Learner.learn, Learner.compute_log_probs
+
+        def watch_learning(learner: Learner, samples: Sequence[Sample], **how: Any) -> Any:
+            self.student = learner.student
+            self.samples.append(samples)
+            self.keep(learner)
+            values = learn(learner, samples, **how)
+            self.keep(learner)
+            return values
+
+        def watch_old(learner: Learner, samples: Sequence[Sample], *images: Any) -> Any:
+            self.old_log_probs.append(compute_log_probs(learner, samples, *images))
+            return self.old_log_probs[-1]
+
+        monkeypatch.setattr(Learner, "learn", watch_learning)
+        monkeypatch.setattr(Learner, "compute_log_probs", watch_old)
+        for kind in (LocalSampler, ProcessSampler):
+            collect = kind.collect
+
+            def watch_collecting(sampler: Any, collect: Any = collect) -> Rollouts:
+                self.rollouts.append(collect(sampler))
+                return self.rollouts[-1]
+
+            monkeypatch.setattr(kind, "collect", watch_collecting)
+
+    def keep(self, learner: Learner) -> None:
+        self.weights[learner.version] = {n: p.detach().clone() for n, p in learner.student.named_parameters()}
+
+    def log_probs(self, version: int, sample: Sample, temperature: float) -> Tensor:
+        """With the weights of a version: one sample, no cache, no padding."""
+        assert self.student is not None
+        prompt, response = sample.prompt.token_ids, sample.response.token_ids
+        with torch.no_grad():
+            logits = torch.func.functional_call(
+                self.student, self.weights[version], kwargs={"input_ids": torch.tensor([[*prompt, *response]])}
+            ).logits[0, len(prompt) - 1 : -1]
+        return (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
+
+
+STRONG = {
+    "total_steps": 4,
+    "optim__lr": 3e-3,
+    "sampler__temperature": 0.9,
+    "learner__mini_batch_size": 2,
+    "eval__before_training": False,
+    "data__train_batch_size": 4,
+}
+
+
+def check_log_probs(recorder: Recorder, versions: list[int], temperature: float) -> None:
+    assert [rollouts.version for rollouts in recorder.rollouts] == versions
+    assert len(recorder.old_log_probs) == len(recorder.samples) == len(versions)
+    for step, (version, samples) in enumerate(zip(versions, recorder.samples, strict=True)):
+        responses = [one for many in recorder.rollouts[step].responses for one in many]
+        assert [s.response for s in samples] == responses
+        largest_gap = 0.0
+        for sample, old in zip(samples, recorder.old_log_probs[step], strict=True):
+            reported = torch.tensor(sample.response.log_probs)
+            torch.testing.assert_close(reported, recorder.log_probs(version, sample, temperature), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(old, recorder.log_probs(step, sample, temperature), atol=1e-5, rtol=1e-5)
+            largest_gap = max(largest_gap, float((reported - old).abs().max()))
+        assert (largest_gap > 1e-3) == (version != step), "other weights must give other log-probabilities"
+
+
+@pytest.mark.parametrize("on_other_device", [False, True])
+def test_in_turn_every_batch_is_sampled_with_the_newest_weights(
+    make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch, on_other_device: bool
+) -> None:
+    if on_other_device:  # a second name of the same device makes the sampler keep a copy of the student
+        monkeypatch.setattr(
+            build, "resolve_device", lambda _, name: torch.device("cpu:0" if name == "sampler.device" else "cpu")
+        )
+    recorder = Recorder(monkeypatch)
+    run = make_task_run(**STRONG)
+    train(run)
+    check_log_probs(recorder, [0, 1, 2, 3], 0.9)
+    rows = rows_of(run.run_dir)
+    assert [row[metrics.STALENESS] for row in rows] == [0, 0, 0, 0]
+    for row in rows:
+        assert row[metrics.ROLLOUT_IS_MEAN] == pytest.approx(1, abs=1e-5)
+        assert row[metrics.ROLLOUT_KL] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_in_parallel_every_batch_is_sampled_one_update_behind(
+    make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    recorder = Recorder(monkeypatch)
+    run = make_task_run(**STRONG, staleness=1, run_dir=str(tmp_path / "parallel"))
+    result = train(run)
+    check_log_probs(recorder, [0, 0, 1, 2], 0.9)
+    rows = rows_of(run.run_dir)
+    assert [row[metrics.STALENESS] for row in rows] == [0, 1, 1, 1]
+    assert [row[metrics.STEP] for row in rows] == [1, 2, 3, 4]
+    assert abs(rows[0][metrics.ROLLOUT_KL]) < 1e-5
+    assert all(abs(row[metrics.ROLLOUT_KL]) > 1e-5 for row in rows[1:])
+    assert all(metrics.TIME_WEIGHTS in row for row in rows[:-1])
+    assert not result.interrupted
+
+    # The first step knows nothing of what runs beside it.
+    monkeypatch.undo()
+    in_turn = make_task_run(**STRONG, run_dir=str(tmp_path / "in_turn"))
+    train(in_turn)
+    first, expected = (without_timings(rows_of(r.run_dir))[0] for r in (run, in_turn))
+    assert first == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    second, other = (without_timings(rows_of(r.run_dir))[1] for r in (run, in_turn))
+    assert second != pytest.approx(other, rel=1e-4, abs=1e-6)
+
+
+def learn_one_behind(run: Run) -> Learner:
+    """The schedule of staleness 1 in one process, step by step: batch k+1 is sampled, then batch k is learned."""
+    parts = build.build_parts(run, Silent())
+    assert isinstance(parts.sampler, LocalSampler), "samples with the student itself, as it is when asked"
+
+    def sample(step: int) -> Rollouts:
+        parts.sampler.submit(*trainer._request(run, parts, step))
+        return parts.sampler.collect()
+
+    upcoming = sample(1)
+    for step in range(1, run.total_steps + 1):
+        rollouts = upcoming
+        if step < run.total_steps:
+            upcoming = sample(step + 1)
+        samples = build_samples(
+            parts.grader,
+            parts.tokenizer,
+            parts.prompts_of(step),
+            rollouts.responses,
+            run.self_distillation,
+            parts.window,
+            random.Random(f"demonstrations {run.seed} {step}"),
+        )
+        parts.learner.learn(samples)
+    parts.folder.close()
+    return parts.learner
+
+
+@pytest.mark.slow
+def test_overlapped_steps_learn_what_the_same_steps_learn_one_after_another(
+    make_task_run: MakeRun, tmp_path: Path
+) -> None:
+    """A weight that arrives too early, too late or half written would change the rollouts, and so all that follows."""
+    overlapped = make_task_run(**STRONG, staleness=1, sampler__num_threads=1, run_dir=str(tmp_path / "overlapped"))
+    train(overlapped)
+    learner = learn_one_behind(make_task_run(**STRONG, run_dir=str(tmp_path / "by_hand")))
+    assert learner.teacher is not None
+    assert learner.teacher.module is not None
+    saved = Path(overlapped.run_dir) / "checkpoints" / f"step_{overlapped.total_steps}"
+    for folder, module in ((saved, learner.student), (saved / "teacher", learner.teacher.module)):
+        found = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        expected = module.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+    train(in_turn := make_task_run(**STRONG, run_dir=str(tmp_path / "in_turn")))
+    assert checkpoint_bytes(in_turn.run_dir) != checkpoint_bytes(overlapped.run_dir), "staleness must matter here"
+
+
+def test_the_same_rollouts_teach_the_same_whatever_the_staleness(
+    make_model: Callable[..., Any], make_run: MakeRun, make_samples: Any
+) -> None:
+    learned = []
+    for staleness in (0, 1):
+        learner = Learner(make_model(), make_run(staleness=staleness), 0)
+        for seed in range(3):
+            learner.learn(make_samples(seed=seed))
+        learned.append(learner.student.state_dict())
+    assert all(torch.equal(tensor, learned[1][name]) for name, tensor in learned[0].items())
+    assert not torch.equal(learned[0]["lm_head.weight"], make_model().lm_head.weight)
+
+
+class Forgetful(LocalSampler):
+    """Never takes new weights."""
+
+    def load_weights(self, student: nn.Module, version: int) -> None:
+        if version == 0:
+            super().load_weights(student, version)
+
+
+@pytest.mark.parametrize(("staleness", "refused_at"), [(0, 2), (1, 3)])
+def test_a_batch_that_is_too_old_is_not_learned(
+    make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch, staleness: int, refused_at: int
+) -> None:
+    monkeypatch.setattr(build, "LocalSampler", Forgetful)
+    monkeypatch.setattr(build, "ProcessSampler", lambda student, build_engine, *_: Forgetful(build_engine()))
+    recorder = Recorder(monkeypatch)
+    message = rf"^step {refused_at}: rollouts are {staleness + 1} updates old, the bound is {staleness}$"
+    with pytest.raises(RuntimeError, match=message):
+        train(make_task_run(staleness=staleness, total_steps=5))
+    assert len(recorder.samples) == refused_at - 1
+
+
+# --- reproducibility
+
+
+def test_the_same_seed_gives_the_same_run_bit_for_bit(make_task_run: MakeRun, tmp_path: Path) -> None:
+    settings = {
+        "learner__mini_batch_size": 2,
+        "eval__n": 2,
+        "sampler__n": 3,
+        "self_distillation__demonstration_source": "peer",
+        "self_distillation__success_reward_threshold": 0.0,  # so that there are peers to draw
+    }
+    runs = [
+        make_task_run(run_dir=str(tmp_path / name), seed=seed, **settings)
+        for name, seed in (("first", 3), ("same", 3), ("other", 4))
+    ]
+    for run in runs:
+        torch.manual_seed(run.seed + len(run.run_dir))  # whatever happened before must not matter
+        train(run)
+    first, same, other = (without_timings(rows_of(run.run_dir)) for run in runs)
+    assert first == same
+    assert checkpoint_bytes(runs[0].run_dir) == checkpoint_bytes(runs[1].run_dir)
+    assert len(checkpoint_bytes(runs[0].run_dir)) == 2  # student and teacher
+    assert first[1][metrics.SOLUTION_FRACTION] == 1
+    assert [row[metrics.RESPONSE_LENGTH_MEAN] for row in first[1:]] != [
+        row[metrics.RESPONSE_LENGTH_MEAN] for row in other[1:]
+    ]
+    assert checkpoint_bytes(runs[0].run_dir) != checkpoint_bytes(runs[2].run_dir)
+
+
+def test_steps_train_on_the_rows_that_the_order_says(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(monkeypatch)
+    train(make_task_run(total_steps=3, data__shuffle=False, data__train_batch_size=16, sampler__n=1))
+    rows = [[s.prompt.row.extra_info["index"] for s in samples] for samples in recorder.samples]
+    assert rows == [list(range(16)), list(range(16, 32)), [*range(32, 40), *range(8)]]
+
+
+def test_every_step_draws_other_noise(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same prompts with the same weights: other responses."""
+    recorder = Recorder(monkeypatch)
+    train(make_task_run(total_steps=2, data__shuffle=False, data__train_batch_size=40, sampler__n=1, optim__lr=1e-12))
+    first, second = ([s.response.token_ids for s in samples] for samples in recorder.samples)
+    assert first != second
+
+
+# --- rows and checkpoints
+
+
+def test_what_is_written_when(make_task_run: MakeRun) -> None:
+    run = make_task_run(total_steps=5, eval_every=2, save_every=2, keep_last=3, tracking__rollouts_every=3)
+    result = train(run)
+    rows = rows_of(run.run_dir)
+    accuracy = "val-core/hidden_rule/acc/mean@1"
+    assert [row[metrics.STEP] for row in rows] == [0, 1, 2, 3, 4, 5]
+    assert [row[metrics.STEP] for row in rows if accuracy in row] == [0, 2, 4, 5]
+    assert [row[metrics.STEP] for row in rows if metrics.TIME_SAVE in row] == [2, 4, 5]
+    folder = Path(run.run_dir)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        ".lock",
+        "checkpoints",
+        "metrics.jsonl",
+        "rollouts",
+        "run.yaml",
+        "versions.json",
+    ]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step_2", "step_4", "step_5"]
+    assert sorted(p.name for p in (folder / "rollouts").iterdir()) == ["step_1.txt", "step_3.txt"]
+    assert "Expected: " in (folder / "rollouts" / "step_1.txt").read_text().split("--- teacher's prompt")[1]
+    assert result.run_dir == folder
+    assert not result.interrupted
+    merged: dict[str, float] = {}
+    for row in rows:
+        merged |= row
+    assert result.metrics == merged
+
+
+def test_every_metric_has_a_description(make_task_run: MakeRun) -> None:
+    run = make_task_run(
+        model__dtype="bfloat16",
+        optim__beta2=0.95,
+        self_distillation__grpo_coef=0.5,
+        learner__mini_batch_size=2,
+        learner__kl_loss_coef=0.1,
+        eval__n=2,
+        health__kl_to_initial_every=1,
+    )
+    train(run)
+    names = {name for row in rows_of(run.run_dir) for name in row}
+    ends = {end for name in metrics.ESTIMATES for end in metrics.ci95_names(name)}
+    undescribed = {name for name in names if not name.startswith(("val-core/", "val-teacher/"))}
+    assert undescribed <= metrics.DESCRIPTIONS.keys() | ends
+    assert ends <= names
+    assert metrics.DESCRIPTIONS.keys() - names == set(), "described but never written"
+
+
+def test_numbers_of_a_row_fit_together(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(monkeypatch)
+    run = make_task_run(eval__before_training=False)
+    train(run)
+    for step, (row, samples) in enumerate(zip(rows_of(run.run_dir), recorder.samples, strict=True), start=1):
+        responses: list[Response] = [s.response for s in samples]
+        tokens = sum(len(s.prompt.token_ids) + len(s.response.token_ids) for s in samples)
+        assert row[metrics.TOKENS] == tokens
+        assert row[metrics.THROUGHPUT] == pytest.approx(tokens / row[metrics.TIME_STEP])
+        assert row[metrics.EPOCH] == pytest.approx(step * 4 / 40)
+        assert row[metrics.RESPONSE_LENGTH_MEAN] == sum(len(r.token_ids) for r in responses) / 8
+        assert row[metrics.SCORE_MEAN] == sum(s.grade.score for s in samples) / 8
+        assert row[metrics.TIME_STEP] >= row[metrics.TIME_SAMPLE] + row[metrics.TIME_LEARN]
+
+
+# --- errors
+
+
+def test_an_error_in_a_step_is_raised_as_it_is_and_rows_before_it_stay(
+    make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learn = Learner.learn
+
+    def fail(learner: Learner, samples: Any, **how: Any) -> Any:
+        return 1 / 0 if learner.version == 1 else learn(learner, samples, **how)
+
+    monkeypatch.setattr(Learner, "learn", fail)
+    closed = []
+    monkeypatch.setattr(LocalSampler, "close", lambda self: closed.append(self))
+    run = make_task_run(eval__before_training=False)
+    with pytest.raises(ZeroDivisionError):
+        train(run)
+    assert [row[metrics.STEP] for row in rows_of(run.run_dir)] == [1]
+    assert len(closed) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"model__path": "nowhere/at/all"}, "model.path"),
+        ({"data__val_files": ["nowhere.parquet"]}, "data.val_files"),
+        ({"data__max_prompt_length": 5}, "data.train_files"),
+        ({"sampler__max_response_length": 256}, "sampler.max_response_length"),
+        ({"self_distillation__distillation_topk": 1000}, "self_distillation.distillation_topk"),
+        ({"learner__device": "nowhere"}, "learner.device"),
+        ({"data__task_args": {"dir": "x", "mode": "z"}}, "data.task_args"),
+    ],
+)
+def test_what_can_be_refused_is_refused_before_there_is_a_run_folder(
+    make_task_run: MakeRun, settings: dict[str, Any], complaint: str
+) -> None:
+    run = make_task_run(**settings)
+    with pytest.raises(UserError, match=complaint):
+        train(run)
+    assert not Path(run.run_dir).exists()
+
+
+def test_only_as_many_held_out_prompts_as_asked_for(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluated = []
+    monkeypatch.setattr(
+        trainer._Training, "run_to_end", lambda training: evaluated.append(len(training.parts.evaluator.prompts))
+    )
+    for max_prompts in (None, 3):
+        train(make_task_run(eval__max_prompts=max_prompts))
+    assert evaluated == [8, 3]
+
+
+def test_a_grader_that_fails_now_and_then_costs_those_responses(make_task_run: MakeRun, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "count = 0\n"
+        "def grade(row, response):\n"
+        "    global count\n"
+        "    count += 1\n"
+        "    return {'score': 1 / (count % 8 != 3), 'feedback': 'No.'}\n"
+    )
+    settings = {"data__task": str(tmp_path / "mine.py"), "data__task_args": {}, "eval__before_training": False}
+    run = make_task_run(**settings, data__max_grader_failures=0.3, self_distillation__success_reward_threshold=2.0)
+    messages: list[str] = []
+
+    class Watch(Silent):
+        def message(self, text: str) -> None:
+            messages.append(text)
+
+    train(run, Watch())
+    rows = [json.loads(line) for line in (Path(run.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    assert [row[metrics.GRADER_FAILURES] for row in rows] == [1, 1, 1]
+    assert [row[metrics.SCORE_MEAN] for row in rows] == [1, 1, 1]
+    assert [row[metrics.REPROMPT_FRACTION] for row in rows] == [7 / 8] * 3
+    assert [text for text in messages if "grading failed" in text][1:] == []
+    assert "=== not graded, advantage 0," in (Path(run.run_dir) / "rollouts" / "step_1.txt").read_text()
+
+
+def test_a_grader_that_always_fails_ends_the_run_at_the_first_step(make_task_run: MakeRun, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def grade(row, response):\n    return row.answer\n")
+    run = make_task_run(data__task=str(tmp_path / "mine.py"), data__task_args={}, eval__before_training=False)
+    with pytest.raises(UserError) as caught:
+        train(run)
+    assert str(caught.value).startswith(f"data.task: {tmp_path}/mine.py: grading failed for 1 of the 1 responses")
+    assert f"AttributeError: 'Row' object has no attribute 'answer' ({tmp_path}/mine.py:2)" in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,29 @@
+"""What is refused before vLLM is ever imported; the engine itself is tested in tests/vllm."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sdpo import UserError
+from sdpo.trainer.rollout import vllm_engine
+from sdpo.trainer.rollout.vllm_engine import require_vllm
+
+
+@pytest.mark.parametrize(
+    ("device", "command"),
+    [("cpu", "pip install --no-deps -r requirements-vllm.txt"), ("cuda:0", "pip install vllm")],
+)
+def test_without_vllm_the_command_that_installs_it_is_named(
+    monkeypatch: pytest.MonkeyPatch, device: str, command: str
+) -> None:
+    monkeypatch.setattr(vllm_engine.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError) as error:
+        require_vllm(torch.device(device))
+    assert str(error.value) == f"sampler.engine=vllm: vLLM is not installed; install it with: {command}"
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "mps"])
+def test_a_device_that_vllm_would_not_sample_on_is_refused(device: str) -> None:
+    with pytest.raises(UserError, match=rf"^sampler\.device={device}: .* samples on cpu or on the first visible GPU; "):
+        require_vllm(torch.device(device))

@@ -1,0 +1,66 @@
+"""Weights on their way to a sampler arrive bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from sdpo.trainer.rollout.weight_sync import SharedWeights, compute_probe, copy_parameters
+
+MakeModel = Callable[..., Any]
+
+
+def assert_equal(one: torch.nn.Module, two: torch.nn.Module) -> None:
+    for (name, a), b in zip(one.named_parameters(), two.parameters(), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_written_is_read(make_model: MakeModel, dtype: torch.dtype, tied: bool) -> None:
+    student = make_model(seed=0, dtype=dtype, tie_word_embeddings=tied)
+    sampler = make_model(seed=1, dtype=dtype, tie_word_embeddings=tied)
+    shared = SharedWeights(student)
+    copy_parameters(shared.tensors, sampler)
+    assert_equal(sampler, student)
+    assert (sampler.lm_head.weight is sampler.get_input_embeddings().weight) == tied
+
+    later = make_model(seed=2, dtype=dtype, tie_word_embeddings=tied)
+    shared.write(later)
+    assert_equal(sampler, student)  # until it reads again
+    copy_parameters(shared.tensors, sampler)
+    assert_equal(sampler, later)
+    assert all(p.requires_grad for p in sampler.parameters())
+
+
+def test_the_shared_copy_is_a_copy(make_model: MakeModel) -> None:
+    student, sampler = make_model(seed=0), make_model(seed=1)
+    shared = SharedWeights(student)
+    with torch.no_grad():
+        for param in student.parameters():
+            param.zero_()
+    copy_parameters(shared.tensors, sampler)
+    assert_equal(sampler, make_model(seed=0))
+    assert all(tensor.is_shared() for tensor in shared.tensors.values())
+
+
+def test_another_architecture_is_refused(make_model: MakeModel) -> None:
+    with pytest.raises(ValueError, match=r"weights of another model: .*layers\.2"):
+        copy_parameters(dict(make_model(num_hidden_layers=3).named_parameters()), make_model())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_probe_tells_what_the_student_says_of_its_tokens(make_model: MakeModel, training: bool) -> None:
+    student = make_model(attention_dropout=0.5).train(training)
+    probe = compute_probe(student)
+    assert student.training == training
+    assert {0, student.config.vocab_size - 1} < set(probe.token_ids)
+    logits = student.eval()(input_ids=torch.tensor([probe.token_ids])).logits[0].log_softmax(-1)
+    expected = [logits[place, token_id].item() for place, token_id in enumerate(probe.token_ids[1:])]
+    assert probe.log_probs == pytest.approx(expected)
+    with torch.no_grad():
+        student.lm_head.weight.mul_(1.5)
+    assert compute_probe(student) != probe

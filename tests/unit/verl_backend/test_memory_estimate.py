@@ -1,0 +1,190 @@
+"""What a run on verl costs a GPU, by hand for Qwen2.5-VL-3B."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdpo.config import Run
+from sdpo.verl_backend.config.memory_estimate import BUCKET, GPU_OF_80_GB, estimate_cost, read_gpus, read_utilization
+from sdpo.verl_backend.config.to_verl import translate
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "qwen2_5_vl_3b"
+PARAMS, TOWER = 3_754_622_976, 668_684_288
+OUTSIDE = 349_380_864  # embeddings, last norm, patches, projector
+GIB = 2**30
+
+
+@pytest.fixture
+def estimate(make_run: Callable[..., Run]) -> Callable[..., Any]:
+    def estimate(*overrides: str, **settings: Any) -> Any:
+        run = make_run(**{"model__path": str(GOLDEN), "staleness": 1, "optim__beta2": 0.95, **settings})
+        return estimate_cost(run, [*translate(run).overrides, *overrides])
+
+    return estimate
+
+
+def test_the_last_number_of_gpus_counts() -> None:
+    assert read_gpus([]) == {
+        "trainer.nnodes": 1,
+        "trainer.n_gpus_per_node": 1,
+        "rollout.nnodes": 1,
+        "rollout.n_gpus_per_node": 1,
+        "actor_rollout_ref.rollout.tensor_model_parallel_size": 1,
+    }
+    found = read_gpus(
+        ["trainer.nnodes=2", "+x.trainer.nnodes=9", "trainer.nnodes=3", "rollout.n_gpus_per_node=${oc.env:N}"]
+    )
+    assert (found["trainer.nnodes"], found["rollout.n_gpus_per_node"]) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "teacher", "student_size", "teacher_size"),
+    [("float32", "ema", 4, 4), ("bfloat16", "ema", 2, 4), ("bfloat16", "frozen", 2, 2), ("float32", "live", 4, 0)],
+)
+def test_what_is_sharded(
+    estimate: Callable[..., Any], dtype: str, teacher: str, student_size: int, teacher_size: int
+) -> None:
+    cost = estimate(
+        "trainer.nnodes=2",
+        "trainer.n_gpus_per_node=4",
+        model__dtype=dtype,
+        self_distillation__teacher_regularization=teacher,
+    )
+    assert (cost.num_params, cost.num_tower_params, cost.num_learners) == (PARAMS, TOWER, 8)
+    share = PARAMS // 8
+    assert cost.learner["student"] == cost.learning["gradients"] == share * student_size
+    assert cost.learner["AdamW's moments"] == 2 * share * student_size
+    assert cost.learner["teacher"] == share * teacher_size
+
+
+@pytest.mark.parametrize(("teacher", "size"), [("ema", 4), ("snapshot", 4), ("frozen", 0), ("live", 0)])
+def test_with_lora_the_teacher_is_its_deltas(estimate: Callable[..., Any], teacher: str, size: int) -> None:
+    """By hand: 36 layers of 2048 with two heads of 128 for keys and values, and 11008 in between; rank 8."""
+    adapted = 36 * (2 * 2048 * 2048 + 2 * 2048 * 256 + 3 * 2048 * 11_008)
+    adapters = 36 * 8 * (2 * (2048 + 2048) + 2 * (2048 + 256) + 3 * (2048 + 11_008))
+    settings = {"model__dtype": "bfloat16", "self_distillation__teacher_regularization": teacher}
+    cost = estimate("trainer.n_gpus_per_node=4", lora__rank=8, **settings)
+    assert cost.learner["student"] == (PARAMS * 2 + adapters * 4) // 4
+    assert cost.learning["gradients"] == adapters // 4 * 4
+    assert cost.learner["AdamW's moments"] == 2 * adapters // 4 * 4
+    assert cost.learner["teacher"] == adapted // 4 * size
+    layer = (PARAMS - TOWER) // 36
+    assert cost.learning["gathered weights and gradients"] == (OUTSIDE + 2 * layer) * 2 + 2 * (adapters // 36) * 6
+    one = estimate(lora__rank=8, **settings)
+    assert one.phases["the update"] == {"copies of the weights": max(2 * adapters * 4, adapted * size)}
+    whole = estimate(**settings)
+    head = 151_936 * 2048
+    saved = whole.phases["a micro-batch"]["logits"] - one.phases["a micro-batch"]["logits"]
+    assert saved == head * (4 + 2 + 2 * (teacher != "live"))
+
+
+def test_what_is_gathered_is_as_large_on_every_gpu(estimate: Callable[..., Any]) -> None:
+    one, eight = (
+        estimate(f"trainer.n_gpus_per_node={n}", model__dtype="float32", learner__autocast=True) for n in (1, 8)
+    )
+    name = "gathered weights and gradients"
+    # The largest layer is the language model's, embeddings counted in; weights bfloat16, gradients float32 as well.
+    layer = (PARAMS - TOWER) // 36
+    assert one.learning[name] == (2 * OUTSIDE + 2 * layer) * 2 + (OUTSIDE + 2 * layer) * 6
+    assert one.learning[name] == eight.learning[name]
+    assert one.phases["a micro-batch"] == eight.phases["a micro-batch"]
+
+
+def test_the_update_makes_two_tensors_of_the_largest_parameters_size(estimate: Callable[..., Any]) -> None:
+    embeddings = 151_936 * 2048
+    assert estimate().phases["the update"] == {"copies of the weights": 2 * 4 * embeddings}
+    shards = estimate("trainer.n_gpus_per_node=8").phases["the update"]
+    assert shards == {"copies of the weights": embeddings}
+
+
+def test_weights_on_their_way_take_buckets_on_both_sides(estimate: Callable[..., Any]) -> None:
+    cost = estimate()
+    assert BUCKET == 2 * GIB
+    assert cost.learner["buffers for the sampler's weights"] == 2 * BUCKET, "cupy's pool keeps them"
+    assert cost.sampler["weights on their way"] == 3 * BUCKET, "NCCL's two, and one to vLLM's process"
+
+
+def test_a_frozen_tower_has_no_gradients_and_no_moments(estimate: Callable[..., Any]) -> None:
+    cost = estimate(learner__freeze_vision=True)
+    assert cost.learner["student"] == cost.learner["teacher"] == 4 * PARAMS
+    assert cost.learning["gradients"] == 4 * (PARAMS - TOWER)
+    assert cost.learner["AdamW's moments"] == 8 * (PARAMS - TOWER)
+
+
+def test_moments_of_8_bits_have_a_scale_for_every_256(estimate: Callable[..., Any]) -> None:
+    cost = estimate(optim__name="adamw_8bit")
+    assert cost.learner["AdamW's moments"] == 2 * (PARAMS + 4 * (PARAMS // 256))
+
+
+def test_sequences_are_shared_out_and_heads_are_cut(estimate: Callable[..., Any]) -> None:
+    settings: dict[str, Any] = {"data__train_batch_size": 32, "sampler__n": 8, "data__max_prompt_length": 24}
+    cost = estimate("rollout.n_gpus_per_node=4", **settings)
+    assert cost.sampler["weights"] == PARAMS * 2
+    assert cost.sampler["key-value cache"] == 64 * 32 * 36_864
+    assert not cost.takes_turns and cost.num_samplers == 4
+    parallel = estimate(
+        "rollout.n_gpus_per_node=4", "actor_rollout_ref.rollout.tensor_model_parallel_size=2", **settings
+    )
+    assert parallel.sampler["weights"] == PARAMS
+    assert parallel.sampler["key-value cache"] == 128 * 32 * 36_864 // 2
+
+
+def test_taking_turns_the_gpus_that_train_sample(estimate: Callable[..., Any]) -> None:
+    cost = estimate("trainer.n_gpus_per_node=4", staleness=0)
+    assert cost.takes_turns and cost.num_samplers == 4
+    assert cost.sampler == {"vLLM's share of a GPU of 80 GB": int(0.5 * GPU_OF_80_GB), "weights on their way": BUCKET}
+    assert "buffers for the sampler's weights" not in {name for name, size in cost.learner.items() if size}
+    one = estimate("actor_rollout_ref.rollout.gpu_memory_utilization=0.25", staleness=0)
+    assert one.learner_peak == max(
+        sum(one.learner.values()) + GPU_OF_80_GB // 4 + BUCKET,
+        sum(one.learner.values()) + sum(one.learning.values()) + max(sum(p.values()) for p in one.phases.values()),
+    ), "vLLM sleeps while it learns, and gradients are gone while it samples"
+
+
+def test_the_last_share_of_vllm_counts() -> None:
+    key = "actor_rollout_ref.rollout.gpu_memory_utilization"
+    assert read_utilization([]) == 0.5
+    assert read_utilization([f"{key}=0.7", f"++{key}=0.3", f"x.{key}=0.9", f"{key}=${{oc.env:N}}"]) == 0.3
+
+
+@pytest.mark.parametrize(
+    ("settings", "heads"),
+    [
+        ({"alpha": 0.5, "distillation_topk": 100}, 1),
+        ({"alpha": 0.5}, 1),
+        ({"alpha": 0.5, "teacher_regularization": "live"}, 0),
+    ],
+)
+def test_logits_take_chunks_and_the_output_layer(
+    settings: dict[str, Any], heads: int, estimate: Callable[..., Any]
+) -> None:
+    cost = estimate(
+        model__dtype="bfloat16",
+        data__train_batch_size=32,
+        data__max_prompt_length=2304,
+        sampler__n=8,
+        sampler__max_response_length=2048,
+        learner__micro_batch_tokens=6144,
+        learner__gradient_checkpointing=True,
+        self_distillation__max_reprompt_len=2816,
+        **{f"self_distillation__{name}": value for name, value in settings.items()},
+    )
+    # The gradient of the output layer in float32 and once more in bfloat16, and the teacher's.
+    chunks = 350_000_000 + 10 * 60_000_000 + 151_936 * 2048 * (4 + 2 + 2 * heads)
+    # At most 3072 response tokens of the student and 6144 tokens of the teacher.
+    assert cost.phases["a micro-batch"]["logits"] == chunks + 2048 * (3072 * 4 * 2 + 6144 * 2)
+    # Of either form of scoring; the CUDA kernels hold 2,048 rows of the vocabulary, 622 MB.
+    assert cost.phases["old log-probabilities"]["logits"] == 280_000_000 + 10 * 60_000_000 > 2048 * 151_936 * 2
+
+
+def test_any_token_of_the_student_may_be_an_images(estimate: Callable[..., Any]) -> None:
+    one, two = (
+        estimate(data__train_batch_size=64, sampler__n=8, learner__micro_batch_tokens=n).phases["a micro-batch"]
+        for n in (16384, 32768)
+    )
+    name = "activations of the image tower"
+    assert two[name] == 2 * one[name] > 0

@@ -1,0 +1,341 @@
+"""verl's configuration with SDPO's section in it: what is refused, before Ray, in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from omegaconf import DictConfig
+from transformers import AutoProcessor
+from verl.tools.function_tool import FUNCTION_TOOL_REGISTRY
+from verl.trainer.ppo.utils import need_reference_policy
+
+from sdpo.algorithm.regularization import Regularization
+from sdpo.config import DataConfig, HealthConfig, Run, SelfDistillationConfig
+from sdpo.errors import UserError
+from sdpo.models.multimodal.processor import load_without_videos
+from sdpo.verl_backend.config.schema import read_health, read_regularization, read_self_distillation
+from sdpo.verl_backend.driver.tools import load_tool_schemas
+from sdpo.verl_backend.entrypoint.main import compose_config, main, run
+
+ACTOR = "actor_rollout_ref.actor"
+MODEL = "actor_rollout_ref.model"
+LORA = f"{MODEL}.lora_rank=8 {MODEL}.lora.merge=true"
+NAMES = ["sdpo_trainer", "sdpo_separate_async", "sdpo_sync"]
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    rows = tmp_path_factory.mktemp("rows") / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist([{"data_source": "x"}]), rows)
+    return [f"data.train_files={rows}", f"data.val_files={rows}"]
+
+
+@pytest.fixture(scope="session")
+def compose(files: list[str]) -> Callable[..., DictConfig]:
+    def compose(*overrides: str, name: str = "sdpo_trainer") -> DictConfig:
+        return compose_config(name, [*files, *overrides])
+
+    return compose
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_defaults_are_those_of_the_dataclass(name: str, compose: Callable[..., DictConfig]) -> None:
+    config = compose(name=name)
+    assert read_self_distillation(config.actor_rollout_ref.actor) == SelfDistillationConfig()
+    assert read_health(config) == HealthConfig()
+    assert config.trainer.keep_best == Run(run_dir="x").keep_best
+    assert config.trainer.alarms_file == f"{config.trainer.default_local_dir}/alarms.jsonl"
+    assert config.trainer.n_gpus_per_node == config.rollout.n_gpus_per_node == 1
+    assert config.actor_rollout_ref.rollout.calculate_log_probs
+    assert config.data.max_pixels == DataConfig(task="x").max_pixels
+    assert config.data.filter_unreadable_images == DataConfig(task="x").filter_unreadable_images
+
+
+def test_every_setting_arrives(compose: Callable[..., DictConfig]) -> None:
+    given = {
+        "full_logit_distillation": "false",
+        "alpha": "1.0",
+        "ema_update_rate": "0.01",
+        "is_clip": "null",
+        "grpo_coef": "0.5",
+        "teacher_regularization": "trust-region",
+        "solution_template": '"Look: {successful_previous_attempt}\n"',
+    }
+    config = compose(*(f"{ACTOR}.self_distillation.{key}={value}" for key, value in given.items()))
+    settings = read_self_distillation(config.actor_rollout_ref.actor)
+    assert settings is not None
+    assert (settings.alpha, settings.ema_update_rate, settings.is_clip, settings.grpo_coef) == (1.0, 0.01, None, 0.5)
+    assert settings.solution_template == "Look: {successful_previous_attempt}\n"
+    assert not settings.full_logit_distillation and settings.teacher_regularization == "trust-region"
+
+
+def test_another_loss_is_verls_own(compose: Callable[..., DictConfig]) -> None:
+    config = compose(f"{ACTOR}.policy_loss.loss_mode=vanilla", f"{ACTOR}.use_kl_loss=true")
+    assert read_self_distillation(config.actor_rollout_ref.actor) is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (f"{ACTOR}.self_distillation.alfa=0.5", "alfa"),
+        (f"{ACTOR}.self_distillation.alpha=2", f"{ACTOR}.self_distillation.alpha must be in [0, 1]"),
+        (f"{ACTOR}.self_distillation.alpha=many", "many"),
+        (f"{ACTOR}.self_distillation.teacher_regularization=none", "teacher_regularization must be one of"),
+        (f"{ACTOR}.self_distillation.full_logit_distillation=false", "alpha must be 1"),
+        (f"{ACTOR}.strategy=fsdp", f"{ACTOR}.strategy must be fsdp2"),
+        (f"{ACTOR}.entropy_coeff=-0.01", f"{ACTOR}.entropy_coeff must be in [0, inf), got -0.01"),
+        (f"{ACTOR}.use_kl_loss=true {ACTOR}.kl_loss_type=full", f"{ACTOR}.kl_loss_type must be one of kl, kl+, k1"),
+        (f"{ACTOR}.use_kl_loss=true {ACTOR}.kl_loss_coef=-1", f"{ACTOR}.kl_loss_coef must be in [0, inf)"),
+        (f"{ACTOR}.clip_ratio_high=0.28", f"set {ACTOR}.self_distillation.clip_ratio_high instead"),
+        ("algorithm.norm_adv_by_std_in_grpo=false", f"set {ACTOR}.self_distillation.norm_adv_by_std_in_grpo instead"),
+        (f"{ACTOR}.loss_agg_mode=token-sum", "use token-mean"),
+        (f"{ACTOR}.ulysses_sequence_parallel_size=2", "ulysses_sequence_parallel_size=2"),
+        ("actor_rollout_ref.model.use_fused_kernels=true", "use_fused_kernels"),
+        (f"{ACTOR}.calculate_sum_pi_squared=true", "calculate_sum_pi_squared=True has no meaning"),
+        ("actor_rollout_ref.model.enable_activation_offload=true", "enable_activation_offload=True is not supported"),
+        (f"++{ACTOR}.fsdp_config.mixed_precision.param_dtype=fp16", "param_dtype=fp16 is not supported"),
+        ("actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora.merge must be true"),
+        ("actor_rollout_ref.model.lora.merge=true", "lora.merge=True has no effect with lora_rank=0"),
+        ("actor_rollout_ref.model.lora.rank=8", "FSDP ignores it; set actor_rollout_ref.model.lora_rank instead"),
+        (f"{LORA} {MODEL}.lora.alpha=16", "set actor_rollout_ref.model.lora_alpha instead"),
+        (f"{LORA} {MODEL}.lora.target_modules=[q_proj]", f"set {MODEL}.target_modules instead"),
+        (f"{LORA} {MODEL}.lora.dropout=0.1", "lora.dropout=0.1 is for Megatron"),
+        (f"{LORA} {MODEL}.lora_adapter_path=/some/adapter", "merge the adapter into that model first"),
+        (f"{LORA} {MODEL}.exclude_modules=q_proj", "exclude_modules is not supported"),
+        (f"{LORA} +{MODEL}.target_parameters=[experts]", "target_parameters is not supported"),
+        (f"{LORA} {ACTOR}.freeze_vision_tower=true", "freeze_vision_tower=True has no effect with LoRA"),
+        ("algorithm.rollout_correction.bypass_mode=true", "bypass_mode"),
+        ("data.train_files=/no/such.parquet", "/no/such.parquet: no such file"),
+        (
+            "algorithm.rollout_correction.bypass_mode=true algorithm.rollout_correction.rollout_is=null "
+            "actor_rollout_ref.rollout.top_p=0.9",
+            "actor_rollout_ref.rollout.top_p=0.9 cannot be used with algorithm.rollout_correction.bypass_mode=true",
+        ),
+        (
+            "algorithm.rollout_correction.bypass_mode=true algorithm.rollout_correction.rollout_is=null "
+            "actor_rollout_ref.rollout.top_k=20",
+            "actor_rollout_ref.rollout.top_k=20 cannot be used with algorithm.rollout_correction.bypass_mode=true",
+        ),
+        ("trainer.nodes=2", "nodes"),
+        (f"{ACTOR}.ppo_mini_batch_size=24", f"{ACTOR}.ppo_mini_batch_size=24 must divide data.train_batch_size=32"),
+        (f"{ACTOR}.freeze_vision_tower=true {ACTOR}.policy_loss.loss_mode=vanilla", "freeze_vision_tower=True has no"),
+        ("health.windows=3", "windows"),
+        ("health.window=0", "health.window must be in [1, inf), got 0"),
+        ("health.score_collapse=halt", "health.score_collapse must be one of"),
+        ("health.kl_to_initial_every=5", "health.kl_to_initial_every=5 has no effect on verl, where the workers hold"),
+        ("health.teacher_worse=stop", "health.teacher_worse=stop has no effect on verl, where verl evaluates the stud"),
+        (
+            f"health.score_collapse=lower {ACTOR}.policy_loss.loss_mode=vanilla",
+            "health.score_collapse=lower has no effect with self_distillation.grpo_coef=1",
+        ),
+        (
+            f"health.score_collapse=freeze {ACTOR}.self_distillation.teacher_regularization=frozen",
+            "health.score_collapse=freeze has no effect with self_distillation.teacher_regularization=frozen",
+        ),
+        ("trainer.keep_best=-1", "trainer.keep_best must be a whole number, at least 0, got -1"),
+        ("trainer.keep_best=true", "trainer.keep_best must be a whole number"),
+        ("trainer.n_gpus_per_node=3", "must be a multiple of the 3 GPUs that train"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(override: str, message: str, compose: Callable[..., DictConfig]) -> None:
+    with pytest.raises(UserError) as caught:
+        compose(*override.split())
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+TURNS = "actor_rollout_ref.rollout.multi_turn"
+AGENT = "actor_rollout_ref.rollout.agent"
+TOOL = """
+from verl.tools.function_tool import function_tool
+
+@function_tool
+def add(a: int, b: int) -> str:
+    \"\"\"Add two numbers.
+
+    Args:
+        a: one
+        b: the other
+    \"\"\"
+    return str(a + b)
+"""
+
+
+@pytest.fixture
+def tool_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """In the working folder, by its name alone."""
+    (tmp_path / "tools.py").write_text(TOOL)
+    monkeypatch.chdir(tmp_path)
+    FUNCTION_TOOL_REGISTRY.clear()
+    return "tools.py"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tools_choose_the_agent_loop(name: str, compose: Callable[..., DictConfig], tool_file: str) -> None:
+    config = compose(f"{TURNS}.enable=true", f"{TURNS}.function_tool_path={tool_file}", name=name)
+    rollout = config.actor_rollout_ref.rollout
+    assert rollout.agent.default_agent_loop == "sdpo_tools"
+    # Ray's processes and the dataset find the file wherever they are started.
+    assert rollout.multi_turn.function_tool_path == config.data.function_tool_path == str(Path(tool_file).absolute())
+    assert [tool["function"]["name"] for tool in load_tool_schemas(rollout)] == ["add"]
+    rollout = compose(name=name).actor_rollout_ref.rollout
+    assert rollout.agent.default_agent_loop == "sdpo_single_turn" and load_tool_schemas(rollout) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (f"{TURNS}.enable=true", f"{TURNS}.enable=true needs tools: set {TURNS}.tool_config_path or"),
+        (f"{TURNS}.function_tool_path=tools.py", f"{TURNS}.function_tool_path has no effect without {TURNS}.enable"),
+        (f"{AGENT}.default_agent_loop=tool_agent", "must be sdpo_single_turn with loss_mode=sdpo and"),
+        (f"{AGENT}.default_agent_loop=mine", "default_agent_loop=mine must be sdpo_single_turn"),
+        (f"{AGENT}.agent_loop_config_path=loops.yaml", "agent_loop_config_path is not supported with loss_mode=sdpo"),
+        (
+            f"{TURNS}.enable=true {TURNS}.function_tool_path=tools.py {TURNS}.format=hermas",
+            f"{TURNS}.format=hermas: verl knows no such parser of tool calls; use one of hermes",
+        ),
+        (f"{TURNS}.enable=true {TURNS}.function_tool_path=no.py", "no.py: the tools cannot be loaded (FileNotFound"),
+        (f"{TURNS}.enable=true {TURNS}.function_tool_path=broken.py", "cannot be loaded (ZeroDivisionError: division"),
+        (f"{TURNS}.enable=true {TURNS}.function_tool_path=empty.py", f"{TURNS}: its files define no tool"),
+    ],
+)
+def test_tools_that_cannot_be_used_are_one_line(
+    override: str, message: str, compose: Callable[..., DictConfig], tool_file: str
+) -> None:
+    Path("broken.py").write_text("1 / 0")
+    Path("empty.py").write_text("")
+    with pytest.raises(UserError) as caught:
+        compose(*override.split())
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "override", "message"),
+    [
+        # verl knows no processor of LLaVA's, and without torchvision transformers makes none for Qwen's.
+        ("llava", "", "verl cannot load its processor of images (Failed to create processor: Unsupported processor"),
+        ("qwen2_5_vl", "", "verl cannot load its processor of images (Failed to create processor: "),
+        ("text", f"{ACTOR}.freeze_vision_tower=true", "actor.freeze_vision_tower=True: "),
+        ("text", f"{LORA} {MODEL}.target_modules=[lm_head]", "model.target_modules: 'lm_head' is no linear layer of"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_refused_before_ray(
+    family: str,
+    override: str,
+    message: str,
+    compose: Callable[..., DictConfig],
+    vision_dir: Callable[[str], Path],
+    hidden_rule_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if family == "llava":
+        monkeypatch.setattr(AutoProcessor, "from_pretrained", load_without_videos)
+    elif family == "qwen2_5_vl" and importlib.util.find_spec("torchvision"):
+        pytest.skip("torchvision is here")
+    path = hidden_rule_dir / "model" if family == "text" else vision_dir(family)
+    config = compose(f"actor_rollout_ref.model.path={path}", *override.split())
+    with pytest.raises(UserError) as caught:
+        run(config)
+    assert str(caught.value).startswith("actor_rollout_ref.") and message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_sampler_has_its_weights_and_an_untruncated_one_may_be_the_old_policy(
+    compose: Callable[..., DictConfig],
+) -> None:
+    compose("actor_rollout_ref.rollout.top_p=0.9")
+    compose("algorithm.rollout_correction.bypass_mode=true", "algorithm.rollout_correction.rollout_is=null")
+
+
+def test_the_share_of_failed_grades_has_one_default(compose: Callable[..., DictConfig]) -> None:
+    assert compose().data.max_grader_failures == DataConfig.max_grader_failures
+
+
+def test_kl_and_entropy_are_verls_own_settings(compose: Callable[..., DictConfig]) -> None:
+    plain, terms = compose(), compose(f"{ACTOR}.use_kl_loss=true", f"{ACTOR}.entropy_coeff=0.01")
+    assert read_regularization(plain.actor_rollout_ref.actor) == Regularization(None, "low_var_kl", 0.0)
+    assert read_regularization(terms.actor_rollout_ref.actor) == Regularization(0.001, "low_var_kl", 0.01)
+    assert not need_reference_policy(plain) and need_reference_policy(terms)
+
+
+def test_the_reference_model_computes_as_the_actor_does(compose: Callable[..., DictConfig]) -> None:
+    names = ("model_dtype", "mixed_precision")
+    key = f"++{ACTOR}.fsdp_config.mixed_precision.param_dtype=fp32"
+    for overrides in ([], [f"{ACTOR}.fsdp_config.model_dtype=bf16"], [key]):
+        workers = compose(*overrides).actor_rollout_ref
+        for name in names:
+            assert workers.ref.fsdp_config.get(name) == workers.actor.fsdp_config.get(name), (overrides, name)
+
+
+def test_the_clips_are_one_value_for_both_losses(compose: Callable[..., DictConfig]) -> None:
+    config = compose(f"{ACTOR}.self_distillation.clip_ratio_high=0.28")
+    assert config.actor_rollout_ref.actor.clip_ratio_high == 0.28
+
+
+def test_every_setting_of_the_section_is_a_key_of_hydra(compose: Callable[..., DictConfig]) -> None:
+    section = compose().actor_rollout_ref.actor.self_distillation
+    assert set(section) == {f.name for f in dataclasses.fields(SelfDistillationConfig)}
+
+
+def test_the_command_line_refuses_and_helps(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="not of the form key=value"):
+        main(["train"])
+    main(["--help"])
+    assert "usage" in capsys.readouterr().out
+    main(["--config-name", "sdpo_sync", "--cfg", *files])
+    assert "trainer_mode: sync" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_mistake_ends_with_exit_code_2_and_without_ray(tmp_path: Path) -> None:
+    command: list[Any] = [
+        sys.executable,
+        "-m",
+        "sdpo.verl_backend.entrypoint.main",
+        f"{ACTOR}.self_distillation.alpha=7",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2
+    assert (
+        result.stderr.strip().splitlines()[-1].startswith(f"error: {ACTOR}.self_distillation.alpha must be in [0, 1]")
+    )
+    assert "Started a local Ray instance" not in result.stdout + result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("reason", ["score_collapse: it fell", None])
+def test_a_run_that_an_alarm_stopped_says_so_as_on_the_embedded_engine(
+    reason: str | None, compose: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """With verl's own ``run_ppo``, which drops what the driver's run returns, and a class in place of Ray's."""
+
+    class Driver:
+        def __init__(self) -> None:
+            self.run = SimpleNamespace(remote=lambda config: (config, reason))
+
+        @classmethod
+        def remote(cls) -> Driver:
+            return cls()
+
+    got = []
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.get", lambda reference: got.append(reference) or reference[1])
+    monkeypatch.setattr("sdpo.verl_backend.entrypoint.main._build_one_step_off_runner", lambda: Driver)
+    monkeypatch.setattr("sdpo.verl_backend.entrypoint.main._check_model", lambda _: None)
+    monkeypatch.setattr("sdpo.verl_backend.entrypoint.requirements.check_machine", lambda _: None)
+    config = compose()
+    run(config)
+    assert got == [(config, reason)] * 2
+    said = capsys.readouterr().err
+    assert said == ("stopped by an alarm: score_collapse: it fell\n" if reason else "")
