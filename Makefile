@@ -37,7 +37,7 @@ run: $(INSTALLED) ## Train the offline task with SDPO, then with GRPO, and compa
 test: $(INSTALLED_VERL) ## Run the whole test suite; tests for a GPU skip themselves where there is none
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-vllm: $(VLLM_INSTALLED) ## Run the tests of sampler.engine=vllm, on a CPU, in an environment of their own
+test-vllm: $(VLLM_INSTALLED) ## Run the tests of rollout.engine=vllm, on a CPU, in an environment of their own
 	@$(VLLM_BIN)/python -m pytest tests/vllm
 
 test-gpu-versions: $(GPU_INSTALLED) ## Run the tests of the verl backend with the versions that GPU machines have, without a GPU

@@ -26,24 +26,24 @@ from record import print_table, save
 CONFIG = Path(__file__).parent.parent / "configs" / "hidden_rule.yaml"
 PHASES = ("training", "saving", "hand-over")
 WAYS = {
-    "in turn": ["staleness=0"],
-    "overlapped": ["staleness=1", "sampler.num_threads=1"],
-    "in turn, LoRA": ["staleness=0", "lora.rank=4"],
-    "overlapped, LoRA": ["staleness=1", "sampler.num_threads=1", "lora.rank=4"],
+    "in turn": ["max_staleness=0"],
+    "overlapped": ["max_staleness=1", "rollout.num_threads=1"],
+    "in turn, LoRA": ["max_staleness=0", "lora.rank=4"],
+    "overlapped, LoRA": ["max_staleness=1", "rollout.num_threads=1", "lora.rank=4"],
 }
 SETTINGS = [
-    "total_steps=40",
-    "save_every=2",
-    "eval_every=4",
+    "max_steps=40",
+    "save_steps=2",
+    "eval_steps=4",
     "eval.max_prompts=20",
     "data.train_batch_size=4",
-    "learner.mini_batch_size=2",
-    "sampler.n=4",
+    "actor.mini_batch_size=2",
+    "rollout.n=4",
     "data.task_args.pretrain_steps=20",
     "data.task_args.num_train=200",
     "data.task_args.num_test=20",
     "self_distillation.teacher_regularization=ema",
-    "resume=auto",
+    "resume_mode=auto",
 ]
 
 
@@ -120,12 +120,12 @@ def die_in_hand_over(rng: random.Random) -> None:
 
 def run_child(overrides: list[str], phase: str, seed: int) -> None:
     """One process of a run, which dies in the phase if there is one."""
-    from sdpo import load_run, train
+    from sdpo import load_config, train
 
     die_in = {"training": die_in_training, "saving": die_in_saving, "hand-over": die_in_hand_over}
     if phase in die_in:
         die_in[phase](random.Random(seed))
-    train(load_run(CONFIG, overrides))
+    train(load_config(CONFIG, overrides))
 
 
 def start(overrides: list[str], phase: str = "none", seed: int = 0) -> int:
@@ -197,17 +197,17 @@ def main() -> None:
     for way in options.ways:
         common = [*SETTINGS, *WAYS[way], f"data.task_args.dir={options.folder}/task"]
         whole, killed = (place / f"{way}_{kind}".replace(", ", "_").replace(" ", "_") for kind in ("whole", "killed"))
-        start([*common, f"run_dir={whole}"])
+        start([*common, f"output_dir={whole}"])
         kills: list[str] = []
         attempts = 0
         while len(kills) < options.kills:
             phase = PHASES[attempts % len(PHASES)]
             attempts += 1
-            if start([*common, f"run_dir={killed}"], phase, rng.getrandbits(32)) == 0:
+            if start([*common, f"output_dir={killed}"], phase, rng.getrandbits(32)) == 0:
                 break  # it came to its end first
             kills.append(phase)
         else:
-            start([*common, f"run_dir={killed}"])
+            start([*common, f"output_dir={killed}"])
         differences = differ(whole, killed)
         rows.append({"way": way, "kills": {p: kills.count(p) for p in PHASES}, "differences": differences})
         print(way, rows[-1]["kills"], differences or "the same", flush=True)

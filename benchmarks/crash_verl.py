@@ -30,49 +30,49 @@ LONGEST = {"saving": 0.5, "step": 2.0}  # seconds from the first sign of that ph
 LIMIT = 600  # seconds for one start
 NUM_STEPS = 40
 SETTINGS = [
-    "staleness=1",
-    f"total_steps={NUM_STEPS}",
-    "save_every=1",
-    "keep_last=2",
-    "eval_every=4",
+    "max_staleness=1",
+    f"max_steps={NUM_STEPS}",
+    "save_steps=1",
+    "save_total_limit=2",
+    "eval_steps=4",
     "eval.max_prompts=4",
     "data.train_batch_size=4",
-    "sampler.n=2",
-    "sampler.batch_size=1",  # rows are sampled alone, so that a rollout does not depend on its neighbours
-    "sampler.max_response_length=8",
+    "rollout.n=2",
+    "rollout.max_num_seqs=1",  # rows are sampled alone, so that a rollout does not depend on its neighbours
+    "rollout.max_response_length=8",
     "optim.lr=1e-3",
     "self_distillation.teacher_regularization=ema",
-    "self_distillation.grpo_coef=0.3",
+    "self_distillation.policy_loss_weight=0.3",
     "data.task_args.pretrain_steps=20",
     "data.task_args.num_train=64",
     "data.task_args.num_test=8",
     "actor_rollout_ref.rollout.full_determinism=true",
-    "resume=auto",
+    "resume_mode=auto",
 ]
 
 
-def start(run_dir: Path, common: list[str]) -> psutil.Popen:
-    command = [sys.executable, "-m", "sdpo.cli", "verl", str(CONFIG), *common, f"run_dir={run_dir}"]
+def start(output_dir: Path, common: list[str]) -> psutil.Popen:
+    command = [sys.executable, "-m", "sdpo.cli", "verl", str(CONFIG), *common, f"output_dir={output_dir}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-    with run_dir.with_suffix(".log").open("a") as log:
+    with output_dir.with_suffix(".log").open("a") as log:
         return psutil.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 
-def read_step(run_dir: Path) -> int:
+def read_step(output_dir: Path) -> int:
     """The step that a resumed run would go on from."""
-    tracker = run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
+    tracker = output_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
     return int(tracker.read_text()) if tracker.exists() else 0
 
 
-def wait(process: psutil.Popen, run_dir: Path, phase: str | None, delay: float = 0.0) -> bool:
+def wait(process: psutil.Popen, output_dir: Path, phase: str | None, delay: float = 0.0) -> bool:
     """Whether the run was killed in that phase; it may end before."""
-    end, begun_with, last = time.monotonic() + LIMIT, read_step(run_dir), None
+    end, begun_with, last = time.monotonic() + LIMIT, read_step(output_dir), None
     while process.poll() is None:
         if time.monotonic() > end:
             kill(process)
-            sys.exit(f"{run_dir}: no end after {LIMIT} s")
-        step = read_step(run_dir)
-        is_saving = (run_dir / "checkpoints" / f"global_step_{step + 1}").exists()
+            sys.exit(f"{output_dir}: no end after {LIMIT} s")
+        step = read_step(output_dir)
+        is_saving = (output_dir / "checkpoints" / f"global_step_{step + 1}").exists()
         sign = {"saving": is_saving and last == (step, False), "step": step > begun_with, None: False}[phase]
         if sign:
             time.sleep(delay)
@@ -81,7 +81,7 @@ def wait(process: psutil.Popen, run_dir: Path, phase: str | None, delay: float =
         last = (step, is_saving)
         time.sleep(0.005)
     if process.returncode != 0:
-        sys.exit(f"{run_dir}: exit code {process.returncode}; see {run_dir.with_suffix('.log')}")
+        sys.exit(f"{output_dir}: exit code {process.returncode}; see {output_dir.with_suffix('.log')}")
     return False
 
 
@@ -95,10 +95,10 @@ def kill(process: psutil.Popen) -> None:
     psutil.wait_procs(family, timeout=30)
 
 
-def read_rows(run_dir: Path) -> dict[int, dict[str, float]]:
+def read_rows(output_dir: Path) -> dict[int, dict[str, float]]:
     """Metrics of each step without times and memory; of a step that was logged twice, the later values."""
     rows: dict[int, dict[str, float]] = {}
-    for path in sorted(run_dir.glob("metrics*.jsonl"), key=lambda path: path.stat().st_mtime):
+    for path in sorted(output_dir.glob("metrics*.jsonl"), key=lambda path: path.stat().st_mtime):
         for line in path.read_text().splitlines():
             row = json.loads(line)
             values = {k: v for k, v in row["data"].items() if not k.startswith(("timing_", "perf/", "actor/perf/"))}

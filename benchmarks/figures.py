@@ -33,27 +33,27 @@ def prepare(folder: str, seed: int) -> None:
 
 def learn(folder: str, config: str, seed: int, name: str) -> dict[str, Any]:
     """Train once, then evaluate the checkpoint on the exchanged images."""
-    from sdpo import load_run, train
+    from sdpo import load_config, train
     from sdpo.observability.progress import Silent
     from sdpo.report import read_run
     from sdpo.trainer.build import build_parts
 
     settings = [f"seed={seed}", f"data.task_args.seed={seed}", f"data.task_args.dir={folder}/{seed}"]
-    run = load_run(CONFIGS / config, [*settings, f"run_dir={folder}/runs/{name}_{seed}"])
+    run = load_config(CONFIGS / config, [*settings, f"output_dir={folder}/runs/{name}_{seed}"])
     started = time.perf_counter()
     result = train(run)
     seconds = time.perf_counter() - started
-    steps, accuracies = read_run(result.run_dir).series(ACCURACY)
+    steps, accuracies = read_run(result.output_dir).series(ACCURACY)
 
-    checkpoint = result.run_dir / "checkpoints" / f"step_{run.total_steps}"
+    checkpoint = result.output_dir / "checkpoints" / f"step_{run.max_steps}"
     parts = build_parts(
-        load_run(
+        load_config(
             CONFIGS / config,
             [
                 *settings,
                 f"model.path={checkpoint}",
                 f"data.val_files=[{folder}/exchanged_{seed}.parquet]",
-                f"run_dir={folder}/runs/{name}_{seed}_exchanged",
+                f"output_dir={folder}/runs/{name}_{seed}_exchanged",
             ],
         ),
         Silent(),

@@ -74,8 +74,11 @@ def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
     if options.tiny:
         torch.set_num_threads(1)
     workload = build_workload(model, options)
-    overrides = [f"learner.device={device.type}", f"learner.micro_batch_tokens={options.micro_batch_tokens}"]
-    overrides.append(f"learner.gradient_checkpointing={options.gradient_checkpointing}")
+    overrides = [
+        f"actor.device={device.type}",
+        f"actor.max_tokens_per_micro_batch={options.max_tokens_per_micro_batch}",
+    ]
+    overrides.append(f"actor.gradient_checkpointing={options.gradient_checkpointing}")
     with tempfile.TemporaryDirectory() as name:
         workload.write(Path(name))
         run = workload.load(Path(name), overrides)

@@ -61,7 +61,7 @@ def measure(workload: Workload, repeats: int) -> dict[str, float]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         workload.write(Path(name))
-        run = workload.load(Path(name), ["learner.num_threads=1"])
+        run = workload.load(Path(name), ["actor.num_threads=1"])
         parts = build_parts(run, Silent())
     samples = workload.build_samples(parts, run)
     first = samples[0].response

@@ -23,17 +23,23 @@ LOST = 0.2  # of the held-out score
 # What is trained, in which mode, with what changed.
 LIVE = [
     "self_distillation.teacher_regularization=live",
-    "total_steps=150",
-    "eval_every=2",
+    "max_steps=150",
+    "eval_steps=2",
     "eval.max_prompts=200",
     "eval.n=0",
 ]
 RUNS: dict[str, tuple[str, str, list[str]]] = {
-    "live teacher": ("hidden_rule_peers.yaml", "peers", [*LIVE, "health.kl_to_initial_every=2"]),
+    "live teacher": ("hidden_rule_peers.yaml", "peers", [*LIVE, "health.ref_kl_interval=2"]),
     "live teacher, frozen by an alarm": (
         "hidden_rule_peers.yaml",
         "peers",
-        [*LIVE, *(f"health.{rule}=freeze" for rule in ("teacher_unsure", "score_collapse", "entropy_explosion"))],
+        [
+            *LIVE,
+            *(
+                f"health.{rule}=freeze_teacher"
+                for rule in ("teacher_entropy_increase", "score_collapse", "entropy_explosion")
+            ),
+        ],
     ),
     "feedback, frozen teacher": ("hidden_rule.yaml", "feedback", []),
     "peers, trust region": (
@@ -47,21 +53,21 @@ COLLAPSED = "live teacher"
 
 def learn(folder: str, name: str, seed: int) -> dict[str, Any]:
     """Train once; give the alarms, the held-out score and when it had lost ``LOST`` of its best."""
-    from sdpo import load_run, train
+    from sdpo import load_config, train
     from sdpo.report import read_run
 
     config, mode, overrides = RUNS[name]
-    run = load_run(
+    run = load_config(
         CONFIGS / config,
         [
             f"seed={seed}",
             f"data.task_args.seed={seed}",
             f"data.task_args.dir={folder}/{mode}_{seed}",
-            f"run_dir={find_run_dir(folder, name, seed)}",
+            f"output_dir={find_run_dir(folder, name, seed)}",
             *overrides,
         ],
     )
-    record = read_run(train(run).run_dir)
+    record = read_run(train(run).output_dir)
     steps, accuracies = record.series(ACCURACY)
     best = accuracies[0]
     lost_at = None

@@ -35,22 +35,22 @@ def prepare(folder: str, mode: str, seed: int) -> None:
 
 def learn(folder: str, config: str, mode: str, seed: int, name: str, overrides: list[str]) -> dict[str, Any]:
     """Train once; give the accuracy before, best and final, and the seconds it took."""
-    from sdpo import load_run, train
+    from sdpo import load_config, train
     from sdpo.report import read_run
 
-    run = load_run(
+    run = load_config(
         CONFIGS / config,
         [
             f"seed={seed}",
             f"data.task_args.seed={seed}",
             f"data.task_args.dir={folder}/{mode}_{seed}",
-            f"run_dir={folder}/runs/{name}_{seed}".replace(" ", "_"),
+            f"output_dir={folder}/runs/{name}_{seed}".replace(" ", "_"),
             *overrides,
         ],
     )
     started = time.perf_counter()
     result = train(run)
-    _, accuracies = read_run(result.run_dir).series(ACCURACY)
+    _, accuracies = read_run(result.output_dir).series(ACCURACY)
     return {
         "name": name,
         "seed": seed,

@@ -23,9 +23,9 @@ CONFIG = Path(__file__).parent.parent / "configs" / "hidden_rule.yaml"
 ACCURACY = "val-core/hidden_rule/acc/mean@1"
 
 
-def record(run_dir: Path, seconds: float) -> None:
+def record(output_dir: Path, seconds: float) -> None:
     """Print and keep what a finished run measured."""
-    run = read_run(run_dir)
+    run = read_run(output_dir)
     steps, accuracies = run.series(ACCURACY)
     _, staleness = run.series(metrics.STALENESS)
     columns = ["step", *map(str, steps)]
@@ -47,19 +47,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     folder = Path(options.folder).absolute()
-    run_dir = folder / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-seed{options.seed}"
+    output_dir = folder / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-seed{options.seed}"
     settings = {
-        "run_dir": run_dir,
+        "output_dir": output_dir,
         "seed": options.seed,
         "data.task_args.seed": options.seed,
         "data.task_args.dir": folder / f"seed{options.seed}",
-        "staleness": 1,
-        "eval_every": 20,
+        "max_staleness": 1,
+        "eval_steps": 20,
     }
     started = time.perf_counter()
     command = [sys.executable, "-m", "sdpo.cli", "verl", str(CONFIG)]
     subprocess.run([*command, *(f"{key}={value}" for key, value in settings.items())], check=True)
-    record(run_dir, time.perf_counter() - started)
+    record(output_dir, time.perf_counter() - started)
 
 
 if __name__ == "__main__":

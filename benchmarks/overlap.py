@@ -23,25 +23,25 @@ WARM_UP = 3  # steps left out: first calls allocate, and the first batch has not
 
 def measure(folder: str, staleness: int, steps: int, overrides: list[str]) -> list[dict[str, float]]:
     """Rows of metrics of one run."""
-    from sdpo import load_run, train
+    from sdpo import load_config, train
     from sdpo.report import read_run
 
-    run = load_run(
+    run = load_config(
         CONFIG,
         [
             f"data.task_args.dir={folder}/data",
             "data.task_args.pretrain_steps=0",
-            f"run_dir={folder}/run",
-            f"staleness={staleness}",
-            f"total_steps={steps + WARM_UP}",
-            "sampler.num_threads=1",
-            "eval_every=0",
-            "eval.before_training=false",
+            f"output_dir={folder}/run",
+            f"max_staleness={staleness}",
+            f"max_steps={steps + WARM_UP}",
+            "rollout.num_threads=1",
+            "eval_steps=0",
+            "eval.val_before_train=false",
             "eval.max_prompts=1",
             *overrides,
         ],
     )
-    return list(read_run(train(run).run_dir).rows)[WARM_UP:]
+    return list(read_run(train(run).output_dir).rows)[WARM_UP:]
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--slices", type=int, default=3)
     parser.add_argument("--response", type=int, default=64, help="tokens a response at most")
     options = parser.parse_args()
-    overrides = [f"sampler.max_response_length={options.response}", "sampler.n=8", "data.train_batch_size=16"]
+    overrides = [f"rollout.max_response_length={options.response}", "rollout.n=8", "data.train_batch_size=16"]
     rows: dict[int, list[dict[str, float]]] = {0: [], 1: []}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(options.slices):

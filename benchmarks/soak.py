@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--folder", default="data/benchmark_soak")
     options = parser.parse_args()
 
-    from sdpo import load_run, train
+    from sdpo import load_config, train
     from sdpo.kernels.cpu.allocator import keep_freed_memory
     from sdpo.observability.progress import Silent
 
@@ -73,16 +73,16 @@ def main() -> None:
                 seen.append((step, measure()))
 
     keep_freed_memory()
-    run = load_run(
+    run = load_config(
         CONFIG,
         [
-            f"run_dir={options.folder}/run",
+            f"output_dir={options.folder}/run",
             f"data.task_args.dir={options.folder}/task",
-            f"total_steps={options.steps}",
-            "staleness=1",
-            "sampler.num_threads=1",
-            "eval_every=100",
-            "save_every=100",
+            f"max_steps={options.steps}",
+            "max_staleness=1",
+            "rollout.num_threads=1",
+            "eval_steps=100",
+            "save_steps=100",
             "self_distillation.teacher_regularization=ema",
             "self_distillation.ema_update_rate=0.01",
         ],

@@ -34,10 +34,10 @@ def time_command(command: list[str]) -> float:
 
 def time_first_step(folder: Path, run_file: Path) -> float:
     """Seconds until the first row stands in ``metrics.jsonl``; the run is stopped then."""
-    run_dir = Path(tempfile.mkdtemp(dir=folder))
-    rows, log = run_dir / "run" / "metrics.jsonl", run_dir / "log"
+    output_dir = Path(tempfile.mkdtemp(dir=folder))
+    rows, log = output_dir / "run" / "metrics.jsonl", output_dir / "log"
     started = time.perf_counter()
-    command = [*SDPO, "train", str(run_file), f"run_dir={run_dir}/run", "total_steps=1000"]
+    command = [*SDPO, "train", str(run_file), f"output_dir={output_dir}/run", "max_steps=1000"]
     with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
         while not (rows.is_file() and "\n" in rows.read_text()):
             if process.poll() is not None:

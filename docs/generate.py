@@ -13,7 +13,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from sdpo.config import describe_range, iterate_settings
+from sdpo.config.field import describe_range
+from sdpo.config.root import iterate_settings
 from sdpo.observability import metrics
 from sdpo.verl_backend.compat.hooks import HOOKS, VERL_VERSION
 

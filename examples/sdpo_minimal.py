@@ -40,7 +40,7 @@ class Settings:
     ema_update_rate: float = 0.05
     lr: float = 1e-5
     weight_decay: float = 0.01
-    grad_clip: float = 1.0
+    max_grad_norm: float = 1.0
     seed: int = 0
 
 
@@ -180,7 +180,7 @@ def update(
         loss = compute_loss(student, teacher, rollout, settings) / num_tokens
         loss.backward()
         total += float(loss.detach())
-    norm = nn.utils.clip_grad_norm_(student.parameters(), settings.grad_clip)
+    norm = nn.utils.clip_grad_norm_(student.parameters(), settings.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
     with torch.no_grad():

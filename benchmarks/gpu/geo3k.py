@@ -83,20 +83,20 @@ class MemoryWatch(threading.Thread):
 
 def build_command(folder: Path, options: argparse.Namespace) -> list[str]:
     settings: dict[str, Any] = {
-        "run_dir": folder / "run",
+        "output_dir": folder / "run",
         "model.path": folder / "model",
         "data.train_files": f"[{folder}/data/train.parquet]",
         "data.val_files": f"[{folder}/data/test.parquet]",
         "data.train_batch_size": options.prompts,
-        "total_steps": options.steps,
-        "eval_every": 0,
-        "save_every": 0,
-        "eval.before_training": "false",
+        "max_steps": options.steps,
+        "eval_steps": 0,
+        "save_steps": 0,
+        "eval.val_before_train": "false",
         "eval.max_prompts": 1,
         "tracking.name": "geo3k",
     }
     if options.tiny:
-        settings |= {"sampler.n": 2, "sampler.max_response_length": 16, "data.max_pixels": 84 * 84}
+        settings |= {"rollout.n": 2, "rollout.max_response_length": 16, "data.max_pixels": 84 * 84}
     verl = {
         "actor_rollout_ref.rollout.ignore_eos": "true",
         "actor_rollout_ref.rollout.enforce_eager": "true",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sdpo.config import SelfDistillationConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.observability.progress import Observer
 from sdpo.prompting.demonstrations import Demonstration
 from sdpo.prompting.tokenization import encode_prompt, encode_teacher_prompt

@@ -25,5 +25,5 @@ exec "$PYTHON" -m sdpo.cli verl "$RUN_FILE" \
   model.path="$HF_MODEL_PATH" \
   data.train_files="[$TRAIN_FILE]" \
   data.val_files="[$TEST_FILE]" \
-  total_steps="$TOTAL_TRAIN_STEPS" \
+  max_steps="$TOTAL_TRAIN_STEPS" \
   "$@"

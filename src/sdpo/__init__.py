@@ -15,9 +15,9 @@ for _name in ("torchao", "torch.utils._pytree"):
 if TYPE_CHECKING:
     from sdpo.algorithm.loss import compute_self_distillation_loss as compute_self_distillation_loss
     from sdpo.algorithm.teacher import update_teacher_ema as update_teacher_ema
-    from sdpo.config import Run as Run
-    from sdpo.config import SelfDistillationConfig as SelfDistillationConfig
-    from sdpo.config import load_run as load_run
+    from sdpo.config.loader import load_config as load_config
+    from sdpo.config.root import SDPOConfig as SDPOConfig
+    from sdpo.config.self_distillation import SelfDistillationConfig as SelfDistillationConfig
     from sdpo.errors import UserError as UserError
     from sdpo.kernels.fused_self_distillation import fused_self_distillation_loss as fused_self_distillation_loss
     from sdpo.trainer.trainer import Result as Result
@@ -29,9 +29,9 @@ _HOMES = {
     "compute_self_distillation_loss": "sdpo.algorithm.loss",
     "fused_self_distillation_loss": "sdpo.kernels.fused_self_distillation",
     "update_teacher_ema": "sdpo.algorithm.teacher",
-    "Run": "sdpo.config",
-    "SelfDistillationConfig": "sdpo.config",
-    "load_run": "sdpo.config",
+    "SDPOConfig": "sdpo.config.root",
+    "SelfDistillationConfig": "sdpo.config.self_distillation",
+    "load_config": "sdpo.config.loader",
     "Result": "sdpo.trainer.trainer",
     "train": "sdpo.trainer.trainer",
     "UserError": "sdpo.errors",

@@ -33,12 +33,12 @@ def train(
     run_file: RunFile,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved run and what it would cost.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from run_dir's newest whole checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from output_dir's newest whole checkpoint.")] = False,
 ) -> None:
     """Train on the embedded engine: torch and transformers, nothing else."""
-    from sdpo.config import load_run
+    from sdpo.config.loader import load_config
 
-    run = load_run(run_file, [*(overrides or []), *(["resume=must"] if resume else [])])
+    run = load_config(run_file, [*(overrides or []), *(["resume_mode=required"] if resume else [])])
     if dry_run:
         from sdpo.report.dry_run import print_dry_run
         from sdpo.trainer.memory_estimate import estimate_cost
@@ -52,11 +52,11 @@ def train(
     from sdpo.trainer.trainer import train as run_training
 
     keep_freed_memory()
-    with ConsoleObserver(run.total_steps) as observer:
+    with ConsoleObserver(run.max_steps) as observer:
         result = run_training(run, observer)
     if result.metrics:  # none if it was stopped before the first
-        print_result_table([read_run(result.run_dir)])
-    print(f"run folder: {result.run_dir}")
+        print_result_table([read_run(result.output_dir)])
+    print(f"run folder: {result.output_dir}")
     if result.stopped_by:
         print(f"stopped by an alarm: {result.stopped_by}", file=sys.stderr)
     if result.interrupted:
@@ -72,7 +72,8 @@ def verl(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved run and what it would cost.")] = False,
 ) -> None:
     """Train on verl: Ray, vLLM, FSDP2. The same run file; settings that only verl has are passed on to Hydra."""
-    from sdpo.config import iterate_settings, load_run
+    from sdpo.config.loader import load_config
+    from sdpo.config.root import iterate_settings
     from sdpo.verl_backend.entrypoint.launch import build_command, launch
 
     known = {key for key, _ in iterate_settings()}
@@ -81,7 +82,7 @@ def verl(
     for override in overrides or []:
         key = override.partition("=")[0]
         (ours if key in known or key.startswith(("data.task_args.", "verl.")) else theirs).append(override)
-    run = load_run(run_file, ours)
+    run = load_config(run_file, ours)
     command = build_command(run, theirs)
     for note in command.notes:
         print(note, file=sys.stderr)
@@ -163,15 +164,15 @@ def export(
 
 @app.command()
 def report(
-    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Folders of one or more runs.")],
+    output_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Folders of one or more runs.")],
     out: Annotated[Path | None, typer.Option(help="Where to write; the first run's folder if not given.")] = None,
 ) -> None:
     """Draw learning curves (PNG) and one self-contained page (HTML), several runs overlaid."""
     from sdpo.report import read_runs, write_report
     from sdpo.report.console import print_result_table
 
-    paths = write_report(run_dirs, out)
-    print_result_table(read_runs(run_dirs))
+    paths = write_report(output_dirs, out)
+    print_result_table(read_runs(output_dirs))
     print(f"plot: {paths.plot}\npage: {paths.page}")
 
 

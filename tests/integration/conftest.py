@@ -26,8 +26,8 @@ def write_run_file(hidden_rule_dir: Path, tmp_path: Path) -> Callable[[], Path]:
     def write() -> Path:
         arguments = "".join(f"    {name}: {value}\n" for name, value in ARGUMENTS.items())
         text = (
-            f"run_dir: {tmp_path}/run\n"
-            "total_steps: 2\n"
+            f"output_dir: {tmp_path}/run\n"
+            "max_steps: 2\n"
             "model:\n"
             "  path: ${data.task_args.dir}/model\n"
             "data:\n"

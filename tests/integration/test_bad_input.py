@@ -33,8 +33,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from sdpo import UserError, load_run, train
-from sdpo.config import iterate_settings
+from sdpo import UserError, load_config, train
+from sdpo.config.root import iterate_settings
 from sdpo.observability.progress import Silent
 from sdpo.rewards.toy.hidden_rule import build_tokenizer
 
@@ -52,11 +52,11 @@ class Task:
 """
 BASE: dict[str, Any] = {
     "seed": 3,
-    "run_dir": "run",
-    "total_steps": 1,
-    "eval_every": 0,
-    "save_every": 0,
-    "staleness": 0,
+    "output_dir": "run",
+    "max_steps": 1,
+    "eval_steps": 0,
+    "save_steps": 0,
+    "max_staleness": 0,
     "model": {"path": "model", "dtype": "float32", "trust_remote_code": False},
     "data": {
         "task": "task.py",
@@ -68,37 +68,35 @@ BASE: dict[str, Any] = {
         "filter_overlong_prompts": False,
         "max_pixels": 1000,
         "shuffle": True,
-        "grader_timeout": 5.0,
-        "max_grader_failures": 0.5,
     },
-    "sampler": {
+    "reward": {"timeout_s": 5.0, "max_failure_fraction": 0.5},
+    "rollout": {
         "device": "cpu",
         "n": 2,
         "temperature": 1.0,
         "top_p": 1.0,
         "max_response_length": 4,
-        "batch_size": 8,
+        "max_num_seqs": 8,
         "num_threads": None,
     },
-    "learner": {
+    "actor": {
         "device": "cpu",
         "mini_batch_size": 2,
-        "micro_batch_tokens": 500,
+        "max_tokens_per_micro_batch": 500,
         "loss_agg_mode": "token-mean",
-        "rollout_is": "token",
-        "rollout_is_threshold": 2.0,
         "num_threads": 1,
     },
-    "optim": {"lr": 1e-3, "weight_decay": 0.01, "beta1": 0.9, "beta2": 0.99, "warmup_steps": 0, "grad_clip": 1.0},
+    "rollout_correction": {"rollout_is": "token", "rollout_is_threshold": 2.0},
+    "optim": {"lr": 1e-3, "weight_decay": 0.01, "betas": [0.9, 0.99], "warmup_steps": 0, "max_grad_norm": 1.0},
     "self_distillation": {
         "alpha": 0.5,
         "distillation_topk": 5,
         "divergence_clip": None,
         "is_clip": 2.0,
-        "grpo_coef": 0.1,
+        "policy_loss_weight": 0.1,
         "teacher_regularization": "ema",
         "ema_update_rate": 0.05,
-        "teacher_snapshot_every": 5,
+        "teacher_sync_steps": 5,
         "demonstration_source": "ground_truth",
         "success_reward_threshold": 1.0,
         "include_environment_feedback": True,
@@ -106,7 +104,7 @@ BASE: dict[str, Any] = {
         "reprompt_template": "{prompt}{solution}{feedback} Again.",
     },
     "eval": {"before_training": False, "max_prompts": 2, "n": 0, "temperature": 1.0, "top_p": 1.0, "teacher": True},
-    "tracking": {"backends": [], "project": "p", "name": None, "rollouts_every": 10, "rollouts_per_save": 2},
+    "tracking": {"backends": [], "project": "p", "name": None, "log_completions_steps": 10, "num_completions": 2},
 }
 FIELDS = {key: str(setting.type) for key, setting in iterate_settings()}
 KEYS = list(FIELDS)
@@ -182,7 +180,7 @@ def attempt(run_file: Path, overrides: Sequence[str] = ()) -> tuple[BaseExceptio
     before = list_files(Path())
     try:
         with watchdog(SECONDS):
-            train(load_run(run_file, overrides), Watch())
+            train(load_config(run_file, overrides), Watch())
         error: BaseException | None = None
     except (Exception, Hang, SystemExit) as caught:
         error = caught
@@ -255,7 +253,7 @@ VALUES: list[Any] = [
     -1, 0, 1, 2, 7, 10**7, 10**9, 10**12, 10**18, 2**63, 10**30, 10**400, -(10**18), -0.0, 0.5, 1.5, 1e-300, 1e300,
     -1e300,
     math.nan, math.inf, -math.inf, True, False, [], [1], ["x"], [None], [[]], ["x", ["y"]], {}, {"a": 1}, {1: 2},
-    {"nested": {"deep": [1]}}, "${nothing.here}", "${", "${run_dir}", "${..x}", "${oc.env:NOT_SET_ANYWHERE}",
+    {"nested": {"deep": [1]}}, "${nothing.here}", "${", "${output_dir}", "${..x}", "${oc.env:NOT_SET_ANYWHERE}",
     "${oc.env:PATH}",
     "${oc.decode:[}", "${no_resolver:1}", "${data}", "???", datetime.date(2020, 1, 1), datetime.datetime(2020, 1, 1),
     b"bytes",
@@ -309,7 +307,7 @@ def change_value(rng: random.Random) -> Mutated:
             value = rng.choice([v for v in VALUES if type(v) in (int, float)])  # else the type alone is refused
         elif FIELDS.get(".".join(path)) == "str" and rng.random() < 0.7:
             value = rng.choice([v for v in VALUES if isinstance(v, str)])
-        if path[0] == "staleness" and value == 1:  # right, and takes a process of its own
+        if path[0] == "max_staleness" and value == 1:  # right, and takes a process of its own
             value = 2
         node: Any = settings
         for key in path[:-1]:
@@ -386,7 +384,7 @@ def replace_text(rng: random.Random) -> Mutated:
     )
     deep = "".join(f"{' ' * i}a:\n" for i in range(800))
     contents: list[bytes] = [
-        b"", b" ", b"\n\n", b"# nothing\n", b"null", b"---\n...\n", b"x", b"1", b"[]", b"- run_dir: run\n", b"{}",
+        b"", b" ", b"\n\n", b"# nothing\n", b"null", b"---\n...\n", b"x", b"1", b"[]", b"- output_dir: run\n", b"{}",
         b"\0" * 100,
         rng.randbytes(500), b"PAR1" + rng.randbytes(200), b"\xef\xbb\xbf" + good, good.decode().encode("utf-16"),
         good.decode().encode("utf-16-be"), good.replace(b"\n", b"\r\n"), good + b"\n---\n" + good, good + b"\n...\n",
@@ -396,8 +394,8 @@ def replace_text(rng: random.Random) -> Mutated:
         b"seed: !!int x\n" + good, b"seed: !!binary aGVsbG8=\n" + good, b"seed: !!set {a, b}\n" + good,
         b"seed: !unknown 3\n" + good,
         b"seed: 0o17\n" + good.replace(b"seed: 3\n", b""), b"seed: 1:30:00\n" + good.replace(b"seed: 3\n", b""),
-        good.replace(b"token-mean", "tok\xe9n-mean".encode("latin-1")), good.replace(b"run_dir: run",
-        b"run_dir: &r run\nx: *r"),
+        good.replace(b"token-mean", "tok\xe9n-mean".encode("latin-1")), good.replace(b"output_dir: run",
+        b"output_dir: &r run\nx: *r"),
         good.replace(b": 1.0", b": *nothing"), b"%YAML 9.9\n---\n" + good, b"? [a, b]\n: 1\n" + good,
     ]  # fmt: skip
     return Mutated("whole file", rng.choice(contents), ["run.yaml", *KEYS])
@@ -579,7 +577,7 @@ def test_data_files(place: Path) -> None:
         Path("bad.parquet").write_bytes(mutated.content)
         setting = rng.choice(["train_files", "val_files"])
         settings = {**BASE, "data": {**BASE["data"], setting: ["bad.parquet"], "train_batch_size": 4}}
-        settings["learner"] = {**BASE["learner"], "mini_batch_size": None}
+        settings["actor"] = {**BASE["actor"], "mini_batch_size": None}
         Path("run.yaml").write_bytes(dump(settings))
         error, left = attempt(Path("run.yaml"))
         try:

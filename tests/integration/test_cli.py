@@ -21,7 +21,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from sdpo import cli, doctor
-from sdpo.config import load_run
+from sdpo.config.loader import load_config
 from sdpo.observability.metrics import STEP
 from sdpo.rewards.toy import hidden_rule
 from sdpo.rewards.toy.hidden_rule import HiddenRule
@@ -53,8 +53,8 @@ def sdpo(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
     return call
 
 
-def rows_of(run_dir: Path) -> list[dict[str, float]]:
-    file = run_dir / "metrics.jsonl"
+def rows_of(output_dir: Path) -> list[dict[str, float]]:
+    file = output_dir / "metrics.jsonl"
     # A line that is being written has no end yet.
     return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.is_file() else []
 
@@ -79,7 +79,7 @@ def test_a_dry_run_prints_the_run_and_writes_nothing(
     assert outcome.code == 0 and outcome.err == ""
     resolved, tokens, memory = outcome.out.partition("tokens a step: at most ")
     (tmp_path / "resolved.yaml").write_text(resolved)
-    assert load_run(tmp_path / "resolved.yaml") == load_run(file, ["optim.lr=0.25"])
+    assert load_config(tmp_path / "resolved.yaml") == load_config(file, ["optim.lr=0.25"])
     assert memory.startswith(f"{4 * 2 * (2048 + 8):,} in 8 rollouts; 2 steps")
     assert "learner and sampler, at once" in tokens + memory
     assert sorted(p.name for p in tmp_path.iterdir()) == ["resolved.yaml", "run.yaml"]
@@ -97,7 +97,7 @@ def test_a_dry_run_does_not_make_the_task(
 def test_a_dry_run_on_verl_counts_each_gpus_share(
     sdpo: Callable[..., Outcome], write_run_file: WriteRunFile, tmp_path: Path
 ) -> None:
-    arguments = [write_run_file(), "staleness=1", "verl.trainer.nnodes=2"]
+    arguments = [write_run_file(), "max_staleness=1", "verl.trainer.nnodes=2"]
     outcome = sdpo("verl", *arguments, "rollout.n_gpus_per_node=3", "--dry-run")
     assert outcome.code == 0
     resolved, _, memory = outcome.out.partition("tokens a step: at most ")
@@ -111,7 +111,7 @@ def test_a_dry_run_on_verl_counts_each_gpus_share(
 def test_an_embedded_run_says_once_that_verls_settings_do_nothing(
     sdpo: Callable[..., Outcome], write_run_file: WriteRunFile
 ) -> None:
-    outcome = sdpo("train", write_run_file(), "total_steps=1", "eval_every=0", "verl.trainer.nnodes=2")
+    outcome = sdpo("train", write_run_file(), "max_steps=1", "eval_steps=0", "verl.trainer.nnodes=2")
     assert outcome.code == 0
     assert (outcome.out + outcome.err).count("without effect here: verl.trainer.nnodes") == 1
 
@@ -151,7 +151,7 @@ def test_a_run_and_its_report(sdpo: Callable[..., Outcome], write_run_file: Writ
     assert [row[STEP] for row in rows_of(tmp_path / "run")] == [0, 1, 2]
     assert f"run folder: {tmp_path}/run" in done.stdout
     assert "step 2/2" in done.stdout
-    assert load_run(tmp_path / "run" / "run.yaml").seed == 5
+    assert load_config(tmp_path / "run" / "run.yaml").seed == 5
     assert (tmp_path / "run" / "checkpoints" / "step_2" / "model.safetensors").is_file()
 
     checkpoint = tmp_path / "run" / "checkpoints" / "step_2"
@@ -191,10 +191,10 @@ def one_line(outcome: Outcome) -> str:
         (["data.task_args.seed=x"], ["data.task_args.seed must be a whole number", "'x'"]),
         (["data.task_args.colour=red"], ["data.task_args: hidden_rule", "colour"]),
         (["model.path=./nowhere"], ["model.path: ./nowhere: no such folder"]),
-        (["sampler.device=abacus"], ["sampler.device: no device 'abacus'"]),
+        (["rollout.device=abacus"], ["rollout.device: no device 'abacus'"]),
         (["data.max_prompt_length=9"], ["row 0 has 16 prompt tokens, more than 9 (data.max_prompt_length)"]),
-        (["sampler.max_response_length=250"], ["16 prompt tokens, more than 6 (the model's window of 256 minus"]),
-        (["tracking.backends=[abacus]"], ["tracking.backends must be one of tensorboard, wandb, trackio"]),
+        (["rollout.max_response_length=250"], ["16 prompt tokens, more than 6 (the model's window of 256 minus"]),
+        (["tracking.report_to=[abacus]"], ["tracking.report_to must be one of tensorboard, wandb, trackio"]),
     ],
     ids=lambda value: value[0] if "=" in value[0] else "",
 )
@@ -221,7 +221,7 @@ def test_a_report_of_what_is_no_run(sdpo: Callable[..., Outcome], tmp_path: Path
 
 def test_an_empty_data_set(sdpo: Callable[..., Outcome], write_run_file: WriteRunFile, tmp_path: Path) -> None:
     file, empty = write_run_file(), tmp_path / "empty.parquet"
-    schema = pq.read_table(load_run(file).data.train_files[0]).schema
+    schema = pq.read_table(load_config(file).data.train_files[0]).schema
     pq.write_table(pa.Table.from_pylist([], schema=schema), empty)
     assert f"data.val_files: {empty}: no rows" in one_line(sdpo("train", file, f"data.val_files=[{empty}]"))
     assert not (tmp_path / "run").exists()
@@ -254,7 +254,9 @@ def test_a_grader_that_gives_no_score(
     text = file.read_text()
     start, end = text.index("  task_args:"), text.index("  train_files")
     arguments = text[start:end]
-    file.write_text(text.replace(arguments, "").replace("${data.task_args.dir}", load_run(file).data.task_args["dir"]))
+    file.write_text(
+        text.replace(arguments, "").replace("${data.task_args.dir}", load_config(file).data.task_args["dir"])
+    )
     outcome = sdpo("train", file, f"data.task={tmp_path}/task.py")
     assert outcome.code == 2
     assert outcome.err.startswith(f"error: data.task: {tmp_path}/task.py: grading failed for 1 of the 1 responses")
@@ -266,7 +268,7 @@ def test_a_grader_that_gives_no_score(
 def test_a_wrong_column_in_a_process_of_its_own(write_run_file: WriteRunFile, tmp_path: Path) -> None:
     """What the libraries write while they load is not among the lines that a person gets."""
     file, wrong = write_run_file(), tmp_path / "wrong.parquet"
-    table = pq.read_table(load_run(file).data.train_files[0])
+    table = pq.read_table(load_config(file).data.train_files[0])
     pq.write_table(table.rename_columns(["data_source", "question", "ability", "reward_model", "extra_info"]), wrong)
     done = subprocess.run([*COMMAND, "train", file, f"data.train_files=[{wrong}]"], capture_output=True, text=True)
     error = one_line(Outcome(done.returncode, done.stdout, done.stderr))
@@ -290,14 +292,16 @@ def test_an_error_in_the_grader_is_one_line_with_its_type_and_place(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("staleness", "num_rows"),
+    ("max_staleness", "num_rows"),
     [(0, 3), (1, 3), (1, 0)],
     ids=["in turn", "in parallel", "while the sampler starts"],
 )
-def test_ctrl_c_saves_and_stops(write_run_file: WriteRunFile, tmp_path: Path, staleness: int, num_rows: int) -> None:
+def test_ctrl_c_saves_and_stops(
+    write_run_file: WriteRunFile, tmp_path: Path, max_staleness: int, num_rows: int
+) -> None:
     """As a terminal does it: every process of the run gets the signal."""
-    overrides = [f"staleness={staleness}", "total_steps=100000", "eval.before_training=false"]
-    run_dir = tmp_path / "run"
+    overrides = [f"max_staleness={max_staleness}", "max_steps=100000", "eval.val_before_train=false"]
+    output_dir = tmp_path / "run"
     process = subprocess.Popen(
         [*COMMAND, "train", write_run_file(), *overrides],
         stdout=subprocess.PIPE,
@@ -309,7 +313,7 @@ def test_ctrl_c_saves_and_stops(write_run_file: WriteRunFile, tmp_path: Path, st
     )
     try:
         deadline = time.monotonic() + 120
-        while not (run_dir / "metrics.jsonl").exists() or len(rows_of(run_dir)) < num_rows:
+        while not (output_dir / "metrics.jsonl").exists() or len(rows_of(output_dir)) < num_rows:
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -323,9 +327,9 @@ def test_ctrl_c_saves_and_stops(write_run_file: WriteRunFile, tmp_path: Path, st
             process.communicate()
     assert process.returncode == 130, err
     assert err == "stopped by SIGINT; add --resume to go on\n"
-    assert f"run folder: {run_dir}" in out
+    assert f"run folder: {output_dir}" in out
     assert time.monotonic() - sent < 20
-    [checkpoint] = (run_dir / "checkpoints").iterdir()
-    last = int(rows_of(run_dir)[-1][STEP]) if num_rows else 0
+    [checkpoint] = (output_dir / "checkpoints").iterdir()
+    last = int(rows_of(output_dir)[-1][STEP]) if num_rows else 0
     assert checkpoint.name in (f"step_{last}", f"step_{last + 1}")
     AutoModelForCausalLM.from_pretrained(checkpoint)

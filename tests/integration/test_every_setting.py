@@ -30,18 +30,14 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from vision_language import build_vision_model, make_image
 
-from sdpo import Run, UserError, train
-from sdpo.config import (
-    DataConfig,
-    EvalConfig,
-    LearnerConfig,
-    ModelConfig,
-    OptimConfig,
-    SamplerConfig,
-    SelfDistillationConfig,
-    TrackingConfig,
-    iterate_settings,
-)
+from sdpo import SDPOConfig, UserError, train
+from sdpo.config.actor import ActorConfig, OptimConfig
+from sdpo.config.data import DataConfig
+from sdpo.config.model import ModelConfig
+from sdpo.config.monitoring import EvalConfig, TrackingConfig
+from sdpo.config.rollout import RolloutConfig
+from sdpo.config.root import iterate_settings
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.models.optimizer import choose_optimizer
 from sdpo.observability import metrics
 from sdpo.observability.progress import Silent
@@ -49,10 +45,10 @@ from sdpo.trainer.build import build_parts
 
 # ---- what is run ----------------------------------------------------------------------------------------------------
 
-BASE = Run(
-    run_dir="run",
-    total_steps=2,
-    eval_every=0,
+BASE = SDPOConfig(
+    output_dir="run",
+    max_steps=2,
+    eval_steps=0,
     model=ModelConfig(path="../model"),
     data=DataConfig(
         task="../task.py",
@@ -61,14 +57,14 @@ BASE = Run(
         train_batch_size=4,
         max_prompt_length=64,
     ),
-    sampler=SamplerConfig(device="cpu", n=3, max_response_length=4),
-    learner=LearnerConfig(device="cpu"),
+    rollout=RolloutConfig(device="cpu", n=3, max_response_length=4),
+    actor=ActorConfig(device="cpu"),
     optim=OptimConfig(lr=1e-2, warmup_steps=0),
     self_distillation=SelfDistillationConfig(
         include_environment_feedback=False, environment_feedback_only_without_solution=False
     ),
-    eval=EvalConfig(before_training=False),
-    tracking=TrackingConfig(rollouts_every=1, rollouts_per_save=1000),
+    eval=EvalConfig(val_before_train=False),
+    tracking=TrackingConfig(log_completions_steps=1, num_completions=1000),
 )
 SOURCE = "digits"
 FEEDBACK = "It is wrong"
@@ -249,7 +245,7 @@ def same(a: Any, b: Any, tolerance: float = 1e-4) -> bool:
     return bool(a == b)
 
 
-def change(run: Run, changes: Mapping[str, Any]) -> Run:
+def change(run: SDPOConfig, changes: Mapping[str, Any]) -> SDPOConfig:
     """The run with these settings, validated as when it is read from a file."""
     by_section: dict[str, dict[str, Any]] = {}
     top = {}
@@ -327,9 +323,9 @@ class Runner:
             torch.set_num_threads(threads_before)
             for hook in hooks:
                 hook.remove()
-        run_dir = Path(run.run_dir)
-        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-        alarms_file = run_dir / "alarms.jsonl"
+        output_dir = Path(run.output_dir)
+        rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+        alarms_file = output_dir / "alarms.jsonl"
         raised = alarms_file.read_text().splitlines() if alarms_file.exists() else []
         return Ran(
             error=None,
@@ -337,11 +333,11 @@ class Runner:
                 {k: v for k, v in row.items() if not k.startswith("timing_s/") and k != metrics.THROUGHPUT}
                 for row in rows
             ],
-            rollouts={p.stem: p.read_text() for p in sorted((run_dir / "rollouts").glob("*.txt"))},
+            rollouts={p.stem: p.read_text() for p in sorted((output_dir / "rollouts").glob("*.txt"))},
             files=sorted(p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file()),
             checkpoints={
-                p.parent.relative_to(run_dir / "checkpoints").as_posix(): load_file(p)
-                for p in sorted((run_dir / "checkpoints").rglob("model.safetensors"))
+                p.parent.relative_to(output_dir / "checkpoints").as_posix(): load_file(p)
+                for p in sorted((output_dir / "checkpoints").rglob("model.safetensors"))
             },
             calls=calls,
             num_threads=seen_threads[-1],
@@ -401,7 +397,7 @@ class Runner:
         """Where the run begins in the folder of one that has had a step."""
         with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=self.folder) as place:
             patch.chdir(place)
-            train(change(BASE, {**changes, "resume": "never", "total_steps": 1}))
+            train(change(BASE, {**changes, "resume_mode": "disable", "max_steps": 1}))
             parts = build_parts(change(BASE, changes), Silent())
             parts.folder.close()
             return parts.learner.version + 1
@@ -500,13 +496,13 @@ def calls(name: str) -> Callable[[Ran], int]:
     return lambda ran: ran.calls[name]
 
 
-ONE_STEP = {"total_steps": 1}
-SAVING = {"total_steps": 4, "save_every": 1, "eval_every": 1}
-THREE = {"total_steps": 3}
-GRPO = {"self_distillation.grpo_coef": 1.0}
-MINIS = {"learner.mini_batch_size": 1}
-NUCLEUS = {"sampler.top_p": 0.5}
-PEERS = {"self_distillation.demonstration_source": "peer"}
+ONE_STEP = {"max_steps": 1}
+SAVING = {"max_steps": 4, "save_steps": 1, "eval_steps": 1}
+THREE = {"max_steps": 3}
+GRPO = {"self_distillation.policy_loss_weight": 1.0}
+MINIS = {"actor.mini_batch_size": 1}
+NUCLEUS = {"rollout.top_p": 0.5}
+PEERS = {"self_distillation.demonstration_source": "successful_rollout"}
 FEEDBACK_TOO = {"self_distillation.include_environment_feedback": True}
 IMAGES = {
     "model.path": "../vision_model",
@@ -514,34 +510,34 @@ IMAGES = {
     "data.val_files": ["../images.parquet"],
 }
 SLOW_GRADER = {"data.task": "../slow_task.py"}
-WANDB = {"tracking.backends": ["wandb"]}
+WANDB = {"tracking.report_to": ["wandb"]}
 # So that chance alone makes alarms.
-UNWELL = {"total_steps": 6, "health.window": 1, "health.tolerance": 0.0, "health.score_drop": 0.0}
-HALF = {"model.dtype": "bfloat16", "optim.beta2": 0.95}
-WORSE = {"total_steps": 6, "health.window": 1, "eval_every": 1, "health.teacher_margin": 0.0, "optim.lr": 1e-1}
+UNWELL = {"max_steps": 6, "health.window": 1, "health.min_z_score": 0.0, "health.score_drop": 0.0}
+HALF = {"model.dtype": "bfloat16", "optim.betas": [0.9, 0.95]}
+WORSE = {"max_steps": 6, "health.window": 1, "eval_steps": 1, "health.min_accuracy_gap": 0.0, "optim.lr": 1e-1}
 NOTHING = {
-    "total_steps": 6,
+    "max_steps": 6,
     "health.window": 1,
-    "self_distillation.demonstration_source": "peer",
+    "self_distillation.demonstration_source": "successful_rollout",
     "data.train_batch_size": 1,
-    "sampler.n": 2,
+    "rollout.n": 2,
 }
 
 CASES = {
     "seed": Case([1]),
-    "run_dir": Case(["another/place"], observe=lambda ran: ran.files),
-    "total_steps": Case([3]),
-    "eval_every": Case([1]),
-    "save_every": Case([1], observe=lambda ran: set(ran.checkpoints)),
-    "keep_last": Case([1, 4], SAVING, observe=lambda ran: set(ran.checkpoints), keeps=Ran.outcome),
-    "keep_best": Case([4], SAVING, observe=lambda ran: set(ran.checkpoints), keeps=Ran.outcome),
+    "output_dir": Case(["another/place"], observe=lambda ran: ran.files),
+    "max_steps": Case([3]),
+    "eval_steps": Case([1]),
+    "save_steps": Case([1], observe=lambda ran: set(ran.checkpoints)),
+    "save_total_limit": Case([1, 4], SAVING, observe=lambda ran: set(ran.checkpoints), keeps=Ran.outcome),
+    "save_best_limit": Case([4], SAVING, observe=lambda ran: set(ran.checkpoints), keeps=Ran.outcome),
     "resume": Case(["auto"], look=Runner.find_first_step, observe=itself),
-    "stop_within": Case([0.0], look=Runner.find_wait, observe=itself),
-    "staleness": Case([1], WITH_CODE),
+    "shutdown_timeout": Case([0.0], look=Runner.find_wait, observe=itself),
+    "max_staleness": Case([1], WITH_CODE),
     # What verl makes of them is seen in tests/unit/verl_backend/test_to_verl.py.
     "verl": Case([{"trainer.nnodes": 2}], observe=lambda ran: ran.messages, keeps=Ran.outcome),
     "model.path": Case(["../other_model"]),
-    "model.dtype": Case(["bfloat16"], {"optim.beta2": 0.95}),
+    "model.dtype": Case(["bfloat16"], {"optim.betas": [0.9, 0.95]}),
     "model.attn_implementation": Case(["eager"], observe=calls("sdpa"), keeps=Ran.outcome),
     "model.trust_remote_code": Case([True], {"model.path": "../model_with_code"}),
     "data.task": Case(["../other_task.py"]),
@@ -553,42 +549,42 @@ CASES = {
     "data.filter_overlong_prompts": Case([True], {"data.max_prompt_length": 11}),
     "data.max_pixels": Case([800], IMAGES),
     "data.filter_unreadable_images": Case([True], {**IMAGES, "data.train_files": ["../broken_images.parquet"]}),
-    "data.grader_timeout": Case(
+    "reward.timeout_s": Case(
         [0.02],
-        {**SLOW_GRADER, "data.max_grader_failures": 1.0},
+        {**SLOW_GRADER, "reward.max_failure_fraction": 1.0},
         observe=lambda ran: ran.series(metrics.GRADER_FAILURES),
     ),
-    "data.max_grader_failures": Case([1.0], {**SLOW_GRADER, "data.grader_timeout": 0.02}),
+    "reward.max_failure_fraction": Case([1.0], {**SLOW_GRADER, "reward.timeout_s": 0.02}),
     "data.shuffle": Case([False]),
     # That vLLM then samples, and that its cache has this size, is seen in tests/vllm.
-    "sampler.engine": Case(["vllm"], observe=itemgetter("engine"), look=Runner.find_engine),
-    "sampler.device": Case(["meta"], observe=itemgetter("sampler"), look=Runner.find_devices),
-    "sampler.n": Case([2]),
-    "sampler.temperature": Case([0.5]),
-    "sampler.top_p": Case([0.5]),
-    "sampler.max_response_length": Case([3]),
-    "sampler.batch_size": Case([6, 1], observe=calls("forward")),
-    "sampler.kv_cache_gib": Case(
-        [0.5], {"sampler.engine": "vllm"}, observe=itemgetter("kv_cache_memory_bytes"), look=Runner.find_engine
+    "rollout.engine": Case(["vllm"], observe=itemgetter("engine"), look=Runner.find_engine),
+    "rollout.device": Case(["meta"], observe=itemgetter("sampler"), look=Runner.find_devices),
+    "rollout.n": Case([2]),
+    "rollout.temperature": Case([0.5]),
+    "rollout.top_p": Case([0.5]),
+    "rollout.max_response_length": Case([3]),
+    "rollout.max_num_seqs": Case([6, 1], observe=calls("forward")),
+    "rollout.kv_cache_memory_gib": Case(
+        [0.5], {"rollout.engine": "vllm"}, observe=itemgetter("kv_cache_memory_bytes"), look=Runner.find_engine
     ),
-    "sampler.max_restarts": Case([0], {"staleness": 1}, look=Runner.find_restarts, observe=itself),
-    "sampler.num_threads": Case([2], {"staleness": 1, **WITH_CODE}, observe=lambda ran: ran.sampler_threads),
-    "learner.device": Case(["meta"], observe=itemgetter("learner"), look=Runner.find_devices),
-    "learner.mini_batch_size": Case([2, 1]),
-    "learner.micro_batch_tokens": Case([200, 1], observe=calls("forward with gradient"), keeps=Ran.outcome),
-    "learner.loss_agg_mode": Case(["seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]),
-    "learner.kl_loss_coef": Case([0.5, 2.0]),
+    "rollout.max_restarts": Case([0], {"max_staleness": 1}, look=Runner.find_restarts, observe=itself),
+    "rollout.num_threads": Case([2], {"max_staleness": 1, **WITH_CODE}, observe=lambda ran: ran.sampler_threads),
+    "actor.device": Case(["meta"], observe=itemgetter("learner"), look=Runner.find_devices),
+    "actor.mini_batch_size": Case([2, 1]),
+    "actor.max_tokens_per_micro_batch": Case([200, 1], observe=calls("forward with gradient"), keeps=Ran.outcome),
+    "actor.loss_agg_mode": Case(["seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]),
+    "actor.kl_loss_coef": Case([0.5, 2.0]),
     # k1, k2, k3 are other names of kl, mse, low_var_kl, and mse+ is mse.
-    "learner.kl_loss_type": Case(
-        ["kl", "abs", "mse", "kl+", "abs+", "low_var_kl+"], {**THREE, "learner.kl_loss_coef": 1.0}
+    "actor.kl_loss_type": Case(
+        ["kl", "abs", "mse", "kl+", "abs+", "low_var_kl+"], {**THREE, "actor.kl_loss_coef": 1.0}
     ),
-    "learner.entropy_coeff": Case([0.1, 0.5]),
-    "learner.rollout_is": Case(["none", "sequence"], NUCLEUS),
-    "learner.rollout_is_threshold": Case([0.4], NUCLEUS),
-    "learner.autocast": Case([True]),
-    "learner.freeze_vision": Case([True], IMAGES),
-    "learner.gradient_checkpointing": Case([True], observe=calls("layer with gradient"), keeps=Ran.outcome),
-    "learner.num_threads": Case([2], ONE_STEP, observe=lambda ran: ran.num_threads),
+    "actor.entropy_coeff": Case([0.1, 0.5]),
+    "rollout_correction.rollout_is": Case(["none", "sequence"], NUCLEUS),
+    "rollout_correction.rollout_is_threshold": Case([0.4], NUCLEUS),
+    "actor.autocast": Case([True]),
+    "actor.freeze_vision_tower": Case([True], IMAGES),
+    "actor.gradient_checkpointing": Case([True], observe=calls("layer with gradient"), keeps=Ran.outcome),
+    "actor.num_threads": Case([2], ONE_STEP, observe=lambda ran: ran.num_threads),
     "lora.rank": Case([2, 4]),
     "lora.alpha": Case([1, 16], {"lora.rank": 2}),
     "lora.target_modules": Case([["q_proj"], ["q_proj", "down_proj"]], {"lora.rank": 2}),
@@ -597,11 +593,10 @@ CASES = {
     "optim.stochastic_rounding": Case([True], HALF, look=Runner.find_optimizer, observe=itself),
     "optim.lr": Case([2e-2]),
     "optim.weight_decay": Case([10.0]),
-    "optim.beta1": Case([0.1], THREE),
-    "optim.beta2": Case([0.1], THREE),
+    "optim.betas": Case([[0.1, 0.999], [0.9, 0.1]], THREE),
     "optim.warmup_steps": Case([2]),
-    "optim.schedule": Case(["linear", "cosine"], THREE),
-    "optim.grad_clip": Case([1e-3], THREE),
+    "optim.lr_scheduler_type": Case(["linear", "cosine"], THREE),
+    "optim.max_grad_norm": Case([1e-3], THREE),
     "self_distillation.full_logit_distillation": Case([False], {"self_distillation.alpha": 1.0}),
     "self_distillation.alpha": Case([0.5, 1.0]),
     "self_distillation.distillation_topk": Case([5, 10]),
@@ -610,19 +605,21 @@ CASES = {
     "self_distillation.teacher_entropy_beta": Case([0.5]),
     "self_distillation.is_clip": Case([1.0, None], MINIS),
     "self_distillation.weight_by_prompt_difficulty": Case([True]),
-    "self_distillation.distillation_weight_start": Case([2.0]),
-    "self_distillation.distillation_weight_end": Case([2.0]),
-    "self_distillation.grpo_coef": Case([0.5, 1.0]),
+    "self_distillation.distillation_coef_start": Case([2.0]),
+    "self_distillation.distillation_coef_end": Case([2.0]),
+    "self_distillation.policy_loss_weight": Case([0.5, 1.0]),
     "self_distillation.clip_ratio_low": Case([0.0], {**GRPO, **MINIS}),
     "self_distillation.clip_ratio_high": Case([0.0], {**GRPO, **MINIS}),
     "self_distillation.norm_adv_by_std_in_grpo": Case([False], GRPO),
     "self_distillation.teacher_regularization": Case(
         ["trust-region", "frozen", "live", "snapshot"],
-        {**THREE, "self_distillation.teacher_snapshot_every": 2, "self_distillation.ema_update_rate": 0.3},
+        {**THREE, "self_distillation.teacher_sync_steps": 2, "self_distillation.ema_update_rate": 0.3},
     ),
     "self_distillation.ema_update_rate": Case([0.3]),
-    "self_distillation.teacher_snapshot_every": Case([1], {"self_distillation.teacher_regularization": "snapshot"}),
-    "self_distillation.demonstration_source": Case(["peer", "peer_then_ground_truth", "none"], FEEDBACK_TOO),
+    "self_distillation.teacher_sync_steps": Case([1], {"self_distillation.teacher_regularization": "snapshot"}),
+    "self_distillation.demonstration_source": Case(
+        ["successful_rollout", "successful_rollout_then_ground_truth", "none"], FEEDBACK_TOO
+    ),
     "self_distillation.success_reward_threshold": Case([0.5], PEERS),
     "self_distillation.dont_reprompt_on_self_success": Case([False], PEERS),
     "self_distillation.distill_only_failed": Case([True]),
@@ -633,40 +630,42 @@ CASES = {
     "self_distillation.reprompt_template": Case(["{solution}{feedback}{prompt}"]),
     "self_distillation.solution_template": Case([" It is {successful_previous_attempt}."]),
     "self_distillation.feedback_template": Case([" Mind: {feedback_raw}."], FEEDBACK_TOO),
-    "eval.before_training": Case([True]),
+    "eval.val_before_train": Case([True]),
     "eval.max_prompts": Case([2]),
     "eval.n": Case([2, 3]),
     "eval.temperature": Case([0.2], {"eval.n": 3}),
     "eval.top_p": Case([0.2], {"eval.n": 3}),
-    "eval.teacher": Case([False]),
+    "eval.evaluate_teacher": Case([False]),
     "health.score_collapse": Case(["ignore", "stop"], UNWELL, observe=alarms),
     "health.entropy_collapse": Case(["ignore", "stop"], {**UNWELL, "health.entropy_fall": 1.0}, observe=alarms),
     "health.entropy_explosion": Case(["ignore", "stop"], {**UNWELL, "health.entropy_rise": 1.0}, observe=alarms),
     "health.length_collapse": Case(["ignore", "stop"], {**UNWELL, "health.length_fall": 1.0}, observe=alarms),
-    "health.teacher_unsure": Case(["ignore", "stop"], {**UNWELL, "health.teacher_entropy_rise": 1.0}, observe=alarms),
-    "health.teacher_worse": Case(["ignore", "stop"], WORSE, observe=alarms),
-    "health.nothing_to_distil": Case(["ignore", "stop"], NOTHING, observe=alarms),
+    "health.teacher_entropy_increase": Case(
+        ["ignore", "stop"], {**UNWELL, "health.teacher_entropy_rise": 1.0}, observe=alarms
+    ),
+    "health.teacher_underperforms_student": Case(["ignore", "stop"], WORSE, observe=alarms),
+    "health.no_distillation_targets": Case(["ignore", "stop"], NOTHING, observe=alarms),
     "health.window": Case([2, 3], UNWELL, observe=alarms),
-    "health.tolerance": Case([100.0], UNWELL, observe=alarms),
+    "health.min_z_score": Case([100.0], UNWELL, observe=alarms),
     "health.score_drop": Case([10.0], UNWELL, observe=alarms),
     "health.entropy_fall": Case([1.0], UNWELL, observe=alarms),
     "health.entropy_rise": Case([1.0], UNWELL, observe=alarms),
     "health.length_fall": Case([1.0], UNWELL, observe=alarms),
-    "health.clip_rise": Case([0.0], UNWELL, observe=alarms),
+    "health.max_clip_ratio_increase": Case([0.0], UNWELL, observe=alarms),
     "health.teacher_entropy_rise": Case([1.0], UNWELL, observe=alarms),
-    "health.teacher_margin": Case([1.0], WORSE, observe=alarms),
-    "health.distilled_share": Case([1.0], NOTHING, observe=alarms),
-    "health.lower_factor": Case([0.9], {**UNWELL, "health.score_collapse": "lower"}),
-    "health.lower_floor": Case([0.9], {**UNWELL, "health.score_collapse": "lower"}),
-    "health.kl_to_initial_every": Case([1, 3], THREE),
-    "tracking.backends": Case([["tensorboard"], ["wandb"], ["trackio"]], observe=lambda ran: ran.tracked),
+    "health.min_accuracy_gap": Case([1.0], WORSE, observe=alarms),
+    "health.min_distilled_fraction": Case([1.0], NOTHING, observe=alarms),
+    "health.reduce_factor": Case([0.9], {**UNWELL, "health.score_collapse": "reduce_weight"}),
+    "health.min_scale": Case([0.9], {**UNWELL, "health.score_collapse": "reduce_weight"}),
+    "health.ref_kl_interval": Case([1, 3], THREE),
+    "tracking.report_to": Case([["tensorboard"], ["wandb"], ["trackio"]], observe=lambda ran: ran.tracked),
     "tracking.project": Case(["another"], WANDB, observe=lambda ran: ran.tracked),
     "tracking.name": Case(["another"], WANDB, observe=lambda ran: ran.tracked),
-    "tracking.rollouts_every": Case([2, 0], THREE, observe=lambda ran: set(ran.rollouts)),
-    "tracking.rollouts_per_save": Case([2], observe=lambda ran: len(ran.samples())),
+    "tracking.log_completions_steps": Case([2, 0], THREE, observe=lambda ran: set(ran.rollouts)),
+    "tracking.num_completions": Case([2], observe=lambda ran: len(ran.samples())),
 }
 
-IN_ANOTHER_PROCESS = {"staleness", "sampler.num_threads"}
+IN_ANOTHER_PROCESS = {"max_staleness", "rollout.num_threads"}
 # What comes after sampling leaves the first step's responses alone.
 AFTER_SAMPLING = ("learner.", "lora.", "optim.", "self_distillation.", "eval.")
 
@@ -689,7 +688,7 @@ def test_setting_changes_the_result(key: str, ran: Runner) -> None:
     if case.keeps is not None:
         for name, other in named[1:]:
             assert same(case.keeps(looked[0]), case.keeps(other)), f"{key}: {name} changes what it must not"
-    if key.startswith(AFTER_SAMPLING) and key != "learner.autocast" and case.look is Runner.__call__:
+    if key.startswith(AFTER_SAMPLING) and key != "actor.autocast" and case.look is Runner.__call__:
         assert all(one.responses("step_1") == looked[0].responses("step_1") for one in looked), (
             f"{key} changes sampling"
         )
@@ -725,7 +724,7 @@ def initial(ran: Runner) -> Mapping[str, torch.Tensor]:
 
 
 def test_steps_evaluations_and_checkpoints_come_when_they_are_due(ran: Runner) -> None:
-    due = ran({"total_steps": 5, "eval_every": 2, "save_every": 3, "eval.before_training": True})
+    due = ran({"max_steps": 5, "eval_steps": 2, "save_steps": 3, "eval.val_before_train": True})
     assert due.steps_with(metrics.STEP) == [0, 1, 2, 3, 4, 5]
     assert due.steps_with(metrics.LOSS) == [1, 2, 3, 4, 5]
     assert due.steps_with(GREEDY) == due.steps_with(GREEDY_TEACHER) == [0, 2, 4, 5]
@@ -734,14 +733,14 @@ def test_steps_evaluations_and_checkpoints_come_when_they_are_due(ran: Runner) -
 
 
 def test_everything_stands_in_the_run_folder(ran: Runner) -> None:
-    files = ran({"run_dir": "another/place"}).files
+    files = ran({"output_dir": "another/place"}).files
     assert {name.removeprefix("another/place/") for name in files} == {
         name.removeprefix("run/") for name in ran().files
     }
 
 
 def test_seed_decides_the_samples_and_not_the_model(ran: Runner) -> None:
-    one, other = (ran({"eval.before_training": True, "seed": seed}) for seed in (0, 1))
+    one, other = (ran({"eval.val_before_train": True, "seed": seed}) for seed in (0, 1))
     assert one.responses("step_1") != other.responses("step_1")
     assert [sample["prompt"] for sample in one.samples()] != [sample["prompt"] for sample in other.samples()]
     assert one.rows[0] == other.rows[0]
@@ -751,13 +750,13 @@ def test_seed_decides_the_samples_and_not_the_model(ran: Runner) -> None:
 
 @pytest.mark.slow
 def test_staleness_1_samples_with_the_weights_of_the_step_before(ran: Runner) -> None:
-    fresh, stale = ran(WITH_CODE), ran({**WITH_CODE, "staleness": 1})
+    fresh, stale = ran(WITH_CODE), ran({**WITH_CODE, "max_staleness": 1})
     assert (fresh.series(metrics.STALENESS), stale.series(metrics.STALENESS)) == ([0, 0], [0, 1])
     assert stale.responses("step_1") == fresh.responses("step_1")  # the same weights, in another process
     assert stale.series(metrics.ROLLOUT_KL)[0] == pytest.approx(0, abs=1e-5)
     assert abs(stale.series(metrics.ROLLOUT_KL)[1]) > 1e-3
     assert (stale.sampler_threads, fresh.sampler_threads) == ({1}, set())
-    assert ran({**WITH_CODE, "staleness": 1, "sampler.num_threads": 2}).sampler_threads == {2}
+    assert ran({**WITH_CODE, "max_staleness": 1, "rollout.num_threads": 2}).sampler_threads == {2}
 
 
 def test_code_of_a_model_runs_only_if_it_is_trusted(ran: Runner) -> None:
@@ -765,11 +764,11 @@ def test_code_of_a_model_runs_only_if_it_is_trusted(ran: Runner) -> None:
 
 
 def test_dtype_is_that_of_the_weights_and_autocast_is_not(ran: Runner) -> None:
-    dtypes = [ran(changes).dtypes() for changes in ({}, HALF, {"learner.autocast": True})]
+    dtypes = [ran(changes).dtypes() for changes in ({}, HALF, {"actor.autocast": True})]
     assert dtypes == [{torch.float32}, {torch.bfloat16}, {torch.float32}]
 
 
-@pytest.mark.parametrize("key", ["learner.device", "sampler.device"])
+@pytest.mark.parametrize("key", ["actor.device", "rollout.device"])
 def test_device_that_is_not_there_is_refused(key: str, ran: Runner) -> None:
     error = ran({key: MISSING_DEVICE}).error
     assert error is not None and error.startswith(f"{key}: no device {MISSING_DEVICE!r} here")
@@ -778,7 +777,7 @@ def test_device_that_is_not_there_is_refused(key: str, ran: Runner) -> None:
 
 def test_prompts_come_in_the_order_of_the_file_or_shuffled(ran: Runner) -> None:
     in_order, shuffled = (
-        [sample["prompt"].removeprefix("[user] ") for sample in ran(changes).samples()[:: BASE.sampler.n]]
+        [sample["prompt"].removeprefix("[user] ") for sample in ran(changes).samples()[:: BASE.rollout.n]]
         for changes in ({"data.shuffle": False}, {})
     )
     assert in_order == [question(i) for i in range(8)]
@@ -788,25 +787,25 @@ def test_prompts_come_in_the_order_of_the_file_or_shuffled(ran: Runner) -> None:
 def test_number_and_length_of_prompts_and_responses(ran: Runner) -> None:
     assert len(ran().samples()) == 2 * 4 * 3
     assert len(ran({"data.train_batch_size": 2}).samples()) == 2 * 2 * 3
-    assert len(ran({"sampler.n": 2}).samples()) == 2 * 4 * 2
+    assert len(ran({"rollout.n": 2}).samples()) == 2 * 4 * 2
     assert ran().series(metrics.RESPONSE_LENGTH_MAX) == [4, 4]
-    assert ran({"sampler.max_response_length": 3}).series(metrics.RESPONSE_LENGTH_MAX) == [3, 3]
+    assert ran({"rollout.max_response_length": 3}).series(metrics.RESPONSE_LENGTH_MAX) == [3, 3]
     assert max(ran().series(metrics.PROMPT_LENGTH_MAX)) > 11
     short = ran({"data.max_prompt_length": 11, "data.filter_overlong_prompts": True})
     assert max(short.series(metrics.PROMPT_LENGTH_MAX)) <= 11
 
 
 def test_learner_divides_logits_by_the_temperature_of_the_sampler(ran: Runner) -> None:
-    hot, cold = ran(), ran({"sampler.temperature": 0.5})
+    hot, cold = ran(), ran({"rollout.temperature": 0.5})
     for run in (hot, cold):
         assert run.series(metrics.ROLLOUT_KL) == pytest.approx([0, 0], abs=1e-5)
     assert cold.series(metrics.ENTROPY)[0] < hot.series(metrics.ENTROPY)[0] - 0.1
 
 
 def test_rollout_weights_correct_what_the_nucleus_left_out(ran: Runner) -> None:
-    exact, none = ran(), ran({"learner.rollout_is": "none"})
+    exact, none = ran(), ran({"rollout_correction.rollout_is": "none"})
     assert same(none.series(metrics.LOSS), exact.series(metrics.LOSS))  # the sampler's policy is the old one
-    nucleus, cut = ran(NUCLEUS), ran({**NUCLEUS, "learner.rollout_is_threshold": 0.4})
+    nucleus, cut = ran(NUCLEUS), ran({**NUCLEUS, "rollout_correction.rollout_is_threshold": 0.4})
     assert all(0.4 < mean < 1 for mean in nucleus.series(metrics.ROLLOUT_IS_MEAN))  # about the nucleus' mass
     assert all(mean <= 0.4 + ROUNDING for mean in cut.series(metrics.ROLLOUT_IS_MEAN))
     assert all(share > 0 for share in cut.series(metrics.ROLLOUT_IS_CLIP_FRACTION))
@@ -814,7 +813,7 @@ def test_rollout_weights_correct_what_the_nucleus_left_out(ran: Runner) -> None:
 
 
 def test_mini_batches_are_optimizer_steps(ran: Runner) -> None:
-    steps = [ran({"learner.mini_batch_size": size}).calls["optimizer step"] for size in (None, 4, 2, 1)]
+    steps = [ran({"actor.mini_batch_size": size}).calls["optimizer step"] for size in (None, 4, 2, 1)]
     assert steps == [2, 2, 4, 8]
 
 
@@ -840,13 +839,13 @@ def test_weight_decay_shrinks_weights_that_get_no_gradient(ran: Runner, initial:
 
 
 def test_grad_clip_comes_after_the_norm_that_is_told(ran: Runner) -> None:
-    free, clipped = ran({**THREE, "optim.grad_clip": 1e6}), ran({**THREE, "optim.grad_clip": 1e-3})
+    free, clipped = ran({**THREE, "optim.max_grad_norm": 1e6}), ran({**THREE, "optim.max_grad_norm": 1e-3})
     assert free.series(metrics.GRAD_NORM)[0] == clipped.series(metrics.GRAD_NORM)[0] > 1e-3
-    assert free.rows == ran({**THREE, "optim.grad_clip": 1e5}).rows  # both above every norm there is
+    assert free.rows == ran({**THREE, "optim.max_grad_norm": 1e5}).rows  # both above every norm there is
 
 
 def test_grpo_coef_blends_two_losses_of_which_grpo_needs_no_teacher(ran: Runner) -> None:
-    distilled, blended, grpo = (ran(sd(grpo_coef=coef)) for coef in (0.0, 0.5, 1.0))
+    distilled, blended, grpo = (ran(sd(policy_loss_weight=coef)) for coef in (0.0, 0.5, 1.0))
     assert blended.series(metrics.PG_LOSS)[0] == pytest.approx(grpo.series(metrics.LOSS)[0], abs=1e-6)
     assert blended.series(metrics.DISTILLATION_LOSS)[0] == pytest.approx(distilled.series(metrics.LOSS)[0])
     expected = 0.5 * grpo.series(metrics.LOSS)[0] + 0.5 * distilled.series(metrics.LOSS)[0]
@@ -863,10 +862,10 @@ def test_advantages_are_score_minus_mean_over_deviation(ran: Runner) -> None:
         return [(float(head.split()[1][:-1]), float(head.split()[3][:-1])) for head in heads]
 
     plain, divided = advantages(False), advantages(True)
-    for start in range(0, len(plain), BASE.sampler.n):
-        group = torch.tensor(plain[start : start + BASE.sampler.n])
+    for start in range(0, len(plain), BASE.rollout.n):
+        group = torch.tensor(plain[start : start + BASE.rollout.n])
         assert torch.allclose(group[:, 1], group[:, 0] - group[:, 0].mean(), atol=1e-3)
-        by_std = torch.tensor(divided[start : start + BASE.sampler.n])[:, 1]
+        by_std = torch.tensor(divided[start : start + BASE.rollout.n])[:, 1]
         assert torch.allclose(by_std * group[:, 0].std(), group[:, 1], atol=1e-3)
 
 
@@ -879,7 +878,7 @@ def test_ppo_clips_take_the_gradient_of_tokens_away(ran: Runner) -> None:
 
 
 def test_distillation_weight_goes_from_start_to_end(ran: Runner) -> None:
-    fading, constant = ran({**THREE, **sd(distillation_weight_start=2.0, distillation_weight_end=0.0)}), ran(THREE)
+    fading, constant = ran({**THREE, **sd(distillation_coef_start=2.0, distillation_coef_end=0.0)}), ran(THREE)
     assert fading.series(metrics.DISTILLATION_WEIGHT) == [2, 1, 0]
     assert constant.series(metrics.DISTILLATION_WEIGHT) == [1, 1, 1]
     weighted = [w * loss for w, loss in zip((2, 1, 0), fading.series(metrics.DISTILLATION_LOSS), strict=True)]
@@ -932,7 +931,7 @@ def test_prompt_difficulty_is_nothing_where_all_succeed(ran: Runner) -> None:
 
 def test_teachers_that_are_the_same_by_definition(ran: Runner, initial: Mapping[str, torch.Tensor]) -> None:
     def taught(kind: str, rate: float = 0.0) -> Ran:
-        return ran({**THREE, **sd(teacher_regularization=kind, ema_update_rate=rate, teacher_snapshot_every=1)})
+        return ran({**THREE, **sd(teacher_regularization=kind, ema_update_rate=rate, teacher_sync_steps=1)})
 
     frozen, *held = taught("frozen"), taught("ema", 0.0), taught("trust-region", 0.0)
     assert all(same(frozen.outcome(), other.outcome()) for other in held)
@@ -949,8 +948,8 @@ def test_teacher_follows_by_rate_and_by_snapshot(ran: Runner, initial: Mapping[s
     averaged = ran({**ONE_STEP, **sd(ema_update_rate=0.3)}).checkpoints
     expected = {name: 0.7 * initial[name] + 0.3 * param for name, param in averaged["step_1"].items()}
     assert not same(averaged["step_1"], initial) and same(averaged["step_1/teacher"], expected)
-    snapshot = sd(teacher_regularization="snapshot", teacher_snapshot_every=2)
-    taken = ran({**THREE, **snapshot, "save_every": 1, "keep_last": 3}).checkpoints
+    snapshot = sd(teacher_regularization="snapshot", teacher_sync_steps=2)
+    taken = ran({**THREE, **snapshot, "save_steps": 1, "save_total_limit": 3}).checkpoints
     assert same(taken["step_1/teacher"], initial)
     assert same(taken["step_2/teacher"], taken["step_2"]) and same(taken["step_3/teacher"], taken["step_2"])
     assert not same(taken["step_3"], taken["step_2"])
@@ -1007,7 +1006,7 @@ def test_peers_are_other_successes_of_the_same_prompt(ran: Runner) -> None:
     peers = {**ONE_STEP, **PEERS, "data.train_batch_size": 10}
     others = ran(peers)
     itself_too = ran({**peers, **sd(dont_reprompt_on_self_success=False)})
-    fallback = ran({**peers, **sd(demonstration_source="peer_then_ground_truth")})
+    fallback = ran({**peers, **sd(demonstration_source="successful_rollout_then_ground_truth")})
     low = ran({**peers, **sd(success_reward_threshold=-1.0)})
     feedback_else = ran({**peers, **FEEDBACK_TOO, **sd(environment_feedback_only_without_solution=True)})
     samples, everything = others.samples(), (others, itself_too, fallback, low, feedback_else)
@@ -1015,8 +1014,8 @@ def test_peers_are_other_successes_of_the_same_prompt(ran: Runner) -> None:
     seen = zip(*(shown(run.samples()) for run in everything), strict=True)
     situations = set()
     for i, (by_others, by_any, with_fallback, by_low, with_feedback) in enumerate(seen):
-        sample, first = samples[i], i - i % BASE.sampler.n
-        successes = [j for j in range(first, first + BASE.sampler.n) if succeeded(samples[j])]
+        sample, first = samples[i], i - i % BASE.rollout.n
+        successes = [j for j in range(first, first + BASE.rollout.n) if succeeded(samples[j])]
         has_peer = any(j != i for j in successes)
         situations.add((has_peer, bool(successes)))
         assert (by_others is not None) == has_peer
@@ -1042,8 +1041,8 @@ def test_evaluation_samples_as_it_is_told(ran: Runner) -> None:
         assert run.series(GREEDY) == ran().series(GREEDY)
     for change_of_sampling in ({"eval.temperature": 0.2}, {"eval.top_p": 0.2}):
         assert ran({"eval.n": 3, **change_of_sampling}).series(GREEDY) == ran().series(GREEDY)
-    assert ran({"eval.teacher": False}).series(GREEDY_TEACHER) == []
-    assert ran({"eval.teacher": False}).series(GREEDY) == ran().series(GREEDY)
+    assert ran({"eval.evaluate_teacher": False}).series(GREEDY_TEACHER) == []
+    assert ran({"eval.evaluate_teacher": False}).series(GREEDY) == ran().series(GREEDY)
     assert ran({"eval.n": 3, "eval.top_p": 1e-6}).series(metrics.val_name(SOURCE, "mean@3")) == pytest.approx(
         ran().series(GREEDY)  # the likeliest token alone
     )
@@ -1053,14 +1052,14 @@ def test_trackers_are_told_project_name_and_every_row(ran: Runner) -> None:
     assert ran(WANDB).tracked == [("wandb", "sdpo", "run"), ("wandb", 1), ("wandb", 2)]
     named = ran({**WANDB, "tracking.project": "another", "tracking.name": "third"})
     assert named.tracked[0] == ("wandb", "another", "third")
-    both = ran({"tracking.backends": ["tensorboard", "trackio"]}).tracked
+    both = ran({"tracking.report_to": ["tensorboard", "trackio"]}).tracked
     assert both[:2] == [("tensorboard", "run/tensorboard"), ("trackio", "sdpo", "run")]
     assert {("tensorboard", 1), ("tensorboard", 2), ("trackio", 1), ("trackio", 2)} <= set(both)
 
 
 def test_rollouts_are_written_when_and_as_many_as_told(ran: Runner) -> None:
-    written = [set(ran({**THREE, "tracking.rollouts_every": every}).rollouts) for every in (0, 1, 2)]
+    written = [set(ran({**THREE, "tracking.log_completions_steps": every}).rollouts) for every in (0, 1, 2)]
     assert written == [set(), {"step_1", "step_2", "step_3"}, {"step_1", "step_2"}]
     for count in (2, 5):
-        few = ran({"tracking.rollouts_per_save": count})
+        few = ran({"tracking.num_completions": count})
         assert [len(few.samples(step)) for step in ("step_1", "step_2")] == [count, count]

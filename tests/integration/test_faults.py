@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdpo import Run, UserError, load_run, train
+from sdpo import SDPOConfig, UserError, load_config, train
 from sdpo.observability import metrics
 from sdpo.observability.progress import Silent
 from sdpo.trainer.actor.actor import Learner
@@ -47,22 +47,22 @@ def task_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make_run(task_dir: Path, tmp_path: Path) -> Callable[..., Run]:
-    def make(*overrides: str, place: Path = tmp_path) -> Run:
-        return load_run(
+def make_run(task_dir: Path, tmp_path: Path) -> Callable[..., SDPOConfig]:
+    def make(*overrides: str, place: Path = tmp_path) -> SDPOConfig:
+        return load_config(
             ROOT / "configs" / "hidden_rule.yaml",
             [
-                f"run_dir={place}/run",
+                f"output_dir={place}/run",
                 f"data.task_args.dir={task_dir}",
                 "data.task_args.pretrain_steps=0",
                 "data.task_args.num_train=40",
                 "data.task_args.num_test=8",
                 "data.train_batch_size=4",
-                "sampler.n=2",
-                "total_steps=4",
-                "save_every=1",
-                "eval_every=0",
-                "tracking.rollouts_every=0",
+                "rollout.n=2",
+                "max_steps=4",
+                "save_steps=1",
+                "eval_steps=0",
+                "tracking.log_completions_steps=0",
                 *overrides,
             ],
         )
@@ -91,32 +91,34 @@ def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         subprocess.run(["umount", folder], check=True)
 
 
-def measure_checkpoint(run: Run) -> int:
-    train(replace(run, total_steps=1, run_dir=f"{run.run_dir}_measured"))
-    return sum(path.stat().st_size for path in Path(f"{run.run_dir}_measured/checkpoints").rglob("*") if path.is_file())
+def measure_checkpoint(run: SDPOConfig) -> int:
+    train(replace(run, max_steps=1, output_dir=f"{run.output_dir}_measured"))
+    return sum(
+        path.stat().st_size for path in Path(f"{run.output_dir}_measured/checkpoints").rglob("*") if path.is_file()
+    )
 
 
-def rows_of(run: Run) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in (Path(run.run_dir) / "metrics.jsonl").read_text().splitlines()]
+def rows_of(run: SDPOConfig) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (Path(run.output_dir) / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith("timing_s/") and k != metrics.THROUGHPUT} for row in rows]
 
 
-def weights_of(run: Run, step: int = 4) -> dict[str, torch.Tensor]:
-    return load_file(Path(run.run_dir) / "checkpoints" / f"step_{step}" / "model.safetensors")
+def weights_of(run: SDPOConfig, step: int = 4) -> dict[str, torch.Tensor]:
+    return load_file(Path(run.output_dir) / "checkpoints" / f"step_{step}" / "model.safetensors")
 
 
-def assert_same_run(one: Run, two: Run) -> None:
+def assert_same_run(one: SDPOConfig, two: SDPOConfig) -> None:
     assert rows_of(one) == rows_of(two)
     weights, others = weights_of(one), weights_of(two)
     assert all(torch.equal(weights[name], others[name]) for name in others)
 
 
 def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(
-    make_run: Callable[..., Run], mount: Callable[..., Path]
+    make_run: Callable[..., SDPOConfig], mount: Callable[..., Path]
 ) -> None:
     size = measure_checkpoint(make_run())
     place = mount(f"size={int(2.5 * size) // 1024}k")  # two checkpoints and not three
-    run, whole = make_run("keep_last=4", place=place), make_run("keep_last=4")
+    run, whole = make_run("save_total_limit=4", place=place), make_run("save_total_limit=4")
     with pytest.raises(
         UserError, match=r"step_3: cannot be saved \(.*[nN]o space left.*\); what was saved before is int"
     ):
@@ -126,13 +128,13 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(
     assert find_newest(folder, pytest.fail) == folder / "step_2"
 
     subprocess.run(["mount", "-o", f"remount,size={8 * size // 1024}k", place], check=True)
-    train(replace(run, resume="must"))
+    train(replace(run, resume_mode="required"))
     train(whole)
     assert_same_run(run, whole)
 
 
 def test_a_disk_too_full_for_a_row_of_metrics(
-    make_run: Callable[..., Run], mount: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    make_run: Callable[..., SDPOConfig], mount: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = mount("size=64k")
     learn = Learner.learn
@@ -145,24 +147,24 @@ def test_a_disk_too_full_for_a_row_of_metrics(
         return learn(learner, *arguments, **how)
 
     monkeypatch.setattr(Learner, "learn", fill)
-    run = make_run("save_every=0", "total_steps=400", place=place)
+    run = make_run("save_steps=0", "max_steps=400", place=place)
     with pytest.raises(UserError, match=r"run: cannot be written \(No space left on device\); what was saved before"):
         train(run)
     lines = (place / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)[metrics.STEP] for line in lines[:2]] == [0, 1]
 
 
-def test_a_folder_that_cannot_be_written(make_run: Callable[..., Run], mount: Callable[..., Path]) -> None:
+def test_a_folder_that_cannot_be_written(make_run: Callable[..., SDPOConfig], mount: Callable[..., Path]) -> None:
     place = mount("size=1m", "ro")
-    with pytest.raises(UserError, match=r"^run_dir: .*/run: cannot be written \(Read-only file system\)$"):
+    with pytest.raises(UserError, match=r"^output_dir: .*/run: cannot be written \(Read-only file system\)$"):
         train(make_run(place=place))
 
 
-def test_a_checkpoint_that_is_cut_short_at_any_file(make_run: Callable[..., Run]) -> None:
-    run, whole = make_run(), make_run("run_dir=${data.task_args.dir}/../whole")
-    train(replace(run, total_steps=3))
-    train(replace(whole, total_steps=3))
-    newest = Path(run.run_dir) / "checkpoints" / "step_3"
+def test_a_checkpoint_that_is_cut_short_at_any_file(make_run: Callable[..., SDPOConfig]) -> None:
+    run, whole = make_run(), make_run("output_dir=${data.task_args.dir}/../whole")
+    train(replace(run, max_steps=3))
+    train(replace(whole, max_steps=3))
+    newest = Path(run.output_dir) / "checkpoints" / "step_3"
     files = [path for path in sorted(newest.rglob("*")) if path.is_file()]
     assert {path.name for path in files} >= {"model.safetensors", "config.json", "tokenizer.json", FILE}
     for path in files:
@@ -176,15 +178,15 @@ def test_a_checkpoint_that_is_cut_short_at_any_file(make_run: Callable[..., Run]
 
     (newest / "model.safetensors").write_bytes(b"")
     rows = rows_of(whole)
-    train(replace(run, total_steps=3, resume="auto", optim=replace(run.optim)))
+    train(replace(run, max_steps=3, resume_mode="auto", optim=replace(run.optim)))
     assert rows_of(run) == rows
 
 
 @FORKS
-def test_a_sampler_that_is_killed(make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = make_run("staleness=1", "run_dir=${data.task_args.dir}/../whole_1")
+def test_a_sampler_that_is_killed(make_run: Callable[..., SDPOConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = make_run("max_staleness=1", "output_dir=${data.task_args.dir}/../whole_1")
     train(whole)
-    run = make_run("staleness=1")
+    run = make_run("max_staleness=1")
     submit, asked = ProcessSampler.submit, []
 
     def submit_and_kill(sampler: ProcessSampler, *arguments: Any) -> None:
@@ -213,7 +215,7 @@ def test_a_learner_that_is_killed(tmp_path: Path) -> None:
     assert (found["survived"], found["tried"]) == (3, 3)
 
 
-def test_a_gradient_that_is_not_finite(make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gradient_that_is_not_finite(make_run: Callable[..., SDPOConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     accumulate = Learner._accumulate_gradients
 
     def spoil(learner: Learner, *arguments: Any) -> Any:
@@ -223,7 +225,7 @@ def test_a_gradient_that_is_not_finite(make_run: Callable[..., Run], monkeypatch
         return result
 
     monkeypatch.setattr(Learner, "_accumulate_gradients", spoil)
-    run = make_run("keep_last=4")
+    run = make_run("save_total_limit=4")
     train(run)
     assert [row[metrics.SKIPPED_UPDATES] for row in rows_of(run)[1:]] == [0, 1, 0, 0]
     before, spoiled, after = (weights_of(run, step) for step in (1, 2, 3))
@@ -232,14 +234,14 @@ def test_a_gradient_that_is_not_finite(make_run: Callable[..., Run], monkeypatch
 
 
 @FORKS
-def test_memory_too_small_for_a_micro_batch(make_run: Callable[..., Run], tmp_path: Path) -> None:
+def test_memory_too_small_for_a_micro_batch(make_run: Callable[..., SDPOConfig], tmp_path: Path) -> None:
     """In a process that may have 60 MB more than once everything is loaded."""
     run = make_run(
-        "total_steps=2", "save_every=0", "data.train_batch_size=40", "sampler.n=32", "eval.before_training=false"
+        "max_steps=2", "save_steps=0", "data.train_batch_size=40", "rollout.n=32", "eval.val_before_train=false"
     )
     limited = """
 import resource
-from sdpo import load_run, train
+from sdpo import load_config, train
 from sdpo.trainer.actor.actor import Learner
 from sdpo.observability.progress import Silent
 
@@ -258,10 +260,10 @@ def learn_in_little(*arguments, **how):
         resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
 
 Learner.learn = learn_in_little
-train(load_run("run.yaml", ["learner.micro_batch_tokens=1000000"]), Listening())
+train(load_config("run.yaml", ["actor.max_tokens_per_micro_batch=1000000"]), Listening())
 """
     (tmp_path / "limited.py").write_text(limited)
-    train(replace(run, run_dir=f"{tmp_path}/plain"))
+    train(replace(run, output_dir=f"{tmp_path}/plain"))
     shutil.copy(tmp_path / "plain" / "run.yaml", tmp_path / "run.yaml")
     text = (tmp_path / "run.yaml").read_text().replace(f"{tmp_path}/plain", f"{tmp_path}/run")
     (tmp_path / "run.yaml").write_text(text)
@@ -269,6 +271,6 @@ train(load_run("run.yaml", ["learner.micro_batch_tokens=1000000"]), Listening())
     assert done.returncode == 0, done.stderr
     told = [line for line in done.stdout.splitlines() if line.startswith("memory was too small for a micro-batch; ")]
     assert told
-    one, two = (rows_of(replace(run, run_dir=f"{tmp_path}/{name}")) for name in ("plain", "run"))
+    one, two = (rows_of(replace(run, output_dir=f"{tmp_path}/{name}")) for name in ("plain", "run"))
     for row, other in zip(one, two, strict=True):
         assert row == pytest.approx(other, rel=1e-3, abs=1e-5)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sdpo import load_run, train
-from sdpo.config import Run
+from sdpo import load_config, train
+from sdpo.config.root import SDPOConfig
 from sdpo.observability import metrics
 from sdpo.rewards.toy import hidden_rule
 from sdpo.rewards.toy.hidden_rule import HiddenRule, Mode
@@ -19,8 +19,8 @@ ACCURACY = "val-core/hidden_rule/acc/mean@1"
 TEACHER_ACCURACY = "val-teacher/hidden_rule/acc/mean@1"
 
 
-def rows_of(run: Run) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (Path(run.run_dir) / "metrics.jsonl").read_text().splitlines()]
+def rows_of(run: SDPOConfig) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (Path(run.output_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow
@@ -32,20 +32,20 @@ def test_sdpo_learns_the_hidden_rule_and_grpo_does_not(tmp_path: Path, monkeypat
 
     def run_shipped(name: str, *overrides: str) -> list[dict[str, float]]:
         arguments = [f"data.task_args.{key}={value}" for key, value in {"dir": tmp_path / "task", **ARGUMENTS}.items()]
-        run = load_run(CONFIGS / name, [*arguments, f"run_dir={tmp_path / name}", "sampler.n=4", *overrides])
+        run = load_config(CONFIGS / name, [*arguments, f"output_dir={tmp_path / name}", "rollout.n=4", *overrides])
         train(run)
         return rows_of(run)
 
-    sdpo = run_shipped("hidden_rule.yaml", "total_steps=60", "eval_every=0")
+    sdpo = run_shipped("hidden_rule.yaml", "max_steps=60", "eval_steps=0")
     assert sdpo[0][ACCURACY] <= 0.05
     assert sdpo[0][TEACHER_ACCURACY] >= 0.95, "the model must be able to use what its teacher's prompt tells it"
     assert sdpo[-1][ACCURACY] >= 0.95
 
-    adapted = run_shipped("hidden_rule_lora.yaml", "total_steps=80", "eval_every=0")
+    adapted = run_shipped("hidden_rule_lora.yaml", "max_steps=80", "eval_steps=0")
     assert adapted[0][ACCURACY] == sdpo[0][ACCURACY], "adapters change nothing at first"
     assert adapted[-1][ACCURACY] >= 0.95
 
-    grpo = run_shipped("hidden_rule_grpo.yaml", "total_steps=20", "eval_every=0")
+    grpo = run_shipped("hidden_rule_grpo.yaml", "max_steps=20", "eval_steps=0")
     assert len(grpo) == 21
     # A permutation of 5 digits is hit by chance now and then; of 8 it is not.
     without_success = [row for row in grpo[1:] if row[metrics.SCORE_MAX] == 0]

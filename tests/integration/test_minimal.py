@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sdpo import load_run
+from sdpo import load_config
 from sdpo.models.generation.sampling import Response
 from sdpo.observability import metrics
 from sdpo.observability.progress import Silent
@@ -56,22 +56,22 @@ def test_losses_and_weights_are_the_trainers(minimal: ModuleType, tmp_path: Path
     torch.set_num_threads(1)
     write_sensitive_model(tmp_path / "task")
     overrides = [
-        f"run_dir={tmp_path}/run",
+        f"output_dir={tmp_path}/run",
         f"data.task_args.dir={tmp_path}/task",
         *(f"data.task_args.{name}={value}" for name, value in TASK.items()),
         "data.train_batch_size=3",
-        "sampler.n=2",
+        "rollout.n=2",
         "optim.lr=1e-3",
         "optim.warmup_steps=0",
-        "optim.schedule=constant",
+        "optim.lr_scheduler_type=constant",
         f"self_distillation.alpha={alpha}",
         "self_distillation.teacher_regularization=ema",
         "self_distillation.demonstration_source=ground_truth",
         "self_distillation.include_environment_feedback=false",
-        "learner.rollout_is=none",
-        "tracking.rollouts_every=0",
+        "rollout_correction.rollout_is=none",
+        "tracking.log_completions_steps=0",
     ]
-    run = load_run(ROOT / "configs" / "hidden_rule.yaml", overrides)
+    run = load_config(ROOT / "configs" / "hidden_rule.yaml", overrides)
     parts = build_parts(run, Silent())
     settings = minimal.Settings(n=2, max_response_length=8, alpha=alpha, lr=1e-3)
     torch.manual_seed(0)

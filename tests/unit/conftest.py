@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from sdpo import config as sections
-from sdpo.config import Run
+from sdpo.config.field import Section
+from sdpo.config.root import SDPOConfig
 from sdpo.models.generation.sampling import Response
 from sdpo.prompting.demonstrations import Demonstration
 from sdpo.prompting.tokenization import TeacherPrompt
@@ -29,21 +29,10 @@ from vision_language import LoadedModel, build_vision_model, load_vision_model
 
 VOCABULARY = 12
 PAD, STOP = 0, 2
-SECTIONS = {
-    "model": sections.ModelConfig,
-    "data": sections.DataConfig,
-    "sampler": sections.SamplerConfig,
-    "learner": sections.LearnerConfig,
-    "lora": sections.LoraConfig,
-    "optim": sections.OptimConfig,
-    "self_distillation": sections.SelfDistillationConfig,
-    "eval": sections.EvalConfig,
-    "health": sections.HealthConfig,
-    "tracking": sections.TrackingConfig,
-}
+SECTIONS = {name: type(value) for name, value in vars(SDPOConfig()).items() if isinstance(value, Section)}
 
 MakeModel = Callable[..., PreTrainedModel]
-MakeRun = Callable[..., Run]
+MakeRun = Callable[..., SDPOConfig]
 MakeSample = Callable[..., Sample]
 
 
@@ -101,15 +90,15 @@ def make_run_in(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
 
 def build_run_maker(tmp_path: Path) -> MakeRun:
 
-    def make(**settings: Any) -> Run:
+    def make(**settings: Any) -> SDPOConfig:
         plain: dict[str, Any] = {
-            "run_dir": str(tmp_path / "run"),
-            "total_steps": 4,
+            "output_dir": str(tmp_path / "run"),
+            "max_steps": 4,
             "model__path": str(tmp_path / "model"),
             "data__task": "hidden_rule",
             "data__train_batch_size": 2,
-            "sampler__n": 3,
-            "sampler__max_response_length": 8,
+            "rollout__n": 3,
+            "rollout__max_response_length": 8,
             "optim__warmup_steps": 0,
             "optim__lr": 1e-2,
         }
@@ -121,7 +110,7 @@ def build_run_maker(tmp_path: Path) -> MakeRun:
                 by_section[section][name] = value
             else:
                 top[key] = value
-        return Run(**top, **{name: SECTIONS[name](**values) for name, values in by_section.items()})
+        return SDPOConfig(**top, **{name: SECTIONS[name](**values) for name, values in by_section.items()})
 
     return make
 
@@ -130,16 +119,16 @@ def build_run_maker(tmp_path: Path) -> MakeRun:
 def make_task_run(make_run: MakeRun, hidden_rule_dir: Path) -> MakeRun:
     """The same for the offline task, small enough that a step takes a fraction of a second."""
 
-    def make(**settings: Any) -> Run:
+    def make(**settings: Any) -> SDPOConfig:
         plain: dict[str, Any] = {
-            "total_steps": 3,
-            "eval_every": 0,
+            "max_steps": 3,
+            "eval_steps": 0,
             "model__path": str(hidden_rule_dir / "model"),
             "data__task_args": {"dir": str(hidden_rule_dir), "pretrain_steps": 0, "num_train": 40, "num_test": 8},
             "data__train_files": [str(hidden_rule_dir / "train.parquet")],
             "data__val_files": [str(hidden_rule_dir / "test.parquet")],
             "data__train_batch_size": 4,
-            "sampler__n": 2,
+            "rollout__n": 2,
             "self_distillation__demonstration_source": "none",
             "self_distillation__include_environment_feedback": True,
         }

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sdpo.config import load_run
+from sdpo.config.loader import load_config
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -82,7 +82,7 @@ def test_the_generated_pages_are_up_to_date() -> None:
 
 
 def test_every_setting_and_metric_is_documented() -> None:
-    from sdpo.config import iterate_settings
+    from sdpo.config.root import iterate_settings
     from sdpo.observability.metrics import DESCRIPTIONS
 
     configuration, metrics = ((ROOT / "docs" / name).read_text() for name in ("configuration.md", "metrics.md"))
@@ -98,7 +98,7 @@ def test_what_a_page_names_exists(page: Path) -> None:
     for words in commands(text):
         assert unknown_command(words) is None, f"sdpo {shlex.join(words)}"
         if words[:1] == ["train"] and (ROOT / words[1]).is_file():
-            load_run(ROOT / words[1], [word for word in words[2:] if "=" in word and not word.startswith("-")])
+            load_config(ROOT / words[1], [word for word in words[2:] if "=" in word and not word.startswith("-")])
 
 
 def test_what_a_page_names_in_vain_is_found() -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from sdpo.config import iterate_settings, load_run
+from sdpo.config.loader import load_config
+from sdpo.config.root import iterate_settings
 from sdpo.models.memory_estimate import Cost
 from sdpo.report.dry_run import format_bytes, list_memory
 
@@ -27,12 +28,12 @@ def test_the_runs_that_make_names_are_shipped() -> None:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_a_shipped_run_is_read(path: Path) -> None:
-    run = load_run(path)
-    assert run.run_dir == f"runs/{path.stem}", "one folder a run file, so that two runs never share one"
+    run = load_config(path)
+    assert run.output_dir == f"runs/{path.stem}", "one folder a run file, so that two runs never share one"
 
 
 def dry_run(path: Path, *overrides: str, on_verl: bool = False) -> Cost:
-    run = load_run(path, [MODEL, *overrides])
+    run = load_config(path, [MODEL, *overrides])
     if path not in ON_VERL and not on_verl:
         from sdpo.trainer.memory_estimate import estimate_cost as estimate_embedded
 
@@ -91,7 +92,7 @@ def test_the_page_has_the_same_table() -> None:
 def test_the_full_vocabulary_fits_as_the_page_says() -> None:
     page = (ROOT / "docs" / "geo3k_memory.md").read_text().replace("\n", " ")
     path, full = CONFIGS / "geo3k_2gpus.yaml", "self_distillation.distillation_topk=null"
-    assert load_run(path).learner.micro_batch_tokens == 8192
+    assert load_config(path).actor.max_tokens_per_micro_batch == 8192
     cost = dry_run(path, full)
     vocabulary, hidden = 151_936, 2048
     parts = [
@@ -107,14 +108,17 @@ def test_the_full_vocabulary_fits_as_the_page_says() -> None:
     assert f"It takes {format_bytes(cost.learner_peak)} now, as with top-k" in page
     assert f"{format_bytes(sum(cost.learner.values()) + sum(cost.learning.values()))} of it" in page
     assert cost.learner_peak == dry_run(path).learner_peak < 72 * 2**30
-    twice = dry_run(path, full, "learner.micro_batch_tokens=16384")
+    twice = dry_run(path, full, "actor.max_tokens_per_micro_batch=16384")
     assert f"At 16384 tokens per micro-batch the learner takes {format_bytes(twice.learner_peak)}" in page
 
 
 @pytest.mark.parametrize("path", GEO3K, ids=lambda path: path.stem)
 def test_a_peers_solution_fits_as_the_page_says(path: Path) -> None:
-    shown = ["self_distillation.demonstration_source=peer_then_ground_truth", "self_distillation.max_reprompt_len=4608"]
-    assert dry_run(path, *shown, "eval.teacher=false").learner_peak < 72 * 2**30
+    shown = [
+        "self_distillation.demonstration_source=successful_rollout_then_ground_truth",
+        "self_distillation.max_reprompt_len=4608",
+    ]
+    assert dry_run(path, *shown, "eval.evaluate_teacher=false").learner_peak < 72 * 2**30
     assert (dry_run(path, *shown).learner_peak < 72 * 2**30) == (path in ON_VERL)
 
 
@@ -133,7 +137,7 @@ def test_a_run_on_verl_composes(
         (tmp_path / f"{kind}.parquet").touch()
     path = CONFIGS / f"{name}.yaml"
     files = [f"data.train_files=[{tmp_path}/train.parquet]", f"data.val_files=[{tmp_path}/test.parquet]"]
-    run = load_run(path, files)
+    run = load_config(path, files)
     translated = translate(run)
     config = compose_config(translated.config_name, translated.overrides)
     assert translated.config_name == "sdpo_trainer" and not config.trainer.use_v1, "one step off policy"
@@ -152,9 +156,9 @@ def test_a_run_on_verl_composes(
 
 
 def test_the_files_differ_only_in_what_the_machine_asks_for() -> None:
-    machine = {"run_dir", "staleness", "verl", "optim.name", "learner.micro_batch_tokens"}
-    machine |= {"learner.freeze_vision", "sampler.batch_size", "eval.max_prompts", "tracking.name"}
-    first, *others = [OmegaConf.structured(load_run(path)) for path in GEO3K]
+    machine = {"output_dir", "max_staleness", "verl", "optim.name", "actor.max_tokens_per_micro_batch"}
+    machine |= {"actor.freeze_vision_tower", "rollout.max_num_seqs", "eval.max_prompts", "tracking.name"}
+    first, *others = [OmegaConf.structured(load_config(path)) for path in GEO3K]
     keys = [key for key, _ in iterate_settings() if key not in machine]
     for other in others:
         assert [key for key in keys if OmegaConf.select(first, key) != OmegaConf.select(other, key)] == []

@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "models"))  # vision
 
 ARGUMENTS = {"pretrain_steps": 0, "num_train": 16, "num_test": 4}
 SETTINGS = [
-    "total_steps=2",
-    "eval_every=0",
+    "max_steps=2",
+    "eval_steps=0",
     "data.train_batch_size=4",
-    "sampler.n=2",
-    "sampler.max_response_length=8",
+    "rollout.n=2",
+    "rollout.max_response_length=8",
     "optim.warmup_steps=0",
     "optim.lr=1e-3",
     "self_distillation.teacher_regularization=ema",
@@ -104,17 +104,17 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
 def train_on_verl(start: Callable[..., Running], task_dir: Path) -> Callable[..., Running]:
     """``sdpo verl`` with a small run in this folder."""
 
-    def train(run_dir: Path, *overrides: str) -> Running:
-        settings = [f"run_dir={run_dir}", f"data.task_args.dir={task_dir}", *SETTINGS, *overrides]
+    def train(output_dir: Path, *overrides: str) -> Running:
+        settings = [f"output_dir={output_dir}", f"data.task_args.dir={task_dir}", *SETTINGS, *overrides]
         return start(sys.executable, "-m", "sdpo.cli", "verl", str(RUN_FILE), *settings)
 
     return train
 
 
-def read_metrics(run_dir: Path) -> dict[int, dict[str, Any]]:
+def read_metrics(output_dir: Path) -> dict[int, dict[str, Any]]:
     """Metrics by step of all parts of a run."""
     rows: dict[int, dict[str, Any]] = {}
-    for file in sorted(run_dir.glob("metrics*.jsonl")):
+    for file in sorted(output_dir.glob("metrics*.jsonl")):
         for line in file.read_text().splitlines():
             row = json.loads(line)
             rows.setdefault(row["step"], {}).update(row["data"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sdpo import load_run
+from sdpo import load_config
 from sdpo.observability import metrics
 from sdpo.verl_backend.entrypoint.launch import build_command
 
@@ -54,18 +54,18 @@ def test_failed_grades_are_counted_and_too_many_end_the_run(
         "data.task_args.num_test": 4,
         "data.task_args.pretrain_steps": 0,
         "data.shuffle": "false",
-        "data.grader_timeout": 1.0,
-        "data.max_grader_failures": 0.3,
-        "run_dir": tmp_path / "run",
-        "total_steps": 3,
-        "staleness": 0 if name == "sdpo_sync" else 1,
-        "eval_every": 1,
+        "reward.timeout_s": 1.0,
+        "reward.max_failure_fraction": 0.3,
+        "output_dir": tmp_path / "run",
+        "max_steps": 3,
+        "max_staleness": 0 if name == "sdpo_sync" else 1,
+        "eval_steps": 1,
         "data.train_batch_size": 4,
-        "sampler.n": 2,
-        "sampler.max_response_length": 8,
-        "self_distillation.grpo_coef": 0.3,
+        "rollout.n": 2,
+        "rollout.max_response_length": 8,
+        "self_distillation.policy_loss_weight": 0.3,
     }
-    run = load_run(ROOT / "configs" / "hidden_rule.yaml", [f"{key}={value}" for key, value in overrides.items()])
+    run = load_config(ROOT / "configs" / "hidden_rule.yaml", [f"{key}={value}" for key, value in overrides.items()])
     command = build_command(run)
     for variable, value in command.environment.items():
         monkeypatch.setenv(variable, value)
@@ -76,7 +76,7 @@ def test_failed_grades_are_counted_and_too_many_end_the_run(
     last = [line for line in log.splitlines() if line.startswith("error: ")]
     assert len(last) == 1 and re.fullmatch(
         r"error: data\.task: grading failed for \d of 8 responses of step \d, which is more than "
-        r"data\.max_grader_failures=0\.3; the last: hidden_rule: .*",
+        r"reward\.max_failure_fraction=0\.3; the last: hidden_rule: .*",
         last[0],
     ), last
     if name == "sdpo_separate_async":  # which prompts are ready first, and so learned first, is chance

@@ -27,8 +27,8 @@ def grade(row, response):
 """
 
 
-def read_alarms(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "alarms.jsonl").read_text().splitlines()]
+def read_alarms(output_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output_dir / "alarms.jsonl").read_text().splitlines()]
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -39,25 +39,25 @@ def test_an_alarm_stops_a_run_and_the_best_checkpoint_stays(
     start: Train, task_dir: Path, tmp_path: Path, metrics_of: Metrics
 ) -> None:
     """Sampling and learning in turns. Steps 2 and 4 are saved and evaluated; at step 5 the score has fallen."""
-    run_dir = tmp_path / "run"
-    (tmp_path / "grader.py").write_text(GRADER.format(checkpoints=str(run_dir / "checkpoints")))
-    (tmp_path / "run.yaml").write_text("run_dir: ???\ntotal_steps: 9\n")
+    output_dir = tmp_path / "run"
+    (tmp_path / "grader.py").write_text(GRADER.format(checkpoints=str(output_dir / "checkpoints")))
+    (tmp_path / "run.yaml").write_text("output_dir: ???\ntotal_steps: 9\n")
     settings = {
-        "run_dir": run_dir,
+        "output_dir": output_dir,
         "model.path": task_dir / "model",
         "data.task": tmp_path / "grader.py",
         "data.train_files": f"[{task_dir / 'train.parquet'}]",
         "data.val_files": f"[{task_dir / 'test.parquet'}]",
         "data.train_batch_size": 4,
-        "sampler.n": 2,
-        "sampler.max_response_length": 8,
+        "rollout.n": 2,
+        "rollout.max_response_length": 8,
         "optim.lr": 1e-3,
         "optim.warmup_steps": 0,
-        "save_every": 2,
-        "eval_every": 2,
-        "keep_last": 1,
+        "save_steps": 2,
+        "eval_steps": 2,
+        "save_total_limit": 1,
         "health.window": 1,
-        "health.tolerance": 0,
+        "health.min_z_score": 0,
         "health.score_collapse": "stop",
     }
     overrides = [f"{key}={value}" for key, value in settings.items()]
@@ -66,45 +66,56 @@ def test_an_alarm_stops_a_run_and_the_best_checkpoint_stays(
     reason = "training score fell from 1 to 0 (means of 1 steps)"
     assert f"stopped by an alarm: score_collapse: {reason}\n" in running.log.read_text(errors="replace")
     assert f"step 5: score_collapse: {reason}; the run stops here" in running.log.read_text(errors="replace")
-    assert [(alarm["step"], alarm["rule"], alarm["action"]) for alarm in read_alarms(run_dir)] == [
+    assert [(alarm["step"], alarm["rule"], alarm["action"]) for alarm in read_alarms(output_dir)] == [
         (5, "score_collapse", "stop")
     ]
-    rows = metrics_of(run_dir)
+    rows = metrics_of(output_dir)
     assert sorted(rows) == [0, 1, 2, 3, 4, 5]
     assert [rows[step][metrics.ALARMS] for step in range(1, 6)] == [0, 0, 0, 0, 1]
     assert [rows[step][metrics.SCORE_MEAN] for step in range(1, 6)] == [1, 1, 1, 1, 0]
     assert {step: metrics.find_score(row) for step, row in rows.items()} == {0: 1, 1: None, 2: 1, 3: None, 4: 0, 5: 0}
-    assert sorted(folder.name for folder in (run_dir / "checkpoints").glob("global_step_*")) == [
+    assert sorted(folder.name for folder in (output_dir / "checkpoints").glob("global_step_*")) == [
         "global_step_2",
         "global_step_5",
     ]
-    load_weights(run_dir, 2), load_weights(run_dir, 5, teacher=True)
+    load_weights(output_dir, 2), load_weights(output_dir, 5, teacher=True)
 
 
 def test_an_alarm_freezes_the_teacher_and_a_resumed_run_goes_on_with_it(
     train_on_verl: Train, tmp_path: Path, metrics_of: Metrics
 ) -> None:
     """One step off policy. Any change of the entropy is an alarm, from the second step on."""
-    run_dir = tmp_path / "run"
-    settings = ["staleness=1", "total_steps=3", "save_every=1", "keep_last=9", "health.window=1", "health.tolerance=0"]
+    output_dir = tmp_path / "run"
+    settings = [
+        "max_staleness=1",
+        "max_steps=3",
+        "save_steps=1",
+        "save_total_limit=9",
+        "health.window=1",
+        "health.min_z_score=0",
+    ]
     settings += ["health.entropy_rise=1", "health.entropy_fall=1"]
-    settings += ["health.entropy_explosion=freeze", "health.entropy_collapse=freeze", "health.score_collapse=lower"]
-    running = train_on_verl(run_dir, *settings)
+    settings += [
+        "health.entropy_explosion=freeze_teacher",
+        "health.entropy_collapse=freeze_teacher",
+        "health.score_collapse=reduce_weight",
+    ]
+    running = train_on_verl(output_dir, *settings)
     assert running.wait() == 0, running.tail()
-    alarms = read_alarms(run_dir)
+    alarms = read_alarms(output_dir)
     assert [(alarm["step"], alarm["action"]) for alarm in alarms][:1] == [(2, "freeze")]
-    state = json.loads((run_dir / "checkpoints/global_step_3" / STATE_FILE).read_text())
+    state = json.loads((output_dir / "checkpoints/global_step_3" / STATE_FILE).read_text())
     assert state["learner"]["teacher_is_frozen"]
 
     # As if it had been killed after its second step: what came later is taken anew.
-    (run_dir / "checkpoints/latest_checkpointed_iteration.txt").write_text("2")
-    running = train_on_verl(run_dir, *settings, "resume=auto", "total_steps=4")
+    (output_dir / "checkpoints/latest_checkpointed_iteration.txt").write_text("2")
+    running = train_on_verl(output_dir, *settings, "resume_mode=auto", "max_steps=4")
     assert running.wait() == 0, running.tail()
-    again = read_alarms(run_dir)
+    again = read_alarms(output_dir)
     assert [alarm for alarm in again if alarm["step"] <= 2] == [alarm for alarm in alarms if alarm["step"] <= 2]
-    rows = metrics_of(run_dir)
+    rows = metrics_of(output_dir)
     assert [rows[step][metrics.TEACHER_FROZEN] for step in (1, 2, 3, 4)] == [0, 1, 1, 1]
-    teachers = {step: load_weights(run_dir, step, teacher=True) for step in (1, 2, 3, 4)}
+    teachers = {step: load_weights(output_dir, step, teacher=True) for step in (1, 2, 3, 4)}
     assert not same(teachers[1], teachers[2])
     assert same(teachers[2], teachers[3]) and same(teachers[3], teachers[4])
-    assert not same(load_weights(run_dir, 3), load_weights(run_dir, 4))
+    assert not same(load_weights(output_dir, 3), load_weights(output_dir, 4))

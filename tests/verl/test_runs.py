@@ -14,8 +14,8 @@ import pytest
 import torch
 from vision_language import build_vision_model, make_image
 
-from sdpo import load_run
-from sdpo.config import ModelConfig
+from sdpo import load_config
+from sdpo.config.model import ModelConfig
 from sdpo.models.loading import load_model
 from sdpo.observability import metrics
 from sdpo.rewards.toy import hidden_rule
@@ -39,28 +39,34 @@ def test_the_smoke_test_of_the_recipe(start: Train, monkeypatch: pytest.MonkeyPa
     assert "7 of 7 checks passed" in running.tail()
 
 
-def load_state(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+def load_state(output_dir: Path, step: int) -> dict[str, torch.Tensor]:
     """Student, teacher and optimizer of a checkpoint, by name."""
     optimizer = torch.load(
-        run_dir / f"checkpoints/global_step_{step}/actor/optim_world_size_1_rank_0.pt", weights_only=False
+        output_dir / f"checkpoints/global_step_{step}/actor/optim_world_size_1_rank_0.pt", weights_only=False
     )
-    state = load_weights(run_dir, step)
-    state |= {f"teacher.{name}": value for name, value in load_weights(run_dir, step, teacher=True).items()}
+    state = load_weights(output_dir, step)
+    state |= {f"teacher.{name}": value for name, value in load_weights(output_dir, step, teacher=True).items()}
     for number, slots in optimizer["state"].items():
         state |= {f"optimizer.{number}.{name}": getattr(v, "_local_tensor", v) for name, v in slots.items()}
     return state
 
 
-def read_responses(run_dir: Path, step: int) -> dict[str, str]:
+def read_responses(output_dir: Path, step: int) -> dict[str, str]:
     """Held-out responses by prompt."""
-    lines = (run_dir / "val" / f"{step}.jsonl").read_text().splitlines()
+    lines = (output_dir / "val" / f"{step}.jsonl").read_text().splitlines()
     return {row["input"]: row["output"] for row in map(json.loads, lines)}
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(train_on_verl: Train, tmp_path: Path, metrics_of: Metrics) -> None:
     """One step off policy: student, teacher, optimizer, data position and the batch sampled ahead, bit for bit."""
-    settings = ["staleness=1", "total_steps=6", "save_every=3", "sampler.batch_size=1", "tracking.rollouts_every=1"]
-    settings += ["actor_rollout_ref.rollout.full_determinism=true", "eval_every=3"]
+    settings = [
+        "max_staleness=1",
+        "max_steps=6",
+        "save_steps=3",
+        "rollout.max_num_seqs=1",
+        "tracking.log_completions_steps=1",
+    ]
+    settings += ["actor_rollout_ref.rollout.full_determinism=true", "eval_steps=3"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     running = train_on_verl(whole, *settings, f"trainer.validation_data_dir={whole / 'val'}")
     assert running.wait() == 0, running.tail()
@@ -71,7 +77,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(train_on_verl: Train, tmp_p
     running.kill()
     assert (killed / "checkpoints" / "global_step_3" / "prefetched.pt").exists()
     assert not (killed / "checkpoints" / "global_step_6").exists(), "it was to be killed before the end"
-    running = train_on_verl(killed, *settings, "resume=auto", f"trainer.validation_data_dir={killed / 'val'}")
+    running = train_on_verl(killed, *settings, "resume_mode=auto", f"trainer.validation_data_dir={killed / 'val'}")
     assert running.wait() == 0, running.tail()
 
     for step in (3, 6):
@@ -111,18 +117,18 @@ def test_the_v1_trainers(
         "data.task_args.num_train": 16,
         "data.task_args.num_test": 4,
         "data.task_args.pretrain_steps": 0,
-        "run_dir": tmp_path / "run",
-        "total_steps": 3,
-        "save_every": 1,
-        "keep_last": 3,
+        "output_dir": tmp_path / "run",
+        "max_steps": 3,
+        "save_steps": 1,
+        "save_total_limit": 3,
         "data.train_batch_size": 4,
-        "sampler.n": 2,
+        "rollout.n": 2,
         "optim.lr": 1e-3,
         "optim.warmup_steps": 0,
         "self_distillation.teacher_regularization": "ema",
-        "self_distillation.grpo_coef": 0.3,
+        "self_distillation.policy_loss_weight": 0.3,
     }
-    run = load_run(ROOT / "configs" / "hidden_rule.yaml", [f"{key}={value}" for key, value in overrides.items()])
+    run = load_config(ROOT / "configs" / "hidden_rule.yaml", [f"{key}={value}" for key, value in overrides.items()])
     command = build_command(run)
     arguments = [name if argument.startswith("sdpo_") else argument for argument in command.arguments]
     for variable, value in command.environment.items():
@@ -151,18 +157,20 @@ def test_with_lora_the_sampler_has_the_merged_model_of_each_step(
     train_on_verl: Train, task_dir: Path, tmp_path: Path, metrics_of: Metrics
 ) -> None:
     """One step off policy: what was sampled ahead has the merged weights' log-probabilities, and no other step's."""
-    run_dir, scale, rate = tmp_path / "run", 12 / 4, 0.05
-    settings = ["staleness=1", "total_steps=3", "save_every=1", "keep_last=3", "lora.rank=4", "lora.alpha=12"]
-    running = train_on_verl(run_dir, *settings, "optim.lr=3e-2")
+    output_dir, scale, rate = tmp_path / "run", 12 / 4, 0.05
+    settings = ["max_staleness=1", "max_steps=3", "save_steps=1", "save_total_limit=3", "lora.rank=4", "lora.alpha=12"]
+    running = train_on_verl(output_dir, *settings, "optim.lr=3e-2")
     assert running.wait() == 0, running.tail()
-    rows = metrics_of(run_dir)
+    rows = metrics_of(output_dir)
     assert all(rows[step][metrics.DISTILLATION_LOSS] > 0 for step in (1, 2, 3))
 
     base = load_model(ModelConfig(path=str(task_dir / "model")), torch.device("cpu")).state_dict()
     deltas: dict[str, torch.Tensor] = {}
     models = {}
     for step in (1, 2, 3):
-        student = {name.removeprefix("base_model.model."): value for name, value in load_weights(run_dir, step).items()}
+        student = {
+            name.removeprefix("base_model.model."): value for name, value in load_weights(output_dir, step).items()
+        }
         kept = {name.replace(".base_layer.", "."): value for name, value in student.items() if "lora_" not in name}
         assert kept.keys() == base.keys() and all(torch.equal(kept[name], value) for name, value in base.items())
         products = {}
@@ -173,7 +181,7 @@ def test_with_lora_the_sampler_has_the_merged_model_of_each_step(
                 products[name] = scale * b @ a
         models[step] = {name: (value + products.get(name, 0)).bfloat16().float() for name, value in base.items()}
 
-        saved = run_dir / f"checkpoints/global_step_{step}/actor/teacher/deltas_world_size_1_rank_0.pt"
+        saved = output_dir / f"checkpoints/global_step_{step}/actor/teacher/deltas_world_size_1_rank_0.pt"
         teacher = torch.load(saved, weights_only=True)["weights"]
         deltas = {name: (1 - rate) * deltas.get(name, 0) + rate * product for name, product in products.items()}
         assert teacher.keys() == deltas.keys()
@@ -181,7 +189,7 @@ def test_with_lora_the_sampler_has_the_merged_model_of_each_step(
             torch.testing.assert_close(teacher[name].double(), delta, rtol=1e-5, atol=1e-8)
 
     # Sampled ahead in step 2 is what step 3 learns, with the weights after step 1.
-    batch = torch.load(run_dir / "checkpoints/global_step_2/prefetched.pt", weights_only=False)["batch"][3].batch
+    batch = torch.load(output_dir / "checkpoints/global_step_2/prefetched.pt", weights_only=False)["batch"][3].batch
     model = load_model(ModelConfig(path=str(task_dir / "model")), torch.device("cpu"))
     mask = batch["response_mask"].bool()
     errors = {}
@@ -194,16 +202,18 @@ def test_with_lora_the_sampler_has_the_merged_model_of_each_step(
     assert errors[1] < 1e-4 and min(errors[2], errors[3]) > 10 * errors[1], errors
 
 
-@pytest.mark.parametrize("settings", [("staleness=0",), ("staleness=1",), ("staleness=1", "lora.rank=4")])
+@pytest.mark.parametrize("settings", [("max_staleness=0",), ("max_staleness=1",), ("max_staleness=1", "lora.rank=4")])
 def test_kl_to_the_reference_begins_at_0(
     settings: tuple[str, ...], train_on_verl: Train, tmp_path: Path, metrics_of: Metrics
 ) -> None:
     """Reference worker in the actor's process group, or with LoRA the actor without its adapters."""
-    terms = ("learner.kl_loss_coef=0.5", "learner.kl_loss_type=mse", "learner.entropy_coeff=0.01")
-    run_dir = tmp_path / "run"
-    running = train_on_verl(run_dir, "total_steps=3", "optim.lr=1e-2", "optim.warmup_steps=0", *terms, *settings)
+    terms = ("actor.kl_loss_coef=0.5", "actor.kl_loss_type=mse", "actor.entropy_coeff=0.01")
+    output_dir = tmp_path / "run"
+    running = train_on_verl(output_dir, "max_steps=3", "optim.lr=1e-2", "optim.warmup_steps=0", *terms, *settings)
     assert running.wait() == 0, running.tail()
-    kl, coefs = ([metrics_of(run_dir)[step][name] for step in (1, 2, 3)] for name in (metrics.KL_LOSS, metrics.KL_COEF))
+    kl, coefs = (
+        [metrics_of(output_dir)[step][name] for step in (1, 2, 3)] for name in (metrics.KL_LOSS, metrics.KL_COEF)
+    )
     assert coefs == [0.5] * 3
     assert abs(kl[0]) < 1e-9
     assert kl[1] > 1e-6 and kl[2] > 1e-6
@@ -238,11 +248,11 @@ def test_images_and_texts_with_a_frozen_tower_on_one_gpu(start: Train, tmp_path:
     """Qwen3-VL on the V1 trainer sync; one step off and Qwen2.5-VL are the smoke test's."""
     model = build_vision_model("qwen3_vl", tmp_path / "model")
     (tmp_path / "grader.py").write_text(GRADER)
-    (tmp_path / "run.yaml").write_text("run_dir: ???\ntotal_steps: 2\n")
+    (tmp_path / "run.yaml").write_text("output_dir: ???\ntotal_steps: 2\n")
     settings = {
-        "run_dir": tmp_path / "run",
-        "save_every": 1,
-        "eval_every": 0,
+        "output_dir": tmp_path / "run",
+        "save_steps": 1,
+        "eval_steps": 0,
         "model.path": model,
         "data.task": tmp_path / "grader.py",
         "data.train_files": f"[{write_rows(tmp_path / 'train.parquet', 12)}]",
@@ -250,9 +260,9 @@ def test_images_and_texts_with_a_frozen_tower_on_one_gpu(start: Train, tmp_path:
         "data.train_batch_size": 6,
         "data.max_prompt_length": 64,
         "data.filter_unreadable_images": "true",
-        "sampler.n": 2,
-        "sampler.max_response_length": 8,
-        "learner.freeze_vision": "true",
+        "rollout.n": 2,
+        "rollout.max_response_length": 8,
+        "actor.freeze_vision_tower": "true",
         "optim.lr": 1e-3,
         "optim.warmup_steps": 0,
         "self_distillation.teacher_regularization": "ema",
@@ -272,7 +282,9 @@ def test_images_and_texts_with_a_frozen_tower_on_one_gpu(start: Train, tmp_path:
 
 
 def test_plain_grpo_runs_on_the_same_trainer(train_on_verl: Train, tmp_path: Path, metrics_of: Metrics) -> None:
-    running = train_on_verl(tmp_path / "run", "staleness=1", "actor_rollout_ref.actor.policy_loss.loss_mode=vanilla")
+    running = train_on_verl(
+        tmp_path / "run", "max_staleness=1", "actor_rollout_ref.actor.policy_loss.loss_mode=vanilla"
+    )
     assert running.wait() == 0, running.tail()
     rows = metrics_of(tmp_path / "run")
     assert "actor/pg_loss" in rows[2] and metrics.DISTILLATION_LOSS not in rows[2]
@@ -291,7 +303,7 @@ def test_the_hidden_rule_is_learned_on_verl(
         sys.executable,
         *("-m", "sdpo.cli", "verl", str(ROOT / "configs" / "hidden_rule.yaml")),
         *(f"data.task_args.{key}={value}" for key, value in {"dir": tmp_path / "task", **arguments}.items()),
-        *(f"run_dir={tmp_path / 'run'}", "staleness=1", "sampler.n=4", "total_steps=70", "eval_every=0"),
+        *(f"output_dir={tmp_path / 'run'}", "max_staleness=1", "rollout.n=4", "max_steps=70", "eval_steps=0"),
     )
     assert running.wait() == 0, running.tail()
     rows = metrics_of(tmp_path / "run")

@@ -38,9 +38,9 @@ def train(
 
     def run(*overrides: str) -> dict[int, dict[str, Any]]:
         arguments = {"dir": data, **ARGUMENTS}
-        settings = [f"run_dir={tmp_path / 'run'}", *(f"data.task_args.{k}={v}" for k, v in arguments.items())]
+        settings = [f"output_dir={tmp_path / 'run'}", *(f"data.task_args.{k}={v}" for k, v in arguments.items())]
         running = start(
-            sys.executable, "-m", "sdpo.cli", "verl", str(EXAMPLE / "run.yaml"), *settings, "save_every=0", *overrides
+            sys.executable, "-m", "sdpo.cli", "verl", str(EXAMPLE / "run.yaml"), *settings, "save_steps=0", *overrides
         )
         assert running.wait() == 0, running.tail()
         return metrics_of(tmp_path / "run")
@@ -49,7 +49,7 @@ def train(
 
 
 def test_the_policy_learns_to_call_the_tool(train: Callable[..., Any], tmp_path: Path) -> None:
-    rows = train("tracking.rollouts_every=1")
+    rows = train("tracking.log_completions_steps=1")
     last = max(rows)
     assert rows[0][ACCURACY] <= 0.05
     assert rows[last][ACCURACY] >= 0.7  # the tiny model copies some digits wrongly
@@ -62,7 +62,7 @@ def test_the_policy_learns_to_call_the_tool(train: Callable[..., Any], tmp_path:
 
 
 def test_one_step_off_policy(train: Callable[..., Any]) -> None:
-    rows = train("staleness=1", "total_steps=2", "eval_every=0")
+    rows = train("max_staleness=1", "max_steps=2", "eval_steps=0")
     # One response in ten calls the tool, some of those are right: hardly ever none in two steps of 128 responses.
     assert max(rows[step]["num_turns/max"] for step in (1, 2)) == 4
     assert max(rows[step].get(metrics.DISTILLATION_LOSS, 0.0) for step in (1, 2)) > 0.0

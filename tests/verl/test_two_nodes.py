@@ -97,7 +97,7 @@ def test_a_run_on_two_nodes_outlives_one(
     task, run = tmp_path / "task", tmp_path / "run"
     Figures(str(task), pretrain_steps=0, num_train=64, num_test=4).prepare()
     settings = {
-        "run_dir": run,
+        "output_dir": run,
         "model.path": task / "model",
         "data.task": "figures",
         "data.task_args.dir": task,
@@ -107,20 +107,20 @@ def test_a_run_on_two_nodes_outlives_one(
         "data.train_files": f"[{task}/train.parquet]",
         "data.val_files": f"[{task}/test.parquet]",
         "data.train_batch_size": 4,
-        "sampler.n": 2,
-        "sampler.max_response_length": 8,
-        "eval_every": 0,
-        "eval.before_training": "false",
-        "save_every": 1,
+        "rollout.n": 2,
+        "rollout.max_response_length": 8,
+        "eval_steps": 0,
+        "eval.val_before_train": "false",
+        "save_steps": 1,
         "rollout.n_gpus_per_node": 1,
         "trainer.n_gpus_per_node": 1,
     }
 
-    def train(total_steps: int, resume: str) -> Any:
+    def train(max_steps: int, resume: str) -> Any:
         overrides = [f"{key}={value}" for key, value in settings.items()]
         file = str(ROOT / "configs" / "geo3k_2nodes.yaml")
         command = [sys.executable, "-m", "sdpo.cli", "verl", file, *overrides]
-        return start(*command, f"total_steps={total_steps}", f"resume={resume}")
+        return start(*command, f"max_steps={max_steps}", f"resume={resume}")
 
     worker = nodes.add()
     nodes.wait_for(2)

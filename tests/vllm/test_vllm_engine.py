@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from sdpo import UserError
-from sdpo.config import ModelConfig
+from sdpo.config.model import ModelConfig
 from sdpo.models.generation.sampling import Decoding, Response, compute_sampling_log_probs, sample_responses
 from sdpo.models.multimodal.processor import TokenPrompt
 from sdpo.observability import metrics
@@ -75,10 +75,10 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Starts an engine with weights on the disk that are none of the test's students'."""
     started: list[VllmEngine] = []
 
-    def start(decoding: Decoding = DECODING, kv_cache_gib: float = 0.01, **shape: Any) -> VllmEngine:
+    def start(decoding: Decoding = DECODING, kv_cache_memory_gib: float = 0.01, **shape: Any) -> VllmEngine:
         make_model(seed=99, **shape).save_pretrained(tmp_path)
         config = ModelConfig(path=str(tmp_path))
-        started.append(VllmEngine(config, decoding, CPU, max_length=160, kv_cache_gib=kv_cache_gib))
+        started.append(VllmEngine(config, decoding, CPU, max_length=160, kv_cache_memory_gib=kv_cache_memory_gib))
         return started[-1]
 
     yield start
@@ -161,12 +161,12 @@ def test_the_cache_has_the_size_that_it_is_given_or_the_engine_does_not_start(st
     def num_blocks(engine: VllmEngine) -> int:
         return engine._llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
 
-    small, large = (num_blocks(start(kv_cache_gib=size)) for size in (0.01, 0.02))
+    small, large = (num_blocks(start(kv_cache_memory_gib=size)) for size in (0.01, 0.02))
     assert large == pytest.approx(2 * small, rel=0.1)
     with pytest.raises(
-        UserError, match=r"^sampler\.engine=vllm: vLLM cannot sample from .* with sampler\.kv_cache_gib=1e-06 "
+        UserError, match=r"^rollout\.engine=vllm: vLLM cannot sample from .* with rollout\.kv_cache_memory_gib=1e-06 "
     ):
-        start(kv_cache_gib=1e-6)
+        start(kv_cache_memory_gib=1e-6)
 
 
 def test_the_learner_in_the_same_process_keeps_its_threads_and_its_randomness(start: Start) -> None:
@@ -208,19 +208,19 @@ def task_args(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return args
 
 
-@pytest.mark.parametrize("staleness", [0, 1])
-def test_a_run_trains_on_what_vllm_samples(task_args: dict[str, Any], tmp_path: Path, staleness: int) -> None:
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_a_run_trains_on_what_vllm_samples(task_args: dict[str, Any], tmp_path: Path, max_staleness: int) -> None:
     overrides = {
         **{f"data.task_args.{name}": value for name, value in task_args.items()},
-        "run_dir": tmp_path / "run",
-        "sampler.engine": "vllm",
-        "sampler.kv_cache_gib": 0.05,
-        "sampler.num_threads": 1,
-        "staleness": staleness,
-        "total_steps": 8,
-        "eval.before_training": False,
+        "output_dir": tmp_path / "run",
+        "rollout.engine": "vllm",
+        "rollout.kv_cache_memory_gib": 0.05,
+        "rollout.num_threads": 1,
+        "max_staleness": max_staleness,
+        "max_steps": 8,
+        "eval.val_before_train": False,
         "optim.warmup_steps": 0,
-        "optim.schedule": "constant",
+        "optim.lr_scheduler_type": "constant",
     }
     command = [sys.executable, "-m", "sdpo.cli", "train", str(ROOT / "configs" / "hidden_rule.yaml")]
     done = subprocess.run(
@@ -228,15 +228,15 @@ def test_a_run_trains_on_what_vllm_samples(task_args: dict[str, Any], tmp_path: 
     )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row[metrics.STALENESS] for row in rows] == [0, *[staleness] * 7]
+    assert [row[metrics.STALENESS] for row in rows] == [0, *[max_staleness] * 7]
     assert rows[-1][metrics.LOSS] < 0.8 * rows[0][metrics.LOSS]
     differences = [abs(row[metrics.ROLLOUT_KL]) for row in rows]
-    if staleness == 0:
+    if max_staleness == 0:
         assert max(differences) < 1e-5
     else:
         assert differences[0] < 1e-5 < min(differences[1:])
 
 
 def test_a_model_that_vllm_cannot_sample_from_is_refused(start: Start) -> None:
-    with pytest.raises(UserError, match=r"^sampler\.engine=vllm: vLLM cannot sample from .*head_dim=16"):
+    with pytest.raises(UserError, match=r"^rollout\.engine=vllm: vLLM cannot sample from .*head_dim=16"):
         start(num_attention_heads=4)

@@ -1,6 +1,6 @@
 """The SDPO loss: token losses of distillation, GRPO and regularization, and their aggregation.
 
-    loss = grpo_coef * GRPO + (1 - grpo_coef) * weight * SDPO
+    loss = policy_loss_weight * GRPO + (1 - policy_loss_weight) * weight * SDPO
 
 SDPO: the divergence between student and teacher at each distilled token, times the truncated ratio student / old
 policy, times the truncated rollout weight. GRPO: PPO's clipped surrogate with group-relative advantages, at every
@@ -27,7 +27,7 @@ from sdpo.algorithm.divergence import (
 )
 from sdpo.algorithm.importance_sampling import compute_ratio
 from sdpo.algorithm.regularization import Regularization, estimate_kl
-from sdpo.config import SelfDistillationConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.observability import metrics
 
 # metric -> (sum, count), added over micro-batches; a count of 0 marks a total
@@ -113,12 +113,10 @@ def compute_token_weights(num_tokens: Tensor, loss_agg_mode: str, horizon: int |
     raise ValueError(f"unknown loss_agg_mode {loss_agg_mode!r}")
 
 
-def compute_distillation_coef(config: SelfDistillationConfig, step: int, total_steps: int) -> float:
-    """Weight of the distillation loss at step 1 ... total_steps: linear from start to end."""
-    progress = 0.0 if total_steps <= 1 else (step - 1) / (total_steps - 1)
-    return config.distillation_weight_start + progress * (
-        config.distillation_weight_end - config.distillation_weight_start
-    )
+def compute_distillation_coef(config: SelfDistillationConfig, step: int, max_steps: int) -> float:
+    """Weight of the distillation loss at step 1 ... max_steps: linear from start to end."""
+    progress = 0.0 if max_steps <= 1 else (step - 1) / (max_steps - 1)
+    return config.distillation_coef_start + progress * (config.distillation_coef_end - config.distillation_coef_start)
 
 
 def compute_prompt_weights(success_rates: Tensor) -> Tensor:
@@ -229,17 +227,17 @@ def compute_token_losses(inputs: LossInputs, config: SelfDistillationConfig) -> 
     # Zeros with a graph, so that backward works even if no token is distilled.
     contributions = 0.0 * inputs.student_log_probs
     values: TokenValues = {metrics.PPO_KL: inputs.old_log_probs - inputs.student_log_probs}
-    if config.grpo_coef > 0.0:
+    if config.policy_loss_weight > 0.0:
         assert inputs.policy_weights is not None
         policy_losses, policy_values = compute_policy_token_losses(inputs, config)
         policy_losses = policy_losses * inputs.policy_weights
-        contributions = contributions + config.grpo_coef * policy_losses
+        contributions = contributions + config.policy_loss_weight * policy_losses
         values |= policy_values | {metrics.PG_LOSS: policy_losses}
     weights = inputs.distillation_weights
     if config.distills and inputs.distilled is not None and weights is not None and len(weights) > 0:
         losses, distillation_values = compute_distillation_token_losses(inputs, config)
         losses = losses * weights
-        scaled = ((1.0 - config.grpo_coef) * inputs.distillation_coef * losses).to(contributions.dtype)
+        scaled = ((1.0 - config.policy_loss_weight) * inputs.distillation_coef * losses).to(contributions.dtype)
         if len(scaled) == len(contributions):
             contributions = contributions + scaled
         else:
@@ -282,7 +280,7 @@ def compute_self_distillation_loss(
         student_log_probs: [B, T], log-probabilities of the sampled tokens, with gradient.
         teacher_log_probs: [B, T], the teacher's for the same tokens; never receives a gradient.
         response_mask: [B, T], 1 at response tokens.
-        self_distillation_config: divergence, level and clips. ``grpo_coef`` is not applied: the result is the
+        self_distillation_config: divergence, level and clips. ``policy_loss_weight`` is not applied: the result is the
             distillation loss alone.
         old_log_probs: [B, T], required unless ``is_clip`` is None.
         student_all_log_probs, teacher_all_log_probs: [B, T, V], for the full vocabulary.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from sdpo.config import SelfDistillationConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 
 # At most this many entries of the student are cast to the average's data type at once: 256 MiB in float32.
 ENTRIES_AT_ONCE = 2**26
@@ -144,7 +144,7 @@ class Teacher:
     ) -> None:
         self.kind = config.teacher_regularization
         self.rate = config.ema_update_rate
-        self.snapshot_every = config.teacher_snapshot_every
+        self.snapshot_every = config.teacher_sync_steps
         self.num_steps = 0
         self.module = module
         assert (module is None) == (self.kind == "live"), "only the live teacher has no module"

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from sdpo.config import SelfDistillationConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.kernels import chunked_log_probs, fused_linear_loss
 from sdpo.kernels.chunked_log_probs import LazyLogits
 from sdpo.kernels.fused_linear_loss import FusedOutputs, TokenInputs

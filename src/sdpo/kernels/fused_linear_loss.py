@@ -35,7 +35,7 @@ from torch.autograd.function import once_differentiable
 from sdpo.algorithm.divergence import differentiate_divergence
 from sdpo.algorithm.loss import LossInputs, LossOutputs, Sums, add_sums, compute_loss
 from sdpo.algorithm.regularization import Regularization
-from sdpo.config import SelfDistillationConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.kernels.chunked_log_probs import ChunkedPolicy, LazyLogits, choose_chunk_size, cut_slice
 from sdpo.kernels.head_grad import SumOfProducts, multiply_by_pieces
 from sdpo.kernels.loss_inputs import build_loss_inputs

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sdpo.algorithm.loss import compute_token_weights
-from sdpo.config import SelfDistillationConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.kernels.chunked_log_probs import LazyLogits, softmax_type
 from sdpo.kernels.dispatch import compute_fused_loss
 from sdpo.kernels.fused_linear_loss import TokenInputs
@@ -48,8 +48,8 @@ def fused_self_distillation_loss(
         self_distillation_config: divergence, level and clips.
         old_log_probs: [N], required unless ``is_clip`` is None.
         rollout_is_weights: [N], truncated importance weights old policy / sampler.
-        advantages: [N]. With advantages the loss is grpo_coef * GRPO + (1 - grpo_coef) * distillation; without, it is
-            the distillation loss alone and ``grpo_coef`` is ignored.
+        advantages: [N]. With advantages the loss is w * GRPO + (1 - w) * distillation, w = ``policy_loss_weight``;
+            without, it is the distillation loss alone and ``policy_loss_weight`` is ignored.
         self_distillation_mask: [N], 1 at distilled tokens; by default all counted tokens.
         temperature: of the sampler, > 0; divides the logits of student and teacher.
         softcap: logits -> softcap * tanh(logits / softcap) for student and teacher, > 0.
@@ -68,7 +68,7 @@ def fused_self_distillation_loss(
     """
     config = self_distillation_config
     if advantages is None:
-        config = replace(config, grpo_coef=0.0)
+        config = replace(config, policy_loss_weight=0.0)
     if config.is_clip is not None and old_log_probs is None:
         raise ValueError("old_log_probs is required by these settings (is_clip)")
     counted = loss_mask.bool()

@@ -12,7 +12,7 @@ from sdpo.algorithm.divergence import compute_entropy
 from sdpo.algorithm.importance_sampling import compute_ratio
 from sdpo.algorithm.loss import LossInputs, Sums, mean_of
 from sdpo.algorithm.regularization import Regularization
-from sdpo.config import SelfDistillationConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.observability import metrics
 
 # Entries per group in the top-k search: a trade-off between the number of groups and the candidates in k groups.

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from sdpo.config import SelfDistillationConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.kernels import chunked_log_probs, fused_linear_loss
 from sdpo.kernels.chunked_log_probs import LazyLogits
 from sdpo.kernels.fused_linear_loss import TokenInputs
@@ -68,7 +68,7 @@ def _compare(device: torch.device, dtype: torch.dtype, config: SelfDistillationC
         student = LazyLogits(leaves[0], leaves[1])
         teacher = LazyLogits(teacher_hidden.to(wide), 0.5 * head.to(wide))
         with torch.enable_grad():
-            outputs = module.compute_fused_loss(student, [teacher], tokens, replace(config, grpo_coef=0.3))
+            outputs = module.compute_fused_loss(student, [teacher], tokens, replace(config, policy_loss_weight=0.3))
             gradients = torch.autograd.grad(outputs.loss, leaves)
         scored = (fused_loss if module is fused_loss else chunked_log_probs).score_tokens(student.detach(), ids)
         found.append([outputs.token_losses, *gradients, *scored])

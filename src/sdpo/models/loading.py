@@ -17,7 +17,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from sdpo.config import ModelConfig
+from sdpo.config.model import ModelConfig
 from sdpo.errors import UserError
 from sdpo.kernels.cpu.fast_linear import speed_up_linear_layers
 

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sdpo.algorithm.teacher import ENTRIES_AT_ONCE
-from sdpo.config import LoraConfig, ModelConfig, Run
+from sdpo.config.model import LoraConfig, ModelConfig
+from sdpo.config.root import SDPOConfig
 from sdpo.kernels import chunked_log_probs
 from sdpo.models.loading import build_meta_model, get_window, reads_images
 from sdpo.models.lora.adapters import find_target_layers
@@ -271,17 +272,17 @@ class Lengths:
     teacher: int
 
 
-def bound_lengths(run: Run, window: int | None) -> Lengths:
+def bound_lengths(run: SDPOConfig, window: int | None) -> Lengths:
     """Where every row's ground truth is shown, the teacher reads at least half of what a micro-batch may hold."""
-    config, response = run.self_distillation, run.sampler.max_response_length
+    config, response = run.self_distillation, run.rollout.max_response_length
     room = run.data.max_prompt_length if window is None else max(window - response, 1)
     prompt = min(run.data.max_prompt_length, room)
     teacher_prompt = 0
     if config.distills:
         teacher_prompt = config.max_reprompt_len if window is None else min(config.max_reprompt_len, room)
     every = config.distills and config.demonstration_source.endswith("ground_truth") and not config.distill_only_failed
-    step = run.data.train_batch_size * run.sampler.n
-    budget = run.learner.micro_batch_tokens
+    step = run.data.train_batch_size * run.rollout.n
+    budget = run.actor.max_tokens_per_micro_batch
     student = budget // 2 if every else budget
     # One sample is always let in, however long it is.
     return Lengths(
@@ -313,14 +314,14 @@ def count_fused_loss(vocab_size: int, hidden_size: int, size: int, num_tokens: i
     return chunks + blocks + head + 4 * size * num_tokens * hidden_size
 
 
-def count_moments(run: Run, num_params: int) -> int:
+def count_moments(run: SDPOConfig, num_params: int) -> int:
     """Bytes of AdamW's moments: two values a parameter, of eight bits with a scale for every 256 of them, if so set."""
     if run.optim.name == "adamw_8bit":
         return 2 * (num_params + num_params // 256 * 4)
     return 2 * num_params * (4 if run.lora.rank else BYTES[run.model.dtype])
 
 
-def count_update(run: Run, model: ModelSize, num_averaged: int) -> int:
+def count_update(run: SDPOConfig, model: ModelSize, num_averaged: int) -> int:
     """Bytes at the worst moment of the optimizer's step and of the teacher's average after it.
 
     On a CPU AdamW makes two tensors of a parameter's size at a time; on a GPU its one kernel makes none.

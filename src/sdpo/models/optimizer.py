@@ -17,15 +17,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from sdpo.config import OptimConfig
+from sdpo.config.actor import OptimConfig
 from sdpo.errors import UserError
 
 NUM_SAMPLED = 65_536
 # Above this lost fraction a warning is logged: the effective learning rate is far from the configured value.
 MAX_LOST = 0.25
-REMEDY = (
-    "use model.dtype=float32 with learner.autocast=true and optim.name=adamw_8bit, or optim.stochastic_rounding=true"
-)
+REMEDY = "use model.dtype=float32 with actor.autocast=true and optim.name=adamw_8bit, or optim.stochastic_rounding=true"
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -61,7 +59,7 @@ def build_optimizer(params: Sequence[torch.nn.Parameter], config: OptimConfig) -
     if module == "torch.optim" and all(param.is_cuda for param in params):
         arguments = {"fused": True}  # torch's default, foreach, copies all moments
     optimizer: Optimizer = getattr(importlib.import_module(module), name)(
-        params, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, **arguments
+        params, lr=config.lr, betas=tuple(config.betas), weight_decay=config.weight_decay, **arguments
     )
     return optimizer
 

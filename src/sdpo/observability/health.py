@@ -2,7 +2,7 @@
 
 A rule compares the mean of the last ``health.window`` steps with what it was: the best such mean so far, or that of the
 first steps. Two things have to hold: the change is large enough to matter (a setting of the rule), and it is more than
-chance makes of steps that differ as much as these do (``health.tolerance``). An alarm is raised when a rule begins to
+chance makes of steps that differ as much as these do (``health.min_z_score``). An alarm is raised when a rule begins to
 hold, not again as long as it does, and again only after it has not held for a window.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sdpo.config import HealthConfig
+from sdpo.config.monitoring import HealthConfig
 from sdpo.observability import metrics
 
 
@@ -116,9 +116,9 @@ class HealthMonitor:
             "entropy_collapse": self._entropy_collapse,
             "entropy_explosion": self._entropy_explosion,
             "length_collapse": self._length_collapse,
-            "teacher_unsure": self._teacher_unsure,
-            "teacher_worse": self._teacher_worse,
-            "nothing_to_distil": self._nothing_to_distil,
+            "teacher_entropy_increase": self._teacher_unsure,
+            "teacher_underperforms_student": self._teacher_worse,
+            "no_distillation_targets": self._nothing_to_distil,
         }
 
     def check(self, step: int, values: Mapping[str, float]) -> list[Alarm]:
@@ -211,14 +211,14 @@ class HealthMonitor:
                 what = "response length fell, and the score did not rise, from"
                 return self._found(what, length.first, length.mean, metrics.RESPONSE_LENGTH_MEAN)
         rise = clipped.mean - clipped.lowest if clipped.is_ready else 0.0
-        if rise > self.config.clip_rise and self._matters(rise, clipped):
+        if rise > self.config.max_clip_ratio_increase and self._matters(rise, clipped):
             what = "share of responses that are cut off rose from"
             return self._found(what, clipped.lowest, clipped.mean, metrics.RESPONSE_LENGTH_CLIP_RATIO)
         return None
 
     def _teacher_worse(self) -> Finding | None:
         for source, (gain, high) in self._gains.items():
-            if high < -self.config.teacher_margin:
+            if high < -self.config.min_accuracy_gap:
                 name = metrics.teacher_gain_name(source)
                 reason = (
                     f"held-out accuracy of the teacher on {source} is {-gain:.3g} below the student's, at least "
@@ -231,9 +231,9 @@ class HealthMonitor:
         distilled, succeeded = (
             self._trends[name] for name in (metrics.REPROMPT_FRACTION, metrics.ROLLOUT_SUCCESS_FRACTION)
         )
-        if not distilled.is_ready or not succeeded.is_ready or distilled.mean > self.config.distilled_share:
+        if not distilled.is_ready or not succeeded.is_ready or distilled.mean > self.config.min_distilled_fraction:
             return None
-        if succeeded.mean >= 1 - self.config.distilled_share:
+        if succeeded.mean >= 1 - self.config.min_distilled_fraction:
             return None  # all is learned, and a teacher that is shown failures only is rightly shown nothing
         reason = (
             f"{distilled.mean:.3g} of the samples were distilled in the last {self.config.window} steps, though only "
@@ -249,7 +249,7 @@ class HealthMonitor:
         return score.is_ready and score.first is not None and self._matters(score.mean - score.first, score)
 
     def _matters(self, difference: float, trend: Trend) -> bool:
-        return difference > self.config.tolerance * trend.noise
+        return difference > self.config.min_z_score * trend.noise
 
     def _found(self, what: str, before: float, now: float, metric: str) -> Finding:
         reason = f"{what} {before:.3g} to {now:.3g} (means of {self.config.window} steps)"

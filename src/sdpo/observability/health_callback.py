@@ -23,7 +23,7 @@ class Learner(Protocol):
         """Whether ``freeze_teacher`` has been called."""
 
     def lower_distillation(self) -> None:
-        """Multiply the weight of the distillation loss by ``health.lower_factor``, not below the floor."""
+        """Multiply the weight of the distillation loss by ``health.reduce_factor``, not below the floor."""
 
     def keep_as_best(self) -> None:
         """Remember the student as it is, if it may have to go back there."""
@@ -95,9 +95,9 @@ class Guard:
         self.best_accuracy = state["best_accuracy"]
 
     def _act(self, alarm: Alarm) -> None:
-        if alarm.action == "lower":
+        if alarm.action == "reduce_weight":
             self._learner.lower_distillation()
-        elif alarm.action == "freeze":
+        elif alarm.action == "freeze_teacher":
             self._learner.freeze_teacher()
         elif alarm.action == "stop":
             self.stopped_by = self.stopped_by or alarm
@@ -105,8 +105,8 @@ class Guard:
 
 _DONE = {
     "warn": "nothing is done about it (docs/health.md)",
-    "lower": "the distillation weight is lowered",
-    "freeze": "the teacher is frozen",
+    "reduce_weight": "the distillation weight is lowered",
+    "freeze_teacher": "the teacher is frozen",
     "stop": "the run stops here",
 }
 

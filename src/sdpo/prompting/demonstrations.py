@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sdpo.config import SelfDistillationConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.prompting.reasoning import remove_thinking
 
 
@@ -74,7 +74,7 @@ def select_demonstrations(
     demonstration unless told otherwise.
     """
     peers: dict[int | str, list[tuple[int, str]]] = defaultdict(list)
-    if config.demonstration_source in ("peer", "peer_then_ground_truth"):
+    if config.demonstration_source in ("successful_rollout", "successful_rollout_then_ground_truth"):
         for index, sample in enumerate(samples):
             text = _solution_text(sample.response, config)
             if text is not None and sample.score >= config.success_reward_threshold:
@@ -119,7 +119,7 @@ def _select_peer(
 
 
 def _select_ground_truth(sample: GradedResponse, config: SelfDistillationConfig) -> str | None:
-    if config.demonstration_source in ("ground_truth", "peer_then_ground_truth"):
+    if config.demonstration_source in ("ground_truth", "successful_rollout_then_ground_truth"):
         return _solution_text(sample.ground_truth, config)
     return None
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from sdpo.config import SelfDistillationConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.observability import metrics
 from sdpo.observability.confidence import ClusteredMean, compute_wilson_interval, name_interval
 from sdpo.prompting.demonstrations import Demonstration, GradedResponse, is_blank, select_demonstrations

@@ -21,15 +21,15 @@ class ReportPaths(NamedTuple):
     page: Path
 
 
-def write_report(run_dirs: Sequence[str | Path], out: str | Path | None = None) -> ReportPaths:
+def write_report(output_dirs: Sequence[str | Path], out: str | Path | None = None) -> ReportPaths:
     """Write ``report.png`` and ``report.html``, all runs overlaid, into ``out`` or else the first run's folder.
 
     Raises:
         UserError: a folder is not a run's, its metrics cannot be read, or ``out`` cannot be written.
     """
-    if not run_dirs:
+    if not output_dirs:
         raise UserError("no run folder given; name at least one, e.g. sdpo report outputs/hidden_rule")
-    records = read_runs(run_dirs)
+    records = read_runs(output_dirs)
 
     from sdpo.report.page import write_page
     from sdpo.report.plots import plot_learning_curves, render_learning_curves

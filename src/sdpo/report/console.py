@@ -31,15 +31,15 @@ from sdpo.report.summary import HEADINGS, summarize
 class ConsoleObserver:
     """Shows a run to the person who started it. Use it as a context manager: leaving it gives the terminal back."""
 
-    def __init__(self, total_steps: int, console: Console | None = None) -> None:
+    def __init__(self, max_steps: int, console: Console | None = None) -> None:
         self._console = console or Console()
-        self._total_steps = total_steps
-        self._clock = _Clock(total_steps)
+        self._total_steps = max_steps
+        self._clock = _Clock(max_steps)
         self._preparation_tenths = _Tenths()
         self._run_tenths = _Tenths()
         # FORCE_COLOR makes rich take a file for a terminal; a bar in a file is of no use to anybody.
         is_terminal = self._console.is_interactive and self._console.file.isatty()
-        self._bars = _Bars(self._console, total_steps) if is_terminal else None
+        self._bars = _Bars(self._console, max_steps) if is_terminal else None
 
     def __enter__(self) -> ConsoleObserver:
         if self._bars:
@@ -131,8 +131,8 @@ class _Tenths:
 class _Clock:
     """Foretells the end of a run from the steps that it made here, not from those before it was resumed."""
 
-    def __init__(self, total_steps: int) -> None:
-        self._total_steps = total_steps
+    def __init__(self, max_steps: int) -> None:
+        self._total_steps = max_steps
         self._first: tuple[int, float] | None = None
 
     def time_left(self, step: int) -> str:
@@ -150,7 +150,7 @@ class _Clock:
 class _Bars:
     """One bar for the run with its latest numbers below, and one for preparation while there is any."""
 
-    def __init__(self, console: Console, total_steps: int) -> None:
+    def __init__(self, console: Console, max_steps: int) -> None:
         self._progress = _ProgressWithNumbers(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
@@ -160,7 +160,7 @@ class _Bars:
             expand=True,
             refresh_per_second=4,
         )
-        self._total_steps = total_steps
+        self._total_steps = max_steps
         self._preparation: TaskID | None = None
         self._run: TaskID | None = None
         self._latest: dict[str, float] = {}

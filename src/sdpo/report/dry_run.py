@@ -8,19 +8,20 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sdpo.config import Run, format_run
+from sdpo.config.loader import to_yaml
+from sdpo.config.root import SDPOConfig
 
 if TYPE_CHECKING:
     from sdpo.models.memory_estimate import Cost
 
 
-def print_dry_run(run: Run, cost: Cost, console: Console | None = None) -> None:
+def print_dry_run(run: SDPOConfig, cost: Cost, console: Console | None = None) -> None:
     """Print the run as YAML, then an upper bound of tokens and memory."""
     console = console or Console()
-    console.print(format_run(run), markup=False, highlight=False, soft_wrap=True)
+    console.print(to_yaml(run), markup=False, highlight=False, soft_wrap=True)
     console.print(
-        f"tokens a step: at most {cost.tokens_a_step:,} in {run.data.train_batch_size * run.sampler.n:,} rollouts; "
-        f"{run.total_steps:,} steps"
+        f"tokens a step: at most {cost.tokens_a_step:,} in {run.data.train_batch_size * run.rollout.n:,} rollouts; "
+        f"{run.max_steps:,} steps"
     )
     if cost.num_params is None:
         console.print(f"memory: unknown until {run.model.path} is made, on first use", soft_wrap=True)

@@ -10,14 +10,14 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from sdpo.config import iterate_settings
+from sdpo.config.root import iterate_settings
 from sdpo.observability.metrics import DESCRIPTIONS
 from sdpo.report.run_dir import RunRecord
 from sdpo.report.summary import ACCURACY_HEADINGS, HEADINGS, Summary, summarize
 from sdpo.report.theme import DARK, LIGHT, Theme
 
 _MOST_ROLLOUT_CHARACTERS = 100_000
-_NAMES_OF_A_RUN = ("run_dir", "tracking.name")
+_NAMES_OF_A_RUN = ("output_dir", "tracking.name")
 _NOT_IN_HTML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 

@@ -57,7 +57,7 @@ def read_run(path: str | Path) -> RunRecord:
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path}: no such run folder; give the run_dir of a run")
+        raise UserError(f"{path}: no such run folder; give the output_dir of a run")
     metrics_file = path / METRICS_FILE
     if not metrics_file.is_file():
         raise UserError(f"{path}: no {METRICS_FILE} in it, so not a run folder or a run that has not begun")

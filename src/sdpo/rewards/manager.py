@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 
-from sdpo.config import DataConfig
+from sdpo.config.data import RewardConfig
 from sdpo.errors import UserError
 from sdpo.observability.progress import Observer
 from sdpo.rewards.async_scoring import AsyncGrader, is_asynchronous
@@ -20,20 +20,20 @@ class Grader:
     """A task's ``grade``, whose failures are survived, told and counted.
 
     Coroutine functions grade all responses of a step side by side, others one after the other. A failure is an
-    exception (``SystemExit`` too), a call longer than ``data.grader_timeout``, or a return value that
+    exception (``SystemExit`` too), a call longer than ``reward.timeout_s``, or a return value that
     ``parse_grade`` refuses. A ``UserError`` is none: it is the task's way to refuse its data, and ends the run.
 
     Args:
         task: what grades.
-        config: its name, the timeout and the share of failures that a run survives.
+        config: its timeout, and the fraction of failures above which the run is aborted.
         observer: told of the first failure of each kind; a kind is a type of exception at a line of the grader.
 
     Attributes:
         num_failures: so far.
     """
 
-    def __init__(self, task: Task, config: DataConfig, observer: Observer) -> None:
-        self._begin = _choose_begin(task, config.grader_timeout)
+    def __init__(self, task: Task, config: RewardConfig, observer: Observer) -> None:
+        self._begin = _choose_begin(task, config.timeout_s)
         self._config = config
         self._observer = observer
         self._told: set[str] = set()
@@ -43,7 +43,7 @@ class Grader:
         """A grade for each response to a row, in their order; the score of a failed one is NaN.
 
         Raises:
-            UserError: more than ``data.max_grader_failures`` of them have failed; the rest is not graded.
+            UserError: more than ``reward.max_failure_fraction`` of them have failed; the rest is not graded.
         """
         grades = []
         num_failed = 0
@@ -54,11 +54,11 @@ class Grader:
                 grades.append(FAILED)
                 num_failed += 1
                 self.num_failures += 1
-                if num_failed > self._config.max_grader_failures * len(responses):
+                if num_failed > self._config.max_failure_fraction * len(responses):
                     raise UserError(
-                        f"data.task: {self._config.task}: grading failed for {num_failed} of the {len(grades)} "
+                        f"data.task: grading failed for {num_failed} of the {len(grades)} "
                         f"responses graded so far, of {len(responses)} in all, which is more than "
-                        f"data.max_grader_failures={self._config.max_grader_failures:g}; the last: {failure}"
+                        f"reward.max_failure_fraction={self._config.max_failure_fraction:g}; the last: {failure}"
                     ) from failure.__cause__
                 if failure.kind not in self._told:
                     self._told.add(failure.kind)

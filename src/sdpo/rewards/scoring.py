@@ -93,7 +93,7 @@ def _call_within(seconds: float | None, function: Callable[..., Any], *arguments
 
 def describe_timeout(timeout: float) -> str:
     """What an error says of a grader that took too long."""
-    return f"no grade within data.grader_timeout={timeout:g} seconds"
+    return f"no grade within reward.timeout_s={timeout:g} seconds"
 
 
 def _describe(error: BaseException, timeout: float | None) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from sdpo.config import Run, flatten_keys
+from sdpo.config.loader import flatten_keys
+from sdpo.config.root import SDPOConfig
 from sdpo.errors import UserError
 from sdpo.models.generation.sampling import Decoding
 from sdpo.models.loading import (
@@ -73,7 +74,7 @@ class Parts:
         return [self.prompts[i] for i in self.order.batch(step)]
 
 
-def build_parts(run: Run, observer: Observer) -> Parts:
+def build_parts(run: SDPOConfig, observer: Observer) -> Parts:
     """Prepare the task's files if it makes its own, load everything, open the run folder.
 
     Raises:
@@ -81,30 +82,30 @@ def build_parts(run: Run, observer: Observer) -> Parts:
     """
     if run.verl:
         observer.message(f"without effect here: verl.{', verl.'.join(flatten_keys(run.verl))}")
-    if run.learner.num_threads is not None:
-        torch.set_num_threads(run.learner.num_threads)
+    if run.actor.num_threads is not None:
+        torch.set_num_threads(run.actor.num_threads)
     torch.manual_seed(run.seed)
-    require_idle(Path(run.run_dir))
+    require_idle(Path(run.output_dir))
     resumption = find_resumption(run, observer)
-    learner_device = resolve_device(run.learner.device, "learner.device")
-    sampler_device = resolve_device(run.sampler.device, "sampler.device")
-    if run.sampler.engine == "vllm":
+    learner_device = resolve_device(run.actor.device, "actor.device")
+    sampler_device = resolve_device(run.rollout.device, "rollout.device")
+    if run.rollout.engine == "vllm":
         require_vllm(sampler_device)
     if run.lora.rank:
         require_peft()
     task = load_task(run.data.task, run.data.task_args)
     prepare_task(task, observer)
-    grader = Grader(task, run.data, observer)
+    grader = Grader(task, run.reward, observer)
     text_tokenizer = load_tokenizer(run.model)
     reader = load_reader(run.model, run.data.max_pixels)
     tokenizer: Tokenizer = reader or text_tokenizer
-    if reader is not None and run.sampler.engine == "vllm":
-        raise UserError("sampler.engine=vllm does not sample from models that read images yet; use transformers")
+    if reader is not None and run.rollout.engine == "vllm":
+        raise UserError("rollout.engine=vllm does not sample from models that read images yet; use transformers")
     student = load_student(run, resumption.checkpoint if resumption else None, learner_device)
     vision = Vision(student, reader) if reader is not None else None
-    if run.learner.freeze_vision:
+    if run.actor.freeze_vision_tower:
         if vision is None:
-            raise UserError("learner.freeze_vision=true, but the model has no image tower; remove it")
+            raise UserError("actor.freeze_vision_tower=true, but the model has no image tower; remove it")
         freeze_tower(student)
     require_same_vocabulary(student, text_tokenizer, run.model.path)
     window = get_window(student)
@@ -112,11 +113,11 @@ def build_parts(run: Run, observer: Observer) -> Parts:
     held_out = load_prompts(run.data.val_files, "data.val_files", run, tokenizer, window, observer)
     _require_known_tokens([*prompts, *held_out], count_embeddings(student))
     decoding = Decoding(
-        n=run.sampler.n,
-        max_new_tokens=run.sampler.max_response_length,
-        temperature=run.sampler.temperature,
-        top_p=run.sampler.top_p,
-        batch_size=run.sampler.batch_size,
+        n=run.rollout.n,
+        max_new_tokens=run.rollout.max_response_length,
+        temperature=run.rollout.temperature,
+        top_p=run.rollout.top_p,
+        batch_size=run.rollout.max_num_seqs,
         stop_token_ids=get_stop_token_ids(student, text_tokenizer),
         pad_token_id=int(text_tokenizer.pad_token_id),
         forbidden_token_ids=vision.placeholder_ids if vision is not None else (),
@@ -150,11 +151,11 @@ def build_parts(run: Run, observer: Observer) -> Parts:
     )
 
 
-def _restore(learner: Learner, run: Run, resumption: Resumption, data: str) -> None:
+def _restore(learner: Learner, run: SDPOConfig, resumption: Resumption, data: str) -> None:
     state = resumption.state
     if state.data != data:
         raise UserError(
-            "data.train_files: other rows than when the run began; restore them or begin in another run_dir"
+            "data.train_files: other rows than when the run began; restore them or begin in another output_dir"
         )
     if learner.initial is not None and not run.lora.rank:  # which was made from the student as it is now
         copy_parameters(dict(load_model(run.model, learner.device).named_parameters()), learner.initial)
@@ -175,7 +176,7 @@ def _require_known_tokens(prompts: list[Prompt], num_embeddings: int) -> None:
 
 
 def _build_sampler(
-    run: Run,
+    run: SDPOConfig,
     student: PreTrainedModel,
     decoding: Decoding,
     device: torch.device,
@@ -183,17 +184,17 @@ def _build_sampler(
     vision: Vision | None,
     observer: Observer,
 ) -> Sampler:
-    threads, config = run.sampler.num_threads, replace(run.model, dtype=run.sampling_dtype)
-    if run.sampler.engine == "vllm":
-        needed = run.data.max_prompt_length + run.sampler.max_response_length
+    threads, config = run.rollout.num_threads, replace(run.model, dtype=run.sampling_dtype)
+    if run.rollout.engine == "vllm":
+        needed = run.data.max_prompt_length + run.rollout.max_response_length
         max_length = needed if window is None else min(needed, window)
-        build_vllm = partial(VllmEngine, config, decoding, device, max_length, run.sampler.kv_cache_gib)
-        if run.staleness == 1:
-            return ProcessSampler(student, build_vllm, threads, True, run.sampler.max_restarts, observer.message)
+        build_vllm = partial(VllmEngine, config, decoding, device, max_length, run.rollout.kv_cache_memory_gib)
+        if run.max_staleness == 1:
+            return ProcessSampler(student, build_vllm, threads, True, run.rollout.max_restarts, observer.message)
         return LocalSampler(build_vllm(), probes=True)
     build_engine = partial(TransformersEngine.from_config, config, decoding, device, run.data.max_pixels)
-    if run.staleness == 1:
-        return ProcessSampler(student, build_engine, threads, False, run.sampler.max_restarts, observer.message)
+    if run.max_staleness == 1:
+        return ProcessSampler(student, build_engine, threads, False, run.rollout.max_restarts, observer.message)
     if device != student.device:
         return LocalSampler(build_engine())
     return LocalSampler(TransformersEngine(student, decoding, vision, is_student=True))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from sdpo.algorithm.teacher import Policy, Teacher
-from sdpo.config import Run
+from sdpo.config.root import SDPOConfig
 from sdpo.models.generation.sampling import Decoding, sample_responses
 from sdpo.models.multimodal.processor import TokenPrompt
 from sdpo.models.multimodal.vision_tower import Vision
@@ -36,7 +36,7 @@ SEED = 20_601_20_802
 class Evaluator:
     """Grades greedy and sampled responses to held-out prompts."""
 
-    run: Run
+    run: SDPOConfig
     grader: Grader
     tokenizer: Tokenizer
     prompts: Sequence[Prompt]
@@ -60,7 +60,7 @@ class Evaluator:
             best = _best_of_groups(shown, config.n)
             values |= _mean_by_source(self.prompts, shown, lambda source: val_name(source, f"mean@{config.n}"))
             values |= _mean_by_source(self.prompts, best, lambda source: val_name(source, f"best@{config.n}/mean"))
-        if teacher is not None and config.teacher:
+        if teacher is not None and config.evaluate_teacher:
             values |= self._evaluate_teacher(teacher.policy(student), shown, greedy)
         return values | {VAL_GRADER_FAILURES: self.grader.num_failures - failures_before}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sdpo.algorithm.teacher import follows
-from sdpo.config import Run
+from sdpo.config.root import SDPOConfig
 from sdpo.models.memory_estimate import (
     BYTES,
     Cost,
@@ -23,9 +23,9 @@ from sdpo.models.memory_estimate import (
 DRAWING, DRAWING_FROM_NUCLEUS = 5, 12
 
 
-def estimate_cost(run: Run) -> Cost:
+def estimate_cost(run: SDPOConfig) -> Cost:
     """Tokens a step, and memory of learner and sampler; no memory where the model is only made on first use."""
-    tokens = run.data.train_batch_size * run.sampler.n * (run.data.max_prompt_length + run.sampler.max_response_length)
+    tokens = run.data.train_batch_size * run.rollout.n * (run.data.max_prompt_length + run.rollout.max_response_length)
     if run.data.task_args.get("dir") and not Path(run.model.path).exists():
         return Cost(tokens, None)
     model = measure_model(run.model, run.lora)
@@ -42,21 +42,21 @@ def estimate_cost(run: Run) -> Cost:
             "the update": _update(run, model),
         },
         sampler=_sample(run, model, lengths),
-        takes_turns=not run.staleness and run.sampler.device == run.learner.device,
+        takes_turns=not run.max_staleness and run.rollout.device == run.actor.device,
     )
 
 
-def _count_trained(run: Run, model: ModelSize) -> int:
+def _count_trained(run: SDPOConfig, model: ModelSize) -> int:
     if model.adapters is not None:
         return model.adapters.num_params
     return model.num_params if run.trains_vision else model.language.num_params
 
 
-def _count_trained_bytes(run: Run, model: ModelSize) -> int:
+def _count_trained_bytes(run: SDPOConfig, model: ModelSize) -> int:
     return _count_trained(run, model) * (4 if model.adapters is not None else BYTES[run.model.dtype])
 
 
-def _count_averaged(run: Run, model: ModelSize) -> int:
+def _count_averaged(run: SDPOConfig, model: ModelSize) -> int:
     """Parameters that the teacher holds in float32 beside its module's weights, and makes anew of the student's."""
     config = run.self_distillation
     if not config.distills or not follows(config):
@@ -66,7 +66,7 @@ def _count_averaged(run: Run, model: ModelSize) -> int:
     return model.num_params if config.teacher_regularization == "ema" and run.model.dtype != "float32" else 0
 
 
-def _hold(run: Run, model: ModelSize, lengths: Lengths) -> dict[str, int]:
+def _hold(run: SDPOConfig, model: ModelSize, lengths: Lengths) -> dict[str, int]:
     config, size = run.self_distillation, BYTES[run.model.dtype]
     trained = _count_trained_bytes(run, model)
     has_module = config.distills and config.teacher_regularization != "live"
@@ -85,13 +85,13 @@ def _hold(run: Run, model: ModelSize, lengths: Lengths) -> dict[str, int]:
     }
 
 
-def _learn(run: Run, model: ModelSize, lengths: Lengths) -> dict[str, int]:
+def _learn(run: SDPOConfig, model: ModelSize, lengths: Lengths) -> dict[str, int]:
     residual = BYTES[run.model.dtype]
-    size = 2 if run.learner.autocast else residual
+    size = 2 if run.actor.autocast else residual
     stack = model.language
-    student = stack.count_learning(size, residual, checkpointing=run.learner.gradient_checkpointing)
+    student = stack.count_learning(size, residual, checkpointing=run.actor.gradient_checkpointing)
     if model.adapters is not None:  # their inputs are cast to float32
-        student += model.adapters.kept * 4 // (stack.num_layers if run.learner.gradient_checkpointing else 1)
+        student += model.adapters.kept * 4 // (stack.num_layers if run.actor.gradient_checkpointing else 1)
     # Output layers in the data type of the products: the student's and the teacher's.
     heads = 0 if size == residual else (1 + (lengths.teacher > 0)) * model.vocab_size * stack.hidden_size * size
     mask = (lengths.prompt + lengths.response) * (1 + size)  # of one row of attention
@@ -102,21 +102,21 @@ def _learn(run: Run, model: ModelSize, lengths: Lengths) -> dict[str, int]:
         )
         + lengths.teacher * stack.hidden_size * size
         + heads,
-        "weights in bfloat16": _count_casts(run, stack) if run.learner.autocast else 0,
+        "weights in bfloat16": _count_casts(run, stack) if run.actor.autocast else 0,
     }
 
 
-def _count_casts(run: Run, stack: Stack) -> int:
+def _count_casts(run: SDPOConfig, stack: Stack) -> int:
     """Autocast keeps its copies of the student's weights for the backward pass, of one layer if that runs it again."""
     casts = stack.num_params * 2
-    return casts // stack.num_layers if run.learner.gradient_checkpointing else casts
+    return casts // stack.num_layers if run.actor.gradient_checkpointing else casts
 
 
-def _learn_tower(run: Run, model: ModelSize) -> dict[str, int]:
+def _learn_tower(run: SDPOConfig, model: ModelSize) -> dict[str, int]:
     """Of a frozen tower it is a forward pass alone, which takes less."""
     residual = BYTES[run.model.dtype]
-    size = 2 if run.learner.autocast else residual
-    checkpointing = run.learner.gradient_checkpointing
+    size = 2 if run.actor.autocast else residual
+    checkpointing = run.actor.gradient_checkpointing
     return {
         "activations of the image tower": model.count_tower(
             run.data.max_pixels, size, residual, checkpointing=checkpointing
@@ -124,25 +124,25 @@ def _learn_tower(run: Run, model: ModelSize) -> dict[str, int]:
     }
 
 
-def _update(run: Run, model: ModelSize) -> dict[str, int]:
+def _update(run: SDPOConfig, model: ModelSize) -> dict[str, int]:
     return {"copies of the weights": count_update(run, model, _count_averaged(run, model))}
 
 
-def _sample(run: Run, model: ModelSize, lengths: Lengths) -> dict[str, int]:
+def _sample(run: SDPOConfig, model: ModelSize, lengths: Lengths) -> dict[str, int]:
     """Rollouts of a step, or held-out prompts, whose teacher's prompts are the longest that are decoded."""
-    own_weights = run.sampler.engine == "vllm" or run.staleness or run.sampler.device != run.learner.device
+    own_weights = run.rollout.engine == "vllm" or run.max_staleness or run.rollout.device != run.actor.device
     own_weights = own_weights or run.sampling_dtype != run.model.dtype  # a copy, for as long as they sample
-    size, rows = BYTES[run.sampling_dtype], max(run.sampler.batch_size, run.sampler.n)
-    training = min(rows, run.data.train_batch_size * run.sampler.n)
+    size, rows = BYTES[run.sampling_dtype], max(run.rollout.max_num_seqs, run.rollout.n)
+    training = min(rows, run.data.train_batch_size * run.rollout.n)
     held_out = rows if run.eval.max_prompts is None else min(rows, run.eval.max_prompts * max(run.eval.n, 1))
-    shown = max(lengths.prompt, lengths.teacher_prompt) if run.eval.teacher else lengths.prompt
+    shown = max(lengths.prompt, lengths.teacher_prompt) if run.eval.evaluate_teacher else lengths.prompt
     cached = max(training * (lengths.prompt + lengths.response), held_out * (shown + lengths.response))
-    prompts = max(training // run.sampler.n, 1)
+    prompts = max(training // run.rollout.n, 1)
     read = max(prompts * lengths.prompt, held_out * shown)
     pictured = max(prompts, held_out) * lengths.prompt * model.feature_values * size if model.tower else 0
-    drawing = DRAWING if run.sampler.top_p == run.eval.top_p == 1.0 else DRAWING_FROM_NUCLEUS
-    if run.sampler.engine == "vllm":
-        return {"weights": model.num_params * size, "key-value cache": int(run.sampler.kv_cache_gib * 2**30)}
+    drawing = DRAWING if run.rollout.top_p == run.eval.top_p == 1.0 else DRAWING_FROM_NUCLEUS
+    if run.rollout.engine == "vllm":
+        return {"weights": model.num_params * size, "key-value cache": int(run.rollout.kv_cache_memory_gib * 2**30)}
     return {
         "weights": model.num_params * size if own_weights else 0,
         "key-value cache": cached * model.cache_values * size,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from sdpo.config import Run
+from sdpo.config.root import SDPOConfig
 from sdpo.models.multimodal.processor import TokenPrompt
 from sdpo.observability import metrics
 from sdpo.observability.progress import Observer, Silent
@@ -36,18 +36,18 @@ class Result:
 
     Attributes:
         metrics: the last value of every metric.
-        run_dir: the run's folder.
+        output_dir: the run's folder.
         interrupted: the signal that cut it short (SIGINT is Ctrl-C); None if none did.
         stopped_by: the alarm that cut it short and its reason; None if none did.
     """
 
     metrics: dict[str, float]
-    run_dir: Path
+    output_dir: Path
     interrupted: str | None = None
     stopped_by: str | None = None
 
 
-def train(run: Run, observer: Observer | None = None) -> Result:
+def train(run: SDPOConfig, observer: Observer | None = None) -> Result:
     """Train as the run says, from its beginning or from a checkpoint; write the run folder; return the final metrics.
 
     Raises:
@@ -62,7 +62,7 @@ def train(run: Run, observer: Observer | None = None) -> Result:
             training.run_to_end()
         except KeyboardInterrupt:
             interrupted = interruption.name or "SIGINT"
-            training.rescue(run.stop_within)
+            training.rescue(run.shutdown_timeout)
         except Exception:
             with contextlib.suppress(Exception):  # what stopped the run is what has to be said
                 training.rescue(wait=0.0)
@@ -79,7 +79,7 @@ class _Training:
     ``rollouts`` are those of the next step once they are there; ``row`` has the metrics of the last one.
     """
 
-    def __init__(self, run: Run, parts: Parts, interruption: Interruption) -> None:
+    def __init__(self, run: SDPOConfig, parts: Parts, interruption: Interruption) -> None:
         self.run = run
         self.parts = parts
         self.learner = parts.learner
@@ -93,7 +93,7 @@ class _Training:
 
     def run_to_end(self) -> None:
         self._finish_step()
-        for step in range(self.learner.version + 1, self.run.total_steps + 1):
+        for step in range(self.learner.version + 1, self.run.max_steps + 1):
             self._take_step(step)
             self._finish_step()
             if self.parts.guard.stopped_by is not None:
@@ -113,9 +113,9 @@ class _Training:
         assert rollouts is not None
         values[metrics.TIME_SAMPLE] = rollouts.seconds
         staleness = learner.version - rollouts.version
-        if staleness > run.staleness:
-            raise RuntimeError(f"step {step}: rollouts are {staleness} updates old, the bound is {run.staleness}")
-        if run.staleness == 1:
+        if staleness > run.max_staleness:
+            raise RuntimeError(f"step {step}: rollouts are {staleness} updates old, the bound is {run.max_staleness}")
+        if run.max_staleness == 1:
             values |= self._hand_over(step + 1)
 
         samples = build_samples(
@@ -141,18 +141,18 @@ class _Training:
     def _finish_step(self) -> None:
         """Evaluate, save and log the last step; step 0 is before training."""
         run, step = self.run, self.learner.version
-        is_last = step == run.total_steps
+        is_last = step == run.max_steps
         if not self.is_checked:
-            evaluates = is_last or _is_due(step, run.eval_every) if step else run.eval.before_training
+            evaluates = is_last or _is_due(step, run.eval_steps) if step else run.eval.val_before_train
             if evaluates:
                 self.row |= self._evaluate()
             is_stopped = self._check()
             if is_stopped and not evaluates:
                 self.row |= self._evaluate()
             is_last |= is_stopped
-        if step != self.saved_step and (is_last or _is_due(step, run.save_every)):
+        if step != self.saved_step and (is_last or _is_due(step, run.save_steps)):
             saving = time.perf_counter()
-            if self.is_sampling and run.staleness == 1:  # rollouts of weights that nobody has any more
+            if self.is_sampling and run.max_staleness == 1:  # rollouts of weights that nobody has any more
                 self.rollouts, self.is_sampling = self.parts.sampler.collect(), False
             self._save()
             self.row[metrics.TIME_SAVE] = time.perf_counter() - saving
@@ -180,7 +180,7 @@ class _Training:
             return
         if self.saved_step == self.learner.version:
             return
-        if self.rollouts is None and self.is_sampling and self.run.staleness == 1:
+        if self.rollouts is None and self.is_sampling and self.run.max_staleness == 1:
             with contextlib.suppress(Exception):  # it may be the sampler that stopped the run
                 self.rollouts = self.parts.sampler.collect(timeout=wait)
             if self.rollouts is None:
@@ -205,11 +205,11 @@ class _Training:
 
         save_checkpoint(parts.folder.checkpoints, step, metrics.find_score(self.row), write)
         self.saved_step = step
-        retire_checkpoints(parts.folder.checkpoints, self.run.keep_last, self.run.keep_best)
+        retire_checkpoints(parts.folder.checkpoints, self.run.save_total_limit, self.run.save_best_limit)
 
     def _hand_over(self, next_step: int) -> dict[str, float]:
         """Give the sampler the student's weights as they are and ask for rollouts, unless there are no more to come."""
-        if next_step > self.run.total_steps:
+        if next_step > self.run.max_steps:
             return {}
         started = time.perf_counter()
         self.parts.sampler.load_weights(self.learner.student, self.learner.version)
@@ -229,7 +229,7 @@ def _is_due(step: int, every: int) -> bool:
     return bool(every and step and step % every == 0)
 
 
-def _request(run: Run, parts: Parts, step: int) -> tuple[list[TokenPrompt], int]:
+def _request(run: SDPOConfig, parts: Parts, step: int) -> tuple[list[TokenPrompt], int]:
     """The step's prompts and the seed of its sampling."""
     seed = random.Random(f"sampling {run.seed} {step}").getrandbits(63)
     return [prompt.tokens for prompt in parts.prompts_of(step)], seed

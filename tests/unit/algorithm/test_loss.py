@@ -56,7 +56,7 @@ def numbers(seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:
 def expected_token_losses(
     given: Mapping[str, np.ndarray[Any, Any]], chosen: Mapping[str, Any], coef: float = COEF
 ) -> list[Any]:
-    blend = chosen.get("grpo_coef", 0.0)
+    blend = chosen.get("policy_loss_weight", 0.0)
     low, high = 1 - chosen.get("clip_ratio_low", 0.2), 1 + chosen.get("clip_ratio_high", 0.2)
     losses: list[Any] = []
     for i in range(N):
@@ -139,10 +139,10 @@ def run(
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("grpo_coef", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("policy_loss_weight", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("bounds", [{}, {"clip_ratio_low": 0.45, "clip_ratio_high": 0.6}])
-def test_the_blend_by_token(name: str, grpo_coef: float, bounds: dict[str, float]) -> None:
-    chosen = LEVELS[name] | {"grpo_coef": grpo_coef} | bounds
+def test_the_blend_by_token(name: str, policy_loss_weight: float, bounds: dict[str, float]) -> None:
+    chosen = LEVELS[name] | {"policy_loss_weight": policy_loss_weight} | bounds
     outputs, gradient = run(numbers(), chosen)
     expected = expected_token_losses(numbers(), chosen)
     np.testing.assert_allclose(outputs.token_losses.detach().numpy(), np.real(expected), atol=1e-14)
@@ -152,14 +152,14 @@ def test_the_blend_by_token(name: str, grpo_coef: float, bounds: dict[str, float
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_blend_lies_between_its_parts(name: str) -> None:
-    parts = [run(numbers(), LEVELS[name] | {"grpo_coef": coef}) for coef in (0.0, 0.3, 1.0)]
+    parts = [run(numbers(), LEVELS[name] | {"policy_loss_weight": coef}) for coef in (0.0, 0.3, 1.0)]
     sdpo, blend, grpo = (float(outputs.loss.detach()) for outputs, _ in parts)
     assert blend == pytest.approx(0.3 * grpo + 0.7 * sdpo, abs=1e-14)
     np.testing.assert_allclose(parts[1][1], 0.3 * parts[2][1] + 0.7 * parts[0][1], atol=1e-14)
 
 
 def test_plain_grpo_needs_nothing_of_a_teacher() -> None:
-    config, logits = SelfDistillationConfig(grpo_coef=1.0), logits_of(numbers())
+    config, logits = SelfDistillationConfig(policy_loss_weight=1.0), logits_of(numbers())
     whole = inputs_of(numbers(), config, logits)
     bare = replace(
         whole,
@@ -184,7 +184,7 @@ def test_plain_sdpo_needs_nothing_of_grpo(name: str) -> None:
 
 
 def test_the_distillation_weight_scales_the_distillation_part_alone() -> None:
-    chosen = LEVELS["full vocabulary, alpha=0.5"] | {"grpo_coef": 0.3}
+    chosen = LEVELS["full vocabulary, alpha=0.5"] | {"policy_loss_weight": 0.3}
     config = SelfDistillationConfig(**chosen)
     for coef in (0.0, 0.25, 2.0):
         inputs = replace(inputs_of(numbers(), config, logits_of(numbers())), distillation_coef=coef)
@@ -192,24 +192,29 @@ def test_the_distillation_weight_scales_the_distillation_part_alone() -> None:
         np.testing.assert_allclose(compute_loss(inputs, config).token_losses.detach().numpy(), expected, atol=1e-14)
 
 
-@pytest.mark.parametrize("grpo_coef", [0.0, 0.3])
+@pytest.mark.parametrize("policy_loss_weight", [0.0, 0.3])
 @pytest.mark.parametrize("absent", [True, False])
-def test_tokens_of_which_none_is_distilled_can_be_differentiated(grpo_coef: float, absent: bool) -> None:
+def test_tokens_of_which_none_is_distilled_can_be_differentiated(policy_loss_weight: float, absent: bool) -> None:
     """A micro-batch may hold only samples whose teacher was shown nothing."""
-    config, logits = SelfDistillationConfig(grpo_coef=grpo_coef), logits_of(numbers())
+    config, logits = SelfDistillationConfig(policy_loss_weight=policy_loss_weight), logits_of(numbers())
     given = numbers() | {"distilled": np.zeros(N, dtype=bool)}
     inputs = inputs_of(given, config, logits)
     outputs = compute_loss(replace(inputs, distilled=None) if absent else inputs, config)
     outputs.loss.backward()
-    expected = expected_token_losses(given, {"grpo_coef": grpo_coef})
+    expected = expected_token_losses(given, {"policy_loss_weight": policy_loss_weight})
     np.testing.assert_allclose(outputs.token_losses.detach().numpy(), np.real(expected), atol=1e-14)
     assert logits.grad is not None
-    np.testing.assert_allclose(logits.grad.numpy(), expected_gradient(given, {"grpo_coef": grpo_coef}), atol=1e-14)
-    assert (grpo_coef == 0.0) == (logits.grad == 0.0).all()
+    np.testing.assert_allclose(
+        logits.grad.numpy(), expected_gradient(given, {"policy_loss_weight": policy_loss_weight}), atol=1e-14
+    )
+    assert (policy_loss_weight == 0.0) == (logits.grad == 0.0).all()
 
 
 def test_gradients_reach_the_student_alone() -> None:
-    config, logits = SelfDistillationConfig(grpo_coef=0.3, alpha=0.5, teacher_entropy_beta=0.1), logits_of(numbers())
+    config, logits = (
+        SelfDistillationConfig(policy_loss_weight=0.3, alpha=0.5, teacher_entropy_beta=0.1),
+        logits_of(numbers()),
+    )
     inputs = inputs_of(numbers(), config, logits)
     names = ("old_log_probs", "teacher_log_probs", "teacher_distribution")
     leaves = {name: getattr(inputs, name).detach().requires_grad_() for name in names}
@@ -219,9 +224,9 @@ def test_gradients_reach_the_student_alone() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("grpo_coef", [0.0, 0.3, 1.0])
-def test_a_token_that_is_not_finite_is_seen_in_the_token_losses(value: float, grpo_coef: float) -> None:
-    config = SelfDistillationConfig(grpo_coef=grpo_coef)
+@pytest.mark.parametrize("policy_loss_weight", [0.0, 0.3, 1.0])
+def test_a_token_that_is_not_finite_is_seen_in_the_token_losses(value: float, policy_loss_weight: float) -> None:
+    config = SelfDistillationConfig(policy_loss_weight=policy_loss_weight)
     inputs = inputs_of(numbers(), config, logits_of(numbers()))
     clean = compute_loss(inputs, config).token_losses.detach()
     student_log_probs = inputs.student_log_probs.detach().clone()
@@ -256,7 +261,7 @@ CLIPPED = [
 def test_ppo_clip_by_hand() -> None:
     ratios, advantages, losses, gradients = (torch.tensor(x, dtype=torch.float64) for x in zip(*CLIPPED, strict=True))
     student = torch.full((len(CLIPPED),), -1.5, dtype=torch.float64, requires_grad=True)
-    config = SelfDistillationConfig(grpo_coef=1.0, clip_ratio_low=0.2, clip_ratio_high=0.3)
+    config = SelfDistillationConfig(policy_loss_weight=1.0, clip_ratio_low=0.2, clip_ratio_high=0.3)
     inputs = LossInputs(student, student.detach() - ratios.log(), advantages=advantages)
     result, values = compute_policy_token_losses(inputs, config)
     torch.testing.assert_close(result, losses, rtol=1e-13, atol=1e-15)
@@ -275,7 +280,7 @@ def test_on_policy_the_gradient_is_the_policy_gradient() -> None:
         student = torch.tensor([-0.3, -2.0], dtype=torch.float64, requires_grad=True)
         advantages = torch.tensor([0.7, -1.1], dtype=torch.float64)
         inputs = LossInputs(student, student.detach(), advantages=advantages)
-        losses, _ = compute_policy_token_losses(inputs, SelfDistillationConfig(grpo_coef=1.0, **bounds))
+        losses, _ = compute_policy_token_losses(inputs, SelfDistillationConfig(policy_loss_weight=1.0, **bounds))
         losses.sum().backward()
         assert student.grad is not None
         assert student.grad.tolist() == pytest.approx([-0.7, 1.1])
@@ -288,10 +293,10 @@ def test_on_policy_the_gradient_is_the_policy_gradient() -> None:
 @given(
     parts=st.lists(st.integers(0, 3), min_size=N, max_size=N),
     name=st.sampled_from(NAMES),
-    grpo_coef=st.sampled_from([0.0, 0.3, 1.0]),
+    policy_loss_weight=st.sampled_from([0.0, 0.3, 1.0]),
 )
-def test_any_cut_into_micro_batches_gives_the_same(parts: list[int], name: str, grpo_coef: float) -> None:
-    chosen = LEVELS[name] | {"grpo_coef": grpo_coef}
+def test_any_cut_into_micro_batches_gives_the_same(parts: list[int], name: str, policy_loss_weight: float) -> None:
+    chosen = LEVELS[name] | {"policy_loss_weight": policy_loss_weight}
     config, given_numbers = SelfDistillationConfig(**chosen), numbers()
     whole, gradient = run(given_numbers, chosen)
     logits, loss = logits_of(given_numbers), 0.0
@@ -330,10 +335,10 @@ def test_weights_of_the_mini_batch_make_micro_batches_add_up(mode: str) -> None:
     assert sum(parts) == pytest.approx(expected, abs=1e-14)
 
 
-@pytest.mark.parametrize("grpo_coef", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("policy_loss_weight", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("name", NAMES)
-def test_sums(grpo_coef: float, name: str) -> None:
-    chosen = LEVELS[name] | {"grpo_coef": grpo_coef, "is_clip": 1.4}
+def test_sums(policy_loss_weight: float, name: str) -> None:
+    chosen = LEVELS[name] | {"policy_loss_weight": policy_loss_weight, "is_clip": 1.4}
     given_numbers = numbers()
     outputs, _ = run(given_numbers, chosen)
     rows = []
@@ -347,20 +352,21 @@ def test_sums(grpo_coef: float, name: str) -> None:
     gaps, divergences, ratios, taken = np.array(rows).T
     distilled = given_numbers["distilled"]
     apart = {
-        coef: sum(np.real(expected_token_losses(given_numbers, chosen | {"grpo_coef": coef}, 1.0))) for coef in (0, 1)
+        coef: sum(np.real(expected_token_losses(given_numbers, chosen | {"policy_loss_weight": coef}, 1.0)))
+        for coef in (0, 1)
     }
     expected: dict[str, tuple[float, int]] = {
         metrics.LOSS: (sum(np.real(expected_token_losses(given_numbers, chosen))), 0),
         metrics.PPO_KL: (float((given_numbers["old"] - taken).sum()), N),
     }
-    if grpo_coef > 0:
+    if policy_loss_weight > 0:
         # Ratios 0.5 1.05 2.5 0.6 3 0.95 1.5, advantages + - + - - 0 +: away at 2.5 with +, 0.6 with -, 1.5 with +.
         expected |= {
             metrics.PG_LOSS: (apart[1], 0),
             metrics.PG_CLIPFRAC: (3.0, N),
             metrics.ADVANTAGES_MEAN: (float(given_numbers["advantages"].sum()), N),
         }
-    if grpo_coef < 1:
+    if policy_loss_weight < 1:
         expected |= {
             metrics.DISTILLATION_LOSS: (apart[0], 0),
             metrics.DIVERGENCE: (divergences[distilled].sum(), 5),
@@ -394,7 +400,7 @@ def test_sums(grpo_coef: float, name: str) -> None:
     ],
 )
 def test_the_scheduled_weight(start: float, end: float, step: int, total: int, expected: float) -> None:
-    config = SelfDistillationConfig(distillation_weight_start=start, distillation_weight_end=end)
+    config = SelfDistillationConfig(distillation_coef_start=start, distillation_coef_end=end)
     assert compute_distillation_coef(config, step, total) == pytest.approx(expected, abs=1e-15)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from sdpo import SelfDistillationConfig
 from sdpo.algorithm.loss import LossInputs, compute_loss
 from sdpo.algorithm.regularization import Regularization, estimate_kl
-from sdpo.config import KL_LOSS_TYPES
+from sdpo.config.actor import KL_LOSS_TYPES
 from sdpo.kernels.chunked_log_probs import LazyLogits
 from sdpo.kernels.fused_linear_loss import TokenInputs, compute_fused_loss
 from sdpo.observability import metrics

@@ -650,5 +650,5 @@ def test_what_the_settings_do_not_need_may_be_missing() -> None:
 
 def test_grpo_and_schedule_are_not_applied_here() -> None:
     batch = make_batch()
-    more = {"grpo_coef": 0.3, "distillation_weight_start": 5.0, "distillation_weight_end": 5.0}
+    more = {"policy_loss_weight": 0.3, "distillation_coef_start": 5.0, "distillation_coef_end": 5.0}
     assert_same(run(batch, FULL | more), run(batch, FULL))

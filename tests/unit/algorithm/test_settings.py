@@ -23,14 +23,14 @@ NAN, INF = float("nan"), float("inf")
         ("teacher_entropy_beta", INF, "in [0, inf)"),
         ("is_clip", 0.0, "in (0, inf)"),
         ("is_clip", INF, "in (0, inf)"),
-        ("distillation_weight_start", -0.5, "in [0, inf)"),
-        ("distillation_weight_end", -0.5, "in [0, inf)"),
-        ("grpo_coef", 1.01, "in [0, 1]"),
+        ("distillation_coef_start", -0.5, "in [0, inf)"),
+        ("distillation_coef_end", -0.5, "in [0, inf)"),
+        ("policy_loss_weight", 1.01, "in [0, 1]"),
         ("clip_ratio_low", 1.2, "in [0, 1]"),
         ("clip_ratio_high", -0.2, "in [0, inf)"),
         ("teacher_regularization", "none", "one of ema, trust-region, frozen, live, snapshot"),
         ("ema_update_rate", 1.1, "in [0, 1]"),
-        ("teacher_snapshot_every", 0, "in [1, inf)"),
+        ("teacher_sync_steps", 0, "in [1, inf)"),
     ],
 )
 def test_out_of_range(name: str, value: Any, described: str) -> None:
@@ -57,7 +57,7 @@ def test_out_of_range(name: str, value: Any, described: str) -> None:
         ),
         (
             {"demonstration_source": "none", "include_environment_feedback": False},
-            ("self_distillation.demonstration_source", "grpo_coef=1"),
+            ("self_distillation.demonstration_source", "policy_loss_weight=1"),
         ),
     ],
 )
@@ -74,7 +74,7 @@ def test_settings_that_contradict_each_other(together: dict[str, Any], named: tu
         {"full_logit_distillation": False, "alpha": 1.0, "divergence_clip": 5.0, "is_clip": None},
         {"alpha": 0.0},
         {"alpha": 1.0, "distillation_topk": 1, "distillation_add_tail": False},
-        {"demonstration_source": "none", "grpo_coef": 1.0},
+        {"demonstration_source": "none", "policy_loss_weight": 1.0},
         {"demonstration_source": "none", "include_environment_feedback": True},
         {"ema_update_rate": 0.0, "clip_ratio_low": 0.0, "clip_ratio_high": 0.0},
     ],

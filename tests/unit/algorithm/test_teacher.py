@@ -202,7 +202,7 @@ EXPECTED: dict[str, Callable[[History], np.ndarray[Any, Any]]] = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_teacher_gives_the_logits_it_promises(kind: str, dtype: torch.dtype) -> None:
-    student, teacher = build(kind, dtype, ema_update_rate=RATE, teacher_snapshot_every=EVERY)
+    student, teacher = build(kind, dtype, ema_update_rate=RATE, teacher_sync_steps=EVERY)
     history = [weights_of(student)]
     np.testing.assert_allclose(teacher_logits(teacher, student), logits_of(history[0]), atol=1e-5)
     # What the bfloat16 module rounds away of the average: 2^-9 of weights up to 3, twice, times inputs up to 3.
@@ -265,7 +265,7 @@ def test_the_average_of_a_model_does_not_stall(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "live"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_teacher_and_student_share_nothing(kind: str, dtype: torch.dtype) -> None:
-    student, teacher = build(kind, dtype, ema_update_rate=1.0, teacher_snapshot_every=1)
+    student, teacher = build(kind, dtype, ema_update_rate=1.0, teacher_sync_steps=1)
     assert teacher.module is not None
 
     def storages(module: nn.Module) -> set[int]:

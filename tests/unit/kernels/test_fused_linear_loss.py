@@ -281,7 +281,7 @@ def test_no_tensor_is_as_large_as_all_tokens_times_the_vocabulary() -> None:
         for clip in ("divergence clip", "teacher entropy"):
             chosen = LEVELS[level] | (CLIPS[clip] if level != "sampled token" else {})
             with Largest() as largest:
-                config = SelfDistillationConfig(**chosen, grpo_coef=0.5)
+                config = SelfDistillationConfig(**chosen, policy_loss_weight=0.5)
                 run_fused(case, config, torch.ones(64), mask, 8, advantages=case.advantages)[0].backward()
             assert largest.numel == 8 * 400, level
 
@@ -344,20 +344,24 @@ def run_engine_form(
         assert int(outputs.sums[name][1]) == int(count), name
 
 
-@pytest.mark.parametrize("grpo_coef", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("policy_loss_weight", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("level", LEVELS)
-def test_the_blend_is_that_of_compute_loss(level: str, grpo_coef: float) -> None:
-    config = SelfDistillationConfig(**LEVELS[level], grpo_coef=grpo_coef, is_clip=1.1, divergence_clip=0.1)
+def test_the_blend_is_that_of_compute_loss(level: str, policy_loss_weight: float) -> None:
+    config = SelfDistillationConfig(
+        **LEVELS[level], policy_loss_weight=policy_loss_weight, is_clip=1.1, divergence_clip=0.1
+    )
     some = torch.tensor([True, False, True, True, False, True, True])
     for distilled in (some, torch.ones(N, dtype=torch.bool), torch.zeros(N, dtype=torch.bool), None):
         for size in (1, 3, N, 50):
             run_engine_form(make_case(), config, distilled, size)
 
 
-@pytest.mark.parametrize("grpo_coef", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("policy_loss_weight", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("level", LEVELS)
-def test_kl_to_a_reference_and_entropy_are_those_of_compute_loss(level: str, grpo_coef: float) -> None:
-    config = SelfDistillationConfig(**LEVELS[level], grpo_coef=grpo_coef, is_clip=1.1, divergence_clip=0.1)
+def test_kl_to_a_reference_and_entropy_are_those_of_compute_loss(level: str, policy_loss_weight: float) -> None:
+    config = SelfDistillationConfig(
+        **LEVELS[level], policy_loss_weight=policy_loss_weight, is_clip=1.1, divergence_clip=0.1
+    )
     some = torch.tensor([True, False, True, True, False, True, True])
     case = make_case()
     reference = case.old + 0.5 * case.advantages
@@ -376,7 +380,7 @@ def test_kl_to_a_reference_and_entropy_are_those_of_compute_loss(level: str, grp
 @pytest.mark.parametrize("rows", [1, 2])
 def test_blocks_within_a_chunk_change_nothing(level: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sdpo.kernels.chunked_log_probs.BLOCK_BYTES", rows * V * 8)
-    config = SelfDistillationConfig(**LEVELS[level], grpo_coef=0.3, divergence_clip=0.1)
+    config = SelfDistillationConfig(**LEVELS[level], policy_loss_weight=0.3, divergence_clip=0.1)
     some = torch.tensor([True, False, True, True, True, True, True])
     for size in (3, N):
         run_engine_form(make_case(), config, some, size)
@@ -385,7 +389,7 @@ def test_blocks_within_a_chunk_change_nothing(level: str, rows: int, monkeypatch
 
 @pytest.mark.parametrize("level", ["full, alpha=0.0", "renormalised, alpha=0.5", "sampled token"])
 def test_a_teacher_of_two_models_logits(level: str) -> None:
-    config = SelfDistillationConfig(**LEVELS[level], grpo_coef=0.2)
+    config = SelfDistillationConfig(**LEVELS[level], policy_loss_weight=0.2)
     some = torch.tensor([True, False, True, True, False, True, True])
     run_engine_form(make_case(), config, some, 2, trust=0.35)
 
@@ -393,7 +397,7 @@ def test_a_teacher_of_two_models_logits(level: str) -> None:
 @pytest.mark.parametrize("level", ["full, alpha=0.5", "tail, alpha=1.0", "sampled token"])
 def test_rollout_weights_made_in_the_pass_are_the_truncated_ratios_by_token(level: str) -> None:
     case, some = make_case(), torch.tensor([True, False, True, True, False, True, True])
-    config = SelfDistillationConfig(**LEVELS[level], grpo_coef=0.3)
+    config = SelfDistillationConfig(**LEVELS[level], policy_loss_weight=0.3)
     own = case.student().detach().gather(-1, case.ids[:, None])[:, 0]
     ratios = torch.tensor([0.4, 0.9, 1.5, 0.7, 30.0, 1.9, 1.0], dtype=torch.float64)
     made = {"rollout_is_weights": None, "rollout_log_probs": own - ratios.log(), "rollout_is_threshold": 1.7}
@@ -449,11 +453,11 @@ def test_the_public_blend_averages_each_part_over_its_own_tokens() -> None:
     both = mask & distilled
     results = {}
     for coef in (0.0, 0.3, 1.0):
-        config = SelfDistillationConfig(alpha=0.5, grpo_coef=coef)
+        config = SelfDistillationConfig(alpha=0.5, policy_loss_weight=coef)
         loss, values = run_fused(case, config, mask, distilled, 2, advantages=case.advantages)
         loss.backward()
         results[coef] = float(loss.detach()), case.gradients(), values
-    alone, _ = run_fused(case, SelfDistillationConfig(alpha=0.5, grpo_coef=0.3), mask, distilled, 2)
+    alone, _ = run_fused(case, SelfDistillationConfig(alpha=0.5, policy_loss_weight=0.3), mask, distilled, 2)
     assert results[0.0][0] == pytest.approx(float(alone.detach()), abs=1e-14)
     # PPO by hand: ratio 1 / what made old from it, bounds 0.8 and 1.2, at the tokens of the mask.
     ratio = torch.tensor([0.5, 1.05, 2.5, 0.6, 3.0, 0.95, 1.5], dtype=torch.float64)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from sdpo.config import ModelConfig
+from sdpo.config.model import ModelConfig
 from sdpo.errors import UserError
 from sdpo.models.loading import (
     build_meta_model,
@@ -84,13 +84,13 @@ def test_the_window_is_the_configuration_s(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["cpu", "auto"])
 def test_devices_that_there_are(name: str) -> None:
     expected = "cuda" if name == "auto" and torch.cuda.is_available() else "cpu"
-    assert resolve_device(name, "learner.device").type == expected
+    assert resolve_device(name, "actor.device").type == expected
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "gpu", "cpu:x", ""])
 def test_devices_that_there_are_not(name: str) -> None:
-    with pytest.raises(UserError, match=r"^sampler\.device: no device .* here \(.*\); use auto or cpu$"):
-        resolve_device(name, "sampler.device")
+    with pytest.raises(UserError, match=r"^rollout\.device: no device .* here \(.*\); use auto or cpu$"):
+        resolve_device(name, "rollout.device")
 
 
 @pytest.mark.parametrize("load", [lambda c: load_model(c, CPU), load_tokenizer, build_meta_model])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from sdpo.config import LoraConfig
+from sdpo.config.model import LoraConfig
 from sdpo.errors import UserError
 from sdpo.models.lora.adapters import (
     MergedParameters,

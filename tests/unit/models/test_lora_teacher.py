@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sdpo.algorithm.teacher import Teacher
-from sdpo.config import LoraConfig, SelfDistillationConfig
+from sdpo.config.model import LoraConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.models.lora.adapters import MergedParameters, add_adapters, get_adapted_layers
 from sdpo.models.lora.teacher import build_lora_teacher
 
@@ -83,7 +84,7 @@ def test_the_average_is_that_of_the_product(make_model: MakeModel, dtype: torch.
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "live"])
 def test_the_base_is_shared_and_stays(make_model: MakeModel, kind: str) -> None:
-    student, teacher = build(make_model, kind, teacher_snapshot_every=1)
+    student, teacher = build(make_model, kind, teacher_sync_steps=1)
     assert teacher.module is not None
     plain = dict(make_model().named_parameters())
     students = move(student)
@@ -104,7 +105,7 @@ def test_the_base_is_shared_and_stays(make_model: MakeModel, kind: str) -> None:
 
 
 def test_a_snapshot_is_the_student_of_its_step(make_model: MakeModel) -> None:
-    student, teacher = build(make_model, "snapshot", teacher_snapshot_every=2)
+    student, teacher = build(make_model, "snapshot", teacher_sync_steps=2)
     students = move(student)
     expected = logits_of(student)
     for step in range(1, 6):
@@ -120,7 +121,7 @@ def test_a_snapshot_is_the_student_of_its_step(make_model: MakeModel) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_teacher_goes_on_from_its_state(make_model: MakeModel, kind: str, dtype: torch.dtype) -> None:
-    settings = {"ema_update_rate": 0.3, "teacher_snapshot_every": 2}
+    settings = {"ema_update_rate": 0.3, "teacher_sync_steps": 2}
     student, teacher = build(make_model, kind, dtype, **settings)
     students = move(student)
     for _ in range(3):

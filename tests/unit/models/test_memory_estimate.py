@@ -22,7 +22,8 @@ from transformers import (
     Qwen2Model,
 )
 
-from sdpo.config import ModelConfig, SelfDistillationConfig
+from sdpo.config.model import ModelConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.kernels import chunked_log_probs
 from sdpo.kernels.chunked_log_probs import LazyLogits
 from sdpo.kernels.fused_linear_loss import TokenInputs, compute_fused_loss
@@ -197,7 +198,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "sampled token": {"alpha": 1.0, "full_logit_distillation": False},
     "trust region": {"alpha": 0.5, "teacher_regularization": "trust-region"},
     "entropy weight": {"alpha": 0.5, "teacher_entropy_beta": 0.3},
-    "GRPO": {"grpo_coef": 1.0},
+    "GRPO": {"policy_loss_weight": 1.0},
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sdpo.config import OptimConfig
+from sdpo.config.actor import OptimConfig
 from sdpo.errors import UserError
 from sdpo.models.optimizer import (
     MAX_LOST,
@@ -21,8 +21,8 @@ from sdpo.models.optimizer import (
 )
 
 PLAIN, SMALL = OptimConfig(), OptimConfig(name="adamw_8bit")
-RANDOM = OptimConfig(stochastic_rounding=True, beta2=0.95)
-SMALL_RANDOM = OptimConfig(name="adamw_8bit", stochastic_rounding=True, beta2=0.95)
+RANDOM = OptimConfig(stochastic_rounding=True, betas=[0.9, 0.95])
+SMALL_RANDOM = OptimConfig(name="adamw_8bit", stochastic_rounding=True, betas=[0.9, 0.95])
 SHAPES = ((300, 256), (40,), (7, 9))
 
 
@@ -54,7 +54,7 @@ def displacement(config: OptimConfig, dtype: torch.dtype, num_steps: int = 40) -
 
 def test_the_plain_one_is_torchs() -> None:
     params = make_params(torch.float32)
-    optimizer = build_optimizer(params, OptimConfig(lr=3e-4, weight_decay=0.2, beta1=0.8, beta2=0.9))
+    optimizer = build_optimizer(params, OptimConfig(lr=3e-4, weight_decay=0.2, betas=[0.8, 0.9]))
     assert type(optimizer) is torch.optim.AdamW
     group = optimizer.param_groups[0]
     assert (group["lr"], group["weight_decay"], group["betas"], group["fused"]) == (3e-4, 0.2, (0.8, 0.9), None)
@@ -92,7 +92,7 @@ def test_without_torchao_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     ("config", "dtype", "cosine", "length"),
     [
         (SMALL, torch.float32, (0.98, 1.0), (0.97, 1.03)),
-        (OptimConfig(beta2=0.95), torch.bfloat16, (0.1, 0.4), (0.05, 0.4)),
+        (OptimConfig(betas=[0.9, 0.95]), torch.bfloat16, (0.1, 0.4), (0.05, 0.4)),
         (RANDOM, torch.bfloat16, (0.7, 0.95), (1.0, 1.5)),
         (SMALL_RANDOM, torch.bfloat16, (0.7, 0.95), (1.0, 1.5)),
     ],
@@ -103,7 +103,7 @@ def test_how_much_of_float32s_way_is_left(
 ) -> None:
     if config is not PLAIN and choose_optimizer(config)[0] != "torch.optim":
         pytest.importorskip("torchao")
-    exact = displacement(OptimConfig(beta2=config.beta2), torch.float32)
+    exact = displacement(OptimConfig(betas=config.betas), torch.float32)
     found = displacement(config, dtype)
     assert cosine[0] < float(exact @ found / exact.norm() / found.norm()) <= cosine[1] + 1e-12
     assert length[0] < float(found.norm() / exact.norm()) < length[1]
@@ -173,7 +173,7 @@ def test_the_share_lost_by_hand() -> None:
     weights = torch.tensor([1.0, 1.0, 2.0**-9, 0.0])
     param = nn.Parameter(weights.bfloat16())
     lr = 2.0**-10  # a quarter of the distance to 1's lower neighbour, an eighth of that to the upper one
-    optimizer = build_optimizer([param], OptimConfig(lr=lr, weight_decay=0.0, beta2=0.95))
+    optimizer = build_optimizer([param], OptimConfig(lr=lr, weight_decay=0.0, betas=[0.9, 0.95]))
     rounding = UpdateRounding(optimizer, lambda text: None)
     param.grad = torch.tensor([-1.0, 1.0, -1.0, -1.0]).bfloat16()
     optimizer.step()
@@ -184,7 +184,7 @@ def test_the_share_lost_by_hand() -> None:
 @pytest.mark.parametrize("lr", [1e-5, 1e-3])
 def test_it_is_what_a_whole_computation_says(lr: float) -> None:
     """Here over all entries, with the update of torch's own step on float32 weights that begin as the others."""
-    config = OptimConfig(lr=lr, beta2=0.95)
+    config = OptimConfig(lr=lr, betas=[0.9, 0.95])
     half = make_params(torch.bfloat16, [(512, 512)])
     whole = [nn.Parameter(p.detach().float()) for p in half]
     before = half[0].detach().double()
@@ -198,7 +198,7 @@ def test_it_is_what_a_whole_computation_says(lr: float) -> None:
 
 
 def test_plain_bfloat16_is_warned_of_at_the_start_and_once_more() -> None:
-    lost, told = measure(OptimConfig(beta2=0.95), torch.bfloat16, 4)
+    lost, told = measure(OptimConfig(betas=[0.9, 0.95]), torch.bfloat16, 4)
     assert min(lost) > 0.8
     assert len(told) == 2
     assert all("model.dtype=float32" in line for line in told)
@@ -206,7 +206,7 @@ def test_plain_bfloat16_is_warned_of_at_the_start_and_once_more() -> None:
 
 
 def test_a_learning_rate_that_is_large_enough_is_no_matter() -> None:
-    lost, told = measure(OptimConfig(beta2=0.95), torch.bfloat16, 1, lr=1e-2)
+    lost, told = measure(OptimConfig(betas=[0.9, 0.95]), torch.bfloat16, 1, lr=1e-2)
     assert abs(lost[0]) < MAX_LOST
     assert len(told) == 1 and "model.dtype" not in told[0]
 
@@ -221,7 +221,7 @@ def test_rounded_at_random_an_update_is_kept_on_average(config: OptimConfig) -> 
 
 def test_a_step_of_learning_rate_0_has_no_share() -> None:
     params = make_params(torch.bfloat16)
-    optimizer = build_optimizer(params, OptimConfig(beta2=0.95))
+    optimizer = build_optimizer(params, OptimConfig(betas=[0.9, 0.95]))
     rounding = UpdateRounding(optimizer, lambda text: None)
     optimizer.param_groups[0]["lr"] = 0.0
     run_steps(optimizer, params, range(1))

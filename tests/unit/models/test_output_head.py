@@ -19,7 +19,7 @@ from transformers import (
     GraniteForCausalLM,
 )
 
-from sdpo.config import SelfDistillationConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.errors import UserError
 from sdpo.kernels.chunked_log_probs import LazyLogits, score_tokens
 from sdpo.kernels.fused_linear_loss import TokenInputs, compute_fused_loss
@@ -99,7 +99,7 @@ def test_anything_else_is_refused(change: Callable[[Tensor], Tensor]) -> None:
     "settings",
     [
         {"alpha": 0.0},
-        {"alpha": 0.5, "grpo_coef": 0.3},
+        {"alpha": 0.5, "policy_loss_weight": 0.3},
         {"alpha": 1.0, "teacher_regularization": "trust-region"},
         {"alpha": 0.5, "distillation_topk": 5},
         {"alpha": 1.0, "full_logit_distillation": False},

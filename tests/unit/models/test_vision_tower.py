@@ -21,7 +21,7 @@ from vision_language import (
     plain_logits,
 )
 
-from sdpo.config import ModelConfig
+from sdpo.config.model import ModelConfig
 from sdpo.errors import UserError
 from sdpo.models.forward import compute_logits, compute_positions, pad_sequences
 from sdpo.models.generation.sampling import Decoding, Response, sample_responses

@@ -32,7 +32,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from sdpo.config import ModelConfig
+from sdpo.config.model import ModelConfig
 from sdpo.models.loading import load_model
 from sdpo.models.multimodal.processor import ImageReader, TokenPrompt, encode_png, load_reader
 from sdpo.models.multimodal.vision_tower import Vision

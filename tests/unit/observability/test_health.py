@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from sdpo.config import HealthConfig
+from sdpo.config.monitoring import HealthConfig
 from sdpo.observability import metrics
 from sdpo.observability.health import HealthMonitor
 
 RULES = [f.name for f in fields(HealthConfig) if f.type == "str"]
-BRISK = HealthConfig(window=2, tolerance=0.0)
+BRISK = HealthConfig(window=2, min_z_score=0.0)
 SCORE, ENTROPY, LENGTH = metrics.SCORE_MEAN, metrics.ENTROPY, metrics.RESPONSE_LENGTH_MEAN
 CLIPPED, DISTILLED, SUCCEEDED = (
     metrics.RESPONSE_LENGTH_CLIP_RATIO,
@@ -53,16 +53,19 @@ BY_HAND: dict[str, tuple[Series, list[tuple[int, str]]]] = {
     # 1 1 1 1.25 2.25
     "entropy rises": ({ENTROPY: [1, 1, 1, 1, 1.5, 3, 3]}, [(6, "entropy_explosion")]),
     # 1 1 1 1.25 2.25
-    "teacher becomes unsure": ({metrics.TEACHER_ENTROPY: [1, 1, 1, 1, 1.5, 3, 3]}, [(6, "teacher_unsure")]),
+    "teacher becomes unsure": ({metrics.TEACHER_ENTROPY: [1, 1, 1, 1, 1.5, 3, 3]}, [(6, "teacher_entropy_increase")]),
     # 10 10 7 4
     "length falls": ({LENGTH: [10, 10, 10, 4, 4], SCORE: [0.3]}, [(5, "length_collapse")]),
     "length falls as the score rises": ({LENGTH: [10, 10, 10, 4, 4], SCORE: [0.3, 0.3, 0.5, 0.9, 0.9]}, []),
     # 0 0 0.1 0.3
     "responses are cut off": ({CLIPPED: [0, 0, 0, 0.2, 0.4]}, [(5, "length_collapse")]),
-    "teacher is worse": ({GAIN: [None, -0.1, None], GAIN_HIGH: [None, -0.03, None]}, [(2, "teacher_worse")]),
+    "teacher is worse": (
+        {GAIN: [None, -0.1, None], GAIN_HIGH: [None, -0.03, None]},
+        [(2, "teacher_underperforms_student")],
+    ),
     "teacher may be as good": ({GAIN: [-0.1], GAIN_HIGH: [-0.01]}, []),
     # 0.5 0.25 0; the rule holds from the fourth step on, were it not for success.
-    "nothing is distilled": ({DISTILLED: [0.5, 0.5, 0, 0, 0], SUCCEEDED: [0.3]}, [(4, "nothing_to_distil")]),
+    "nothing is distilled": ({DISTILLED: [0.5, 0.5, 0, 0, 0], SUCCEEDED: [0.3]}, [(4, "no_distillation_targets")]),
     "nothing is left to learn": ({DISTILLED: [0.5, 0.5, 0, 0, 0], SUCCEEDED: [0.3, 0.9, 1, 1, 1]}, []),
     "nothing is known": ({metrics.LOSS: [1.0] * 9}, []),
     "not finite": ({SCORE: [1, 1, 1, 1, float("nan"), float("inf"), 1, 1]}, []),
@@ -102,14 +105,17 @@ def test_one_alarm_an_episode_and_another_after_recovery() -> None:
 def test_teacher_is_judged_by_its_last_evaluation() -> None:
     gains = [-0.1, None, None, -0.1, None, 0.0, None, None, -0.1]
     highs = [-0.05, None, None, -0.05, None, 0.01, None, None, -0.05]
-    assert alarms_of({GAIN: gains, GAIN_HIGH: highs}) == [(1, "teacher_worse"), (9, "teacher_worse")]
+    assert alarms_of({GAIN: gains, GAIN_HIGH: highs}) == [
+        (1, "teacher_underperforms_student"),
+        (9, "teacher_underperforms_student"),
+    ]
 
 
 def test_a_change_within_the_noise_does_not_count() -> None:
     # Neighbours differ by 0.4, at the end by 0: two means of two by sqrt(11 / 12 * 0.4^2 / 2) = 0.27. The drop is 0.2.
     series = {SCORE: [1, 0.6] * 6 + [0.6]}
-    assert alarms_of(series, replace(BRISK, tolerance=0.8)) == []
-    assert alarms_of(series, replace(BRISK, tolerance=0.6)) == [(13, "score_collapse")]
+    assert alarms_of(series, replace(BRISK, min_z_score=0.8)) == []
+    assert alarms_of(series, replace(BRISK, min_z_score=0.6)) == [(13, "score_collapse")]
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdpo.config import SelfDistillationConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.prompting.demonstrations import Demonstration, GradedResponse, compute_success_rates, select_demonstrations
 
 
@@ -40,22 +40,32 @@ def test_peer_is_a_success_of_the_same_group() -> None:
     samples = [*rollouts(0.0, 1.0, 0.5, group="a", ground_truth="4"), *rollouts(0.0, 0.0, group="b", ground_truth="5")]
     # interleaved, as a batch may come
     samples = [samples[i] for i in (3, 0, 1, 4, 2)]
-    assert solutions(samples, demonstration_source="peer") == [None, "a:1", None, None, "a:1"]
-    assert solutions(samples, demonstration_source="peer_then_ground_truth") == ["5", "a:1", "4", "5", "a:1"]
+    assert solutions(samples, demonstration_source="successful_rollout") == [None, "a:1", None, None, "a:1"]
+    assert solutions(samples, demonstration_source="successful_rollout_then_ground_truth") == [
+        "5",
+        "a:1",
+        "4",
+        "5",
+        "a:1",
+    ]
 
 
 def test_integer_and_text_groups_are_kept_apart() -> None:
     samples = [GradedResponse(1, "int", 1.0), GradedResponse("1", "text", 0.0)]
-    assert solutions(samples, demonstration_source="peer") == [None, None]
+    assert solutions(samples, demonstration_source="successful_rollout") == [None, None]
 
 
 def test_success_is_at_least_the_threshold() -> None:
     samples = rollouts(0.5, 0.4999, 0.0)
-    assert solutions(samples, demonstration_source="peer", success_reward_threshold=0.5) == [None, "0:0", "0:0"]
-    assert solutions(samples, demonstration_source="peer", success_reward_threshold=1.0) == [None] * 3
+    assert solutions(samples, demonstration_source="successful_rollout", success_reward_threshold=0.5) == [
+        None,
+        "0:0",
+        "0:0",
+    ]
+    assert solutions(samples, demonstration_source="successful_rollout", success_reward_threshold=1.0) == [None] * 3
 
 
-@pytest.mark.parametrize("source", ["peer", "ground_truth", "peer_then_ground_truth"])
+@pytest.mark.parametrize("source", ["successful_rollout", "ground_truth", "successful_rollout_then_ground_truth"])
 @pytest.mark.parametrize("threshold", [1.0, -1e9])
 @pytest.mark.parametrize("only_failed", [False, True])
 def test_what_was_not_graded_is_shown_nothing_and_to_nobody(source: Any, threshold: float, only_failed: bool) -> None:
@@ -79,7 +89,7 @@ def test_a_peer_is_a_success_of_the_group_and_not_itself(
     samples = [
         GradedResponse(group, f"{i}", score) for i, (score, group) in enumerate(zip(scores, groups, strict=False))
     ]
-    chosen = solutions(samples, seed, demonstration_source="peer", dont_reprompt_on_self_success=exclude)
+    chosen = solutions(samples, seed, demonstration_source="successful_rollout", dont_reprompt_on_self_success=exclude)
     for i, (sample, solution) in enumerate(zip(samples, chosen, strict=True)):
         allowed = {
             peer.response
@@ -91,14 +101,17 @@ def test_a_peer_is_a_success_of_the_group_and_not_itself(
 
 def test_own_rollout_is_shown_only_if_allowed() -> None:
     samples = rollouts(1.0, 0.0)
-    assert solutions(samples, demonstration_source="peer") == [None, "0:0"]
-    assert solutions(samples, demonstration_source="peer", dont_reprompt_on_self_success=False) == ["0:0", "0:0"]
+    assert solutions(samples, demonstration_source="successful_rollout") == [None, "0:0"]
+    assert solutions(samples, demonstration_source="successful_rollout", dont_reprompt_on_self_success=False) == [
+        "0:0",
+        "0:0",
+    ]
 
 
 def test_peers_are_drawn_uniformly() -> None:
     samples = rollouts(1.0, 0.0, 1.0, 1.0, 1.0, 1.0)
     draws, rng = 4000, random.Random(7)
-    config = SelfDistillationConfig(demonstration_source="peer")
+    config = SelfDistillationConfig(demonstration_source="successful_rollout")
     counts: list[Counter[str | None]] = [Counter() for _ in samples]
     for _ in range(draws):
         for count, demonstration in zip(counts, select_demonstrations(samples, config, rng), strict=True):
@@ -113,9 +126,9 @@ def test_peers_are_drawn_uniformly() -> None:
 
 def test_reproducible_from_the_generator() -> None:
     samples = rollouts(*[1.0] * 16)
-    first = solutions(samples, seed=3, demonstration_source="peer")
-    assert first == solutions(samples, seed=3, demonstration_source="peer")
-    assert first != solutions(samples, seed=4, demonstration_source="peer")
+    first = solutions(samples, seed=3, demonstration_source="successful_rollout")
+    assert first == solutions(samples, seed=3, demonstration_source="successful_rollout")
+    assert first != solutions(samples, seed=4, demonstration_source="successful_rollout")
 
 
 def test_only_failed_samples_are_distilled() -> None:
@@ -129,7 +142,7 @@ def test_only_failed_samples_are_distilled() -> None:
     assert chosen == [Demonstration(), Demonstration("4", "wrong"), Demonstration()]
     assert [d.is_empty for d in chosen] == [True, False, True]
     # a success is still shown to the failed
-    peers = solutions(rollouts(1.0, 0.0), demonstration_source="peer", distill_only_failed=True)
+    peers = solutions(rollouts(1.0, 0.0), demonstration_source="successful_rollout", distill_only_failed=True)
     assert peers == [None, "0:0"]
 
 
@@ -153,11 +166,11 @@ def test_reasoning_is_removed_from_peers_and_ground_truths_but_not_from_feedback
         GradedResponse(0, "r", 0.0, feedback="<think>f</think>", ground_truth="b</think>truth"),
     ]
     options = {"environment_feedback_only_without_solution": False}
-    shown = select(samples, demonstration_source="peer", **options)[1]
+    shown = select(samples, demonstration_source="successful_rollout", **options)[1]
     assert shown == Demonstration("peer", "<think>f</think>", is_from_peer=True)
     assert solutions(samples)[1] == "truth"
     kept = {"remove_thinking_from_demonstration": False}
-    assert solutions(samples, demonstration_source="peer", **kept)[1] == "<think>a</think>peer"
+    assert solutions(samples, demonstration_source="successful_rollout", **kept)[1] == "<think>a</think>peer"
     assert solutions(samples, **kept)[1] == "b</think>truth"
 
 
@@ -169,7 +182,12 @@ def test_a_solution_of_reasoning_alone_is_no_solution() -> None:
         GradedResponse(0, "r", 0.0, feedback="wrong", ground_truth="<think>x</think>"),
     ]
     for seed in range(20):
-        assert solutions(samples, seed, demonstration_source="peer") == ["answer", "answer", None, "answer"]
+        assert solutions(samples, seed, demonstration_source="successful_rollout") == [
+            "answer",
+            "answer",
+            None,
+            "answer",
+        ]
     assert solutions(samples, demonstration_source="ground_truth") == [None] * 4
     # feedback steps in where the removal leaves no solution
     alone = select(samples, include_environment_feedback=True, environment_feedback_only_without_solution=True)
@@ -216,7 +234,7 @@ def test_every_setting_changes_what_is_shown(name: str) -> None:
         GradedResponse(0, "fair", 0.5, feedback="nearly", ground_truth="4"),
         GradedResponse(0, "poor", 0.0, feedback="wrong", ground_truth="4"),
     ]
-    base = SelfDistillationConfig(demonstration_source="peer", include_environment_feedback=True)
+    base = SelfDistillationConfig(demonstration_source="successful_rollout", include_environment_feedback=True)
     changed = replace(base, **{name: SETTINGS[name]})
     assert select_demonstrations(samples, base, random.Random(0)) != select_demonstrations(
         samples, changed, random.Random(0)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from sdpo.config import SelfDistillationConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.errors import UserError
 from sdpo.prompting.demonstrations import Demonstration
 from sdpo.prompting.tokenization import TeacherPrompt, encode_prompt, encode_teacher_prompt

@@ -21,9 +21,9 @@ def clock(monkeypatch):
     return Clock
 
 
-def run_and_read(total_steps, rows, clock, file=None, **console):
+def run_and_read(max_steps, rows, clock, file=None, **console):
     file = file or io.StringIO()
-    with ConsoleObserver(total_steps, Console(file=file, width=80, **console)) as observer:
+    with ConsoleObserver(max_steps, Console(file=file, width=80, **console)) as observer:
         for step, values in rows:
             clock.now = 10.0 * step
             observer.metrics(step, values)

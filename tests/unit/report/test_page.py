@@ -39,15 +39,15 @@ def runs(write_run):
     sdpo = write_run(
         "sdpo",
         {0: {"val-core/t/acc/mean@1": 0.0}, 7: {"val-core/t/acc/mean@1": 0.9844, "actor/lr": 1e-5}},
-        run_dir="sdpo",
-        self_distillation={"grpo_coef": 0.0, "demonstration_source": "peer"},
+        output_dir="sdpo",
+        self_distillation={"policy_loss_weight": 0.0, "demonstration_source": "successful_rollout"},
         **common,
     )
     grpo = write_run(
         "grpo",
         {0: {"val-core/t/acc/mean@1": 0.0}, 7: {"val-core/t/acc/mean@1": 0.0156}},
-        run_dir="grpo",
-        self_distillation={"grpo_coef": 1.0, "demonstration_source": "peer"},
+        output_dir="grpo",
+        self_distillation={"policy_loss_weight": 1.0, "demonstration_source": "successful_rollout"},
         optim={"lr": 0.1},
         **common,
     )
@@ -79,9 +79,9 @@ def test_pictures_are_inside_and_nothing_is_fetched(runs):
 
 
 def test_only_differing_settings_are_listed(runs):
-    assert differing_settings(runs) == {"self_distillation.grpo_coef": [0.0, 1.0], "optim.lr": [None, 0.1]}
+    assert differing_settings(runs) == {"self_distillation.policy_loss_weight": [0.0, 1.0], "optim.lr": [None, 0.1]}
     section = Page(build_page(runs, b"")).text.split("What differs between the runs")[1].split("Metrics of")[0]
-    cells = ["setting", "sdpo", "grpo", "self_distillation.grpo_coef", "0.0", "1.0", "optim.lr", "null", "0.1"]
+    cells = ["setting", "sdpo", "grpo", "self_distillation.policy_loss_weight", "0.0", "1.0", "optim.lr", "null", "0.1"]
     assert section.split() == [*cells, "sdpo", str(runs[0].path)]
 
 
@@ -92,7 +92,13 @@ def test_equal_settings_and_a_single_run(runs):
 
 def test_all_settings_are_shown_with_their_meaning(runs):
     text = Page(build_page(runs[:1], b"")).text
-    for shown in ("data.train_batch_size", "32", "Prompts a step.", "self_distillation.demonstration_source", "peer"):
+    for shown in (
+        "data.train_batch_size",
+        "32",
+        "Prompts per step.",
+        "self_distillation.demonstration_source",
+        "successful_rollout",
+    ):
         assert shown in text
 
 

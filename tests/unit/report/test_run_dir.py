@@ -61,7 +61,7 @@ def test_missing_folder_missing_file_and_empty_file_are_one_line_each(tmp_path):
             read_run(folder)
         return str(error.value)
 
-    assert message(tmp_path / "no") == f"{tmp_path}/no: no such run folder; give the run_dir of a run"
+    assert message(tmp_path / "no") == f"{tmp_path}/no: no such run folder; give the output_dir of a run"
     assert message(tmp_path).startswith(f"{tmp_path}: no metrics.jsonl in it")
     (tmp_path / "metrics.jsonl").write_text("\n")
     assert message(tmp_path) == f"{tmp_path}/metrics.jsonl: no metrics in it yet; wait for the run's first step"

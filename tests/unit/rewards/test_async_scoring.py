@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from sdpo.config import DataConfig
+from sdpo.config.data import RewardConfig
 from sdpo.errors import UserError
 from sdpo.observability.progress import Silent
 from sdpo.rewards import async_scoring
@@ -75,9 +75,9 @@ def test_many_wait_side_by_side(grader: AsyncGrader) -> None:
         ("raise", r"sums: ZeroDivisionError: division by zero \(.*test_async_scoring.py:\d+\)"),
         ("leave", r"sums: SystemExit: 3"),
         ("cancel", r"sums: CancelledError"),
-        ("hang", f"sums: no grade within data.grader_timeout={SECONDS} seconds"),
-        ("cling", f"sums: no grade within data.grader_timeout={SECONDS} seconds"),
-        ("block", f"sums: no grade within data.grader_timeout={SECONDS} seconds, and it blocks the event loop"),
+        ("hang", f"sums: no grade within reward.timeout_s={SECONDS} seconds"),
+        ("cling", f"sums: no grade within reward.timeout_s={SECONDS} seconds"),
+        ("block", f"sums: no grade within reward.timeout_s={SECONDS} seconds, and it blocks the event loop"),
         ("none", "sums: BadGradeError: the grader's score must be a finite number, got None"),
     ],
 )
@@ -95,7 +95,7 @@ def test_a_task_may_refuse_its_data(grader: AsyncGrader) -> None:
 
 
 def test_the_embedded_engine_awaits_a_step_at_once_and_counts_failures() -> None:
-    config = DataConfig(task="mine", grader_timeout=SECONDS, max_grader_failures=0.2)
+    config = RewardConfig(timeout_s=SECONDS, max_failure_fraction=0.2)
     ours = Grader(SimpleNamespace(grade=grade), config, Silent())
     began = time.monotonic()
     grades = ours.grade([(ROW, response) for response in ["raise", "4", "hang", *map(str, range(5, 17))]])
@@ -115,7 +115,7 @@ def test_verls_reward_function_awaits_it(tmp_path: Path) -> None:
     )
     assert is_asynchronous(load_task(str(task), {}))
     made: Callable[..., dict[str, Any]] = reward.compute_score
-    settings: dict[str, Any] = {"task": str(task), "grader_timeout": SECONDS}
+    settings: dict[str, Any] = {"task": str(task), "timeout_s": SECONDS}
     right = made("sums", "4", "4", {"hint": "add"}, **settings)
     assert right == {"score": 1.0, "acc": 1.0, "feedback": "add"}
     with pytest.raises(GradingFailed, match="KeyError: 'hint'"):

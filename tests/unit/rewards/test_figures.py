@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from sdpo.config import SelfDistillationConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.errors import UserError
 from sdpo.prompting.demonstrations import Demonstration
 from sdpo.prompting.tokenization import encode_prompt, encode_teacher_prompt

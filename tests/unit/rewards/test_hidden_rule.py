@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sdpo.config import SelfDistillationConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.errors import UserError
 from sdpo.prompting.demonstrations import Demonstration
 from sdpo.prompting.tokenization import encode_prompt, encode_teacher_prompt

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sdpo.config import DataConfig
+from sdpo.config.data import RewardConfig
 from sdpo.errors import UserError
 from sdpo.observability.progress import Silent
 from sdpo.rewards.base import Grade, Row, load_task
@@ -42,7 +42,7 @@ def make_grader(tmp_path: Path, told: Told) -> Callable[..., Grader]:
     def make(body: str, **settings: Any) -> Grader:
         name = tmp_path / "mine.py"
         name.write_text(f"def grade(row, response):\n    {body}\n")
-        config = DataConfig(task=str(name), **{"max_grader_failures": 1.0, **settings})
+        config = RewardConfig(**{"max_failure_fraction": 1.0, **settings})
         return Grader(load_task(str(name), {}), config, told)
 
     return make
@@ -104,21 +104,21 @@ def test_each_kind_of_failure_is_told_once(make_grader: Callable[..., Grader], t
 
 
 def test_the_run_stops_past_the_share(make_grader: Callable[..., Grader], tmp_path: Path) -> None:
-    grader = make_grader("return 1 / len(response)", max_grader_failures=0.25)
+    grader = make_grader("return 1 / len(response)", max_failure_fraction=0.25)
     assert scores(grader, *["", "", *"123456"]) == [None, None, *[1.0] * 6]
     with pytest.raises(UserError) as caught:
         scores(grader, *["", "1", "", "", *"1234"])
     assert str(caught.value) == (
-        f"data.task: {tmp_path}/mine.py: grading failed for 3 of the 4 responses graded so far, of 8 in all, which is "
-        "more than data.max_grader_failures=0.25; the last: data.train_files: a: row 7: ZeroDivisionError: division "
+        f"data.task: grading failed for 3 of the 4 responses graded so far, of 8 in all, which is "
+        "more than reward.max_failure_fraction=0.25; the last: data.train_files: a: row 7: ZeroDivisionError: division "
         f"by zero ({tmp_path}/mine.py:2)"
     )
     with pytest.raises(UserError, match="failed for 1 of the 1 responses graded so far, of 100 in all"):
-        scores(make_grader("return 1 / 0", max_grader_failures=0.0), *["1"] * 100)
+        scores(make_grader("return 1 / 0", max_failure_fraction=0.0), *["1"] * 100)
 
 
 def test_what_the_task_refuses_itself_ends_the_run() -> None:
-    grader = Grader(Geo3k(), DataConfig(max_grader_failures=1.0), Silent())
+    grader = Grader(Geo3k(), RewardConfig(max_failure_fraction=1.0), Silent())
     with pytest.raises(UserError, match=r"row \? of sums has no reward_model\.ground_truth"):
         grader.grade([(Row("sums", [], {}), "2")])
 
@@ -133,29 +133,27 @@ def test_what_the_task_refuses_itself_ends_the_run() -> None:
     ],
 )
 def test_a_grader_that_hangs_is_cut_off(hang: str, make_grader: Callable[..., Grader], told: Told) -> None:
-    grader = make_grader(f"return {hang} if not response else 1", grader_timeout=0.2)
+    grader = make_grader(f"return {hang} if not response else 1", timeout_s=0.2)
     began = time.monotonic()
     assert scores(grader, "1", "", "1") == [1.0, None, 1.0]
     assert time.monotonic() - began < 5
-    assert told.messages[0].endswith(
-        "no grade within data.grader_timeout=0.2 seconds (" + told.messages[0].split("(")[-1]
-    )
+    assert told.messages[0].endswith("no grade within reward.timeout_s=0.2 seconds (" + told.messages[0].split("(")[-1])
 
 
 def test_a_grader_cannot_swallow_the_alarm(make_grader: Callable[..., Grader]) -> None:
     swallow_all = "for _ in range(100):\n        try: __import__('time').sleep(0.1)\n        except Exception: pass"
     began = time.monotonic()
-    assert scores(make_grader(swallow_all, grader_timeout=0.2), "") == [None]
+    assert scores(make_grader(swallow_all, timeout_s=0.2), "") == [None]
     once = "try: __import__('time').sleep(60)\n    except BaseException: __import__('time').sleep(60)"
-    assert scores(make_grader(once, grader_timeout=0.2), "") == [None]
+    assert scores(make_grader(once, timeout_s=0.2), "") == [None]
     assert time.monotonic() - began < 8
 
 
 def test_no_timeout_is_set_where_it_cannot_be_kept_or_is_not_wanted(make_grader: Callable[..., Grader]) -> None:
     slow = "__import__('time').sleep(0.3) or 1.0"
-    assert scores(make_grader(f"return {slow}", grader_timeout=None), "") == [1.0]
+    assert scores(make_grader(f"return {slow}", timeout_s=None), "") == [1.0]
     results: list[Any] = []
-    grader = make_grader(f"return {slow}", grader_timeout=0.1)
+    grader = make_grader(f"return {slow}", timeout_s=0.1)
     thread = threading.Thread(target=lambda: results.extend(scores(grader, "")))
     thread.start()
     thread.join()
@@ -171,7 +169,7 @@ def test_an_earlier_alarm_is_put_back(make_grader: Callable[..., Grader]) -> Non
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, 0.4)
     try:
-        assert scores(make_grader("__import__('time').sleep(60)", grader_timeout=0.1), "") == [None]
+        assert scores(make_grader("__import__('time').sleep(60)", timeout_s=0.1), "") == [None]
         assert signal.getsignal(signal.SIGALRM) is ring
         assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] < 0.35
         time.sleep(0.5)
@@ -189,13 +187,13 @@ def test_a_grader_with_an_alarm_of_its_own(told: Told) -> None:
         def grade(self, row: Row, response: str) -> float:
             return float(verify(parse(row.ground_truth or ""), parse(response)))
 
-    grader = Grader(Own(), DataConfig(grader_timeout=10.0), told)
+    grader = Grader(Own(), RewardConfig(timeout_s=10.0), told)
     assert scores(grader, "2", "$\\frac{4}{2}$", "3") == [1.0, 1.0, 0.0]
 
 
 def test_geometry_is_graded_under_the_timeout() -> None:
     """Its own process and its own limit, within ours: an expression that never ends is wrong, not a failure."""
-    grader = Grader(Geo3k(format_weight=0.0, timeout=1.0), DataConfig(max_grader_failures=0.0), Silent())
+    grader = Grader(Geo3k(format_weight=0.0, timeout=1.0), RewardConfig(max_failure_fraction=0.0), Silent())
     row = Row("geometry3k", [], {"ground_truth": "3 \\sqrt{2}"})
     texts = ["\\boxed{\\sqrt{18}}", "\\boxed{9^{9^{9^{9^9}}}}", "\\boxed{\\sqrt{18}}"]
     grades = grader.grade([(row, text) for text in texts])

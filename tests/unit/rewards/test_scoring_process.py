@@ -84,9 +84,9 @@ def test_arguments_reach_the_task(make: Make) -> None:
         ("raise", r"sums: ZeroDivisionError: division by zero \(.*task\.py:8\)"),
         ("leave", r"sums: SystemExit: 3 "),
         ("none", r"sums: BadGradeError: the grader's score must be a finite number, got None"),
-        ("sleep", r"sums: no grade within data\.grader_timeout=0\.5 seconds \(.*task\.py:14\)"),
-        ("loop", r"sums: no grade within data\.grader_timeout=0\.5 seconds, or its process died"),
-        ("lock", r"sums: no grade within data\.grader_timeout=0\.5 seconds"),
+        ("sleep", r"sums: no grade within reward\.timeout_s=0\.5 seconds \(.*task\.py:14\)"),
+        ("loop", r"sums: no grade within reward\.timeout_s=0\.5 seconds, or its process died"),
+        ("lock", r"sums: no grade within reward\.timeout_s=0\.5 seconds"),
         ("die", r"sums: no grade within .*, or its process died"),
     ],
 )

@@ -16,7 +16,7 @@ from transformers import get_scheduler
 
 from sdpo import compute_self_distillation_loss
 from sdpo.algorithm.loss import LossInputs
-from sdpo.config import Run
+from sdpo.config.root import SDPOConfig
 from sdpo.errors import UserError
 from sdpo.kernels import fused_linear_loss
 from sdpo.models.generation.sampling import Decoding, sample_responses
@@ -28,7 +28,7 @@ from sdpo.trainer.actor.actor import Learner, LogProbs
 from sdpo.trainer.data.samples import Sample
 
 MakeModel = Callable[..., Any]
-MakeRun = Callable[..., Run]
+MakeRun = Callable[..., SDPOConfig]
 MakeSamples = Callable[..., list[Sample]]
 HORIZON = 8
 
@@ -81,12 +81,12 @@ def assert_same_weights(actual: nn.Module, expected: nn.Module, tolerance: float
 
 
 def plain_log_probs(
-    policy: Sequence[tuple[nn.Module, float]], prompt: Sequence[int], sample: Sample, run: Run
+    policy: Sequence[tuple[nn.Module, float]], prompt: Sequence[int], sample: Sample, run: SDPOConfig
 ) -> Tensor:
     """[T, V] with gradient."""
     ids = torch.tensor([[*prompt, *sample.response.token_ids]])
     logits = sum(coefficient * module(input_ids=ids).logits[0, len(prompt) - 1 : -1] for module, coefficient in policy)
-    return (logits / run.sampler.temperature).log_softmax(-1)
+    return (logits / run.rollout.temperature).log_softmax(-1)
 
 
 def pad(rows: Sequence[Tensor]) -> Tensor:
@@ -97,22 +97,26 @@ def sampled(log_probs: Tensor, sample: Sample) -> Tensor:
     return log_probs.gather(-1, torch.tensor(sample.response.token_ids)[:, None])[:, 0]
 
 
-def plain_old_log_probs(student: nn.Module, samples: Sequence[Sample], run: Run) -> list[Tensor]:
+def plain_old_log_probs(student: nn.Module, samples: Sequence[Sample], run: SDPOConfig) -> list[Tensor]:
     with torch.no_grad():
         return [sampled(plain_log_probs([(student, 1.0)], s.prompt.token_ids, s, run), s) for s in samples]
 
 
-def plain_rollout_weights(old: Tensor, sample: Sample, run: Run) -> Tensor:
+def plain_rollout_weights(old: Tensor, sample: Sample, run: SDPOConfig) -> Tensor:
     log_ratio = old - torch.tensor(sample.response.log_probs)
-    if run.learner.rollout_is == "none":
+    if run.rollout_correction.rollout_is == "none":
         return torch.ones_like(old)
-    if run.learner.rollout_is == "sequence":
+    if run.rollout_correction.rollout_is == "sequence":
         log_ratio = log_ratio.sum().expand_as(log_ratio)
-    return log_ratio.exp().clamp(max=run.learner.rollout_is_threshold)
+    return log_ratio.exp().clamp(max=run.rollout_correction.rollout_is_threshold)
 
 
 def plain_loss(
-    student: nn.Module, teacher: nn.Module, samples: Sequence[Sample], run: Run, old: Sequence[Tensor] | None = None
+    student: nn.Module,
+    teacher: nn.Module,
+    samples: Sequence[Sample],
+    run: SDPOConfig,
+    old: Sequence[Tensor] | None = None,
 ) -> Tensor:
     config = run.self_distillation
     rows = [plain_log_probs([(student, 1.0)], s.prompt.token_ids, s, run) for s in samples]
@@ -145,29 +149,29 @@ def plain_loss(
             old_log_probs=pad(old),
             **{f"student_{level}_log_probs": pad(some), f"teacher_{level}_log_probs": pad(teacher_some)},
             self_distillation_mask=torch.tensor([float(s.is_distilled) for s in samples]),
-            loss_agg_mode=run.learner.loss_agg_mode,
+            loss_agg_mode=run.actor.loss_agg_mode,
             rollout_is_weights=pad(by_token),
         )
-        total = total + (1 - config.grpo_coef) * loss
-    if config.grpo_coef:
+        total = total + (1 - config.policy_loss_weight) * loss
+    if config.policy_loss_weight:
         token_losses = []
         for s, new, before, weight in zip(samples, student_log_probs, old, rollout_weights, strict=True):
             ratio = (new - before).exp()
             clipped = ratio.clamp(1 - config.clip_ratio_low, 1 + config.clip_ratio_high)
             token_losses.append(-torch.minimum(s.advantage * ratio, s.advantage * clipped) * weight)
-        total = total + config.grpo_coef * {
+        total = total + config.policy_loss_weight * {
             "token-mean": lambda rows: torch.cat(rows).mean(),
             "seq-mean-token-sum": lambda rows: torch.stack([row.sum() for row in rows]).mean(),
             "seq-mean-token-mean": lambda rows: torch.stack([row.mean() for row in rows]).mean(),
             "seq-mean-token-sum-norm": lambda rows: torch.stack([row.sum() / HORIZON for row in rows]).mean(),
-        }[run.learner.loss_agg_mode](token_losses)
+        }[run.actor.loss_agg_mode](token_losses)
     return total
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "sdpo": {},
     "reverse": {"self_distillation__alpha": 1.0},
-    "jensen-shannon": {"self_distillation__alpha": 0.3, "sampler__temperature": 0.7},
+    "jensen-shannon": {"self_distillation__alpha": 0.3, "rollout__temperature": 0.7},
     "top-k": {"self_distillation__distillation_topk": 3},
     "top-k, renormalised": {
         "self_distillation__distillation_topk": 3,
@@ -175,8 +179,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "self_distillation__alpha": 1.0,
     },
     "sampled token": {"self_distillation__full_logit_distillation": False, "self_distillation__alpha": 1.0},
-    "no ratio": {"self_distillation__is_clip": None, "learner__rollout_is": "none"},
-    "ratio": {"self_distillation__is_clip": 1.01, "learner__rollout_is": "sequence"},
+    "no ratio": {"self_distillation__is_clip": None, "rollout_correction__rollout_is": "none"},
+    "ratio": {"self_distillation__is_clip": 1.01, "rollout_correction__rollout_is": "sequence"},
     "trust region": {
         "self_distillation__teacher_regularization": "trust-region",
         "self_distillation__ema_update_rate": 0.3,
@@ -186,15 +190,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "self_distillation__divergence_clip": 0.5,
         "self_distillation__teacher_entropy_beta": 0.7,
     },
-    "grpo": {"self_distillation__grpo_coef": 1.0},
-    "blend": {"self_distillation__grpo_coef": 0.4, "self_distillation__clip_ratio_high": 0.05},
-    "clipped gradient": {"optim__grad_clip": 0.01},
-    **{f"sdpo, {m}": {"learner__loss_agg_mode": m} for m in ("seq-mean-token-sum", "seq-mean-token-mean")},
+    "grpo": {"self_distillation__policy_loss_weight": 1.0},
+    "blend": {"self_distillation__policy_loss_weight": 0.4, "self_distillation__clip_ratio_high": 0.05},
+    "clipped gradient": {"optim__max_grad_norm": 0.01},
+    **{f"sdpo, {m}": {"actor__loss_agg_mode": m} for m in ("seq-mean-token-sum", "seq-mean-token-mean")},
     "blend, sum-norm": {
-        "learner__loss_agg_mode": "seq-mean-token-sum-norm",
-        "self_distillation__grpo_coef": 0.4,
+        "actor__loss_agg_mode": "seq-mean-token-sum-norm",
+        "self_distillation__policy_loss_weight": 0.4,
     },
-    "grpo, seq-mean-token-mean": {"learner__loss_agg_mode": "seq-mean-token-mean", "self_distillation__grpo_coef": 1.0},
+    "grpo, seq-mean-token-mean": {
+        "actor__loss_agg_mode": "seq-mean-token-mean",
+        "self_distillation__policy_loss_weight": 1.0,
+    },
 }
 
 
@@ -203,7 +210,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def test_gradients_and_loss_are_those_of_the_plain_step(
     model: Any, make_model: MakeModel, make_run: MakeRun, make_samples: MakeSamples, settings: Any, mini_batch_size: int
 ) -> None:
-    run = make_run(learner__mini_batch_size=mini_batch_size, learner__micro_batch_tokens=60, **settings)
+    run = make_run(actor__mini_batch_size=mini_batch_size, actor__max_tokens_per_micro_batch=60, **settings)
     samples = make_samples(undistilled=(1, 5) if run.self_distillation.distills else range(6))
     learner = Learner(model, run, 0)
     teacher = make_model(seed=0)
@@ -225,7 +232,7 @@ def test_gradients_and_loss_are_those_of_the_plain_step(
         loss = plain_loss(plain, teacher, samples[start : start + size], run, old[start : start + size])
         loss.backward()
         norm = torch.stack([p.grad.norm() for p in plain.parameters()]).norm()
-        scale = min(1.0, run.optim.grad_clip / float(norm))
+        scale = min(1.0, run.optim.max_grad_norm / float(norm))
         assert_same_gradients(step.gradients, {n: scale * p.grad for n, p in plain.named_parameters()})
         losses.append(loss.item())
         norms.append(float(norm))
@@ -240,7 +247,7 @@ def test_gradients_do_not_depend_on_the_micro_batches(
 ) -> None:
     results = []
     for budget in (1, 40, 10**6):
-        run = make_run(learner__micro_batch_tokens=budget, **settings)
+        run = make_run(actor__max_tokens_per_micro_batch=budget, **settings)
         samples = make_samples(undistilled=(1, 5) if run.self_distillation.distills else range(6))
         learner = Learner(make_model(), run, 0)
         if learner.teacher is not None and learner.teacher.module is not None:
@@ -270,7 +277,7 @@ def test_old_log_probs_are_the_student_s_at_the_start_of_the_step(
     model: Any, make_run: MakeRun, make_samples: MakeSamples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captured = capture_inputs(monkeypatch)
-    run = make_run(learner__mini_batch_size=1, self_distillation__is_clip=100.0)
+    run = make_run(actor__mini_batch_size=1, self_distillation__is_clip=100.0)
     samples = make_samples(undistilled=())
     learner = Learner(model, run, 0)
     for _ in range(2):
@@ -312,7 +319,11 @@ def test_rollout_weights_are_old_over_rollout_truncated(
     threshold: float,
 ) -> None:
     captured = capture_inputs(monkeypatch)
-    run = make_run(learner__rollout_is=level, learner__rollout_is_threshold=threshold, learner__micro_batch_tokens=80)
+    run = make_run(
+        rollout_correction__rollout_is=level,
+        rollout_correction__rollout_is_threshold=threshold,
+        actor__max_tokens_per_micro_batch=80,
+    )
     samples = make_samples(seed=7, undistilled=())
     old = plain_old_log_probs(model, samples, run)
     values = Learner(model, run, 0).learn(samples)
@@ -336,7 +347,7 @@ def test_log_probs_of_the_sampler_and_of_the_learner_agree(
     model: Any, make_run: MakeRun, make_sample: Callable[..., Sample]
 ) -> None:
     """The same weights, once by cached decoding and once by a padded forward pass: every correction weight is 1."""
-    run = make_run(sampler__temperature=0.6)
+    run = make_run(rollout__temperature=0.6)
     prompts = [[5, 6, 7, 8, 9, 3, 4], [4, 4, 5]]
     decoding = Decoding(3, HORIZON, 0.6, 1.0, 100, [2], 0)
     sampled_by_prompt = sample_responses([(model, 1.0)], [TokenPrompt(ids) for ids in prompts], decoding, seed=0)
@@ -356,7 +367,7 @@ def test_log_probs_of_the_sampler_and_of_the_learner_agree(
 def test_the_teacher_moves_once_a_step_by_the_average_s_formula(
     model: Any, make_run: MakeRun, make_samples: MakeSamples
 ) -> None:
-    learner = Learner(model, make_run(learner__mini_batch_size=1, self_distillation__ema_update_rate=0.2), 0)
+    learner = Learner(model, make_run(actor__mini_batch_size=1, self_distillation__ema_update_rate=0.2), 0)
     assert learner.teacher is not None and learner.teacher.module is not None
     expected = weights_of(model)
     for _ in range(3):
@@ -373,14 +384,13 @@ def test_updates_are_adamw_s_at_the_schedule_s_rates(
     model: Any, make_run: MakeRun, make_samples: MakeSamples, schedule: str
 ) -> None:
     run = make_run(
-        total_steps=5,
-        learner__mini_batch_size=1,
-        optim__schedule=schedule,
+        max_steps=5,
+        actor__mini_batch_size=1,
+        optim__lr_scheduler_type=schedule,
         optim__warmup_steps=3,
         optim__weight_decay=0.1,
-        optim__beta1=0.8,
-        optim__beta2=0.95,
-        optim__grad_clip=0.02,
+        optim__betas=[0.8, 0.95],
+        optim__max_grad_norm=0.02,
     )
     by_hand = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(by_hand.parameters(), lr=1e-2, weight_decay=0.1, betas=(0.8, 0.95))
@@ -410,10 +420,10 @@ def test_updates_are_adamw_s_at_the_schedule_s_rates(
 
 def test_the_distillation_weight_is_scheduled(model: Any, make_run: MakeRun, make_samples: MakeSamples) -> None:
     run = make_run(
-        total_steps=3,
+        max_steps=3,
         optim__lr=1e-12,
-        self_distillation__distillation_weight_start=1.0,
-        self_distillation__distillation_weight_end=0.5,
+        self_distillation__distillation_coef_start=1.0,
+        self_distillation__distillation_coef_end=0.5,
         self_distillation__teacher_regularization="frozen",
     )
     learner = Learner(model, run, 0)
@@ -444,7 +454,7 @@ def test_logits_that_a_model_scales_are_learned_from_as_they_are(
 
 
 def test_plain_grpo_has_no_teacher(model: Any, make_run: MakeRun, make_samples: MakeSamples) -> None:
-    learner = Learner(model, make_run(self_distillation__grpo_coef=1.0), 0)
+    learner = Learner(model, make_run(self_distillation__policy_loss_weight=1.0), 0)
     values = learner.learn(make_samples(undistilled=range(6)))
     assert learner.teacher is None
     assert metrics.PG_LOSS in values
@@ -473,7 +483,9 @@ def test_a_sample_that_is_not_finite_is_as_if_it_were_not_there(
     make_model: MakeModel, make_run: MakeRun, make_samples: MakeSamples, how: str, budget: int
 ) -> None:
     """Token 11 has no finite embedding: whoever reads it has NaN for logits."""
-    run = make_run(self_distillation__grpo_coef=0.3, learner__micro_batch_tokens=budget, learner__mini_batch_size=1)
+    run = make_run(
+        self_distillation__policy_loss_weight=0.3, actor__max_tokens_per_micro_batch=budget, actor__mini_batch_size=1
+    )
     samples = make_samples()
     results = []
     for chosen in ([*samples[:4], broken(samples[4], how), samples[5]], [*samples[:4], samples[5]]):
@@ -495,7 +507,7 @@ def test_dropped_samples_are_counted_over_mini_batches(
     model: Any, make_run: MakeRun, make_samples: MakeSamples
 ) -> None:
     samples = [broken(s, "rollout") if i in (0, 2, 5) else s for i, s in enumerate(make_samples())]
-    values = Learner(model, make_run(learner__mini_batch_size=1), 0).learn(samples)
+    values = Learner(model, make_run(actor__mini_batch_size=1), 0).learn(samples)
     assert values[metrics.NONFINITE_SAMPLES] == 3
     assert all(math.isfinite(v) for v in values.values())
     assert all(torch.isfinite(p).all() for p in model.parameters())
@@ -509,7 +521,10 @@ def test_a_sample_that_was_not_graded_is_as_if_it_were_not_there(
 ) -> None:
     """Gradients and loss are those of the step without it; its place in a mini-batch is taken by nobody."""
     run = make_run(
-        learner__loss_agg_mode=mode, learner__mini_batch_size=minis, self_distillation__grpo_coef=coef, sampler__n=3
+        actor__loss_agg_mode=mode,
+        actor__mini_batch_size=minis,
+        self_distillation__policy_loss_weight=coef,
+        rollout__n=3,
     )
     samples = make_samples(undistilled=(1,))
     failed = [replace(s, grade=Grade(math.nan), advantage=0.0) if i == 1 else s for i, s in enumerate(samples)]
@@ -550,7 +565,7 @@ def test_a_batch_with_nothing_to_distil_changes_nothing(
     model: Any, make_run: MakeRun, make_samples: MakeSamples, budget: int
 ) -> None:
     before = copy.deepcopy(model)
-    run = make_run(learner__micro_batch_tokens=budget, optim__weight_decay=0.0)
+    run = make_run(actor__max_tokens_per_micro_batch=budget, optim__weight_decay=0.0)
     values = Learner(model, run, 0).learn(make_samples(undistilled=range(6)))
     assert values[metrics.LOSS] == 0
     assert_same_weights(model, before)
@@ -580,7 +595,7 @@ def test_checkpointing_recomputes_and_gives_the_same_gradients(
 ) -> None:
     results = []
     for checkpointing in (False, True):
-        learner = Learner(make_model(), make_run(learner__gradient_checkpointing=checkpointing), 0)
+        learner = Learner(make_model(), make_run(actor__gradient_checkpointing=checkpointing), 0)
         calls: list[bool] = []
         learner.student.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(True))
         steps = record_steps(learner)
@@ -596,7 +611,7 @@ def test_autocast_computes_in_bfloat16_and_keeps_the_weights(
     compute = learner_module.compute_fused_loss
     results = []
     for autocast in (False, True):
-        learner = Learner(make_model(), make_run(learner__autocast=autocast), 0)
+        learner = Learner(make_model(), make_run(actor__autocast=autocast), 0)
         seen: list[torch.dtype] = []
         learner.student.model.layers[1].mlp.down_proj.register_forward_hook(
             lambda *args, seen=seen: seen.append(args[2].dtype)

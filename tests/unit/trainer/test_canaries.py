@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sdpo.config import Run
+from sdpo.config.root import SDPOConfig
 from sdpo.observability import metrics
 from sdpo.observability.confidence import ClusteredMean, compute_wilson_interval
 from sdpo.trainer.actor.actor import Learner
 from sdpo.trainer.data.samples import Sample, compute_repetition, summarize_samples
 
-MakeRun = Callable[..., Run]
+MakeRun = Callable[..., SDPOConfig]
 MakeSamples = Callable[..., list[Sample]]
 PRECISE = {"rel": 1e-9, "abs": 1e-12}
 
@@ -26,17 +26,17 @@ def student(make_model: Callable[..., Any]) -> Any:
 
 
 @torch.no_grad()
-def distributions(module: nn.Module, prompt: Sequence[int], sample: Sample, run: Run) -> Tensor:
+def distributions(module: nn.Module, prompt: Sequence[int], sample: Sample, run: SDPOConfig) -> Tensor:
     """[T, V] log-probabilities."""
     ids = torch.tensor([[*prompt, *sample.response.token_ids]])
-    return (module(input_ids=ids).logits[0, len(prompt) - 1 : -1] / run.sampler.temperature).log_softmax(-1)
+    return (module(input_ids=ids).logits[0, len(prompt) - 1 : -1] / run.rollout.temperature).log_softmax(-1)
 
 
 def sampled(rows: Tensor, sample: Sample) -> Tensor:
     return rows.gather(-1, torch.tensor(sample.response.token_ids)[:, None])[:, 0]
 
 
-def gaps_of(module: nn.Module, samples: Sequence[Sample], run: Run) -> list[tuple[Sample, Tensor]]:
+def gaps_of(module: nn.Module, samples: Sequence[Sample], run: SDPOConfig) -> list[tuple[Sample, Tensor]]:
     """At the first step, where the teacher's weights are the student's."""
     gaps = []
     for sample in samples:
@@ -58,11 +58,11 @@ def test_gap_by_sign(student: Any, make_run: MakeRun, make_samples: MakeSamples)
     assert parts == pytest.approx(values[metrics.TEACHER_GAP], **PRECISE)
 
 
-@pytest.mark.parametrize("micro_batch_tokens", [1, 60, 100_000])
+@pytest.mark.parametrize("max_tokens_per_micro_batch", [1, 60, 100_000])
 def test_intervals_of_entropy_and_gap_are_over_prompts(
-    micro_batch_tokens: int, student: Any, make_run: MakeRun, make_samples: MakeSamples
+    max_tokens_per_micro_batch: int, student: Any, make_run: MakeRun, make_samples: MakeSamples
 ) -> None:
-    run, samples = make_run(learner__micro_batch_tokens=micro_batch_tokens), make_samples()
+    run, samples = make_run(actor__max_tokens_per_micro_batch=max_tokens_per_micro_batch), make_samples()
     entropy, gap = ClusteredMean(), ClusteredMean()
     for sample in samples:
         rows = distributions(student, sample.prompt.token_ids, sample, run)
@@ -83,7 +83,7 @@ def test_kl_to_the_initial_model_is_that_of_the_sampled_tokens(
     kind: str, make_model: Callable[..., Any], make_run: MakeRun, make_samples: MakeSamples
 ) -> None:
     initial, student = (make_model(dtype=torch.float64) for _ in range(2))
-    run = make_run(self_distillation__teacher_regularization=kind, health__kl_to_initial_every=2)
+    run = make_run(self_distillation__teacher_regularization=kind, health__ref_kl_interval=2)
     learner, samples = Learner(student, run, 0), make_samples()
     assert (learner.initial is learner.teacher.module) == (kind == "frozen")  # type: ignore[union-attr]
     first = learner.learn(samples)

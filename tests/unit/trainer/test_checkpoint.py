@@ -111,7 +111,7 @@ def test_none_is_found_where_all_are_damaged_or_there_is_none(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("keep_last", "keep_best", "kept"),
+    ("save_total_limit", "save_best_limit", "kept"),
     [
         (1, 0, [6]),
         (2, 0, [5, 6]),
@@ -121,10 +121,12 @@ def test_none_is_found_where_all_are_damaged_or_there_is_none(tmp_path: Path) ->
         (9, 0, [1, 2, 3, 4, 5, 6]),
     ],
 )
-def test_the_newest_and_the_best_are_kept(tmp_path: Path, keep_last: int, keep_best: int, kept: list[int]) -> None:
+def test_the_newest_and_the_best_are_kept(
+    tmp_path: Path, save_total_limit: int, save_best_limit: int, kept: list[int]
+) -> None:
     for step, score in enumerate([0.2, 0.9, None, 0.9, None, 0.1], start=1):
         save_checkpoint(tmp_path, step, score, write_other)
-    retire_checkpoints(tmp_path, keep_last, keep_best)
+    retire_checkpoints(tmp_path, save_total_limit, save_best_limit)
     assert names(tmp_path) == [f"step_{step}" for step in kept]
 
 

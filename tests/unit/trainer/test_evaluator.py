@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from sdpo.algorithm.teacher import Teacher, build_teacher
-from sdpo.config import Run
+from sdpo.config.root import SDPOConfig
 from sdpo.models.generation.sampling import Decoding, Response
 from sdpo.models.multimodal.processor import TokenPrompt
 from sdpo.models.multimodal.vision_tower import Vision
@@ -25,7 +25,7 @@ from sdpo.trainer.data.prompts import Prompt
 from sdpo.trainer.data.samples import build_samples
 from sdpo.trainer.evaluator import Evaluator
 
-MakeRun = Callable[..., Run]
+MakeRun = Callable[..., SDPOConfig]
 TOKENIZER = build_tokenizer()
 NO_FAILURES = {"val-aux/grader_failures": 0}
 DECODING = Decoding(8, 8, 1.0, 1.0, 64, [TOKENIZER.eos_token_id], 0)
@@ -72,8 +72,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Scripted:
     return scripted
 
 
-def evaluate(run: Run, student: nn.Module, teacher: Teacher | None) -> dict[str, float]:
-    grader = Grader(Reversal(), run.data, Silent())
+def evaluate(run: SDPOConfig, student: nn.Module, teacher: Teacher | None) -> dict[str, float]:
+    grader = Grader(Reversal(), run.reward, Silent())
     return Evaluator(run, grader, TOKENIZER, PROMPTS, DECODING, None).evaluate(student, teacher)  # type: ignore[arg-type]
 
 
@@ -134,8 +134,8 @@ def test_what_cannot_be_graded_is_left_out_and_counted(make_run: MakeRun, script
     student = nn.Linear(1, 1)
     answers = {"123": ["321", "13", "0", "13"], "456": ["13"] * 4, "78": ["13", "87", "87", "0"], "90": ["0"] * 4}
     scripted.answers[student] = lambda text, k: next(a[k] for digits, a in answers.items() if digits in text)
-    run = make_run(eval__n=4, data__max_grader_failures=0.5)
-    evaluator = Evaluator(run, Grader(Fails(), run.data, Silent()), TOKENIZER, PROMPTS, DECODING, None)
+    run = make_run(eval__n=4, reward__max_failure_fraction=0.5)
+    evaluator = Evaluator(run, Grader(Fails(), run.reward, Silent()), TOKENIZER, PROMPTS, DECODING, None)
     expected = {
         "val-core/near/acc/mean@1": 1.0,
         "val-core/far/acc/mean@1": 0.0,
@@ -189,7 +189,7 @@ def test_the_teacher_s_gain_is_over_the_student_s_answers_to_the_same_prompts(
     assert values["val-teacher/far/gain/mean@1"] == 0.0
 
 
-@pytest.mark.parametrize("source", ["none", "peer", "ground_truth"])
+@pytest.mark.parametrize("source", ["none", "successful_rollout", "ground_truth"])
 def test_the_teacher_s_context_is_that_of_training(make_run: MakeRun, scripted: Scripted, source: str) -> None:
     run = make_run(
         eval__n=2,
@@ -211,7 +211,7 @@ def test_the_teacher_s_context_is_that_of_training(make_run: MakeRun, scripted: 
         for p in PROMPTS
     ]
     samples = build_samples(
-        Grader(Reversal(), run.data, Silent()),
+        Grader(Reversal(), run.reward, Silent()),
         TOKENIZER,
         PROMPTS,
         responses,
@@ -224,10 +224,15 @@ def test_the_teacher_s_context_is_that_of_training(make_run: MakeRun, scripted: 
         for i, p in enumerate(PROMPTS)
     }
     assert contexts == [ids for ids in shown.values() if ids is not None]
-    assert len(contexts) == {"none": 4, "peer": 1, "ground_truth": 4}[source]
-    assert values["val-teacher/near/prompted_fraction"] == {"none": 1, "peer": 0.5, "ground_truth": 1}[source]
-    assert values["val-teacher/far/prompted_fraction"] == {"none": 1, "peer": 0, "ground_truth": 1}[source]
-    assert ("val-teacher/far/acc/mean@1" in values) == (source != "peer")
+    assert len(contexts) == {"none": 4, "successful_rollout": 1, "ground_truth": 4}[source]
+    assert (
+        values["val-teacher/near/prompted_fraction"]
+        == {"none": 1, "successful_rollout": 0.5, "ground_truth": 1}[source]
+    )
+    assert (
+        values["val-teacher/far/prompted_fraction"] == {"none": 1, "successful_rollout": 0, "ground_truth": 1}[source]
+    )
+    assert ("val-teacher/far/acc/mean@1" in values) == (source != "successful_rollout")
 
 
 def test_the_trust_region_s_teacher_is_both_models(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +250,9 @@ def test_the_trust_region_s_teacher_is_both_models(make_run: MakeRun, monkeypatc
     assert policies == [[(student, 1.0)], [(teacher.module, 0.75), (student, 0.25)]]
 
 
-@pytest.mark.parametrize("settings", [{"eval__teacher": False}, {"self_distillation__grpo_coef": 1.0}])
+@pytest.mark.parametrize(
+    "settings", [{"eval__evaluate_teacher": False}, {"self_distillation__policy_loss_weight": 1.0}]
+)
 def test_no_teacher_is_asked(make_run: MakeRun, scripted: Scripted, settings: dict[str, Any]) -> None:
     run = make_run(**settings)
     student = nn.Linear(1, 1)
@@ -263,5 +270,5 @@ def test_every_evaluation_draws_the_same_noise(make_run: MakeRun, make_model: An
         def grade(self, row: Row, response: str) -> float:
             return float(sum(map(ord, response)) % 97)
 
-    evaluator = Evaluator(run, Grader(Length(), run.data, Silent()), TOKENIZER, PROMPTS, DECODING, None)
+    evaluator = Evaluator(run, Grader(Length(), run.reward, Silent()), TOKENIZER, PROMPTS, DECODING, None)
     assert evaluator.evaluate(model, None) == evaluator.evaluate(model, None)

@@ -11,20 +11,20 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sdpo.config import Run
+from sdpo.config.root import SDPOConfig
 from sdpo.errors import UserError
 from sdpo.trainer import trainer
 from sdpo.trainer.actor.actor import Learner
 from sdpo.trainer.checkpoint.export import export_model
 from sdpo.trainer.trainer import train
 
-MakeRun = Callable[..., Run]
+MakeRun = Callable[..., SDPOConfig]
 IDS = torch.tensor([[5, 6, 7, 8, 3]])
 SETTINGS: dict[str, Any] = {
-    "total_steps": 3,
+    "max_steps": 3,
     "optim__lr": 1e-2,
     "self_distillation__ema_update_rate": 0.3,
-    "self_distillation__teacher_snapshot_every": 2,
+    "self_distillation__teacher_sync_steps": 2,
 }
 LORA = {"lora__rank": 4, "lora__alpha": 6}
 CHECKPOINT = "checkpoints/step_3"
@@ -35,7 +35,7 @@ def logits_of(model: nn.Module) -> Tensor:
     return model.eval()(input_ids=IDS).logits.float()
 
 
-def run_and_keep(run: Run, monkeypatch: pytest.MonkeyPatch) -> Learner:
+def run_and_keep(run: SDPOConfig, monkeypatch: pytest.MonkeyPatch) -> Learner:
     """Train, and give the learner as it was at the end."""
     kept: list[Learner] = []
     save = trainer.save_models
@@ -72,7 +72,7 @@ def test_the_export_computes_the_same(
     run = make_task_run(**SETTINGS, **settings, self_distillation__teacher_regularization=kind)
     learner = run_and_keep(run, monkeypatch)
     assert learner.teacher is not None and learner.teacher.module is not None
-    checkpoint = Path(run.run_dir) / CHECKPOINT
+    checkpoint = Path(run.output_dir) / CHECKPOINT
     models = {}
     for name, teacher, module in (("s", False, learner.student), ("t", True, learner.teacher.module)):
         export_model(checkpoint, tmp_path / name, teacher=teacher)
@@ -92,24 +92,24 @@ def test_the_export_computes_the_same(
     [
         ({"teacher_regularization": "live"}, "is the student itself; export that"),
         ({"teacher_regularization": "trust-region"}, "is a mixture of two models' logits"),
-        ({"grpo_coef": 1.0}, "does not exist with grpo_coef=1"),
+        ({"policy_loss_weight": 1.0}, "does not exist with policy_loss_weight=1"),
     ],
 )
 def test_a_teacher_that_is_no_model_is_refused(
     make_task_run: MakeRun, tmp_path: Path, settings: dict[str, Any], said: str
 ) -> None:
     changes = {f"self_distillation__{name}": value for name, value in settings.items()}
-    run = make_task_run(**{**SETTINGS, "total_steps": 1}, **changes)
+    run = make_task_run(**{**SETTINGS, "max_steps": 1}, **changes)
     train(run)
     with pytest.raises(UserError, match=said):
-        export_model(Path(run.run_dir) / "checkpoints/step_1", tmp_path / "out", teacher=True)
+        export_model(Path(run.output_dir) / "checkpoints/step_1", tmp_path / "out", teacher=True)
     assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_exported_leaves_nothing(make_task_run: MakeRun, tmp_path: Path) -> None:
-    run = make_task_run(**{**SETTINGS, "total_steps": 1}, **LORA)
+    run = make_task_run(**{**SETTINGS, "max_steps": 1}, **LORA)
     train(run)
-    checkpoint, out = Path(run.run_dir) / "checkpoints/step_1", tmp_path / "out"
+    checkpoint, out = Path(run.output_dir) / "checkpoints/step_1", tmp_path / "out"
     with pytest.raises(UserError, match=r"no checkpoint in a run folder"):
         export_model(tmp_path, out)
     with pytest.raises(UserError, match=r"is damaged \(manifest\.json"):

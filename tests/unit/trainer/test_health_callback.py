@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from sdpo.config import HealthConfig, Run
+from sdpo.config.monitoring import HealthConfig
+from sdpo.config.root import SDPOConfig
 from sdpo.errors import UserError
 from sdpo.observability import metrics
 from sdpo.observability.health import HealthMonitor
@@ -21,7 +22,7 @@ from sdpo.trainer.actor.actor import Learner
 from sdpo.trainer.data.samples import Sample
 from sdpo.trainer.trainer import train
 
-MakeRun = Callable[..., Run]
+MakeRun = Callable[..., SDPOConfig]
 MakeSamples = Callable[..., list[Sample]]
 ACCURACY = metrics.val_name("digits", "mean@1")
 
@@ -37,7 +38,7 @@ def record_in(folder: Path) -> Callable[[Mapping[str, Any]], None]:
 
 
 def build_guard(learner: Learner, folder: Path, **actions: str) -> Guard:
-    config = HealthConfig(window=1, tolerance=0.0, **actions)
+    config = HealthConfig(window=1, min_z_score=0.0, **actions)
     return Guard(HealthMonitor(config), learner, record_in(folder), Silent())
 
 
@@ -59,11 +60,11 @@ def same_weights(one: nn.Module | list[torch.Tensor], other: nn.Module | list[to
 def test_lower_halves_the_weight_down_to_its_floor(
     model: Any, make_run: MakeRun, make_samples: MakeSamples, tmp_path: Path
 ) -> None:
-    run = make_run(self_distillation__distillation_weight_start=0.8, self_distillation__distillation_weight_end=0.8)
+    run = make_run(self_distillation__distillation_coef_start=0.8, self_distillation__distillation_coef_end=0.8)
     learner = Learner(model, run, 0)
     samples = make_samples()
     assert learner.learn(samples)[metrics.DISTILLATION_WEIGHT] == pytest.approx(0.8)
-    fall(build_guard(learner, tmp_path, score_collapse="lower"))
+    fall(build_guard(learner, tmp_path, score_collapse="reduce_weight"))
     assert learner.learn(samples)[metrics.DISTILLATION_WEIGHT] == pytest.approx(0.4)
     for _ in range(5):
         learner.lower_distillation()
@@ -88,8 +89,8 @@ def test_a_frozen_teacher_stays_as_it_was(
 ) -> None:
     run = make_run(
         self_distillation__teacher_regularization=kind,
-        self_distillation__teacher_snapshot_every=1,
-        health__score_collapse="freeze",
+        self_distillation__teacher_sync_steps=1,
+        health__score_collapse="freeze_teacher",
     )
     learner = Learner(model, run, 0)
     assert learner.teacher is not None and learner.teacher.module is not None
@@ -97,7 +98,7 @@ def test_a_frozen_teacher_stays_as_it_was(
     learner.learn(make_samples())
     moved = weights_of(learner.teacher.module)
     assert not same_weights(initial, moved)
-    values = fall(build_guard(learner, tmp_path, score_collapse="freeze"))
+    values = fall(build_guard(learner, tmp_path, score_collapse="freeze_teacher"))
     assert (values[metrics.ALARMS], values[metrics.TEACHER_FROZEN]) == (1, 1)
     before = weights_of(learner.student)
     learner.learn(make_samples())
@@ -119,9 +120,9 @@ def test_a_live_teacher_becomes_the_initial_model_and_the_student_goes_back(
     model: Any, make_run: MakeRun, make_samples: MakeSamples, tmp_path: Path
 ) -> None:
     learner = Learner(
-        model, make_run(self_distillation__teacher_regularization="live", health__score_collapse="freeze"), 0
+        model, make_run(self_distillation__teacher_regularization="live", health__score_collapse="freeze_teacher"), 0
     )
-    guard = build_guard(learner, tmp_path, score_collapse="freeze")
+    guard = build_guard(learner, tmp_path, score_collapse="freeze_teacher")
     assert learner.teacher is not None
     initial = weights_of(learner.student)
     guard.watch(1, {metrics.SCORE_MEAN: 1.0, ACCURACY: 0.8})
@@ -143,11 +144,11 @@ def test_without_an_evaluation_the_student_stays(
     model: Any, make_run: MakeRun, make_samples: MakeSamples, tmp_path: Path
 ) -> None:
     learner = Learner(
-        model, make_run(self_distillation__teacher_regularization="live", health__score_collapse="freeze"), 0
+        model, make_run(self_distillation__teacher_regularization="live", health__score_collapse="freeze_teacher"), 0
     )
     learner.learn(make_samples())
     before = weights_of(learner.student)
-    fall(build_guard(learner, tmp_path, score_collapse="freeze"))
+    fall(build_guard(learner, tmp_path, score_collapse="freeze_teacher"))
     assert same_weights(learner.student, before)
     assert learner.teacher is not None and learner.teacher.module is learner.initial
 
@@ -159,7 +160,7 @@ def test_alarm_is_told_and_written(model: Any, make_run: MakeRun, tmp_path: Path
         def message(self, text: str) -> None:
             told.append(text)
 
-    monitor = HealthMonitor(HealthConfig(window=1, tolerance=0.0, score_collapse="stop"))
+    monitor = HealthMonitor(HealthConfig(window=1, min_z_score=0.0, score_collapse="stop"))
     guard = Guard(monitor, Learner(model, make_run(), 0), record_in(tmp_path), Listener())
     fall(guard)
     reason = "training score fell from 1 to 0.5 (means of 1 steps)"
@@ -183,8 +184,8 @@ def test_guard_goes_on_from_its_state(model: Any, make_run: MakeRun, tmp_path: P
     assert second.watch(2, {metrics.SCORE_MEAN: 0.5})[metrics.ALARMS] == 1
 
 
-def rows_of(run: Run) -> list[Mapping[str, float]]:
-    return [json.loads(line) for line in (Path(run.run_dir) / "metrics.jsonl").read_text().splitlines()]
+def rows_of(run: SDPOConfig) -> list[Mapping[str, float]]:
+    return [json.loads(line) for line in (Path(run.output_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_stop_ends_the_run_like_a_finished_one(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,23 +194,29 @@ def test_stop_ends_the_run_like_a_finished_one(make_task_run: MakeRun, monkeypat
     from sdpo.trainer.data.samples import summarize_samples
 
     monkeypatch.setattr(summarize, lambda *a: summarize_samples(*a) | {metrics.SCORE_MEAN: next(scores)})
-    run = make_task_run(total_steps=5, health__window=1, health__tolerance=0.0, health__score_collapse="stop")
+    run = make_task_run(max_steps=5, health__window=1, health__min_z_score=0.0, health__score_collapse="stop")
     result = train(run)
     assert result.stopped_by == "score_collapse: training score fell from 1 to 0.2 (means of 1 steps)"
     rows = rows_of(run)
     assert [row[metrics.STEP] for row in rows] == [0, 1, 2, 3]
     assert any(name.startswith("val-core/") for name in rows[-1])  # evaluated, as after the last step
-    assert (Path(run.run_dir) / "checkpoints" / "step_3").is_dir()
+    assert (Path(run.output_dir) / "checkpoints" / "step_3").is_dir()
     assert result.metrics[metrics.ALARMS] == 1 and not result.interrupted
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"self_distillation__grpo_coef": 1.0, "health__entropy_collapse": "lower"}, "health.entropy_collapse=lower"),
         (
-            {"self_distillation__teacher_regularization": "frozen", "health__teacher_worse": "freeze"},
-            "health.teacher_worse=freeze",
+            {"self_distillation__policy_loss_weight": 1.0, "health__entropy_collapse": "reduce_weight"},
+            "health.entropy_collapse=reduce_weight",
+        ),
+        (
+            {
+                "self_distillation__teacher_regularization": "frozen",
+                "health__teacher_underperforms_student": "freeze_teacher",
+            },
+            "health.teacher_underperforms_student=freeze_teacher",
         ),
     ],
 )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from vision_language import FAMILIES, STOP, LoadedModel, make_image, make_messages, plain_logits
 
-from sdpo.config import Run
+from sdpo.config.root import SDPOConfig
 from sdpo.errors import UserError
 from sdpo.models.forward import PaddedSequences, compute_hidden
 from sdpo.models.generation.sampling import Response
@@ -41,11 +41,11 @@ from sdpo.trainer.data.samples import Sample
 from sdpo.trainer.trainer import train
 
 VisionModel = Callable[[str], LoadedModel]
-MakeRun = Callable[..., Run]
+MakeRun = Callable[..., SDPOConfig]
 CPU = torch.device("cpu")
 
 
-def make_samples(loaded: LoadedModel, run: Run, counts: Sequence[int] = (0, 1, 3), n: int = 2) -> list[Sample]:
+def make_samples(loaded: LoadedModel, run: SDPOConfig, counts: Sequence[int] = (0, 1, 3), n: int = 2) -> list[Sample]:
     """``n`` rollouts a prompt with so many images, every second one shown a demonstration."""
     samples = []
     for number in counts:
@@ -134,14 +134,14 @@ class Counter:
     ("settings", "student", "again", "teacher"),
     [
         ({}, 3, 3, 3),
-        ({"learner__freeze_vision": True}, 3, 0, 0),
+        ({"actor__freeze_vision_tower": True}, 3, 0, 0),
         ({"lora__rank": 2}, 3, 0, 0),
         ({"self_distillation__teacher_regularization": "live"}, 3, 3, 0),
         ({"self_distillation__teacher_regularization": "trust-region"}, 3, 3, 3),
-        ({"self_distillation__grpo_coef": 1.0}, 3, 3, 0),
+        ({"self_distillation__policy_loss_weight": 1.0}, 3, 3, 0),
         # Two optimizer steps: the first sees one image, the second all, with features that are made anew for it.
-        ({"learner__mini_batch_size": 2}, 6, 4, 3),
-        ({"learner__mini_batch_size": 2, "learner__freeze_vision": True}, 3, 0, 0),
+        ({"actor__mini_batch_size": 2}, 6, 4, 3),
+        ({"actor__mini_batch_size": 2, "actor__freeze_vision_tower": True}, 3, 0, 0),
     ],
 )
 def test_every_image_of_a_step_goes_through_a_tower_once(
@@ -154,7 +154,7 @@ def test_every_image_of_a_step_goes_through_a_tower_once(
     teacher: int,
 ) -> None:
     """Three distinct images in 16 rollouts of four prompts; a tower run for each sequence would be of 16, twice."""
-    run = make_run(data__train_batch_size=4, sampler__n=4, learner__micro_batch_tokens=300, **settings)
+    run = make_run(data__train_batch_size=4, rollout__n=4, actor__max_tokens_per_micro_batch=300, **settings)
     learner, loaded = build_learner(vision_model("qwen2_5_vl"), run)
     counter = Counter(monkeypatch)
     learner.learn(make_samples(loaded, run, counts=(1, 0, 3, 0), n=4))
@@ -163,8 +163,8 @@ def test_every_image_of_a_step_goes_through_a_tower_once(
     assert counter.of(module, False) == teacher
 
 
-def build_learner(loaded: LoadedModel, run: Run) -> tuple[Learner, LoadedModel]:
-    if run.learner.freeze_vision:
+def build_learner(loaded: LoadedModel, run: SDPOConfig) -> tuple[Learner, LoadedModel]:
+    if run.actor.freeze_vision_tower:
         freeze_tower(loaded.model)
     if run.lora.rank:
         torch.manual_seed(0)
@@ -191,15 +191,15 @@ class NaiveImages:
     "settings",
     [
         {"self_distillation__alpha": 0.5},
-        {"learner__mini_batch_size": 1, "self_distillation__grpo_coef": 0.3},
-        {"learner__freeze_vision": True, "self_distillation__teacher_regularization": "trust-region"},
+        {"actor__mini_batch_size": 1, "self_distillation__policy_loss_weight": 0.3},
+        {"actor__freeze_vision_tower": True, "self_distillation__teacher_regularization": "trust-region"},
         {"lora__rank": 2},
     ],
 )
 def test_a_step_is_that_of_a_tower_for_each_sequence(
     vision_model: VisionModel, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, family: str, settings: dict[str, Any]
 ) -> None:
-    run = make_run(data__train_batch_size=3, sampler__n=2, learner__micro_batch_tokens=250, **settings)
+    run = make_run(data__train_batch_size=3, rollout__n=2, actor__max_tokens_per_micro_batch=250, **settings)
     outcomes = []
     for naive in (False, True):
         learner, loaded = build_learner(vision_model(family), run)
@@ -228,7 +228,7 @@ def test_a_step_is_that_of_a_tower_for_each_sequence(
 
 def test_a_sample_that_is_not_finite_leaves_nothing_in_the_tower(vision_model: VisionModel, make_run: MakeRun) -> None:
     """The mini-batch is begun again without it; gradients that images have collected before are forgotten."""
-    run = make_run(data__train_batch_size=3, sampler__n=2, learner__micro_batch_tokens=1)
+    run = make_run(data__train_batch_size=3, rollout__n=2, actor__max_tokens_per_micro_batch=1)
     weights = []
     for broken in (True, False):
         learner, loaded = build_learner(vision_model("qwen2_5_vl"), run)
@@ -266,19 +266,19 @@ def write_rows(path: Path, counts: Sequence[int], **changes: Any) -> str:
 
 @pytest.fixture
 def make_image_run(make_run: MakeRun, vision_dir: Callable[[str], Path], tmp_path: Path) -> MakeRun:
-    def make(family: str = "qwen2_5_vl", counts: Sequence[int] = (1, 0, 2, 1), **settings: Any) -> Run:
+    def make(family: str = "qwen2_5_vl", counts: Sequence[int] = (1, 0, 2, 1), **settings: Any) -> SDPOConfig:
         task = tmp_path / "task.py"
         task.write_text("def grade(row, response):\n    return float('1' in response)\n")
         plain: dict[str, Any] = {
-            "total_steps": 2,
-            "eval_every": 0,
+            "max_steps": 2,
+            "eval_steps": 0,
             "model__path": str(vision_dir(family)),
             "data__task": str(task),
             "data__train_files": [write_rows(tmp_path / "train.parquet", counts)],
             "data__val_files": [write_rows(tmp_path / "test.parquet", (1, 0))],
             "data__train_batch_size": 2,
-            "sampler__n": 2,
-            "sampler__max_response_length": 4,
+            "rollout__n": 2,
+            "rollout__max_response_length": 4,
         }
         return make_run(**{**plain, **settings})
 
@@ -286,16 +286,16 @@ def make_image_run(make_run: MakeRun, vision_dir: Callable[[str], Path], tmp_pat
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("staleness", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_run_with_images(make_image_run: MakeRun, family: str, staleness: int) -> None:
-    result = train(make_image_run(family, staleness=staleness))
-    rows = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
+@pytest.mark.parametrize("max_staleness", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_run_with_images(make_image_run: MakeRun, family: str, max_staleness: int) -> None:
+    result = train(make_image_run(family, max_staleness=max_staleness))
+    rows = [json.loads(line) for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
     assert all(row[metrics.DISTILLATION_LOSS] > 0 for row in rows[1:])
     assert all(row[metrics.ROLLOUT_KL] == pytest.approx(0, abs=0.05) for row in rows[1:2])
     assert metrics.val_name("tiny", "mean@1") in rows[0]
-    checkpoint = result.run_dir / "checkpoints" / "step_2"
+    checkpoint = result.output_dir / "checkpoints" / "step_2"
     assert load_processor(str(checkpoint)).image_token in ("<|image_pad|>", "<image_soft_token>")
-    text = (result.run_dir / "rollouts" / "step_1.txt").read_text()
+    text = (result.output_dir / "rollouts" / "step_1.txt").read_text()
     assert "<image>" in text
     assert "\\x89PNG" not in text
 
@@ -307,7 +307,7 @@ def test_checkpointing_and_autocast_reach_the_tower(
 ) -> None:
     values = []
     for on in (False, True):
-        run = make_run(data__train_batch_size=3, sampler__n=2, **{f"learner__{setting}": on})
+        run = make_run(data__train_batch_size=3, rollout__n=2, **{f"actor__{setting}": on})
         learner, loaded = build_learner(vision_model(family), run)
         found: list[torch.Tensor] = []
 
@@ -324,10 +324,10 @@ def test_checkpointing_and_autocast_reach_the_tower(
 
 
 def test_a_frozen_tower_stays(make_image_run: MakeRun, vision_model: VisionModel) -> None:
-    result = train(make_image_run(learner__freeze_vision=True))
+    result = train(make_image_run(actor__freeze_vision_tower=True))
     from safetensors.torch import load_file
 
-    saved = load_file(result.run_dir / "checkpoints" / "step_2" / "model.safetensors")
+    saved = load_file(result.output_dir / "checkpoints" / "step_2" / "model.safetensors")
     before = vision_model("qwen2_5_vl").model.state_dict()
     same = {("visual" in name): set() for name in saved}
     for name, value in saved.items():
@@ -339,8 +339,10 @@ def test_a_frozen_tower_stays(make_image_run: MakeRun, vision_model: VisionModel
 
 
 def test_a_language_model_has_nothing_to_freeze(make_task_run: MakeRun) -> None:
-    with pytest.raises(UserError, match=r"learner\.freeze_vision=true, but the model has no image tower; remove it"):
-        train(make_task_run(learner__freeze_vision=True))
+    with pytest.raises(
+        UserError, match=r"actor\.freeze_vision_tower=true, but the model has no image tower; remove it"
+    ):
+        train(make_task_run(actor__freeze_vision_tower=True))
 
 
 def test_a_language_model_reads_no_images(make_task_run: MakeRun, tmp_path: Path) -> None:
@@ -353,8 +355,8 @@ def test_a_language_model_reads_no_images(make_task_run: MakeRun, tmp_path: Path
 
 def test_vllm_is_refused(make_image_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sdpo.trainer.build.require_vllm", lambda device: None)
-    with pytest.raises(UserError, match=r"sampler\.engine=vllm does not sample from models that read images yet"):
-        train(make_image_run(sampler__engine="vllm"))
+    with pytest.raises(UserError, match=r"rollout\.engine=vllm does not sample from models that read images yet"):
+        train(make_image_run(rollout__engine="vllm"))
 
 
 @pytest.mark.parametrize(
@@ -377,7 +379,7 @@ def test_rows_that_cannot_be_read_are_refused_or_skipped(
     bad = pq.read_table(write_rows(tmp_path / "bad.parquet", (1,), **change)).to_pylist()
     file = tmp_path / "mixed.parquet"
     pq.write_table(pa.Table.from_pylist([*good[:2], *bad, *good[2:]]), file)
-    run = make_image_run(data__train_files=[str(file)], total_steps=1)
+    run = make_image_run(data__train_files=[str(file)], max_steps=1)
     if reason is None:
         train(run)
         return
@@ -393,7 +395,7 @@ def test_rows_that_cannot_be_read_are_refused_or_skipped(
             self.messages.append(text)
 
     listening = Listening()
-    skipping = make_image_run(data__train_files=[str(file)], total_steps=1, data__filter_unreadable_images=True)
+    skipping = make_image_run(data__train_files=[str(file)], max_steps=1, data__filter_unreadable_images=True)
     if "nowhere" in reason:  # a path that leads nowhere is a mistake in the file, not in one row
         return
     train(skipping, listening)
@@ -404,7 +406,7 @@ def test_drawn_geometry_by_the_grader_of_geometry3k(make_image_run: MakeRun, tmp
     """The mission's data set in small: rows of geo3k's schema, texts and several images among them, and its grader."""
     write_drawn_geometry(tmp_path / "drawn", num_train=24, num_test=6)
     run = make_image_run(
-        total_steps=1,
+        max_steps=1,
         data__task="geo3k",
         data__train_files=[str(tmp_path / "drawn" / "train.parquet")],
         data__val_files=[str(tmp_path / "drawn" / "test.parquet")],
@@ -415,6 +417,6 @@ def test_drawn_geometry_by_the_grader_of_geometry3k(make_image_run: MakeRun, tmp
     result = train(run)
     assert result.metrics[metrics.SOLUTION_FRACTION] == 1.0
     assert result.metrics[metrics.val_name("hiyouga/geometry3k", "mean@1")] == 0.0
-    text = (result.run_dir / "rollouts" / "step_1.txt").read_text()
+    text = (result.output_dir / "rollouts" / "step_1.txt").read_text()
     assert "has no final answer in \\boxed{...}" in text
     assert "Correct solution:" in text

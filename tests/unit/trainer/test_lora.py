@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from sdpo import compute_self_distillation_loss
-from sdpo.config import ModelConfig, Run
+from sdpo.config.model import ModelConfig
+from sdpo.config.root import SDPOConfig
 from sdpo.errors import UserError
 from sdpo.models.generation.sampling import Decoding, sample_responses
 from sdpo.models.lora.adapters import MergedParameters, add_adapters, get_adapted_layers
@@ -29,7 +30,7 @@ from sdpo.trainer.rollout.sampler import LocalSampler, ProcessSampler, Transform
 from sdpo.trainer.trainer import train
 
 MakeModel = Callable[..., Any]
-MakeRun = Callable[..., Run]
+MakeRun = Callable[..., SDPOConfig]
 MakeSamples = Callable[..., list[Sample]]
 Pairs = dict[str, tuple[Tensor, Tensor]]  # A and B by layer
 LORA = {"lora__rank": 4, "lora__alpha": 6}
@@ -38,7 +39,7 @@ PROMPTS = [TokenPrompt(ids) for ids in ([5, 6, 7], [9, 3], [8, 8, 8, 8])]
 DECODING = Decoding(n=3, max_new_tokens=8, temperature=0.8, top_p=1.0, batch_size=4, stop_token_ids=[2], pad_token_id=0)
 
 
-def build_student(make_model: MakeModel, run: Run, trained: bool = True, **settings: Any) -> Any:
+def build_student(make_model: MakeModel, run: SDPOConfig, trained: bool = True, **settings: Any) -> Any:
     student = make_model(**settings)
     torch.manual_seed(0)
     add_adapters(student, run.lora)
@@ -78,7 +79,7 @@ def assert_close(actual: Tensor, expected: Tensor, largest: float, name: str) ->
 
 
 def plain_gradients(
-    make_model: MakeModel, teacher: nn.Module, adapters: Pairs, samples: list[Sample], run: Run
+    make_model: MakeModel, teacher: nn.Module, adapters: Pairs, samples: list[Sample], run: SDPOConfig
 ) -> dict[str, list[Tensor]]:
     """By autograd through W + s B A, one sample after another, each by itself."""
     plain = make_model()
@@ -107,7 +108,7 @@ def plain_gradients(
         [torch.tensor(s.response.log_probs + [0.0] * (8 - len(s.response.log_probs))) for s in samples]
     )
     new = student_rows.gather(-1, ids[..., None])[..., 0]
-    ratio = (new.detach() - rollout).exp().clamp(max=run.learner.rollout_is_threshold)
+    ratio = (new.detach() - rollout).exp().clamp(max=run.rollout_correction.rollout_is_threshold)
     loss, _ = compute_self_distillation_loss(
         new,
         teacher_rows.gather(-1, ids[..., None])[..., 0],
@@ -137,9 +138,9 @@ def test_gradients_are_those_of_the_plain_step(
     run = make_run(
         **LORA,
         lora__target_modules=targets,
-        learner__micro_batch_tokens=60,
-        learner__gradient_checkpointing=checkpointing,
-        optim__grad_clip=1e6,
+        actor__max_tokens_per_micro_batch=60,
+        actor__gradient_checkpointing=checkpointing,
+        optim__max_grad_norm=1e6,
     )
     student = build_student(make_model, run, attn_implementation="sdpa" if packed else "eager")
     before = adapters_of(student)
@@ -165,7 +166,7 @@ def test_after_some_steps_the_teacher_is_the_formula_and_the_base_is_untouched(
     make_model: MakeModel, make_run: MakeRun, make_samples: MakeSamples, dtype: torch.dtype
 ) -> None:
     rate = 0.05
-    run = make_run(**LORA, self_distillation__ema_update_rate=rate, optim__lr=3e-2, learner__mini_batch_size=1)
+    run = make_run(**LORA, self_distillation__ema_update_rate=rate, optim__lr=3e-2, actor__mini_batch_size=1)
     student = build_student(make_model, run, trained=False, dtype=dtype)
     start = {name: param.clone() for name, param in MergedParameters(student).items()}
     learner = Learner(student, run, 0)
@@ -230,13 +231,13 @@ def test_a_copy_in_this_process_samples_with_them_too(make_model: MakeModel, mak
 
 SETTINGS: dict[str, Any] = {
     **LORA,
-    "total_steps": 4,
-    "save_every": 1,
-    "eval_every": 2,
+    "max_steps": 4,
+    "save_steps": 1,
+    "eval_steps": 2,
     "optim__lr": 1e-2,
-    "learner__mini_batch_size": 2,
+    "actor__mini_batch_size": 2,
     "self_distillation__ema_update_rate": 0.3,
-    "self_distillation__teacher_snapshot_every": 2,
+    "self_distillation__teacher_sync_steps": 2,
 }
 
 
@@ -245,16 +246,16 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize(
-    ("kind", "staleness"),
+    ("kind", "max_staleness"),
     [("ema", 0), ("snapshot", 0), ("frozen", 0), pytest.param("ema", 1, marks=pytest.mark.slow)],
 )
 def test_a_killed_run_goes_on_to_the_same_end(
-    make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, staleness: int, kind: str
+    make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, max_staleness: int, kind: str
 ) -> None:
-    settings = {**SETTINGS, "staleness": staleness, "self_distillation__teacher_regularization": kind}
-    whole = make_task_run(**settings, run_dir=str(tmp_path / "whole"))
+    settings = {**SETTINGS, "max_staleness": max_staleness, "self_distillation__teacher_regularization": kind}
+    whole = make_task_run(**settings, output_dir=str(tmp_path / "whole"))
     train(whole)
-    run = make_task_run(**settings, run_dir=str(tmp_path / "killed"))
+    run = make_task_run(**settings, output_dir=str(tmp_path / "killed"))
     update = Learner._update
 
     def kill(learner: Learner) -> Any:
@@ -265,8 +266,8 @@ def test_a_killed_run_goes_on_to_the_same_end(
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Learner, "_update", kill)
         train(run)
-    train(replace(run, resume="must"))
-    folders = [Path(each.run_dir) / "checkpoints" / "step_4" for each in (whole, run)]
+    train(replace(run, resume_mode="required"))
+    folders = [Path(each.output_dir) / "checkpoints" / "step_4" for each in (whole, run)]
     one, two = (load_file(folder / "adapter_model.safetensors") for folder in folders)
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     states = [torch.load(folder / FILE)["learner"] for folder in folders]
@@ -280,7 +281,7 @@ def test_a_killed_run_goes_on_to_the_same_end(
 
 
 def test_what_a_resumed_run_may_not_change(make_task_run: MakeRun) -> None:
-    run = make_task_run(**{**SETTINGS, "total_steps": 1})
+    run = make_task_run(**{**SETTINGS, "max_steps": 1})
     train(run)
     with pytest.raises(UserError, match=r"lora\.rank=2 was 4 when the run began"):
-        train(replace(run, total_steps=2, resume="must", lora=replace(run.lora, rank=2)))
+        train(replace(run, max_steps=2, resume_mode="required", lora=replace(run.lora, rank=2)))

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 from vision_language import make_image
 
-from sdpo.config import ModelConfig, Run
+from sdpo.config.model import ModelConfig
+from sdpo.config.root import SDPOConfig
 from sdpo.errors import UserError
 from sdpo.models.multimodal.processor import ImageReader, load_reader
 from sdpo.observability.progress import Silent
@@ -89,7 +90,12 @@ def write(path: Path, files: list[bytes]) -> str:
 
 @pytest.mark.parametrize(("name", "data", "readable"), CASES, ids=[name for name, _, _ in CASES])
 def test_read_or_named_in_one_line(
-    reader: ImageReader, make_run: Callable[..., Run], tmp_path: Path, name: str, data: bytes, readable: bool | None
+    reader: ImageReader,
+    make_run: Callable[..., SDPOConfig],
+    tmp_path: Path,
+    name: str,
+    data: bytes,
+    readable: bool | None,
 ) -> None:
     file = write(tmp_path / "rows.parquet", [make_image(1), data])
     try:
@@ -108,7 +114,9 @@ def test_read_or_named_in_one_line(
     assert all(value.isfinite().all() for value in reader.read_pixels(data).values())
 
 
-def test_all_at_once_are_skipped_and_counted(reader: ImageReader, make_run: Callable[..., Run], tmp_path: Path) -> None:
+def test_all_at_once_are_skipped_and_counted(
+    reader: ImageReader, make_run: Callable[..., SDPOConfig], tmp_path: Path
+) -> None:
     sure = [(data, readable) for _, data, readable in CASES if readable is not None]
     num_bad = sum(not readable for _, readable in sure)
     messages = []

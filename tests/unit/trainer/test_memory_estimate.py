@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdpo.config import Run
+from sdpo.config.root import SDPOConfig
 from sdpo.kernels import chunked_log_probs
 from sdpo.models.generation.sampling import Decoding, sample_responses
 from sdpo.models.lora.adapters import add_adapters
@@ -23,7 +23,7 @@ from sdpo.trainer.memory_estimate import estimate_cost
 GOLDEN = Path(__file__).parents[2] / "golden" / "qwen2_5_vl_3b"
 CountPeak = Callable[[Callable[[], Any]], int]
 
-MakeRun = Callable[..., Run]
+MakeRun = Callable[..., SDPOConfig]
 
 
 def test_weights_and_moments_are_as_large_as_they_turn_out(
@@ -50,21 +50,21 @@ def test_weights_and_moments_are_as_large_as_they_turn_out(
 @pytest.mark.parametrize(
     ("settings", "role", "item", "factor"),
     [
-        ({"staleness": 1}, "sampler", "weights", 1),
+        ({"max_staleness": 1}, "sampler", "weights", 1),
         ({"self_distillation__teacher_regularization": "live"}, "learner", "teacher", 0),
-        ({"self_distillation__grpo_coef": 1.0}, "learner", "teacher", 0),
-        ({"model__dtype": "bfloat16", "optim__beta2": 0.95}, "learner", "student", 0.5),
-        ({"model__dtype": "bfloat16", "optim__beta2": 0.95}, "learner", "teacher's float32 average", 1),
-        ({"learner__autocast": True}, "sampler", "weights", 0.5),
-        ({"learner__kl_loss_coef": 0.1}, "learner", "initial model", 1),
-        ({"health__kl_to_initial_every": 5}, "learner", "initial model", 1),
+        ({"self_distillation__policy_loss_weight": 1.0}, "learner", "teacher", 0),
+        ({"model__dtype": "bfloat16", "optim__betas": [0.9, 0.95]}, "learner", "student", 0.5),
+        ({"model__dtype": "bfloat16", "optim__betas": [0.9, 0.95]}, "learner", "teacher's float32 average", 1),
+        ({"actor__autocast": True}, "sampler", "weights", 0.5),
+        ({"actor__kl_loss_coef": 0.1}, "learner", "initial model", 1),
+        ({"health__ref_kl_interval": 5}, "learner", "initial model", 1),
         (
-            {"learner__kl_loss_coef": 0.1, "self_distillation__teacher_regularization": "frozen"},
+            {"actor__kl_loss_coef": 0.1, "self_distillation__teacher_regularization": "frozen"},
             "learner",
             "initial model",
             0,
         ),
-        ({"learner__kl_loss_coef": 0.1, "lora__rank": 2}, "learner", "initial model", 0),
+        ({"actor__kl_loss_coef": 0.1, "lora__rank": 2}, "learner", "initial model", 0),
         ({"optim__name": "adamw_8bit"}, "learner", "AdamW's moments", 0.5 * (1 + 4 / 256)),
     ],
 )
@@ -91,7 +91,7 @@ def test_what_settings_change(
         (1, {"max_prompts": 2}, 3 * 32),  # all rollouts of a prompt at least
         (4, {"max_prompts": 4}, 4 * 48),  # held-out prompts, shown to the teacher
         (4, {"max_prompts": 2, "n": 2}, 4 * 48),
-        (4, {"teacher": False}, 4 * 32),
+        (4, {"evaluate_teacher": False}, 4 * 32),
     ],
 )
 def test_the_cache_holds_keys_and_values_of_all_that_is_decoded_side_by_side(
@@ -104,7 +104,7 @@ def test_the_cache_holds_keys_and_values_of_all_that_is_decoded_side_by_side(
 ) -> None:
     make_model().save_pretrained(tmp_path / "model")
     run = make_run(
-        sampler__batch_size=batch_size,
+        rollout__max_num_seqs=batch_size,
         data__max_prompt_length=24,
         self_distillation__max_reprompt_len=40,
         **{f"eval__{name}": value for name, value in evaluation.items()},
@@ -115,8 +115,8 @@ def test_the_cache_holds_keys_and_values_of_all_that_is_decoded_side_by_side(
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_frozen_tower_has_weights_and_nothing_else(make_run: MakeRun, frozen: bool) -> None:
-    half = {"model__dtype": "bfloat16", "optim__beta2": 0.95}
-    cost = estimate_cost(make_run(model__path=str(GOLDEN), learner__freeze_vision=frozen, **half))
+    half = {"model__dtype": "bfloat16", "optim__betas": [0.9, 0.95]}
+    cost = estimate_cost(make_run(model__path=str(GOLDEN), actor__freeze_vision_tower=frozen, **half))
     language, tower = 3_085_938_688, 668_684_288
     trained = language + tower * (not frozen)
     assert (cost.num_params, cost.num_tower_params) == (language + tower, tower)
@@ -196,7 +196,7 @@ def test_logits_take_the_same_however_many_tokens_there_are(
     many, peaks = 16_384, []
     for num_samples in (6, 24):
         run = make_run(
-            sampler__max_response_length=32, model__dtype=dtype, optim__beta2=0.95, self_distillation__alpha=0.5
+            rollout__max_response_length=32, model__dtype=dtype, optim__betas=[0.9, 0.95], self_distillation__alpha=0.5
         )
         learner = Learner(make_model(vocab_size=many, dtype=getattr(torch, dtype)), run, 0)
         samples = [make_sample([3, 4], range(3, 35), [3, 4, 5]) for _ in range(num_samples)]
@@ -230,9 +230,9 @@ def test_a_step_stays_below_what_was_said_of_it(
         model__dtype=dtype,
         data__max_prompt_length=64,
         data__train_batch_size=4,
-        sampler__max_response_length=64,
-        learner__micro_batch_tokens=2 * 6 * 128,
-        learner__gradient_checkpointing=checkpointing,
+        rollout__max_response_length=64,
+        actor__max_tokens_per_micro_batch=2 * 6 * 128,
+        actor__gradient_checkpointing=checkpointing,
         self_distillation__alpha=0.5,
         self_distillation__max_reprompt_len=64,
     )
@@ -273,9 +273,9 @@ def test_sampling_stays_below_what_was_said_of_it(
     run = make_run(
         data__max_prompt_length=64,
         data__train_batch_size=4,
-        sampler__max_response_length=64,
-        sampler__n=4,
-        sampler__top_p=top_p,
+        rollout__max_response_length=64,
+        rollout__n=4,
+        rollout__top_p=top_p,
         eval__top_p=top_p,
         eval__max_prompts=1,
     )

@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdpo.config import Run
+from sdpo.config.root import SDPOConfig
 from sdpo.errors import UserError
 from sdpo.observability.progress import Silent
 from sdpo.prompting.tokenization import encode_prompt
 from sdpo.rewards.toy.hidden_rule import build_tokenizer
 from sdpo.trainer.data.prompts import PromptOrder, load_prompts
 
-MakeRun = Callable[..., Run]
+MakeRun = Callable[..., SDPOConfig]
 
 # --- the order
 
@@ -83,7 +83,7 @@ class Listening(Silent):
         self.messages.append(text)
 
 
-def load(run: Run, file: str, window: int | None = None, observer: Any = None) -> list[Any]:
+def load(run: SDPOConfig, file: str, window: int | None = None, observer: Any = None) -> list[Any]:
     return load_prompts([file], "data.train_files", run, build_tokenizer(), window, observer or Silent())
 
 
@@ -107,7 +107,7 @@ def test_the_length_of_the_tests_prompts(make_run: MakeRun, write: Any) -> None:
     [
         (None, "data.max_prompt_length"),
         (1000, "data.max_prompt_length"),
-        (OVERHEAD + 4 + 8, "the model's window of 20 minus sampler.max_response_length=8"),
+        (OVERHEAD + 4 + 8, "the model's window of 20 minus rollout.max_response_length=8"),
     ],
 )
 def test_a_prompt_that_is_too_long_is_refused_or_skipped(
@@ -137,5 +137,5 @@ def test_no_prompt_is_left(make_run: MakeRun, write: Any) -> None:
 
 
 def test_a_window_without_room_for_a_prompt(make_run: MakeRun, write: Any) -> None:
-    with pytest.raises(UserError, match=r"sampler\.max_response_length leaves no room .* window of 8 tokens"):
+    with pytest.raises(UserError, match=r"rollout\.max_response_length leaves no room .* window of 8 tokens"):
         load(make_run(), write(["1"]), window=8)

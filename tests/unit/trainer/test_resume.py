@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdpo.config import Run
+from sdpo.config.root import SDPOConfig
 from sdpo.errors import UserError
 from sdpo.observability import metrics
 from sdpo.observability.progress import Silent
@@ -27,16 +27,16 @@ from sdpo.trainer.checkpoint.state import FILE
 from sdpo.trainer.rollout.sampler import ProcessSampler
 from sdpo.trainer.trainer import train
 
-MakeRun = Callable[..., Run]
+MakeRun = Callable[..., SDPOConfig]
 SETTINGS: dict[str, Any] = {
-    "total_steps": 5,
-    "save_every": 2,
-    "eval_every": 2,
+    "max_steps": 5,
+    "save_steps": 2,
+    "eval_steps": 2,
     "optim__lr": 3e-3,
-    "optim__schedule": "cosine",
-    "learner__mini_batch_size": 2,
+    "optim__lr_scheduler_type": "cosine",
+    "actor__mini_batch_size": 2,
     "self_distillation__ema_update_rate": 0.3,
-    "self_distillation__distillation_weight_end": 0.5,
+    "self_distillation__distillation_coef_end": 0.5,
 }
 
 
@@ -65,15 +65,15 @@ def kill_in_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(Learner, "_update", killed)
 
 
-def rows_of(run: Run) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in (Path(run.run_dir) / "metrics.jsonl").read_text().splitlines()]
+def rows_of(run: SDPOConfig) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (Path(run.output_dir) / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith("timing_s/") and k != metrics.THROUGHPUT} for row in rows]
 
 
-def assert_same_end(resumed: Run, whole: Run) -> None:
+def assert_same_end(resumed: SDPOConfig, whole: SDPOConfig) -> None:
     """Student, teacher, optimizer's moments, rollouts in flight and metrics."""
     assert rows_of(resumed) == rows_of(whole)
-    folders = [Path(run.run_dir) / "checkpoints" / f"step_{whole.total_steps}" for run in (resumed, whole)]
+    folders = [Path(run.output_dir) / "checkpoints" / f"step_{whole.max_steps}" for run in (resumed, whole)]
     for name in ("model.safetensors", "teacher/model.safetensors"):
         one, two = (load_file(folder / name) for folder in folders)
         assert one.keys() == two.keys()
@@ -100,39 +100,39 @@ def assert_equal(one: Any, two: Any) -> None:
         assert one == two
 
 
-HALF = {"model__dtype": "bfloat16", "optim__beta2": 0.95}
+HALF = {"model__dtype": "bfloat16", "optim__betas": [0.9, 0.95]}
 PRECISIONS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16": HALF,
-    "8-bit": {"learner__autocast": True, "optim__name": "adamw_8bit"},
+    "8-bit": {"actor__autocast": True, "optim__name": "adamw_8bit"},
     "random": {**HALF, "optim__stochastic_rounding": True},
     "8-bit random": {**HALF, "optim__name": "adamw_8bit", "optim__stochastic_rounding": True},
 }
 
 
-@pytest.mark.parametrize("staleness", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("max_staleness", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("killed_in", [2, 4])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_killed_run_goes_on_to_the_same_end(
     make_task_run: MakeRun,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
-    staleness: int,
+    max_staleness: int,
     killed_in: int,
     precision: str,
 ) -> None:
     if precision not in ("float32", "bfloat16"):
         pytest.importorskip("torchao")
-    settings = {**SETTINGS, "staleness": staleness, "save_every": 1, **PRECISIONS[precision]}
-    whole = make_task_run(**settings, run_dir=str(tmp_path / "whole"))
+    settings = {**SETTINGS, "max_staleness": max_staleness, "save_steps": 1, **PRECISIONS[precision]}
+    whole = make_task_run(**settings, output_dir=str(tmp_path / "whole"))
     train(whole)
-    run = make_task_run(**settings, run_dir=str(tmp_path / "killed"))
+    run = make_task_run(**settings, output_dir=str(tmp_path / "killed"))
     with monkeypatch.context() as patch:
         kill_in_step(patch, killed_in)
         with pytest.raises(Killed):
             train(run)
     listening = Listening()
-    train(replace(run, resume="must"), listening)
+    train(replace(run, resume_mode="required"), listening)
     assert listening.messages[0].startswith(f"going on after step {killed_in - 1} from ")
     assert_same_end(run, whole)
 
@@ -140,9 +140,9 @@ def test_a_killed_run_goes_on_to_the_same_end(
 def test_another_process_knows_the_moments_of_8_bits(make_task_run: MakeRun) -> None:
     """``torch.load`` takes them only where torchao is imported, which transformers does."""
     pytest.importorskip("torchao")
-    run = make_task_run(**SETTINGS, optim__name="adamw_8bit", staleness=0)
+    run = make_task_run(**SETTINGS, optim__name="adamw_8bit", max_staleness=0)
     train(run)
-    folder = Path(run.run_dir) / "checkpoints" / f"step_{run.total_steps}"
+    folder = Path(run.output_dir) / "checkpoints" / f"step_{run.max_steps}"
     code = (
         "import sys; from pathlib import Path; from sdpo.trainer.checkpoint.state import TrainingState;"
         "state = TrainingState.load(Path(sys.argv[1]));"
@@ -187,41 +187,41 @@ def send_in_step(
     monkeypatch.setattr(Learner, *replaced[where])
 
 
-@pytest.mark.parametrize("staleness", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("max_staleness", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("where", "saved"), [("before", 2), ("between", 3), ("after", 3)])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_saves_its_last_whole_step_and_goes_on_to_the_same_end(
     make_task_run: MakeRun,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
-    staleness: int,
+    max_staleness: int,
     where: str,
     saved: int,
     number: signal.Signals,
 ) -> None:
-    settings = {**SETTINGS, "staleness": staleness, "save_every": 0, "eval_every": 3}
-    train(whole := make_task_run(**settings, run_dir=str(tmp_path / "whole")))
-    run = make_task_run(**settings, run_dir=str(tmp_path / "stopped"))
+    settings = {**SETTINGS, "max_staleness": max_staleness, "save_steps": 0, "eval_steps": 3}
+    train(whole := make_task_run(**settings, output_dir=str(tmp_path / "whole")))
+    run = make_task_run(**settings, output_dir=str(tmp_path / "stopped"))
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
         send_in_step(patch, 3, where, number)
         assert train(run).interrupted == number.name
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert [p.name for p in (Path(run.run_dir) / "checkpoints").iterdir()] == [f"step_{saved}"]
-    assert train(replace(run, resume="auto")).interrupted is None
+    assert [p.name for p in (Path(run.output_dir) / "checkpoints").iterdir()] == [f"step_{saved}"]
+    assert train(replace(run, resume_mode="auto")).interrupted is None
     assert_same_end(run, whole)
 
 
 def test_a_second_signal_between_two_updates_stops_at_once_and_saves_nothing_that_is_no_step(
     make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    train(whole := make_task_run(**SETTINGS, run_dir=str(tmp_path / "whole")))
+    train(whole := make_task_run(**SETTINGS, output_dir=str(tmp_path / "whole")))
     run, listening = make_task_run(**SETTINGS), Listening()
     with monkeypatch.context() as patch:
         send_in_step(patch, 4, "between", signal.SIGINT, times=2)
         assert train(run, listening).interrupted == "SIGINT"
     assert listening.messages == ["stopped between two steps: the newest checkpoint is that of step 2"]
-    train(replace(run, resume="auto"))
+    train(replace(run, resume_mode="auto"))
     assert_same_end(run, whole)
 
 
@@ -229,7 +229,7 @@ def test_a_second_signal_between_two_updates_stops_at_once_and_saves_nothing_tha
 def test_rollouts_that_take_longer_than_may_be_waited_for_are_left_out_and_that_is_said(
     make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, listening = make_task_run(**SETTINGS, staleness=1, stop_within=0.0), Listening()
+    run, listening = make_task_run(**SETTINGS, max_staleness=1, shutdown_timeout=0.0), Listening()
     collect = ProcessSampler.collect
     monkeypatch.setattr(
         ProcessSampler, "collect", lambda self, timeout=None: None if timeout == 0 else collect(self, timeout)
@@ -240,12 +240,12 @@ def test_rollouts_that_take_longer_than_may_be_waited_for_are_left_out_and_that_
     assert listening.messages == [
         "rollouts in flight are left out: resumed, the run will not be that which goes on now to the bit"
     ]
-    train(replace(run, resume="must"))
+    train(replace(run, resume_mode="required"))
     assert [row[metrics.STALENESS] for row in rows_of(run) if metrics.STALENESS in row] == [0, 1, 1, 0, 1]
 
 
 def test_an_error_saves_the_last_whole_step_too(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = make_task_run(**{**SETTINGS, "save_every": 0})
+    run = make_task_run(**{**SETTINGS, "save_steps": 0})
 
     def fail(learner: Learner, *arguments: Any) -> Any:
         if learner.version == 2:
@@ -257,14 +257,14 @@ def test_an_error_saves_the_last_whole_step_too(make_task_run: MakeRun, monkeypa
         patch.setattr(Learner, "_accumulate_gradients", fail)
         with pytest.raises(ZeroDivisionError):
             train(run)
-    assert [p.name for p in (Path(run.run_dir) / "checkpoints").iterdir()] == ["step_2"]
+    assert [p.name for p in (Path(run.output_dir) / "checkpoints").iterdir()] == ["step_2"]
 
 
 # --- what is resumed
 
 
 @pytest.fixture
-def stopped(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> Run:
+def stopped(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> SDPOConfig:
     """A run of five steps with a checkpoint after the second and the fourth."""
     run = make_task_run(**SETTINGS)
     with monkeypatch.context() as patch:
@@ -275,33 +275,33 @@ def stopped(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
-    stopped: Run, make_task_run: MakeRun, tmp_path: Path
+    stopped: SDPOConfig, make_task_run: MakeRun, tmp_path: Path
 ) -> None:
-    train(whole := make_task_run(**SETTINGS, run_dir=str(tmp_path / "whole")))
-    damaged = Path(stopped.run_dir) / "checkpoints" / "step_4"
+    train(whole := make_task_run(**SETTINGS, output_dir=str(tmp_path / "whole")))
+    damaged = Path(stopped.output_dir) / "checkpoints" / "step_4"
     (damaged / FILE).write_bytes((damaged / FILE).read_bytes()[:-1])
     listening = Listening()
-    train(replace(stopped, resume="auto"), listening)
+    train(replace(stopped, resume_mode="auto"), listening)
     assert listening.messages[0].startswith(f"{damaged} is damaged ({FILE} has ")
     assert listening.messages[1] == f"going on after step 2 from {damaged.with_name('step_2')}"
     assert_same_end(stopped, whole)
 
 
-def test_without_a_whole_checkpoint_auto_begins_and_must_refuses(stopped: Run, make_task_run: MakeRun) -> None:
-    for path in (Path(stopped.run_dir) / "checkpoints").glob("step_*/manifest.json"):
+def test_without_a_whole_checkpoint_auto_begins_and_must_refuses(stopped: SDPOConfig, make_task_run: MakeRun) -> None:
+    for path in (Path(stopped.output_dir) / "checkpoints").glob("step_*/manifest.json"):
         path.unlink()
     with pytest.raises(UserError, match="holds no whole checkpoint to go on from; start without --resume"):
-        train(replace(stopped, resume="must"))
+        train(replace(stopped, resume_mode="required"))
     listening = Listening()
-    train(replace(stopped, resume="auto"), listening)
-    assert listening.messages[-1] == f"{stopped.run_dir} held an earlier run; moved to {stopped.run_dir}.1"
-    fresh = make_task_run(run_dir=f"{stopped.run_dir}/../fresh", resume="must")
+    train(replace(stopped, resume_mode="auto"), listening)
+    assert listening.messages[-1] == f"{stopped.output_dir} held an earlier run; moved to {stopped.output_dir}.1"
+    fresh = make_task_run(output_dir=f"{stopped.output_dir}/../fresh", resume_mode="required")
     with pytest.raises(UserError, match="holds no whole checkpoint"):
         train(fresh)
-    assert not Path(fresh.run_dir).exists()
+    assert not Path(fresh.output_dir).exists()
 
 
-def change(run: Run, key: str, value: Any) -> Run:
+def change(run: SDPOConfig, key: str, value: Any) -> SDPOConfig:
     section, _, name = key.rpartition(".")
     if not section:
         return replace(run, **{name: value})
@@ -312,49 +312,51 @@ def change(run: Run, key: str, value: Any) -> Run:
     ("key", "value"),
     [
         ("seed", 1),
-        ("total_steps", 6),  # by which this run's learning rate is scheduled
-        ("staleness", 1),
+        ("max_steps", 6),  # by which this run's learning rate is scheduled
+        ("max_staleness", 1),
         ("data.train_batch_size", 8),
-        ("sampler.n", 3),
+        ("rollout.n", 3),
         ("self_distillation.teacher_regularization", "frozen"),
     ],
 )
-def test_a_setting_that_would_make_it_another_run_is_refused(stopped: Run, key: str, value: Any) -> None:
+def test_a_setting_that_would_make_it_another_run_is_refused(stopped: SDPOConfig, key: str, value: Any) -> None:
     with pytest.raises(UserError, match=rf"^{key}={value!r} was .* when the run began, and with it"):
-        train(replace(change(stopped, key, value), resume="must"))
+        train(replace(change(stopped, key, value), resume_mode="required"))
 
 
-def test_other_settings_are_said_and_take_effect(stopped: Run) -> None:
-    run = change(change(replace(stopped, resume="must"), "optim.lr", 1e-4), "tracking.rollouts_every", 1)
+def test_other_settings_are_said_and_take_effect(stopped: SDPOConfig) -> None:
+    run = change(
+        change(replace(stopped, resume_mode="required"), "optim.lr", 1e-4), "tracking.log_completions_steps", 1
+    )
     listening = Listening()
     result = train(run, listening)
     assert listening.messages[:2] == [
         "optim.lr=0.0001 from here on, was 0.003",
-        "tracking.rollouts_every=1 from here on, was 10",
+        "tracking.log_completions_steps=1 from here on, was 10",
     ]
     # one of ten cosine steps' updates is left
     assert result.metrics[metrics.LR] == pytest.approx(1e-4 * (1 + math.cos(math.pi * 0.9)) / 2)
-    assert (Path(run.run_dir) / "rollouts" / "step_5.txt").exists()
+    assert (Path(run.output_dir) / "rollouts" / "step_5.txt").exists()
 
 
-def test_other_rows_are_refused(stopped: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_rows_are_refused(stopped: SDPOConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "compute_fingerprint", lambda prompts: "others")
     with pytest.raises(UserError, match=r"^data\.train_files: other rows than when the run began"):
-        train(replace(stopped, resume="must"))
+        train(replace(stopped, resume_mode="required"))
 
 
 def test_a_finished_run_is_finished_again_and_may_be_prolonged(make_task_run: MakeRun, tmp_path: Path) -> None:
-    train(whole := make_task_run(total_steps=4, save_every=2, run_dir=str(tmp_path / "whole")))
-    train(run := make_task_run(total_steps=2, save_every=2, run_dir=str(tmp_path / "short")))
+    train(whole := make_task_run(max_steps=4, save_steps=2, output_dir=str(tmp_path / "whole")))
+    train(run := make_task_run(max_steps=2, save_steps=2, output_dir=str(tmp_path / "short")))
     rows = rows_of(run)
-    with pytest.raises(UserError, match=r"its run has had 2 steps, more than total_steps=1$"):
-        train(replace(run, resume="auto", total_steps=1))
+    with pytest.raises(UserError, match=r"its run has had 2 steps, more than max_steps=1$"):
+        train(replace(run, resume_mode="auto", max_steps=1))
     # killed between its last checkpoint and its last row, it has that row to write
-    metrics_file = Path(run.run_dir) / "metrics.jsonl"
+    metrics_file = Path(run.output_dir) / "metrics.jsonl"
     metrics_file.write_text("".join(metrics_file.read_text().splitlines(keepends=True)[:-1]))
-    result = train(replace(run, resume="auto"))
+    result = train(replace(run, resume_mode="auto"))
     assert rows_of(run) == rows and result.metrics[metrics.STEP] == 2
-    longer = replace(run, total_steps=4, resume="auto")
+    longer = replace(run, max_steps=4, resume_mode="auto")
     train(longer)
     # the evaluation after the last step is part of the shorter run alone
     rows = [{k: v for k, v in row.items() if not k.startswith("val-")} for row in rows_of(longer)]
@@ -367,9 +369,9 @@ def test_two_runs_in_one_folder_are_one_too_many(make_task_run: MakeRun, monkeyp
     learn = Learner.learn
 
     def start_another(learner: Learner, *arguments: Any, **how: Any) -> Any:
-        for resume in ("never", "auto", "must"):
+        for resume_mode in ("disable", "auto", "required"):
             with pytest.raises(UserError) as caught:
-                train(replace(run, resume=resume))
+                train(replace(run, resume_mode=resume_mode))
             refused.append(str(caught.value))
         monkeypatch.undo()
         return learn(learner, *arguments, **how)
@@ -378,7 +380,7 @@ def test_two_runs_in_one_folder_are_one_too_many(make_task_run: MakeRun, monkeyp
     train(run)
     assert len(refused) == 3
     assert all(
-        text.startswith(f"run_dir: {run.run_dir}: another run is writing to it (process {os.getpid()} on ")
+        text.startswith(f"output_dir: {run.output_dir}: another run is writing to it (process {os.getpid()} on ")
         for text in refused
     )
     assert [row[metrics.STEP] for row in rows_of(run)] == [0, 1, 2, 3, 4, 5]
@@ -389,30 +391,30 @@ def test_alarms_and_what_they_did_are_resumed(
 ) -> None:
     """A live teacher that an alarm freezes at step 2: the run is killed before the alarm, and after it."""
     settings: dict[str, Any] = {
-        "total_steps": 5,
-        "save_every": 1,
-        "eval_every": 1,
+        "max_steps": 5,
+        "save_steps": 1,
+        "eval_steps": 1,
         "optim__lr": 3e-3,
         "self_distillation__teacher_regularization": "live",
         "health__window": 1,
-        "health__tolerance": 0.0,
-        "health__entropy_explosion": "freeze",
+        "health__min_z_score": 0.0,
+        "health__entropy_explosion": "freeze_teacher",
         "health__entropy_rise": 1.0,
-        "health__length_collapse": "lower",
+        "health__length_collapse": "reduce_weight",
         "health__length_fall": 1.0,
-        "health__kl_to_initial_every": 1,
+        "health__ref_kl_interval": 1,
     }
-    whole = make_task_run(**settings, run_dir=str(tmp_path / "whole"))
+    whole = make_task_run(**settings, output_dir=str(tmp_path / "whole"))
     train(whole)
-    alarms = (Path(whole.run_dir) / "alarms.jsonl").read_text()
-    frozen_at = min(json.loads(line)["step"] for line in alarms.splitlines() if '"freeze"' in line)
+    alarms = (Path(whole.output_dir) / "alarms.jsonl").read_text()
+    frozen_at = min(json.loads(line)["step"] for line in alarms.splitlines() if '"freeze_teacher"' in line)
     assert 1 < frozen_at < 5
     for killed_in in {frozen_at, frozen_at + 1}:
-        run = make_task_run(**settings, run_dir=str(tmp_path / f"killed_in_{killed_in}"))
+        run = make_task_run(**settings, output_dir=str(tmp_path / f"killed_in_{killed_in}"))
         with monkeypatch.context() as patch:
             kill_in_step(patch, killed_in)
             with pytest.raises(Killed):
                 train(run)
-        train(replace(run, resume="must"))
-        assert (Path(run.run_dir) / "alarms.jsonl").read_text() == alarms
+        train(replace(run, resume_mode="required"))
+        assert (Path(run.output_dir) / "alarms.jsonl").read_text() == alarms
         assert_same_end(run, whole)

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from sdpo.config import Run, load_run
+from sdpo.config.loader import load_config
+from sdpo.config.root import SDPOConfig
 from sdpo.errors import UserError
 from sdpo.observability import metrics
 from sdpo.observability.progress import Silent
@@ -21,7 +22,7 @@ from sdpo.trainer.data.samples import Sample
 from sdpo.trainer.logging import trackers
 from sdpo.trainer.logging.run_dir import RunFolder
 
-MakeRun = Callable[..., Run]
+MakeRun = Callable[..., SDPOConfig]
 MakeSample = Callable[..., Sample]
 
 
@@ -47,8 +48,8 @@ def test_the_resolved_run_reloads_to_an_equal_one(make_run: MakeRun) -> None:
     )
     folder = RunFolder(run, Silent())
     folder.close()
-    assert load_run(Path(run.run_dir) / "run.yaml") == run
-    assert folder.path == Path(run.run_dir)
+    assert load_config(Path(run.output_dir) / "run.yaml") == run
+    assert folder.path == Path(run.output_dir)
 
 
 def test_versions_are_those_installed(make_run: MakeRun) -> None:
@@ -89,21 +90,21 @@ def test_an_earlier_run_is_moved_aside(make_run: MakeRun) -> None:
 
 def test_an_empty_folder_is_used(make_run: MakeRun) -> None:
     run = make_run()
-    Path(run.run_dir).mkdir()
+    Path(run.output_dir).mkdir()
     RunFolder(run, Silent()).close()
-    assert [p.name for p in Path(run.run_dir).parent.iterdir()] == ["run"]
+    assert [p.name for p in Path(run.output_dir).parent.iterdir()] == ["run"]
 
 
 @pytest.mark.parametrize("as_file", [False, True])
 def test_what_is_no_run_folder_is_refused_and_left(make_run: MakeRun, as_file: bool) -> None:
     run = make_run()
-    path = Path(run.run_dir)
+    path = Path(run.output_dir)
     if as_file:
         path.write_text("years of work")
     else:
         path.mkdir()
         (path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match=rf"^run_dir: {path}: exists and is no run folder; name another one$"):
+    with pytest.raises(UserError, match=rf"^output_dir: {path}: exists and is no run folder; name another one$"):
         RunFolder(run, Silent())
     assert (path if as_file else path / "thesis.txt").read_text() == "years of work"
     assert as_file or [p.name for p in path.iterdir()] == ["thesis.txt"]
@@ -111,8 +112,8 @@ def test_what_is_no_run_folder_is_refused_and_left(make_run: MakeRun, as_file: b
 
 def test_a_folder_that_cannot_be_made_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"^run_dir: .*/file/run: cannot be written \(Not a directory\)$"):
-        RunFolder(make_run(run_dir=str(tmp_path / "file" / "run")), Silent())
+    with pytest.raises(UserError, match=r"^output_dir: .*/file/run: cannot be written \(Not a directory\)$"):
+        RunFolder(make_run(output_dir=str(tmp_path / "file" / "run")), Silent())
 
 
 # --- rollouts
@@ -129,7 +130,7 @@ def described(sample: Sample, number: int) -> Sample:
 
 
 def test_rollouts_show_all_that_made_them(make_run: MakeRun, make_sample: MakeSample) -> None:
-    folder = RunFolder(make_run(tracking__rollouts_every=2, tracking__rollouts_per_save=8), Silent())
+    folder = RunFolder(make_run(tracking__log_completions_steps=2, tracking__num_completions=8), Silent())
     samples = [described(make_sample([3], [4, 2], advantage=-0.5), k) for k in range(3)]
     cut_off = replace(samples[0].response, finished=False)
     samples.append(replace(make_sample([3], [4]), text="no teacher", response=cut_off))
@@ -151,7 +152,7 @@ def test_rollouts_show_all_that_made_them(make_run: MakeRun, make_sample: MakeSa
 def test_rollouts_are_written_every_so_many_steps(
     make_run: MakeRun, make_sample: MakeSample, every: int, expected: list[int]
 ) -> None:
-    folder = RunFolder(make_run(tracking__rollouts_every=every), Silent())
+    folder = RunFolder(make_run(tracking__log_completions_steps=every), Silent())
     for step in range(1, 6):
         folder.save_rollouts(step, [make_sample([3], [4])])
     folder.close()
@@ -164,7 +165,7 @@ def test_rollouts_are_written_every_so_many_steps(
 def test_rollouts_come_from_the_whole_batch(
     make_run: MakeRun, make_sample: MakeSample, num_samples: int, expected: list[int]
 ) -> None:
-    folder = RunFolder(make_run(tracking__rollouts_per_save=3), Silent())
+    folder = RunFolder(make_run(tracking__num_completions=3), Silent())
     folder.save_rollouts(1, [described(make_sample([3], [4]), k) for k in range(num_samples)])
     folder.close()
     text = (folder.path / "rollouts" / "step_1.txt").read_text()
@@ -183,10 +184,10 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_touched(
         raise ModuleNotFoundError(f"No module named {name!r}")
 
     monkeypatch.setattr(trackers.importlib, "import_module", missing)
-    run = make_run(tracking__backends=["wandb"])
-    with pytest.raises(UserError, match=r"^tracking\.backends: wandb is not installed; pip install 'sdpo\[wandb\]'$"):
+    run = make_run(tracking__report_to=["wandb"])
+    with pytest.raises(UserError, match=r"^tracking\.report_to: wandb is not installed; pip install 'sdpo\[wandb\]'$"):
         RunFolder(run, Silent())
-    assert [p.name for p in Path(run.run_dir).parent.iterdir()] == ["run"]
+    assert [p.name for p in Path(run.output_dir).parent.iterdir()] == ["run"]
 
 
 class FakeTracker:
@@ -212,7 +213,7 @@ def test_rows_reach_wandb_and_trackio(
 ) -> None:
     fake = FakeTracker()
     monkeypatch.setattr(trackers.importlib, "import_module", {backend: fake}.__getitem__)
-    run = make_run(tracking__backends=[backend], tracking__project="p", tracking__name=name)
+    run = make_run(tracking__report_to=[backend], tracking__project="p", tracking__name=name)
     folder = RunFolder(run, Silent())
     folder.log(3, {metrics.LOSS: 0.5})
     folder.close()
@@ -227,7 +228,7 @@ def test_rows_reach_tensorboard(make_run: MakeRun) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    folder = RunFolder(make_run(tracking__backends=["tensorboard"]), Silent())
+    folder = RunFolder(make_run(tracking__report_to=["tensorboard"]), Silent())
     for step in range(3):
         folder.log(step, {metrics.LOSS: 0.5 * step})
     folder.close()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdpo.config import ModelConfig
+from sdpo.config.model import ModelConfig
 from sdpo.errors import UserError
 from sdpo.models.generation.sampling import Decoding, Response, sample_responses
 from sdpo.models.multimodal.processor import TokenPrompt

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from sdpo.config import DataConfig, SelfDistillationConfig
+from sdpo.config.data import RewardConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.models.generation.sampling import Response
 from sdpo.observability import metrics
 from sdpo.observability.progress import Silent
@@ -34,7 +35,7 @@ class Exact:
 
 
 def grader(task: Task) -> Grader:
-    return Grader(task, DataConfig(max_grader_failures=0.5), Silent())
+    return Grader(task, RewardConfig(max_failure_fraction=0.5), Silent())
 
 
 def prompt(text: str, truth: str) -> Prompt:
@@ -83,7 +84,7 @@ def test_weights_by_difficulty() -> None:
 
 
 def test_the_teacher_reads_its_demonstration_and_then_the_same_response() -> None:
-    samples = build(demonstration_source="peer")
+    samples = build(demonstration_source="successful_rollout")
     assert [s.is_distilled for s in samples] == [False, True, True, False, False, False]
     for sample in samples[1:3]:
         assert sample.demonstration.solution == "21"
@@ -102,7 +103,7 @@ def test_feedback_reaches_the_teacher_of_its_own_sample() -> None:
 
 
 def test_plain_grpo_prepares_nothing_for_a_teacher() -> None:
-    assert not any(s.is_distilled for s in build(Exact(feedback=True), grpo_coef=1.0))
+    assert not any(s.is_distilled for s in build(Exact(feedback=True), policy_loss_weight=1.0))
 
 
 def test_the_window_leaves_room_for_each_response() -> None:
@@ -119,7 +120,10 @@ def test_the_window_leaves_room_for_each_response() -> None:
 
 
 def test_the_summary_by_hand() -> None:
-    settings: dict[str, Any] = {"demonstration_source": "peer", "environment_feedback_only_without_solution": False}
+    settings: dict[str, Any] = {
+        "demonstration_source": "successful_rollout",
+        "environment_feedback_only_without_solution": False,
+    }
     config = SelfDistillationConfig(**settings, success_reward_threshold=1.0)
     samples = build(Exact(feedback=True), **settings)
     values = summarize_samples(samples, config)
@@ -180,7 +184,7 @@ class FailsOn:
 def test_a_response_that_was_not_graded_teaches_nothing() -> None:
     """The others' advantages, weights and demonstrations are those of a group that never had it."""
     settings: dict[str, Any] = {
-        "demonstration_source": "peer_then_ground_truth",
+        "demonstration_source": "successful_rollout_then_ground_truth",
         "include_environment_feedback": True,
         "weight_by_prompt_difficulty": True,
         "success_reward_threshold": 0.5,
@@ -207,7 +211,7 @@ def test_a_step_in_which_nothing_was_graded_has_no_scores() -> None:
         def grade(self, row: Row, response: str) -> float:
             raise ZeroDivisionError
 
-    tolerant = Grader(Broken(), DataConfig(max_grader_failures=1.0), Silent())
+    tolerant = Grader(Broken(), RewardConfig(max_failure_fraction=1.0), Silent())
     config = SelfDistillationConfig()
     samples = build_samples(tolerant, TOKENIZER, PROMPTS, RESPONSES, config, None, random.Random(0))
     values = summarize_samples(samples, config)

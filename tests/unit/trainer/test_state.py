@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sdpo.config import Run
+from sdpo.config.root import SDPOConfig
 from sdpo.errors import UserError
 from sdpo.models.generation.sampling import Response
 from sdpo.rewards.base import Row
@@ -31,7 +31,7 @@ from sdpo.trainer.data.samples import Sample
 from sdpo.trainer.rollout.sampler import Rollouts
 
 MakeModel = Callable[..., Any]
-MakeRun = Callable[..., Run]
+MakeRun = Callable[..., SDPOConfig]
 MakeSamples = Callable[..., list[Sample]]
 TOKENIZER = build_tokenizer()
 IDS = torch.tensor([[5, 6, 7, 8, 3]])
@@ -74,7 +74,7 @@ def test_student_teacher_and_tokenizer_load(
     assert difference > 1e-2, "teacher and student must differ for this to tell them apart"
 
 
-@pytest.mark.parametrize("settings", [{"teacher_regularization": "live"}, {"grpo_coef": 1.0}])
+@pytest.mark.parametrize("settings", [{"teacher_regularization": "live"}, {"policy_loss_weight": 1.0}])
 def test_no_teacher_is_saved_where_there_is_none(
     model: Any, make_run: MakeRun, tmp_path: Path, settings: dict[str, Any]
 ) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from sdpo.config import Run
+from sdpo.config.root import SDPOConfig
 from sdpo.errors import UserError
 from sdpo.models.generation.sampling import Response
 from sdpo.observability import metrics
@@ -24,20 +24,20 @@ from sdpo.trainer.data.samples import Sample, build_samples
 from sdpo.trainer.rollout.sampler import LocalSampler, ProcessSampler, Rollouts
 from sdpo.trainer.trainer import train
 
-MakeRun = Callable[..., Run]
+MakeRun = Callable[..., SDPOConfig]
 Weights = dict[str, Tensor]
 
 
-def rows_of(run_dir: str | Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+def rows_of(output_dir: str | Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
 def without_timings(rows: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if not k.startswith("timing_s/") and k != metrics.THROUGHPUT} for row in rows]
 
 
-def checkpoint_bytes(run_dir: str | Path) -> dict[str, bytes]:
-    folder = Path(run_dir) / "checkpoints"
+def checkpoint_bytes(output_dir: str | Path) -> dict[str, bytes]:
+    folder = Path(output_dir) / "checkpoints"
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.safetensors")}
 
 
@@ -90,11 +90,11 @@ class Recorder:
 
 
 STRONG = {
-    "total_steps": 4,
+    "max_steps": 4,
     "optim__lr": 3e-3,
-    "sampler__temperature": 0.9,
-    "learner__mini_batch_size": 2,
-    "eval__before_training": False,
+    "rollout__temperature": 0.9,
+    "actor__mini_batch_size": 2,
+    "eval__val_before_train": False,
     "data__train_batch_size": 4,
 }
 
@@ -120,13 +120,13 @@ def test_in_turn_every_batch_is_sampled_with_the_newest_weights(
 ) -> None:
     if on_other_device:  # a second name of the same device makes the sampler keep a copy of the student
         monkeypatch.setattr(
-            build, "resolve_device", lambda _, name: torch.device("cpu:0" if name == "sampler.device" else "cpu")
+            build, "resolve_device", lambda _, name: torch.device("cpu:0" if name == "rollout.device" else "cpu")
         )
     recorder = Recorder(monkeypatch)
     run = make_task_run(**STRONG)
     train(run)
     check_log_probs(recorder, [0, 1, 2, 3], 0.9)
-    rows = rows_of(run.run_dir)
+    rows = rows_of(run.output_dir)
     assert [row[metrics.STALENESS] for row in rows] == [0, 0, 0, 0]
     for row in rows:
         assert row[metrics.ROLLOUT_IS_MEAN] == pytest.approx(1, abs=1e-5)
@@ -138,10 +138,10 @@ def test_in_parallel_every_batch_is_sampled_one_update_behind(
     make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     recorder = Recorder(monkeypatch)
-    run = make_task_run(**STRONG, staleness=1, run_dir=str(tmp_path / "parallel"))
+    run = make_task_run(**STRONG, max_staleness=1, output_dir=str(tmp_path / "parallel"))
     result = train(run)
     check_log_probs(recorder, [0, 0, 1, 2], 0.9)
-    rows = rows_of(run.run_dir)
+    rows = rows_of(run.output_dir)
     assert [row[metrics.STALENESS] for row in rows] == [0, 1, 1, 1]
     assert [row[metrics.STEP] for row in rows] == [1, 2, 3, 4]
     assert abs(rows[0][metrics.ROLLOUT_KL]) < 1e-5
@@ -151,15 +151,15 @@ def test_in_parallel_every_batch_is_sampled_one_update_behind(
 
     # The first step knows nothing of what runs beside it.
     monkeypatch.undo()
-    in_turn = make_task_run(**STRONG, run_dir=str(tmp_path / "in_turn"))
+    in_turn = make_task_run(**STRONG, output_dir=str(tmp_path / "in_turn"))
     train(in_turn)
-    first, expected = (without_timings(rows_of(r.run_dir))[0] for r in (run, in_turn))
+    first, expected = (without_timings(rows_of(r.output_dir))[0] for r in (run, in_turn))
     assert first == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    second, other = (without_timings(rows_of(r.run_dir))[1] for r in (run, in_turn))
+    second, other = (without_timings(rows_of(r.output_dir))[1] for r in (run, in_turn))
     assert second != pytest.approx(other, rel=1e-4, abs=1e-6)
 
 
-def learn_one_behind(run: Run) -> Learner:
+def learn_one_behind(run: SDPOConfig) -> Learner:
     """The schedule of staleness 1 in one process, step by step: batch k+1 is sampled, then batch k is learned."""
     parts = build.build_parts(run, Silent())
     assert isinstance(parts.sampler, LocalSampler), "samples with the student itself, as it is when asked"
@@ -169,9 +169,9 @@ def learn_one_behind(run: Run) -> Learner:
         return parts.sampler.collect()
 
     upcoming = sample(1)
-    for step in range(1, run.total_steps + 1):
+    for step in range(1, run.max_steps + 1):
         rollouts = upcoming
-        if step < run.total_steps:
+        if step < run.max_steps:
             upcoming = sample(step + 1)
         samples = build_samples(
             parts.grader,
@@ -192,28 +192,30 @@ def test_overlapped_steps_learn_what_the_same_steps_learn_one_after_another(
     make_task_run: MakeRun, tmp_path: Path
 ) -> None:
     """A weight that arrives too early, too late or half written would change the rollouts, and so all that follows."""
-    overlapped = make_task_run(**STRONG, staleness=1, sampler__num_threads=1, run_dir=str(tmp_path / "overlapped"))
+    overlapped = make_task_run(
+        **STRONG, max_staleness=1, rollout__num_threads=1, output_dir=str(tmp_path / "overlapped")
+    )
     train(overlapped)
-    learner = learn_one_behind(make_task_run(**STRONG, run_dir=str(tmp_path / "by_hand")))
+    learner = learn_one_behind(make_task_run(**STRONG, output_dir=str(tmp_path / "by_hand")))
     assert learner.teacher is not None
     assert learner.teacher.module is not None
-    saved = Path(overlapped.run_dir) / "checkpoints" / f"step_{overlapped.total_steps}"
+    saved = Path(overlapped.output_dir) / "checkpoints" / f"step_{overlapped.max_steps}"
     for folder, module in ((saved, learner.student), (saved / "teacher", learner.teacher.module)):
         found = AutoModelForCausalLM.from_pretrained(folder).state_dict()
         expected = module.state_dict()
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
-    train(in_turn := make_task_run(**STRONG, run_dir=str(tmp_path / "in_turn")))
-    assert checkpoint_bytes(in_turn.run_dir) != checkpoint_bytes(overlapped.run_dir), "staleness must matter here"
+    train(in_turn := make_task_run(**STRONG, output_dir=str(tmp_path / "in_turn")))
+    assert checkpoint_bytes(in_turn.output_dir) != checkpoint_bytes(overlapped.output_dir), "staleness must matter here"
 
 
 def test_the_same_rollouts_teach_the_same_whatever_the_staleness(
     make_model: Callable[..., Any], make_run: MakeRun, make_samples: Any
 ) -> None:
     learned = []
-    for staleness in (0, 1):
-        learner = Learner(make_model(), make_run(staleness=staleness), 0)
+    for max_staleness in (0, 1):
+        learner = Learner(make_model(), make_run(max_staleness=max_staleness), 0)
         for seed in range(3):
             learner.learn(make_samples(seed=seed))
         learned.append(learner.student.state_dict())
@@ -229,16 +231,16 @@ class Forgetful(LocalSampler):
             super().load_weights(student, version)
 
 
-@pytest.mark.parametrize(("staleness", "refused_at"), [(0, 2), (1, 3)])
+@pytest.mark.parametrize(("max_staleness", "refused_at"), [(0, 2), (1, 3)])
 def test_a_batch_that_is_too_old_is_not_learned(
-    make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch, staleness: int, refused_at: int
+    make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch, max_staleness: int, refused_at: int
 ) -> None:
     monkeypatch.setattr(build, "LocalSampler", Forgetful)
     monkeypatch.setattr(build, "ProcessSampler", lambda student, build_engine, *_: Forgetful(build_engine()))
     recorder = Recorder(monkeypatch)
-    message = rf"^step {refused_at}: rollouts are {staleness + 1} updates old, the bound is {staleness}$"
+    message = rf"^step {refused_at}: rollouts are {max_staleness + 1} updates old, the bound is {max_staleness}$"
     with pytest.raises(RuntimeError, match=message):
-        train(make_task_run(staleness=staleness, total_steps=5))
+        train(make_task_run(max_staleness=max_staleness, max_steps=5))
     assert len(recorder.samples) == refused_at - 1
 
 
@@ -247,33 +249,33 @@ def test_a_batch_that_is_too_old_is_not_learned(
 
 def test_the_same_seed_gives_the_same_run_bit_for_bit(make_task_run: MakeRun, tmp_path: Path) -> None:
     settings = {
-        "learner__mini_batch_size": 2,
+        "actor__mini_batch_size": 2,
         "eval__n": 2,
-        "sampler__n": 3,
-        "self_distillation__demonstration_source": "peer",
+        "rollout__n": 3,
+        "self_distillation__demonstration_source": "successful_rollout",
         "self_distillation__success_reward_threshold": 0.0,  # so that there are peers to draw
     }
     runs = [
-        make_task_run(run_dir=str(tmp_path / name), seed=seed, **settings)
+        make_task_run(output_dir=str(tmp_path / name), seed=seed, **settings)
         for name, seed in (("first", 3), ("same", 3), ("other", 4))
     ]
     for run in runs:
-        torch.manual_seed(run.seed + len(run.run_dir))  # whatever happened before must not matter
+        torch.manual_seed(run.seed + len(run.output_dir))  # whatever happened before must not matter
         train(run)
-    first, same, other = (without_timings(rows_of(run.run_dir)) for run in runs)
+    first, same, other = (without_timings(rows_of(run.output_dir)) for run in runs)
     assert first == same
-    assert checkpoint_bytes(runs[0].run_dir) == checkpoint_bytes(runs[1].run_dir)
-    assert len(checkpoint_bytes(runs[0].run_dir)) == 2  # student and teacher
+    assert checkpoint_bytes(runs[0].output_dir) == checkpoint_bytes(runs[1].output_dir)
+    assert len(checkpoint_bytes(runs[0].output_dir)) == 2  # student and teacher
     assert first[1][metrics.SOLUTION_FRACTION] == 1
     assert [row[metrics.RESPONSE_LENGTH_MEAN] for row in first[1:]] != [
         row[metrics.RESPONSE_LENGTH_MEAN] for row in other[1:]
     ]
-    assert checkpoint_bytes(runs[0].run_dir) != checkpoint_bytes(runs[2].run_dir)
+    assert checkpoint_bytes(runs[0].output_dir) != checkpoint_bytes(runs[2].output_dir)
 
 
 def test_steps_train_on_the_rows_that_the_order_says(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(monkeypatch)
-    train(make_task_run(total_steps=3, data__shuffle=False, data__train_batch_size=16, sampler__n=1))
+    train(make_task_run(max_steps=3, data__shuffle=False, data__train_batch_size=16, rollout__n=1))
     rows = [[s.prompt.row.extra_info["index"] for s in samples] for samples in recorder.samples]
     assert rows == [list(range(16)), list(range(16, 32)), [*range(32, 40), *range(8)]]
 
@@ -281,7 +283,7 @@ def test_steps_train_on_the_rows_that_the_order_says(make_task_run: MakeRun, mon
 def test_every_step_draws_other_noise(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same prompts with the same weights: other responses."""
     recorder = Recorder(monkeypatch)
-    train(make_task_run(total_steps=2, data__shuffle=False, data__train_batch_size=40, sampler__n=1, optim__lr=1e-12))
+    train(make_task_run(max_steps=2, data__shuffle=False, data__train_batch_size=40, rollout__n=1, optim__lr=1e-12))
     first, second = ([s.response.token_ids for s in samples] for samples in recorder.samples)
     assert first != second
 
@@ -290,14 +292,14 @@ def test_every_step_draws_other_noise(make_task_run: MakeRun, monkeypatch: pytes
 
 
 def test_what_is_written_when(make_task_run: MakeRun) -> None:
-    run = make_task_run(total_steps=5, eval_every=2, save_every=2, keep_last=3, tracking__rollouts_every=3)
+    run = make_task_run(max_steps=5, eval_steps=2, save_steps=2, save_total_limit=3, tracking__log_completions_steps=3)
     result = train(run)
-    rows = rows_of(run.run_dir)
+    rows = rows_of(run.output_dir)
     accuracy = "val-core/hidden_rule/acc/mean@1"
     assert [row[metrics.STEP] for row in rows] == [0, 1, 2, 3, 4, 5]
     assert [row[metrics.STEP] for row in rows if accuracy in row] == [0, 2, 4, 5]
     assert [row[metrics.STEP] for row in rows if metrics.TIME_SAVE in row] == [2, 4, 5]
-    folder = Path(run.run_dir)
+    folder = Path(run.output_dir)
     assert sorted(p.name for p in folder.iterdir()) == [
         ".lock",
         "checkpoints",
@@ -309,7 +311,7 @@ def test_what_is_written_when(make_task_run: MakeRun) -> None:
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step_2", "step_4", "step_5"]
     assert sorted(p.name for p in (folder / "rollouts").iterdir()) == ["step_1.txt", "step_3.txt"]
     assert "Expected: " in (folder / "rollouts" / "step_1.txt").read_text().split("--- teacher's prompt")[1]
-    assert result.run_dir == folder
+    assert result.output_dir == folder
     assert not result.interrupted
     merged: dict[str, float] = {}
     for row in rows:
@@ -320,15 +322,15 @@ def test_what_is_written_when(make_task_run: MakeRun) -> None:
 def test_every_metric_has_a_description(make_task_run: MakeRun) -> None:
     run = make_task_run(
         model__dtype="bfloat16",
-        optim__beta2=0.95,
-        self_distillation__grpo_coef=0.5,
-        learner__mini_batch_size=2,
-        learner__kl_loss_coef=0.1,
+        optim__betas=[0.9, 0.95],
+        self_distillation__policy_loss_weight=0.5,
+        actor__mini_batch_size=2,
+        actor__kl_loss_coef=0.1,
         eval__n=2,
-        health__kl_to_initial_every=1,
+        health__ref_kl_interval=1,
     )
     train(run)
-    names = {name for row in rows_of(run.run_dir) for name in row}
+    names = {name for row in rows_of(run.output_dir) for name in row}
     ends = {end for name in metrics.ESTIMATES for end in metrics.ci95_names(name)}
     undescribed = {name for name in names if not name.startswith(("val-core/", "val-teacher/"))}
     assert undescribed <= metrics.DESCRIPTIONS.keys() | ends
@@ -338,9 +340,9 @@ def test_every_metric_has_a_description(make_task_run: MakeRun) -> None:
 
 def test_numbers_of_a_row_fit_together(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(monkeypatch)
-    run = make_task_run(eval__before_training=False)
+    run = make_task_run(eval__val_before_train=False)
     train(run)
-    for step, (row, samples) in enumerate(zip(rows_of(run.run_dir), recorder.samples, strict=True), start=1):
+    for step, (row, samples) in enumerate(zip(rows_of(run.output_dir), recorder.samples, strict=True), start=1):
         responses: list[Response] = [s.response for s in samples]
         tokens = sum(len(s.prompt.token_ids) + len(s.response.token_ids) for s in samples)
         assert row[metrics.TOKENS] == tokens
@@ -365,10 +367,10 @@ def test_an_error_in_a_step_is_raised_as_it_is_and_rows_before_it_stay(
     monkeypatch.setattr(Learner, "learn", fail)
     closed = []
     monkeypatch.setattr(LocalSampler, "close", lambda self: closed.append(self))
-    run = make_task_run(eval__before_training=False)
+    run = make_task_run(eval__val_before_train=False)
     with pytest.raises(ZeroDivisionError):
         train(run)
-    assert [row[metrics.STEP] for row in rows_of(run.run_dir)] == [1]
+    assert [row[metrics.STEP] for row in rows_of(run.output_dir)] == [1]
     assert len(closed) == 1
 
 
@@ -378,9 +380,9 @@ def test_an_error_in_a_step_is_raised_as_it_is_and_rows_before_it_stay(
         ({"model__path": "nowhere/at/all"}, "model.path"),
         ({"data__val_files": ["nowhere.parquet"]}, "data.val_files"),
         ({"data__max_prompt_length": 5}, "data.train_files"),
-        ({"sampler__max_response_length": 256}, "sampler.max_response_length"),
+        ({"rollout__max_response_length": 256}, "rollout.max_response_length"),
         ({"self_distillation__distillation_topk": 1000}, "self_distillation.distillation_topk"),
-        ({"learner__device": "nowhere"}, "learner.device"),
+        ({"actor__device": "nowhere"}, "actor.device"),
         ({"data__task_args": {"dir": "x", "mode": "z"}}, "data.task_args"),
     ],
 )
@@ -390,7 +392,7 @@ def test_what_can_be_refused_is_refused_before_there_is_a_run_folder(
     run = make_task_run(**settings)
     with pytest.raises(UserError, match=complaint):
         train(run)
-    assert not Path(run.run_dir).exists()
+    assert not Path(run.output_dir).exists()
 
 
 def test_only_as_many_held_out_prompts_as_asked_for(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,8 +413,8 @@ def test_a_grader_that_fails_now_and_then_costs_those_responses(make_task_run: M
         "    count += 1\n"
         "    return {'score': 1 / (count % 8 != 3), 'feedback': 'No.'}\n"
     )
-    settings = {"data__task": str(tmp_path / "mine.py"), "data__task_args": {}, "eval__before_training": False}
-    run = make_task_run(**settings, data__max_grader_failures=0.3, self_distillation__success_reward_threshold=2.0)
+    settings = {"data__task": str(tmp_path / "mine.py"), "data__task_args": {}, "eval__val_before_train": False}
+    run = make_task_run(**settings, reward__max_failure_fraction=0.3, self_distillation__success_reward_threshold=2.0)
     messages: list[str] = []
 
     class Watch(Silent):
@@ -420,19 +422,19 @@ def test_a_grader_that_fails_now_and_then_costs_those_responses(make_task_run: M
             messages.append(text)
 
     train(run, Watch())
-    rows = [json.loads(line) for line in (Path(run.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (Path(run.output_dir) / "metrics.jsonl").read_text().splitlines()]
     assert [row[metrics.GRADER_FAILURES] for row in rows] == [1, 1, 1]
     assert [row[metrics.SCORE_MEAN] for row in rows] == [1, 1, 1]
     assert [row[metrics.REPROMPT_FRACTION] for row in rows] == [7 / 8] * 3
     assert [text for text in messages if "grading failed" in text][1:] == []
-    assert "=== not graded, advantage 0," in (Path(run.run_dir) / "rollouts" / "step_1.txt").read_text()
+    assert "=== not graded, advantage 0," in (Path(run.output_dir) / "rollouts" / "step_1.txt").read_text()
 
 
 def test_a_grader_that_always_fails_ends_the_run_at_the_first_step(make_task_run: MakeRun, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def grade(row, response):\n    return row.answer\n")
-    run = make_task_run(data__task=str(tmp_path / "mine.py"), data__task_args={}, eval__before_training=False)
+    run = make_task_run(data__task=str(tmp_path / "mine.py"), data__task_args={}, eval__val_before_train=False)
     with pytest.raises(UserError) as caught:
         train(run)
-    assert str(caught.value).startswith(f"data.task: {tmp_path}/mine.py: grading failed for 1 of the 1 responses")
+    assert str(caught.value).startswith("data.task: grading failed for 1 of the 1 responses")
     assert f"AttributeError: 'Row' object has no attribute 'answer' ({tmp_path}/mine.py:2)" in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -16,7 +16,8 @@ from verl.utils.dataset.rl_dataset import get_dataset_class
 from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
 from vision_language import make_image
 
-from sdpo.config import DataConfig, ModelConfig
+from sdpo.config.data import DataConfig
+from sdpo.config.model import ModelConfig
 from sdpo.errors import UserError
 from sdpo.models.loading import load_tokenizer
 from sdpo.models.multimodal.processor import ImageReader, load_reader

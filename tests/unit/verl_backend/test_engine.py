@@ -131,7 +131,7 @@ def test_logits_of_all_tokens_are_never_there(
     case = {
         **base,
         "model": str(tmp_path),
-        "settings": {"alpha": 0.5, "teacher_regularization": teacher, "grpo_coef": 0.3},
+        "settings": {"alpha": 0.5, "teacher_regularization": teacher, "policy_loss_weight": 0.3},
         "batches": [pad_for_verl(samples, [torch.tensor(sample.response.log_probs) for sample in samples], 2.0)],
         "mini_batch_size": 24,
         "max_tokens": None,
@@ -180,7 +180,7 @@ def test_a_checkpoint_goes_on_as_if_it_had_not_stopped(
 ) -> None:
     if optim:
         pytest.importorskip("torchao")
-    settings = {"teacher_regularization": kind, "teacher_snapshot_every": 3}
+    settings = {"teacher_regularization": kind, "teacher_sync_steps": 3}
     case = {**base, "settings": settings, "optim": optim, "checkpoint": str(tmp_path / "checkpoint")}
     result = train_on_verl({kind: case}, 2)[kind]
     assert result["loaded_steps"] == 2

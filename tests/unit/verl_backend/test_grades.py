@@ -32,7 +32,7 @@ from sdpo.verl_backend.rollout.agent_workers import EXTRA, OneStepOffWorker
 
 CONFIG = OmegaConf.create(
     {
-        "data": {"max_grader_failures": 0.4},
+        "data": {"max_failure_fraction": 0.4},
         "algorithm": {"adv_estimator": "grpo", "norm_adv_by_std_in_grpo": True, "use_kl_in_reward": False},
     }
 )

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from sdpo.config import HealthConfig, Run, SelfDistillationConfig
+from sdpo.config.monitoring import HealthConfig
+from sdpo.config.root import SDPOConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.observability import metrics
 from sdpo.observability.health import HealthMonitor
 from sdpo.observability.health_callback import Guard
@@ -37,21 +39,23 @@ class Workers:
         self.calls: list[str] = []
 
     def freeze_teacher(self) -> None:
-        self.calls.append("freeze")
+        self.calls.append("freeze_teacher")
 
     def keep_as_best(self) -> None:
         self.calls.append("keep")
 
 
-def build_config(folder: Path, *, keep_last: int | None = 1, keep_best: int = 1, **settings: Any) -> DictConfig:
-    health = HealthConfig(**{"window": 1, "tolerance": 0.0, **settings.pop("health", {})})
+def build_config(
+    folder: Path, *, save_total_limit: int | None = 1, save_best_limit: int = 1, **settings: Any
+) -> DictConfig:
+    health = HealthConfig(**{"window": 1, "min_z_score": 0.0, **settings.pop("health", {})})
     return OmegaConf.create(
         {
             "trainer": {
                 "default_local_dir": str(folder / "checkpoints"),
                 "alarms_file": str(folder / "alarms.jsonl"),
-                "max_actor_ckpt_to_keep": keep_last,
-                "keep_best": keep_best,
+                "max_actor_ckpt_to_keep": save_total_limit,
+                "save_best_limit": save_best_limit,
             },
             "actor_rollout_ref": {
                 "actor": {
@@ -65,7 +69,7 @@ def build_config(folder: Path, *, keep_last: int | None = 1, keep_best: int = 1,
 
 
 def build_teacher_batch(**settings: Any) -> TeacherBatch:
-    return TeacherBatch(SelfDistillationConfig(**settings), TOKENIZER, None, seed=0, total_steps=10)
+    return TeacherBatch(SelfDistillationConfig(**settings), TOKENIZER, None, seed=0, max_steps=10)
 
 
 def coef_of(batch: TeacherBatch, step: int = 1) -> float:
@@ -97,17 +101,19 @@ def make_rows(seed: int, num_steps: int = 40) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_same_metrics_raise_the_same_alarms_on_both_engines(
-    seed: int, model: Any, make_run: Callable[..., Run], tmp_path: Path
+    seed: int, model: Any, make_run: Callable[..., SDPOConfig], tmp_path: Path
 ) -> None:
     health = {
         "window": 2,
-        "tolerance": 1.0,
-        "entropy_explosion": "freeze",
-        "length_collapse": "lower",
-        "nothing_to_distil": "lower",
+        "min_z_score": 1.0,
+        "entropy_explosion": "freeze_teacher",
+        "length_collapse": "reduce_weight",
+        "no_distillation_targets": "reduce_weight",
         "score_collapse": "stop",
     }
-    run = make_run(run_dir=str(tmp_path / "embedded"), **{f"health__{name}": value for name, value in health.items()})
+    run = make_run(
+        output_dir=str(tmp_path / "embedded"), **{f"health__{name}": value for name, value in health.items()}
+    )
     learner, folder = Learner(model, run, 0), RunFolder(run, Silent())
     guard = Guard(HealthMonitor(run.health), learner, folder.log_alarm, Silent())
     batch, workers = build_teacher_batch(), Workers()
@@ -115,21 +121,21 @@ def test_the_same_metrics_raise_the_same_alarms_on_both_engines(
     for step, row in enumerate(make_rows(seed), start=1):
         assert on_verl.check(step, row) == guard.watch(step, row)
         assert batch.factor == learner.distillation_factor
-        assert ("freeze" in workers.calls) == learner.teacher_is_frozen
+        assert ("freeze_teacher" in workers.calls) == learner.teacher_is_frozen
     folder.close()
     raised = (tmp_path / "verl" / "alarms.jsonl").read_text()
     assert raised == (tmp_path / "embedded" / "alarms.jsonl").read_text()
     found = {json.loads(line)["rule"] for line in raised.splitlines()}
-    assert found >= {"score_collapse", "teacher_unsure", "length_collapse", "nothing_to_distil"}
+    assert found >= {"score_collapse", "teacher_entropy_increase", "length_collapse", "no_distillation_targets"}
     assert ("entropy_collapse" if seed else "entropy_explosion") in found
     assert on_verl.describe_stop() == guard.describe_stop() and on_verl.is_stopped
 
 
 def test_a_lowered_weight_travels_with_the_next_batch(tmp_path: Path) -> None:
     """0.8, then halves of it, down to a tenth."""
-    settings = {"distillation_weight_start": 0.8, "distillation_weight_end": 0.8}
+    settings = {"distillation_coef_start": 0.8, "distillation_coef_end": 0.8}
     batch = build_teacher_batch(**settings)
-    config = build_config(tmp_path, health={"score_collapse": "lower", "lower_floor": 0.3}, **settings)
+    config = build_config(tmp_path, health={"score_collapse": "reduce_weight", "min_scale": 0.3}, **settings)
     health = RunHealth(config, batch, Workers(), None)
     weights = [coef_of(batch)]
     for step, score in enumerate([1.0, 0.5, 1.0, 0.5, 1.0, 0.5], start=1):
@@ -153,11 +159,11 @@ SCORES: list[list[float | None]] = [
 
 
 @pytest.mark.parametrize("scores", SCORES)
-@pytest.mark.parametrize(("keep_last", "keep_best"), [(1, 1), (2, 1), (1, 0), (2, 2)])
+@pytest.mark.parametrize(("save_total_limit", "save_best_limit"), [(1, 1), (2, 1), (1, 0), (2, 2)])
 def test_those_checkpoints_stay_that_stay_on_the_embedded_engine(
-    scores: list[float | None], keep_last: int, keep_best: int, tmp_path: Path
+    scores: list[float | None], save_total_limit: int, save_best_limit: int, tmp_path: Path
 ) -> None:
-    config = build_config(tmp_path, keep_last=keep_last, keep_best=keep_best)
+    config = build_config(tmp_path, save_total_limit=save_total_limit, save_best_limit=save_best_limit)
     health = RunHealth(config, None, Workers(), None)
     assert config.trainer.max_actor_ckpt_to_keep is None, "verl removes none"
     embedded = tmp_path / "embedded"
@@ -168,13 +174,13 @@ def test_those_checkpoints_stay_that_stay_on_the_embedded_engine(
         if score is not None:
             health.note_evaluation(step, {ACCURACY: score})
         save_checkpoint(embedded, step, score, lambda _: None)
-        retire_checkpoints(embedded, keep_last, keep_best)
+        retire_checkpoints(embedded, save_total_limit, save_best_limit)
     kept = {int(path.name.removeprefix("global_step_")) for path in (tmp_path / "checkpoints").glob("global_step_*")}
     assert kept == {int(path.name.removeprefix("step_")) for path in embedded.iterdir()}
 
 
 def test_the_best_stays_by_hand(tmp_path: Path) -> None:
-    config = build_config(tmp_path, keep_last=2)
+    config = build_config(tmp_path, save_total_limit=2)
     health = RunHealth(config, None, Workers(), None)
     kept = []
     for step, score in enumerate([0.2, 0.7, 0.3, 0.7, 0.1, 0.1], start=1):
@@ -194,7 +200,7 @@ def test_an_evaluation_by_samples_counts_where_there_is_no_greedy_one() -> None:
 
 
 def test_without_a_limit_all_checkpoints_stay(tmp_path: Path) -> None:
-    config = build_config(tmp_path, keep_last=None)
+    config = build_config(tmp_path, save_total_limit=None)
     health = RunHealth(config, None, Workers(), None)
     for step in (1, 2, 3):
         make_checkpoint(config, step)
@@ -209,7 +215,10 @@ def read_alarms(folder: Path) -> list[Mapping[str, Any]]:
 
 def test_a_resumed_run_knows_what_it_knew(tmp_path: Path) -> None:
     """Killed in step 5, resumed from step 3: the alarm of step 4 is forgotten, and raised again."""
-    settings = {"health": {"window": 2, "score_collapse": "lower", "entropy_explosion": "freeze"}, "keep_last": 2}
+    settings = {
+        "health": {"window": 2, "score_collapse": "reduce_weight", "entropy_explosion": "freeze_teacher"},
+        "save_total_limit": 2,
+    }
     rows = [
         {metrics.SCORE_MEAN: score, metrics.ENTROPY: entropy}
         for score, entropy in zip([1.0, 1.0, 0.9, 0.1, 0.1, 0.1], [1.0, 1.0, 1.0, 9.0, 9.0, 9.0], strict=True)
@@ -225,7 +234,7 @@ def test_a_resumed_run_knows_what_it_knew(tmp_path: Path) -> None:
         health.note_evaluation(step, {ACCURACY: 1 / step})
     alarms = read_alarms(tmp_path)
     assert [(alarm["step"], alarm["rule"]) for alarm in alarms] == [(4, "score_collapse"), (4, "entropy_explosion")]
-    assert (batch.factor, workers.calls) == (0.5, ["freeze"])
+    assert (batch.factor, workers.calls) == (0.5, ["freeze_teacher"])
     assert sorted(path.name for path in folder.parent.glob("global_step_*")) == [
         f"global_step_{step}" for step in (1, 4, 5)
     ]
@@ -264,8 +273,8 @@ def test_a_checkpoint_without_our_state_begins_anew(tmp_path: Path, capsys: pyte
 
 
 def test_the_student_of_a_live_teacher_is_remembered_at_its_best_evaluation(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"teacher_regularization": "live", "health": {"score_collapse": "freeze"}}
-    config, workers = build_config(tmp_path, keep_last=None, **settings), Workers()
+    settings: dict[str, Any] = {"teacher_regularization": "live", "health": {"score_collapse": "freeze_teacher"}}
+    config, workers = build_config(tmp_path, save_total_limit=None, **settings), Workers()
     health = RunHealth(config, build_teacher_batch(), workers, None)
     for step, accuracy in enumerate([0.5, 0.7, 0.7, 0.6], start=1):
         health.check(step, {metrics.SCORE_MEAN: 1.0})
@@ -277,7 +286,7 @@ def test_the_student_of_a_live_teacher_is_remembered_at_its_best_evaluation(tmp_
     for step, calls in ((2, ["keep"]), (3, [])):  # of step 2 the checkpoint is the best student; of step 3 it has it
         workers = Workers()
         health = RunHealth(
-            build_config(tmp_path, keep_last=None, **settings),
+            build_config(tmp_path, save_total_limit=None, **settings),
             build_teacher_batch(),
             workers,
             tmp_path / "checkpoints" / f"global_step_{step}",
@@ -285,11 +294,13 @@ def test_the_student_of_a_live_teacher_is_remembered_at_its_best_evaluation(tmp_
         assert workers.calls == calls
     assert health.check(4, {metrics.SCORE_MEAN: 0.0}) == {metrics.ALARMS: 1, metrics.TEACHER_FROZEN: 1}
     health.note_evaluation(4, {ACCURACY: 0.9})
-    assert workers.calls == ["freeze"]
+    assert workers.calls == ["freeze_teacher"]
 
 
 @pytest.mark.parametrize(
-    "settings", [{"teacher_regularization": "ema", "health": {"score_collapse": "freeze"}}, {}], ids=["ema", "warn"]
+    "settings",
+    [{"teacher_regularization": "ema", "health": {"score_collapse": "freeze_teacher"}}, {}],
+    ids=["ema", "warn"],
 )
 def test_the_student_of_another_teacher_is_not_remembered(settings: dict[str, Any], tmp_path: Path) -> None:
     workers = Workers()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from vision_language import LoadedModel, load_vision_model, make_messages, plain_logits
 
-from sdpo.config import SelfDistillationConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.models.generation.sampling import Response
 from sdpo.models.lora.adapters import add_adapters
 from sdpo.models.multimodal.vision_tower import freeze_tower
@@ -70,15 +70,15 @@ def embedded(
 ) -> dict[str, Any]:
     """A step on the embedded engine, with the old log-probabilities that verl's trainer would send."""
     results = {}
-    ways = {"whole": {}, "frozen": {"learner__freeze_vision": True}, "adapted": {"lora__rank": 4}}
+    ways = {"whole": {}, "frozen": {"actor__freeze_vision_tower": True}, "adapted": {"lora__rank": 4}}
     for name, settings in ways.items():
         loaded = load_vision_model(vision_dir(family))
         run = make_run_in(
             data__train_batch_size=len(NUM_IMAGES),
-            sampler__n=N,
+            rollout__n=N,
             optim__lr=1e-3,
             self_distillation__alpha=0.5,
-            self_distillation__grpo_coef=0.3,
+            self_distillation__policy_loss_weight=0.3,
             **settings,
         )
         if name == "frozen":
@@ -120,7 +120,7 @@ def on_verl(
         "temperature": 1.0,
         "mini_batch_size": len(samples),
         "loss_agg_mode": "token-mean",
-        "horizon": run.sampler.max_response_length,
+        "horizon": run.rollout.max_response_length,
         "use_remove_padding": False,
         "max_tokens": None,
         "micro_batch_size": 4,
@@ -132,7 +132,7 @@ def on_verl(
     shared = {**whole, "batches": [with_images], "mini_batch_size": 4, "micro_batch_size": 4 // request.param}
     cases = {
         "whole": whole,
-        "frozen": {**whole, "freeze_vision": True},
+        "frozen": {**whole, "freeze_vision_tower": True},
         "adapted": {
             **whole,
             "lora": {"lora_rank": 4, "lora_alpha": 8, "lora": {"merge": True}},

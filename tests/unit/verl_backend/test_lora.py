@@ -15,7 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 from sdpo.algorithm.teacher import Teacher
-from sdpo.config import LoraConfig, SelfDistillationConfig
+from sdpo.config.model import LoraConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.models.lora.adapters import get_adapted_layers
 from sdpo.rewards.toy.hidden_rule import build_tokenizer
 from sdpo.trainer.data.samples import Sample
@@ -84,7 +85,7 @@ def plain_logits(model: PreTrainedModel, deltas: dict[str, Tensor]) -> Tensor:
 def test_the_teacher_computes_with_its_deltas_in_the_students_module(
     kind: str, build: Callable[..., tuple[Any, Teacher]], make_model: Callable[..., PreTrainedModel]
 ) -> None:
-    student, teacher = build(kind, teacher_snapshot_every=2)
+    student, teacher = build(kind, teacher_sync_steps=2)
     deltas: dict[str, Tensor] = {}
     for step in range(3):
         products = move(student, step)
@@ -267,7 +268,7 @@ def test_a_layer_that_does_not_exist_is_named(results: dict[str, Any]) -> None:
 def test_a_checkpoint_goes_on_as_if_it_had_not_stopped(
     kind: str, base: dict[str, Any], train_on_verl: TrainOnVerl, tmp_path: Path
 ) -> None:
-    settings = {"teacher_regularization": kind, "teacher_snapshot_every": 3}
+    settings = {"teacher_regularization": kind, "teacher_sync_steps": 3}
     case = {**base, "settings": settings, "checkpoint": str(tmp_path / "checkpoint"), "send": False}
     result = train_on_verl({kind: case}, 2)[kind]
     assert result["loaded_steps"] == 2
@@ -301,7 +302,7 @@ def test_the_output_layer_is_gathered_once_and_never_copied(
     case = {
         **base,
         "model": str(tmp_path),
-        "settings": {"alpha": 0.5, "teacher_regularization": teacher, "grpo_coef": 0.3},
+        "settings": {"alpha": 0.5, "teacher_regularization": teacher, "policy_loss_weight": 0.3},
         "batches": [pad_for_verl(samples, [torch.tensor(sample.response.log_probs) for sample in samples], 2.0)],
         "mini_batch_size": 24,
         "max_tokens": None,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sdpo.config import Run
+from sdpo.config.root import SDPOConfig
 from sdpo.verl_backend.config.memory_estimate import BUCKET, GPU_OF_80_GB, estimate_cost, read_gpus, read_utilization
 from sdpo.verl_backend.config.to_verl import translate
 
@@ -19,9 +19,9 @@ GIB = 2**30
 
 
 @pytest.fixture
-def estimate(make_run: Callable[..., Run]) -> Callable[..., Any]:
+def estimate(make_run: Callable[..., SDPOConfig]) -> Callable[..., Any]:
     def estimate(*overrides: str, **settings: Any) -> Any:
-        run = make_run(**{"model__path": str(GOLDEN), "staleness": 1, "optim__beta2": 0.95, **settings})
+        run = make_run(**{"model__path": str(GOLDEN), "max_staleness": 1, "optim__betas": [0.9, 0.95], **settings})
         return estimate_cost(run, [*translate(run).overrides, *overrides])
 
     return estimate
@@ -84,7 +84,7 @@ def test_with_lora_the_teacher_is_its_deltas(estimate: Callable[..., Any], teach
 
 def test_what_is_gathered_is_as_large_on_every_gpu(estimate: Callable[..., Any]) -> None:
     one, eight = (
-        estimate(f"trainer.n_gpus_per_node={n}", model__dtype="float32", learner__autocast=True) for n in (1, 8)
+        estimate(f"trainer.n_gpus_per_node={n}", model__dtype="float32", actor__autocast=True) for n in (1, 8)
     )
     name = "gathered weights and gradients"
     # The largest layer is the language model's, embeddings counted in; weights bfloat16, gradients float32 as well.
@@ -109,7 +109,7 @@ def test_weights_on_their_way_take_buckets_on_both_sides(estimate: Callable[...,
 
 
 def test_a_frozen_tower_has_no_gradients_and_no_moments(estimate: Callable[..., Any]) -> None:
-    cost = estimate(learner__freeze_vision=True)
+    cost = estimate(actor__freeze_vision_tower=True)
     assert cost.learner["student"] == cost.learner["teacher"] == 4 * PARAMS
     assert cost.learning["gradients"] == 4 * (PARAMS - TOWER)
     assert cost.learner["AdamW's moments"] == 8 * (PARAMS - TOWER)
@@ -121,7 +121,7 @@ def test_moments_of_8_bits_have_a_scale_for_every_256(estimate: Callable[..., An
 
 
 def test_sequences_are_shared_out_and_heads_are_cut(estimate: Callable[..., Any]) -> None:
-    settings: dict[str, Any] = {"data__train_batch_size": 32, "sampler__n": 8, "data__max_prompt_length": 24}
+    settings: dict[str, Any] = {"data__train_batch_size": 32, "rollout__n": 8, "data__max_prompt_length": 24}
     cost = estimate("rollout.n_gpus_per_node=4", **settings)
     assert cost.sampler["weights"] == PARAMS * 2
     assert cost.sampler["key-value cache"] == 64 * 32 * 36_864
@@ -134,11 +134,11 @@ def test_sequences_are_shared_out_and_heads_are_cut(estimate: Callable[..., Any]
 
 
 def test_taking_turns_the_gpus_that_train_sample(estimate: Callable[..., Any]) -> None:
-    cost = estimate("trainer.n_gpus_per_node=4", staleness=0)
+    cost = estimate("trainer.n_gpus_per_node=4", max_staleness=0)
     assert cost.takes_turns and cost.num_samplers == 4
     assert cost.sampler == {"vLLM's share of a GPU of 80 GB": int(0.5 * GPU_OF_80_GB), "weights on their way": BUCKET}
     assert "buffers for the sampler's weights" not in {name for name, size in cost.learner.items() if size}
-    one = estimate("actor_rollout_ref.rollout.gpu_memory_utilization=0.25", staleness=0)
+    one = estimate("actor_rollout_ref.rollout.gpu_memory_utilization=0.25", max_staleness=0)
     assert one.learner_peak == max(
         sum(one.learner.values()) + GPU_OF_80_GB // 4 + BUCKET,
         sum(one.learner.values()) + sum(one.learning.values()) + max(sum(p.values()) for p in one.phases.values()),
@@ -166,10 +166,10 @@ def test_logits_take_chunks_and_the_output_layer(
         model__dtype="bfloat16",
         data__train_batch_size=32,
         data__max_prompt_length=2304,
-        sampler__n=8,
-        sampler__max_response_length=2048,
-        learner__micro_batch_tokens=6144,
-        learner__gradient_checkpointing=True,
+        rollout__n=8,
+        rollout__max_response_length=2048,
+        actor__max_tokens_per_micro_batch=6144,
+        actor__gradient_checkpointing=True,
         self_distillation__max_reprompt_len=2816,
         **{f"self_distillation__{name}": value for name, value in settings.items()},
     )
@@ -183,7 +183,7 @@ def test_logits_take_chunks_and_the_output_layer(
 
 def test_any_token_of_the_student_may_be_an_images(estimate: Callable[..., Any]) -> None:
     one, two = (
-        estimate(data__train_batch_size=64, sampler__n=8, learner__micro_batch_tokens=n).phases["a micro-batch"]
+        estimate(data__train_batch_size=64, rollout__n=8, actor__max_tokens_per_micro_batch=n).phases["a micro-batch"]
         for n in (16384, 32768)
     )
     name = "activations of the image tower"

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from verl.workers.utils.padding import left_right_2_no_padding
 
-from sdpo.config import SelfDistillationConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.kernels.chunked_log_probs import LazyLogits
 from sdpo.kernels.fused_linear_loss import FusedOutputs, compute_fused_loss
 from sdpo.rewards.toy.hidden_rule import build_model

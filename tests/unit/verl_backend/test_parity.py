@@ -21,7 +21,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from sdpo.config import LoraConfig, Run
+from sdpo.config.model import LoraConfig
+from sdpo.config.root import SDPOConfig
 from sdpo.models.lora.adapters import add_adapters
 from sdpo.observability import metrics
 from sdpo.prompting.tokenization import TeacherPrompt
@@ -40,46 +41,46 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "reverse KL, top-k": {"alpha": 1.0, "distillation_topk": 4},
     "top-k without tail": {"alpha": 0.3, "distillation_topk": 3, "distillation_add_tail": False},
     "sampled token": {"alpha": 1.0, "full_logit_distillation": False},
-    "blend with GRPO": {"alpha": 0.5, "grpo_coef": 0.7},
-    "GRPO alone": {"grpo_coef": 1.0},
+    "blend with GRPO": {"alpha": 0.5, "policy_loss_weight": 0.7},
+    "GRPO alone": {"policy_loss_weight": 1.0},
     "clips and entropy weight": {"alpha": 0.5, "divergence_clip": 0.5, "teacher_entropy_beta": 0.3, "is_clip": 1.05},
     "trust region": {"teacher_regularization": "trust-region", "ema_update_rate": 0.3},
     "live": {"teacher_regularization": "live", "alpha": 1.0},
     "frozen": {"teacher_regularization": "frozen"},
-    "snapshot": {"teacher_regularization": "snapshot", "teacher_snapshot_every": 1},
+    "snapshot": {"teacher_regularization": "snapshot", "teacher_sync_steps": 1},
 }
-SNAPSHOT = {"self_distillation__teacher_snapshot_every": 1}
+SNAPSHOT = {"self_distillation__teacher_sync_steps": 1}
 # Settings of learner and sampler, and what they are called on verl.
 WAYS: dict[str, dict[str, Any]] = {
-    "two mini-batches": {"learner__mini_batch_size": 2},
-    "mean of sequences": {"learner__loss_agg_mode": "seq-mean-token-mean"},
-    "norm by horizon": {"learner__loss_agg_mode": "seq-mean-token-sum-norm"},
-    "temperature": {"sampler__temperature": 0.7},
-    "no rollout weights": {"learner__rollout_is": "none"},
+    "two mini-batches": {"actor__mini_batch_size": 2},
+    "mean of sequences": {"actor__loss_agg_mode": "seq-mean-token-mean"},
+    "norm by horizon": {"actor__loss_agg_mode": "seq-mean-token-sum-norm"},
+    "temperature": {"rollout__temperature": 0.7},
+    "no rollout weights": {"rollout_correction__rollout_is": "none"},
     # With GRPO every token has a gradient at the first step; the KL's alone is rounding there, and AdamW's step is not.
-    "KL to the initial model": {"learner__kl_loss_coef": 0.4, "self_distillation__grpo_coef": 0.3},
+    "KL to the initial model": {"actor__kl_loss_coef": 0.4, "self_distillation__policy_loss_weight": 0.3},
     "KL and entropy, mean of sequences": {
-        "learner__kl_loss_coef": 0.4,
-        "learner__kl_loss_type": "k1+",
-        "learner__entropy_coeff": 0.05,
-        "learner__loss_agg_mode": "seq-mean-token-mean",
+        "actor__kl_loss_coef": 0.4,
+        "actor__kl_loss_type": "k1+",
+        "actor__entropy_coeff": 0.05,
+        "actor__loss_agg_mode": "seq-mean-token-mean",
     },
     "entropy, GRPO alone, two mini-batches": {
-        "learner__entropy_coeff": 0.05,
-        "learner__mini_batch_size": 2,
-        "self_distillation__grpo_coef": 1.0,
+        "actor__entropy_coeff": 0.05,
+        "actor__mini_batch_size": 2,
+        "self_distillation__policy_loss_weight": 1.0,
     },
 }
 # LoRA with each teacher: its deltas are compared, or that it has none.
 ADAPTED: dict[str, dict[str, Any]] = {
     "LoRA": {"lora__alpha": 6},
-    "LoRA, some layers": {"lora__target_modules": ["q_proj", "1.mlp.down_proj"], "learner__mini_batch_size": 2},
+    "LoRA, some layers": {"lora__target_modules": ["q_proj", "1.mlp.down_proj"], "actor__mini_batch_size": 2},
     "LoRA, snapshot": {"self_distillation__teacher_regularization": "snapshot", **SNAPSHOT},
     "LoRA, trust region": {"self_distillation__teacher_regularization": "trust-region", "self_distillation__alpha": 0},
     "LoRA, frozen": {"self_distillation__teacher_regularization": "frozen", "self_distillation__distillation_topk": 4},
     "LoRA, live": {"self_distillation__teacher_regularization": "live"},
-    "LoRA, GRPO alone": {"self_distillation__grpo_coef": 1.0},
-    "LoRA, tied weights": {"self_distillation__grpo_coef": 0.3},
+    "LoRA, GRPO alone": {"self_distillation__policy_loss_weight": 1.0},
+    "LoRA, tied weights": {"self_distillation__policy_loss_weight": 0.3},
     "LoRA, soft-capped logits": {"self_distillation__ema_update_rate": 0.3},
 }
 SHAPE: dict[str, Any] = {
@@ -146,12 +147,12 @@ def all_runs() -> dict[str, dict[str, Any]]:
         name: {f"self_distillation__{key}": value for key, value in settings.items()}
         for name, settings in SETTINGS.items()
     }
-    models = {name: {"self_distillation__grpo_coef": 0.3} for name in MODELS}
+    models = {name: {"self_distillation__policy_loss_weight": 0.3} for name in MODELS}
     adapted = {name: {"lora__rank": 4, "optim__lr": 5e-3, **settings} for name, settings in ADAPTED.items()}
     return {**runs, **WAYS, **models, **adapted}
 
 
-def build_student(model: PreTrainedModel, run: Run) -> PreTrainedModel:
+def build_student(model: PreTrainedModel, run: SDPOConfig) -> PreTrainedModel:
     """With adapters that change something already, if the run has any."""
     if run.lora.rank:
         add_adapters(model, run.lora)
@@ -187,7 +188,7 @@ def embedded(
     results = {}
     everything = samples
     for name, settings in all_runs().items():
-        run = make_run_in(data__train_batch_size=PROMPTS, sampler__n=N, **{"optim__lr": 1e-3, **settings})
+        run = make_run_in(data__train_batch_size=PROMPTS, rollout__n=N, **{"optim__lr": 1e-3, **settings})
         nothing = TeacherPrompt(None, [], truncated=False)
         samples = [s if run.self_distillation.distills else replace(s, teacher_prompt=nothing) for s in everything]
         student = build_student(build_model(name), run)
@@ -226,7 +227,9 @@ def on_verl(
     order = [i for half in halves for i in half]
     for number, (name, result) in enumerate(embedded.items()):
         run = result["run"]
-        threshold = run.learner.rollout_is_threshold if run.learner.rollout_is == "token" else None
+        threshold = (
+            run.rollout_correction.rollout_is_threshold if run.rollout_correction.rollout_is == "token" else None
+        )
         cases[name] = {
             "model": str(model_dirs.get(name.removeprefix("LoRA, "), model_dirs[""])),
             "lora": describe_lora(run.lora),
@@ -237,19 +240,19 @@ def on_verl(
                 for old in result["old"]
             ],
             "lr": run.optim.lr,
-            "temperature": run.sampler.temperature,
-            "mini_batch_size": (run.learner.mini_batch_size or PROMPTS) * N,
-            "loss_agg_mode": run.learner.loss_agg_mode,
-            "horizon": run.sampler.max_response_length,
+            "temperature": run.rollout.temperature,
+            "mini_batch_size": (run.actor.mini_batch_size or PROMPTS) * N,
+            "loss_agg_mode": run.actor.loss_agg_mode,
+            "horizon": run.rollout.max_response_length,
             # Packed and padded rows, and both ways to cut micro-batches, in turn.
             "use_remove_padding": number % 2 == 0,
             "max_tokens": None if number % 3 == 0 else 60,
             "micro_batch_size": 2,
             "score": True,
             "regularization": (
-                run.learner.kl_loss_coef or None,
-                run.learner.kl_loss_type,
-                run.learner.entropy_coeff,
+                run.actor.kl_loss_coef or None,
+                run.actor.kl_loss_type,
+                run.actor.entropy_coeff,
             ),
             "engine": {"use_no_sync_for_gradient_accumulation": number % 4 != 0},
         }

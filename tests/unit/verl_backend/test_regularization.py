@@ -7,7 +7,7 @@ import torch
 from verl.trainer.ppo.core_algos import kl_penalty
 
 from sdpo.algorithm.regularization import estimate_kl
-from sdpo.config import KL_LOSS_TYPES
+from sdpo.config.actor import KL_LOSS_TYPES
 
 
 @pytest.mark.parametrize("kind", KL_LOSS_TYPES)

@@ -58,7 +58,10 @@ def test_what_can_run(check: Callable[..., None], name: str, num_gpus: int, over
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"num_gpus": 1}, r"needs 2 GPUs \(1 for training, 1 for sampling\), and this machine has 1; .* staleness=0"),
+        (
+            {"num_gpus": 1},
+            r"needs 2 GPUs \(1 for training, 1 for sampling\), and this machine has 1; .* max_staleness=0",
+        ),
         ({"num_gpus": 0, "name": "sdpo_sync"}, r"needs 1 GPUs \(for sampling and training in turns\), and .* has 0"),
         ({"overrides": ["trainer.nnodes=2"]}, r"needs 3 GPUs .* start a Ray cluster first"),
         ({"without": "vllm"}, r"vLLM is not installed; pip install 'sdpo\[verl,vllm\]'"),

@@ -20,7 +20,10 @@ from verl.tools.function_tool import FUNCTION_TOOL_REGISTRY
 from verl.trainer.ppo.utils import need_reference_policy
 
 from sdpo.algorithm.regularization import Regularization
-from sdpo.config import DataConfig, HealthConfig, Run, SelfDistillationConfig
+from sdpo.config.data import DataConfig, RewardConfig
+from sdpo.config.monitoring import HealthConfig
+from sdpo.config.root import SDPOConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.errors import UserError
 from sdpo.models.multimodal.processor import load_without_videos
 from sdpo.verl_backend.config.schema import read_health, read_regularization, read_self_distillation
@@ -53,7 +56,7 @@ def test_the_defaults_are_those_of_the_dataclass(name: str, compose: Callable[..
     config = compose(name=name)
     assert read_self_distillation(config.actor_rollout_ref.actor) == SelfDistillationConfig()
     assert read_health(config) == HealthConfig()
-    assert config.trainer.keep_best == Run(run_dir="x").keep_best
+    assert config.trainer.save_best_limit == SDPOConfig(output_dir="x").save_best_limit
     assert config.trainer.alarms_file == f"{config.trainer.default_local_dir}/alarms.jsonl"
     assert config.trainer.n_gpus_per_node == config.rollout.n_gpus_per_node == 1
     assert config.actor_rollout_ref.rollout.calculate_log_probs
@@ -67,14 +70,19 @@ def test_every_setting_arrives(compose: Callable[..., DictConfig]) -> None:
         "alpha": "1.0",
         "ema_update_rate": "0.01",
         "is_clip": "null",
-        "grpo_coef": "0.5",
+        "policy_loss_weight": "0.5",
         "teacher_regularization": "trust-region",
         "solution_template": '"Look: {successful_previous_attempt}\n"',
     }
     config = compose(*(f"{ACTOR}.self_distillation.{key}={value}" for key, value in given.items()))
     settings = read_self_distillation(config.actor_rollout_ref.actor)
     assert settings is not None
-    assert (settings.alpha, settings.ema_update_rate, settings.is_clip, settings.grpo_coef) == (1.0, 0.01, None, 0.5)
+    assert (settings.alpha, settings.ema_update_rate, settings.is_clip, settings.policy_loss_weight) == (
+        1.0,
+        0.01,
+        None,
+        0.5,
+    )
     assert settings.solution_template == "Look: {successful_previous_attempt}\n"
     assert not settings.full_logit_distillation and settings.teacher_regularization == "trust-region"
 
@@ -132,18 +140,21 @@ def test_another_loss_is_verls_own(compose: Callable[..., DictConfig]) -> None:
         ("health.windows=3", "windows"),
         ("health.window=0", "health.window must be in [1, inf), got 0"),
         ("health.score_collapse=halt", "health.score_collapse must be one of"),
-        ("health.kl_to_initial_every=5", "health.kl_to_initial_every=5 has no effect on verl, where the workers hold"),
-        ("health.teacher_worse=stop", "health.teacher_worse=stop has no effect on verl, where verl evaluates the stud"),
+        ("health.ref_kl_interval=5", "health.ref_kl_interval=5 has no effect on verl, where the workers hold"),
         (
-            f"health.score_collapse=lower {ACTOR}.policy_loss.loss_mode=vanilla",
-            "health.score_collapse=lower has no effect with self_distillation.grpo_coef=1",
+            "health.teacher_underperforms_student=stop",
+            "health.teacher_underperforms_student=stop has no effect on verl, where verl evaluates the stud",
         ),
         (
-            f"health.score_collapse=freeze {ACTOR}.self_distillation.teacher_regularization=frozen",
-            "health.score_collapse=freeze has no effect with self_distillation.teacher_regularization=frozen",
+            f"health.score_collapse=reduce_weight {ACTOR}.policy_loss.loss_mode=vanilla",
+            "health.score_collapse=reduce_weight has no effect with self_distillation.policy_loss_weight=1",
         ),
-        ("trainer.keep_best=-1", "trainer.keep_best must be a whole number, at least 0, got -1"),
-        ("trainer.keep_best=true", "trainer.keep_best must be a whole number"),
+        (
+            f"health.score_collapse=freeze_teacher {ACTOR}.self_distillation.teacher_regularization=frozen",
+            "health.score_collapse=freeze_teacher has no effect with self_distillation.teacher_regularization=frozen",
+        ),
+        ("trainer.save_best_limit=-1", "trainer.save_best_limit must be a whole number, at least 0, got -1"),
+        ("trainer.save_best_limit=true", "trainer.save_best_limit must be a whole number"),
         ("trainer.n_gpus_per_node=3", "must be a multiple of the 3 GPUs that train"),
     ],
 )
@@ -259,7 +270,7 @@ def test_a_truncated_sampler_has_its_weights_and_an_untruncated_one_may_be_the_o
 
 
 def test_the_share_of_failed_grades_has_one_default(compose: Callable[..., DictConfig]) -> None:
-    assert compose().data.max_grader_failures == DataConfig.max_grader_failures
+    assert compose().data.max_failure_fraction == RewardConfig.max_failure_fraction
 
 
 def test_kl_and_entropy_are_verls_own_settings(compose: Callable[..., DictConfig]) -> None:

@@ -198,7 +198,7 @@ def test_a_checkpoint_is_removed_with_its_folder_and_after_a_resume_too(tmp_path
             "default_local_dir": str(tmp_path / "ours"),
             "alarms_file": str(tmp_path / "alarms.jsonl"),
             "max_actor_ckpt_to_keep": 1,
-            "keep_best": 0,
+            "save_best_limit": 0,
         }
         actor = {"policy_loss": {"loss_mode": "vanilla"}}
         config = {"trainer": trainer, "actor_rollout_ref": {"actor": actor}, "health": {}}

@@ -12,7 +12,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdpo.config import LoraConfig, Run, load_run
+from sdpo.config.loader import load_config
+from sdpo.config.model import LoraConfig
+from sdpo.config.root import SDPOConfig
 from sdpo.errors import UserError
 from sdpo.verl_backend.config.schema import read_health, read_lora, read_self_distillation
 from sdpo.verl_backend.config.to_verl import quote, translate
@@ -39,8 +41,8 @@ def test_values_survive_hydras_grammar(value: Any) -> None:
 
 
 @pytest.fixture
-def compose_run(hidden_rule_dir: Path) -> Callable[[Run], Any]:
-    def compose(run: Run) -> Any:
+def compose_run(hidden_rule_dir: Path) -> Callable[[SDPOConfig], Any]:
+    def compose(run: SDPOConfig) -> Any:
         translated = translate(run)
         return compose_config(translated.config_name, translated.overrides)
 
@@ -48,30 +50,30 @@ def compose_run(hidden_rule_dir: Path) -> Callable[[Run], Any]:
 
 
 def test_a_run_says_the_same_on_verl(
-    make_task_run: Callable[..., Run], compose_run: Callable[[Run], Any], hidden_rule_dir: Path
+    make_task_run: Callable[..., SDPOConfig], compose_run: Callable[[SDPOConfig], Any], hidden_rule_dir: Path
 ) -> None:
     run = make_task_run(
         seed=5,
-        staleness=1,
-        save_every=2,
+        max_staleness=1,
+        save_steps=2,
         data__train_batch_size=4,
         data__max_pixels=5000,
         data__filter_unreadable_images=True,
-        learner__freeze_vision=True,
-        sampler__n=3,
-        sampler__temperature=0.8,
-        sampler__top_p=0.9,
-        sampler__batch_size=17,
-        learner__mini_batch_size=2,
-        learner__micro_batch_tokens=777,
-        learner__loss_agg_mode="seq-mean-token-sum",
-        learner__rollout_is="sequence",
-        learner__rollout_is_threshold=1.5,
-        learner__autocast=True,
+        actor__freeze_vision_tower=True,
+        rollout__n=3,
+        rollout__temperature=0.8,
+        rollout__top_p=0.9,
+        rollout__max_num_seqs=17,
+        actor__mini_batch_size=2,
+        actor__max_tokens_per_micro_batch=777,
+        actor__loss_agg_mode="seq-mean-token-sum",
+        rollout_correction__rollout_is="sequence",
+        rollout_correction__rollout_is_threshold=1.5,
+        actor__autocast=True,
         optim__lr=3e-4,
-        optim__schedule="cosine",
+        optim__lr_scheduler_type="cosine",
         optim__warmup_steps=0,
-        optim__grad_clip=0.7,
+        optim__max_grad_norm=0.7,
         self_distillation__alpha=0.25,
         self_distillation__distillation_topk=7,
         self_distillation__reprompt_template='{prompt}\n"{solution}"\\{feedback}',
@@ -79,11 +81,11 @@ def test_a_run_says_the_same_on_verl(
         eval__n=4,
         eval__max_prompts=5,
         health__window=3,
-        health__teacher_unsure="freeze",
-        health__lower_floor=0.25,
-        keep_last=3,
-        keep_best=2,
-        tracking__backends=["tensorboard"],
+        health__teacher_entropy_increase="freeze_teacher",
+        health__min_scale=0.25,
+        save_total_limit=3,
+        save_best_limit=2,
+        tracking__report_to=["tensorboard"],
     )
     config = compose_run(run)
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
@@ -91,8 +93,8 @@ def test_a_run_says_the_same_on_verl(
     assert settings is not None
     assert asdict(settings) == asdict(run.self_distillation)
     assert read_health(config) == run.health
-    assert (config.trainer.max_actor_ckpt_to_keep, config.trainer.keep_best) == (3, 2)
-    assert config.trainer.alarms_file == str(Path(run.run_dir).absolute() / "alarms.jsonl")
+    assert (config.trainer.max_actor_ckpt_to_keep, config.trainer.save_best_limit) == (3, 2)
+    assert config.trainer.alarms_file == str(Path(run.output_dir).absolute() / "alarms.jsonl")
     assert not config.trainer.use_v1
     assert (config.data.seed, config.data.train_batch_size, config.data.val_max_samples) == (5, 4, 5)
     assert (config.data.max_pixels, config.data.filter_unreadable_images, actor.freeze_vision_tower) == (
@@ -124,19 +126,19 @@ def test_a_run_says_the_same_on_verl(
         ({}, ("torch.optim", "AdamW", None)),
         ({"optim__name": "adamw_8bit"}, ("torchao.optim", "AdamW8bit", {"bf16_stochastic_round": False})),
         (
-            {"optim__stochastic_rounding": True, "model__dtype": "bfloat16", "optim__beta2": 0.95},
+            {"optim__stochastic_rounding": True, "model__dtype": "bfloat16", "optim__betas": [0.9, 0.95]},
             ("torchao.optim", "_AdamW", {"bf16_stochastic_round": True}),
         ),
     ],
 )
 def test_the_optimizer_is_the_one_of_the_embedded_engine(
-    settings: dict[str, Any], expected: tuple[Any, ...], make_task_run: Callable[..., Run], compose_run: Any
+    settings: dict[str, Any], expected: tuple[Any, ...], make_task_run: Callable[..., SDPOConfig], compose_run: Any
 ) -> None:
-    config = compose_run(make_task_run(optim__lr=2e-5, optim__beta1=0.8, **{"optim__beta2": 0.9, **settings}))
+    config = compose_run(make_task_run(optim__lr=2e-5, **{"optim__betas": [0.8, 0.9], **settings}))
     optim = config.actor_rollout_ref.actor.optim
     given = optim.override_optimizer_config
     assert (optim.optimizer_impl, optim.optimizer, given and dict(given)) == expected
-    assert (optim.lr, list(optim.betas)) == (2e-5, [0.8, settings.get("optim__beta2", 0.9)])
+    assert (optim.lr, list(optim.betas)) == (2e-5, settings.get("optim__betas", [0.8, 0.9]))
 
 
 @pytest.mark.parametrize(
@@ -146,11 +148,11 @@ def test_the_sampler_makes_room_for_the_longest_sequence_and_no_more(
     window: int | None,
     own: int | None,
     expected: int,
-    make_task_run: Callable[..., Run],
-    compose_run: Callable[[Run], Any],
+    make_task_run: Callable[..., SDPOConfig],
+    compose_run: Callable[[SDPOConfig], Any],
 ) -> None:
     verl = {} if own is None else {"actor_rollout_ref.rollout.max_model_len": own}
-    config = compose_run(make_task_run(data__max_prompt_length=64, sampler__max_response_length=8, verl=verl))
+    config = compose_run(make_task_run(data__max_prompt_length=64, rollout__max_response_length=8, verl=verl))
     limit_length(config, window)
     assert config.actor_rollout_ref.rollout.max_model_len == expected
 
@@ -164,7 +166,7 @@ def test_the_sampler_makes_room_for_the_longest_sequence_and_no_more(
     ],
 )
 def test_adapters_say_the_same_on_verl(
-    lora: LoraConfig, make_task_run: Callable[..., Run], compose_run: Callable[[Run], Any]
+    lora: LoraConfig, make_task_run: Callable[..., SDPOConfig], compose_run: Callable[[SDPOConfig], Any]
 ) -> None:
     settings = {f"lora__{f.name}": getattr(lora, f.name) for f in fields(lora)}
     model = compose_run(make_task_run(**settings)).actor_rollout_ref.model
@@ -172,33 +174,39 @@ def test_adapters_say_the_same_on_verl(
     assert model.lora.merge == (lora.rank > 0)
 
 
-def test_without_alpha_the_scale_is_two(make_task_run: Callable[..., Run], compose_run: Callable[[Run], Any]) -> None:
+def test_without_alpha_the_scale_is_two(
+    make_task_run: Callable[..., SDPOConfig], compose_run: Callable[[SDPOConfig], Any]
+) -> None:
     model = compose_run(make_task_run(lora__rank=4)).actor_rollout_ref.model
     assert model.lora_alpha / model.lora_rank == 2
 
 
-def test_staleness_chooses_the_trainer(make_task_run: Callable[..., Run], compose_run: Callable[[Run], Any]) -> None:
-    config = compose_run(make_task_run(staleness=0))
+def test_staleness_chooses_the_trainer(
+    make_task_run: Callable[..., SDPOConfig], compose_run: Callable[[SDPOConfig], Any]
+) -> None:
+    config = compose_run(make_task_run(max_staleness=0))
     assert config.trainer.use_v1 and config.trainer.v1.trainer_mode == "sync"
     assert config.trainer.total_epochs >= config.trainer.total_training_steps, "no epoch ends it before its last step"
     assert config.algorithm.rollout_correction.rollout_is == "token"
     assert config.actor_rollout_ref.rollout.val_kwargs.temperature == 0
 
 
-def test_what_verl_has_not_is_refused_or_named(make_task_run: Callable[..., Run]) -> None:
+def test_what_verl_has_not_is_refused_or_named(make_task_run: Callable[..., SDPOConfig]) -> None:
     with pytest.raises(UserError, match="linear does not exist in verl"):
-        translate(make_task_run(optim__schedule="linear"))
-    run = make_task_run(learner__num_threads=2, eval__teacher=False)
-    assert translate(run).unused == ["learner.num_threads", "eval.teacher"]
-    assert translate(make_task_run(sampler__engine="vllm")).unused == ["sampler.engine"]
-    unseen = translate(make_task_run(health__kl_to_initial_every=2, health__teacher_worse="stop", health__window=2))
-    assert unseen.unused == ["health.teacher_worse", "health.kl_to_initial_every"]
+        translate(make_task_run(optim__lr_scheduler_type="linear"))
+    run = make_task_run(actor__num_threads=2, eval__evaluate_teacher=False)
+    assert translate(run).unused == ["actor.num_threads", "eval.evaluate_teacher"]
+    assert translate(make_task_run(rollout__engine="vllm")).unused == ["rollout.engine"]
+    unseen = translate(
+        make_task_run(health__ref_kl_interval=2, health__teacher_underperforms_student="stop", health__window=2)
+    )
+    assert unseen.unused == ["health.teacher_underperforms_student", "health.ref_kl_interval"]
     assert [override for override in unseen.overrides if override.startswith("health.")] == ["health.window=2"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_run_can_be_translated(path: Path) -> None:
-    command = build_command(load_run(path), ["trainer.nnodes=2"])
+    command = build_command(load_config(path), ["trainer.nnodes=2"])
     assert command.arguments[-1] == "trainer.nnodes=2"
     assert str(command).startswith("VERL_FILE_LOGGER_PATH=") and "python -m sdpo.verl_backend.entrypoint.main" in str(
         command
@@ -206,7 +214,7 @@ def test_every_shipped_run_can_be_translated(path: Path) -> None:
 
 
 def test_what_verl_alone_has_comes_last_in_either_form(
-    make_task_run: Callable[..., Run], compose_run: Callable[[Run], Any]
+    make_task_run: Callable[..., SDPOConfig], compose_run: Callable[[SDPOConfig], Any]
 ) -> None:
     alone = {
         "rollout.n_gpus_per_node": 4,
@@ -214,7 +222,7 @@ def test_what_verl_alone_has_comes_last_in_either_form(
         "+actor_rollout_ref.rollout.engine_kwargs.vllm.limits": {"image": 2, "names": [{"a b": 1.5}], "none": {}},
         "actor_rollout_ref.rollout.n": 4,
     }
-    run = make_task_run(staleness=1, sampler__n=2, verl=alone)
+    run = make_task_run(max_staleness=1, rollout__n=2, verl=alone)
     assert translate(run).overrides[-8:] == [
         "rollout.n_gpus_per_node=4",
         "trainer.n_gpus_per_node=4",
@@ -228,19 +236,19 @@ def test_what_verl_alone_has_comes_last_in_either_form(
     config = compose_run(run)
     assert (config.trainer.n_gpus_per_node, config.rollout.n_gpus_per_node) == (4, 4)
     assert (config.trainer.balance_batch, config.trainer.logger) == (False, ["file"])
-    assert config.actor_rollout_ref.rollout.n == 4, "it wins over sampler.n"
+    assert config.actor_rollout_ref.rollout.n == 4, "it wins over rollout.n"
     limits = config.actor_rollout_ref.rollout.engine_kwargs.vllm.limits
     assert (limits.image, limits.names[0]["a b"], limits.none) == (2, 1.5, {})
 
 
 def test_a_key_that_verl_has_not_is_refused_as_on_the_command_line(
-    make_task_run: Callable[..., Run], compose_run: Callable[[Run], Any]
+    make_task_run: Callable[..., SDPOConfig], compose_run: Callable[[SDPOConfig], Any]
 ) -> None:
     with pytest.raises(UserError, match=r"nodes_of_gpus") as caught:
         compose_run(make_task_run(verl={"trainer.nodes_of_gpus": 2}))
     assert "\n" not in str(caught.value)
 
 
-def test_the_command_line_wins_over_the_file(make_task_run: Callable[..., Run]) -> None:
+def test_the_command_line_wins_over_the_file(make_task_run: Callable[..., SDPOConfig]) -> None:
     arguments = build_command(make_task_run(verl={"trainer.nnodes": 2}), ["trainer.nnodes=3"]).arguments
     assert [a for a in arguments if a.startswith("trainer.nnodes=")] == ["trainer.nnodes=2", "trainer.nnodes=3"]

@@ -19,7 +19,7 @@ QUIET = ("start_profile", "stop_profile", "dump_data", "collect_metrics", "exper
 SAME = ("compute_reward", "compute_log_prob", "compute_ref_log_prob", "compute_critic", "compute_advantage")
 
 
-class Run:
+class SDPOConfig:
     """A trainer whose weights are a number: how often they were updated."""
 
     def __init__(self, test_freq: int) -> None:
@@ -67,7 +67,7 @@ class Run:
 
 @pytest.mark.parametrize("test_freq", [1, 3])
 def test_an_evaluation_is_of_the_weights_after_the_update(test_freq: int) -> None:
-    run = Run(test_freq)
+    run = SDPOConfig(test_freq)
     asyncio.run(run.fit())
     assert sorted(run.rows) == [1, 2, 3, 4]
     evaluated = {step: row["val"] for step, row in run.rows.items() if "val" in row}
@@ -77,13 +77,13 @@ def test_an_evaluation_is_of_the_weights_after_the_update(test_freq: int) -> Non
 
 
 def test_the_batch_ahead_is_sampled_by_the_weights_that_its_step_began_with() -> None:
-    run = Run(test_freq=1)
+    run = SDPOConfig(test_freq=1)
     asyncio.run(run.fit())
     assert run.batches == [(0, 0), (0, 0), (1, 1), (2, 2)]
 
 
 def test_without_evaluations_nothing_waits_for_the_batch_ahead() -> None:
-    run = Run(test_freq=-1)
+    run = SDPOConfig(test_freq=-1)
     asyncio.run(run.fit())
     assert not any("val" in row for row in run.rows.values()) and run.sampler == TOTAL - 1
 
@@ -91,7 +91,7 @@ def test_without_evaluations_nothing_waits_for_the_batch_ahead() -> None:
 @pytest.mark.parametrize("test_freq", [3, -1])
 def test_an_alarm_makes_its_step_the_last_one(test_freq: int) -> None:
     """The score falls at step 2: this step is evaluated and saved, and its row has the alarm; then the run is over."""
-    run = Run(test_freq)
+    run = SDPOConfig(test_freq)
     trainer, saved = run.trainer, list[int]()
     trainer.config.data = {"max_response_length": 3}
     trainer._fit_update_actor = type(trainer)._fit_update_actor.__get__(trainer)

@@ -23,7 +23,7 @@ from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelCo
 from verl.workers.utils.padding import left_right_2_no_padding
 
 from sdpo.algorithm.regularization import Regularization
-from sdpo.config import SelfDistillationConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.kernels import chunked_log_probs
 from sdpo.kernels.fused_linear_loss import FusedOutputs, TokenInputs, compute_fused_loss
 from sdpo.verl_backend.worker import engine as engine_module
@@ -59,7 +59,7 @@ def build_worker(case: dict[str, Any]) -> SelfDistillationTrainingWorker:
         SelfDistillationConfig(**case["settings"]),
         case["loss_agg_mode"],
         case["horizon"],
-        case.get("freeze_vision", False),
+        case.get("freeze_vision_tower", False),
         Regularization(*case["regularization"]) if "regularization" in case else None,
     )
     worker.reset()
@@ -246,7 +246,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     worker = build_worker(case)
     engine_module.share_images = share_images
     if case.get("regularization", (None,))[0] is not None:
-        changes = {"settings": {"grpo_coef": 1.0}, "engine": {**case["engine"], "forward_only": True}}
+        changes = {"settings": {"policy_loss_weight": 1.0}, "engine": {**case["engine"], "forward_only": True}}
         reference = build_worker({**case, **changes})
         for batch in case["batches"]:
             add_reference(reference, case, batch)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from sdpo.algorithm.loss import LossInputs, TokenValues, compute_token_losses, reduce_values
-from sdpo.config import SelfDistillationConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.kernels.chunked_log_probs import LazyLogits
 from sdpo.kernels.cuda.chunks import (
     Buffer,

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sdpo.config import LoraConfig
+from sdpo.config.model import LoraConfig
 from sdpo.errors import UserError
 from sdpo.kernels.cpu.fast_linear import speed_up_linear_layers
 from sdpo.models.multimodal.vision_tower import get_tower_parameters

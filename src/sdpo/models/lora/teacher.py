@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sdpo.algorithm.teacher import Teacher, follows
-from sdpo.config import SelfDistillationConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.models.lora.adapters import compute_delta, copy_without_adapters, get_adapted_layers
 
 

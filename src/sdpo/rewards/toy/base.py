@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sdpo.config import SelfDistillationConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.errors import UserError
 from sdpo.observability.progress import Observer, Silent
 from sdpo.rewards.base import Grade, Row

@@ -17,7 +17,7 @@ from sdpo.algorithm.importance_sampling import compute_rollout_ratio
 from sdpo.algorithm.loss import Sums, add_sums, compute_distillation_coef, compute_token_weights, mean_of
 from sdpo.algorithm.regularization import Regularization
 from sdpo.algorithm.teacher import build_teacher
-from sdpo.config import Run
+from sdpo.config.root import SDPOConfig
 from sdpo.errors import UserError
 from sdpo.kernels.chunked_log_probs import LazyLogits
 from sdpo.kernels.cpu.allocator import is_out_of_memory
@@ -64,9 +64,9 @@ class Learner:
 
     Attributes:
         student: the model that learns.
-        teacher: its teacher; None where nothing is distilled (``grpo_coef=1``).
+        teacher: its teacher; None where nothing is distilled (``policy_loss_weight=1``).
         version: how many steps' updates the student has had.
-        micro_batch_tokens: most tokens in a micro-batch; halved each time that memory was too small for one.
+        max_tokens_per_micro_batch: most tokens in a micro-batch; halved each time that memory was too small for one.
         best: what is trained of the student, at its best evaluation so far, if it is to go back there once a live
             teacher is frozen.
         initial: the initial model, if something is compared with it or it may become the teacher.
@@ -76,7 +76,7 @@ class Learner:
     def __init__(
         self,
         student: PreTrainedModel,
-        run: Run,
+        run: SDPOConfig,
         pad_token_id: int,
         vision: Vision | None = None,
         tell: Callable[[str], None] = lambda text: None,
@@ -88,14 +88,14 @@ class Learner:
         self.vision = vision
         self.tell = tell
         self.version = 0
-        self.micro_batch_tokens = run.learner.micro_batch_tokens
+        self.max_tokens_per_micro_batch = run.actor.max_tokens_per_micro_batch
         self.regularization = _build_regularization(run)
         self.distillation_factor = 1.0
         self.best: dict[str, Tensor] | None = None
         self._check_topk()
         self.logit_scale = measure_logit_scale(student)
         self.batcher = Batcher(pad_token_id, self.device, vision, enable_packing(student, vision))
-        if run.learner.gradient_checkpointing:
+        if run.actor.gradient_checkpointing:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         build = build_lora_teacher if run.lora.rank else build_teacher
         self.teacher = build(student, self.config) if self.config.distills else None
@@ -103,19 +103,19 @@ class Learner:
         trained = [param for param in student.parameters() if param.requires_grad]
         self.optimizer = build_optimizer(trained, run.optim)
         self.rounding = UpdateRounding(self.optimizer, tell, run.seed)
-        minis = run.data.train_batch_size // (run.learner.mini_batch_size or run.data.train_batch_size)
+        minis = run.data.train_batch_size // (run.actor.mini_batch_size or run.data.train_batch_size)
         self.scheduler = get_scheduler(
-            "constant_with_warmup" if run.optim.schedule == "constant" else run.optim.schedule,
+            "constant_with_warmup" if run.optim.lr_scheduler_type == "constant" else run.optim.lr_scheduler_type,
             self.optimizer,
             num_warmup_steps=run.optim.warmup_steps,
-            num_training_steps=run.total_steps * minis,
+            num_training_steps=run.max_steps * minis,
         )
 
     def state_dict(self) -> dict[str, Any]:
         """All that decides how learning goes on, beside the weights of the student and of the teacher's module."""
         return {
             "version": self.version,
-            "micro_batch_tokens": self.micro_batch_tokens,
+            "max_tokens_per_micro_batch": self.max_tokens_per_micro_batch,
             "moments": self.optimizer.state_dict()["state"],
             "num_updates": self.scheduler.last_epoch,
             "teacher": self.teacher.state_dict() if self.teacher is not None else None,
@@ -131,7 +131,7 @@ class Learner:
         """
         self.distillation_factor, self.best = state["distillation_factor"], state["best"]
         self.version = state["version"]
-        self.micro_batch_tokens = min(self.micro_batch_tokens, state["micro_batch_tokens"])
+        self.max_tokens_per_micro_batch = min(self.max_tokens_per_micro_batch, state["max_tokens_per_micro_batch"])
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["moments"]})
         count = state["num_updates"]
         lrs = [lr * scale(count) for lr, scale in zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)]
@@ -161,7 +161,7 @@ class Learner:
             The step's metrics.
         """
         step = self.version + 1
-        mini_size = (self.run.learner.mini_batch_size or self.run.data.train_batch_size) * self.run.sampler.n
+        mini_size = (self.run.actor.mini_batch_size or self.run.data.train_batch_size) * self.run.rollout.n
         minis = [
             [j for j in range(i, min(i + mini_size, len(samples))) if samples[j].is_graded]
             for i in range(0, len(samples), mini_size)
@@ -170,13 +170,13 @@ class Learner:
         # With a single optimizer step the student still is the old policy, and its own forward pass tells.
         old_log_probs = self.compute_log_probs(samples, images) if len(minis) > 1 else None
         initial = None
-        if self.run.learner.kl_loss_coef or self._measures_kl(step):
+        if self.run.actor.kl_loss_coef or self._measures_kl(step):
             initial = self.compute_log_probs(samples, images, self.initial)
         kl = {}
         if initial is not None and self._measures_kl(step):
             kl = _estimate_kl_to_initial(samples, old_log_probs or self.compute_log_probs(samples, images), initial)
-        log_probs = LogProbs(old_log_probs, initial if self.run.learner.kl_loss_coef else None)
-        coef = compute_distillation_coef(self.config, step, self.run.total_steps) * self.distillation_factor
+        log_probs = LogProbs(old_log_probs, initial if self.run.actor.kl_loss_coef else None)
+        coef = compute_distillation_coef(self.config, step, self.run.max_steps) * self.distillation_factor
         results = [
             self._learn_mini_batch(
                 [samples[i] for i in mini],
@@ -194,8 +194,8 @@ class Learner:
         values = _average(results) | kl
         if self.config.distills:
             values[metrics.DISTILLATION_WEIGHT] = coef
-        if self.run.learner.kl_loss_coef:
-            values[metrics.KL_COEF] = self.run.learner.kl_loss_coef
+        if self.run.actor.kl_loss_coef:
+            values[metrics.KL_COEF] = self.run.actor.kl_loss_coef
         return values
 
     @property
@@ -204,8 +204,8 @@ class Learner:
         return self.teacher is not None and self.teacher.kind != self.config.teacher_regularization
 
     def lower_distillation(self) -> None:
-        """Make the weight of the distillation loss ``health.lower_factor`` times what it is, not below the floor."""
-        self.distillation_factor = self.run.health.lower(self.distillation_factor)
+        """Make the weight of the distillation loss ``health.reduce_factor`` times what it is, not below the floor."""
+        self.distillation_factor = self.run.health.reduce(self.distillation_factor)
 
     def keep_as_best(self) -> None:
         """Remember the student as it is, where the live teacher may be frozen once the student is no longer well."""
@@ -245,7 +245,7 @@ class Learner:
         self, samples: Sequence[Sample], images: StepImages | None, model: torch.nn.Module | None
     ) -> list[Tensor]:
         result: list[Tensor] = [torch.empty(0)] * len(samples)
-        for piece in self.batcher.split(samples, self.micro_batch_tokens):
+        for piece in self.batcher.split(samples, self.max_tokens_per_micro_batch):
             batch = self.batcher.build([samples[i] for i in piece])
             hidden = self._read_student(batch, images) if model is None else self._read(model, batch.student, images)
             log_probs = self._compute_log_probs(hidden, batch)
@@ -300,14 +300,14 @@ class Learner:
         spreads: dict[str, ClusteredMean],
     ) -> tuple[Sums, set[int]]:
         """Gradients of the mini-batch's loss; stops at the first micro-batch with samples that are not finite."""
-        mode, horizon = self.run.learner.loss_agg_mode, self.run.sampler.max_response_length
+        mode, horizon = self.run.actor.loss_agg_mode, self.run.rollout.max_response_length
         lengths = torch.tensor([len(s.response.token_ids) for s in samples])
         distilled = torch.tensor([s.is_distilled for s in samples], dtype=torch.bool)
         policy_weights = compute_token_weights(lengths, mode, horizon)
         distillation_weights = compute_token_weights(lengths * distilled, mode, horizon)
         distillation_weights = distillation_weights * torch.tensor([s.distillation_weight for s in samples])
         sums: Sums = {}
-        for piece in self.batcher.split(samples, self.micro_batch_tokens):
+        for piece in self.batcher.split(samples, self.max_tokens_per_micro_batch):
             batch = self.batcher.build([samples[i] for i in piece])
             weights = [w[piece].to(self.device)[batch.sample_index] for w in (policy_weights, distillation_weights)]
             outputs, more = self._forward(batch, log_probs.select(piece), weights[0], weights[1], coef, images)
@@ -345,7 +345,7 @@ class Learner:
                     for module, coefficient in self.teacher.policy(self.student)
                 ]
         old, ref = log_probs.pack()
-        correction = self.run.learner.rollout_is
+        correction = self.run.rollout_correction.rollout_is
         if correction == "sequence" and old is None:
             old = self._compute_log_probs(student, batch)  # all of a sequence's tokens decide the weight of each
         # Without other log-probabilities the student's own are the old policy's, known only within the loss.
@@ -360,7 +360,7 @@ class Learner:
                 advantages=batch.advantages,
                 rollout_is_weights=weights,
                 rollout_log_probs=batch.rollout_log_probs if old is None and correction == "token" else None,
-                rollout_is_threshold=self.run.learner.rollout_is_threshold,
+                rollout_is_threshold=self.run.rollout_correction.rollout_is_threshold,
                 distilled=batch.distilled,
                 distillation_weights=distillation_weights,
                 distillation_coef=coef,
@@ -368,13 +368,13 @@ class Learner:
                 regularization=self.regularization,
             ),
             self.config,
-            temperature=self.run.sampler.temperature,
+            temperature=self.run.rollout.temperature,
         )
         return outputs, self._correct(outputs.student_log_probs if old is None else old, batch)[1]
 
     def _read_student(self, batch: MicroBatch, images: StepImages | None) -> LazyLogits:
         # Only this mode lets transformers checkpoint; everything else runs without dropout, as sampling does.
-        self.student.train(self.run.learner.gradient_checkpointing and torch.is_grad_enabled())
+        self.student.train(self.run.actor.gradient_checkpointing and torch.is_grad_enabled())
         return self._read(self.student, batch.student, images)
 
     def _read(
@@ -387,7 +387,7 @@ class Learner:
         features = images.select(module, sequences.images) if images is not None else ()
         with self._precision():
             hidden = compute_hidden(module, sequences, vision=self.vision, features=features)
-        if self.run.learner.autocast:
+        if self.run.actor.autocast:
             hidden = hidden.bfloat16()  # as autocast has it in the output layer's product
         if self.logit_scale != 1.0:
             hidden = hidden * self.logit_scale
@@ -413,15 +413,15 @@ class Learner:
         return initial.requires_grad_(False).eval()
 
     def _measures_kl(self, step: int) -> bool:
-        every = self.run.health.kl_to_initial_every
+        every = self.run.health.ref_kl_interval
         return every > 0 and (step == 1 or step % every == 0)
 
     def _compute_log_probs(self, student: LazyLogits, batch: MicroBatch) -> Tensor:
-        return score_tokens(student, batch.sampled_ids, temperature=self.run.sampler.temperature)[0]
+        return score_tokens(student, batch.sampled_ids, temperature=self.run.rollout.temperature)[0]
 
     def _precision(self) -> torch.autocast:
         # A weight is needed once a pass: a cache of cast weights would only hold all of the model.
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.learner.autocast, cache_enabled=False)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.actor.autocast, cache_enabled=False)
 
     def _step_images(self) -> StepImages | None:
         if self.vision is None:
@@ -431,7 +431,7 @@ class Learner:
     def _correct(self, old: Tensor, batch: MicroBatch) -> tuple[Tensor | None, Sums]:
         """The truncated importance weight old policy / sampler of each token, and its metrics."""
         sums: Sums = {metrics.ROLLOUT_KL: mean_of(batch.rollout_log_probs - old)}
-        level, threshold = self.run.learner.rollout_is, self.run.learner.rollout_is_threshold
+        level, threshold = self.run.rollout_correction.rollout_is, self.run.rollout_correction.rollout_is_threshold
         ratio = compute_rollout_ratio(old, batch.rollout_log_probs, batch.sample_index, level)
         if ratio is None:
             return None, sums
@@ -441,7 +441,7 @@ class Learner:
         return weights, sums
 
     def _update(self) -> dict[str, float]:
-        norm = float(torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.run.optim.grad_clip))
+        norm = float(torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.run.optim.max_grad_norm))
         finite = math.isfinite(norm)
         if finite:
             with compile_on_gpus_only(self.device.type):
@@ -461,18 +461,19 @@ class Learner:
         if not is_out_of_memory(error):
             raise error
         self.optimizer.zero_grad(set_to_none=True)
-        largest = max(map(len, self.batcher.split(samples, self.micro_batch_tokens)))
+        largest = max(map(len, self.batcher.split(samples, self.max_tokens_per_micro_batch)))
         if largest == 1:
             longest = max(_count_tokens(sample) for sample in samples)
             reason = " ".join(str(error).split())
             raise UserError(
                 f"learner: memory is too small for the longest sample of {longest} tokens ({reason:.200}); lower "
-                "data.max_prompt_length or sampler.max_response_length, or set learner.gradient_checkpointing=true"
+                "data.max_prompt_length or rollout.max_response_length, or set actor.gradient_checkpointing=true"
             ) from error
-        while max(map(len, self.batcher.split(samples, self.micro_batch_tokens))) == largest:
-            self.micro_batch_tokens //= 2
+        while max(map(len, self.batcher.split(samples, self.max_tokens_per_micro_batch))) == largest:
+            self.max_tokens_per_micro_batch //= 2
         self.tell(
-            f"memory was too small for a micro-batch; learner.micro_batch_tokens={self.micro_batch_tokens} from here on"
+            "out of memory in a micro-batch; continuing with actor.max_tokens_per_micro_batch="
+            f"{self.max_tokens_per_micro_batch}"
         )
 
     def _check_topk(self) -> None:
@@ -484,8 +485,8 @@ class Learner:
             )
 
 
-def _build_regularization(run: Run) -> Regularization:
-    settings = run.learner
+def _build_regularization(run: SDPOConfig) -> Regularization:
+    settings = run.actor
     return Regularization(settings.kl_loss_coef or None, settings.kl_loss_type, settings.entropy_coeff)
 
 

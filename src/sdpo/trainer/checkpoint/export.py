@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from sdpo.config import Run, load_run
+from sdpo.config.loader import load_config
+from sdpo.config.root import SDPOConfig
 from sdpo.errors import UserError
 from sdpo.models.loading import load_model, load_tokenizer
 from sdpo.models.lora.adapters import merge_adapters
@@ -41,7 +42,7 @@ def export_model(checkpoint: Path, out: Path, *, teacher: bool = False) -> None:
         raise UserError(f"{checkpoint}: is damaged ({fault}); take another one")
     if out.exists():
         raise UserError(f"{out}: exists already; name another folder")
-    run = load_run(run_file)
+    run = load_config(run_file)
     if teacher:
         _require_teacher(run)
     with torch.no_grad():
@@ -60,26 +61,26 @@ def export_model(checkpoint: Path, out: Path, *, teacher: bool = False) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _require_teacher(run: Run) -> None:
+def _require_teacher(run: SDPOConfig) -> None:
     config = run.self_distillation
     reason = {
         "live": "is the student itself; export that",
         "trust-region": "is a mixture of two models' logits, the initial one's and the student's; no one model is it",
     }.get(config.teacher_regularization)
     if not config.distills:
-        reason = "does not exist with grpo_coef=1"
+        reason = "does not exist with policy_loss_weight=1"
     if reason is not None:
         raise UserError(f"--teacher: the teacher of this run (self_distillation.teacher_regularization) {reason}")
 
 
-def _load_student(run: Run, checkpoint: Path) -> PreTrainedModel:
+def _load_student(run: SDPOConfig, checkpoint: Path) -> PreTrainedModel:
     model = load_student(run, checkpoint, CPU)
     if run.lora.rank:
         merge_adapters(model)
     return model
 
 
-def _load_teacher(run: Run, checkpoint: Path) -> PreTrainedModel:
+def _load_teacher(run: SDPOConfig, checkpoint: Path) -> PreTrainedModel:
     if not run.lora.rank:
         return load_teacher_module(run, checkpoint, CPU)
     model = load_model(run.model, CPU)

@@ -110,15 +110,15 @@ def read_manifest(checkpoint: Path) -> Manifest:
     )
 
 
-def retire_checkpoints(folder: Path, keep_last: int, keep_best: int) -> None:
-    """Remove all but the newest ``keep_last`` and the ``keep_best`` with the highest scores, of two alike the newer."""
+def retire_checkpoints(folder: Path, save_total_limit: int, save_best_limit: int) -> None:
+    """Remove all but the newest ``save_total_limit`` and the best ``save_best_limit``; of equal scores the newer."""
     scores: dict[int, float | None] = {}
     for path in _list_checkpoints(folder):
         try:
             scores[_read_step(path)] = read_manifest(path).score
         except (OSError, ValueError, TypeError, KeyError):
             continue  # a damaged one is not ours to judge
-    for step in scores.keys() - select_kept(scores, keep_last, keep_best):
+    for step in scores.keys() - select_kept(scores, save_total_limit, save_best_limit):
         # At no time does half a one stand under its name.
         (folder / f"step_{step}").rename(folder / f".step_{step}.partial")
     _remove_partial(folder)

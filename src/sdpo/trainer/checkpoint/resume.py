@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdpo.config import Run, get_setting, iterate_settings, load_run
+from sdpo.config.loader import load_config
+from sdpo.config.root import SDPOConfig, get_setting, iterate_settings
 from sdpo.errors import UserError
 from sdpo.observability.progress import Observer
 from sdpo.trainer.checkpoint.manager import find_newest
 from sdpo.trainer.checkpoint.state import TrainingState
 
 # What concerns this call, and not the run.
-OF_THE_CALL = ("resume", "run_dir", "verl")
+OF_THE_CALL = ("resume_mode", "output_dir", "verl")
 
 
 @dataclass(frozen=True)
@@ -28,47 +29,47 @@ class Resumption:
         return int(self.state.learner["version"])
 
 
-def find_resumption(run: Run, observer: Observer) -> Resumption | None:
-    """The newest whole checkpoint in ``run_dir``, as ``run.resume`` has it; None if the run begins anew.
+def find_resumption(run: SDPOConfig, observer: Observer) -> Resumption | None:
+    """The newest whole checkpoint in ``output_dir``, as ``run.resume_mode`` has it; None if the run begins anew.
 
     Raises:
-        UserError: there is none and ``resume=must``; a setting differs that would make it another run; or it has had
-            more steps than ``total_steps``.
+        UserError: there is none and ``resume_mode=required``; a fixed setting differs; or it has had more steps than
+            ``max_steps``.
     """
-    folder = Path(run.run_dir)
-    if run.resume == "never":
+    folder = Path(run.output_dir)
+    if run.resume_mode == "disable":
         return None
     checkpoint = find_newest(folder / "checkpoints", observer.message)
     if checkpoint is None:
-        if run.resume == "must":
-            raise UserError(f"run_dir: {folder}: holds no whole checkpoint to go on from; start without --resume")
+        if run.resume_mode == "required":
+            raise UserError(f"output_dir: {folder}: holds no whole checkpoint to go on from; start without --resume")
         return None
     state = TrainingState.load(checkpoint)
     step = int(state.learner["version"])
-    if step > run.total_steps:
-        raise UserError(f"run_dir: {folder}: its run has had {step} steps, more than total_steps={run.total_steps}")
-    _compare(load_run(folder / "run.yaml"), run, observer)
+    if step > run.max_steps:
+        raise UserError(f"output_dir: {folder}: its run has had {step} steps, more than max_steps={run.max_steps}")
+    _compare(load_config(folder / "run.yaml"), run, observer)
     observer.message(f"going on after step {step} from {checkpoint}")
     return Resumption(checkpoint, state)
 
 
-def _compare(earlier: Run, run: Run, observer: Observer) -> None:
+def _compare(earlier: SDPOConfig, run: SDPOConfig, observer: Observer) -> None:
     changed = {key: (old, new) for key, old, new in _find_changes(earlier, run) if key not in OF_THE_CALL}
     fixed = {key for key, field in iterate_settings() if field.metadata["fixed"]}
     config = run.self_distillation
-    if run.optim.schedule != "constant" or config.distillation_weight_start != config.distillation_weight_end:
-        fixed.add("total_steps")  # by which the learning rate or the weight is scheduled
+    if run.optim.lr_scheduler_type != "constant" or config.distillation_coef_start != config.distillation_coef_end:
+        fixed.add("max_steps")  # by which the learning rate or the weight is scheduled
     for key in sorted(changed.keys() & fixed):
         old, new = changed[key]
         raise UserError(
             f"{key}={new!r} was {old!r} when the run began, and with it the run would be another one; "
-            "restore it or begin in another run_dir"
+            "restore it or begin in another output_dir"
         )
     for key, (old, new) in changed.items():
         observer.message(f"{key}={new!r} from here on, was {old!r}")
 
 
-def _find_changes(earlier: Run, run: Run) -> list[tuple[str, Any, Any]]:
+def _find_changes(earlier: SDPOConfig, run: SDPOConfig) -> list[tuple[str, Any, Any]]:
     return [
         (key, old, new)
         for key, _ in iterate_settings()

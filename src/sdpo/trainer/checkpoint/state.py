@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from sdpo.config import Run
+from sdpo.config.root import SDPOConfig
 from sdpo.errors import UserError
 from sdpo.models.generation.sampling import Response
 from sdpo.models.loading import load_model
@@ -76,7 +76,7 @@ def save_models(folder: Path, learner: Learner, processing: PreTrainedTokenizerB
         learner.teacher.module.save_pretrained(folder / "teacher")  # type: ignore[operator]
 
 
-def load_student(run: Run, checkpoint: Path | None, device: torch.device) -> PreTrainedModel:
+def load_student(run: SDPOConfig, checkpoint: Path | None, device: torch.device) -> PreTrainedModel:
     """The run's student as a checkpoint has it, or as it begins; with its adapters, if the run has any."""
     if not run.lora.rank:
         return load_model(run.model if checkpoint is None else replace(run.model, path=str(checkpoint)), device)
@@ -87,7 +87,7 @@ def load_student(run: Run, checkpoint: Path | None, device: torch.device) -> Pre
     return student
 
 
-def load_teacher_module(run: Run, checkpoint: Path, device: torch.device) -> PreTrainedModel:
+def load_teacher_module(run: SDPOConfig, checkpoint: Path, device: torch.device) -> PreTrainedModel:
     """The teacher's weights where the checkpoint has a model of them."""
     return load_model(replace(run.model, path=str(checkpoint / "teacher")), device)
 

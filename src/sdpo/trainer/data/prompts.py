@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from sdpo.config import Run
+from sdpo.config.root import SDPOConfig
 from sdpo.errors import UserError
 from sdpo.models.multimodal.processor import ImageReader, TokenPrompt
 from sdpo.observability.progress import Observer
@@ -35,7 +35,7 @@ class Prompt:
 def load_prompts(
     files: Sequence[str],
     setting: str,
-    run: Run,
+    run: SDPOConfig,
     tokenizer: Tokenizer,
     window: int | None,
     observer: Observer,
@@ -48,12 +48,12 @@ def load_prompts(
             its response, than the model's window, unless ``data.filter_overlong_prompts`` does; or no row left.
     """
     limit, reason = run.data.max_prompt_length, "data.max_prompt_length"
-    if window is not None and window - run.sampler.max_response_length < limit:
-        limit = window - run.sampler.max_response_length
-        reason = f"the model's window of {window} minus sampler.max_response_length={run.sampler.max_response_length}"
+    if window is not None and window - run.rollout.max_response_length < limit:
+        limit = window - run.rollout.max_response_length
+        reason = f"the model's window of {window} minus rollout.max_response_length={run.rollout.max_response_length}"
     if limit < 1:
         raise UserError(
-            f"sampler.max_response_length leaves no room for a prompt in the model's window of {window} tokens"
+            f"rollout.max_response_length leaves no room for a prompt in the model's window of {window} tokens"
         )
     rows = load_rows(files, setting)
     prompts = _encode_rows(rows, setting, run, tokenizer, observer)
@@ -69,7 +69,9 @@ def load_prompts(
     return kept
 
 
-def _encode_rows(rows: Sequence[Row], setting: str, run: Run, tokenizer: Tokenizer, observer: Observer) -> list[Prompt]:
+def _encode_rows(
+    rows: Sequence[Row], setting: str, run: SDPOConfig, tokenizer: Tokenizer, observer: Observer
+) -> list[Prompt]:
     prompts: list[Prompt] = []
     unreadable: list[str] = []
     for number, row in enumerate(rows, start=1):

@@ -11,7 +11,7 @@ import torch
 
 from sdpo.algorithm.advantage import compute_group_advantages
 from sdpo.algorithm.loss import compute_prompt_weights
-from sdpo.config import SelfDistillationConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.models.generation.sampling import Response
 from sdpo.observability import metrics
 from sdpo.observability.confidence import ClusteredMean, name_interval

@@ -12,7 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
-from sdpo.config import Run, save_run
+from sdpo.config.loader import save_config
+from sdpo.config.root import SDPOConfig
 from sdpo.errors import UserError
 from sdpo.observability import metrics
 from sdpo.observability.health_callback import ALARMS_FILE, forget_alarms_after
@@ -40,8 +41,8 @@ class RunFolder:
         UserError: the folder cannot be written, holds something else than a run, or another run is writing to it.
     """
 
-    def __init__(self, run: Run, observer: Observer, resumed_step: int | None = None) -> None:
-        self.path = Path(run.run_dir)
+    def __init__(self, run: SDPOConfig, observer: Observer, resumed_step: int | None = None) -> None:
+        self.path = Path(run.output_dir)
         self._run = run
         self._observer = observer
         require_trackers(run)
@@ -51,7 +52,7 @@ class RunFolder:
                 _make_room(self.path, observer)
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.path)
-            save_run(run, self.path / "run.yaml")
+            save_config(run, self.path / "run.yaml")
             (self.path / "versions.json").write_text(json.dumps(_collect_versions(), indent=2) + "\n", encoding="utf-8")
             kept = _read_rows_before(self.path / METRICS_FILE, resumed_step) if resumed_step is not None else []
             write_json_lines(self.path / METRICS_FILE, kept)
@@ -59,7 +60,7 @@ class RunFolder:
                 forget_alarms_after(self.path / ALARMS_FILE, resumed_step)
             self._metrics = (self.path / METRICS_FILE).open("a", buffering=1, encoding="utf-8")
         except OSError as error:
-            raise UserError(f"run_dir: {self.path}: cannot be written ({error.strerror})") from error
+            raise UserError(f"output_dir: {self.path}: cannot be written ({error.strerror})") from error
         self._trackers: list[Tracker] = build_trackers(run, resumed_step)
         self.final: dict[str, float] = {}
         for row in kept:
@@ -86,7 +87,7 @@ class RunFolder:
 
     def save_rollouts(self, step: int, samples: Sequence[Sample]) -> None:
         """Write some of the step's samples, with the teacher's prompt, for a person to read."""
-        every, count = self._run.tracking.rollouts_every, self._run.tracking.rollouts_per_save
+        every, count = self._run.tracking.log_completions_steps, self._run.tracking.num_completions
         if every == 0 or (step % every and step != 1):
             return
         stride = max(1, len(samples) // count)
@@ -114,7 +115,7 @@ class RunFolder:
             yield
         except OSError as error:
             raise UserError(
-                f"run_dir: {self.path}: cannot be written ({error.strerror}); what was saved before is intact: "
+                f"output_dir: {self.path}: cannot be written ({error.strerror}); what was saved before is intact: "
                 "make room and resume"
             ) from error
 
@@ -140,7 +141,7 @@ def _lock(path: Path) -> IO[str]:
         who = file.read().strip()
         file.close()
         raise UserError(
-            f"run_dir: {path}: another run is writing to it ({who}); wait for it, stop it, or name another folder"
+            f"output_dir: {path}: another run is writing to it ({who}); wait for it, stop it, or name another folder"
         ) from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}\n")
@@ -157,7 +158,7 @@ def _make_room(path: Path, observer: Observer) -> None:
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not (path / "run.yaml").is_file():
-        raise UserError(f"run_dir: {path}: exists and is no run folder; name another one")
+        raise UserError(f"output_dir: {path}: exists and is no run folder; name another one")
     number = 1
     while path.with_name(f"{path.name}.{number}").exists():
         number += 1

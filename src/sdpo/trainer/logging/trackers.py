@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from sdpo.config import Run
+from sdpo.config.root import SDPOConfig
 from sdpo.errors import UserError
 
 
@@ -25,9 +25,9 @@ LIBRARIES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "tracki
 class TensorBoard:
     """Event files in ``RUN_DIR/tensorboard``."""
 
-    def __init__(self, run: Run, resumed_step: int | None) -> None:
+    def __init__(self, run: SDPOConfig, resumed_step: int | None) -> None:
         module = _require("tensorboard")
-        self._writer: Any = module.SummaryWriter(str(Path(run.run_dir) / "tensorboard"), purge_step=resumed_step)
+        self._writer: Any = module.SummaryWriter(str(Path(run.output_dir) / "tensorboard"), purge_step=resumed_step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -40,9 +40,9 @@ class TensorBoard:
 class WandbLike:
     """Weights & Biases, and Trackio, which has the same interface."""
 
-    def __init__(self, run: Run, backend: str) -> None:
+    def __init__(self, run: SDPOConfig, backend: str) -> None:
         self._module = _require(backend)
-        name = run.tracking.name or Path(run.run_dir).name
+        name = run.tracking.name or Path(run.output_dir).name
         self._module.init(project=run.tracking.project, name=name, config=asdict(run))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -52,18 +52,18 @@ class WandbLike:
         self._module.finish()
 
 
-def require_trackers(run: Run) -> None:
-    """Check that the libraries of ``tracking.backends`` are there.
+def require_trackers(run: SDPOConfig) -> None:
+    """Check that the libraries of ``tracking.report_to`` are there.
 
     Raises:
         UserError: one is not installed.
     """
-    for backend in run.tracking.backends:
+    for backend in run.tracking.report_to:
         _require(backend)
 
 
-def build_trackers(run: Run, resumed_step: int | None = None) -> list[Tracker]:
-    """The trackers that ``tracking.backends`` names; they may write into the run's folder at once.
+def build_trackers(run: SDPOConfig, resumed_step: int | None = None) -> list[Tracker]:
+    """The trackers that ``tracking.report_to`` names; they may write into the run's folder at once.
 
     TensorBoard forgets the rows from ``resumed_step`` on; which run the others go on with is theirs to be told, by
     their environment variables.
@@ -73,7 +73,7 @@ def build_trackers(run: Run, resumed_step: int | None = None) -> list[Tracker]:
     """
     return [
         TensorBoard(run, resumed_step) if backend == "tensorboard" else WandbLike(run, backend)
-        for backend in run.tracking.backends
+        for backend in run.tracking.report_to
     ]
 
 
@@ -81,4 +81,4 @@ def _require(backend: str) -> ModuleType:
     try:
         return importlib.import_module(LIBRARIES[backend])
     except ImportError as error:
-        raise UserError(f"tracking.backends: {backend} is not installed; pip install 'sdpo[{backend}]'") from error
+        raise UserError(f"tracking.report_to: {backend} is not installed; pip install 'sdpo[{backend}]'") from error

@@ -22,7 +22,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from sdpo.config import ModelConfig
+from sdpo.config.model import ModelConfig
 from sdpo.errors import UserError
 from sdpo.models.generation.sampling import Decoding, Response, sample_responses
 from sdpo.models.loading import load_model
@@ -231,8 +231,8 @@ class ProcessSampler:
         how = f"the sampler's process was killed by {signal.Signals(-code).name}"
         if self._restarts_left == 0:
             raise UserError(
-                f"sampler: {how}, and may not be started again (sampler.max_restarts); "
-                "if memory ran out, lower sampler.batch_size or sampler.max_response_length"
+                f"sampler: {how}, and may not be started again (rollout.max_restarts); "
+                "if memory ran out, lower rollout.max_num_seqs or rollout.max_response_length"
             )
         self._restarts_left -= 1
         self._tell(f"{how}; it is started again, {self._restarts_left} more times at most")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo.config import ModelConfig
+from sdpo.config.model import ModelConfig
 from sdpo.errors import UserError
 from sdpo.models.generation.sampling import Decoding, Response
 from sdpo.models.multimodal.processor import TokenPrompt
@@ -43,12 +43,12 @@ def require_vllm(device: torch.device) -> None:
     """
     if device.type not in ("cpu", "cuda") or device.index:
         raise UserError(
-            f"sampler.device={device}: sampler.engine=vllm samples on cpu or on the first visible GPU; "
-            "give the learner another one (learner.device=cuda:1), or choose with CUDA_VISIBLE_DEVICES"
+            f"rollout.device={device}: rollout.engine=vllm samples on cpu or on the first visible GPU; "
+            "give the learner another one (actor.device=cuda:1), or choose with CUDA_VISIBLE_DEVICES"
         )
     if importlib.util.find_spec("vllm") is None:
         command = "pip install vllm" if device.type == "cuda" else "pip install --no-deps -r requirements-vllm.txt"
-        raise UserError(f"sampler.engine=vllm: vLLM is not installed; install it with: {command}")
+        raise UserError(f"rollout.engine=vllm: vLLM is not installed; install it with: {command}")
 
 
 class VllmEngine:
@@ -59,14 +59,14 @@ class VllmEngine:
         decoding: ``batch_size`` sequences are decoded side by side.
         device: ``cpu`` or the first GPU.
         max_length: most tokens of a prompt and its response together.
-        kv_cache_gib: size of the key-value cache.
+        kv_cache_memory_gib: size of the key-value cache.
 
     Raises:
         UserError: vLLM cannot start with these.
     """
 
     def __init__(
-        self, config: ModelConfig, decoding: Decoding, device: torch.device, max_length: int, kv_cache_gib: float
+        self, config: ModelConfig, decoding: Decoding, device: torch.device, max_length: int, kv_cache_memory_gib: float
     ) -> None:
         self._decoding = decoding
         self._dtype = config.dtype
@@ -79,8 +79,8 @@ class VllmEngine:
 
             if current_platform.device_type != device.type:
                 raise UserError(
-                    f"sampler.device={device}: the vLLM that is installed samples on {current_platform.device_type}; "
-                    "change sampler.device or install vLLM for it"
+                    f"rollout.device={device}: the vLLM that is installed samples on {current_platform.device_type}; "
+                    "change rollout.device or install vLLM for it"
                 )
             try:
                 self._llm = LLM(
@@ -91,7 +91,7 @@ class VllmEngine:
                     use_tqdm_on_load=False,
                     max_model_len=max_length,
                     max_num_seqs=decoding.batch_size,
-                    kv_cache_memory_bytes=int(kv_cache_gib * 2**30),
+                    kv_cache_memory_bytes=int(kv_cache_memory_gib * 2**30),
                     gpu_memory_utilization=0.01,  # only what must be free at the start; the learner may be there too
                     logprobs_mode="processed_logprobs",
                     enforce_eager=on_cpu,
@@ -99,8 +99,8 @@ class VllmEngine:
                 self.compute_log_probs([0, 0])  # some of what its kernels cannot do shows only now
             except (ValueError, RuntimeError) as error:
                 raise UserError(
-                    f"sampler.engine=vllm: vLLM cannot sample from {config.path} with sampler.kv_cache_gib="
-                    f"{kv_cache_gib:g} and up to {max_length} tokens a sequence: {' '.join(str(error).split())}"
+                    f"rollout.engine=vllm: vLLM cannot sample from {config.path} with rollout.kv_cache_memory_gib="
+                    f"{kv_cache_memory_gib:g} and up to {max_length} tokens a sequence: {' '.join(str(error).split())}"
                 ) from error
 
     def sample(self, prompts: Sequence[TokenPrompt], seed: int) -> list[list[Response]]:

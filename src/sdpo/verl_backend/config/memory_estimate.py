@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Sequence
 
 from sdpo.algorithm.teacher import follows
-from sdpo.config import Run
+from sdpo.config.root import SDPOConfig
 from sdpo.models.memory_estimate import (
     BYTES,
     Cost,
@@ -38,25 +38,25 @@ SHARED_UTILIZATION = 0.5  # of config/sdpo_sync.yaml
 GPU_OF_80_GB = int(79.6 * 2**30)
 
 
-def estimate_cost(run: Run, overrides: Sequence[str]) -> Cost:
+def estimate_cost(run: SDPOConfig, overrides: Sequence[str]) -> Cost:
     """Tokens a step, and memory of a GPU that trains and of one that samples.
 
     Nothing is taken for offloaded: verl moves what ``param_offload`` and ``optimizer_offload`` name back before a batch
     is learned. With ``offload_policy=true`` a GPU needs less than is said here.
 
     Args:
-        run: with ``run_dir`` and so on; its ``verl`` is among the overrides.
+        run: with ``output_dir`` and so on; its ``verl`` is among the overrides.
         overrides: as verl gets them (``build_command``); the number of GPUs is read from them.
     """
     gpus = read_gpus(overrides)
     learners = gpus["trainer.nnodes"] * gpus["trainer.n_gpus_per_node"]
-    samplers = gpus["rollout.nnodes"] * gpus["rollout.n_gpus_per_node"] if run.staleness else learners
+    samplers = gpus["rollout.nnodes"] * gpus["rollout.n_gpus_per_node"] if run.max_staleness else learners
     parallel = gpus["actor_rollout_ref.rollout.tensor_model_parallel_size"]
     model = measure_model(run.model, run.lora)
     lengths = bound_lengths(run, model.window)
-    sequences = run.data.train_batch_size * run.sampler.n
+    sequences = run.data.train_batch_size * run.rollout.n
     return Cost(
-        tokens_a_step=sequences * (run.data.max_prompt_length + run.sampler.max_response_length),
+        tokens_a_step=sequences * (run.data.max_prompt_length + run.rollout.max_response_length),
         num_params=model.num_params,
         num_tower_params=model.tower.num_params if model.tower else 0,
         learner=_hold(run, model, learners),
@@ -69,9 +69,9 @@ def estimate_cost(run: Run, overrides: Sequence[str]) -> Cost:
             },
         },
         sampler=_sample(run, model, lengths, samplers // parallel or 1, parallel)
-        if run.staleness
+        if run.max_staleness
         else _take_turns(read_utilization(overrides)),
-        takes_turns=not run.staleness,
+        takes_turns=not run.max_staleness,
         num_learners=learners,
         num_samplers=samplers,
     )
@@ -101,23 +101,23 @@ def _share(size: int, num_gpus: int) -> int:
     return -(-size // num_gpus)
 
 
-def _sizes(run: Run) -> tuple[int, int]:
+def _sizes(run: SDPOConfig) -> tuple[int, int]:
     """Bytes of a value in weights, and in what FSDP2 gathers of them."""
     size = BYTES[run.model.dtype]
-    return size, 2 if run.learner.autocast else size
+    return size, 2 if run.actor.autocast else size
 
 
-def _has_module(run: Run) -> bool:
+def _has_module(run: SDPOConfig) -> bool:
     """Whether the teacher is a model of its own."""
     config = run.self_distillation
     return config.distills and config.teacher_regularization != "live" and run.lora.rank == 0
 
 
-def _averages(run: Run) -> bool:
+def _averages(run: SDPOConfig) -> bool:
     return run.self_distillation.distills and run.self_distillation.teacher_regularization == "ema"
 
 
-def _count_averaged(run: Run, model: ModelSize) -> int:
+def _count_averaged(run: SDPOConfig, model: ModelSize) -> int:
     """Entries that are made of the student for the teacher to follow: casts, or with LoRA all of the deltas."""
     if model.adapters is not None:
         follow = run.self_distillation.distills and follows(run.self_distillation)
@@ -125,19 +125,19 @@ def _count_averaged(run: Run, model: ModelSize) -> int:
     return model.num_params if _averages(run) and run.model.dtype != "float32" else 0
 
 
-def _count_trained(run: Run, model: ModelSize) -> int:
+def _count_trained(run: SDPOConfig, model: ModelSize) -> int:
     if model.adapters is not None:
         return model.adapters.num_params
-    return model.language.num_params if run.learner.freeze_vision else model.num_params
+    return model.language.num_params if run.actor.freeze_vision_tower else model.num_params
 
 
-def _count_teacher_bytes(run: Run, model: ModelSize) -> int:
+def _count_teacher_bytes(run: SDPOConfig, model: ModelSize) -> int:
     if model.adapters is not None:
         return 4 * _count_averaged(run, model)
     return model.num_params * (4 if _averages(run) else BYTES[run.model.dtype]) * _has_module(run)
 
 
-def _hold(run: Run, model: ModelSize, num_gpus: int) -> dict[str, int]:
+def _hold(run: SDPOConfig, model: ModelSize, num_gpus: int) -> dict[str, int]:
     size, _ = _sizes(run)
     adapters = model.adapters.num_params if model.adapters is not None else 0
     return {
@@ -145,11 +145,11 @@ def _hold(run: Run, model: ModelSize, num_gpus: int) -> dict[str, int]:
         "AdamW's moments": _share(count_moments(run, _count_trained(run, model)), num_gpus),
         "teacher": _share(_count_teacher_bytes(run, model), num_gpus),
         # Of NCCL's: one is filled while another is on its way, and cupy's pool keeps both.
-        "buffers for the sampler's weights": 2 * BUCKET if run.staleness else 0,
+        "buffers for the sampler's weights": 2 * BUCKET if run.max_staleness else 0,
     }
 
 
-def _hold_learning(run: Run, model: ModelSize, num_gpus: int) -> dict[str, int]:
+def _hold_learning(run: SDPOConfig, model: ModelSize, num_gpus: int) -> dict[str, int]:
     size, gathered = _sizes(run)
     layer = max(stack.num_params // stack.num_layers for stack in (model.language, model.tower) if stack is not None)
     # What is outside the layers stays gathered from forward to backward pass; of layers, one and the next. Their
@@ -164,10 +164,10 @@ def _hold_learning(run: Run, model: ModelSize, num_gpus: int) -> dict[str, int]:
     }
 
 
-def _learn(run: Run, model: ModelSize, lengths: Lengths) -> dict[str, int]:
+def _learn(run: SDPOConfig, model: ModelSize, lengths: Lengths) -> dict[str, int]:
     """Any token may be an image's, whose patches go through the tower in the same pass."""
     _, size = _sizes(run)
-    checkpointing = run.learner.gradient_checkpointing
+    checkpointing = run.actor.gradient_checkpointing
     stack, image_token = model.language, 0
     if model.tower is not None:
         learning = model.tower.count_learning(size, size, checkpointing=checkpointing)
@@ -184,19 +184,19 @@ def _learn(run: Run, model: ModelSize, lengths: Lengths) -> dict[str, int]:
     }
 
 
-def _score(run: Run, model: ModelSize, lengths: Lengths) -> dict[str, int]:
+def _score(run: SDPOConfig, model: ModelSize, lengths: Lengths) -> dict[str, int]:
     _, size = _sizes(run)
-    tokens = max(run.learner.micro_batch_tokens, lengths.prompt + lengths.response)
+    tokens = max(run.actor.max_tokens_per_micro_batch, lengths.prompt + lengths.response)
     return {
         "activations": tokens * model.language.count_reading(size),
         "logits": count_log_probs(),
     }
 
 
-def _sample(run: Run, model: ModelSize, lengths: Lengths, replicas: int, parallel: int) -> dict[str, int]:
+def _sample(run: SDPOConfig, model: ModelSize, lengths: Lengths, replicas: int, parallel: int) -> dict[str, int]:
     """vLLM's weights are bfloat16; its cache takes what ``gpu_memory_utilization`` leaves and uses this of it."""
     size = 2
-    sequences = min(run.sampler.batch_size, _share(run.data.train_batch_size * run.sampler.n, replicas))
+    sequences = min(run.rollout.max_num_seqs, _share(run.data.train_batch_size * run.rollout.n, replicas))
     cache = sequences * (lengths.prompt + lengths.response) * model.cache_values * size
     return {
         "weights": _share(model.num_params * size, parallel),

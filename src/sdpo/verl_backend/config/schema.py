@@ -12,7 +12,10 @@ from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config import FSDPActorConfig
 
 from sdpo.algorithm.regularization import Regularization
-from sdpo.config import HealthConfig, LearnerConfig, LoraConfig, SelfDistillationConfig
+from sdpo.config.actor import ActorConfig
+from sdpo.config.model import LoraConfig
+from sdpo.config.monitoring import HealthConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.errors import UserError
 from sdpo.verl_backend.config.to_verl import ALL_LINEAR, HEALTH_WITHOUT_EFFECT
 
@@ -91,9 +94,9 @@ def read_regularization(actor: DictConfig) -> Regularization:
     """
     names = ("kl_loss_coef", "kl_loss_type", "entropy_coeff")
     try:
-        given = LearnerConfig(**{name: actor[name] for name in names})
+        given = ActorConfig(**{name: actor[name] for name in names})
     except UserError as error:
-        raise UserError(str(error).replace("learner.", f"{ACTOR}.", 1)) from None
+        raise UserError(str(error).replace("actor.", f"{ACTOR}.", 1)) from None
     return Regularization(given.kl_loss_coef if actor.use_kl_loss else None, given.kl_loss_type, given.entropy_coeff)
 
 
@@ -126,7 +129,8 @@ def check_config(config: DictConfig) -> None:
         if actor.freeze_vision_tower:
             raise UserError(
                 f"{ACTOR}.freeze_vision_tower=True has no effect on verl's own FSDP engine, which "
-                f"loss_mode={actor.policy_loss.loss_mode} uses; use loss_mode=sdpo with self_distillation.grpo_coef=1"
+                f"loss_mode={actor.policy_loss.loss_mode} uses; use loss_mode=sdpo with "
+                "self_distillation.policy_loss_weight=1"
             )
         return
     if actor.strategy != "fsdp2":
@@ -247,10 +251,10 @@ def _check_health(config: DictConfig, settings: SelfDistillationConfig | None) -
         if value != getattr(usual, name):
             raise UserError(f"health.{name}={value} has no effect on verl, where {reason}; remove it")
     # Another loss distils nothing.
-    health.check_actions(settings or SelfDistillationConfig(grpo_coef=1.0))
-    keep_best = config.trainer.keep_best
-    if not isinstance(keep_best, int) or isinstance(keep_best, bool) or keep_best < 0:
-        raise UserError(f"trainer.keep_best must be a whole number, at least 0, got {keep_best!r}")
+    health.check_actions(settings or SelfDistillationConfig(policy_loss_weight=1.0))
+    save_best_limit = config.trainer.save_best_limit
+    if not isinstance(save_best_limit, int) or isinstance(save_best_limit, bool) or save_best_limit < 0:
+        raise UserError(f"trainer.save_best_limit must be a whole number, at least 0, got {save_best_limit!r}")
 
 
 def _check_batches(config: DictConfig) -> None:

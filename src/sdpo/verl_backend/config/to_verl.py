@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdpo.config import HealthConfig, Run, SelfDistillationConfig, flatten_keys, get_setting, iterate_settings
+from sdpo.config.loader import flatten_keys
+from sdpo.config.monitoring import HealthConfig
+from sdpo.config.root import SDPOConfig, get_setting, iterate_settings
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.errors import UserError
 from sdpo.models.loading import looks_local
 from sdpo.models.optimizer import choose_optimizer
@@ -25,23 +28,23 @@ ALL_LINEAR = "all-linear"  # verl's default of model.target_modules
 
 # Health settings without an effect on verl, and why.
 HEALTH_WITHOUT_EFFECT = {
-    "teacher_worse": "verl evaluates the student alone",
-    "teacher_margin": "verl evaluates the student alone",
-    "kl_to_initial_every": "the workers hold no initial model beside student and teacher",
+    "teacher_underperforms_student": "verl evaluates the student alone",
+    "min_accuracy_gap": "verl evaluates the student alone",
+    "ref_kl_interval": "the workers hold no initial model beside student and teacher",
 }
 # Settings of the embedded engine that verl has no counterpart for.
 WITHOUT_COUNTERPART = (
-    "stop_within",
-    "sampler.max_restarts",
-    "sampler.engine",
-    "sampler.kv_cache_gib",
-    "sampler.device",
-    "sampler.num_threads",
-    "learner.device",
-    "learner.num_threads",
-    "eval.teacher",
+    "shutdown_timeout",
+    "rollout.max_restarts",
+    "rollout.engine",
+    "rollout.kv_cache_memory_gib",
+    "rollout.device",
+    "rollout.num_threads",
+    "actor.device",
+    "actor.num_threads",
+    "eval.evaluate_teacher",
     *(f"health.{name}" for name in HEALTH_WITHOUT_EFFECT),
-    "tracking.rollouts_per_save",
+    "tracking.num_completions",
 )
 
 
@@ -54,14 +57,14 @@ class Translation:
     unused: list[str]
 
 
-def translate(run: Run) -> Translation:
+def translate(run: SDPOConfig) -> Translation:
     """Hydra overrides that make verl do what the run says; those of ``run.verl`` come last, and so win.
 
     Raises:
         UserError: the run asks for what verl has not.
     """
-    if run.optim.schedule == "linear":
-        raise UserError("optim.schedule=linear does not exist in verl; use constant or cosine")
+    if run.optim.lr_scheduler_type == "linear":
+        raise UserError("optim.lr_scheduler_type=linear does not exist in verl; use constant or cosine")
     settings: dict[str, Any] = {
         **_data(run),
         **_policy(run),
@@ -84,7 +87,7 @@ def translate(run: Run) -> Translation:
     plain = dict(iterate_settings())
     unused = [key for key in WITHOUT_COUNTERPART if get_setting(run, key) != plain[key].default]
     return Translation(
-        config_name="sdpo_trainer" if run.staleness else "sdpo_sync",
+        config_name="sdpo_trainer" if run.max_staleness else "sdpo_sync",
         overrides=overrides,
         unused=unused,
     )
@@ -107,13 +110,13 @@ def quote(value: Any) -> str:
     return repr(value)
 
 
-def _data(run: Run) -> dict[str, Any]:
+def _data(run: SDPOConfig) -> dict[str, Any]:
     return {
         "data.train_files": [str(Path(f).absolute()) for f in run.data.train_files],
         "data.val_files": [str(Path(f).absolute()) for f in run.data.val_files],
         "data.train_batch_size": run.data.train_batch_size,
         "data.max_prompt_length": run.data.max_prompt_length,
-        "data.max_response_length": run.sampler.max_response_length,
+        "data.max_response_length": run.rollout.max_response_length,
         "data.filter_overlong_prompts": run.data.filter_overlong_prompts,
         "data.max_pixels": run.data.max_pixels,
         "data.filter_unreadable_images": run.data.filter_unreadable_images,
@@ -124,17 +127,17 @@ def _data(run: Run) -> dict[str, Any]:
         "reward.custom_reward_function.name": "compute_score",
         "+reward.custom_reward_function.reward_kwargs.task": _absolute_if_file(run.data.task),
         "+reward.custom_reward_function.reward_kwargs.task_args": json.dumps(run.data.task_args),
-        "+reward.custom_reward_function.reward_kwargs.grader_timeout": run.data.grader_timeout,
-        "data.max_grader_failures": run.data.max_grader_failures,
+        "+reward.custom_reward_function.reward_kwargs.timeout_s": run.reward.timeout_s,
+        "data.max_failure_fraction": run.reward.max_failure_fraction,
     }
 
 
-def _policy(run: Run) -> dict[str, Any]:
-    half = run.learner.autocast or run.model.dtype == "bfloat16"
+def _policy(run: SDPOConfig) -> dict[str, Any]:
+    half = run.actor.autocast or run.model.dtype == "bfloat16"
     settings: dict[str, Any] = {
         f"{MODEL}.path": _absolute_if_file(run.model.path),
         f"{MODEL}.trust_remote_code": run.model.trust_remote_code,
-        f"{MODEL}.enable_gradient_checkpointing": run.learner.gradient_checkpointing,
+        f"{MODEL}.enable_gradient_checkpointing": run.actor.gradient_checkpointing,
         f"++{MODEL}.override_config.attn_implementation": run.model.attn_implementation,
         f"{ACTOR}.fsdp_config.model_dtype": "bf16" if run.model.dtype == "bfloat16" else "fp32",
     }
@@ -145,7 +148,7 @@ def _policy(run: Run) -> dict[str, Any]:
     return settings
 
 
-def _adapters(run: Run) -> dict[str, Any]:
+def _adapters(run: SDPOConfig) -> dict[str, Any]:
     if run.lora.rank == 0:
         return {}
     return {
@@ -156,41 +159,41 @@ def _adapters(run: Run) -> dict[str, Any]:
     }
 
 
-def _learning(run: Run) -> dict[str, Any]:
-    level = run.learner.rollout_is
+def _learning(run: SDPOConfig) -> dict[str, Any]:
+    level = run.rollout_correction.rollout_is
     module, optimizer, arguments = choose_optimizer(run.optim)
     return {
         f"{ACTOR}.optim.optimizer_impl": module,
         f"{ACTOR}.optim.optimizer": optimizer,
         # verl's default is null, below which only ++ can add
         **{f"++{ACTOR}.optim.override_optimizer_config.{name}": value for name, value in arguments.items()},
-        f"{ACTOR}.ppo_mini_batch_size": run.learner.mini_batch_size or run.data.train_batch_size,
-        f"{ACTOR}.ppo_max_token_len_per_gpu": run.learner.micro_batch_tokens,
-        f"{ROLLOUT}.log_prob_max_token_len_per_gpu": run.learner.micro_batch_tokens,
-        f"{ACTOR}.freeze_vision_tower": run.learner.freeze_vision,
-        f"{ACTOR}.loss_agg_mode": run.learner.loss_agg_mode,
-        f"{ACTOR}.use_kl_loss": run.learner.kl_loss_coef > 0,
-        f"{ACTOR}.kl_loss_coef": run.learner.kl_loss_coef,
-        f"{ACTOR}.kl_loss_type": run.learner.kl_loss_type,
-        f"{ACTOR}.entropy_coeff": run.learner.entropy_coeff,
+        f"{ACTOR}.ppo_mini_batch_size": run.actor.mini_batch_size or run.data.train_batch_size,
+        f"{ACTOR}.ppo_max_token_len_per_gpu": run.actor.max_tokens_per_micro_batch,
+        f"{ROLLOUT}.log_prob_max_token_len_per_gpu": run.actor.max_tokens_per_micro_batch,
+        f"{ACTOR}.freeze_vision_tower": run.actor.freeze_vision_tower,
+        f"{ACTOR}.loss_agg_mode": run.actor.loss_agg_mode,
+        f"{ACTOR}.use_kl_loss": run.actor.kl_loss_coef > 0,
+        f"{ACTOR}.kl_loss_coef": run.actor.kl_loss_coef,
+        f"{ACTOR}.kl_loss_type": run.actor.kl_loss_type,
+        f"{ACTOR}.entropy_coeff": run.actor.entropy_coeff,
         "algorithm.rollout_correction.rollout_is": None if level == "none" else level,
-        "algorithm.rollout_correction.rollout_is_threshold": run.learner.rollout_is_threshold,
+        "algorithm.rollout_correction.rollout_is_threshold": run.rollout_correction.rollout_is_threshold,
         f"{ACTOR}.optim.lr": run.optim.lr,
         f"{ACTOR}.optim.weight_decay": run.optim.weight_decay,
-        f"{ACTOR}.optim.betas": [run.optim.beta1, run.optim.beta2],
+        f"{ACTOR}.optim.betas": list(run.optim.betas),
         f"{ACTOR}.optim.lr_warmup_steps": run.optim.warmup_steps,
-        f"{ACTOR}.optim.lr_scheduler_type": run.optim.schedule,
-        f"{ACTOR}.optim.clip_grad": run.optim.grad_clip,
+        f"{ACTOR}.optim.lr_scheduler_type": run.optim.lr_scheduler_type,
+        f"{ACTOR}.optim.clip_grad": run.optim.max_grad_norm,
     }
 
 
-def _sampling(run: Run) -> dict[str, Any]:
+def _sampling(run: SDPOConfig) -> dict[str, Any]:
     samples = run.eval.n > 0
     return {
-        f"{ROLLOUT}.n": run.sampler.n,
-        f"{ROLLOUT}.temperature": run.sampler.temperature,
-        f"{ROLLOUT}.top_p": run.sampler.top_p,
-        f"{ROLLOUT}.max_num_seqs": run.sampler.batch_size,
+        f"{ROLLOUT}.n": run.rollout.n,
+        f"{ROLLOUT}.temperature": run.rollout.temperature,
+        f"{ROLLOUT}.top_p": run.rollout.top_p,
+        f"{ROLLOUT}.max_num_seqs": run.rollout.max_num_seqs,
         f"{ROLLOUT}.seed": run.seed,
         f"{ROLLOUT}.val_kwargs.n": max(run.eval.n, 1),
         f"{ROLLOUT}.val_kwargs.do_sample": samples,
@@ -199,21 +202,21 @@ def _sampling(run: Run) -> dict[str, Any]:
     }
 
 
-def _bookkeeping(run: Run) -> dict[str, Any]:
-    folder = Path(run.run_dir).absolute()
+def _bookkeeping(run: SDPOConfig) -> dict[str, Any]:
+    folder = Path(run.output_dir).absolute()
     return {
-        "trainer.total_training_steps": run.total_steps,
-        "trainer.total_epochs": run.total_steps,  # V1 trainers end with whichever comes first
-        "trainer.val_before_train": run.eval.before_training,
-        "trainer.test_freq": run.eval_every or run.total_steps,
-        "trainer.save_freq": run.save_every or run.total_steps,
-        "trainer.max_actor_ckpt_to_keep": run.keep_last,
-        "trainer.keep_best": run.keep_best,
+        "trainer.total_training_steps": run.max_steps,
+        "trainer.total_epochs": run.max_steps,  # V1 trainers end with whichever comes first
+        "trainer.val_before_train": run.eval.val_before_train,
+        "trainer.test_freq": run.eval_steps or run.max_steps,
+        "trainer.save_freq": run.save_steps or run.max_steps,
+        "trainer.max_actor_ckpt_to_keep": run.save_total_limit,
+        "trainer.save_best_limit": run.save_best_limit,
         "trainer.alarms_file": str(folder / ALARMS_FILE),
-        "trainer.resume_mode": "disable" if run.resume == "never" else "auto",
+        "trainer.resume_mode": "disable" if run.resume_mode == "disable" else "auto",
         "trainer.default_local_dir": str(folder / "checkpoints"),
-        "trainer.rollout_data_dir": str(folder / "rollouts") if run.tracking.rollouts_every else None,
-        "trainer.logger": ["console", "file", *run.tracking.backends],
+        "trainer.rollout_data_dir": str(folder / "rollouts") if run.tracking.log_completions_steps else None,
+        "trainer.logger": ["console", "file", *run.tracking.report_to],
         "trainer.project_name": run.tracking.project,
         "trainer.experiment_name": run.tracking.name or folder.name,
     }

@@ -17,7 +17,7 @@ from verl.workers.rollout import base
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput
 from verl.workers.rollout.utils import ensure_async_iterator
 
-from sdpo.config import ModelConfig
+from sdpo.config.model import ModelConfig
 from sdpo.models.generation.sampling import Decoding, Response, sample_responses
 from sdpo.models.loading import get_stop_token_ids, load_model, load_tokenizer
 from sdpo.models.multimodal.processor import TokenPrompt, encode_png, load_reader

@@ -27,7 +27,7 @@ def check_failures(extras: Sequence[Mapping[str, Any]], config: DictConfig, what
     """Which responses have no grade, from their dictionaries; tells how many.
 
     Raises:
-        UserError: the task refuses its data; or more than ``data.max_grader_failures`` of the responses failed.
+        UserError: the task refuses its data; or more than ``reward.max_failure_fraction`` of the responses failed.
     """
     failures = [extra.get(FAILURE) or "" for extra in extras]
     for extra in extras:
@@ -36,10 +36,10 @@ def check_failures(extras: Sequence[Mapping[str, Any]], config: DictConfig, what
     reasons = [reason for reason in failures if reason]
     if reasons:
         message = f"grading failed for {len(reasons)} of {len(failures)} responses of {what}"
-        if len(reasons) > config.data.max_grader_failures * len(failures):
+        if len(reasons) > config.data.max_failure_fraction * len(failures):
             raise UserError(
-                f"data.task: {message}, which is more than data.max_grader_failures="
-                f"{config.data.max_grader_failures:g}; the last: {reasons[-1]}"
+                f"data.task: {message}, which is more than reward.max_failure_fraction="
+                f"{config.data.max_failure_fraction:g}; the last: {reasons[-1]}"
             )
         print(f"data.task: {message}, which costs them; the last: {reasons[-1]}")
     return [bool(reason) for reason in failures]

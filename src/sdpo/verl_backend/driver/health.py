@@ -19,7 +19,7 @@ from typing import Any
 
 from omegaconf import DictConfig, open_dict
 
-from sdpo.config import HealthConfig
+from sdpo.config.monitoring import HealthConfig
 from sdpo.observability import metrics
 from sdpo.observability.health import HealthMonitor
 from sdpo.observability.health_callback import Guard, forget_alarms_after
@@ -48,7 +48,7 @@ class RunHealth:
     ) -> None:
         trainer = config.trainer
         self._folder = Path(trainer.default_local_dir)
-        self._keep_last, self._keep_best = trainer.max_actor_ckpt_to_keep, trainer.keep_best
+        self._keep_last, self._keep_best = trainer.max_actor_ckpt_to_keep, trainer.save_best_limit
         trainer.max_actor_ckpt_to_keep = None
         self._alarms = Path(trainer.alarms_file)
         self._alarms.parent.mkdir(parents=True, exist_ok=True)
@@ -198,7 +198,7 @@ class _Learner:
 
     def lower_distillation(self) -> None:
         assert self._teacher_batch is not None, "refused where nothing is distilled"
-        self._teacher_batch.factor = self._config.lower(self._teacher_batch.factor)
+        self._teacher_batch.factor = self._config.reduce(self._teacher_batch.factor)
 
     def keep_as_best(self) -> None:
         if self._may_go_back and not self.teacher_is_frozen:

@@ -41,7 +41,7 @@ from sdpo.verl_backend.worker.packing import count_response_tokens
 PREFETCHED = "prefetched.pt"
 
 
-def build_teacher_batch(config: DictConfig, tokenizer: Any, processor: Any, total_steps: int) -> TeacherBatch | None:
+def build_teacher_batch(config: DictConfig, tokenizer: Any, processor: Any, max_steps: int) -> TeacherBatch | None:
     """What builds the teacher's fields of this run; None where the loss is not SDPO's."""
     settings = read_self_distillation(config.actor_rollout_ref.actor)
     if settings is None:
@@ -53,7 +53,7 @@ def build_teacher_batch(config: DictConfig, tokenizer: Any, processor: Any, tota
     reader = PromptTokenizer(
         reader, load_tool_schemas(config.actor_rollout_ref.rollout), read_chat_settings(config.data)
     )
-    return TeacherBatch(settings, reader, window, seed=config.data.seed or 0, total_steps=total_steps)
+    return TeacherBatch(settings, reader, window, seed=config.data.seed or 0, max_steps=max_steps)
 
 
 def rename_metrics(values: dict[str, Any]) -> None:

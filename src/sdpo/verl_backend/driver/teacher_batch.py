@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sdpo.algorithm.loss import compute_distillation_coef, compute_prompt_weights
-from sdpo.config import SelfDistillationConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.observability import metrics
 from sdpo.prompting.demonstrations import GradedResponse, compute_success_rates
 from sdpo.prompting.teacher_context import build_lessons, summarize_lessons
@@ -62,20 +62,20 @@ class TeacherBatch:
         tokenizer: of the policy.
         window: most tokens the model can read, None if it does not say.
         seed: with the step, decides which peer is shown.
-        total_steps: of the run, for the schedule of the distillation weight.
+        max_steps: of the run, for the schedule of the distillation weight.
 
     Attributes:
         factor: what the scheduled distillation weight is multiplied by; alarms lower it.
     """
 
     def __init__(
-        self, config: SelfDistillationConfig, tokenizer: Any, window: int | None, seed: int, total_steps: int
+        self, config: SelfDistillationConfig, tokenizer: Any, window: int | None, seed: int, max_steps: int
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.window = window
         self.seed = seed
-        self.total_steps = total_steps
+        self.max_steps = max_steps
         self.factor = 1.0
 
     def build(self, rows: Sequence[Rollout | None], step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -108,7 +108,7 @@ class TeacherBatch:
         if self.config.weight_by_prompt_difficulty:
             rates = compute_success_rates(graded, self.config.success_reward_threshold)
             weights = compute_prompt_weights(torch.tensor(rates)).tolist()
-        coef = compute_distillation_coef(self.config, step, self.total_steps) * self.factor
+        coef = compute_distillation_coef(self.config, step, self.max_steps) * self.factor
         of_samples = iter(zip(lessons, weights, strict=True))
         prompts, row_weights = [], []
         for row in rows:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from sdpo.config import Run, save_run
+from sdpo.config.loader import save_config
+from sdpo.config.root import SDPOConfig
 from sdpo.errors import UserError
 from sdpo.observability.health_callback import ALARMS_FILE
 from sdpo.observability.progress import Observer, Silent
@@ -36,7 +37,7 @@ class Command:
         )
 
 
-def build_command(run: Run, overrides: Sequence[str] = ()) -> Command:
+def build_command(run: SDPOConfig, overrides: Sequence[str] = ()) -> Command:
     """Translate the run; ``overrides`` go to Hydra as they are, after the run's own.
 
     Raises:
@@ -50,25 +51,25 @@ def build_command(run: Run, overrides: Sequence[str] = ()) -> Command:
         notes.append("no CUDA device: Ray's GPUs are made up, transformers samples instead of vLLM")
     if translated.unused:
         notes.append(f"without effect on verl: {', '.join(translated.unused)}")
-    environment = {"VERL_FILE_LOGGER_PATH": str(Path(run.run_dir).absolute() / METRICS)}
+    environment = {"VERL_FILE_LOGGER_PATH": str(Path(run.output_dir).absolute() / METRICS)}
     return Command(environment, [*arguments, *translated.overrides, *overrides], notes)
 
 
-def launch(run: Run, command: Command, observer: Observer | None = None) -> None:
+def launch(run: SDPOConfig, command: Command, observer: Observer | None = None) -> None:
     """Start the run and wait for its end. A run that has checkpoints goes on from the last one.
 
     Raises:
         UserError: something the person gave us is wrong; Ray has not been started.
     """
     prepare_task(load_task(run.data.task, run.data.task_args), observer or Silent())
-    folder = Path(run.run_dir)
+    folder = Path(run.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_run(run, folder / "run.yaml")
+        save_config(run, folder / "run.yaml")
     except OSError as error:
-        raise UserError(f"run_dir: {folder}: cannot be written ({error.strerror})") from error
+        raise UserError(f"output_dir: {folder}: cannot be written ({error.strerror})") from error
     _keep(folder / METRICS)
-    if run.resume == "never":
+    if run.resume_mode == "disable":
         _keep(folder / ALARMS_FILE)
     os.environ.update(command.environment)
     main(command.arguments)

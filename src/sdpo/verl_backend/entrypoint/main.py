@@ -26,7 +26,7 @@ from sdpo.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from sdpo.config import LoraConfig
+    from sdpo.config.model import LoraConfig
 
 USAGE = "usage: python -m sdpo.verl_backend.entrypoint.main [--config-name NAME] [--cfg] [key=value ...]"
 CPU = "+device=cpu"
@@ -41,7 +41,8 @@ def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
     Raises:
         UserError: an unknown key, a value of the wrong type or out of range, settings that contradict each other.
     """
-    from sdpo.config import HealthConfig, SelfDistillationConfig
+    from sdpo.config.monitoring import HealthConfig
+    from sdpo.config.self_distillation import SelfDistillationConfig
     from sdpo.verl_backend.config.schema import build_schema, check_config, complete_turns
 
     for section in (SelfDistillationConfig, HealthConfig):
@@ -78,7 +79,7 @@ def _check_with_verl(config: DictConfig) -> None:
 
 
 def _check_model(config: DictConfig) -> None:
-    from sdpo.config import ModelConfig
+    from sdpo.config.model import ModelConfig
     from sdpo.models.loading import build_meta_model, get_window, reads_images
     from sdpo.verl_backend.config.schema import LOSS_MODE, read_lora
     from sdpo.verl_backend.entrypoint.requirements import check_sampler_reads

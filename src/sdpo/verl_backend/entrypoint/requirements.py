@@ -89,7 +89,9 @@ def _find_missing_devices(config: DictConfig) -> Iterator[str]:
     if needed > torch.cuda.device_count():
         hint = "start a Ray cluster first (ray start --head; on the other nodes ray start --address=...)"
         if needed == 2:
-            hint = "on one GPU sampling and training take turns: staleness=0 (sdpo verl), or --config-name sdpo_sync"
+            hint = (
+                "on one GPU sampling and training take turns: max_staleness=0 (sdpo verl), or --config-name sdpo_sync"
+            )
         yield (
             f"trainer.n_gpus_per_node: this run needs {needed} GPUs ({kinds}), and this machine has "
             f"{torch.cuda.device_count()}; {hint}"

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sdpo.config import DataConfig
+from sdpo.config.data import RewardConfig
 from sdpo.rewards.async_scoring import AsyncGrader, is_asynchronous
 from sdpo.rewards.base import Grade, Row, load_task
 from sdpo.rewards.scoring import grade_once
@@ -35,7 +35,7 @@ def compute_score(
     *,
     task: str,
     task_args: str = "{}",
-    grader_timeout: float | None = DataConfig.grader_timeout,
+    timeout_s: float | None = RewardConfig.timeout_s,
     **_: Any,
 ) -> dict[str, Any]:
     """Grade a response for ``reward.custom_reward_function``; what follows ``*`` by ``reward_kwargs``.
@@ -48,7 +48,7 @@ def compute_score(
     Args:
         task: name, module or file of a task.
         task_args: of the task, as JSON.
-        grader_timeout: seconds that one response may take; without one the task runs in verl's threads.
+        timeout_s: seconds that one response may take; without one the task runs in verl's threads.
 
     Returns:
         ``score``, ``acc`` (the same, which verl reports by that name) and ``feedback`` (empty if there is none).
@@ -59,6 +59,6 @@ def compute_score(
     """
     row = Row(data_source, [], {"ground_truth": ground_truth}, extra_info=extra_info or {})
     with _loading:
-        grade_row = _load(task, task_args, grader_timeout)
+        grade_row = _load(task, task_args, timeout_s)
     grade = grade_row(row, solution_str)
     return {"score": grade.score, "acc": grade.score, "feedback": grade.feedback or ""}

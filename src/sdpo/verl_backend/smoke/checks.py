@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdpo.config import ModelConfig, SelfDistillationConfig
+from sdpo.config.model import ModelConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.kernels.loss_inputs import gather_log_probs
 from sdpo.models.forward import compute_logits, pad_sequences
 from sdpo.models.loading import load_model
@@ -247,7 +248,7 @@ def _build_teacher_prompts(vision: Vision, batch: Any) -> list[TokenPrompt]:
         )
         for i, response in enumerate(_read_responses(batch))
     ]
-    build = TeacherBatch(SelfDistillationConfig(**DISTILLATION), vision.reader, None, seed=0, total_steps=STEPS).build
+    build = TeacherBatch(SelfDistillationConfig(**DISTILLATION), vision.reader, None, seed=0, max_steps=STEPS).build
     made, _ = build(rollouts, STEPS)
     return [
         TokenPrompt(ids[:length].tolist(), collect_images(rollout.messages))

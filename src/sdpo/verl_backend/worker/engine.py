@@ -29,7 +29,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from sdpo.algorithm.loss import Sums, add_sums, compute_token_weights
 from sdpo.algorithm.regularization import Regularization
 from sdpo.algorithm.teacher import Teacher, get_shards
-from sdpo.config import SelfDistillationConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.errors import UserError
 from sdpo.kernels.chunked_log_probs import LazyLogits
 from sdpo.kernels.dispatch import compute_fused_loss, score_tokens
@@ -86,14 +86,14 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         config: SelfDistillationConfig,
         loss_agg_mode: str,
         horizon: int,
-        freeze_vision: bool = False,
+        freeze_vision_tower: bool = False,
         regularization: Regularization | None = None,
     ) -> None:
         """Say what to distil, how token losses become one number, whether the image tower learns, and what is added."""
         self.config = config
         self.loss_agg_mode = loss_agg_mode
         self.horizon = horizon
-        self.freeze_vision = freeze_vision
+        self.freeze_vision_tower = freeze_vision_tower
         self.regularization = regularization
         # Over all ranks, of the rollout batch that is being learned; whoever reports them begins anew.
         self.counts = {metrics.NONFINITE_SAMPLES: 0, metrics.SKIPPED_UPDATES: 0}
@@ -112,7 +112,7 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         finally:
             self.use_remove_padding = packs_rows
         share_images(module)
-        if self.freeze_vision:
+        if self.freeze_vision_tower:
             freeze_tower(module)
         return module
 

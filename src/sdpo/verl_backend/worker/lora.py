@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from sdpo.algorithm.teacher import Teacher, follows
-from sdpo.config import LoraConfig, SelfDistillationConfig
+from sdpo.config.model import LoraConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.models.lora.adapters import ADAPTER, build_peft_settings, get_adapted_layers
 
 WRAPPED = "base_model.model."  # what PEFT's wrapper puts before the name of each of a model's modules

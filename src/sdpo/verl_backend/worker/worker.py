@@ -15,7 +15,7 @@ from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
 from sdpo.algorithm.regularization import Regularization
-from sdpo.config import SelfDistillationConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.verl_backend.config.schema import import_sampler, read_regularization, read_self_distillation
 from sdpo.verl_backend.worker.engine import MODEL_TYPE
 from sdpo.verl_backend.worker.packing import repair_position_ids
@@ -30,12 +30,12 @@ class SelfDistillationTrainingWorker(TrainingWorker):  # type: ignore[misc]
         self_distillation: SelfDistillationConfig,
         loss_agg_mode: str = "token-mean",
         horizon: int = 1,
-        freeze_vision: bool = False,
+        freeze_vision_tower: bool = False,
         regularization: Regularization | None = None,
     ) -> None:
         object.__setattr__(config, "model_type", MODEL_TYPE)
         super().__init__(config)
-        self.engine.configure(self_distillation, loss_agg_mode, horizon, freeze_vision, regularization)
+        self.engine.configure(self_distillation, loss_agg_mode, horizon, freeze_vision_tower, regularization)
 
     def train_mini_batch(self, data: Any) -> Any:
         """Every mini-batch of a rollout batch, then the teacher follows."""
@@ -71,14 +71,14 @@ class SelfDistillationActorWorker(DetachActorWorker):  # type: ignore[misc]
         settings = read_self_distillation(actor)
         if settings is not None:
             self.ref_worker_cls = partial(
-                SelfDistillationTrainingWorker, self_distillation=SelfDistillationConfig(grpo_coef=1.0)
+                SelfDistillationTrainingWorker, self_distillation=SelfDistillationConfig(policy_loss_weight=1.0)
             )
             self.actor_worker_cls = partial(
                 SelfDistillationTrainingWorker,
                 self_distillation=settings,
                 loss_agg_mode=actor.loss_agg_mode,
                 horizon=actor.loss_scale_factor or self.config.rollout.response_length,
-                freeze_vision=actor.freeze_vision_tower,
+                freeze_vision_tower=actor.freeze_vision_tower,
                 regularization=read_regularization(actor),
             )
         super().init_model()

@@ -202,7 +202,7 @@ def test_value_and_gradient_are_those_of_the_formulas(level: str, clip: str) -> 
 @pytest.mark.parametrize("distilled", ["all", "some", "none"])
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_blend_of_packed_tokens_is_the_portable_form_s(level: str, distilled: str) -> None:
-    config = SelfDistillationConfig(**LEVELS[level], grpo_coef=0.3, divergence_clip=0.2)
+    config = SelfDistillationConfig(**LEVELS[level], policy_loss_weight=0.3, divergence_clip=0.2)
     assert_same(make_case(distilled=distilled), config)
 
 
@@ -216,7 +216,7 @@ def test_softcap_temperature_and_no_bias(level: str) -> None:
 @pytest.mark.parametrize("level", ["full, alpha=0.5", "renormalised, alpha=1.0", "sampled token"])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_a_teacher_of_two_models_logits(level: str, softcap: float | None) -> None:
-    config = SelfDistillationConfig(**LEVELS[level], grpo_coef=0.2)
+    config = SelfDistillationConfig(**LEVELS[level], policy_loss_weight=0.2)
     assert_same(replace(make_case(), num_teachers=2, softcap=softcap), config)
 
 
@@ -239,7 +239,7 @@ def test_rollout_weights_made_in_the_pass() -> None:
 
 
 def test_plain_policy_optimization_with_a_teacher_that_is_not_used() -> None:
-    assert_same(make_case(), SelfDistillationConfig(grpo_coef=1.0))
+    assert_same(make_case(), SelfDistillationConfig(policy_loss_weight=1.0))
 
 
 @pytest.mark.parametrize("level", ["full, alpha=0.0", "full, alpha=0.5", "full, alpha=1.0"])
@@ -457,7 +457,7 @@ def _unwatched(watched: Watch, function: Callable[..., Any]) -> Callable[..., An
         ({"alpha": 0.5, "is_clip": None}, 39),
         ({"alpha": 0.5}, 55),
         ({"alpha": 0.5, "divergence_clip": 0.1, "teacher_entropy_beta": 0.5}, 75),
-        ({"alpha": 0.5, "grpo_coef": 0.3}, 149),
+        ({"alpha": 0.5, "policy_loss_weight": 0.3}, 149),
         ({"alpha": 1.0, "full_logit_distillation": False}, 65),
         ({"alpha": 0.5, "distillation_topk": 5}, 207),
         ({"alpha": 0.5, "distillation_topk": 5, "distillation_add_tail": False}, 185),
@@ -475,7 +475,7 @@ def test_a_chunk_reads_nothing_of_the_device_and_takes_few_operations(
         floats = {
             name: x.float() for name, x in vars(case.tokens).items() if isinstance(x, Tensor) and x.is_floating_point()
         }
-        if not settings.get("grpo_coef"):
+        if not settings.get("policy_loss_weight"):
             floats["advantages"] = floats["policy_weights"] = None
         tokens = replace(case.tokens, **floats)
         watch.counts.clear()
@@ -492,7 +492,7 @@ def test_tokens_of_which_some_are_distilled_are_sorted_without_reading_the_mask(
     student = LazyLogits(case.hidden.float().requires_grad_(), case.head.float().requires_grad_())
     teacher = LazyLogits(case.teacher_hidden[case.tokens.distilled].float(), case.teacher_head.float())
     for topk in (None, 5):
-        config = SelfDistillationConfig(alpha=0.5, grpo_coef=0.4, distillation_topk=topk)
+        config = SelfDistillationConfig(alpha=0.5, policy_loss_weight=0.4, distillation_topk=topk)
         with watch:
             outputs = fused_loss.compute_fused_loss(student, [teacher], case.tokens, config, chunk_size=3)
         assert torch.isfinite(outputs.token_losses).all()

@@ -64,7 +64,7 @@ def run(
 @pytest.mark.parametrize("name", TERMS)
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_terms_and_their_gradients_are_the_portable_ones(level: str, name: str, distilled: str) -> None:
-    config = SelfDistillationConfig(**LEVELS[level], grpo_coef=0.3)
+    config = SelfDistillationConfig(**LEVELS[level], policy_loss_weight=0.3)
     some = torch.tensor([True, False, True, True, False, True, True], device=DEVICE) if distilled == "some" else None
     expected, wanted = run(fused_linear_loss.compute_fused_loss, config, TERMS[name], some, torch.float64)
     outputs, gradients = run(fused_loss.compute_fused_loss, config, TERMS[name], some, torch.float32)

@@ -1,0 +1,199 @@
+"""Read a config file, apply overrides, and refuse unknown, renamed and malformed keys with one line each."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sdpo.config.field import Section, is_too_large
+from sdpo.config.official import translate_official_keys
+from sdpo.config.renamed import RENAMED_KEYS
+from sdpo.config.root import SDPOConfig, iterate_settings
+from sdpo.errors import UserError
+
+MAX_YAML_DEPTH = 50
+MAX_YAML_NODES = 100_000
+
+_SECTIONS = tuple(f.name for f in dataclasses.fields(SDPOConfig) if f.default_factory is not dataclasses.MISSING)
+
+
+def flatten_keys(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys; of a key that is said twice, the last value. An empty mapping is a value."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten_keys(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SDPOConfig:
+    """Read a run file and apply ``key=value`` overrides.
+
+    Raises:
+        UserError: the file is missing or not YAML, a key is unknown (the nearest known one is named), a value has the
+            wrong type or is out of range, or a mandatory key is not set. One line each.
+    """
+    path = Path(path)
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such run file; shipped ones are in configs/")
+    try:
+        _refuse_endless_yaml(path)
+        loaded = OmegaConf.load(path)
+    except UserError:
+        raise
+    except Exception as error:  # yaml raises its own family of errors
+        raise UserError(f"{path}: not a YAML file: {_one_line(error)}") from error
+    if isinstance(loaded, ListConfig) or not isinstance(loaded, DictConfig):
+        raise UserError(f"{path}: must be a mapping of settings at the top level")
+    for override in overrides:
+        if "=" not in override or override.startswith("="):
+            raise UserError(f"override {override!r} is not of the form key=value")
+    try:
+        changes = OmegaConf.from_dotlist(list(overrides))
+    except Exception as error:
+        raise UserError(f"overrides {' '.join(overrides)}: {_one_line(error)}") from error
+    return _build_run([(str(path), loaded), *([("command line", changes)] if overrides else [])])
+
+
+def _refuse_endless_yaml(path: Path) -> None:
+    """An alias can stand for itself, or a few of them for more than memory holds."""
+    with path.open(encoding="utf-8") as file:
+        pending = [(yaml.compose(file), 1)]
+    num_nodes = 0
+    while pending:
+        node, depth = pending.pop()
+        num_nodes += 1
+        if depth > MAX_YAML_DEPTH or num_nodes > MAX_YAML_NODES:
+            raise UserError(
+                f"{path}: line {node.start_mark.line + 1}: more than {MAX_YAML_DEPTH} levels or {MAX_YAML_NODES} "
+                "values, aliases written out; a run is a few sections with settings in them"
+            )
+        if isinstance(node, yaml.MappingNode):
+            pending += [(child, depth + 1) for pair in node.value for child in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            pending += [(child, depth + 1) for child in node.value]
+
+
+def _build_run(sources: Sequence[tuple[str, DictConfig]]) -> SDPOConfig:
+    merged = OmegaConf.structured(SDPOConfig)
+    for node in [merged, *(merged[name] for name in _SECTIONS)]:
+        OmegaConf.set_readonly(node, None)  # frozen dataclasses become read-only nodes, which cannot be merged into
+    for origin, source in sources:
+        values: Any = OmegaConf.to_container(source, resolve=False)
+        if isinstance(values.get("self_distillation"), dict):
+            translate_official_keys(origin, values["self_distillation"])
+            source["self_distillation"] = values["self_distillation"]
+        _refuse_unknown_keys(origin, values)
+        if isinstance(values.get("verl"), Mapping):
+            source["verl"] = flatten_keys(values["verl"])  # or a key written in two ways would be two keys
+        try:
+            merged = OmegaConf.merge(merged, source)
+        except OmegaConfBaseException as error:
+            raise UserError(f"{origin}: {_explain(error)}") from error
+    origin = " + ".join(name for name, _ in sources)
+    try:
+        for key, f in iterate_settings():
+            value = OmegaConf.select(merged, key)  # unlike resolve, it names the key whose interpolation fails
+            _visit(value)
+            if str(f.type).startswith("list") and not isinstance(value, ListConfig):
+                raise UserError(f"{key} must be a list, in brackets, got {value!r}")
+        OmegaConf.resolve(merged)
+        _expand_home(merged)
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise UserError(f"{missing[0]} is not set; add it to the file or as {missing[0]}=...")
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise UserError(f"{origin}: {_explain(error)}") from error
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from None
+
+
+def _visit(value: Any) -> None:
+    """Every value within, for the error that it may be."""
+    for inner in value.values() if isinstance(value, DictConfig) else value if isinstance(value, ListConfig) else ():
+        _visit(inner)
+
+
+def _expand_home(merged: DictConfig) -> None:
+    for key, f in iterate_settings():
+        value = OmegaConf.select(merged, key) if f.metadata["is_path"] else None
+        if isinstance(value, str):
+            OmegaConf.update(merged, key, os.path.expanduser(value))
+        elif value is not None:
+            OmegaConf.update(merged, key, [os.path.expanduser(each) for each in value])
+
+
+def save_config(run: SDPOConfig, path: str | Path) -> None:
+    """Write the resolved run as YAML; ``load_config`` of it gives an equal run."""
+    Path(path).write_text(to_yaml(run), encoding="utf-8")
+
+
+def to_yaml(run: SDPOConfig) -> str:
+    """The resolved run as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(run))
+
+
+def _refuse_unknown_keys(origin: str, values: Any, schema: Any = None, prefix: str = "") -> None:
+    schema = SDPOConfig() if schema is None else schema
+    known = {f.name: getattr(schema, f.name) for f in dataclasses.fields(schema)}
+    if not isinstance(values, Mapping):
+        raise UserError(f"{origin}: {prefix.rstrip('.')} must be a section with settings in it, got {values!r}")
+    for key, value in values.items():
+        _refuse_renamed_key(origin, f"{prefix}{key}", value)
+        if key not in known:
+            every = [k for k, _ in iterate_settings()] + [f.name for f in dataclasses.fields(SDPOConfig)]
+            near = difflib.get_close_matches(f"{prefix}{key}", every, n=1, cutoff=0.5)
+            same = [k for k in every if k.split(".")[-1] == str(key)]  # without its section, or in another's
+            near = same if same and not prefix else near or same[:1]
+            hint = f"; did you mean {' or '.join(near)}?" if near else "; docs/configuration.md lists all keys"
+            raise UserError(f"{origin}: unknown key {prefix}{key}{hint}")
+        if not isinstance(known[key], Section) and not _can_be_written(value):
+            raise UserError(f"{origin}: {prefix}{key} has characters that no file can be named by, got {value!r}")
+        if is_too_large(value):  # of which a float cannot even be made
+            raise UserError(f"{origin}: {prefix}{key} must be an integer of 64 bits, got {value!r:.40}")
+        if isinstance(known[key], Section):
+            _refuse_unknown_keys(origin, value, known[key], f"{key}.")
+        elif isinstance(known[key], list) and not isinstance(value, list) and "${" not in str(value):
+            raise UserError(f"{origin}: {prefix}{key} must be a list, in brackets, got {value!r}")
+        elif isinstance(known[key], list) and any(isinstance(each, (list, Mapping)) for each in value):
+            raise UserError(f"{origin}: {prefix}{key} must be a list of names, got {value!r}")
+        elif isinstance(known[key], dict) and not isinstance(value, Mapping):
+            raise UserError(f"{origin}: {prefix}{key} must be a mapping of names to values, got {value!r}")
+
+
+def _refuse_renamed_key(origin: str, key: str, value: Any) -> None:
+    if new := RENAMED_KEYS.get(key):
+        raise UserError(f"{origin}: {key} is now {new}; rename it")
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            _refuse_renamed_key(origin, f"{key}.{name}", inner)
+
+
+def _can_be_written(value: Any) -> bool:
+    """Whether all texts in a value are free of NUL and of halves of surrogate pairs."""
+    if isinstance(value, Mapping):
+        return all(_can_be_written(each) for each in [*value, *value.values()])
+    if isinstance(value, list):
+        return all(map(_can_be_written, value))
+    return not isinstance(value, str) or not any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value)
+
+
+def _explain(error: OmegaConfBaseException) -> str:
+    key = getattr(error, "full_key", None) or ""
+    message = _one_line(str(error).splitlines()[0])
+    return f"{key}: {message}" if key and not message.startswith(key) else message
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())
