@@ -53,9 +53,9 @@ def die() -> None:
 
 def die_in_training(rng: random.Random) -> None:
     """At any moment of a few steps, saving and hand-over included."""
-    from sdpo.trainer.actor.actor import Learner
+    from sdpo.trainer.actor.actor import Actor
 
-    learn = Learner.learn
+    learn = Actor.update_policy
 
     def learn_for_a_while(*arguments: Any, **how: Any) -> Any:
         if not hasattr(die_in_training, "timer"):
@@ -63,7 +63,7 @@ def die_in_training(rng: random.Random) -> None:
             die_in_training.timer.start()  # type: ignore[attr-defined]
         return learn(*arguments, **how)
 
-    Learner.learn = learn_for_a_while  # type: ignore[method-assign]
+    Actor.update_policy = learn_for_a_while  # type: ignore[method-assign]
 
 
 def die_in_saving(rng: random.Random) -> None:
@@ -155,7 +155,7 @@ def differ(one: Path, two: Path) -> list[str]:
         if not equal(*tensors):
             found.append(name)
     states = [torch.load(end / "training_state.pt") for end in ends]
-    if not equal(*(state["learner"] for state in states)) or states[0]["rollouts"] != states[1]["rollouts"]:
+    if not equal(*(state["actor"] for state in states)) or states[0]["rollouts"] != states[1]["rollouts"]:
         found.append("training_state.pt")
     return found
 

@@ -34,7 +34,7 @@ def prepare(folder: str, seed: int) -> None:
 def learn(folder: str, config: str, seed: int, name: str) -> dict[str, Any]:
     """Train once, then evaluate the checkpoint on the exchanged images."""
     from sdpo import load_config, train
-    from sdpo.observability.progress import Silent
+    from sdpo.observability.progress import NullCallback
     from sdpo.report import read_run
     from sdpo.trainer.build import build_parts
 
@@ -56,9 +56,9 @@ def learn(folder: str, config: str, seed: int, name: str) -> dict[str, Any]:
                 f"output_dir={folder}/runs/{name}_{seed}_exchanged",
             ],
         ),
-        Silent(),
+        NullCallback(),
     )
-    exchanged = parts.evaluator.evaluate(parts.learner.student, None)[ACCURACY]
+    exchanged = parts.evaluator.evaluate(parts.actor.student, None)[ACCURACY]
     parts.sampler.close()
     parts.folder.close()
     return {

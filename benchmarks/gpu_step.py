@@ -5,7 +5,7 @@
     python benchmarks/gpu_step.py --tiny             # a trial without a GPU
 
 The model has the architecture of Qwen2.5 and random weights in bfloat16; samples are made beforehand. A phase is what
-``Learner.learn`` does with the rollouts of a step: forward pass of the teacher, forward and backward pass of the
+``Actor.learn`` does with the rollouts of a step: forward pass of the teacher, forward and backward pass of the
 student, loss over the full vocabulary, optimizer, teacher update. Tokens are those that student and teacher read.
 Utilisation is the floating-point operations that the model needs (none for recomputed ones) by the time of the phase,
 over the rate at which the same GPU multiplies large matrices in the same run.
@@ -67,7 +67,7 @@ def count_operations(model: Any, lengths: Sequence[int], num_kept: int) -> int:
 def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from sdpo.observability.progress import Silent
+    from sdpo.observability.progress import NullCallback
     from sdpo.trainer.build import build_parts
 
     device = torch.device("cpu" if options.tiny else "cuda")
@@ -82,25 +82,27 @@ def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         workload.write(Path(name))
         run = workload.load(Path(name), overrides)
-        parts = build_parts(run, Silent())
+        parts = build_parts(run, NullCallback())
     samples = workload.build_samples(parts, run)
     responses = [len(sample.response.token_ids) for sample in samples]
     student = [len(sample.prompt.token_ids) + length for sample, length in zip(samples, responses, strict=True)]
     teacher = [len(s.teacher_prompt.token_ids) + length for s, length in zip(samples, responses, strict=True)]
-    operations = [count_operations(parts.learner.student, each, sum(responses)) for each in (student, teacher)]
+    operations = [count_operations(parts.actor.student, each, sum(responses)) for each in (student, teacher)]
 
-    parts.learner.learn(samples)
+    parts.actor.update_policy(samples)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
         reset_peak()
-    seconds = statistics.median(time_call(device, lambda: parts.learner.learn(samples)) for _ in range(options.repeats))
+    seconds = statistics.median(
+        time_call(device, lambda: parts.actor.update_policy(samples)) for _ in range(options.repeats)
+    )
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else read_peak()
     rate = (3 * operations[0] + operations[1]) / seconds  # a backward pass is twice its forward pass
     best = measure_products(device, options)
     return {
         "model": model,
-        "parameters": sum(param.numel() for param in parts.learner.student.parameters()),
+        "parameters": sum(param.numel() for param in parts.actor.student.parameters()),
         "samples": len(samples),
         "response_tokens": sum(responses),
         "tokens": sum(student) + sum(teacher),

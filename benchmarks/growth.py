@@ -3,7 +3,7 @@
     python benchmarks/growth.py            # a quarter of an hour
     python benchmarks/growth.py --axes vocabulary "prompts a step"
 
-Each point is a process of its own on one thread, the fastest of several calls. Time counts above what the same learner
+Each point is a process of its own on one thread, the fastest of several calls. Time counts above what the same actor
 takes for a sample of one response token (optimizer and teacher, which grow with the model alone); memory above what was
 resident before the call, with model, teacher and optimizer there. The exponent is the slope of the last three points on
 logarithmic axes: 1 is linear, 0 does not grow. Nothing should be above linear but attention, whose part grows with the
@@ -54,28 +54,28 @@ def measure(workload: Workload, repeats: int) -> dict[str, float]:
     """Seconds and bytes of learning and of sampling, above what does not grow."""
     import torch
 
-    from sdpo.models.generation.sampling import Response
-    from sdpo.observability.progress import Silent
+    from sdpo.models.generation.sampling import Completion
+    from sdpo.observability.progress import NullCallback
     from sdpo.trainer.build import build_parts
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         workload.write(Path(name))
         run = workload.load(Path(name), ["actor.num_threads=1"])
-        parts = build_parts(run, Silent())
+        parts = build_parts(run, NullCallback())
     samples = workload.build_samples(parts, run)
     first = samples[0].response
-    least = replace(samples[0], response=Response(first.token_ids[:1], first.log_probs[:1], finished=False))
-    parts.sampler.load_weights(parts.learner.student, 0)
+    least = replace(samples[0], response=Completion(first.token_ids[:1], first.log_probs[:1], finished=False))
+    parts.sampler.load_weights(parts.actor.student, 0)
     prompts = [prompt.tokens for prompt in parts.prompts_of(1)]
 
     def sample() -> None:
         parts.sampler.submit(prompts, 0)
         parts.sampler.collect()
 
-    parts.learner.learn([least])  # the optimizer's state is made at the first step
-    fixed, _ = find_least(lambda: parts.learner.learn([least]), repeats)
-    learning, learning_bytes = find_least(lambda: parts.learner.learn(samples), repeats)
+    parts.actor.update_policy([least])  # the optimizer's state is made at the first step
+    fixed, _ = find_least(lambda: parts.actor.update_policy([least]), repeats)
+    learning, learning_bytes = find_least(lambda: parts.actor.update_policy(samples), repeats)
     sampling, sampling_bytes = find_least(sample, repeats)
     return {
         "fixed_seconds": fixed,

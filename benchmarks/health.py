@@ -102,7 +102,7 @@ def draw(folder: str, seed: int) -> None:
         Panel("Entropy, nats", metrics.ENTROPY, teacher=metrics.TEACHER_ENTROPY),
         Panel("Log-prob gap, positive part", metrics.GAP_POSITIVE_PART),
         Panel("Share of responses cut off", metrics.RESPONSE_LENGTH_CLIP_RATIO, unit_range=True),
-        Panel("KL to the initial model, nats", metrics.KL_TO_INITIAL, smooth=False),
+        Panel("KL to the initial model, nats", metrics.REF_KL, smooth=False),
     ]
     plot_panels([record], panels, PICTURE)
     print(f"picture: {PICTURE}")

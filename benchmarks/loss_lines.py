@@ -69,9 +69,9 @@ def run_floor(chunk: int, inputs: Inputs) -> None:
     hidden, head = inputs.hidden.detach(), inputs.head.detach()
     with torch.no_grad():
         by_head = torch.zeros_like(head)
-        by_hidden = torch.empty_like(hidden)
+        grad_hidden = torch.empty_like(hidden)
         for some, shown, out in zip(
-            hidden.split(chunk), inputs.teacher_hidden.split(chunk), by_hidden.split(chunk), strict=True
+            hidden.split(chunk), inputs.teacher_hidden.split(chunk), grad_hidden.split(chunk), strict=True
         ):
             logits = torch.mm(some, head.T)
             torch.mm(shown, inputs.teacher_head.T, out=logits)
@@ -87,10 +87,10 @@ def run_floor_by_onednn(chunk: int, inputs: Inputs) -> None:
     hidden, head = inputs.hidden.detach(), inputs.head.detach()
     with torch.no_grad():
         by_head = torch.zeros_like(head)
-        by_hidden = torch.zeros_like(hidden)
+        grad_hidden = torch.zeros_like(hidden)
         logits = torch.empty(chunk, len(head))
         for some, shown, out in zip(
-            hidden.split(chunk), inputs.teacher_hidden.split(chunk), by_hidden.split(chunk), strict=True
+            hidden.split(chunk), inputs.teacher_hidden.split(chunk), grad_hidden.split(chunk), strict=True
         ):
             of_chunk = logits[: len(some)]
             multiply_into(of_chunk, some, head)

@@ -2,7 +2,7 @@
 
     python benchmarks/overlap.py
 
-Perfect overlap is 1.0 with staleness 1; without overlap it is (sampling + learning) / max. Sampler and learner get one
+Perfect overlap is 1.0 with staleness 1; without overlap it is (sampling + learning) / max. Sampler and actor get one
 thread each, and the sizes are chosen so that both take about as long, where overlap is worth most. The two runs
 alternate in slices, so that a machine that is busy for a while is so for both.
 """

@@ -5,7 +5,7 @@
 Each line is a forward and a backward pass of 8 rollouts (16 for a second table), responses between a quarter of the
 longest and the longest, by a random Qwen2 of 5M parameters without its output layer, float32, one thread. The three
 ways alternate in one process; figures are medians. "Said" is the cost model's ratio of shared to apart, by which the
-learner decides.
+actor decides.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def measure(model: Any, cost: Any, prompt_length: int, num_rollouts: int, repeat
 
     from sdpo.models.forward import compute_hidden, compute_positions, pad_sequences
     from sdpo.models.multimodal.processor import TokenPrompt
-    from sdpo.models.packing.layout import Family, count_cost, pack_sequences
+    from sdpo.models.packing.layout import PrefixGroup, count_cost, pack_sequences
 
     rng, device = random.Random(0), torch.device("cpu")
     prompt = TokenPrompt(rng.choices(range(4096), k=prompt_length))
@@ -39,7 +39,10 @@ def measure(model: Any, cost: Any, prompt_length: int, num_rollouts: int, repeat
     prompts = [prompt] * num_rollouts
     positions = compute_positions(prompts, RESPONSE, None)
     lengths = tuple(prompt_length + len(response) for response in responses)
-    families = {"apart": [Family(0, (length,)) for length in lengths], "shared": [Family(prompt_length, lengths)]}
+    families = {
+        "apart": [PrefixGroup(0, (length,)) for length in lengths],
+        "shared": [PrefixGroup(prompt_length, lengths)],
+    }
     rows = {name: pack_sequences(f, prompts, responses, positions, cost, device) for name, f in families.items()}
     rows["padded"] = pad_sequences(prompts, responses, 0, device)
 

@@ -23,7 +23,7 @@ from transformers import Qwen2ForCausalLM
 from workload import Workload
 
 from sdpo.kernels.cpu.fast_linear import speed_up_linear_layers
-from sdpo.models.generation.sampling import Decoding, sample_responses
+from sdpo.models.generation.sampling import SamplingParams, sample_responses
 from sdpo.models.multimodal.processor import TokenPrompt
 
 PROMPTS, ROLLOUTS, PROMPT_LENGTH, RESPONSE_LENGTH = 8, 8, 56, 64
@@ -37,7 +37,7 @@ def build_ways(model: Qwen2ForCausalLM) -> dict[str, Callable[[], Any]]:
     prompts = torch.randint(3, model.config.vocab_size, (PROMPTS, PROMPT_LENGTH))
     repeated = prompts.repeat_interleave(ROLLOUTS, dim=0)
     token, position = repeated[:, :1], torch.zeros(rows, 1, dtype=torch.long)
-    decoding = Decoding(
+    decoding = SamplingParams(
         n=ROLLOUTS,
         max_new_tokens=RESPONSE_LENGTH,
         temperature=1.0,

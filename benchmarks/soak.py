@@ -2,7 +2,7 @@
 
     python benchmarks/soak.py               # about six minutes
 
-Resident memory of learner and sampler, open file descriptors of both and shared memory, every so many steps; then the
+Resident memory of actor and sampler, open file descriptors of both and shared memory, every so many steps; then the
 slope of each over the second half, by Theil and Sen (the median of the slopes between all pairs), so that a single jump
 does not count. Where nothing leaks, it is zero up to what the allocators move to and fro.
 """
@@ -27,7 +27,7 @@ EVERY = 20
 def measure() -> dict[str, float]:
     """What this process and its children hold now (Linux)."""
     sampler = _find_child("sdpo-sampler")
-    pids = {"learner": os.getpid(), "sampler": sampler}
+    pids = {"actor": os.getpid(), "sampler": sampler}
     found: dict[str, float] = {}
     for name, pid in pids.items():
         status = Path(f"/proc/{pid}/status").read_text()
@@ -63,11 +63,11 @@ def main() -> None:
 
     from sdpo import load_config, train
     from sdpo.kernels.cpu.allocator import keep_freed_memory
-    from sdpo.observability.progress import Silent
+    from sdpo.observability.progress import NullCallback
 
     seen: list[tuple[int, dict[str, float]]] = []
 
-    class Watch(Silent):
+    class Watch(NullCallback):
         def metrics(self, step: int, values: Mapping[str, float]) -> None:
             if step and step % EVERY == 0 and step < options.steps:
                 seen.append((step, measure()))

@@ -81,10 +81,10 @@ def run_ours(folder: str, workload: Workload, topk: int | None, steps: int, at_o
 
 
 def _count_teacher_tokens(run: Any, workload: Workload) -> int:
-    from sdpo.observability.progress import Silent
+    from sdpo.observability.progress import NullCallback
     from sdpo.trainer.build import build_parts
 
-    samples = workload.build_samples(build_parts(run, Silent()), run)
+    samples = workload.build_samples(build_parts(run, NullCallback()), run)
     return sum(len(sample.teacher_prompt.token_ids) for sample in samples)
 
 

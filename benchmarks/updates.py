@@ -41,11 +41,11 @@ CAPITALS = {
 }  # fmt: skip
 
 
-def grade(row: Any, response: str) -> Any:
+def compute_score(row: Any, response: str) -> Any:
     """The task's grader: whether the capital is named."""
-    from sdpo.rewards.base import Grade
+    from sdpo.rewards.base import RewardOutput
 
-    return Grade(float(row.ground_truth in response))
+    return RewardOutput(float(row.ground_truth in response))
 
 
 def find_model(named: str | None, folder: Path) -> str:
@@ -103,27 +103,27 @@ def build_run(model: str, folder: Path, num_steps: int, overrides: Sequence[str]
     return load_config(folder / "run.yaml", overrides)
 
 
-def run_steps(run: Any, num_steps: int, prepare: Any = lambda learner: None) -> Any:
-    """Sample and learn so many times, without evaluation; the learner at the end."""
+def run_steps(run: Any, num_steps: int, prepare: Any = lambda actor: None) -> Any:
+    """Sample and learn so many times, without evaluation; the actor at the end."""
     import random
 
     import torch
 
-    from sdpo.observability.progress import Silent
+    from sdpo.observability.progress import NullCallback
     from sdpo.trainer.build import build_parts
     from sdpo.trainer.data.samples import build_samples
 
     torch.set_num_threads(1)
-    parts = build_parts(run, Silent())
-    prepare(parts.learner)
+    parts = build_parts(run, NullCallback())
+    prepare(parts.actor)
     for step in range(1, num_steps + 1):
         prompts = parts.prompts_of(step)
-        parts.sampler.load_weights(parts.learner.student, step - 1)
+        parts.sampler.load_weights(parts.actor.student, step - 1)
         parts.sampler.submit([prompt.tokens for prompt in prompts], step)
         rollouts = parts.sampler.collect()
-        parts.learner.learn(
+        parts.actor.update_policy(
             build_samples(
-                parts.grader,
+                parts.reward_manager,
                 parts.tokenizer,
                 prompts,
                 rollouts.responses,
@@ -133,7 +133,7 @@ def run_steps(run: Any, num_steps: int, prepare: Any = lambda learner: None) -> 
             )
         )
     parts.folder.close()
-    return parts.learner
+    return parts.actor
 
 
 class Copy:
@@ -189,9 +189,9 @@ def compare(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     run = build_run(find_model(options.model, folder), folder, options.steps)
     copies: dict[tuple[float, str], Copy] = {}
 
-    def prepare(learner: Any) -> None:
+    def prepare(actor: Any) -> None:
         chosen = tuple(f".layers.{layer}." for layer in options.layers)
-        params = {name: p for name, p in learner.student.named_parameters() if any(part in name for part in chosen)}
+        params = {name: p for name, p in actor.student.named_parameters() if any(part in name for part in chosen)}
         for decay in options.decay:
             for way, settings in WAYS.items():
                 config = OptimConfig(
@@ -207,7 +207,7 @@ def compare(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             for copy in copies.values():
                 copy.step(gradients, float(optimizer.param_groups[0]["lr"]))
 
-        learner.optimizer.register_step_pre_hook(step)
+        actor.optimizer.register_step_pre_hook(step)
 
     run_steps(run, options.steps, prepare)
     rows = []

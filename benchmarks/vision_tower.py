@@ -31,23 +31,23 @@ from sdpo.config.model import ModelConfig
 from sdpo.config.rollout import RolloutConfig
 from sdpo.config.root import SDPOConfig
 from sdpo.config.self_distillation import SelfDistillationConfig
-from sdpo.models.generation.sampling import Decoding, Response, sample_responses
+from sdpo.models.generation.sampling import Completion, SamplingParams, sample_responses
 from sdpo.models.loading import load_model
 from sdpo.models.multimodal import vision_tower as vision_module
-from sdpo.models.multimodal.feature_cache import StepImages
+from sdpo.models.multimodal.feature_cache import StepImageFeatures
 from sdpo.models.multimodal.processor import encode_png, load_reader
-from sdpo.models.multimodal.vision_tower import ImageFeatures, Vision, freeze_tower
-from sdpo.prompting.demonstrations import Demonstration
+from sdpo.models.multimodal.vision_tower import ImageFeatures, VisionAdapter, freeze_tower
+from sdpo.prompting.demonstrations import PrivilegedContext
 from sdpo.prompting.tokenization import encode_teacher_prompt
-from sdpo.rewards.base import Grade, Row
+from sdpo.rewards.base import RewardOutput, Row
 from sdpo.rewards.toy import base, figures
 from sdpo.trainer.actor import actor as learner_module
-from sdpo.trainer.actor.actor import Learner
+from sdpo.trainer.actor.actor import Actor
 from sdpo.trainer.data.prompts import Prompt
-from sdpo.trainer.data.samples import Sample
+from sdpo.trainer.data.samples import TrainingSample
 
 
-class TowerForEachSequence(StepImages):
+class TowerForEachSequence(StepImageFeatures):
     """The naive way: nothing is remembered, and the student's tower keeps its graph."""
 
     def select(self, module: nn.Module, images: Sequence[bytes]) -> list[ImageFeatures]:
@@ -104,7 +104,7 @@ def build_run(folder: Path, options: argparse.Namespace, frozen: bool) -> SDPOCo
     )
 
 
-def build_prompts(vision: Vision, options: argparse.Namespace) -> list[Prompt]:
+def build_prompts(vision: VisionAdapter, options: argparse.Namespace) -> list[Prompt]:
     rng = np.random.default_rng(0)
     prompts = []
     for _ in range(options.prompts):
@@ -116,17 +116,17 @@ def build_prompts(vision: Vision, options: argparse.Namespace) -> list[Prompt]:
 
 
 def build_samples(
-    vision: Vision, prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]], run: SDPOConfig
+    vision: VisionAdapter, prompts: Sequence[Prompt], responses: Sequence[Sequence[Completion]], run: SDPOConfig
 ) -> Any:
     return [
-        Sample(
+        TrainingSample(
             prompt=prompt,
             response=response,
             text="",
-            grade=Grade(0.0),
-            demonstration=Demonstration(solution="12"),
+            reward=RewardOutput(0.0),
+            demonstration=PrivilegedContext(solution="12"),
             teacher_prompt=encode_teacher_prompt(
-                vision.reader, prompt.row.prompt, Demonstration(solution="12"), run.self_distillation
+                vision.reader, prompt.row.prompt, PrivilegedContext(solution="12"), run.self_distillation
             ),
             advantage=0.0,
             distillation_weight=1.0,
@@ -141,27 +141,27 @@ def measure(folder: Path, options: argparse.Namespace, frozen: bool) -> dict[str
     run = build_run(folder, options, frozen)
     model, reader = load_model(run.model, torch.device("cpu")), load_reader(run.model, 10**6)
     assert reader is not None
-    vision = Vision(model, reader)
+    vision = VisionAdapter(model, reader)
     if frozen:
         freeze_tower(model)
     prompts = build_prompts(vision, options)
-    decoding = Decoding(options.n, options.response, 1.0, 1.0, 64, [], 0, vision.placeholder_ids)
+    decoding = SamplingParams(options.n, options.response, 1.0, 1.0, 64, [], 0, vision.placeholder_ids)
 
-    def sample(naive: bool) -> list[list[Response]]:
+    def sample(naive: bool) -> list[list[Completion]]:
         copies, n = (options.n, 1) if naive else (1, options.n)
         asked = [prompt.tokens for prompt in prompts for _ in range(copies)]
         return sample_responses([(model, 1.0)], asked, replace(decoding, n=n), 0, vision)
 
     samples = build_samples(vision, prompts, sample(naive=False), run)
-    learner = Learner(model, run, 0, vision)
+    actor = Actor(model, run, 0, vision)
     seconds: dict[str, dict[str, list[float]]] = {way: {"sampling": [], "learning": []} for way in ("ours", "naive")}
     for _ in range(options.repeats):
-        for way, kind in (("ours", StepImages), ("naive", TowerForEachSequence)):
-            learner_module.StepImages = kind  # type: ignore[misc]
+        for way, kind in (("ours", StepImageFeatures), ("naive", TowerForEachSequence)):
+            learner_module.StepImageFeatures = kind  # type: ignore[misc]
             times = [time.perf_counter()]
             sample(naive=way == "naive")
             times.append(time.perf_counter())
-            learner.learn(samples)
+            actor.update_policy(samples)
             times.append(time.perf_counter())
             seconds[way]["sampling"].append(times[1] - times[0])
             seconds[way]["learning"].append(times[2] - times[1])

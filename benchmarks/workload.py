@@ -20,7 +20,7 @@ from sdpo.config.root import SDPOConfig
 END = "<|never|>"  # its id is that of no logit
 
 
-def grade(row: Any, response: str) -> dict[str, Any]:
+def compute_score(row: Any, response: str) -> dict[str, Any]:
     return {"score": 0.0, "feedback": row.ground_truth}
 
 
@@ -137,19 +137,19 @@ class Workload:
 
     def build_samples(self, parts: Any, run: SDPOConfig) -> list[Any]:
         """Samples of one step with random responses, of a model that need not have sampled them."""
-        from sdpo.models.generation.sampling import Response
+        from sdpo.models.generation.sampling import Completion
         from sdpo.trainer.data.samples import build_samples
 
         rng = random.Random(0)
         log_probs = [-math.log(self.vocab_size)] * self.response_length
         ids = range(3, self.vocab_size - 1)
         responses = [
-            [Response(rng.choices(ids, k=self.response_length), log_probs, finished=False) for _ in range(self.n)]
+            [Completion(rng.choices(ids, k=self.response_length), log_probs, finished=False) for _ in range(self.n)]
             for _ in range(self.num_prompts)
         ]
         prompts = parts.prompts_of(1)
         return build_samples(
-            parts.grader, parts.tokenizer, prompts, responses, run.self_distillation, parts.window, rng
+            parts.reward_manager, parts.tokenizer, prompts, responses, run.self_distillation, parts.window, rng
         )
 
 

@@ -155,7 +155,7 @@ more: with `--return-memory` ours is at a twentieth, and 1.45 times the floor in
 
 LOSS_GPU = """\
 The same on one GPU in bfloat16, at a hidden size of 2,048 and a vocabulary of 151,936. **ours, as the engines call it**
-is `sdpo.kernels.dispatch.compute_fused_loss`, without the masks and means of the public function.
+is `sdpo.kernels.dispatch.fused_linear_sdpo_loss`, without the masks and means of the public function.
 
 Targets: at most 1.25 times the floor for whole distributions, 1.15 for the sampled token and 1.5 for the top k; at most
 1 GB above inputs and gradients at any number of tokens.
@@ -192,12 +192,12 @@ Seconds from the start of the process; model and data are there already.
 """
 
 GPU_STEP = """\
-What `Learner.learn` makes of a step's rollouts on one GPU: a random Qwen2.5 in bfloat16, full vocabulary, EMA teacher.
+What `Actor.learn` makes of a step's rollouts on one GPU: a random Qwen2.5 in bfloat16, full vocabulary, EMA teacher.
 Utilisation is the model's operations a second, over those of large matrix products on the same GPU in the same run.
 """
 
 OVERLAP = """\
-A step with sampler and learner in turns (staleness 0) and at the same time (staleness 1), over the longer of the two:
+A step with sampler and actor in turns (staleness 0) and at the same time (staleness 1), over the longer of the two:
 1.00 is perfect overlap.
 """
 

@@ -35,7 +35,7 @@ from record import RESULTS, describe_machine
 
 from sdpo import SelfDistillationConfig
 from sdpo.kernels import dispatch, fused_linear_loss
-from sdpo.kernels.chunked_log_probs import LazyLogits
+from sdpo.kernels.chunked_log_probs import LinearHead
 from sdpo.kernels.cuda.chunks import Buffer
 from sdpo.kernels.cuda.logits_gradient import write_logits_gradient
 from sdpo.kernels.cuda.row_statistics import Launch, compute_row_statistics
@@ -143,7 +143,7 @@ def differentiate(compute: Callable[[Inputs], Any], inputs: Inputs) -> None:
 
 def compute_core(settings: dict[str, Any], chunk_size: int | None, inputs: Inputs) -> Any:
     """The loss as the engines call it: without the public function's masks and means."""
-    return run_core(dispatch.compute_fused_loss, settings, inputs, inputs.hidden, inputs.head, chunk_size).loss
+    return run_core(dispatch.fused_linear_sdpo_loss, settings, inputs, inputs.hidden, inputs.head, chunk_size).loss
 
 
 def run_core(
@@ -160,11 +160,11 @@ def run_core(
     tokens = TokenInputs(
         inputs.ids, distilled=torch.ones(n, dtype=torch.bool, device=DEVICE), distillation_weights=weights
     )
-    teacher = LazyLogits(inputs.teacher_hidden, inputs.teacher_head)
+    teacher = LinearHead(inputs.teacher_hidden, inputs.teacher_head)
     if dtype is not None:
         teacher = replace(teacher, hidden=teacher.hidden.to(dtype), weight=teacher.weight.to(dtype))
     config = SelfDistillationConfig(**settings, is_clip=None)
-    return compute(LazyLogits(hidden, head), [teacher], tokens, config, chunk_size=chunk_size)
+    return compute(LinearHead(hidden, head), [teacher], tokens, config, chunk_size=chunk_size)
 
 
 def measure_accuracy() -> None:
@@ -173,10 +173,10 @@ def measure_accuracy() -> None:
     for setting, settings in SETTINGS.items():
         found = {}
         for name, compute, dtype in (
-            ("float64", fused_linear_loss.compute_fused_loss, torch.float64),
-            ("float32", dispatch.compute_fused_loss, torch.float32),
-            ("bfloat16", dispatch.compute_fused_loss, torch.bfloat16),
-            ("bfloat16, portable", fused_linear_loss.compute_fused_loss, torch.bfloat16),
+            ("float64", fused_linear_loss.fused_linear_sdpo_loss, torch.float64),
+            ("float32", dispatch.fused_linear_sdpo_loss, torch.float32),
+            ("bfloat16", dispatch.fused_linear_sdpo_loss, torch.bfloat16),
+            ("bfloat16, portable", fused_linear_loss.fused_linear_sdpo_loss, torch.bfloat16),
         ):
             hidden, head = (x.detach().to(dtype).requires_grad_() for x in (inputs.hidden, inputs.head))
             outputs = run_core(compute, settings, inputs, hidden, head, dtype=dtype)
@@ -237,8 +237,8 @@ def measure_variants() -> None:
     rows = results["variants"] = []
     n = 16 if TRIAL else 1024
     inputs = build(n)
-    student = LazyLogits(inputs.hidden.detach(), inputs.head.detach())
-    teacher = LazyLogits(inputs.teacher_hidden, inputs.teacher_head)
+    student = LinearHead(inputs.hidden.detach(), inputs.head.detach())
+    teacher = LinearHead(inputs.teacher_hidden, inputs.teacher_head)
     buffers = [Buffer(part, n, 1.0) for part in (student, teacher)]
     with torch.no_grad():
         logits = [b.multiply(p, slice(None)) for b, p in zip(buffers, (student, teacher), strict=True)]
@@ -317,7 +317,7 @@ def measure_sum() -> None:
 
 def run_backward(inputs: Inputs, head: Any) -> None:
     inputs.hidden.grad = head.grad = None
-    outputs = run_core(dispatch.compute_fused_loss, SETTINGS["Jensen-Shannon"], inputs, inputs.hidden, head)
+    outputs = run_core(dispatch.fused_linear_sdpo_loss, SETTINGS["Jensen-Shannon"], inputs, inputs.hidden, head)
     outputs.loss.backward()
 
 

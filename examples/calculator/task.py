@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from sdpo.config.self_distillation import SelfDistillationConfig
-from sdpo.observability.progress import Observer
-from sdpo.prompting.demonstrations import Demonstration
+from sdpo.observability.progress import ProgressCallback
+from sdpo.prompting.demonstrations import PrivilegedContext
 from sdpo.prompting.tokenization import encode_prompt, encode_teacher_prompt
-from sdpo.rewards.base import Grade, Row
+from sdpo.rewards.base import RewardOutput, Row
 from sdpo.rewards.toy import base
 from sdpo.rewards.toy.hidden_rule import build_model
 
@@ -57,12 +57,12 @@ class Calculator(base.OfflineTask):
     def __post_init__(self) -> None:
         base.check_arguments(self.dir, self.seed, self.pretrain_steps, self.num_train, self.num_test)
 
-    def grade(self, row: Row, response: str) -> Grade:
+    def compute_score(self, row: Row, response: str) -> RewardOutput:
         """1 if the last turn is the product. verl hands over the whole response, the tool's output included."""
         answer = response.rpartition("assistant\n")[2].strip()
-        return Grade(float(answer == row.ground_truth))
+        return RewardOutput(float(answer == row.ground_truth))
 
-    def write(self, folder: Path, observer: Observer) -> None:
+    def write(self, folder: Path, observer: ProgressCallback) -> None:
         self._write_rows(folder)
         tokenizer = build_tokenizer()
         with base.reproducible(self.seed):
@@ -116,7 +116,7 @@ class _WithTools:
         return self._tokenizer.apply_chat_template(conversation, tools=tools, **kwargs)
 
 
-def _pretrain(model: Any, tokenizer: Any, steps: int, observer: Observer, *, batch_size: int = 32) -> None:
+def _pretrain(model: Any, tokenizer: Any, steps: int, observer: ProgressCallback, *, batch_size: int = 32) -> None:
     """A call or a guess after a bare question; the call where a solution is shown; the tool's output after it."""
     import torch
     from torch.nn.functional import cross_entropy
@@ -128,7 +128,7 @@ def _pretrain(model: Any, tokenizer: Any, steps: int, observer: Observer, *, bat
     told = _WithTools(tokenizer)
     bare = encode_prompt(told, messages)
     shown = encode_teacher_prompt(
-        told, messages, Demonstration(solution=f"{call}\n{product}"), SelfDistillationConfig()
+        told, messages, PrivilegedContext(solution=f"{call}\n{product}"), SelfDistillationConfig()
     ).token_ids
     assert shown is not None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from sdpo.errors import UserError
+from sdpo.errors import SDPOError
 from sdpo.report.console import ConsoleObserver
 from sdpo.rewards.geo3k.data import DATA_SOURCE, prepare
 
@@ -17,5 +17,5 @@ if __name__ == "__main__":
     try:
         with ConsoleObserver(0) as observer:
             prepare(arguments.local_save_dir, arguments.source, observer)
-    except UserError as error:
+    except SDPOError as error:
         sys.exit(f"error: {error}")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sdpo.config.loader import load_config as load_config
     from sdpo.config.root import SDPOConfig as SDPOConfig
     from sdpo.config.self_distillation import SelfDistillationConfig as SelfDistillationConfig
-    from sdpo.errors import UserError as UserError
+    from sdpo.errors import SDPOError as SDPOError
     from sdpo.kernels.fused_self_distillation import fused_self_distillation_loss as fused_self_distillation_loss
     from sdpo.trainer.trainer import Result as Result
     from sdpo.trainer.trainer import train as train
@@ -34,7 +34,7 @@ _HOMES = {
     "load_config": "sdpo.config.loader",
     "Result": "sdpo.trainer.trainer",
     "train": "sdpo.trainer.trainer",
-    "UserError": "sdpo.errors",
+    "SDPOError": "sdpo.errors",
 }
 
 __all__ = sorted(_HOMES)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from sdpo.errors import UserError
+from sdpo.errors import SDPOError
 
 app = typer.Typer(
     help="Self-Distillation Policy Optimization: train a model against its own, better informed self.",
@@ -41,9 +41,9 @@ def train(
     run = load_config(run_file, [*(overrides or []), *(["resume_mode=required"] if resume else [])])
     if dry_run:
         from sdpo.report.dry_run import print_dry_run
-        from sdpo.trainer.memory_estimate import estimate_cost
+        from sdpo.trainer.memory_estimate import estimate_memory
 
-        print_dry_run(run, estimate_cost(run))
+        print_dry_run(run, estimate_memory(run))
         return
 
     from sdpo.kernels.cpu.allocator import keep_freed_memory
@@ -88,9 +88,9 @@ def verl(
         print(note, file=sys.stderr)
     if dry_run:
         from sdpo.report.dry_run import print_dry_run
-        from sdpo.verl_backend.config.memory_estimate import estimate_cost
+        from sdpo.verl_backend.config.memory_estimate import estimate_memory
 
-        print_dry_run(run, estimate_cost(run, command.arguments))
+        print_dry_run(run, estimate_memory(run, command.arguments))
     if show:
         print(command)
     if not (dry_run or show):
@@ -192,7 +192,7 @@ def main() -> None:
     """Entry point: a person's mistake is one line and exit code 2; a programming error keeps its traceback."""
     try:
         app()
-    except UserError as error:
+    except SDPOError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

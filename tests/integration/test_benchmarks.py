@@ -130,7 +130,7 @@ def test_operations_of_a_model_are_those_that_it_runs() -> None:
 
 
 def test_the_workload_is_as_long_as_it_says_and_never_ends_early(tmp_path: Path) -> None:
-    from sdpo.observability.progress import Silent
+    from sdpo.observability.progress import NullCallback
     from sdpo.trainer.build import build_parts
 
     workload_module = importlib.import_module("workload")
@@ -138,7 +138,7 @@ def test_the_workload_is_as_long_as_it_says_and_never_ends_early(tmp_path: Path)
     workload = workload_module.Workload(**small, response_length=5)
     workload.write(tmp_path)
     run = workload.load(tmp_path)
-    parts = build_parts(run, Silent())
+    parts = build_parts(run, NullCallback())
     samples = workload.build_samples(parts, run)
     assert len(samples) == 6
     assert all(len(sample.prompt.token_ids) == workload.prompt_length for sample in samples)
@@ -146,9 +146,9 @@ def test_the_workload_is_as_long_as_it_says_and_never_ends_early(tmp_path: Path)
     longer = replace(workload, feedback_length=workload.feedback_length + 7)
     rows = longer.build_rows(parts.tokenizer)
     assert len(rows[0]["reward_model"]["ground_truth"]) == workload.feedback_length + 7
-    assert parts.learner.student.config.vocab_size - 1 == parts.tokenizer.convert_tokens_to_ids(workload_module.END)
+    assert parts.actor.student.config.vocab_size - 1 == parts.tokenizer.convert_tokens_to_ids(workload_module.END)
     with torch.no_grad():
-        probabilities = parts.learner.student(torch.arange(511)[None, :]).logits[0].softmax(-1)
+        probabilities = parts.actor.student(torch.arange(511)[None, :]).logits[0].softmax(-1)
     assert probabilities[:, -1].max() == 0 and probabilities[:, :-1].min() > 1e-4
 
 

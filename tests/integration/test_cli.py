@@ -81,7 +81,7 @@ def test_a_dry_run_prints_the_run_and_writes_nothing(
     (tmp_path / "resolved.yaml").write_text(resolved)
     assert load_config(tmp_path / "resolved.yaml") == load_config(file, ["optim.lr=0.25"])
     assert memory.startswith(f"{4 * 2 * (2048 + 8):,} in 8 rollouts; 2 steps")
-    assert "learner and sampler, at once" in tokens + memory
+    assert "actor and sampler, at once" in tokens + memory
     assert sorted(p.name for p in tmp_path.iterdir()) == ["resolved.yaml", "run.yaml"]
 
 
@@ -102,7 +102,7 @@ def test_a_dry_run_on_verl_counts_each_gpus_share(
     assert outcome.code == 0
     resolved, _, memory = outcome.out.partition("tokens a step: at most ")
     assert "verl:\n  trainer.nnodes: 2\n" in resolved
-    assert "learner on each of 2 GPUs, at once" in memory and "sampler on each of 3 GPUs, at once" in memory
+    assert "actor on each of 2 GPUs, at once" in memory and "sampler on each of 3 GPUs, at once" in memory
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run.yaml"]
     printed = sdpo("verl", *arguments, "trainer.nnodes=4", "--print")
     assert printed.code == 0 and printed.out.strip().endswith("trainer.nnodes=2 trainer.nnodes=4")
@@ -249,7 +249,7 @@ def test_a_run_folder_that_holds_something_else(
 def test_a_grader_that_gives_no_score(
     sdpo: Callable[..., Outcome], write_run_file: WriteRunFile, tmp_path: Path
 ) -> None:
-    (tmp_path / "task.py").write_text("def grade(row, response):\n    return float('nan')")
+    (tmp_path / "task.py").write_text("def compute_score(row, response):\n    return float('nan')")
     file = write_run_file()
     text = file.read_text()
     start, end = text.index("  task_args:"), text.index("  train_files")
@@ -260,7 +260,7 @@ def test_a_grader_that_gives_no_score(
     outcome = sdpo("train", file, f"data.task={tmp_path}/task.py")
     assert outcome.code == 2
     assert outcome.err.startswith(f"error: data.task: {tmp_path}/task.py: grading failed for 1 of the 1 responses")
-    assert outcome.err.endswith("BadGradeError: the grader's score must be a finite number, got nan\n")
+    assert outcome.err.endswith("InvalidRewardError: the grader's score must be a finite number, got nan\n")
     assert outcome.err.count("\n") == 1
 
 
@@ -282,7 +282,7 @@ def test_an_error_in_the_grader_is_one_line_with_its_type_and_place(
     def broken(*_: Any) -> None:
         raise KeyError("grader")
 
-    monkeypatch.setattr(HiddenRule, "grade", broken)
+    monkeypatch.setattr(HiddenRule, "compute_score", broken)
     error = one_line(sdpo("train", write_run_file()))
     assert "test.parquet: row 0: KeyError: 'grader' (" in error and "test_cli.py:" in error
 

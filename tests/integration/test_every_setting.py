@@ -30,7 +30,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from vision_language import build_vision_model, make_image
 
-from sdpo import SDPOConfig, UserError, train
+from sdpo import SDPOConfig, SDPOError, train
 from sdpo.config.actor import ActorConfig, OptimConfig
 from sdpo.config.data import DataConfig
 from sdpo.config.model import ModelConfig
@@ -40,7 +40,7 @@ from sdpo.config.root import iterate_settings
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.models.optimizer import choose_optimizer
 from sdpo.observability import metrics
-from sdpo.observability.progress import Silent
+from sdpo.observability.progress import NullCallback
 from sdpo.trainer.build import build_parts
 
 # ---- what is run ----------------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ class Task:
     def __init__(self, salt=SALT):
         self.salt = salt
 
-    def grade(self, row, response):
+    def compute_score(self, row, response):
         # Any other response gets another score, and half of all succeed.
         noise = zlib.crc32(f"{{self.salt}} {{row.ground_truth}} {{response}}".encode()) % 1000 / 500
         return {{"score": min(noise, 1.0), "feedback": None if noise >= 1 else f"{FEEDBACK} {{noise}}"}}
@@ -89,8 +89,8 @@ SLOWLY = """
 import time
 
 class build_task(Task):
-    def grade(self, row, response):
-        grade = super().grade(row, response)
+    def compute_score(self, row, response):
+        grade = super().compute_score(row, response)
         time.sleep(0.1 * (grade["score"] < 0.5))
         return grade
 """
@@ -300,7 +300,7 @@ class Runner:
 
         messages: list[str] = []
 
-        class Watch(Silent):
+        class Watch(NullCallback):
             def message(self, text: str) -> None:
                 messages.append(text)
 
@@ -317,7 +317,7 @@ class Runner:
         try:
             run = change(BASE, changes)
             train(run, Watch())
-        except UserError as error:
+        except SDPOError as error:
             return Ran(str(error))
         finally:
             torch.set_num_threads(threads_before)
@@ -325,7 +325,7 @@ class Runner:
                 hook.remove()
         output_dir = Path(run.output_dir)
         rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-        alarms_file = output_dir / "alarms.jsonl"
+        alarms_file = output_dir / "health_events.jsonl"
         raised = alarms_file.read_text().splitlines() if alarms_file.exists() else []
         return Ran(
             error=None,
@@ -360,11 +360,11 @@ class Runner:
         with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=self.folder) as place:
             patch.chdir(place)
             patch.setattr("sdpo.trainer.rollout.sampler.sample_responses", sample)
-            parts = build_parts(change(BASE, changes), Silent())
+            parts = build_parts(change(BASE, changes), NullCallback())
             parts.folder.close()
             parts.sampler.submit([], seed=0)
             parts.sampler.collect()
-            return found | {"learner": parts.learner.student.device.type}
+            return found | {"actor": parts.actor.student.device.type}
 
     def find_engine(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """What would sample, and what vLLM would be asked for; a stand-in takes the place of vLLM."""
@@ -386,7 +386,7 @@ class Runner:
             patch.setattr(os, "environ", {**os.environ})
             patch.setitem(sys.modules, "vllm", vllm)
             patch.setitem(sys.modules, "vllm.platforms", platforms)
-            build_parts(change(BASE, changes), Silent()).folder.close()
+            build_parts(change(BASE, changes), NullCallback()).folder.close()
         return asked
 
     def find_optimizer(self, changes: Mapping[str, Any]) -> Any:
@@ -398,9 +398,9 @@ class Runner:
         with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=self.folder) as place:
             patch.chdir(place)
             train(change(BASE, {**changes, "resume_mode": "disable", "max_steps": 1}))
-            parts = build_parts(change(BASE, changes), Silent())
+            parts = build_parts(change(BASE, changes), NullCallback())
             parts.folder.close()
-            return parts.learner.version + 1
+            return parts.actor.version + 1
 
     def find_wait(self, changes: Mapping[str, Any]) -> float:
         """How long a run that is stopped would wait for rollouts in flight."""
@@ -412,7 +412,7 @@ class Runner:
         with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=self.folder) as place:
             patch.chdir(place)
             patch.setattr("sdpo.trainer.trainer._Training.run_to_end", stop)
-            patch.setattr("sdpo.trainer.trainer._Training.rescue", lambda _, wait: waits.append(wait))
+            patch.setattr("sdpo.trainer.trainer._Training._emergency_save", lambda _, wait: waits.append(wait))
             train(change(BASE, changes))
         return waits[0]
 
@@ -420,7 +420,7 @@ class Runner:
         """How often the sampler's process may be started again."""
         with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=self.folder) as place:
             patch.chdir(place)
-            parts = build_parts(change(BASE, changes), Silent())
+            parts = build_parts(change(BASE, changes), NullCallback())
             parts.folder.close()
             parts.sampler.close()
             return parts.sampler._restarts_left  # type: ignore[attr-defined,no-any-return]
@@ -552,7 +552,7 @@ CASES = {
     "reward.timeout_s": Case(
         [0.02],
         {**SLOW_GRADER, "reward.max_failure_fraction": 1.0},
-        observe=lambda ran: ran.series(metrics.GRADER_FAILURES),
+        observe=lambda ran: ran.series(metrics.REWARD_FAILURES),
     ),
     "reward.max_failure_fraction": Case([1.0], {**SLOW_GRADER, "reward.timeout_s": 0.02}),
     "data.shuffle": Case([False]),
@@ -569,7 +569,7 @@ CASES = {
     ),
     "rollout.max_restarts": Case([0], {"max_staleness": 1}, look=Runner.find_restarts, observe=itself),
     "rollout.num_threads": Case([2], {"max_staleness": 1, **WITH_CODE}, observe=lambda ran: ran.sampler_threads),
-    "actor.device": Case(["meta"], observe=itemgetter("learner"), look=Runner.find_devices),
+    "actor.device": Case(["meta"], observe=itemgetter("actor"), look=Runner.find_devices),
     "actor.mini_batch_size": Case([2, 1]),
     "actor.max_tokens_per_micro_batch": Case([200, 1], observe=calls("forward with gradient"), keeps=Ran.outcome),
     "actor.loss_agg_mode": Case(["seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]),
@@ -667,7 +667,7 @@ CASES = {
 
 IN_ANOTHER_PROCESS = {"max_staleness", "rollout.num_threads"}
 # What comes after sampling leaves the first step's responses alone.
-AFTER_SAMPLING = ("learner.", "lora.", "optim.", "self_distillation.", "eval.")
+AFTER_SAMPLING = ("actor.", "lora.", "optim.", "self_distillation.", "eval.")
 
 
 def in_turn() -> list[Any]:
@@ -772,7 +772,7 @@ def test_dtype_is_that_of_the_weights_and_autocast_is_not(ran: Runner) -> None:
 def test_device_that_is_not_there_is_refused(key: str, ran: Runner) -> None:
     error = ran({key: MISSING_DEVICE}).error
     assert error is not None and error.startswith(f"{key}: no device {MISSING_DEVICE!r} here")
-    assert ran.find_devices({key: "meta"}) == {"learner": "cpu", "sampler": "cpu", key.split(".")[0]: "meta"}
+    assert ran.find_devices({key: "meta"}) == {"actor": "cpu", "sampler": "cpu", key.split(".")[0]: "meta"}
 
 
 def test_prompts_come_in_the_order_of_the_file_or_shuffled(ran: Runner) -> None:
@@ -850,7 +850,7 @@ def test_grpo_coef_blends_two_losses_of_which_grpo_needs_no_teacher(ran: Runner)
     assert blended.series(metrics.DISTILLATION_LOSS)[0] == pytest.approx(distilled.series(metrics.LOSS)[0])
     expected = 0.5 * grpo.series(metrics.LOSS)[0] + 0.5 * distilled.series(metrics.LOSS)[0]
     assert blended.series(metrics.LOSS)[0] == pytest.approx(expected, abs=1e-6)
-    for absent in (metrics.DISTILLATION_LOSS, metrics.DISTILLATION_WEIGHT, metrics.TEACHER_ENTROPY, GREEDY_TEACHER):
+    for absent in (metrics.DISTILLATION_LOSS, metrics.DISTILLATION_COEF, metrics.TEACHER_ENTROPY, GREEDY_TEACHER):
         assert distilled.series(absent) and not grpo.series(absent)
     assert not distilled.series(metrics.PG_LOSS)
     assert set(distilled.checkpoints) == {STUDENT, TEACHER} and set(grpo.checkpoints) == {STUDENT}
@@ -879,8 +879,8 @@ def test_ppo_clips_take_the_gradient_of_tokens_away(ran: Runner) -> None:
 
 def test_distillation_weight_goes_from_start_to_end(ran: Runner) -> None:
     fading, constant = ran({**THREE, **sd(distillation_coef_start=2.0, distillation_coef_end=0.0)}), ran(THREE)
-    assert fading.series(metrics.DISTILLATION_WEIGHT) == [2, 1, 0]
-    assert constant.series(metrics.DISTILLATION_WEIGHT) == [1, 1, 1]
+    assert fading.series(metrics.DISTILLATION_COEF) == [2, 1, 0]
+    assert constant.series(metrics.DISTILLATION_COEF) == [1, 1, 1]
     weighted = [w * loss for w, loss in zip((2, 1, 0), fading.series(metrics.DISTILLATION_LOSS), strict=True)]
     assert fading.series(metrics.LOSS) == pytest.approx(weighted)
     assert fading.series(metrics.DISTILLATION_LOSS)[0] == pytest.approx(constant.series(metrics.LOSS)[0])

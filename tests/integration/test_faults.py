@@ -1,6 +1,6 @@
 """What can go wrong around a run, made to go wrong: docs/embedded.md has the table of these.
 
-A killed learner is in benchmarks/crash.py, of which a part is run here; signals, two runs in one folder and settings
+A killed actor is in benchmarks/crash.py, of which a part is run here; signals, two runs in one folder and settings
 that differ are in tests/unit/trainer/test_resume.py, graders in tests/unit/rewards/test_scoring.py.
 """
 
@@ -21,10 +21,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdpo import SDPOConfig, UserError, load_config, train
+from sdpo import SDPOConfig, SDPOError, load_config, train
 from sdpo.observability import metrics
-from sdpo.observability.progress import Silent
-from sdpo.trainer.actor.actor import Learner
+from sdpo.observability.progress import NullCallback
+from sdpo.trainer.actor.actor import Actor
 from sdpo.trainer.checkpoint.manager import find_newest
 from sdpo.trainer.checkpoint.state import FILE
 from sdpo.trainer.rollout.sampler import ProcessSampler
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 FORKS = pytest.mark.slow
 
 
-class Listening(Silent):
+class Listening(NullCallback):
     def __init__(self) -> None:
         self.messages: list[str] = []
 
@@ -120,7 +120,7 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(
     place = mount(f"size={int(2.5 * size) // 1024}k")  # two checkpoints and not three
     run, whole = make_run("save_total_limit=4", place=place), make_run("save_total_limit=4")
     with pytest.raises(
-        UserError, match=r"step_3: cannot be saved \(.*[nN]o space left.*\); what was saved before is int"
+        SDPOError, match=r"step_3: cannot be saved \(.*[nN]o space left.*\); what was saved before is int"
     ):
         train(run)
     folder = place / "run" / "checkpoints"
@@ -137,18 +137,18 @@ def test_a_disk_too_full_for_a_row_of_metrics(
     make_run: Callable[..., SDPOConfig], mount: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = mount("size=64k")
-    learn = Learner.learn
+    learn = Actor.update_policy
 
-    def fill(learner: Learner, *arguments: Any, **how: Any) -> Any:
-        if learner.version == 1:
+    def fill(actor: Actor, *arguments: Any, **how: Any) -> Any:
+        if actor.version == 1:
             with pytest.raises(OSError), (place / "filling").open("wb", buffering=0) as file:
                 while True:
                     file.write(bytes(1024))
-        return learn(learner, *arguments, **how)
+        return learn(actor, *arguments, **how)
 
-    monkeypatch.setattr(Learner, "learn", fill)
+    monkeypatch.setattr(Actor, "update_policy", fill)
     run = make_run("save_steps=0", "max_steps=400", place=place)
-    with pytest.raises(UserError, match=r"run: cannot be written \(No space left on device\); what was saved before"):
+    with pytest.raises(SDPOError, match=r"run: cannot be written \(No space left on device\); what was saved before"):
         train(run)
     lines = (place / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)[metrics.STEP] for line in lines[:2]] == [0, 1]
@@ -156,7 +156,7 @@ def test_a_disk_too_full_for_a_row_of_metrics(
 
 def test_a_folder_that_cannot_be_written(make_run: Callable[..., SDPOConfig], mount: Callable[..., Path]) -> None:
     place = mount("size=1m", "ro")
-    with pytest.raises(UserError, match=r"^output_dir: .*/run: cannot be written \(Read-only file system\)$"):
+    with pytest.raises(SDPOError, match=r"^output_dir: .*/run: cannot be written \(Read-only file system\)$"):
         train(make_run(place=place))
 
 
@@ -216,15 +216,15 @@ def test_a_learner_that_is_killed(tmp_path: Path) -> None:
 
 
 def test_a_gradient_that_is_not_finite(make_run: Callable[..., SDPOConfig], monkeypatch: pytest.MonkeyPatch) -> None:
-    accumulate = Learner._accumulate_gradients
+    accumulate = Actor._accumulate_gradients
 
-    def spoil(learner: Learner, *arguments: Any) -> Any:
-        result = accumulate(learner, *arguments)
-        if learner.version == 1:
-            next(p for p in learner.student.parameters() if p.grad is not None).grad.fill_(torch.nan)  # type: ignore
+    def spoil(actor: Actor, *arguments: Any) -> Any:
+        result = accumulate(actor, *arguments)
+        if actor.version == 1:
+            next(p for p in actor.student.parameters() if p.grad is not None).grad.fill_(torch.nan)  # type: ignore
         return result
 
-    monkeypatch.setattr(Learner, "_accumulate_gradients", spoil)
+    monkeypatch.setattr(Actor, "_accumulate_gradients", spoil)
     run = make_run("save_total_limit=4")
     train(run)
     assert [row[metrics.SKIPPED_UPDATES] for row in rows_of(run)[1:]] == [0, 1, 0, 0]
@@ -242,14 +242,14 @@ def test_memory_too_small_for_a_micro_batch(make_run: Callable[..., SDPOConfig],
     limited = """
 import resource
 from sdpo import load_config, train
-from sdpo.trainer.actor.actor import Learner
-from sdpo.observability.progress import Silent
+from sdpo.trainer.actor.actor import Actor
+from sdpo.observability.progress import NullCallback
 
-class Listening(Silent):
+class Listening(NullCallback):
     def message(self, text):
         print(text)
 
-learn = Learner.learn
+learn = Actor.learn
 
 def learn_in_little(*arguments, **how):
     size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -259,7 +259,7 @@ def learn_in_little(*arguments, **how):
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
 
-Learner.learn = learn_in_little
+Actor.learn = learn_in_little
 train(load_config("run.yaml", ["actor.max_tokens_per_micro_batch=1000000"]), Listening())
 """
     (tmp_path / "limited.py").write_text(limited)

@@ -15,9 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sdpo import load_config
-from sdpo.models.generation.sampling import Response
+from sdpo.models.generation.sampling import Completion
 from sdpo.observability import metrics
-from sdpo.observability.progress import Silent
+from sdpo.observability.progress import NullCallback
 from sdpo.rewards.toy.hidden_rule import HiddenRule
 from sdpo.trainer.build import build_parts
 from sdpo.trainer.data.samples import build_samples
@@ -72,10 +72,10 @@ def test_losses_and_weights_are_the_trainers(minimal: ModuleType, tmp_path: Path
         "tracking.log_completions_steps=0",
     ]
     run = load_config(ROOT / "configs" / "hidden_rule.yaml", overrides)
-    parts = build_parts(run, Silent())
+    parts = build_parts(run, NullCallback())
     settings = minimal.Settings(n=2, max_response_length=8, alpha=alpha, lr=1e-3)
     torch.manual_seed(0)
-    student = copy.deepcopy(parts.learner.student).eval()
+    student = copy.deepcopy(parts.actor.student).eval()
     teacher = copy.deepcopy(student).requires_grad_(False)
     optimizer = minimal.build_optimizer(student, settings)
     for step in (1, 2):
@@ -83,10 +83,10 @@ def test_losses_and_weights_are_the_trainers(minimal: ModuleType, tmp_path: Path
         problems = [minimal.Problem(list(p.row.prompt), p.row.ground_truth) for p in prompts]
         rollouts = [minimal.roll_out(student, parts.tokenizer, problem, settings) for problem in problems]
         responses = [
-            [Response(r.response_ids, [0.0] * len(r.response_ids), True) for r in of_prompt] for of_prompt in rollouts
+            [Completion(r.response_ids, [0.0] * len(r.response_ids), True) for r in of_prompt] for of_prompt in rollouts
         ]
         samples = build_samples(
-            parts.grader,
+            parts.reward_manager,
             parts.tokenizer,
             prompts,
             responses,
@@ -97,12 +97,12 @@ def test_losses_and_weights_are_the_trainers(minimal: ModuleType, tmp_path: Path
         flat = [rollout for of_prompt in rollouts for rollout in of_prompt]
         assert [list(s.prompt.token_ids) for s in samples] == [r.prompt_ids for r in flat]
         assert [list(s.teacher_prompt.token_ids or []) for s in samples] == [r.teacher_prompt_ids for r in flat]
-        values = parts.learner.learn(samples)
+        values = parts.actor.update_policy(samples)
         loss, norm = minimal.update(student, teacher, optimizer, flat, settings)
         assert loss > 1e-3
         assert values[metrics.DISTILLATION_LOSS] == pytest.approx(loss, rel=1e-4)
         assert values[metrics.GRAD_NORM] == pytest.approx(norm, rel=1e-4)
-        for own, theirs in zip(student.parameters(), parts.learner.student.parameters(), strict=True):
+        for own, theirs in zip(student.parameters(), parts.actor.student.parameters(), strict=True):
             torch.testing.assert_close(own, theirs, rtol=0.0, atol=2e-5)
     parts.sampler.close()
 

@@ -16,13 +16,13 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from sdpo.config.field import Section
 from sdpo.config.root import SDPOConfig
-from sdpo.models.generation.sampling import Response
-from sdpo.prompting.demonstrations import Demonstration
+from sdpo.models.generation.sampling import Completion
+from sdpo.prompting.demonstrations import PrivilegedContext
 from sdpo.prompting.tokenization import TeacherPrompt
-from sdpo.rewards.base import Grade, Row
+from sdpo.rewards.base import RewardOutput, Row
 from sdpo.rewards.toy.hidden_rule import HiddenRule
 from sdpo.trainer.data.prompts import Prompt
-from sdpo.trainer.data.samples import Sample
+from sdpo.trainer.data.samples import TrainingSample
 
 sys.path.insert(0, str(Path(__file__).parent / "models"))
 from vision_language import LoadedModel, build_vision_model, load_vision_model
@@ -33,7 +33,7 @@ SECTIONS = {name: type(value) for name, value in vars(SDPOConfig()).items() if i
 
 MakeModel = Callable[..., PreTrainedModel]
 MakeRun = Callable[..., SDPOConfig]
-MakeSample = Callable[..., Sample]
+MakeSample = Callable[..., TrainingSample]
 
 
 @pytest.fixture(autouse=True)
@@ -150,16 +150,16 @@ def make_sample() -> MakeSample:
         advantage: float = 0.0,
         weight: float = 1.0,
         score: float = 0.0,
-    ) -> Sample:
+    ) -> TrainingSample:
         if not isinstance(prompt, Prompt):
             row = Row("tiny", [{"role": "user", "content": "?"}], {"ground_truth": "!"})
             prompt = Prompt(row, list(prompt))
-        return Sample(
+        return TrainingSample(
             prompt=prompt,
-            response=Response(list(response), list(log_probs or [-2.0] * len(response)), finished=True),
+            response=Completion(list(response), list(log_probs or [-2.0] * len(response)), finished=True),
             text="",
-            grade=Grade(score),
-            demonstration=Demonstration(solution=None if teacher is None else "!"),
+            reward=RewardOutput(score),
+            demonstration=PrivilegedContext(solution=None if teacher is None else "!"),
             teacher_prompt=TeacherPrompt(None if teacher is None else list(teacher), [], truncated=False),
             advantage=advantage,
             distillation_weight=weight,
@@ -169,20 +169,20 @@ def make_sample() -> MakeSample:
 
 
 @pytest.fixture(scope="session")
-def make_samples(make_sample: MakeSample) -> Callable[..., list[Sample]]:
+def make_samples(make_sample: MakeSample) -> Callable[..., list[TrainingSample]]:
     """Random samples of all lengths, some of them not distilled, none with token 11 in it.
 
     Three rollouts share a prompt, and their teacher prompts begin alike.
     """
 
-    def make(num_samples: int = 6, seed: int = 0, undistilled: Sequence[int] = (1,)) -> list[Sample]:
+    def make(num_samples: int = 6, seed: int = 0, undistilled: Sequence[int] = (1,)) -> list[TrainingSample]:
         generator = torch.Generator().manual_seed(seed)
 
         def ids(low: int, high: int) -> list[int]:
             length = int(torch.randint(low, high + 1, (1,), generator=generator))
             return torch.randint(3, VOCABULARY - 1, (length,), generator=generator).tolist()
 
-        samples: list[Sample] = []
+        samples: list[TrainingSample] = []
         shown: list[int] = []
         for i in range(num_samples):
             response = [*ids(1, 7), STOP]

@@ -15,7 +15,7 @@ from sdpo.config.loader import load_config, save_config
 from sdpo.config.renamed import RENAMED_KEYS
 from sdpo.config.root import SDPOConfig, iterate_settings
 from sdpo.config.self_distillation import SelfDistillationConfig
-from sdpo.errors import UserError
+from sdpo.errors import SDPOError
 
 SMALLEST = "output_dir: runs/a\nmodel: {path: m}\ndata: {task: hidden_rule}\n"
 
@@ -39,7 +39,7 @@ def refusal(load: Callable[..., SDPOConfig]) -> Callable[..., str]:
     """The message that the given run file is refused with."""
 
     def refusal(*overrides: str, text: str = SMALLEST) -> str:
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(SDPOError) as caught:
             load(*overrides, text=text)
         message = str(caught.value)
         assert message
@@ -135,7 +135,7 @@ BEYOND = [(key, value) for key, f in NUMERIC.items() for value in outside(f.meta
 
 @pytest.mark.parametrize(("key", "value"), BEYOND, ids=[f"{key}={value}" for key, value in BEYOND])
 def test_a_number_out_of_range_is_refused(key: str, value: float) -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(SDPOError) as caught:
         build(key, value)
     assert str(caught.value) == f"{key} must be {describe_range(NUMERIC[key].metadata)}, got {value!r}"
 
@@ -151,7 +151,7 @@ def test_the_ends_of_a_closed_range_are_in_it(key: str, value: float) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("key", sorted({key for key, _ in BEYOND}))
 def test_a_number_is_finite(key: str, value: float) -> None:
-    with pytest.raises(UserError, match=f"{key} must be in"):
+    with pytest.raises(SDPOError, match=f"{key} must be in"):
         build(key, value)
 
 
@@ -314,7 +314,7 @@ def test_what_is_mandatory_is_asked_for(refusal: Callable[..., str], key: str) -
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"absent\.yaml: no such run file"):
+    with pytest.raises(SDPOError, match=r"absent\.yaml: no such run file"):
         load_config(tmp_path / "absent.yaml")
 
 
@@ -495,7 +495,7 @@ def test_the_official_section_loads_unchanged(tmp_path: Path) -> None:
     ],
 )
 def test_official_settings_that_are_not_implemented(tmp_path: Path, change: tuple[str, str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(SDPOError, match=message):
         load_official(tmp_path, change)
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from sdpo import doctor
 from sdpo.doctor import Devices, Machine, Report, examine, inspect_machine, try_import
-from sdpo.errors import UserError
+from sdpo.errors import SDPOError
 from sdpo.report.doctor import print_doctor_report
 
 DECLARED = (
@@ -298,5 +298,5 @@ def test_sdpo_from_a_folder_without_its_metadata(monkeypatch: pytest.MonkeyPatch
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "requires", nothing)
-    with pytest.raises(UserError, match=r"pip install -e \."):
+    with pytest.raises(SDPOError, match=r"pip install -e \."):
         inspect_machine()

@@ -106,7 +106,7 @@ def test_imports_point_down() -> None:
     ("floor", "source"),
     [
         ("config", "import sdpo.algorithm.loss"),
-        ("algorithm", "from sdpo.kernels.dispatch import compute_fused_loss"),
+        ("algorithm", "from sdpo.kernels.dispatch import fused_linear_sdpo_loss"),
         ("algorithm", "from sdpo.prompting.tokenization import encode_prompt"),
         ("prompting", "from sdpo import algorithm"),
         ("prompting", "from ..rewards.toy import hidden_rule"),

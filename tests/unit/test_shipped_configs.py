@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from sdpo.config.loader import load_config
 from sdpo.config.root import iterate_settings
-from sdpo.models.memory_estimate import Cost
+from sdpo.models.memory_estimate import MemoryEstimate
 from sdpo.report.dry_run import format_bytes, list_memory
 
 ROOT = Path(__file__).parents[2]
@@ -32,16 +32,16 @@ def test_a_shipped_run_is_read(path: Path) -> None:
     assert run.output_dir == f"runs/{path.stem}", "one folder a run file, so that two runs never share one"
 
 
-def dry_run(path: Path, *overrides: str, on_verl: bool = False) -> Cost:
+def dry_run(path: Path, *overrides: str, on_verl: bool = False) -> MemoryEstimate:
     run = load_config(path, [MODEL, *overrides])
     if path not in ON_VERL and not on_verl:
-        from sdpo.trainer.memory_estimate import estimate_cost as estimate_embedded
+        from sdpo.trainer.memory_estimate import estimate_memory as estimate_embedded
 
         return estimate_embedded(run)
-    from sdpo.verl_backend.config.memory_estimate import estimate_cost
+    from sdpo.verl_backend.config.memory_estimate import estimate_memory
     from sdpo.verl_backend.config.to_verl import translate
 
-    return estimate_cost(run, translate(run).overrides)
+    return estimate_memory(run, translate(run).overrides)
 
 
 def test_there_is_a_file_for_each_machine() -> None:
@@ -57,9 +57,9 @@ def test_a_run_on_geometry_fits_into_80_gb(path: Path) -> None:
 
 def test_the_file_for_one_gpu_fits_on_verl_too() -> None:
     cost = dry_run(CONFIGS / "geo3k_1gpu.yaml", on_verl=True)
-    assert cost.takes_turns and cost.learner_peak < 72 * 2**30
+    assert cost.colocated and cost.learner_peak < 72 * 2**30
     page = (ROOT / "docs" / "geo3k_memory.md").read_text()
-    held, learning = sum(cost.learner.values()), sum(cost.learning.values())
+    held, learning = sum(cost.actor.values()), sum(cost.learning.values())
     for size in (
         held + sum(cost.sampler.values()),
         held + learning + max(sum(p.values()) for p in cost.phases.values()),
@@ -77,7 +77,7 @@ def test_the_remarks_in_a_run_file_are_what_a_dry_run_prints(path: Path) -> None
 def test_the_page_has_the_same_table() -> None:
     page = (ROOT / "docs" / "geo3k_memory.md").read_text()
     lines = [
-        line.strip("| ").split("|") for line in page.splitlines() if re.match(r"\| (at most|learner|sampler)\b", line)
+        line.strip("| ").split("|") for line in page.splitlines() if re.match(r"\| (at most|actor|sampler)\b", line)
     ]
     (_, *names), *rows = [[cell.strip() for cell in line] for line in lines]
     for place, name in enumerate(names, start=1):
@@ -106,10 +106,10 @@ def test_the_full_vocabulary_fits_as_the_page_says() -> None:
     for size in (*parts, sum(parts)):
         assert f"| {format_bytes(size)} |" in page
     assert f"It takes {format_bytes(cost.learner_peak)} now, as with top-k" in page
-    assert f"{format_bytes(sum(cost.learner.values()) + sum(cost.learning.values()))} of it" in page
+    assert f"{format_bytes(sum(cost.actor.values()) + sum(cost.learning.values()))} of it" in page
     assert cost.learner_peak == dry_run(path).learner_peak < 72 * 2**30
     twice = dry_run(path, full, "actor.max_tokens_per_micro_batch=16384")
-    assert f"At 16384 tokens per micro-batch the learner takes {format_bytes(twice.learner_peak)}" in page
+    assert f"At 16384 tokens per micro-batch the actor takes {format_bytes(twice.learner_peak)}" in page
 
 
 @pytest.mark.parametrize("path", GEO3K, ids=lambda path: path.stem)
@@ -123,12 +123,10 @@ def test_a_peers_solution_fits_as_the_page_says(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "learners", "samplers"),
+    ("name", "actors", "samplers"),
     [("geo3k_2gpus", (1, 1), (1, 1)), ("geo3k_8gpus", (1, 4), (1, 4)), ("geo3k_2nodes", (1, 8), (1, 8))],
 )
-def test_a_run_on_verl_composes(
-    name: str, learners: tuple[int, int], samplers: tuple[int, int], tmp_path: Path
-) -> None:
+def test_a_run_on_verl_composes(name: str, actors: tuple[int, int], samplers: tuple[int, int], tmp_path: Path) -> None:
     from sdpo.verl_backend.config.schema import read_self_distillation
     from sdpo.verl_backend.config.to_verl import translate
     from sdpo.verl_backend.entrypoint.main import compose_config
@@ -141,10 +139,10 @@ def test_a_run_on_verl_composes(
     translated = translate(run)
     config = compose_config(translated.config_name, translated.overrides)
     assert translated.config_name == "sdpo_trainer" and not config.trainer.use_v1, "one step off policy"
-    assert (config.trainer.nnodes, config.trainer.n_gpus_per_node) == learners
+    assert (config.trainer.nnodes, config.trainer.n_gpus_per_node) == actors
     assert (config.actor_rollout_ref.rollout.nnodes, config.actor_rollout_ref.rollout.n_gpus_per_node) == samplers
     cost = dry_run(path)
-    assert (cost.num_learners, cost.num_samplers) == (learners[0] * learners[1], samplers[0] * samplers[1])
+    assert (cost.num_learners, cost.num_samplers) == (actors[0] * actors[1], samplers[0] * samplers[1])
     assert read_self_distillation(config.actor_rollout_ref.actor) == run.self_distillation
     assert config.actor_rollout_ref.model.path == "Qwen/Qwen2.5-VL-3B-Instruct"
     precision = config.actor_rollout_ref.actor.fsdp_config

@@ -78,8 +78,8 @@ def test_no_banned_words(path: Path) -> None:
 
 
 def test_a_banned_word_is_found() -> None:
-    assert find_banned("The learner tells the sampler.") == ["tells"]
-    assert find_banned('raise UserError("drawn for want "\n    f"of memory")') == ["for want of"]
+    assert find_banned("The actor tells the sampler.") == ["tells"]
+    assert find_banned('raise SDPOError("drawn for want "\n    f"of memory")') == ["for want of"]
     assert find_banned("# 8 rollouts\n# a prompt") == ["rollouts a prompt"]
     assert find_banned("The cost per step; of its owner") == []
     assert find_banned(f"{STYLE_PAGE[0]} not: anew {STYLE_PAGE[1]} a whole") == []

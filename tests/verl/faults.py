@@ -1,6 +1,6 @@
 """Faults for ``test_proof.py``, which verl's workers import by ``actor_rollout_ref.model.external_lib=faults``.
 
-``FAULT`` names one: ``stale`` sends the sampler the weights of one update before, ``images`` shows the learner the
+``FAULT`` names one: ``stale`` sends the sampler the weights of one update before, ``images`` shows the actor the
 images of other rows.
 """
 

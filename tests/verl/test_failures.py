@@ -26,7 +26,7 @@ from pathlib import Path
 from sdpo.rewards.toy.hidden_rule import HiddenRule
 
 class build_task(HiddenRule):
-    def grade(self, row, response):
+    def compute_score(self, row, response):
         rank = int(row.extra_info["index"]) if row.extra_info["split"] == "train" else 3
         if rank > 3:
             raise ValueError("no grade beyond the fourth row")
@@ -37,7 +37,7 @@ class build_task(HiddenRule):
             raise ZeroDivisionError("division by zero")
         if calls.stat().st_size == 1 and rank == 2:
             time.sleep(600)
-        return super().grade(row, response)
+        return super().compute_score(row, response)
 """
 
 
@@ -85,7 +85,7 @@ def test_failed_grades_are_counted_and_too_many_end_the_run(
     assert "grading failed for 2 of 8 responses of step 1, which costs them; the last: hidden_rule: " in log
     rows = metrics_of(tmp_path / "run")
     assert sorted(rows) == [0, 1]
-    assert rows[1][metrics.GRADER_FAILURES] == 2
-    assert rows[0][metrics.VAL_GRADER_FAILURES] == rows[1][metrics.VAL_GRADER_FAILURES] == 0
+    assert rows[1][metrics.REWARD_FAILURES] == 2
+    assert rows[0][metrics.VAL_REWARD_FAILURES] == rows[1][metrics.VAL_REWARD_FAILURES] == 0
     assert rows[1][metrics.REPROMPT_FRACTION] == pytest.approx(6 / 8)
     assert rows[1][metrics.DISTILLATION_LOSS] > 0

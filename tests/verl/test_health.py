@@ -21,14 +21,14 @@ Train = Callable[..., Any]
 GRADER = """
 from pathlib import Path
 
-def grade(row, response):
+def compute_score(row, response):
     steps = [int(folder.name.removeprefix("global_step_")) for folder in Path({checkpoints!r}).glob("global_step_*")]
     return float(max(steps, default=0) < 4)
 """
 
 
 def read_alarms(output_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output_dir / "alarms.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (output_dir / "health_events.jsonl").read_text().splitlines()]
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -71,7 +71,7 @@ def test_an_alarm_stops_a_run_and_the_best_checkpoint_stays(
     ]
     rows = metrics_of(output_dir)
     assert sorted(rows) == [0, 1, 2, 3, 4, 5]
-    assert [rows[step][metrics.ALARMS] for step in range(1, 6)] == [0, 0, 0, 0, 1]
+    assert [rows[step][metrics.NUM_WARNINGS] for step in range(1, 6)] == [0, 0, 0, 0, 1]
     assert [rows[step][metrics.SCORE_MEAN] for step in range(1, 6)] == [1, 1, 1, 1, 0]
     assert {step: metrics.find_score(row) for step, row in rows.items()} == {0: 1, 1: None, 2: 1, 3: None, 4: 0, 5: 0}
     assert sorted(folder.name for folder in (output_dir / "checkpoints").glob("global_step_*")) == [
@@ -105,7 +105,7 @@ def test_an_alarm_freezes_the_teacher_and_a_resumed_run_goes_on_with_it(
     alarms = read_alarms(output_dir)
     assert [(alarm["step"], alarm["action"]) for alarm in alarms][:1] == [(2, "freeze")]
     state = json.loads((output_dir / "checkpoints/global_step_3" / STATE_FILE).read_text())
-    assert state["learner"]["teacher_is_frozen"]
+    assert state["actor"]["teacher_is_frozen"]
 
     # As if it had been killed after its second step: what came later is taken anew.
     (output_dir / "checkpoints/latest_checkpointed_iteration.txt").write_text("2")

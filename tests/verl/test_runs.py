@@ -220,7 +220,7 @@ def test_kl_to_the_reference_begins_at_0(
 
 
 GRADER = """
-def grade(row, response):
+def compute_score(row, response):
     return {"score": float(len(response) % 2), "feedback": "Expected: " + row.ground_truth}
 """
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sdpo.observability import metrics
-from sdpo.observability.progress import Silent
+from sdpo.observability.progress import NullCallback
 from sdpo.rewards.base import load_task, prepare_task
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +25,7 @@ Metrics = Callable[[Path], dict[int, dict[str, Any]]]
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("calculator") / "data"
-    prepare_task(load_task(str(EXAMPLE / "task.py"), {"dir": str(folder), **ARGUMENTS}), Silent())
+    prepare_task(load_task(str(EXAMPLE / "task.py"), {"dir": str(folder), **ARGUMENTS}), NullCallback())
     return folder
 
 

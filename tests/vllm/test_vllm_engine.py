@@ -17,9 +17,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from sdpo import UserError
+from sdpo import SDPOError
 from sdpo.config.model import ModelConfig
-from sdpo.models.generation.sampling import Decoding, Response, compute_sampling_log_probs, sample_responses
+from sdpo.models.generation.sampling import Completion, SamplingParams, compute_sampling_log_probs, sample_responses
 from sdpo.models.multimodal.processor import TokenPrompt
 from sdpo.observability import metrics
 from sdpo.rewards.toy import hidden_rule
@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[2]
 # The last is longer than what vLLM caches of a prompt in one piece, which no other weights may find.
 PROMPTS = [TokenPrompt(ids) for ids in [[5, 6, 7], [9, 3], [8, 8, 8, 8], [40, 1] * 70]]
 STOP_TOKENS = [2, 11, 30]
-DECODING = Decoding(
+DECODING = SamplingParams(
     n=3, max_new_tokens=12, temperature=0.8, top_p=1.0, batch_size=8, stop_token_ids=STOP_TOKENS, pad_token_id=0
 )
 CPU = torch.device("cpu")
@@ -75,7 +75,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Starts an engine with weights on the disk that are none of the test's students'."""
     started: list[VllmEngine] = []
 
-    def start(decoding: Decoding = DECODING, kv_cache_memory_gib: float = 0.01, **shape: Any) -> VllmEngine:
+    def start(decoding: SamplingParams = DECODING, kv_cache_memory_gib: float = 0.01, **shape: Any) -> VllmEngine:
         make_model(seed=99, **shape).save_pretrained(tmp_path)
         config = ModelConfig(path=str(tmp_path))
         started.append(VllmEngine(config, decoding, CPU, max_length=160, kv_cache_memory_gib=kv_cache_memory_gib))
@@ -87,7 +87,9 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 
 @torch.no_grad()
-def largest_difference(student: PreTrainedModel, sampled: Sequence[Sequence[Response]], decoding: Decoding) -> float:
+def largest_difference(
+    student: PreTrainedModel, sampled: Sequence[Sequence[Completion]], decoding: SamplingParams
+) -> float:
     """Between the log-probs of the responses and those that a forward pass of the student gives."""
     largest = 0.0
     for prompt, responses in zip(PROMPTS, sampled, strict=True):
@@ -131,7 +133,7 @@ def test_weights_that_arrive_in_part_are_noticed(start: Start, monkeypatch: pyte
 def test_the_same_seed_gives_the_same_responses(start: Start) -> None:
     sampler, student = LocalSampler(start(), probes=True), make_model(seed=0)
 
-    def sample(seed: int, prompts: Sequence[TokenPrompt] = PROMPTS) -> list[list[Response]]:
+    def sample(seed: int, prompts: Sequence[TokenPrompt] = PROMPTS) -> list[list[Completion]]:
         sampler.load_weights(student, 0)
         sampler.submit(prompts, seed)
         return sampler.collect().responses
@@ -164,7 +166,7 @@ def test_the_cache_has_the_size_that_it_is_given_or_the_engine_does_not_start(st
     small, large = (num_blocks(start(kv_cache_memory_gib=size)) for size in (0.01, 0.02))
     assert large == pytest.approx(2 * small, rel=0.1)
     with pytest.raises(
-        UserError, match=r"^rollout\.engine=vllm: vLLM cannot sample from .* with rollout\.kv_cache_memory_gib=1e-06 "
+        SDPOError, match=r"^rollout\.engine=vllm: vLLM cannot sample from .* with rollout\.kv_cache_memory_gib=1e-06 "
     ):
         start(kv_cache_memory_gib=1e-6)
 
@@ -238,5 +240,5 @@ def test_a_run_trains_on_what_vllm_samples(task_args: dict[str, Any], tmp_path: 
 
 
 def test_a_model_that_vllm_cannot_sample_from_is_refused(start: Start) -> None:
-    with pytest.raises(UserError, match=r"^rollout\.engine=vllm: vLLM cannot sample from .*head_dim=16"):
+    with pytest.raises(SDPOError, match=r"^rollout\.engine=vllm: vLLM cannot sample from .*head_dim=16"):
         start(num_attention_heads=4)

@@ -4,8 +4,8 @@ Student and old policy differ after several updates on a batch; old policy and s
 staleness. The log-probabilities of the three policies:
 
     rollout_log_probs   by the sampler, with its weights at the time of sampling
-    old_log_probs       by the learner, with its weights at the start of the step
-    student_log_probs   by the learner, with its current weights
+    old_log_probs       by the actor, with its weights at the start of the step
+    student_log_probs   by the actor, with its current weights
 """
 
 from __future__ import annotations

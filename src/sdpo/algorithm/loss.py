@@ -60,7 +60,7 @@ class LossInputs:
     teacher_log_probs: Tensor | None = None  # [M]
     student_distribution: Tensor | None = None  # [M, V] or [M, K] log-probabilities (K: the student's top k)
     teacher_distribution: Tensor | None = None  # [M, V] or [M, K], same entries
-    kept_ids: Tensor | None = None  # [M, K] vocabulary ids of the kept entries; compute_loss ignores them
+    topk_ids: Tensor | None = None  # [M, K] vocabulary ids of the kept entries; compute_loss ignores them
     divergence: Tensor | None = None  # [M] of whole distributions, if already computed
     teacher_entropy: Tensor | None = None  # [M] of whole distributions, if already computed
     distillation_coef: float = 1.0  # the scheduled weight, >= 0
@@ -124,7 +124,7 @@ def compute_prompt_weights(success_rates: Tensor) -> Tensor:
     return (success_rates * (1.0 - success_rates)).clamp(min=0).sqrt()
 
 
-def _complete_kept_entries(inputs: LossInputs, config: SelfDistillationConfig) -> LossInputs:
+def _normalize_support(inputs: LossInputs, config: SelfDistillationConfig) -> LossInputs:
     """Make distributions of the top k entries [M, K]: [M, K + 1] with a tail entry, or [M, K] renormalised."""
     if config.distillation_topk is None or not config.full_logit_distillation:
         return inputs
@@ -159,7 +159,7 @@ def _compute_teacher_entropy(inputs: LossInputs) -> Tensor:
 
 def compute_distillation_token_losses(inputs: LossInputs, config: SelfDistillationConfig) -> tuple[Tensor, TokenValues]:
     """Loss of each distilled token [M] before aggregation, and the values of its metrics."""
-    inputs = _complete_kept_entries(inputs, config)
+    inputs = _normalize_support(inputs, config)
     assert inputs.teacher_log_probs is not None
     student_log_probs = inputs.at_distilled(inputs.student_log_probs)
     losses = _compute_token_divergence(inputs, config)
@@ -333,14 +333,16 @@ def compute_self_distillation_loss(
             student_distribution=None if student_distribution is None else student_distribution[mask],
             teacher_distribution=None if teacher_distribution is None else teacher_distribution[mask].detach(),
         )
-        losses, by_token = compute_distillation_token_losses(inputs, config)
+        losses, flops_per_token = compute_distillation_token_losses(inputs, config)
         broken = torch.zeros_like(mask).masked_scatter(mask, ~torch.isfinite(losses))
         if not bool(broken.any()):
             break
     # The sum over zero tokens keeps the graph, so that backward works on an empty batch.
     assert inputs.distillation_weights is not None
     loss = (losses * inputs.distillation_weights).sum() + 0.0 * student_log_probs[mask].sum()
-    values = {name: float(total / count.clamp(min=1)) for name, (total, count) in reduce_values(by_token).items()}
+    values = {
+        name: float(total / count.clamp(min=1)) for name, (total, count) in reduce_values(flops_per_token).items()
+    }
     values |= {metrics.DISTILLATION_LOSS: float(loss.detach()), metrics.NONFINITE_SAMPLES: float(num_dropped)}
     return loss, values
 

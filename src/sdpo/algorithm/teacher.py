@@ -20,7 +20,7 @@ from sdpo.config.self_distillation import SelfDistillationConfig
 ENTRIES_AT_ONCE = 2**26
 
 # Modules and the coefficients of their logits in the sum.
-Policy = Sequence[tuple[nn.Module, float]]
+LogitMixture = Sequence[tuple[nn.Module, float]]
 
 
 @torch.no_grad()
@@ -152,7 +152,7 @@ class Teacher:
         if module is not None and follows(config):
             self.weights = weights or ModuleWeights(module, averaged=self.kind == "ema")
 
-    def policy(self, student: nn.Module) -> Policy:
+    def policy(self, student: nn.Module) -> LogitMixture:
         """Modules and the coefficients of their logits: one module, or two for the trust region.
 
         Trust region: lerp(reference model's logits, student's logits, rate), a geometric mixture of the distributions.

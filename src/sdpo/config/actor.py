@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from sdpo.config.field import Section, setting
-from sdpo.errors import UserError
+from sdpo.errors import ConfigError
 
 # verl's names; with + the gradient is that of another estimator (``sdpo.algorithm.regularization``).
 KL_LOSS_TYPES = tuple(f"{name}{s}" for name in ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3") for s in ("", "+"))
@@ -94,4 +94,4 @@ class OptimConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.betas) != 2:
-            raise UserError(f"optim.betas must be two numbers, as in [0.9, 0.999], got {list(self.betas)}")
+            raise ConfigError(f"optim.betas must be two numbers, as in [0.9, 0.999], got {list(self.betas)}")

@@ -14,7 +14,8 @@ class DataConfig(Section):
 
     task: str = setting(
         MISSING,
-        "Reward function: the name of a built-in task, or a Python file or module that defines `grade(row, response)`.",
+        "Reward function: the name of a built-in task, or a Python file or module that defines "
+        "`compute_score(row, response)`.",
         is_path=True,
         fixed=True,
     )

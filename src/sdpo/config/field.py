@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from sdpo.errors import UserError
+from sdpo.errors import ConfigError
 
 MAX_INTEGER = 2**63 - 1
 MISSING: Any = "???"  # OmegaConf's mark of a setting without default
@@ -75,10 +75,10 @@ class Section:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if is_too_large(value):
-                raise UserError(f"{self._key(f.name)} must be an integer of 64 bits, got {value!r:.40}")
+                raise ConfigError(f"{self._key(f.name)} must be an integer of 64 bits, got {value!r:.40}")
             if value is None or value == MISSING or _in_range(value, f.metadata):
                 continue
-            raise UserError(f"{self._key(f.name)} must be {describe_range(f.metadata) or 'finite'}, got {value!r}")
+            raise ConfigError(f"{self._key(f.name)} must be {describe_range(f.metadata) or 'finite'}, got {value!r}")
 
     def _key(self, name: str) -> str:
         return f"{self.section}.{name}" if self.section else name

@@ -17,7 +17,7 @@ from sdpo.config.field import Section, is_too_large
 from sdpo.config.official import translate_official_keys
 from sdpo.config.renamed import RENAMED_KEYS
 from sdpo.config.root import SDPOConfig, iterate_settings
-from sdpo.errors import UserError
+from sdpo.errors import ConfigError, SDPOError
 
 MAX_YAML_DEPTH = 50
 MAX_YAML_NODES = 100_000
@@ -40,28 +40,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SDPOConfig:
     """Read a run file and apply ``key=value`` overrides.
 
     Raises:
-        UserError: the file is missing or not YAML, a key is unknown (the nearest known one is named), a value has the
+        ConfigError: the file is missing or not YAML, a key is unknown (the nearest known one is named), a value has the
             wrong type or is out of range, or a mandatory key is not set. One line each.
     """
     path = Path(path)
     if not os.path.isfile(path):
-        raise UserError(f"{path}: no such run file; shipped ones are in configs/")
+        raise ConfigError(f"{path}: no such run file; shipped ones are in configs/")
     try:
         _refuse_endless_yaml(path)
         loaded = OmegaConf.load(path)
-    except UserError:
+    except SDPOError:
         raise
     except Exception as error:  # yaml raises its own family of errors
-        raise UserError(f"{path}: not a YAML file: {_one_line(error)}") from error
+        raise ConfigError(f"{path}: not a YAML file: {_one_line(error)}") from error
     if isinstance(loaded, ListConfig) or not isinstance(loaded, DictConfig):
-        raise UserError(f"{path}: must be a mapping of settings at the top level")
+        raise ConfigError(f"{path}: must be a mapping of settings at the top level")
     for override in overrides:
         if "=" not in override or override.startswith("="):
-            raise UserError(f"override {override!r} is not of the form key=value")
+            raise ConfigError(f"override {override!r} is not of the form key=value")
     try:
         changes = OmegaConf.from_dotlist(list(overrides))
     except Exception as error:
-        raise UserError(f"overrides {' '.join(overrides)}: {_one_line(error)}") from error
+        raise ConfigError(f"overrides {' '.join(overrides)}: {_one_line(error)}") from error
     return _build_run([(str(path), loaded), *([("command line", changes)] if overrides else [])])
 
 
@@ -74,7 +74,7 @@ def _refuse_endless_yaml(path: Path) -> None:
         node, depth = pending.pop()
         num_nodes += 1
         if depth > MAX_YAML_DEPTH or num_nodes > MAX_YAML_NODES:
-            raise UserError(
+            raise ConfigError(
                 f"{path}: line {node.start_mark.line + 1}: more than {MAX_YAML_DEPTH} levels or {MAX_YAML_NODES} "
                 "values, aliases written out; a run is a few sections with settings in them"
             )
@@ -99,24 +99,24 @@ def _build_run(sources: Sequence[tuple[str, DictConfig]]) -> SDPOConfig:
         try:
             merged = OmegaConf.merge(merged, source)
         except OmegaConfBaseException as error:
-            raise UserError(f"{origin}: {_explain(error)}") from error
+            raise ConfigError(f"{origin}: {_explain(error)}") from error
     origin = " + ".join(name for name, _ in sources)
     try:
         for key, f in iterate_settings():
             value = OmegaConf.select(merged, key)  # unlike resolve, it names the key whose interpolation fails
             _visit(value)
             if str(f.type).startswith("list") and not isinstance(value, ListConfig):
-                raise UserError(f"{key} must be a list, in brackets, got {value!r}")
+                raise ConfigError(f"{key} must be a list, in brackets, got {value!r}")
         OmegaConf.resolve(merged)
         _expand_home(merged)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
-            raise UserError(f"{missing[0]} is not set; add it to the file or as {missing[0]}=...")
+            raise ConfigError(f"{missing[0]} is not set; add it to the file or as {missing[0]}=...")
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        raise UserError(f"{origin}: {_explain(error)}") from error
-    except UserError as error:
-        raise UserError(f"{origin}: {error}") from None
+        raise ConfigError(f"{origin}: {_explain(error)}") from error
+    except SDPOError as error:
+        raise ConfigError(f"{origin}: {error}") from None
 
 
 def _visit(value: Any) -> None:
@@ -148,7 +148,7 @@ def _refuse_unknown_keys(origin: str, values: Any, schema: Any = None, prefix: s
     schema = SDPOConfig() if schema is None else schema
     known = {f.name: getattr(schema, f.name) for f in dataclasses.fields(schema)}
     if not isinstance(values, Mapping):
-        raise UserError(f"{origin}: {prefix.rstrip('.')} must be a section with settings in it, got {values!r}")
+        raise ConfigError(f"{origin}: {prefix.rstrip('.')} must be a section with settings in it, got {values!r}")
     for key, value in values.items():
         _refuse_renamed_key(origin, f"{prefix}{key}", value)
         if key not in known:
@@ -157,24 +157,24 @@ def _refuse_unknown_keys(origin: str, values: Any, schema: Any = None, prefix: s
             same = [k for k in every if k.split(".")[-1] == str(key)]  # without its section, or in another's
             near = same if same and not prefix else near or same[:1]
             hint = f"; did you mean {' or '.join(near)}?" if near else "; docs/configuration.md lists all keys"
-            raise UserError(f"{origin}: unknown key {prefix}{key}{hint}")
+            raise ConfigError(f"{origin}: unknown key {prefix}{key}{hint}")
         if not isinstance(known[key], Section) and not _can_be_written(value):
-            raise UserError(f"{origin}: {prefix}{key} has characters that no file can be named by, got {value!r}")
+            raise ConfigError(f"{origin}: {prefix}{key} has characters that no file can be named by, got {value!r}")
         if is_too_large(value):  # of which a float cannot even be made
-            raise UserError(f"{origin}: {prefix}{key} must be an integer of 64 bits, got {value!r:.40}")
+            raise ConfigError(f"{origin}: {prefix}{key} must be an integer of 64 bits, got {value!r:.40}")
         if isinstance(known[key], Section):
             _refuse_unknown_keys(origin, value, known[key], f"{key}.")
         elif isinstance(known[key], list) and not isinstance(value, list) and "${" not in str(value):
-            raise UserError(f"{origin}: {prefix}{key} must be a list, in brackets, got {value!r}")
+            raise ConfigError(f"{origin}: {prefix}{key} must be a list, in brackets, got {value!r}")
         elif isinstance(known[key], list) and any(isinstance(each, (list, Mapping)) for each in value):
-            raise UserError(f"{origin}: {prefix}{key} must be a list of names, got {value!r}")
+            raise ConfigError(f"{origin}: {prefix}{key} must be a list of names, got {value!r}")
         elif isinstance(known[key], dict) and not isinstance(value, Mapping):
-            raise UserError(f"{origin}: {prefix}{key} must be a mapping of names to values, got {value!r}")
+            raise ConfigError(f"{origin}: {prefix}{key} must be a mapping of names to values, got {value!r}")
 
 
 def _refuse_renamed_key(origin: str, key: str, value: Any) -> None:
     if new := RENAMED_KEYS.get(key):
-        raise UserError(f"{origin}: {key} is now {new}; rename it")
+        raise ConfigError(f"{origin}: {key} is now {new}; rename it")
     if isinstance(value, Mapping):
         for name, inner in value.items():
             _refuse_renamed_key(origin, f"{key}.{name}", inner)

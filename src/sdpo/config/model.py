@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from sdpo.config.field import MISSING, Section, setting
-from sdpo.errors import UserError
+from sdpo.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class LoraConfig(Section):
         super().__post_init__()
         for name in ("alpha", "target_modules"):
             if self.rank == 0 and getattr(self, name):
-                raise UserError(f"lora.{name} has no effect with lora.rank=0; set lora.rank or remove it")
+                raise ConfigError(f"lora.{name} has no effect with lora.rank=0; set lora.rank or remove it")
 
     @property
     def scale_numerator(self) -> int:

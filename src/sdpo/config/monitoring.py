@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from sdpo.config.field import Section, setting
 from sdpo.config.self_distillation import SelfDistillationConfig
-from sdpo.errors import UserError
+from sdpo.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class EvalConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.n == 1:
-            raise UserError("eval.n must be 0 or at least 2, got 1: mean@1 is the name of the greedy accuracy")
+            raise ConfigError("eval.n must be 0 or at least 2, got 1: mean@1 is the name of the greedy accuracy")
 
 
 HEALTH_ACTIONS = ("ignore", "warn", "reduce_weight", "freeze_teacher", "stop")
@@ -132,16 +132,16 @@ class HealthConfig(Section):
         """Refuse actions without effect.
 
         Raises:
-            UserError: names the check and an action to use instead.
+            ConfigError: names the check and an action to use instead.
         """
         for check, action in self.actions.items():
             if action in ("reduce_weight", "freeze_teacher") and not self_distillation.distills:
-                raise UserError(
+                raise ConfigError(
                     f"health.{check}={action} has no effect with self_distillation.policy_loss_weight=1, where nothing "
                     "is distilled; use warn or stop"
                 )
             if action == "freeze_teacher" and self_distillation.teacher_regularization == "frozen":
-                raise UserError(
+                raise ConfigError(
                     f"health.{check}=freeze_teacher has no effect with "
                     "self_distillation.teacher_regularization=frozen; use warn, reduce_weight or stop"
                 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sdpo.errors import UserError
+from sdpo.errors import ConfigError
 
 # Keys of the official implementation's section without effect here, at the one value that means what is done here.
 _OFFICIAL_VALUES = {
@@ -19,17 +19,17 @@ def translate_official_keys(origin: str, section: dict[str, Any]) -> None:
     """Change the official implementation's ``self_distillation`` section into ours, in place.
 
     Raises:
-        UserError: a Renyi divergence or another truncation is asked for, or one rate is set under both of its names.
+        ConfigError: a Renyi divergence or another truncation is asked for, or one rate is set under both of its names.
     """
     section.pop("_target_", None)
     for key, supported in _OFFICIAL_VALUES.items():
         if key in section and (value := section.pop(key)) != supported:
-            raise UserError(
+            raise ConfigError(
                 f"{origin}: self_distillation.{key}={value}: not implemented; remove it, or set it to {supported}"
             )
     if "teacher_update_rate" in section:
         if "ema_update_rate" in section:
-            raise UserError(
+            raise ConfigError(
                 f"{origin}: self_distillation.teacher_update_rate and ema_update_rate are the same setting; remove one"
             )
         section["ema_update_rate"] = section.pop("teacher_update_rate")

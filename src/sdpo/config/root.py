@@ -14,7 +14,7 @@ from sdpo.config.model import LoraConfig, ModelConfig
 from sdpo.config.monitoring import EvalConfig, HealthConfig, TrackingConfig
 from sdpo.config.rollout import RolloutConfig, RolloutCorrectionConfig
 from sdpo.config.self_distillation import SelfDistillationConfig
-from sdpo.errors import UserError
+from sdpo.errors import ConfigError
 
 MAX_ROLLOUTS = 1_000_000
 # A step without gradient multiplies a moment by beta; in bfloat16 a change below 2^-8 may be rounded away.
@@ -77,19 +77,19 @@ class SDPOConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.data.train_batch_size * self.rollout.n > MAX_ROLLOUTS:
-            raise UserError(
+            raise ConfigError(
                 f"data.train_batch_size={self.data.train_batch_size} times rollout.n={self.rollout.n} is more than "
                 f"{MAX_ROLLOUTS} rollouts per step; lower one of them"
             )
         self.health.check_actions(self.self_distillation)
         mini = self.actor.mini_batch_size
         if mini is not None and self.data.train_batch_size % mini:
-            raise UserError(
+            raise ConfigError(
                 f"actor.mini_batch_size={mini} must divide data.train_batch_size={self.data.train_batch_size}"
             )
         self._check_rounding()
         if self.lora.rank and self.actor.freeze_vision_tower:
-            raise UserError(
+            raise ConfigError(
                 "actor.freeze_vision_tower has no effect with lora.rank > 0, which never trains the vision tower; "
                 "remove it"
             )
@@ -99,12 +99,12 @@ class SDPOConfig(Section):
         half = self.model.dtype == "bfloat16" and self.lora.rank == 0
         if self.optim.stochastic_rounding and not half:
             what = "lora.rank > 0" if self.lora.rank else f"model.dtype={self.model.dtype}"
-            raise UserError(
+            raise ConfigError(
                 f"optim.stochastic_rounding has no effect with {what}, where trained weights are float32; remove it"
             )
         beta1, beta2 = self.optim.betas
         if half and beta2 > MAX_BETA2_IN_BFLOAT16:
-            raise UserError(
+            raise ConfigError(
                 f"optim.betas=[{beta1},{beta2}] with model.dtype=bfloat16: second moments in bfloat16 would never "
                 f"decay; set optim.betas=[{beta1},0.95] (the second at most {MAX_BETA2_IN_BFLOAT16:.3f}) or "
                 "model.dtype=float32"

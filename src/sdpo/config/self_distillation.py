@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from sdpo.config.field import Section, setting
-from sdpo.errors import UserError
+from sdpo.errors import ConfigError
 
 _TEMPLATE_PLACEHOLDERS = {
     "reprompt_template": ("prompt", "solution", "feedback"),
@@ -137,25 +137,25 @@ class SelfDistillationConfig(Section):
         super().__post_init__()
         if not self.full_logit_distillation:
             if self.alpha != 1.0:
-                raise UserError(
+                raise ConfigError(
                     f"self_distillation.alpha must be 1 when full_logit_distillation is false (the sampled token alone "
                     f"gives an estimate of the reverse KL only), got {self.alpha!r}"
                 )
             if self.distillation_topk is not None:
-                raise UserError("self_distillation.distillation_topk needs full_logit_distillation=true; remove one")
+                raise ConfigError("self_distillation.distillation_topk needs full_logit_distillation=true; remove one")
             if self.teacher_entropy_beta:
-                raise UserError(
+                raise ConfigError(
                     "self_distillation.teacher_entropy_beta needs full_logit_distillation=true; set it to 0"
                 )
         if self.distills and self.demonstration_source == "none" and not self.include_environment_feedback:
-            raise UserError(
+            raise ConfigError(
                 "self_distillation.demonstration_source is none and include_environment_feedback is false: the teacher "
                 "would see nothing; set one of them, or policy_loss_weight=1"
             )
         for name, placeholders in _TEMPLATE_PLACEHOLDERS.items():
             missing = [p for p in placeholders if f"{{{p}}}" not in getattr(self, name)]
             if missing:
-                raise UserError(f"self_distillation.{name} lacks the placeholder {{{missing[0]}}}")
+                raise ConfigError(f"self_distillation.{name} lacks the placeholder {{{missing[0]}}}")
 
     @property
     def distills(self) -> bool:

@@ -26,7 +26,7 @@ ACCELERATOR_BLOCK_BYTES = 60_000_000
 
 
 @dataclass(frozen=True)
-class LazyLogits:
+class LinearHead:
     """Logits [N, V] before they are computed: hidden states and head.
 
     logits = coefficient * softcap * tanh((hidden @ weight.T + bias) / softcap); without a soft-cap, coefficient
@@ -39,7 +39,7 @@ class LazyLogits:
     softcap: float | None = None  # > 0
     coefficient: float = 1.0  # of this model in a policy that adds the logits of several models
 
-    def detach(self) -> LazyLogits:
+    def detach(self) -> LinearHead:
         """Detached, with the head's weight cast to the hidden states' type."""
         hidden = self.hidden.detach()
         return replace(self, hidden=hidden, weight=self.weight.detach().to(hidden.dtype))
@@ -57,10 +57,10 @@ def choose_chunk_size(vocab_size: int, dtype: torch.dtype, device: torch.device 
     return max(1, num_bytes // (vocab_size * dtype.itemsize))
 
 
-class ChunkedPolicy:
+class ChunkedLogProbs:
     """A policy's log-probabilities in two steps: the head on a chunk, then the softmax on its blocks."""
 
-    def __init__(self, parts: Sequence[LazyLogits], temperature: float, chunk_size: int) -> None:
+    def __init__(self, parts: Sequence[LinearHead], temperature: float, chunk_size: int) -> None:
         self.parts = parts
         self.temperature = temperature
         hidden, (vocab_size, _) = parts[0].hidden, parts[0].weight.shape
@@ -109,7 +109,7 @@ class ChunkedPolicy:
 
 
 def score_tokens(
-    student: LazyLogits, sampled_ids: Tensor, *, temperature: float = 1.0, chunk_size: int | None = None
+    student: LinearHead, sampled_ids: Tensor, *, temperature: float = 1.0, chunk_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the sampled tokens [N] and entropies of their distributions in nats, [N] each.
 
@@ -122,7 +122,7 @@ def score_tokens(
     """
     size = chunk_size or choose_chunk_size(len(student.weight), student.hidden.dtype, student.hidden.device)
     with torch.no_grad(), torch.autocast(student.hidden.device.type, enabled=False):
-        policy = ChunkedPolicy([student.detach()], temperature, size)
+        policy = ChunkedLogProbs([student.detach()], temperature, size)
         scores = student.hidden.new_empty(2, len(sampled_ids), dtype=policy.type)
         every_row = torch.arange(len(sampled_ids), device=sampled_ids.device)
         for chunk in cut_slice(len(sampled_ids), size):

@@ -11,30 +11,30 @@ from torch import Tensor
 
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.kernels import chunked_log_probs, fused_linear_loss
-from sdpo.kernels.chunked_log_probs import LazyLogits
+from sdpo.kernels.chunked_log_probs import LinearHead
 from sdpo.kernels.fused_linear_loss import FusedOutputs, TokenInputs
 from sdpo.kernels.self_check import kernels_agree
 
 
-def compute_fused_loss(
-    student: LazyLogits,
-    teacher: Sequence[LazyLogits],
+def fused_linear_sdpo_loss(
+    student: LinearHead,
+    teacher: Sequence[LinearHead],
     tokens: TokenInputs,
     config: SelfDistillationConfig,
     *,
     temperature: float = 1.0,
     chunk_size: int | None = None,
 ) -> FusedOutputs:
-    """``fused_linear_loss.compute_fused_loss``, by CUDA kernels if the hidden states' device and type allow."""
-    compute = fused_linear_loss.compute_fused_loss
+    """``fused_linear_loss.fused_linear_sdpo_loss``, by CUDA kernels if the hidden states' device and type allow."""
+    compute = fused_linear_loss.fused_linear_sdpo_loss
     kind = (config.alpha, config.full_logit_distillation, config.distillation_topk is not None)
     if has_cuda_kernels(student.hidden) and kernels_agree(student.hidden.device, student.hidden.dtype, *kind):
-        from sdpo.kernels.cuda.fused_loss import compute_fused_loss as compute
+        from sdpo.kernels.cuda.fused_loss import fused_linear_sdpo_loss as compute
     return compute(student, teacher, tokens, config, temperature=temperature, chunk_size=chunk_size)
 
 
 def score_tokens(
-    student: LazyLogits, sampled_ids: Tensor, *, temperature: float = 1.0, chunk_size: int | None = None
+    student: LinearHead, sampled_ids: Tensor, *, temperature: float = 1.0, chunk_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """``sdpo.kernels.chunked_log_probs.score_tokens``, by CUDA kernels if the hidden states' device and type allow."""
     score = chunked_log_probs.score_tokens

@@ -36,8 +36,8 @@ from sdpo.algorithm.divergence import differentiate_divergence
 from sdpo.algorithm.loss import LossInputs, LossOutputs, Sums, add_sums, compute_loss
 from sdpo.algorithm.regularization import Regularization
 from sdpo.config.self_distillation import SelfDistillationConfig
-from sdpo.kernels.chunked_log_probs import ChunkedPolicy, LazyLogits, choose_chunk_size, cut_slice
-from sdpo.kernels.head_grad import SumOfProducts, multiply_by_pieces
+from sdpo.kernels.chunked_log_probs import ChunkedLogProbs, LinearHead, choose_chunk_size, cut_slice
+from sdpo.kernels.head_grad import HeadGradAccumulator, blocked_matmul
 from sdpo.kernels.loss_inputs import build_loss_inputs
 
 # In half precision the head's gradient takes a float32 buffer, so the teacher's buffer holds 1 / 4 of a chunk's rows.
@@ -81,9 +81,9 @@ class FusedOutputs(LossOutputs):
     teacher_log_probs: Tensor  # [M]
 
 
-def compute_fused_loss(
-    student: LazyLogits,
-    teacher: Sequence[LazyLogits],
+def fused_linear_sdpo_loss(
+    student: LinearHead,
+    teacher: Sequence[LinearHead],
     tokens: TokenInputs,
     config: SelfDistillationConfig,
     *,
@@ -108,7 +108,9 @@ def compute_fused_loss(
     needed = [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
     size = chunk_size or choose_chunk_size(len(student.weight), student.hidden.dtype, student.hidden.device)
     with torch.no_grad(), torch.autocast(student.hidden.device.type, enabled=False):
-        run = _Pass(student.detach(), [part.detach() for part in teacher], config, temperature, needed, size)
+        run = _ChunkedForwardBackward(
+            student.detach(), [part.detach() for part in teacher], config, temperature, needed, size
+        )
         every_row = torch.arange(len(student.hidden), device=student.hidden.device)
         for rows, teacher_rows in _cut(tokens.distilled if teacher else None, every_row, size):
             run.add(tokens.select(rows), rows, teacher_rows)
@@ -133,11 +135,11 @@ def attach_gradients(
     scale: Callable[[Tensor, Tensor], Tensor] = torch.mul,
 ) -> Tensor:
     """Give a scalar known gradients, each of its leaf's shape; ``scale(gradient, scalar)`` multiplies in backward."""
-    attached: Tensor = _KnownGradients.apply(value, gradients, scale, *leaves)  # type: ignore[no-untyped-call]
+    attached: Tensor = _PrecomputedGrad.apply(value, gradients, scale, *leaves)  # type: ignore[no-untyped-call]
     return attached
 
 
-class _KnownGradients(torch.autograd.Function):
+class _PrecomputedGrad(torch.autograd.Function):
     """A scalar with known gradients; the backward pass only scales them."""
 
     @staticmethod
@@ -158,13 +160,13 @@ class _KnownGradients(torch.autograd.Function):
         return None, None, None, *(None if known is None else ctx.scale(known, factor) for known in ctx.saved_tensors)
 
 
-class _Pass:
+class _ChunkedForwardBackward:
     """One pass over the tokens, chunk by chunk: losses, sums and gradients so far."""
 
     def __init__(
         self,
-        student: LazyLogits,
-        teacher: Sequence[LazyLogits],
+        student: LinearHead,
+        teacher: Sequence[LinearHead],
         config: SelfDistillationConfig,
         temperature: float,
         needed: Sequence[bool],
@@ -174,22 +176,22 @@ class _Pass:
         self.temperature = temperature
         self.differentiates = any(needed)
         self.head = student
-        self.student = ChunkedPolicy([student], temperature, chunk_size)
+        self.student = ChunkedLogProbs([student], temperature, chunk_size)
         divisor = 1 if student.hidden.dtype == self.student.type else HALF_PRECISION_TEACHER_DIVISOR
         self.teacher_size = -(-chunk_size // (divisor * max(1, len(teacher))))
-        self.teacher = ChunkedPolicy(teacher, temperature, self.teacher_size) if teacher else None
+        self.teacher = ChunkedLogProbs(teacher, temperature, self.teacher_size) if teacher else None
         self.sums: Sums = {}
         self.token_losses = student.hidden.new_zeros(len(student.hidden), dtype=self.student.type)
         self.student_log_probs = torch.zeros_like(self.token_losses)
         self.student_entropies = torch.zeros_like(self.token_losses)
         self.teacher_log_probs = self.token_losses.new_zeros(len(teacher[0].hidden) if teacher else 0)
-        self.by_hidden = torch.zeros_like(student.hidden) if needed[0] else None
-        self.by_weight = SumOfProducts(student.weight, self.student.type) if needed[1] else None
-        self.by_bias = self.token_losses.new_zeros(len(student.weight)) if needed[2] else None
+        self.grad_hidden = torch.zeros_like(student.hidden) if needed[0] else None
+        self.grad_weight = HeadGradAccumulator(student.weight, self.student.type) if needed[1] else None
+        self.grad_bias = self.token_losses.new_zeros(len(student.weight)) if needed[2] else None
 
     def add(self, tokens: TokenInputs, rows: Tensor, teacher_rows: Tensor | None) -> None:
         """Add the tokens at ``rows``: all distilled, by ``teacher_rows``, or none."""
-        by_logits = self.student.multiply(rows)
+        grad_logits = self.student.multiply(rows)
         for part in cut_slice(len(rows), len(rows) if teacher_rows is None else self.teacher_size):
             if teacher_rows is not None:
                 assert self.teacher is not None
@@ -202,14 +204,14 @@ class _Pass:
                     None if teacher_rows is None else teacher_rows[shifted],
                     shifted,
                     block,
-                    by_logits[shifted],
+                    grad_logits[shifted],
                 )
         if not self.differentiates:
             return
-        if self.by_hidden is not None:
-            self.by_hidden[rows] = multiply_by_pieces(by_logits, self.head.weight, self.student.type)
-        if self.by_weight is not None:
-            self.by_weight.add(by_logits, self.head.hidden[rows])
+        if self.grad_hidden is not None:
+            self.grad_hidden[rows] = blocked_matmul(grad_logits, self.head.weight, self.student.type)
+        if self.grad_weight is not None:
+            self.grad_weight.add(grad_logits, self.head.hidden[rows])
 
     def _add_block(
         self,
@@ -218,7 +220,7 @@ class _Pass:
         teacher_rows: Tensor | None,
         block: slice,
         teacher_block: slice,
-        by_logits: Tensor,
+        grad_logits: Tensor,
     ) -> None:
         """Compute the losses of a block and overwrite its logits with dL / dz."""
         student, student_probs = self.student.normalise(block)
@@ -234,7 +236,7 @@ class _Pass:
             teacher_probs=teacher_probs,
             **vars(tokens),
         )
-        inputs, compared, derivative = self._find_leaves(inputs, student_probs, teacher_probs)
+        inputs, compared, derivative = self._make_autograd_leaves(inputs, student_probs, teacher_probs)
         with torch.enable_grad():
             outputs = compute_loss(inputs, self.config)
         add_sums(self.sums, sums | outputs.sums)
@@ -255,14 +257,14 @@ class _Pass:
         if entropies is not None and by_entropy is not None:
             by_entropies = self._differentiate_entropies(student_probs, entropies.detach(), by_entropy)
         gradient = student_probs  # overwrites them
-        self._differentiate(gradient, tokens.sampled_ids, inputs.kept_ids, derivative, by_sampled, by_compared)
+        self._differentiate(gradient, tokens.sampled_ids, inputs.topk_ids, derivative, by_sampled, by_compared)
         if by_entropies is not None:
             gradient.add_(by_entropies)
         if self.head.softcap is not None:
             gradient.mul_(self.student.compute_slope(block, out=student))
-        if self.by_bias is not None:
-            self.by_bias += gradient.sum(0)
-        by_logits.copy_(gradient)
+        if self.grad_bias is not None:
+            self.grad_bias += gradient.sum(0)
+        grad_logits.copy_(gradient)
 
     def finish(self, dtypes: Sequence[torch.dtype | None]) -> tuple[FusedOutputs, list[Tensor | None]]:
         """Outputs, and the needed gradients by hidden states, weight and bias in these types."""
@@ -271,16 +273,16 @@ class _Pass:
         outputs = FusedOutputs(
             loss, self.token_losses, self.sums, self.student_log_probs, self.student_entropies, self.teacher_log_probs
         )
-        by_weight = None
-        if self.by_weight is not None and dtypes[1] is not None:
-            by_weight = self.by_weight.finish(dtypes[1])
-        by_hidden, by_bias = (
+        grad_weight = None
+        if self.grad_weight is not None and dtypes[1] is not None:
+            grad_weight = self.grad_weight.finish(dtypes[1])
+        grad_hidden, grad_bias = (
             None if gradient is None or dtype is None else gradient.to(dtype)
-            for gradient, dtype in ((self.by_hidden, dtypes[0]), (self.by_bias, dtypes[2]))
+            for gradient, dtype in ((self.grad_hidden, dtypes[0]), (self.grad_bias, dtypes[2]))
         )
-        return outputs, [by_hidden, by_weight, by_bias]
+        return outputs, [grad_hidden, grad_weight, grad_bias]
 
-    def _find_leaves(
+    def _make_autograd_leaves(
         self, inputs: LossInputs, student_probs: Tensor, teacher_probs: Tensor | None
     ) -> tuple[LossInputs, Tensor | None, Tensor | None]:
         """Inputs with leaves, the compared leaf, and the divergence's derivative by the student's log-probabilities.
@@ -312,7 +314,7 @@ class _Pass:
         self,
         student: Tensor,
         sampled_ids: Tensor,
-        kept_ids: Tensor | None,
+        topk_ids: Tensor | None,
         derivative: Tensor | None,
         by_sampled: Tensor,
         by_compared: Tensor | None,
@@ -330,10 +332,10 @@ class _Pass:
             total = by_sampled + by_divergence * derivative.sum(-1, keepdim=True)
             student.mul_(-total).addcmul_(derivative, by_divergence)
         else:
-            assert kept_ids is not None
+            assert topk_ids is not None
             by_kept = by_compared / self.temperature
             total = by_sampled + by_kept.sum(-1, keepdim=True)
-            student.mul_(-total).scatter_add_(-1, kept_ids, by_kept)
+            student.mul_(-total).scatter_add_(-1, topk_ids, by_kept)
         student.scatter_add_(-1, sampled_ids[:, None], by_sampled)
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from sdpo.algorithm.loss import compute_token_weights
 from sdpo.config.self_distillation import SelfDistillationConfig
-from sdpo.kernels.chunked_log_probs import LazyLogits, softmax_type
-from sdpo.kernels.dispatch import compute_fused_loss
+from sdpo.kernels.chunked_log_probs import LinearHead, softmax_type
+from sdpo.kernels.dispatch import fused_linear_sdpo_loss
 from sdpo.kernels.fused_linear_loss import TokenInputs
 from sdpo.observability import metrics
 
@@ -82,9 +82,9 @@ def fused_self_distillation_loss(
     while True:
         distilled = distilled & counted
         rows, shown = _find(counted), _find(distilled)
-        outputs = compute_fused_loss(
-            LazyLogits(_take(student_hidden, rows), student_head, student_bias, softcap),
-            [LazyLogits(_take(teacher_hidden, shown), teacher_head, teacher_bias, softcap)],
+        outputs = fused_linear_sdpo_loss(
+            LinearHead(_take(student_hidden, rows), student_head, student_bias, softcap),
+            [LinearHead(_take(teacher_hidden, shown), teacher_head, teacher_bias, softcap)],
             TokenInputs(
                 sampled_ids=_take(sampled_ids, rows),
                 old_log_probs=None if old_log_probs is None else _take(old_log_probs, rows).detach(),

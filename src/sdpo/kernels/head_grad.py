@@ -18,7 +18,7 @@ ACCELERATOR_PIECE_BYTES = 64_000_000
 PART_PIECES = 16
 
 
-class SumOfProducts:
+class HeadGradAccumulator:
     """Sum of G^T X over chunks, [V, H], in the softmax's type, because half precision would round away later chunks."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
@@ -28,10 +28,10 @@ class SumOfProducts:
         self.parts = [torch.empty_like(part, dtype=dtype) for part in weight.split(self.part_rows)]
         self.num_chunks = 0
 
-    def add(self, by_logits: Tensor, hidden: Tensor) -> None:
+    def add(self, grad_logits: Tensor, hidden: Tensor) -> None:
         """Add the product of G [n, V] and X [n, H]."""
         transposed = hidden.T.contiguous() if goes_to_onednn(hidden) else hidden.T
-        for part, columns in zip(self.parts, by_logits.split(self.part_rows, dim=-1), strict=True):
+        for part, columns in zip(self.parts, grad_logits.split(self.part_rows, dim=-1), strict=True):
             if self.in_place:
                 part.addmm_(columns.T, hidden, beta=min(self.num_chunks, 1))
                 continue
@@ -53,14 +53,14 @@ class SumOfProducts:
         return total
 
 
-def multiply_by_pieces(by_logits: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def blocked_matmul(grad_logits: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """G W, [n, H]."""
-    if by_logits.dtype == dtype and not goes_to_onednn(weight):
-        return by_logits @ weight
+    if grad_logits.dtype == dtype and not goes_to_onednn(weight):
+        return grad_logits @ weight
     # oneDNN sums over the whole vocabulary more slowly than over pieces of it.
-    total = by_logits.new_zeros(len(by_logits), weight.shape[1], dtype=dtype)
+    total = grad_logits.new_zeros(len(grad_logits), weight.shape[1], dtype=dtype)
     rows = 4 * _count_piece_rows(weight)
-    for columns, piece in zip(by_logits.split(rows, dim=-1), weight.split(rows), strict=True):
+    for columns, piece in zip(grad_logits.split(rows, dim=-1), weight.split(rows), strict=True):
         total.add_(multiply(columns, piece.T))
     return total.to(weight.dtype)
 

@@ -24,7 +24,7 @@ def gather_log_probs(log_probs: Tensor, token_ids: Tensor) -> Tensor:
     return log_probs.gather(-1, token_ids[:, None])[:, 0]
 
 
-def select_top(log_probs: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def topk_support(log_probs: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Values and indices of the k largest entries of distributions [N, V], largest first: [N, k] each."""
     vocab_size = log_probs.shape[-1]
     width = vocab_size // TOP_GROUP
@@ -138,10 +138,10 @@ def build_loss_inputs(
     sums[metrics.TEACHER_ENTROPY] = mean_of(teacher_entropy)
     teacher_log_probs = gather_log_probs(teacher, sampled_ids[distilled])
     student_rows = student if bool(distilled.all()) else student[distilled]
-    kept_ids = None
+    topk_ids = None
     if config.distillation_topk is not None:
-        student_rows, kept_ids = select_top(student_rows, config.distillation_topk)
-        teacher = teacher.gather(-1, kept_ids)
+        student_rows, topk_ids = topk_support(student_rows, config.distillation_topk)
+        teacher = teacher.gather(-1, topk_ids)
     inputs = replace(
         common,
         distilled=distilled,
@@ -149,7 +149,7 @@ def build_loss_inputs(
         teacher_log_probs=teacher_log_probs,
         student_distribution=student_rows,
         teacher_distribution=teacher,
-        kept_ids=kept_ids,
+        topk_ids=topk_ids,
         teacher_entropy=None if config.distillation_topk is not None else teacher_entropy.detach(),
     )
     return inputs, sums

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.kernels import chunked_log_probs, fused_linear_loss
-from sdpo.kernels.chunked_log_probs import LazyLogits
+from sdpo.kernels.chunked_log_probs import LinearHead
 from sdpo.kernels.fused_linear_loss import TokenInputs
 
 NUM_TOKENS, VOCAB_SIZE, HIDDEN_SIZE = 6, 1030, 32
@@ -65,10 +65,10 @@ def _compare(device: torch.device, dtype: torch.dtype, config: SelfDistillationC
     found = []
     for module, wide in ((fused_loss, dtype), (fused_linear_loss, torch.float32)):
         leaves = [x.detach().to(wide).requires_grad_() for x in (hidden, head)]
-        student = LazyLogits(leaves[0], leaves[1])
-        teacher = LazyLogits(teacher_hidden.to(wide), 0.5 * head.to(wide))
+        student = LinearHead(leaves[0], leaves[1])
+        teacher = LinearHead(teacher_hidden.to(wide), 0.5 * head.to(wide))
         with torch.enable_grad():
-            outputs = module.compute_fused_loss(student, [teacher], tokens, replace(config, policy_loss_weight=0.3))
+            outputs = module.fused_linear_sdpo_loss(student, [teacher], tokens, replace(config, policy_loss_weight=0.3))
             gradients = torch.autograd.grad(outputs.loss, leaves)
         scored = (fused_loss if module is fused_loss else chunked_log_probs).score_tokens(student.detach(), ids)
         found.append([outputs.token_losses, *gradients, *scored])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sdpo.models.multimodal.processor import TokenPrompt
-from sdpo.models.multimodal.vision_tower import ImageFeatures, Vision, showing
+from sdpo.models.multimodal.vision_tower import ImageFeatures, VisionAdapter, showing
 from sdpo.models.packing.attention import NO_MASK
 from sdpo.models.packing.layout import PackedSequences
 
@@ -39,7 +39,7 @@ def pad_sequences(
     responses: Sequence[Sequence[int]],
     pad_token_id: int,
     device: torch.device,
-    vision: Vision | None = None,
+    vision: VisionAdapter | None = None,
 ) -> PaddedSequences:
     """Put prompt and response of each sample into one row; a response may be empty.
 
@@ -68,7 +68,9 @@ def pad_sequences(
     )
 
 
-def compute_positions(prompts: Sequence[TokenPrompt], response_length: int, vision: Vision | None) -> list[Tensor]:
+def compute_positions(
+    prompts: Sequence[TokenPrompt], response_length: int, vision: VisionAdapter | None
+) -> list[Tensor]:
     """Position ids [L], or [3, L] in models with multimodal rotary positions, of each prompt and a response.
 
     Positions of a response continue from the prompt's maximum in steps of 1, on every axis. Shorter responses use the
@@ -80,7 +82,7 @@ def compute_positions(prompts: Sequence[TokenPrompt], response_length: int, visi
     return [positions[key] for key in keys]
 
 
-def _compute_positions(prompt: TokenPrompt, response_length: int, vision: Vision | None) -> Tensor:
+def _compute_positions(prompt: TokenPrompt, response_length: int, vision: VisionAdapter | None) -> Tensor:
     length = len(prompt.token_ids)
     text = torch.arange(length + response_length)
     if vision is None or vision.num_axes == 1:
@@ -95,7 +97,7 @@ def compute_hidden(
     model: nn.Module,
     sequences: PaddedSequences | PackedSequences,
     *,
-    vision: Vision | None = None,
+    vision: VisionAdapter | None = None,
     features: Sequence[ImageFeatures] = (),
 ) -> Tensor:
     """Hidden states [N, H] from which the output layer predicts each response token, response by response.
@@ -105,7 +107,7 @@ def compute_hidden(
         features: of the sequences' images, in their order.
     """
     transformer: Any = model
-    inputs: dict[str, Any] = vision.mark_images(sequences.token_ids) if vision is not None else {}
+    inputs: dict[str, Any] = vision.image_token_mask(sequences.token_ids) if vision is not None else {}
     if isinstance(sequences, PackedSequences):
         inputs |= {"layout": sequences.layout, "attention_mask": NO_MASK.to(sequences.token_ids.device)}
     else:
@@ -130,7 +132,7 @@ def compute_logits(
     position_ids: Tensor,
     keep: int,
     *,
-    vision: Vision | None = None,
+    vision: VisionAdapter | None = None,
     features: Sequence[ImageFeatures] = (),
     cache: Any = None,
 ) -> Tensor:
@@ -142,7 +144,7 @@ def compute_logits(
         position_ids: as in ``PaddedSequences``, of ``token_ids``.
         features: of the images in ``token_ids``, row by row.
     """
-    marks = vision.mark_images(token_ids) if vision is not None else {}
+    marks = vision.image_token_mask(token_ids) if vision is not None else {}
     with showing(model, features) as shown:
         output = model(
             input_ids=token_ids,

@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer; failures raise ``UserError``."""
+"""Load a model and its tokenizer; failures raise ``ConfigError``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import logging as transformers_logging
 
 from sdpo.config.model import ModelConfig
-from sdpo.errors import UserError
+from sdpo.errors import ConfigError
 from sdpo.kernels.cpu.fast_linear import speed_up_linear_layers
 
 # transformers' progress bars would garble the trainer's output.
@@ -29,7 +29,7 @@ def resolve_device(name: str, setting: str) -> torch.device:
     """Resolve a device name; ``auto`` is the first GPU, or the CPU without a GPU.
 
     Raises:
-        UserError: the device does not exist.
+        ConfigError: the device does not exist.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,14 +37,14 @@ def resolve_device(name: str, setting: str) -> torch.device:
         return torch.empty(1, device=name).device  # with an index, so that cuda equals cuda:0
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{setting}: no device {name!r} here ({reason}); use auto or cpu") from error
+        raise ConfigError(f"{setting}: no device {name!r} here ({reason}); use auto or cpu") from error
 
 
 def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
     """Load the model in evaluation mode, with weights in ``model.dtype`` on ``device``.
 
     Raises:
-        UserError: it cannot be loaded, or its files lack weights, which transformers would initialize randomly.
+        ConfigError: it cannot be loaded, or its files lack weights, which transformers would initialize randomly.
     """
     kind = _get_auto_class(_load_architecture(config))
     try:
@@ -57,10 +57,10 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
             ignore_mismatched_sizes=True,  # the error below names the mismatched weights
         )
     except Exception as error:  # transformers and remote code may raise any exception
-        raise UserError(f"model.path: {config.path}: cannot be loaded ({_explain(error)})") from error
+        raise ConfigError(f"model.path: {config.path}: cannot be loaded ({_explain(error)})") from error
     lacking = sorted({*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])})
     if lacking:
-        raise UserError(
+        raise ConfigError(
             f"model.path: {config.path}: {len(lacking)} weights are missing or have another shape: "
             f"{', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}; use weights and config of the same model"
         )
@@ -74,9 +74,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # broken files may raise any exception
-        raise UserError(f"model.path: {config.path}: its tokenizer cannot be loaded ({_explain(error)})") from error
+        raise ConfigError(f"model.path: {config.path}: its tokenizer cannot be loaded ({_explain(error)})") from error
     if tokenizer.eos_token_id is None:
-        raise UserError(
+        raise ConfigError(
             f"model.path: {config.path}: the tokenizer has no end-of-sequence token; set eos_token in its config"
         )
     if tokenizer.pad_token_id is None:
@@ -91,7 +91,7 @@ def build_meta_model(config: ModelConfig) -> PreTrainedModel:
         with torch.device("meta"):
             return _get_auto_class(architecture).from_config(architecture, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # invalid settings may raise any exception
-        raise UserError(f"model.path: {config.path}: cannot be loaded ({_explain(error)})") from error
+        raise ConfigError(f"model.path: {config.path}: cannot be loaded ({_explain(error)})") from error
 
 
 def reads_images(config: ModelConfig) -> bool:
@@ -104,7 +104,7 @@ def _load_architecture(config: ModelConfig) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # broken files may raise any exception
-        raise UserError(f"model.path: {config.path}: cannot be loaded ({_explain(error)})") from error
+        raise ConfigError(f"model.path: {config.path}: cannot be loaded ({_explain(error)})") from error
 
 
 def _get_auto_class(architecture: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
@@ -121,7 +121,7 @@ def get_stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     more = configured if isinstance(configured, list) else [configured]
     for token_id in more:
         if not isinstance(token_id, int | None):
-            raise UserError(f"model.path: eos_token_id={token_id!r:.40} in generation_config.json is not an integer")
+            raise ConfigError(f"model.path: eos_token_id={token_id!r:.40} in generation_config.json is not an integer")
     return sorted({tokenizer.eos_token_id, *(token for token in more if token is not None)})
 
 
@@ -131,13 +131,13 @@ def require_same_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     Added tokens may lack one, as Gemma's image token does in text-only models.
 
     Raises:
-        UserError: another token or the end or padding token lacks an embedding.
+        ConfigError: another token or the end or padding token lacks an embedding.
     """
     size = count_embeddings(model)
     added = set(tokenizer.added_tokens_decoder) - {tokenizer.eos_token_id, tokenizer.pad_token_id}
     largest = max((token_id for token_id in tokenizer.get_vocab().values() if token_id not in added), default=0)
     if largest >= size:
-        raise UserError(
+        raise ConfigError(
             f"model.path: {path}: the tokenizer has token ids up to {largest}, but the model has {size} embeddings; "
             "use tokenizer and weights of the same model"
         )
@@ -162,9 +162,9 @@ def looks_local(path: str) -> bool:
 def _require_model(config: ModelConfig) -> None:
     exists = os.path.exists(config.path)
     if not exists and looks_local(config.path):
-        raise UserError(f"model.path: {config.path}: no such folder")
+        raise ConfigError(f"model.path: {config.path}: no such folder")
     if exists and not os.path.isfile(os.path.join(config.path, "config.json")):
-        raise UserError(
+        raise ConfigError(
             f"model.path: {config.path}: config.json is missing; use a model folder in the Hugging Face format"
         )
 

@@ -31,38 +31,38 @@ BLOCKS_OF_LOSS = 10
 
 
 @dataclass(frozen=True)
-class Cost:
+class MemoryEstimate:
     """Upper bounds. Memory is in bytes, by what needs it, on one GPU of each role.
 
     Attributes:
         tokens_a_step: prompts and responses of all rollouts.
         num_params: all of the model's; None where the model is only made on first use.
         num_tower_params: those of its image tower and projector.
-        learner: what the learner's device holds all the time.
+        actor: what the actor's device holds all the time.
         learning: what it holds besides while it learns, and frees before it samples.
         phases: what comes on top of both in one phase after the other, by the phase's name.
-        sampler: what sampling takes, on its own device or, with ``takes_turns``, on the learner's between its phases.
-        num_learners: GPUs over which the learner is sharded.
+        sampler: what sampling takes, on its own device or, with ``colocated``, on the actor's between its phases.
+        num_learners: GPUs over which the actor is sharded.
         num_samplers: GPUs that sample.
     """
 
     tokens_a_step: int
     num_params: int | None
     num_tower_params: int = 0
-    learner: Mapping[str, int] = field(default_factory=dict)
+    actor: Mapping[str, int] = field(default_factory=dict)
     learning: Mapping[str, int] = field(default_factory=dict)
     phases: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     sampler: Mapping[str, int] = field(default_factory=dict)
-    takes_turns: bool = True
+    colocated: bool = True
     num_learners: int = 1
     num_samplers: int = 1
 
     @property
     def learner_peak(self) -> int:
-        """The learner's device at the worst moment."""
+        """The actor's device at the worst moment."""
         learning = sum(self.learning.values()) + max(sum(phase.values()) for phase in self.phases.values())
-        sampling = self.sampler_peak if self.takes_turns else 0
-        return sum(self.learner.values()) + max(learning, sampling)
+        sampling = self.sampler_peak if self.colocated else 0
+        return sum(self.actor.values()) + max(learning, sampling)
 
     @property
     def sampler_peak(self) -> int:
@@ -168,7 +168,7 @@ def measure_model(config: ModelConfig, lora: LoraConfig | None = None) -> ModelS
     """Count the parameters of the architecture; only ``config.json`` of the model is read.
 
     Raises:
-        UserError: as ``build_meta_model`` and ``find_target_layers`` do.
+        ConfigError: as ``build_meta_model`` and ``find_target_layers`` do.
     """
     model = build_meta_model(config)
     shape: Any = model.config.get_text_config()
@@ -296,7 +296,7 @@ def bound_lengths(run: SDPOConfig, window: int | None) -> Lengths:
 
 
 def count_fused_loss(vocab_size: int, hidden_size: int, size: int, num_tokens: int, *, trains_head: bool = True) -> int:
-    """Bytes at the worst moment of ``compute_fused_loss`` and its backward pass on an accelerator.
+    """Bytes at the worst moment of ``fused_linear_sdpo_loss`` and its backward pass on an accelerator.
 
     Logits of a chunk and the blocks that are worked on, which do not depend on the number of tokens: as much for the
     teacher as for the student, or a quarter of it in half precision, and as many blocks as torch's profiler counted.

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from sdpo.config.actor import OptimConfig
-from sdpo.errors import UserError
+from sdpo.errors import ConfigError
 
 NUM_SAMPLED = 65_536
 # Above this lost fraction a warning is logged: the effective learning rate is far from the configured value.
@@ -40,19 +40,19 @@ def require_optimizer(module: str, setting: str) -> None:
     """Check that the optimizer's package is installed.
 
     Raises:
-        UserError: ``module`` cannot be imported.
+        ConfigError: ``module`` cannot be imported.
     """
     try:
         importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"{setting}: {module} cannot be imported ({error}); pip install 'sdpo[torchao]'") from error
+        raise ConfigError(f"{setting}: {module} cannot be imported ({error}); pip install 'sdpo[torchao]'") from error
 
 
 def build_optimizer(params: Sequence[torch.nn.Parameter], config: OptimConfig) -> Optimizer:
     """Build the optimizer; parameters without gradients are never updated.
 
     Raises:
-        UserError: the settings require torchao, which is missing.
+        ConfigError: the settings require torchao, which is missing.
     """
     module, name, arguments = choose_optimizer(config)
     require_optimizer(module, f"optim.name={config.name}" if config.name != "adamw" else "optim.stochastic_rounding")

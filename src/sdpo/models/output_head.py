@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdpo.errors import UserError
-from sdpo.kernels.chunked_log_probs import LazyLogits
+from sdpo.errors import ConfigError
+from sdpo.kernels.chunked_log_probs import LinearHead
 
 PROBE_LENGTH = 4
 # Added to the logit of a forbidden token: probability 0 in float32, but finite, because a divergence with -inf on both
@@ -18,7 +18,7 @@ PROBE_LENGTH = 4
 FORBIDDEN = -1e4
 
 
-def build_lazy_logits(model: nn.Module, hidden: Tensor, coefficient: float = 1.0) -> LazyLogits:
+def build_lazy_logits(model: nn.Module, hidden: Tensor, coefficient: float = 1.0) -> LinearHead:
     """Logits of a transformers model for hidden states [N, H], before they are computed.
 
     Args:
@@ -28,7 +28,7 @@ def build_lazy_logits(model: nn.Module, hidden: Tensor, coefficient: float = 1.0
     head, config = transformer.get_output_embeddings(), transformer.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
     scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
-    return LazyLogits(
+    return LinearHead(
         hidden if scale == 1.0 else hidden * scale,
         head.weight,
         getattr(head, "bias", None),
@@ -37,7 +37,7 @@ def build_lazy_logits(model: nn.Module, hidden: Tensor, coefficient: float = 1.0
     )
 
 
-def forbid_tokens(lazy: LazyLogits, token_ids: Sequence[int]) -> LazyLogits:
+def forbid_tokens(lazy: LinearHead, token_ids: Sequence[int]) -> LinearHead:
     """Set the probability of some tokens to 0, as a sampler that never draws them does.
 
     Args:
@@ -50,7 +50,7 @@ def forbid_tokens(lazy: LazyLogits, token_ids: Sequence[int]) -> LazyLogits:
     return replace(lazy, bias=bias if lazy.bias is None else lazy.bias + bias)
 
 
-def compute_dense_logits(lazy: LazyLogits) -> Tensor:
+def compute_dense_logits(lazy: LinearHead) -> Tensor:
     """Compute all logits [N, V] at once; for few tokens."""
     logits = lazy.hidden @ lazy.weight.to(lazy.hidden.dtype).T
     if lazy.bias is not None:
@@ -67,7 +67,7 @@ def measure_logit_scale(model: nn.Module) -> float:
     It compares the model's logits of a few tokens with those of ``build_lazy_logits``.
 
     Raises:
-        UserError: the logits are not proportional, so the model computes them in an unsupported way.
+        ConfigError: the logits are not proportional, so the model computes them in an unsupported way.
     """
     transformer: Any = model
     device = next(model.parameters()).device
@@ -86,7 +86,7 @@ def measure_logit_scale(model: nn.Module) -> float:
         scale = 1.0
     difference = (compute_dense_logits(build_lazy_logits(model, hidden * scale)).float() - logits).abs().max()
     if not float(difference) <= tolerance * float(logits.abs().max()):
-        raise UserError(
+        raise ConfigError(
             f"model.path: {type(model).__name__} computes logits from hidden states in an unsupported way "
             f"(difference {float(difference):.2g})"
         )

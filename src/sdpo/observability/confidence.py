@@ -58,7 +58,7 @@ class ClusteredMean:
         half = Z95 * math.sqrt(k / (k - 1) * squares) / sum(count for _, count in clusters)
         return self.mean - half, self.mean + half
 
-    def share_interval(self) -> tuple[float, float]:
+    def wilson_interval(self) -> tuple[float, float]:
         """Of a mean of values in [0, 1]: Wilson's interval for as many observations as there are clusters.
 
         No values in [0, 1] vary more than zeros and ones do, so it is never too narrow for want of spread in the

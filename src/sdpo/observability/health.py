@@ -18,7 +18,7 @@ from sdpo.observability import metrics
 
 
 @dataclass(frozen=True)
-class Alarm:
+class HealthEvent:
     """A rule that has begun to hold.
 
     Attributes:
@@ -36,14 +36,14 @@ class Alarm:
     values: Mapping[str, float]
 
 
-class Finding(NamedTuple):
+class Violation(NamedTuple):
     """Why a rule holds."""
 
     reason: str
     values: dict[str, float]
 
 
-class Trend:
+class RollingMean:
     """One metric's mean over the last steps beside what it was.
 
     Attributes:
@@ -108,10 +108,10 @@ class HealthMonitor:
     def __init__(self, config: HealthConfig) -> None:
         self.config = config
         self.num_alarms = 0
-        self._trends = {name: Trend(config.window) for name in _WATCHED}
+        self._trends = {name: RollingMean(config.window) for name in _WATCHED}
         self._gains: dict[str, tuple[float, float]] = {}  # data source -> teacher's last gain, its upper end
         self._well_since: dict[str, int] = {}  # rule that has held -> steps since it last did
-        self._rules: dict[str, Callable[[], Finding | None]] = {
+        self._rules: dict[str, Callable[[], Violation | None]] = {
             "score_collapse": self._score_collapse,
             "entropy_collapse": self._entropy_collapse,
             "entropy_explosion": self._entropy_explosion,
@@ -121,7 +121,7 @@ class HealthMonitor:
             "no_distillation_targets": self._nothing_to_distil,
         }
 
-    def check(self, step: int, values: Mapping[str, float]) -> list[Alarm]:
+    def check(self, step: int, values: Mapping[str, float]) -> list[HealthEvent]:
         """Take in a step's metrics; give the alarms that they raise.
 
         What is missing or not finite is left out: a rule without its metric does not hold.
@@ -135,7 +135,7 @@ class HealthMonitor:
             action = getattr(self.config, name)
             finding = rule() if action != "ignore" else None
             if finding is not None and name not in self._well_since:
-                alarms.append(Alarm(step, name, action, finding.reason, finding.values))
+                alarms.append(HealthEvent(step, name, action, finding.reason, finding.values))
             self._note(name, finding is not None)
         self.num_alarms += len(alarms)
         return alarms
@@ -166,14 +166,14 @@ class HealthMonitor:
             if self._well_since[rule] >= self.config.window:
                 del self._well_since[rule]
 
-    def _score_collapse(self) -> Finding | None:
+    def _score_collapse(self) -> Violation | None:
         score = self._trends[metrics.SCORE_MEAN]
         drop = score.highest - score.mean
         if not score.is_ready or drop <= self.config.score_drop * abs(score.highest) or not self._matters(drop, score):
             return None
         return self._found("training score fell from", score.highest, score.mean, metrics.SCORE_MEAN)
 
-    def _entropy_collapse(self) -> Finding | None:
+    def _entropy_collapse(self) -> Violation | None:
         entropy = self._trends[metrics.ENTROPY]
         if not entropy.is_ready or entropy.first is None or self._score_has_risen():
             return None
@@ -184,16 +184,16 @@ class HealthMonitor:
             "entropy fell, and the score did not rise, from", entropy.first, entropy.mean, metrics.ENTROPY
         )
 
-    def _entropy_explosion(self) -> Finding | None:
+    def _entropy_explosion(self) -> Violation | None:
         return self._rise_of(metrics.ENTROPY, self.config.entropy_rise, "entropy rose from")
 
-    def _teacher_unsure(self) -> Finding | None:
+    def _teacher_unsure(self) -> Violation | None:
         """It is shown the answer: where it becomes unsure nevertheless, its weights have been spoilt."""
         return self._rise_of(
             metrics.TEACHER_ENTROPY, self.config.teacher_entropy_rise, "the teacher's entropy rose from"
         )
 
-    def _rise_of(self, metric: str, times: float, what: str) -> Finding | None:
+    def _rise_of(self, metric: str, times: float, what: str) -> Violation | None:
         trend = self._trends[metric]
         if not trend.is_ready or trend.mean <= times * trend.lowest:
             return None
@@ -201,7 +201,7 @@ class HealthMonitor:
             return None
         return self._found(what, trend.lowest, trend.mean, metric)
 
-    def _length_collapse(self) -> Finding | None:
+    def _length_collapse(self) -> Violation | None:
         length, clipped = (
             self._trends[name] for name in (metrics.RESPONSE_LENGTH_MEAN, metrics.RESPONSE_LENGTH_CLIP_RATIO)
         )
@@ -216,7 +216,7 @@ class HealthMonitor:
             return self._found(what, clipped.lowest, clipped.mean, metrics.RESPONSE_LENGTH_CLIP_RATIO)
         return None
 
-    def _teacher_worse(self) -> Finding | None:
+    def _teacher_worse(self) -> Violation | None:
         for source, (gain, high) in self._gains.items():
             if high < -self.config.min_accuracy_gap:
                 name = metrics.teacher_gain_name(source)
@@ -224,10 +224,10 @@ class HealthMonitor:
                     f"held-out accuracy of the teacher on {source} is {-gain:.3g} below the student's, at least "
                     f"{-high:.3g} with 95 % confidence"
                 )
-                return Finding(reason, {name: gain, metrics.ci95_names(name)[1]: high})
+                return Violation(reason, {name: gain, metrics.ci95_names(name)[1]: high})
         return None
 
-    def _nothing_to_distil(self) -> Finding | None:
+    def _nothing_to_distil(self) -> Violation | None:
         distilled, succeeded = (
             self._trends[name] for name in (metrics.REPROMPT_FRACTION, metrics.ROLLOUT_SUCCESS_FRACTION)
         )
@@ -239,7 +239,7 @@ class HealthMonitor:
             f"{distilled.mean:.3g} of the samples were distilled in the last {self.config.window} steps, though only "
             f"{succeeded.mean:.3g} succeeded"
         )
-        return Finding(
+        return Violation(
             reason, {metrics.REPROMPT_FRACTION: distilled.mean, metrics.ROLLOUT_SUCCESS_FRACTION: succeeded.mean}
         )
 
@@ -248,12 +248,12 @@ class HealthMonitor:
         score = self._trends[metrics.SCORE_MEAN]
         return score.is_ready and score.first is not None and self._matters(score.mean - score.first, score)
 
-    def _matters(self, difference: float, trend: Trend) -> bool:
+    def _matters(self, difference: float, trend: RollingMean) -> bool:
         return difference > self.config.min_z_score * trend.noise
 
-    def _found(self, what: str, before: float, now: float, metric: str) -> Finding:
+    def _found(self, what: str, before: float, now: float, metric: str) -> Violation:
         reason = f"{what} {before:.3g} to {now:.3g} (means of {self.config.window} steps)"
-        return Finding(reason, {f"{metric}/before": before, metric: now})
+        return Violation(reason, {f"{metric}/before": before, metric: now})
 
 
 _WATCHED = (

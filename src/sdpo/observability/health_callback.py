@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sdpo.observability import metrics
-from sdpo.observability.health import Alarm, HealthMonitor
+from sdpo.observability.health import HealthEvent, HealthMonitor
 from sdpo.observability.json_lines import read_json_lines, write_json_lines
-from sdpo.observability.progress import Observer
+from sdpo.observability.progress import ProgressCallback
 
-ALARMS_FILE = "alarms.jsonl"
+ALARMS_FILE = "health_events.jsonl"
 
 
-class Learner(Protocol):
+class Actor(Protocol):
     """What an action changes: the weight of the distillation loss, the teacher, and with a live one the student."""
 
     @property
@@ -25,19 +25,19 @@ class Learner(Protocol):
     def lower_distillation(self) -> None:
         """Multiply the weight of the distillation loss by ``health.reduce_factor``, not below the floor."""
 
-    def keep_as_best(self) -> None:
+    def snapshot_best(self) -> None:
         """Remember the student as it is, if it may have to go back there."""
 
     def freeze_teacher(self) -> None:
         """Let the teacher follow the student no more."""
 
 
-class Guard:
+class HealthCallback:
     """Watches a run and does what ``health`` says.
 
     Args:
         monitor: which raises the alarms.
-        learner: whose distillation weight is lowered and whose teacher is frozen.
+        actor: whose distillation weight is lowered and whose teacher is frozen.
         record: writes an alarm down.
         observer: who is told.
 
@@ -49,14 +49,14 @@ class Guard:
     def __init__(
         self,
         monitor: HealthMonitor,
-        learner: Learner,
+        actor: Actor,
         record: Callable[[Mapping[str, Any]], None],
-        observer: Observer,
+        observer: ProgressCallback,
     ) -> None:
         self.monitor = monitor
-        self.stopped_by: Alarm | None = None
+        self.stopped_by: HealthEvent | None = None
         self.best_accuracy: float | None = None
-        self._learner = learner
+        self._actor = actor
         self._record = record
         self._observer = observer
 
@@ -69,17 +69,17 @@ class Guard:
             self._record(dataclasses.asdict(alarm))
             self._act(alarm)
         return {
-            metrics.ALARMS: float(len(alarms)),
-            metrics.TEACHER_FROZEN: float(self._learner.teacher_is_frozen),
+            metrics.NUM_WARNINGS: float(len(alarms)),
+            metrics.TEACHER_FROZEN: float(self._actor.teacher_is_frozen),
         }
 
     def compare(self, values: Mapping[str, float]) -> None:
-        """Have the learner remember the student if these are the metrics of its best evaluation so far."""
+        """Have the actor remember the student if these are the metrics of its best evaluation so far."""
         accuracy = metrics.find_score(values)
         # Of equals the first: it is furthest from whatever is to come.
         if accuracy is not None and (self.best_accuracy is None or accuracy > self.best_accuracy):
             self.best_accuracy = accuracy
-            self._learner.keep_as_best()
+            self._actor.snapshot_best()
 
     def describe_stop(self) -> str | None:
         """The alarm that ends the run and its reason; None if there is none."""
@@ -94,11 +94,11 @@ class Guard:
         self.monitor.load_state_dict(state["monitor"])
         self.best_accuracy = state["best_accuracy"]
 
-    def _act(self, alarm: Alarm) -> None:
+    def _act(self, alarm: HealthEvent) -> None:
         if alarm.action == "reduce_weight":
-            self._learner.lower_distillation()
+            self._actor.lower_distillation()
         elif alarm.action == "freeze_teacher":
-            self._learner.freeze_teacher()
+            self._actor.freeze_teacher()
         elif alarm.action == "stop":
             self.stopped_by = self.stopped_by or alarm
 

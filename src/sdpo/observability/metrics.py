@@ -14,7 +14,7 @@ EPOCH = "training/epoch"
 SCORE_MEAN = "critic/score/mean"
 SCORE_MAX = "critic/score/max"
 SCORE_MIN = "critic/score/min"
-GRADER_FAILURES = "critic/grader_failures"
+REWARD_FAILURES = "reward/num_failures"
 ADVANTAGES_MEAN = "critic/advantages/mean"
 
 LOSS = "actor/loss"
@@ -42,7 +42,7 @@ ROLLOUT_KL = "rollout_corr/kl"
 
 DISTILLATION_LOSS = "self_distillation/loss"
 DIVERGENCE = "self_distillation/divergence"
-DISTILLATION_WEIGHT = "self_distillation/weight"
+DISTILLATION_COEF = "self_distillation/loss_coef"
 REPROMPT_FRACTION = "self_distillation/reprompt_sample_fraction"
 ROLLOUT_SUCCESS_FRACTION = "self_distillation/rollout_success_fraction"
 SUCCESS_GROUP_FRACTION = "self_distillation/success_group_fraction"
@@ -52,23 +52,23 @@ FEEDBACK_AVAILABLE_FRACTION = "self_distillation/feedback_available_fraction"
 FEEDBACK_FRACTION = "self_distillation/feedback_used_fraction"
 TRUNCATED_FRACTION = "self_distillation/reprompt_truncated_fraction"
 OVERLONG_FRACTION = "self_distillation/reprompt_overlong_fraction"
-TEACHER_GAP = "self_distillation/teacher_student_log_prob_gap"
-GAP_POSITIVE_FRACTION = "self_distillation/teacher_student_log_prob_gap_positive_fraction"
-GAP_POSITIVE_PART = "self_distillation/teacher_student_log_prob_gap_positive_part"
-GAP_NEGATIVE_PART = "self_distillation/teacher_student_log_prob_gap_negative_part"
+TEACHER_GAP = "self_distillation/teacher_student_logprob_diff/mean"
+GAP_POSITIVE_FRACTION = "self_distillation/teacher_student_logprob_diff/positive_frac"
+GAP_POSITIVE_PART = "self_distillation/teacher_student_logprob_diff/positive_part"
+GAP_NEGATIVE_PART = "self_distillation/teacher_student_logprob_diff/negative_part"
 TEACHER_ENTROPY = "self_distillation/teacher_entropy"
 IS_RATIO_MEAN = "self_distillation/is_ratio_mean"
 IS_CLIP_FRACTION = "self_distillation/is_clip_fraction"
 NONFINITE_SAMPLES = "self_distillation/nonfinite_samples"
 STALENESS = "training/off_policy/trajectory_staleness/mean"
 
-VAL_GRADER_FAILURES = "val-aux/grader_failures"
-KL_TO_INITIAL = "health/kl_to_initial"
-ALARMS = "health/alarms"
+VAL_REWARD_FAILURES = "val-aux/reward/num_failures"
+REF_KL = "actor/ref_kl"
+NUM_WARNINGS = "health/num_warnings"
 TEACHER_FROZEN = "health/teacher_frozen"
 
 TIME_SAMPLE = "timing_s/gen"
-TIME_WAIT = "timing_s/wait_for_rollouts"
+TIME_WAIT = "timing_s/wait_for_enough_samples"
 TIME_LEARN = "timing_s/update_actor"
 TIME_WEIGHTS = "timing_s/update_weights"
 TIME_EVAL = "timing_s/testing"
@@ -83,7 +83,7 @@ DESCRIPTIONS: dict[str, str] = {
     SCORE_MEAN: "Mean score of the step's rollouts.",
     SCORE_MAX: "Highest score of the step's rollouts.",
     SCORE_MIN: "Lowest score of the step's rollouts.",
-    GRADER_FAILURES: "Rollouts on which the grader failed: they teach nothing, and no mean has them.",
+    REWARD_FAILURES: "Rollouts on which the grader failed: they teach nothing, and no mean has them.",
     ADVANTAGES_MEAN: "Mean group-relative advantage over response tokens (only if policy_loss_weight > 0).",
     LOSS: "The loss that was differentiated, summed over the micro-batches of a mini-batch, mean over mini-batches.",
     PG_LOSS: "Its GRPO part, before policy_loss_weight (only if policy_loss_weight > 0).",
@@ -109,7 +109,7 @@ DESCRIPTIONS: dict[str, str] = {
     ROLLOUT_KL: "Estimate of KL(sampler || old policy), mean of log sampler - log old over response tokens.",
     DISTILLATION_LOSS: "The distillation loss, before coefficient and blend (only if policy_loss_weight < 1).",
     DIVERGENCE: "Mean divergence of a distilled token in nats, before ratios and weights.",
-    DISTILLATION_WEIGHT: "The weight of the distillation part: as scheduled, times what alarms made of it.",
+    DISTILLATION_COEF: "The weight of the distillation part: as scheduled, times what alarms made of it.",
     REPROMPT_FRACTION: "Fraction of samples that were distilled: the teacher was shown a demonstration or feedback.",
     ROLLOUT_SUCCESS_FRACTION: "Fraction of graded samples with a score of at least success_reward_threshold.",
     SUCCESS_GROUP_FRACTION: "Fraction of prompts with at least one such sample.",
@@ -129,13 +129,13 @@ DESCRIPTIONS: dict[str, str] = {
     IS_CLIP_FRACTION: "Share of distilled tokens whose ratio was truncated at is_clip.",
     NONFINITE_SAMPLES: "Samples dropped because a number of theirs was not finite.",
     STALENESS: "Weight updates between sampling and training.",
-    VAL_GRADER_FAILURES: "Held-out responses on which the grader failed: no mean has them.",
-    KL_TO_INITIAL: "Estimate of KL(student || initial model), mean of log student - log initial over response tokens, "
+    VAL_REWARD_FAILURES: "Held-out responses on which the grader failed: no mean has them.",
+    REF_KL: "Estimate of KL(student || initial model), mean of log student - log initial over response tokens, "
     "before the step's update (only if health.ref_kl_interval > 0).",
-    ALARMS: "Alarms raised at this step.",
+    NUM_WARNINGS: "Alarms raised at this step.",
     TEACHER_FROZEN: "1 once an alarm has frozen the teacher.",
     TIME_SAMPLE: "Seconds the sampler spent on the step's rollouts.",
-    TIME_WAIT: "Seconds the learner waited for them.",
+    TIME_WAIT: "Seconds the actor waited for them.",
     TIME_LEARN: "Seconds of forward, backward, optimizer and teacher update.",
     TIME_WEIGHTS: "Seconds to hand the weights to the sampler.",
     TIME_EVAL: "Seconds of evaluation.",
@@ -157,7 +157,7 @@ ESTIMATES = (
     ROLLOUT_SUCCESS_FRACTION,
     SUCCESS_GROUP_FRACTION,
     TEACHER_GAP,
-    KL_TO_INITIAL,
+    REF_KL,
 )
 
 
@@ -205,4 +205,4 @@ def teacher_val_name(data_source: str, statistic: str) -> str:
 
 def teacher_gain_name(data_source: str) -> str:
     """Teacher minus student on the prompts whose teacher had something to be shown, one greedy response each."""
-    return f"val-teacher/{data_source}/gain/mean@1"
+    return f"val-teacher/{data_source}/acc_minus_student/mean@1"

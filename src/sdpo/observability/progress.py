@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 
-class Observer(Protocol):
+class ProgressCallback(Protocol):
     """What a run tells whoever watches it."""
 
     def message(self, text: str) -> None:
@@ -19,7 +19,7 @@ class Observer(Protocol):
         """A row as it is appended to ``metrics.jsonl``; step 0 is the evaluation before training."""
 
 
-class Silent:
+class NullCallback:
     """The observer of a run that nobody watches."""
 
     def message(self, text: str) -> None:

@@ -13,7 +13,7 @@ from sdpo.prompting.reasoning import remove_thinking
 
 
 @dataclass(frozen=True)
-class GradedResponse:
+class ScoredRollout:
     """One rollout and what is known about it.
 
     Attributes:
@@ -24,7 +24,7 @@ class GradedResponse:
         ground_truth: the solution in the data row, if it has one.
     """
 
-    group: int | str
+    group_id: int | str
     response: str
     score: float
     feedback: str | None = None
@@ -37,7 +37,7 @@ class GradedResponse:
 
 
 @dataclass(frozen=True)
-class Demonstration:
+class PrivilegedContext:
     """What the teacher of one sample is shown besides the prompt; a blank text counts as none."""
 
     solution: str | None = None
@@ -56,8 +56,8 @@ def is_blank(text: str | None) -> bool:
 
 
 def select_demonstrations(
-    samples: Sequence[GradedResponse], config: SelfDistillationConfig, rng: random.Random
-) -> list[Demonstration]:
+    samples: Sequence[ScoredRollout], config: SelfDistillationConfig, rng: random.Random
+) -> list[PrivilegedContext]:
     """Choose what each sample's teacher is shown, in the order of the samples.
 
     A peer is drawn uniformly from the successes (score >= ``success_reward_threshold``) of the sample's group that
@@ -78,37 +78,37 @@ def select_demonstrations(
         for index, sample in enumerate(samples):
             text = _solution_text(sample.response, config)
             if text is not None and sample.score >= config.success_reward_threshold:
-                peers[sample.group].append((index, text))
-    return [_select(index, sample, peers[sample.group], config, rng) for index, sample in enumerate(samples)]
+                peers[sample.group_id].append((index, text))
+    return [_select(index, sample, peers[sample.group_id], config, rng) for index, sample in enumerate(samples)]
 
 
-def compute_success_rates(samples: Sequence[GradedResponse], threshold: float) -> list[float]:
+def compute_success_rates(samples: Sequence[ScoredRollout], threshold: float) -> list[float]:
     """The share of successes (score >= threshold) among the graded samples of each sample's group, in [0, 1].
 
     In the order of the samples; 0 where none was graded.
     """
-    num_graded = Counter(sample.group for sample in samples if sample.is_graded)
-    num_successes = Counter(sample.group for sample in samples if sample.score >= threshold)
-    return [num_successes[sample.group] / max(num_graded[sample.group], 1) for sample in samples]
+    num_graded = Counter(sample.group_id for sample in samples if sample.is_graded)
+    num_successes = Counter(sample.group_id for sample in samples if sample.score >= threshold)
+    return [num_successes[sample.group_id] / max(num_graded[sample.group_id], 1) for sample in samples]
 
 
 def _select(
     index: int,
-    sample: GradedResponse,
+    sample: ScoredRollout,
     peers: Sequence[tuple[int, str]],
     config: SelfDistillationConfig,
     rng: random.Random,
-) -> Demonstration:
+) -> PrivilegedContext:
     if not sample.is_graded:
-        return Demonstration()
+        return PrivilegedContext()
     if config.distill_only_failed and sample.score >= config.success_reward_threshold:
-        return Demonstration()
+        return PrivilegedContext()
     peer = _select_peer(index, peers, config, rng)
     solution = peer or _select_ground_truth(sample, config)
     shows_feedback = config.include_environment_feedback and not is_blank(sample.feedback)
     if config.environment_feedback_only_without_solution and solution is not None:
         shows_feedback = False
-    return Demonstration(solution, sample.feedback if shows_feedback else None, is_from_peer=peer is not None)
+    return PrivilegedContext(solution, sample.feedback if shows_feedback else None, is_from_peer=peer is not None)
 
 
 def _select_peer(
@@ -118,7 +118,7 @@ def _select_peer(
     return rng.choice(candidates) if candidates else None
 
 
-def _select_ground_truth(sample: GradedResponse, config: SelfDistillationConfig) -> str | None:
+def _select_ground_truth(sample: ScoredRollout, config: SelfDistillationConfig) -> str | None:
     if config.demonstration_source in ("ground_truth", "successful_rollout_then_ground_truth"):
         return _solution_text(sample.ground_truth, config)
     return None

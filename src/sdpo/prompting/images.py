@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-from sdpo.errors import UserError
+from sdpo.errors import DataError, SDPOError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,7 +24,7 @@ def place_images(prompt: Sequence[Mapping[str, Any]], images: Sequence[bytes]) -
     already gets its images in the order of the parts of type image.
 
     Raises:
-        UserError: there are not as many tags, or parts of type image, as images.
+        DataError: there are not as many tags, or parts of type image, as images.
     """
     if not images and all(isinstance(message["content"], str) for message in prompt):
         return [dict(message) for message in prompt]
@@ -44,7 +44,7 @@ def place_images(prompt: Sequence[Mapping[str, Any]], images: Sequence[bytes]) -
                 content.append(part)
         messages.append({**message, "content": content})
     if num_tags != len(images):
-        raise UserError(f"the prompt has {num_tags} {TAG} and the row has {len(images)} images")
+        raise DataError(f"the prompt has {num_tags} {TAG} and the row has {len(images)} images")
     return messages
 
 
@@ -77,7 +77,7 @@ def open_image(data: bytes, max_pixels: int) -> Image:
     Turned upright by its EXIF orientation; what is transparent becomes white, as on paper.
 
     Raises:
-        UserError: the data is no image, cut off, or of a size that no model reads.
+        DataError: the data is no image, cut off, or of a size that no model reads.
     """
     import warnings
 
@@ -90,15 +90,15 @@ def open_image(data: bytes, max_pixels: int) -> Image:
             file = Image.open(BytesIO(data))
             width, height = file.size
             if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-                raise UserError(f"an image of {width} x {height} pixels is too narrow; at most {MAX_ASPECT_RATIO} to 1")
+                raise DataError(f"an image of {width} x {height} pixels is too narrow; at most {MAX_ASPECT_RATIO} to 1")
             file.draft(None, _fit(file.size, max_pixels))  # a JPEG need not be decoded to more
             image = ImageOps.exif_transpose(_to_rgb(file))
-    except UserError:
+    except SDPOError:
         raise
     except UnidentifiedImageError:
-        raise UserError("not an image file that can be read") from None
+        raise DataError("not an image file that can be read") from None
     except Exception as error:  # decoders raise whatever a broken file makes them raise
-        raise UserError(f"not a readable image ({' '.join(str(error).split()) or type(error).__name__})") from error
+        raise DataError(f"not a readable image ({' '.join(str(error).split()) or type(error).__name__})") from error
     return image.resize(_fit(image.size, max_pixels), Image.Resampling.BICUBIC, reducing_gap=2.0)
 
 

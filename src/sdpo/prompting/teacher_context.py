@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.observability import metrics
 from sdpo.observability.confidence import ClusteredMean, compute_wilson_interval, name_interval
-from sdpo.prompting.demonstrations import Demonstration, GradedResponse, is_blank, select_demonstrations
+from sdpo.prompting.demonstrations import PrivilegedContext, ScoredRollout, is_blank, select_demonstrations
 from sdpo.prompting.templates import Message
 from sdpo.prompting.tokenization import TeacherPrompt, Tokenizer, encode_teacher_prompt
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TeacherContext:
     """What one rollout's teacher is shown, and the prompt that shows it."""
 
-    demonstration: Demonstration
+    demonstration: PrivilegedContext
     prompt: TeacherPrompt
 
     @property
@@ -26,14 +26,14 @@ class Lesson:
         return self.prompt.token_ids is not None
 
 
-def build_lessons(
+def build_teacher_contexts(
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[Message]],
-    graded: Sequence[GradedResponse],
+    graded: Sequence[ScoredRollout],
     max_lengths: Sequence[int | None],
     config: SelfDistillationConfig,
     rng: random.Random,
-) -> list[Lesson]:
+) -> list[TeacherContext]:
     """A lesson for each graded rollout of a step, in their order; empty ones where nothing is distilled at all.
 
     Args:
@@ -42,16 +42,16 @@ def build_lessons(
             rollout's response.
         rng: decides among peers.
     """
-    nothing = [Demonstration()] * len(graded)
+    nothing = [PrivilegedContext()] * len(graded)
     demonstrations = select_demonstrations(graded, config, rng) if config.distills else nothing
     return [
-        Lesson(shown, encode_teacher_prompt(tokenizer, prompt, shown, config, max_length=room))
+        TeacherContext(shown, encode_teacher_prompt(tokenizer, prompt, shown, config, max_length=room))
         for prompt, shown, room in zip(prompts, demonstrations, max_lengths, strict=True)
     ]
 
 
-def summarize_lessons(
-    graded: Sequence[GradedResponse], lessons: Sequence[Lesson], config: SelfDistillationConfig
+def compute_reprompt_metrics(
+    graded: Sequence[ScoredRollout], contexts: Sequence[TeacherContext], config: SelfDistillationConfig
 ) -> dict[str, float]:
     """Fractions of a step's rollouts: that succeeded, that are distilled, and by which kind of demonstration.
 
@@ -63,27 +63,31 @@ def summarize_lessons(
         return sum(flags) / len(flags)
 
     def interval(name: str, flags: Sequence[bool], clusters: Sequence[Hashable]) -> dict[str, float]:
-        return name_interval(name, ClusteredMean.of(flags, clusters).share_interval())
+        return name_interval(name, ClusteredMean.of(flags, clusters).wilson_interval())
 
     known = [g for g in graded if g.is_graded]
     succeeded = [g.score >= config.success_reward_threshold for g in known]
     values: dict[str, float] = {}
     if known:
-        groups = {g.group for g in known}
-        solved = len({g.group for g, ok in zip(known, succeeded, strict=True) if ok}) / len(groups)
+        groups = {g.group_id for g in known}
+        solved = len({g.group_id for g, ok in zip(known, succeeded, strict=True) if ok}) / len(groups)
         values = {metrics.ROLLOUT_SUCCESS_FRACTION: fraction(succeeded), metrics.SUCCESS_GROUP_FRACTION: solved}
-        values |= interval(metrics.ROLLOUT_SUCCESS_FRACTION, succeeded, [g.group for g in known])
+        values |= interval(metrics.ROLLOUT_SUCCESS_FRACTION, succeeded, [g.group_id for g in known])
         values |= name_interval(metrics.SUCCESS_GROUP_FRACTION, compute_wilson_interval(solved, len(groups)))
     if not config.distills:
         return values
-    is_distilled = [x.is_distilled for x in lessons]
-    values |= interval(metrics.REPROMPT_FRACTION, is_distilled, [g.group for g in graded])
+    is_distilled = [x.is_distilled for x in contexts]
+    values |= interval(metrics.REPROMPT_FRACTION, is_distilled, [g.group_id for g in graded])
     return values | {
         metrics.REPROMPT_FRACTION: fraction(is_distilled),
-        metrics.SUCCESS_SAMPLE_FRACTION: fraction([x.is_distilled and x.demonstration.is_from_peer for x in lessons]),
-        metrics.SOLUTION_FRACTION: fraction([x.is_distilled and x.demonstration.solution is not None for x in lessons]),
+        metrics.SUCCESS_SAMPLE_FRACTION: fraction([x.is_distilled and x.demonstration.is_from_peer for x in contexts]),
+        metrics.SOLUTION_FRACTION: fraction(
+            [x.is_distilled and x.demonstration.solution is not None for x in contexts]
+        ),
         metrics.FEEDBACK_AVAILABLE_FRACTION: fraction([not is_blank(g.feedback) for g in graded]),
-        metrics.FEEDBACK_FRACTION: fraction([x.is_distilled and x.demonstration.feedback is not None for x in lessons]),
-        metrics.TRUNCATED_FRACTION: fraction([x.prompt.truncated for x in lessons]),
-        metrics.OVERLONG_FRACTION: fraction([x.prompt.overlong for x in lessons]),
+        metrics.FEEDBACK_FRACTION: fraction(
+            [x.is_distilled and x.demonstration.feedback is not None for x in contexts]
+        ),
+        metrics.TRUNCATED_FRACTION: fraction([x.prompt.truncated for x in contexts]),
+        metrics.OVERLONG_FRACTION: fraction([x.prompt.overlong for x in contexts]),
     }

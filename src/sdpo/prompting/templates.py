@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from sdpo.config.self_distillation import SelfDistillationConfig
-from sdpo.errors import UserError
-from sdpo.prompting.demonstrations import Demonstration, is_blank
+from sdpo.errors import DataError
+from sdpo.prompting.demonstrations import PrivilegedContext, is_blank
 
 Message: TypeAlias = dict[str, Any]
 """``role`` and ``content``; the content is a string, or a list of parts such as ``{"type": "text", "text": ...}`` and
@@ -16,7 +16,7 @@ Message: TypeAlias = dict[str, Any]
 
 
 def build_teacher_messages(
-    prompt: Sequence[Message], demonstration: Demonstration, config: SelfDistillationConfig
+    prompt: Sequence[Message], demonstration: PrivilegedContext, config: SelfDistillationConfig
 ) -> list[Message]:
     """The messages of the teacher's prompt.
 
@@ -32,7 +32,7 @@ def build_teacher_messages(
     system messages only, formats with ``str.format`` and rejects content in parts.
 
     Raises:
-        UserError: there is no user message, or its content is neither a string nor a list, or the template repeats
+        DataError: there is no user message, or its content is neither a string nor a list, or the template repeats
             ``{prompt}`` although the content is in parts, whose images must not be repeated.
     """
     messages = list(prompt)
@@ -40,7 +40,7 @@ def build_teacher_messages(
         return messages
     last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
     if last_user is None:
-        raise UserError(
+        raise DataError(
             "prompt: has no user message for the teacher's demonstration to stand in; add one with role 'user'"
         )
     content = _rewrite(messages[last_user]["content"], demonstration, config)
@@ -48,7 +48,7 @@ def build_teacher_messages(
     return messages
 
 
-def _rewrite(content: Any, demonstration: Demonstration, config: SelfDistillationConfig) -> str | list[Any]:
+def _rewrite(content: Any, demonstration: PrivilegedContext, config: SelfDistillationConfig) -> str | list[Any]:
     sections = {
         "solution": _section(config.solution_template, "successful_previous_attempt", demonstration.solution),
         "feedback": _section(config.feedback_template, "feedback_raw", demonstration.feedback),
@@ -57,9 +57,9 @@ def _rewrite(content: Any, demonstration: Demonstration, config: SelfDistillatio
     if isinstance(content, str):
         return content.join(texts)
     if not isinstance(content, (list, tuple)):
-        raise UserError(f"prompt: a message's content must be a string or a list of parts, got {content!r}")
+        raise DataError(f"prompt: a message's content must be a string or a list of parts, got {content!r}")
     if len(texts) > 2:
-        raise UserError(
+        raise DataError(
             "self_distillation.reprompt_template repeats {prompt}, which would repeat the images of a prompt; keep one"
         )
     before, after = ([{"type": "text", "text": text}] if text else [] for text in texts)

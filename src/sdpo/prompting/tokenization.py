@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from sdpo.config.self_distillation import SelfDistillationConfig
-from sdpo.errors import UserError
-from sdpo.prompting.demonstrations import Demonstration, is_blank
+from sdpo.errors import DataError
+from sdpo.prompting.demonstrations import PrivilegedContext, is_blank
 from sdpo.prompting.templates import Message, build_teacher_messages
 
 
@@ -16,7 +16,7 @@ class Tokenizer(Protocol):
     """What is needed of a tokenizer of transformers.
 
     Anything that has these will do. For messages with images, one whose ``apply_chat_template`` writes as many tokens
-    for an image as the model makes features of it: ``ImageReader`` in ``models/multimodal/processor.py``.
+    for an image as the model makes features of it: ``MultimodalProcessor`` in ``models/multimodal/processor.py``.
     """
 
     chat_template: Any
@@ -53,10 +53,10 @@ def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
     """Token ids of the messages by the tokenizer's chat template, with the header that starts the model's answer.
 
     Raises:
-        UserError: the tokenizer has no chat template.
+        DataError: the tokenizer has no chat template.
     """
     if not tokenizer.chat_template:
-        raise UserError(
+        raise DataError(
             "model.path: its tokenizer has no chat template; use an instruction-tuned model, or put a "
             "chat_template.jinja beside the tokenizer's files"
         )
@@ -68,7 +68,7 @@ def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
 def encode_teacher_prompt(
     tokenizer: Tokenizer,
     prompt_messages: Sequence[Message],
-    demonstration: Demonstration,
+    demonstration: PrivilegedContext,
     config: SelfDistillationConfig,
     *,
     max_length: int | None = None,
@@ -89,7 +89,7 @@ def encode_teacher_prompt(
     the generation header.
 
     Raises:
-        UserError: as ``build_teacher_messages`` and ``encode_prompt`` do.
+        DataError: as ``build_teacher_messages`` and ``encode_prompt`` do.
     """
     if demonstration.is_empty:
         return TeacherPrompt(None, list(prompt_messages), truncated=False)
@@ -104,7 +104,7 @@ def encode_teacher_prompt(
 def _fit(
     tokenizer: Tokenizer,
     prompt_messages: Sequence[Message],
-    demonstration: Demonstration,
+    demonstration: PrivilegedContext,
     config: SelfDistillationConfig,
     limit: int,
 ) -> TeacherPrompt | None:
@@ -116,9 +116,9 @@ def _fit(
     solution_ids = _encode_text(tokenizer, demonstration.solution)
     feedback_ids = _encode_text(tokenizer, demonstration.feedback)
 
-    def cut(num_kept: int) -> tuple[Demonstration, list[Message]]:
+    def cut(num_kept: int) -> tuple[PrivilegedContext, list[Message]]:
         num_solution, num_feedback = _share(num_kept, len(solution_ids), len(feedback_ids))
-        shown = Demonstration(
+        shown = PrivilegedContext(
             _head(tokenizer, demonstration.solution, solution_ids, num_solution),
             _head(tokenizer, demonstration.feedback, feedback_ids, num_feedback),
         )

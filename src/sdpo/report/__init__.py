@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from sdpo.errors import UserError
+from sdpo.errors import ConfigError
 from sdpo.report.run_dir import RunRecord, read_run, read_runs
 
 __all__ = ["ReportPaths", "RunRecord", "read_run", "read_runs", "write_report"]
@@ -25,10 +25,10 @@ def write_report(output_dirs: Sequence[str | Path], out: str | Path | None = Non
     """Write ``report.png`` and ``report.html``, all runs overlaid, into ``out`` or else the first run's folder.
 
     Raises:
-        UserError: a folder is not a run's, its metrics cannot be read, or ``out`` cannot be written.
+        ConfigError: a folder is not a run's, its metrics cannot be read, or ``out`` cannot be written.
     """
     if not output_dirs:
-        raise UserError("no run folder given; name at least one, e.g. sdpo report outputs/hidden_rule")
+        raise ConfigError("no run folder given; name at least one, e.g. sdpo report outputs/hidden_rule")
     records = read_runs(output_dirs)
 
     from sdpo.report.page import write_page
@@ -42,5 +42,5 @@ def write_report(output_dirs: Sequence[str | Path], out: str | Path | None = Non
         dark_plot = render_learning_curves(records, DARK)
         page = write_page(records, folder / "report.html", plot.read_bytes(), dark_plot)
     except OSError as error:
-        raise UserError(f"{folder}: cannot write the report there: {error.strerror or error}") from error
+        raise ConfigError(f"{folder}: cannot write the report there: {error.strerror or error}") from error
     return ReportPaths(plot, page)

@@ -12,10 +12,10 @@ from sdpo.config.loader import to_yaml
 from sdpo.config.root import SDPOConfig
 
 if TYPE_CHECKING:
-    from sdpo.models.memory_estimate import Cost
+    from sdpo.models.memory_estimate import MemoryEstimate
 
 
-def print_dry_run(run: SDPOConfig, cost: Cost, console: Console | None = None) -> None:
+def print_dry_run(run: SDPOConfig, cost: MemoryEstimate, console: Console | None = None) -> None:
     """Print the run as YAML, then an upper bound of tokens and memory."""
     console = console or Console()
     console.print(to_yaml(run), markup=False, highlight=False, soft_wrap=True)
@@ -29,8 +29,8 @@ def print_dry_run(run: SDPOConfig, cost: Cost, console: Console | None = None) -
     console.print(build_memory_table(cost))
 
 
-def build_memory_table(cost: Cost) -> Table:
-    """Memory by what needs it, on one GPU of each role; the phases of the learner's come after each other."""
+def build_memory_table(cost: MemoryEstimate) -> Table:
+    """Memory by what needs it, on one GPU of each role; the phases of the actor's come after each other."""
     params = f"{cost.num_params:,} parameters"
     if cost.num_tower_params:
         params += f", {cost.num_tower_params:,} of them for images"
@@ -43,17 +43,17 @@ def build_memory_table(cost: Cost) -> Table:
     return table
 
 
-def list_memory(cost: Cost) -> list[tuple[str, int]]:
+def list_memory(cost: MemoryEstimate) -> list[tuple[str, int]]:
     """The table's rows: what needs memory, and bytes."""
-    rows = [(f"learner: {name}", size) for name, size in cost.learner.items()]
-    rows += [(f"learner, learning: {name}", size) for name, size in cost.learning.items()]
+    rows = [(f"actor: {name}", size) for name, size in cost.actor.items()]
+    rows += [(f"actor, learning: {name}", size) for name, size in cost.learning.items()]
     for phase, items in cost.phases.items():
-        rows += [(f"learner, {phase}: {name}", size) for name, size in items.items()]
+        rows += [(f"actor, {phase}: {name}", size) for name, size in items.items()]
     sampler = [(f"sampler: {name}", size) for name, size in cost.sampler.items()]
-    if cost.takes_turns:
-        rows += [*sampler, (f"learner and sampler{_each(cost.num_learners)}, at once", cost.learner_peak)]
+    if cost.colocated:
+        rows += [*sampler, (f"actor and sampler{_each(cost.num_learners)}, at once", cost.learner_peak)]
     else:
-        rows.append((f"learner{_each(cost.num_learners)}, at once", cost.learner_peak))
+        rows.append((f"actor{_each(cost.num_learners)}, at once", cost.learner_peak))
         rows += [*sampler, (f"sampler{_each(cost.num_samplers)}, at once", cost.sampler_peak)]
     return [(name, size) for name, size in rows if size]
 

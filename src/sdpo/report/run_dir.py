@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sdpo.errors import UserError
+from sdpo.errors import ConfigError
 from sdpo.observability.health_callback import ALARMS_FILE
 from sdpo.observability.metrics import STEP, find_accuracies
 
@@ -53,17 +53,17 @@ def read_run(path: str | Path) -> RunRecord:
     """Read one run folder.
 
     Raises:
-        UserError: the folder or its ``metrics.jsonl`` is missing, empty or broken; the line is named.
+        ConfigError: the folder or its ``metrics.jsonl`` is missing, empty or broken; the line is named.
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path}: no such run folder; give the output_dir of a run")
+        raise ConfigError(f"{path}: no such run folder; give the output_dir of a run")
     metrics_file = path / METRICS_FILE
     if not metrics_file.is_file():
-        raise UserError(f"{path}: no {METRICS_FILE} in it, so not a run folder or a run that has not begun")
+        raise ConfigError(f"{path}: no {METRICS_FILE} in it, so not a run folder or a run that has not begun")
     rows = _read_rows(metrics_file)
     if not rows:
-        raise UserError(f"{metrics_file}: no metrics in it yet; wait for the run's first step")
+        raise ConfigError(f"{metrics_file}: no metrics in it yet; wait for the run's first step")
     settings = _read_settings(path / RUN_FILE)
     alarms = _read_alarms(path / ALARMS_FILE, last_step=int(rows[-1][STEP]))
     return RunRecord(str(settings.get("tracking.name") or path.resolve().name), path, rows, settings, alarms)
@@ -101,19 +101,19 @@ def _read_rows(path: Path) -> list[dict[str, float]]:
         except json.JSONDecodeError as error:
             if number == len(lines):  # the run is writing it now, or was stopped while it did
                 break
-            raise UserError(f"{path}:{number}: not a JSON object ({error.msg}); mend or remove the line") from None
+            raise ConfigError(f"{path}:{number}: not a JSON object ({error.msg}); mend or remove the line") from None
         _append(rows, _to_row(content, f"{path}:{number}"))
     return rows
 
 
 def _to_row(content: Any, where: str) -> dict[str, float]:
     if not isinstance(content, dict):
-        raise UserError(f"{where}: not a JSON object; mend or remove the line")
+        raise ConfigError(f"{where}: not a JSON object; mend or remove the line")
     if isinstance(content.get("data"), dict):  # verl's own form of a row
         content = {STEP: content.get("step"), **content["data"]}
     row = {name: float(value) for name, value in content.items() if isinstance(value, (int, float))}
     if not math.isfinite(row.get(STEP, math.nan)):
-        raise UserError(f"{where}: no number under {STEP}; mend or remove the line")
+        raise ConfigError(f"{where}: no number under {STEP}; mend or remove the line")
     return row
 
 
@@ -147,7 +147,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     try:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except Exception as error:  # yaml raises its own family of errors
-        raise UserError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
     return dict(_flatten(content)) if isinstance(content, dict) else {}
 
 

@@ -9,9 +9,9 @@ import threading
 import time
 from collections.abc import Callable
 
-from sdpo.errors import UserError
-from sdpo.rewards.base import Grade, Row, Task, parse_grade
-from sdpo.rewards.scoring import GraderTimeout, GradingFailed, describe_timeout, name_failure, name_row
+from sdpo.errors import SDPOError
+from sdpo.rewards.base import RewardOutput, Row, Task, parse_reward
+from sdpo.rewards.scoring import RewardFailure, RewardTimeout, describe_timeout, name_failure, name_row
 
 # Seconds beyond the timeout after which the loop itself is taken to be blocked.
 PATIENCE = 2.0
@@ -19,10 +19,10 @@ PATIENCE = 2.0
 
 def is_asynchronous(task: Task) -> bool:
     """Whether the task's ``grade`` must be awaited."""
-    return inspect.iscoroutinefunction(task.grade)
+    return inspect.iscoroutinefunction(task.compute_score)
 
 
-class AsyncGrader:
+class AsyncScorer:
     """Grades by a task whose ``grade`` is a coroutine function; safe in every thread, any number at once.
 
     A coroutine that takes too long is cancelled. One that blocks cannot be; then the loop is left behind with all that
@@ -39,35 +39,35 @@ class AsyncGrader:
         self._starting = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def grade(self, row: Row, response: str) -> Grade:
+    def compute_score(self, row: Row, response: str) -> RewardOutput:
         """Grade one response.
 
         Raises:
-            GradingFailed, UserError: as ``grade_once`` does.
+            RewardFailure, DataError: as ``score_once`` does.
         """
         return self.begin(row, response)()
 
-    def begin(self, row: Row, response: str) -> Callable[[], Grade]:
+    def begin(self, row: Row, response: str) -> Callable[[], RewardOutput]:
         """Start to grade one response; what is returned waits for the grade, and raises as ``grade`` does."""
         loop = self._get_loop()
         future = asyncio.run_coroutine_threadsafe(self._grade(row, response), loop)
         end = None if self._timeout is None else time.monotonic() + self._timeout + PATIENCE
 
-        def finish() -> Grade:
+        def finish() -> RewardOutput:
             try:
                 return future.result(None if end is None else max(0.0, end - time.monotonic()))
             except concurrent.futures.TimeoutError:
                 assert self._timeout is not None
                 self._leave(loop)
                 reason = f"{describe_timeout(self._timeout)}, and it blocks the event loop"
-                raise GradingFailed(f"{name_row(row)}: {reason}", GraderTimeout.__name__) from None
+                raise RewardFailure(f"{name_row(row)}: {reason}", RewardTimeout.__name__) from None
 
         return finish
 
-    async def _grade(self, row: Row, response: str) -> Grade:
-        async def attempt() -> Grade | BaseException:
+    async def _grade(self, row: Row, response: str) -> RewardOutput:
+        async def attempt() -> RewardOutput | BaseException:
             try:
-                return parse_grade(await self._task.grade(row, response))
+                return parse_reward(await self._task.compute_score(row, response))
             except (Exception, SystemExit) as error:  # a SystemExit would end the loop
                 return error
 
@@ -75,12 +75,12 @@ class AsyncGrader:
         done, _ = await asyncio.wait({call}, timeout=self._timeout)
         if not done:
             call.cancel()
-            outcome: Grade | BaseException = GraderTimeout()
+            outcome: RewardOutput | BaseException = RewardTimeout()
         else:
             outcome = asyncio.CancelledError() if call.cancelled() else call.result()
-        if isinstance(outcome, Grade):
+        if isinstance(outcome, RewardOutput):
             return outcome
-        if isinstance(outcome, UserError):
+        if isinstance(outcome, SDPOError):
             raise outcome
         raise name_failure(outcome, self._task, row, self._timeout) from outcome
 

@@ -1,7 +1,8 @@
 """What a task is: rows in verl's parquet schema, and something that grades a response to one.
 
-A task of your own is a Python file or module with ``grade(row, response)``, a function or a coroutine function; it is
-named by ``data.task``. With arguments, define ``build_task(**task_args)`` that returns an object with that method.
+A task of your own is a Python file or module with ``compute_score(row, response)``, a function or a coroutine function;
+it is named by ``data.task``. With arguments, define ``build_task(**task_args)`` that returns an object with that
+method.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from sdpo.errors import UserError
-from sdpo.observability.progress import Observer
+from sdpo.errors import DataError, SDPOError
+from sdpo.observability.progress import ProgressCallback
 
 BUILT_IN = {
     "figures": "sdpo.rewards.toy.figures",
@@ -48,7 +49,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Grade:
+class RewardOutput:
     """What a grader says of one response: a score, and in words what was wrong, if it can tell.
 
     A score of NaN stands for a grader that failed; no grader may return one.
@@ -61,8 +62,9 @@ class Grade:
 class Task(Protocol):
     """Grades responses; a built-in task may also make its own files (``prepare``)."""
 
-    def grade(self, row: Row, response: str) -> Any:
-        """A ``Grade``, a number, or a mapping with ``score`` and on request ``feedback`` (as verl's scorers return).
+    def compute_score(self, row: Row, response: str) -> Any:
+        """A ``RewardOutput``, a number, or a mapping with ``score`` and on request ``feedback`` (as verl's scorers
+        return).
 
         May be a coroutine function (``async def``), for graders that wait for others: many then wait side by side.
         """
@@ -72,50 +74,50 @@ def load_rows(files: Sequence[str], setting: str) -> list[Row]:
     """Read parquet files in verl's schema.
 
     Raises:
-        UserError: no file given, a file that is missing, unreadable or empty, a column that is missing, or a row whose
+        DataError: no file given, a file that is missing, unreadable or empty, a column that is missing, or a row whose
             prompt is not a list of messages or whose images are no files; names the file, and the row or the column.
     """
     import pyarrow.parquet as pq
 
     if not files:
-        raise UserError(f"{setting} is empty; name at least one parquet file")
+        raise DataError(f"{setting} is empty; name at least one parquet file")
     rows: list[Row] = []
     for name in files:
         if not os.path.isfile(name):
-            raise UserError(f"{setting}: {name}: no such file")
+            raise DataError(f"{setting}: {name}: no such file")
         try:
             table = pq.read_table(name)
             records = table.to_pylist()
         except Exception as error:  # readers raise whatever a broken file makes them raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{setting}: {name}: not a readable parquet file ({reason})") from error
+            raise DataError(f"{setting}: {name}: not a readable parquet file ({reason})") from error
         missing = [column for column in REQUIRED_COLUMNS if column not in table.column_names]
         if missing:
-            raise UserError(
+            raise DataError(
                 f"{setting}: {name}: column {missing[0]!r} is missing; it has {', '.join(table.column_names) or 'none'}"
             )
         rows.extend(_parse_row(record, f"{setting}: {name}: row {i}") for i, record in enumerate(records))
     if not rows:
-        raise UserError(f"{setting}: {', '.join(files)}: no rows")
+        raise DataError(f"{setting}: {', '.join(files)}: no rows")
     return rows
 
 
 def _parse_row(record: Mapping[str, Any], where: str) -> Row:
     prompt = record["prompt"]
     if not isinstance(prompt, list) or not prompt:
-        raise UserError(f"{where}: prompt must be a list of messages with role and content, got {prompt!r:.80}")
+        raise DataError(f"{where}: prompt must be a list of messages with role and content, got {prompt!r:.80}")
     for message in prompt:
         _check_message(message, where)
     if not any(message["role"] == "user" for message in prompt):
-        raise UserError(f"{where}: the prompt has no user message")
+        raise DataError(f"{where}: the prompt has no user message")
     if not isinstance(record["reward_model"], Mapping):
-        raise UserError(f"{where}: reward_model must have ground_truth in it, got {record['reward_model']!r:.80}")
+        raise DataError(f"{where}: reward_model must have ground_truth in it, got {record['reward_model']!r:.80}")
     if record["data_source"] is None:
-        raise UserError(f"{where}: data_source must be a name, got None")
+        raise DataError(f"{where}: data_source must be a name, got None")
     for column, kind in (("extra_info", Mapping), ("images", list)):
         if not isinstance(record.get(column), (kind, type(None))):
             name = "a mapping" if kind is Mapping else "a list"
-            raise UserError(f"{where}: {column} must be {name} or null, got {record[column]!r:.80}")
+            raise DataError(f"{where}: {column} must be {name} or null, got {record[column]!r:.80}")
     return Row(
         data_source=str(record["data_source"]),
         prompt=prompt,
@@ -129,18 +131,18 @@ def _parse_row(record: Mapping[str, Any], where: str) -> Row:
 
 def _check_message(message: Any, where: str) -> None:
     if not isinstance(message, dict) or not message.get("role") or message.get("content") is None:
-        raise UserError(f"{where}: a message of the prompt needs role and content, got {message!r:.80}")
+        raise DataError(f"{where}: a message of the prompt needs role and content, got {message!r:.80}")
     role, content = message["role"], message["content"]
     if not isinstance(role, str):
-        raise UserError(f"{where}: a message's role must be text, got {role!r:.80}")
+        raise DataError(f"{where}: a message's role must be text, got {role!r:.80}")
     if isinstance(content, str):
         return
     if not isinstance(content, list) or not content:
-        raise UserError(f"{where}: a message's content must be text or a list of parts, got {content!r:.80}")
+        raise DataError(f"{where}: a message's content must be text or a list of parts, got {content!r:.80}")
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "image" and not (kind == "text" and isinstance(part.get("text"), str)):
-            raise UserError(
+            raise DataError(
                 f"{where}: a part of a message must be of type image, or of type text with a text, got {part!r:.80}"
             )
 
@@ -149,44 +151,44 @@ def read_image(image: Any, where: str) -> bytes:
     """The file's content; the column holds it, or {"bytes": ..., "path": ...} as ``datasets`` does, or a path.
 
     Raises:
-        UserError: it is none of these, or there is no such file; begins with ``where``.
+        DataError: it is none of these, or there is no such file; begins with ``where``.
     """
     data, path = (image.get("bytes"), image.get("path")) if isinstance(image, Mapping) else (image, image)
     if isinstance(data, bytes):
         return data
     if not isinstance(path, str):
-        raise UserError(f"{where}: an image must be bytes, a path, or a mapping with one of them, got {image!r:.80}")
+        raise DataError(f"{where}: an image must be bytes, a path, or a mapping with one of them, got {image!r:.80}")
     try:
         return Path(path).expanduser().read_bytes()
     except OSError as error:
-        raise UserError(f"{where}: image {path}: cannot be read ({error.strerror})") from error
+        raise DataError(f"{where}: image {path}: cannot be read ({error.strerror})") from error
 
 
 def load_task(name: str, args: Mapping[str, Any]) -> Task:
     """Find a task by built-in name, Python file or module, and build it with its arguments.
 
     Raises:
-        UserError: there is no such task, it cannot be imported, it has neither ``build_task`` nor ``grade``, or does
+        DataError: there is no such task, it cannot be imported, it has neither ``build_task`` nor ``grade``, or does
             not take the arguments.
     """
     module = _import_task(name)
     if hasattr(module, "build_task"):
         try:
             return module.build_task(**args)
-        except UserError:
+        except SDPOError:
             raise
         except TypeError as error:
-            raise UserError(f"data.task_args: {name}: {' '.join(str(error).split())}") from error
+            raise DataError(f"data.task_args: {name}: {' '.join(str(error).split())}") from error
         except Exception as error:  # a task of one's own may raise anything
-            raise UserError(f"data.task_args: {name}: {_explain(error, name)}") from error
-    if not hasattr(module, "grade"):
-        raise UserError(f"data.task: {name} defines neither grade(row, response) nor build_task(**task_args)")
+            raise DataError(f"data.task_args: {name}: {_explain(error, name)}") from error
+    if not hasattr(module, "compute_score"):
+        raise DataError(f"data.task: {name} defines neither compute_score(row, response) nor build_task(**task_args)")
     if args:
-        raise UserError(f"data.task_args: {name} takes no arguments; define build_task(**task_args) in it")
+        raise DataError(f"data.task_args: {name} takes no arguments; define build_task(**task_args) in it")
     return module
 
 
-def prepare_task(task: Task, observer: Observer) -> None:
+def prepare_task(task: Task, observer: ProgressCallback) -> None:
     """Let a task that makes its own files make them."""
     prepare = getattr(task, "prepare", None)
     if prepare is not None:
@@ -198,7 +200,7 @@ def _import_task(name: str) -> ModuleType:
         return importlib.import_module(BUILT_IN[name])
     if name.endswith(".py"):
         if not Path(name).is_file():
-            raise UserError(f"data.task: {name}: no such file")
+            raise DataError(f"data.task: {name}: no such file")
         spec = importlib.util.spec_from_file_location(f"sdpo_task_{Path(name).stem}", name)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
@@ -207,9 +209,9 @@ def _import_task(name: str) -> ModuleType:
             spec.loader.exec_module(module)
         except Exception as error:  # a file of one's own may raise anything
             del sys.modules[spec.name]
-            raise UserError(f"data.task: {name}: cannot be imported ({_explain(error, name)})") from error
+            raise DataError(f"data.task: {name}: cannot be imported ({_explain(error, name)})") from error
         return module
-    unknown = UserError(f"data.task: no task {name!r}; built in: {', '.join(BUILT_IN)}; or a Python file or module")
+    unknown = DataError(f"data.task: no task {name!r}; built in: {', '.join(BUILT_IN)}; or a Python file or module")
     if not all(part.isidentifier() for part in name.split(".")):
         raise unknown
     try:
@@ -217,7 +219,7 @@ def _import_task(name: str) -> ModuleType:
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
             raise unknown from error
-        raise UserError(f"data.task: {name}: cannot be imported ({_explain(error)})") from error
+        raise DataError(f"data.task: {name}: cannot be imported ({_explain(error)})") from error
 
 
 def _explain(error: Exception, file: str = "") -> str:
@@ -232,26 +234,26 @@ def find_place(error: BaseException, file: str | None) -> str:
     return f"{file}:{lines[-1]}" if lines else ""
 
 
-class BadGradeError(ValueError):
+class InvalidRewardError(ValueError):
     """What a grader returned is no grade."""
 
 
-def parse_grade(value: Any) -> Grade:
+def parse_reward(value: Any) -> RewardOutput:
     """The grade in what a grader returned.
 
     Raises:
-        BadGradeError: the score is no finite number, or the feedback no text.
+        InvalidRewardError: the score is no finite number, or the feedback no text.
     """
     if isinstance(value, Mapping):
-        value = Grade(value.get("score"), value.get("feedback"))  # type: ignore[arg-type]
-    if not isinstance(value, Grade):
-        value = Grade(value)
+        value = RewardOutput(value.get("score"), value.get("feedback"))  # type: ignore[arg-type]
+    if not isinstance(value, RewardOutput):
+        value = RewardOutput(value)
     try:
         score = float(value.score)
     except (TypeError, ValueError, OverflowError):
         score = math.nan
     if not math.isfinite(score):
-        raise BadGradeError(f"the grader's score must be a finite number, got {value.score!r:.80}")
+        raise InvalidRewardError(f"the grader's score must be a finite number, got {value.score!r:.80}")
     if value.feedback is not None and not isinstance(value.feedback, str):
-        raise BadGradeError(f"the grader's feedback must be text, got {value.feedback!r:.80}")
-    return Grade(score, value.feedback)
+        raise InvalidRewardError(f"the grader's feedback must be text, got {value.feedback!r:.80}")
+    return RewardOutput(score, value.feedback)

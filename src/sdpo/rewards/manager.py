@@ -7,21 +7,21 @@ import math
 from collections.abc import Callable, Sequence
 
 from sdpo.config.data import RewardConfig
-from sdpo.errors import UserError
-from sdpo.observability.progress import Observer
-from sdpo.rewards.async_scoring import AsyncGrader, is_asynchronous
-from sdpo.rewards.base import Grade, Row, Task
-from sdpo.rewards.scoring import GradingFailed, grade_once
+from sdpo.errors import DataError
+from sdpo.observability.progress import ProgressCallback
+from sdpo.rewards.async_scoring import AsyncScorer, is_asynchronous
+from sdpo.rewards.base import RewardOutput, Row, Task
+from sdpo.rewards.scoring import RewardFailure, score_once
 
-FAILED = Grade(math.nan)
+FAILED = RewardOutput(math.nan)
 
 
-class Grader:
+class RewardManager:
     """A task's ``grade``, whose failures are survived, told and counted.
 
     Coroutine functions grade all responses of a step side by side, others one after the other. A failure is an
     exception (``SystemExit`` too), a call longer than ``reward.timeout_s``, or a return value that
-    ``parse_grade`` refuses. A ``UserError`` is none: it is the task's way to refuse its data, and ends the run.
+    ``parse_reward`` refuses. An ``SDPOError`` is none: it is the task's way to refuse its data, and ends the run.
 
     Args:
         task: what grades.
@@ -32,30 +32,30 @@ class Grader:
         num_failures: so far.
     """
 
-    def __init__(self, task: Task, config: RewardConfig, observer: Observer) -> None:
+    def __init__(self, task: Task, config: RewardConfig, observer: ProgressCallback) -> None:
         self._begin = _choose_begin(task, config.timeout_s)
         self._config = config
         self._observer = observer
         self._told: set[str] = set()
         self.num_failures = 0
 
-    def grade(self, responses: Sequence[tuple[Row, str]]) -> list[Grade]:
+    def compute_score(self, responses: Sequence[tuple[Row, str]]) -> list[RewardOutput]:
         """A grade for each response to a row, in their order; the score of a failed one is NaN.
 
         Raises:
-            UserError: more than ``reward.max_failure_fraction`` of them have failed; the rest is not graded.
+            DataError: more than ``reward.max_failure_fraction`` of them have failed; the rest is not graded.
         """
         grades = []
         num_failed = 0
         for finish in [self._begin(row, response) for row, response in responses]:
             try:
                 grades.append(finish())
-            except GradingFailed as failure:
+            except RewardFailure as failure:
                 grades.append(FAILED)
                 num_failed += 1
                 self.num_failures += 1
                 if num_failed > self._config.max_failure_fraction * len(responses):
-                    raise UserError(
+                    raise DataError(
                         f"data.task: grading failed for {num_failed} of the {len(grades)} "
                         f"responses graded so far, of {len(responses)} in all, which is more than "
                         f"reward.max_failure_fraction={self._config.max_failure_fraction:g}; the last: {failure}"
@@ -66,8 +66,8 @@ class Grader:
         return grades
 
 
-def _choose_begin(task: Task, timeout: float | None) -> Callable[[Row, str], Callable[[], Grade]]:
+def _choose_begin(task: Task, timeout: float | None) -> Callable[[Row, str], Callable[[], RewardOutput]]:
     """What begins to grade a response, and gives what ends it: the whole call, where ``grade`` is no coroutine."""
     if is_asynchronous(task):
-        return AsyncGrader(task, timeout).begin
-    return lambda row, response: functools.partial(grade_once, task, row, response, timeout)
+        return AsyncScorer(task, timeout).begin
+    return lambda row, response: functools.partial(score_once, task, row, response, timeout)

@@ -9,17 +9,17 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from sdpo.errors import UserError
-from sdpo.rewards.base import Grade, Row, Task, find_place, parse_grade
+from sdpo.errors import SDPOError
+from sdpo.rewards.base import RewardOutput, Row, Task, find_place, parse_reward
 
 ALARM_INTERVAL = 1.0  # seconds after which a call that swallowed the alarm gets another
 
 
-class GraderTimeout(BaseException):
+class RewardTimeout(BaseException):
     """A grader took too long. No ``Exception``: graders catch those, and would go on."""
 
 
-class GradingFailed(Exception):
+class RewardFailure(Exception):
     """A grader gave no grade; the text says for which row and why.
 
     Attributes:
@@ -31,27 +31,27 @@ class GradingFailed(Exception):
         self.kind = kind
 
 
-def grade_once(task: Task, row: Row, response: str, timeout: float | None) -> Grade:
+def score_once(task: Task, row: Row, response: str, timeout: float | None) -> RewardOutput:
     """Grade one response.
 
     Raises:
-        GradingFailed: an exception of the grader (``SystemExit`` too), a call longer than ``timeout`` seconds, or a
-            return value that ``parse_grade`` refuses.
-        UserError: the task's way to refuse its data.
+        RewardFailure: an exception of the grader (``SystemExit`` too), a call longer than ``timeout`` seconds, or a
+            return value that ``parse_reward`` refuses.
+        DataError: the task's way to refuse its data.
     """
     try:
-        return parse_grade(_call_within(timeout, task.grade, row, response))
-    except UserError:
+        return parse_reward(_call_within(timeout, task.compute_score, row, response))
+    except SDPOError:
         raise
-    except (Exception, SystemExit, GraderTimeout) as error:
+    except (Exception, SystemExit, RewardTimeout) as error:
         raise name_failure(error, task, row, timeout) from error
 
 
-def name_failure(error: BaseException, task: Task, row: Row, timeout: float | None) -> GradingFailed:
+def name_failure(error: BaseException, task: Task, row: Row, timeout: float | None) -> RewardFailure:
     """What a grader raised, or that it took too long, for which row and where."""
-    where = find_place(error, getattr(getattr(task.grade, "__code__", None), "co_filename", None))
+    where = find_place(error, getattr(getattr(task.compute_score, "__code__", None), "co_filename", None))
     reason = f"{_describe(error, timeout)}{where and f' ({where})'}"
-    return GradingFailed(f"{name_row(row)}: {reason}", f"{type(error).__name__} {where}")
+    return RewardFailure(f"{name_row(row)}: {reason}", f"{type(error).__name__} {where}")
 
 
 def name_row(row: Row) -> str:
@@ -66,7 +66,7 @@ def _call_within(seconds: float | None, function: Callable[..., Any], *arguments
     elsewhere the function takes as long as it takes. One that sets an alarm of its own replaces this one.
 
     Raises:
-        GraderTimeout: it took longer.
+        RewardTimeout: it took longer.
     """
     if seconds is None or not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
         return function(*arguments)
@@ -74,7 +74,7 @@ def _call_within(seconds: float | None, function: Callable[..., Any], *arguments
 
     def interrupt(signal_number: int, frame: FrameType | None) -> None:
         if armed:
-            raise GraderTimeout
+            raise RewardTimeout
 
     began = time.monotonic()
     handler = signal.signal(signal.SIGALRM, interrupt)
@@ -97,7 +97,7 @@ def describe_timeout(timeout: float) -> str:
 
 
 def _describe(error: BaseException, timeout: float | None) -> str:
-    if isinstance(error, GraderTimeout):
+    if isinstance(error, RewardTimeout):
         assert timeout is not None
         return describe_timeout(timeout)
     text = " ".join(str(error).split())

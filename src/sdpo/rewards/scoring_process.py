@@ -12,9 +12,9 @@ import json
 import pickle
 import sys
 
-from sdpo.errors import UserError
-from sdpo.rewards.base import Grade, Row, load_task
-from sdpo.rewards.scoring import GradingFailed, describe_timeout, grade_once, name_row
+from sdpo.errors import DataError, SDPOError
+from sdpo.rewards.base import RewardOutput, Row, load_task
+from sdpo.rewards.scoring import RewardFailure, describe_timeout, name_row, score_once
 from sdpo.rewards.worker_process import CutOff, WorkerProcess, take_output
 
 # Seconds beyond the timeout: the alarm comes first, since it says where; then the process ends itself; then we end it.
@@ -34,24 +34,24 @@ class GraderProcess:
         self._timeout = timeout
         self._worker = WorkerProcess("sdpo.rewards.scoring_process:_serve", [task, args, str(timeout)])
 
-    def grade(self, row: Row, response: str) -> Grade:
+    def compute_score(self, row: Row, response: str) -> RewardOutput:
         """Grade one response.
 
         Raises:
-            GradingFailed: see ``grade_once``; or the process died.
-            UserError: the task cannot be loaded, or refuses its data.
+            RewardFailure: see ``score_once``; or the process died.
+            DataError: the task cannot be loaded, or refuses its data.
         """
         packed = base64.b64encode(pickle.dumps((row, response))).decode()
         try:
             reply = self._worker.ask({"packed": packed}, self._timeout + 2 * PATIENCE)
         except CutOff:
             reason = f"{describe_timeout(self._timeout)}, or its process died"
-            raise GradingFailed(f"{name_row(row)}: {reason}", CutOff.__name__) from None
+            raise RewardFailure(f"{name_row(row)}: {reason}", CutOff.__name__) from None
         if "refusal" in reply:
-            raise UserError(reply["refusal"])
+            raise DataError(reply["refusal"])
         if "failure" in reply:
-            raise GradingFailed(reply["failure"], reply["kind"])
-        return Grade(reply["score"], reply["feedback"])
+            raise RewardFailure(reply["failure"], reply["kind"])
+        return RewardOutput(reply["score"], reply["feedback"])
 
     def close(self) -> None:
         """End the process; the next response starts another."""
@@ -63,8 +63,8 @@ def _serve(task: str, args: str, timeout: str) -> None:
     seconds = float(timeout)
     refusal = ""
     try:
-        grader = load_task(task, json.loads(args))
-    except UserError as error:
+        reward_manager = load_task(task, json.loads(args))
+    except SDPOError as error:
         refusal = str(error)
     print("ready", file=replies)
     for line in sys.stdin:
@@ -75,11 +75,11 @@ def _serve(task: str, args: str, timeout: str) -> None:
         # Ends this process whatever runs, also where nobody would any more since the parent was killed.
         faulthandler.dump_traceback_later(seconds + PATIENCE, exit=True)
         try:
-            grade = grade_once(grader, row, response, seconds)
+            grade = score_once(reward_manager, row, response, seconds)
             reply = {"score": grade.score, "feedback": grade.feedback}
-        except UserError as error:
+        except SDPOError as error:
             reply = {"refusal": str(error)}
-        except GradingFailed as failure:
+        except RewardFailure as failure:
             reply = {"failure": str(failure), "kind": failure.kind}
         faulthandler.cancel_dump_traceback_later()
         print(json.dumps(reply), file=replies)

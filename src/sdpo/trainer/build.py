@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from sdpo.config.loader import flatten_keys
 from sdpo.config.root import SDPOConfig
-from sdpo.errors import UserError
-from sdpo.models.generation.sampling import Decoding
+from sdpo.errors import ConfigError
+from sdpo.models.generation.sampling import SamplingParams
 from sdpo.models.loading import (
     count_embeddings,
     get_stop_token_ids,
@@ -24,24 +24,24 @@ from sdpo.models.loading import (
 )
 from sdpo.models.lora.adapters import require_peft
 from sdpo.models.multimodal.processor import load_reader
-from sdpo.models.multimodal.vision_tower import Vision, freeze_tower
+from sdpo.models.multimodal.vision_tower import VisionAdapter, freeze_tower
 from sdpo.observability.health import HealthMonitor
-from sdpo.observability.health_callback import Guard
-from sdpo.observability.progress import Observer
+from sdpo.observability.health_callback import HealthCallback
+from sdpo.observability.progress import ProgressCallback
 from sdpo.prompting.tokenization import Tokenizer
 from sdpo.rewards.base import load_task, prepare_task
-from sdpo.rewards.manager import Grader
-from sdpo.trainer.actor.actor import Learner
-from sdpo.trainer.checkpoint.resume import Resumption, find_resumption
+from sdpo.rewards.manager import RewardManager
+from sdpo.trainer.actor.actor import Actor
+from sdpo.trainer.checkpoint.resume import ResumeState, find_resumption
 from sdpo.trainer.checkpoint.state import (
     compute_fingerprint,
     load_student,
     load_teacher_module,
     set_random_states,
 )
-from sdpo.trainer.data.prompts import Prompt, PromptOrder, load_prompts
+from sdpo.trainer.data.prompts import Prompt, RandomSampler, load_prompts
 from sdpo.trainer.evaluator import Evaluator
-from sdpo.trainer.logging.run_dir import RunFolder, require_idle
+from sdpo.trainer.logging.run_dir import RunDir, require_idle
 from sdpo.trainer.rollout.sampler import LocalSampler, ProcessSampler, Sampler, TransformersEngine
 from sdpo.trainer.rollout.vllm_engine import VllmEngine, require_vllm
 from sdpo.trainer.rollout.weight_sync import copy_parameters
@@ -54,31 +54,31 @@ class Parts:
     ``tokenizer`` writes chats, images included; ``processing`` is what a checkpoint needs beside the weights.
     """
 
-    grader: Grader
+    reward_manager: RewardManager
     tokenizer: Tokenizer
     processing: PreTrainedTokenizerBase | ProcessorMixin
     prompts: list[Prompt]
-    order: PromptOrder
-    learner: Learner
+    order: RandomSampler
+    actor: Actor
     sampler: Sampler
     evaluator: Evaluator
-    folder: RunFolder
-    guard: Guard
+    folder: RunDir
+    guard: HealthCallback
     window: int | None
-    resumption: Resumption | None
+    resumption: ResumeState | None
     data: str
     num_devices: int
-    observer: Observer
+    observer: ProgressCallback
 
     def prompts_of(self, step: int) -> list[Prompt]:
         return [self.prompts[i] for i in self.order.batch(step)]
 
 
-def build_parts(run: SDPOConfig, observer: Observer) -> Parts:
+def build_parts(run: SDPOConfig, observer: ProgressCallback) -> Parts:
     """Prepare the task's files if it makes its own, load everything, open the run folder.
 
     Raises:
-        UserError: see the functions called here.
+        ConfigError: see the functions called here.
     """
     if run.verl:
         observer.message(f"without effect here: verl.{', verl.'.join(flatten_keys(run.verl))}")
@@ -95,24 +95,24 @@ def build_parts(run: SDPOConfig, observer: Observer) -> Parts:
         require_peft()
     task = load_task(run.data.task, run.data.task_args)
     prepare_task(task, observer)
-    grader = Grader(task, run.reward, observer)
+    reward_manager = RewardManager(task, run.reward, observer)
     text_tokenizer = load_tokenizer(run.model)
     reader = load_reader(run.model, run.data.max_pixels)
     tokenizer: Tokenizer = reader or text_tokenizer
     if reader is not None and run.rollout.engine == "vllm":
-        raise UserError("rollout.engine=vllm does not sample from models that read images yet; use transformers")
+        raise ConfigError("rollout.engine=vllm does not sample from models that read images yet; use transformers")
     student = load_student(run, resumption.checkpoint if resumption else None, learner_device)
-    vision = Vision(student, reader) if reader is not None else None
+    vision = VisionAdapter(student, reader) if reader is not None else None
     if run.actor.freeze_vision_tower:
         if vision is None:
-            raise UserError("actor.freeze_vision_tower=true, but the model has no image tower; remove it")
+            raise ConfigError("actor.freeze_vision_tower=true, but the model has no image tower; remove it")
         freeze_tower(student)
     require_same_vocabulary(student, text_tokenizer, run.model.path)
     window = get_window(student)
     prompts = load_prompts(run.data.train_files, "data.train_files", run, tokenizer, window, observer)
     held_out = load_prompts(run.data.val_files, "data.val_files", run, tokenizer, window, observer)
     _require_known_tokens([*prompts, *held_out], count_embeddings(student))
-    decoding = Decoding(
+    decoding = SamplingParams(
         n=run.rollout.n,
         max_new_tokens=run.rollout.max_response_length,
         temperature=run.rollout.temperature,
@@ -120,27 +120,27 @@ def build_parts(run: SDPOConfig, observer: Observer) -> Parts:
         batch_size=run.rollout.max_num_seqs,
         stop_token_ids=get_stop_token_ids(student, text_tokenizer),
         pad_token_id=int(text_tokenizer.pad_token_id),
-        forbidden_token_ids=vision.placeholder_ids if vision is not None else (),
+        suppress_tokens=vision.placeholder_ids if vision is not None else (),
         dtype=getattr(torch, run.sampling_dtype) if run.sampling_dtype != run.model.dtype else None,
     )
-    learner = Learner(student, run, decoding.pad_token_id, vision, observer.message)
+    actor = Actor(student, run, decoding.pad_token_id, vision, observer.message)
     data = compute_fingerprint(prompts)
     if resumption is not None:
-        _restore(learner, run, resumption, data)
-    folder = RunFolder(run, observer, resumption.step if resumption else None)
-    guard = Guard(HealthMonitor(run.health), learner, folder.log_alarm, observer)
+        _restore(actor, run, resumption, data)
+    folder = RunDir(run, observer, resumption.step if resumption else None)
+    guard = HealthCallback(HealthMonitor(run.health), actor, folder.log_health_event, observer)
     if resumption is not None:
         guard.load_state_dict(resumption.state.guard)
     sampler = _build_sampler(run, student, decoding, sampler_device, window, vision, observer)
     return Parts(
-        grader=grader,
+        reward_manager=reward_manager,
         tokenizer=tokenizer,
         processing=reader.processor if reader is not None else text_tokenizer,
         prompts=prompts,
-        order=PromptOrder(len(prompts), run.data.train_batch_size, shuffle=run.data.shuffle, seed=run.seed),
-        learner=learner,
+        order=RandomSampler(len(prompts), run.data.train_batch_size, shuffle=run.data.shuffle, seed=run.seed),
+        actor=actor,
         sampler=sampler,
-        evaluator=Evaluator(run, grader, tokenizer, held_out[: run.eval.max_prompts], decoding, window, vision),
+        evaluator=Evaluator(run, reward_manager, tokenizer, held_out[: run.eval.max_prompts], decoding, window, vision),
         folder=folder,
         guard=guard,
         window=window,
@@ -151,17 +151,17 @@ def build_parts(run: SDPOConfig, observer: Observer) -> Parts:
     )
 
 
-def _restore(learner: Learner, run: SDPOConfig, resumption: Resumption, data: str) -> None:
+def _restore(actor: Actor, run: SDPOConfig, resumption: ResumeState, data: str) -> None:
     state = resumption.state
     if state.data != data:
-        raise UserError(
+        raise ConfigError(
             "data.train_files: other rows than when the run began; restore them or begin in another output_dir"
         )
-    if learner.initial is not None and not run.lora.rank:  # which was made from the student as it is now
-        copy_parameters(dict(load_model(run.model, learner.device).named_parameters()), learner.initial)
+    if actor.initial is not None and not run.lora.rank:  # which was made from the student as it is now
+        copy_parameters(dict(load_model(run.model, actor.device).named_parameters()), actor.initial)
     is_saved = (resumption.checkpoint / "teacher").is_dir()
-    teacher = load_teacher_module(run, resumption.checkpoint, learner.device) if is_saved else None
-    learner.load_state_dict(state.learner, teacher)
+    teacher = load_teacher_module(run, resumption.checkpoint, actor.device) if is_saved else None
+    actor.load_state_dict(state.actor, teacher)
     set_random_states(state.random)
 
 
@@ -169,7 +169,7 @@ def _require_known_tokens(prompts: list[Prompt], num_embeddings: int) -> None:
     for prompt in prompts:
         largest = max(prompt.token_ids, default=0)
         if largest >= num_embeddings:
-            raise UserError(
+            raise ConfigError(
                 f"{prompt.row.origin}: its prompt has token {largest}, and the model of model.path embeddings of "
                 f"{num_embeddings}; its tokenizer's files and its weights do not belong together"
             )
@@ -178,11 +178,11 @@ def _require_known_tokens(prompts: list[Prompt], num_embeddings: int) -> None:
 def _build_sampler(
     run: SDPOConfig,
     student: PreTrainedModel,
-    decoding: Decoding,
+    decoding: SamplingParams,
     device: torch.device,
     window: int | None,
-    vision: Vision | None,
-    observer: Observer,
+    vision: VisionAdapter | None,
+    observer: ProgressCallback,
 ) -> Sampler:
     threads, config = run.rollout.num_threads, replace(run.model, dtype=run.sampling_dtype)
     if run.rollout.engine == "vllm":

@@ -9,22 +9,22 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from sdpo.algorithm.teacher import Policy, Teacher
+from sdpo.algorithm.teacher import LogitMixture, Teacher
 from sdpo.config.root import SDPOConfig
-from sdpo.models.generation.sampling import Decoding, sample_responses
+from sdpo.models.generation.sampling import SamplingParams, sample_responses
 from sdpo.models.multimodal.processor import TokenPrompt
-from sdpo.models.multimodal.vision_tower import Vision
+from sdpo.models.multimodal.vision_tower import VisionAdapter
 from sdpo.observability.confidence import ClusteredMean, name_interval
 from sdpo.observability.metrics import (
-    VAL_GRADER_FAILURES,
+    VAL_REWARD_FAILURES,
     teacher_gain_name,
     teacher_prompted_name,
     teacher_val_name,
     val_name,
 )
-from sdpo.prompting.demonstrations import GradedResponse, select_demonstrations
+from sdpo.prompting.demonstrations import ScoredRollout, select_demonstrations
 from sdpo.prompting.tokenization import Tokenizer, encode_teacher_prompt
-from sdpo.rewards.manager import Grader
+from sdpo.rewards.manager import RewardManager
 from sdpo.trainer.data.prompts import Prompt
 from sdpo.trainer.data.samples import grade_responses
 
@@ -37,12 +37,12 @@ class Evaluator:
     """Grades greedy and sampled responses to held-out prompts."""
 
     run: SDPOConfig
-    grader: Grader
+    reward_manager: RewardManager
     tokenizer: Tokenizer
     prompts: Sequence[Prompt]
-    decoding: Decoding
+    decoding: SamplingParams
     window: int | None
-    vision: Vision | None = None
+    vision: VisionAdapter | None = None
 
     def evaluate(self, student: nn.Module, teacher: Teacher | None) -> dict[str, float]:
         """Accuracy by data source: ``mean@1`` greedy, ``mean@n`` and ``best@n/mean`` (pass@n) of ``eval.n`` samples.
@@ -50,8 +50,8 @@ class Evaluator:
         Responses that could not be graded are left out and counted.
         """
         config = self.run.eval
-        failures_before = self.grader.num_failures
-        policy: Policy = [(student, 1.0)]
+        failures_before = self.reward_manager.num_failures
+        policy: LogitMixture = [(student, 1.0)]
         greedy = self._respond(policy, n=1, temperature=0.0)
         values = _mean_by_source(self.prompts, greedy, lambda source: val_name(source, "mean@1"))
         shown = greedy
@@ -62,15 +62,15 @@ class Evaluator:
             values |= _mean_by_source(self.prompts, best, lambda source: val_name(source, f"best@{config.n}/mean"))
         if teacher is not None and config.evaluate_teacher:
             values |= self._evaluate_teacher(teacher.policy(student), shown, greedy)
-        return values | {VAL_GRADER_FAILURES: self.grader.num_failures - failures_before}
+        return values | {VAL_REWARD_FAILURES: self.reward_manager.num_failures - failures_before}
 
-    def _respond(self, policy: Policy, n: int, temperature: float) -> list[GradedResponse]:
+    def _respond(self, policy: LogitMixture, n: int, temperature: float) -> list[ScoredRollout]:
         decoding = replace(self.decoding, n=n, temperature=temperature, top_p=self.run.eval.top_p)
         responses = sample_responses(policy, [p.tokens for p in self.prompts], decoding, SEED, self.vision)
-        return grade_responses(self.grader, self.tokenizer, self.prompts, responses)
+        return grade_responses(self.reward_manager, self.tokenizer, self.prompts, responses)
 
     def _evaluate_teacher(
-        self, policy: Policy, shown: Sequence[GradedResponse], greedy: Sequence[GradedResponse]
+        self, policy: LogitMixture, shown: Sequence[ScoredRollout], greedy: Sequence[ScoredRollout]
     ) -> dict[str, float]:
         """Greedy accuracy of the teacher, shown what training would show it of the student's responses.
 
@@ -81,7 +81,7 @@ class Evaluator:
         demonstrations = select_demonstrations(shown, config, random.Random(SEED))
         contexts: dict[int, TokenPrompt] = {}
         for response, demonstration in zip(shown, demonstrations, strict=True):
-            group = int(response.group)
+            group = int(response.group_id)
             if group in contexts or demonstration.is_empty:
                 continue
             room = None if self.window is None else self.window - self.decoding.max_new_tokens
@@ -99,9 +99,9 @@ class Evaluator:
         if prompted:
             decoding = replace(self.decoding, n=1, temperature=0.0)
             responses = sample_responses(policy, list(contexts.values()), decoding, SEED, self.vision)
-            graded = grade_responses(self.grader, self.tokenizer, prompted, responses)
+            graded = grade_responses(self.reward_manager, self.tokenizer, prompted, responses)
             values |= _mean_by_source(prompted, graded, lambda source: teacher_val_name(source, "mean@1"))
-            student = {int(g.group): g.score for g in greedy}
+            student = {int(g.group_id): g.score for g in greedy}
             gains = [replace(g, score=g.score - student[group]) for g, group in zip(graded, contexts, strict=True)]
             values |= _mean_by_source(prompted, gains, teacher_gain_name, is_difference=True)
         return values
@@ -109,7 +109,7 @@ class Evaluator:
 
 def _mean_by_source(
     prompts: Sequence[Prompt],
-    graded: Sequence[GradedResponse],
+    graded: Sequence[ScoredRollout],
     name: Callable[[str], str],
     *,
     is_difference: bool = False,
@@ -118,16 +118,16 @@ def _mean_by_source(
     scores = defaultdict(list)
     for response in graded:
         if response.is_graded:
-            scores[prompts[int(response.group)].row.data_source].append(response)
+            scores[prompts[int(response.group_id)].row.data_source].append(response)
     values: dict[str, float] = {}
     for source, of_source in scores.items():
-        mean = ClusteredMean.of([r.score for r in of_source], [r.group for r in of_source])
+        mean = ClusteredMean.of([r.score for r in of_source], [r.group_id for r in of_source])
         is_share = not is_difference and all(0 <= r.score <= 1 for r in of_source)
-        interval = mean.share_interval() if is_share else mean.normal_interval()
+        interval = mean.wilson_interval() if is_share else mean.normal_interval()
         values |= {name(source): mean.mean} | name_interval(name(source), interval)
     return values
 
 
-def _best_of_groups(graded: Sequence[GradedResponse], n: int) -> list[GradedResponse]:
+def _best_of_groups(graded: Sequence[ScoredRollout], n: int) -> list[ScoredRollout]:
     groups = [[g for g in graded[i : i + n] if g.is_graded] for i in range(0, len(graded), n)]
     return [max(group, key=lambda g: g.score) for group in groups if group]

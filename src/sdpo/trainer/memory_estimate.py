@@ -8,8 +8,8 @@ from sdpo.algorithm.teacher import follows
 from sdpo.config.root import SDPOConfig
 from sdpo.models.memory_estimate import (
     BYTES,
-    Cost,
     Lengths,
+    MemoryEstimate,
     ModelSize,
     Stack,
     bound_lengths,
@@ -23,18 +23,18 @@ from sdpo.models.memory_estimate import (
 DRAWING, DRAWING_FROM_NUCLEUS = 5, 12
 
 
-def estimate_cost(run: SDPOConfig) -> Cost:
-    """Tokens a step, and memory of learner and sampler; no memory where the model is only made on first use."""
+def estimate_memory(run: SDPOConfig) -> MemoryEstimate:
+    """Tokens a step, and memory of actor and sampler; no memory where the model is only made on first use."""
     tokens = run.data.train_batch_size * run.rollout.n * (run.data.max_prompt_length + run.rollout.max_response_length)
     if run.data.task_args.get("dir") and not Path(run.model.path).exists():
-        return Cost(tokens, None)
+        return MemoryEstimate(tokens, None)
     model = measure_model(run.model, run.lora)
     lengths = bound_lengths(run, model.window)
-    return Cost(
+    return MemoryEstimate(
         tokens_a_step=tokens,
         num_params=model.num_params,
         num_tower_params=model.tower.num_params if model.tower else 0,
-        learner=_hold(run, model, lengths),
+        actor=_hold(run, model, lengths),
         learning={"gradients": _count_trained_bytes(run, model)},
         phases={
             "a micro-batch": _learn(run, model, lengths),
@@ -42,7 +42,7 @@ def estimate_cost(run: SDPOConfig) -> Cost:
             "the update": _update(run, model),
         },
         sampler=_sample(run, model, lengths),
-        takes_turns=not run.max_staleness and run.rollout.device == run.actor.device,
+        colocated=not run.max_staleness and run.rollout.device == run.actor.device,
     )
 
 

@@ -2,7 +2,7 @@
 
     staleness 0     sample k | learn k | sample k+1 | learn k+1 | ...
     staleness 1     sample k | sample k+1 | sample k+2 | ...            the sampler's process
-                             | learn k    | learn k+1  | ...            the learner's process
+                             | learn k    | learn k+1  | ...            the actor's process
 
 With staleness 1, batch k+1 is sampled by the weights that batch k is learned with: one update behind, once it is
 learned itself.
@@ -21,12 +21,12 @@ import torch
 from sdpo.config.root import SDPOConfig
 from sdpo.models.multimodal.processor import TokenPrompt
 from sdpo.observability import metrics
-from sdpo.observability.progress import Observer, Silent
+from sdpo.observability.progress import NullCallback, ProgressCallback
 from sdpo.trainer.build import Parts, build_parts
-from sdpo.trainer.checkpoint.manager import retire_checkpoints, save_checkpoint
+from sdpo.trainer.checkpoint.manager import prune_checkpoints, save_checkpoint
 from sdpo.trainer.checkpoint.state import TrainingState, save_models
 from sdpo.trainer.data.samples import build_samples, summarize_samples
-from sdpo.trainer.rollout.sampler import Rollouts
+from sdpo.trainer.rollout.sampler import RolloutBatch
 from sdpo.trainer.signals import Interruption
 
 
@@ -47,25 +47,25 @@ class Result:
     stopped_by: str | None = None
 
 
-def train(run: SDPOConfig, observer: Observer | None = None) -> Result:
+def train(run: SDPOConfig, observer: ProgressCallback | None = None) -> Result:
     """Train as the run says, from its beginning or from a checkpoint; write the run folder; return the final metrics.
 
     Raises:
-        UserError: something the person gave us is wrong, or the machine is at its end (disk, memory); a run that had
+        ConfigError: something the person gave us is wrong, or the machine is at its end (disk, memory); a run that had
             begun is saved as of its last whole step.
     """
     with Interruption() as interruption:
-        parts = build_parts(run, observer or Silent())
+        parts = build_parts(run, observer or NullCallback())
         training = _Training(run, parts, interruption)
         interrupted = None
         try:
             training.run_to_end()
         except KeyboardInterrupt:
             interrupted = interruption.name or "SIGINT"
-            training.rescue(run.shutdown_timeout)
+            training._emergency_save(run.shutdown_timeout)
         except Exception:
             with contextlib.suppress(Exception):  # what stopped the run is what has to be said
-                training.rescue(wait=0.0)
+                training._emergency_save(wait=0.0)
             raise
         finally:
             parts.sampler.close()
@@ -82,44 +82,44 @@ class _Training:
     def __init__(self, run: SDPOConfig, parts: Parts, interruption: Interruption) -> None:
         self.run = run
         self.parts = parts
-        self.learner = parts.learner
+        self.actor = parts.actor
         self.interruption = interruption
         state = parts.resumption.state if parts.resumption else None
-        self.rollouts: Rollouts | None = state.rollouts if state else None
+        self.rollouts: RolloutBatch | None = state.rollouts if state else None
         self.row: dict[str, float] = state.row if state else {}
-        self.is_checked = state.is_checked if state else False
+        self.health_checked = state.health_checked if state else False
         self.saved_step = parts.resumption.step if parts.resumption else None
         self.is_sampling = False
 
     def run_to_end(self) -> None:
-        self._finish_step()
-        for step in range(self.learner.version + 1, self.run.max_steps + 1):
-            self._take_step(step)
-            self._finish_step()
+        self._after_step()
+        for step in range(self.actor.version + 1, self.run.max_steps + 1):
+            self._train_step(step)
+            self._after_step()
             if self.parts.guard.stopped_by is not None:
                 return
 
-    def _take_step(self, step: int) -> None:
-        run, learner, parts = self.run, self.learner, self.parts
+    def _train_step(self, step: int) -> None:
+        run, actor, parts = self.run, self.actor, self.parts
         started = time.perf_counter()
         values: dict[str, float] = {}
         if self.rollouts is None:
             if not self.is_sampling:
-                values |= self._hand_over(step)
+                values |= self._sync_weights_and_submit(step)
             waiting = time.perf_counter()
             self.rollouts, self.is_sampling = parts.sampler.collect(), False
             values[metrics.TIME_WAIT] = time.perf_counter() - waiting
         rollouts = self.rollouts
         assert rollouts is not None
         values[metrics.TIME_SAMPLE] = rollouts.seconds
-        staleness = learner.version - rollouts.version
+        staleness = actor.version - rollouts.version
         if staleness > run.max_staleness:
             raise RuntimeError(f"step {step}: rollouts are {staleness} updates old, the bound is {run.max_staleness}")
         if run.max_staleness == 1:
-            values |= self._hand_over(step + 1)
+            values |= self._sync_weights_and_submit(step + 1)
 
         samples = build_samples(
-            parts.grader,
+            parts.reward_manager,
             parts.tokenizer,
             parts.prompts_of(step),
             rollouts.responses,
@@ -129,20 +129,20 @@ class _Training:
         )
         parts.folder.save_rollouts(step, samples)
         learning = time.perf_counter()
-        values |= learner.learn(samples, before_update=self.interruption.hold)
+        values |= actor.update_policy(samples, before_update=self.interruption.hold)
         values[metrics.TIME_LEARN] = time.perf_counter() - learning
         values |= summarize_samples(samples, run.self_distillation)
         values |= {metrics.STALENESS: staleness, metrics.EPOCH: parts.order.epoch(step)}
-        self.row, self.is_checked, self.rollouts = values, False, None
+        self.row, self.health_checked, self.rollouts = values, False, None
         self.interruption.release()
         elapsed = time.perf_counter() - started
         values |= {metrics.TIME_STEP: elapsed, metrics.THROUGHPUT: values[metrics.TOKENS] / elapsed / parts.num_devices}
 
-    def _finish_step(self) -> None:
+    def _after_step(self) -> None:
         """Evaluate, save and log the last step; step 0 is before training."""
-        run, step = self.run, self.learner.version
+        run, step = self.run, self.actor.version
         is_last = step == run.max_steps
-        if not self.is_checked:
+        if not self.health_checked:
             evaluates = is_last or _is_due(step, run.eval_steps) if step else run.eval.val_before_train
             if evaluates:
                 self.row |= self._evaluate()
@@ -161,14 +161,14 @@ class _Training:
 
     def _check(self) -> bool:
         """Have the step's metrics looked at; gives whether the run is to stop. An alarm may change the weights."""
-        if self.learner.version:
+        if self.actor.version:
             self.interruption.hold()
-            self.row |= self.parts.guard.watch(self.learner.version, self.row)
-        self.is_checked = True
+            self.row |= self.parts.guard.watch(self.actor.version, self.row)
+        self.health_checked = True
         self.interruption.release()
         return self.parts.guard.stopped_by is not None
 
-    def rescue(self, wait: float) -> None:
+    def _emergency_save(self, wait: float) -> None:
         """Save the last whole step of a run that is stopped.
 
         Args:
@@ -178,7 +178,7 @@ class _Training:
         if self.interruption.is_holding:
             tell(f"stopped between two steps: the newest checkpoint is that of step {self.saved_step or 0}")
             return
-        if self.saved_step == self.learner.version:
+        if self.saved_step == self.actor.version:
             return
         if self.rollouts is None and self.is_sampling and self.run.max_staleness == 1:
             with contextlib.suppress(Exception):  # it may be the sampler that stopped the run
@@ -188,31 +188,31 @@ class _Training:
         self._save()
 
     def _save(self) -> None:
-        parts, step = self.parts, self.learner.version
+        parts, step = self.parts, self.actor.version
         parts.folder.sync()
         state = TrainingState(
-            self.learner.state_dict(),
+            self.actor.state_dict(),
             parts.guard.state_dict(),
             self.row,
-            self.is_checked,
+            self.health_checked,
             self.rollouts,
             parts.data,
         )
 
         def write(folder: Path) -> None:
-            save_models(folder, self.learner, parts.processing)
+            save_models(folder, self.actor, parts.processing)
             state.save(folder)
 
         save_checkpoint(parts.folder.checkpoints, step, metrics.find_score(self.row), write)
         self.saved_step = step
-        retire_checkpoints(parts.folder.checkpoints, self.run.save_total_limit, self.run.save_best_limit)
+        prune_checkpoints(parts.folder.checkpoints, self.run.save_total_limit, self.run.save_best_limit)
 
-    def _hand_over(self, next_step: int) -> dict[str, float]:
+    def _sync_weights_and_submit(self, next_step: int) -> dict[str, float]:
         """Give the sampler the student's weights as they are and ask for rollouts, unless there are no more to come."""
         if next_step > self.run.max_steps:
             return {}
         started = time.perf_counter()
-        self.parts.sampler.load_weights(self.learner.student, self.learner.version)
+        self.parts.sampler.load_weights(self.actor.student, self.actor.version)
         seconds = time.perf_counter() - started
         self.parts.sampler.submit(*_request(self.run, self.parts, next_step))
         self.is_sampling = True
@@ -221,7 +221,7 @@ class _Training:
     def _evaluate(self) -> dict[str, float]:
         started = time.perf_counter()
         with torch.inference_mode():
-            values = self.parts.evaluator.evaluate(self.learner.student, self.learner.teacher)
+            values = self.parts.evaluator.evaluate(self.actor.student, self.actor.teacher)
         return values | {metrics.TIME_EVAL: time.perf_counter() - started}
 
 

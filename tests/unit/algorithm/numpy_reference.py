@@ -196,7 +196,7 @@ def write_golden() -> None:
             "name": name,
             "settings": settings,
             "loss": loss(batch, settings),
-            "by_logits": gradient(batch, settings).tolist(),
+            "grad_logits": gradient(batch, settings).tolist(),
         }
         for name, settings in LEVELS.items()
     ]

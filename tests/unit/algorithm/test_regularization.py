@@ -14,8 +14,8 @@ from sdpo import SelfDistillationConfig
 from sdpo.algorithm.loss import LossInputs, compute_loss
 from sdpo.algorithm.regularization import Regularization, estimate_kl
 from sdpo.config.actor import KL_LOSS_TYPES
-from sdpo.kernels.chunked_log_probs import LazyLogits
-from sdpo.kernels.fused_linear_loss import TokenInputs, compute_fused_loss
+from sdpo.kernels.chunked_log_probs import LinearHead
+from sdpo.kernels.fused_linear_loss import TokenInputs, fused_linear_sdpo_loss
 from sdpo.observability import metrics
 
 # Log-probabilities of student and reference: twice as likely, three times less likely, equal.
@@ -102,7 +102,7 @@ def test_the_entropy_s_gradient_by_logits_by_hand() -> None:
     tokens = TokenInputs(
         torch.tensor([1]), policy_weights=double([1.0]), regularization=Regularization(None, "kl", 1.0)
     )
-    outputs = compute_fused_loss(LazyLogits(hidden, head, bias), [], tokens, SelfDistillationConfig())
+    outputs = fused_linear_sdpo_loss(LinearHead(hidden, head, bias), [], tokens, SelfDistillationConfig())
     assert float(outputs.loss.detach()) == pytest.approx(-1.5 * LOG_2, abs=1e-14)
     outputs.loss.backward()
     assert hidden.grad is not None
@@ -125,7 +125,7 @@ def test_the_gradients_by_finite_differences(softcap: float | None) -> None:
     )
 
     def value(*leaves: Tensor) -> Tensor:
-        student = LazyLogits(*leaves, softcap)
-        return compute_fused_loss(student, [], tokens, SelfDistillationConfig(), temperature=0.7, chunk_size=2).loss
+        student = LinearHead(*leaves, softcap)
+        return fused_linear_sdpo_loss(student, [], tokens, SelfDistillationConfig(), temperature=0.7, chunk_size=2).loss
 
     assert torch.autograd.gradcheck(value, (hidden, head, bias), atol=1e-8)

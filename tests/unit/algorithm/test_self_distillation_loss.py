@@ -157,7 +157,7 @@ def test_one_token_by_hand() -> None:
 def test_stored_numbers(case: dict[str, Any], dtype: torch.dtype, tolerance: float) -> None:
     stored = json.loads(reference.GOLDEN_FILE.read_text())["batch"]
     batch = Batch(**{name: np.array(values) for name, values in stored.items()})
-    expected = case["loss"], np.array(case["by_logits"])
+    expected = case["loss"], np.array(case["grad_logits"])
     assert_same(run(batch, case["settings"], dtype=dtype), expected, tolerance)
 
 

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 from sdpo import SelfDistillationConfig, compute_self_distillation_loss, fused_self_distillation_loss
 from sdpo.algorithm.loss import compute_loss
 from sdpo.algorithm.regularization import Regularization
-from sdpo.kernels.chunked_log_probs import LazyLogits, choose_chunk_size, cut_slice, score_tokens
-from sdpo.kernels.fused_linear_loss import TokenInputs, compute_fused_loss
+from sdpo.kernels.chunked_log_probs import LinearHead, choose_chunk_size, cut_slice, score_tokens
+from sdpo.kernels.fused_linear_loss import TokenInputs, fused_linear_sdpo_loss
 from sdpo.kernels.loss_inputs import build_loss_inputs
 from sdpo.observability import metrics
 
@@ -313,11 +313,11 @@ def run_engine_form(
         **weights,
     )
     tokens = replace(tokens, **changes)
-    policy: list[LazyLogits] = []
+    policy: list[LinearHead] = []
     teacher = None
     if distilled is not None and bool(distilled.any()):
-        first = LazyLogits(case.teacher_hidden[distilled], case.teacher_head, case.teacher_bias)
-        second = LazyLogits(case.hidden[distilled].flip(0), case.head, case.bias)
+        first = LinearHead(case.teacher_hidden[distilled], case.teacher_head, case.teacher_bias)
+        second = LinearHead(case.hidden[distilled].flip(0), case.head, case.bias)
         policy = [replace(first, coefficient=1.0 - trust), replace(second, coefficient=trust)] if trust else [first]
         logits = sum(part.coefficient * (part.hidden @ part.weight.T + part.bias) for part in policy)
         teacher = (logits / case.temperature).log_softmax(-1).detach()
@@ -326,8 +326,8 @@ def run_engine_form(
     expected = compute_loss(inputs, config)
     expected.loss.backward()
     gradients = case.gradients()
-    student = LazyLogits(case.hidden, case.head, case.bias)
-    outputs = compute_fused_loss(student, policy, tokens, config, temperature=case.temperature, chunk_size=size)
+    student = LinearHead(case.hidden, case.head, case.bias)
+    outputs = fused_linear_sdpo_loss(student, policy, tokens, config, temperature=case.temperature, chunk_size=size)
     outputs.loss.backward()
     close = {"rtol": 0.0, "atol": 1e-10}
     torch.testing.assert_close(outputs.loss, expected.loss, **close)
@@ -417,9 +417,9 @@ def test_rollout_weights_made_in_the_pass_are_the_truncated_ratios_by_token(leve
                 distilled=some,
                 distillation_weights=torch.ones(N),
             )
-            outputs = compute_fused_loss(
-                LazyLogits(case.hidden, case.head, case.bias),
-                [LazyLogits(case.teacher_hidden[some], case.teacher_head, case.teacher_bias)],
+            outputs = fused_linear_sdpo_loss(
+                LinearHead(case.hidden, case.head, case.bias),
+                [LinearHead(case.teacher_hidden[some], case.teacher_head, case.teacher_bias)],
                 replace(tokens, **changes),
                 config,
                 temperature=case.temperature,
@@ -434,16 +434,16 @@ def test_rollout_weights_made_in_the_pass_are_the_truncated_ratios_by_token(leve
 @pytest.mark.parametrize("size", [1, 3, N, None])
 def test_log_probabilities_of_the_sampled_tokens_and_entropies(size: int | None) -> None:
     case = replace(make_case(), softcap=1.5)
-    student = LazyLogits(case.hidden, case.head, case.bias, case.softcap)
+    student = LinearHead(case.hidden, case.head, case.bias, case.softcap)
     result, entropies = score_tokens(student, case.ids, temperature=case.temperature, chunk_size=size)
     distributions = case.student().detach()
     wanted = distributions.gather(-1, case.ids[:, None])[:, 0]
     torch.testing.assert_close(result, wanted, rtol=0.0, atol=1e-12)
     torch.testing.assert_close(entropies, -(distributions.exp() * distributions).sum(-1), rtol=0.0, atol=1e-12)
     assert not result.requires_grad
-    none, _ = score_tokens(LazyLogits(case.hidden[:0], case.head), case.ids[:0])
+    none, _ = score_tokens(LinearHead(case.hidden[:0], case.head), case.ids[:0])
     assert none.shape == (0,)
-    half = LazyLogits(case.hidden.bfloat16(), case.head.bfloat16(), case.bias.bfloat16())
+    half = LinearHead(case.hidden.bfloat16(), case.head.bfloat16(), case.bias.bfloat16())
     assert score_tokens(half, case.ids, chunk_size=size)[0].dtype == torch.float32
 
 
@@ -511,9 +511,9 @@ def test_a_token_that_is_not_finite_stands_in_the_token_losses() -> None:
     hidden = case.hidden.detach().clone()
     hidden[4] = float("nan")
     tokens = TokenInputs(case.ids, distilled=torch.ones(N, dtype=torch.bool), distillation_weights=torch.ones(N))
-    teacher = [LazyLogits(case.teacher_hidden, case.teacher_head)]
-    outputs = compute_fused_loss(
-        LazyLogits(hidden, case.head), teacher, tokens, SelfDistillationConfig(is_clip=None), chunk_size=3
+    teacher = [LinearHead(case.teacher_hidden, case.teacher_head)]
+    outputs = fused_linear_sdpo_loss(
+        LinearHead(hidden, case.head), teacher, tokens, SelfDistillationConfig(is_clip=None), chunk_size=3
     )
     assert torch.isfinite(outputs.token_losses).tolist() == [True] * 4 + [False] + [True] * 2
 
@@ -522,11 +522,11 @@ def test_only_what_requires_a_gradient_gets_one() -> None:
     config, mask = SelfDistillationConfig(alpha=0.5), torch.ones(N)
     case = make_case()
     run_fused(case, config, mask, mask, 3)[0].backward()
-    by_hidden, by_head, by_bias = case.gradients()
+    grad_hidden, by_head, grad_bias = case.gradients()
     case.head.requires_grad_(False)
     run_fused(case, config, mask, mask, 3, student_bias=case.bias.detach())[0].backward()
     assert (case.head.grad, case.bias.grad) == (None, None)
-    assert torch.equal(case.gradients()[0], by_hidden)
+    assert torch.equal(case.gradients()[0], grad_hidden)
     case.head.requires_grad_(True)
     case.hidden.requires_grad_(False)
     run_fused(case, config, mask, mask, 3)[0].backward()
@@ -535,7 +535,7 @@ def test_only_what_requires_a_gradient_gets_one() -> None:
     with torch.no_grad():
         loss, _ = run_fused(case, config, mask, mask, 3)
     assert not loss.requires_grad
-    assert by_bias.abs().sum() > 0
+    assert grad_bias.abs().sum() > 0
 
 
 def test_a_backward_pass_may_be_repeated() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sdpo.kernels import loss_inputs
-from sdpo.kernels.loss_inputs import select_top
+from sdpo.kernels.loss_inputs import topk_support
 
 
 @pytest.mark.parametrize("group", [2, 5, 64])
@@ -21,7 +21,7 @@ def test_the_largest_entries_are_those_of_a_sort(
     values[20:30, :: max(1, vocab_size // group)] += 5.0  # all in one group
     values[30:35] = -torch.inf
     values[30:35, 7] = 0.0
-    kept, ids = select_top(values.requires_grad_(), k)
+    kept, ids = topk_support(values.requires_grad_(), k)
     wanted, order = values.detach().sort(-1, descending=True)
     assert torch.equal(kept, wanted[:, :k])
     assert torch.equal(values.detach().gather(-1, ids), kept)

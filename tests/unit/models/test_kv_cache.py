@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from sdpo.models.generation.kv_cache import ROOM, RoomyLayer, build_cache
-from sdpo.models.generation.sampling import Decoding, sample_responses
+from sdpo.models.generation.kv_cache import MIN_GROWTH, PreallocatedCacheLayer, build_cache
+from sdpo.models.generation.sampling import SamplingParams, sample_responses
 from sdpo.models.multimodal.processor import TokenPrompt
 
 HEADS, SIZE, PROMPT, CAPACITY = 2, 4, 5, 60
@@ -24,7 +24,7 @@ def make_states(rows: int, tokens: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_it_holds_what_transformers_layer_holds(repeats: int) -> None:
     torch.manual_seed(0)
-    ours, theirs = RoomyLayer(CAPACITY), DynamicLayer()
+    ours, theirs = PreallocatedCacheLayer(CAPACITY), DynamicLayer()
 
     def do(action: Callable[[Any], Any]) -> None:
         for layer in (ours, theirs):
@@ -47,13 +47,13 @@ def test_it_holds_what_transformers_layer_holds(repeats: int) -> None:
         kept = torch.randperm(rows)[: max(rows // 2, 1)]
         do(lambda layer, kept=kept: layer.batch_select_indices(kept))
         rows = len(kept)
-    for tokens in (1, 2, ROOM + 1, 3):
+    for tokens in (1, 2, MIN_GROWTH + 1, 3):
         read(rows, tokens)
-    assert ours.get_seq_length() > PROMPT + ROOM + 7
+    assert ours.get_seq_length() > PROMPT + MIN_GROWTH + 7
 
 
 def test_a_prompt_that_is_read_once_need_not_be_repeated() -> None:
-    layer = RoomyLayer(CAPACITY)
+    layer = PreallocatedCacheLayer(CAPACITY)
     prompt, token = make_states(2, PROMPT), make_states(2, 1)
     before = prompt[0].clone()
     layer.update(*prompt)
@@ -63,15 +63,15 @@ def test_a_prompt_that_is_read_once_need_not_be_repeated() -> None:
 
 
 def test_a_token_is_written_in_place_until_there_is_no_room() -> None:
-    layer = RoomyLayer(CAPACITY)
+    layer = PreallocatedCacheLayer(CAPACITY)
     layer.update(*make_states(2, PROMPT))
     layer.batch_repeat_interleave(2)
     places = []
     for _ in range(CAPACITY - PROMPT):
         keys, values = layer.update(*make_states(4, 1))
         places.append((keys.data_ptr(), values.data_ptr()))
-    assert len(set(places[:ROOM])) == 1
-    assert len(set(places)) <= (CAPACITY - PROMPT) // ROOM + 1
+    assert len(set(places[:MIN_GROWTH])) == 1
+    assert len(set(places)) <= (CAPACITY - PROMPT) // MIN_GROWTH + 1
     assert layer.keys.untyped_storage().nbytes() == 4 * HEADS * CAPACITY * SIZE * 4, "room beyond the capacity"
     with pytest.raises(ValueError, match="cache capacity is 60 tokens, got 61"):
         layer.update(*make_states(4, 1))
@@ -81,10 +81,10 @@ def test_a_sliding_window_stays_transformers_own(make_model: Any, plain_logits: 
     layers = ["full_attention", "sliding_attention"]
     model = make_model(use_sliding_window=True, sliding_window=4, layer_types=layers)
     cache = build_cache(model.config, CAPACITY)
-    assert [type(layer) for layer in cache.layers] == [RoomyLayer, DynamicSlidingWindowLayer]
+    assert [type(layer) for layer in cache.layers] == [PreallocatedCacheLayer, DynamicSlidingWindowLayer]
 
     prompts = [[5, 6, 7, 8, 9, 3], [4, 4], [8, 3, 5]]
-    decoding = Decoding(
+    decoding = SamplingParams(
         n=2, max_new_tokens=10, temperature=0.7, top_p=1.0, batch_size=6, stop_token_ids=[2], pad_token_id=0
     )
     for chosen in (prompts, prompts[:1]):  # with and without padding

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from sdpo.config.model import ModelConfig
-from sdpo.errors import UserError
+from sdpo.errors import SDPOError
 from sdpo.models.loading import (
     build_meta_model,
     get_stop_token_ids,
@@ -89,7 +89,7 @@ def test_devices_that_there_are(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["cuda:99", "gpu", "cpu:x", ""])
 def test_devices_that_there_are_not(name: str) -> None:
-    with pytest.raises(UserError, match=r"^rollout\.device: no device .* here \(.*\); use auto or cpu$"):
+    with pytest.raises(SDPOError, match=r"^rollout\.device: no device .* here \(.*\); use auto or cpu$"):
         resolve_device(name, "rollout.device")
 
 
@@ -104,7 +104,7 @@ def test_devices_that_there_are_not(name: str) -> None:
 )
 def test_a_folder_that_is_no_model(folder: Path, load: Any, breaking: Any, complaint: str) -> None:
     breaking(folder)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(SDPOError) as caught:
         load(ModelConfig(path=str(folder)))
     message = str(caught.value)
     assert message.startswith(f"model.path: {folder}: ") and complaint in message
@@ -114,29 +114,29 @@ def test_a_folder_that_is_no_model(folder: Path, load: Any, breaking: Any, compl
 @pytest.mark.parametrize("load", [lambda c: load_model(c, CPU), build_meta_model])
 def test_an_architecture_that_nobody_knows(folder: Path, load: Any) -> None:
     edit(folder / "config.json", model_type="no_such_model")
-    with pytest.raises(UserError, match=rf"^model\.path: {folder}: cannot be loaded \(.*no_such_model"):
+    with pytest.raises(SDPOError, match=rf"^model\.path: {folder}: cannot be loaded \(.*no_such_model"):
         load(ModelConfig(path=str(folder)))
 
 
 def test_weights_that_are_missing_or_broken(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"not weights")
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(SDPOError, match="cannot be loaded"):
         load_model(ModelConfig(path=str(folder)), CPU)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(SDPOError, match="cannot be loaded"):
         load_model(ModelConfig(path=str(folder)), CPU)
 
 
 def test_a_tokenizer_that_is_missing_or_cannot_end(folder: Path) -> None:
     save_plain_tokenizer(folder)
-    with pytest.raises(UserError, match="no end-of-sequence token"):
+    with pytest.raises(SDPOError, match="no end-of-sequence token"):
         load_tokenizer(ModelConfig(path=str(folder)))
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(UserError, match=r"model\.path: .*tokenizer"):
+    with pytest.raises(SDPOError, match=r"model\.path: .*tokenizer"):
         load_tokenizer(ModelConfig(path=str(folder)))
 
 
 def test_a_hub_name_without_a_network() -> None:
-    with pytest.raises(UserError, match=r"model\.path: nobody/no-such-model: cannot be loaded"):
+    with pytest.raises(SDPOError, match=r"model\.path: nobody/no-such-model: cannot be loaded"):
         load_model(ModelConfig(path="nobody/no-such-model"), CPU)

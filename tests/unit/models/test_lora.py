@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from sdpo.config.model import LoraConfig
-from sdpo.errors import UserError
+from sdpo.errors import SDPOError
 from sdpo.models.lora.adapters import (
     MergedParameters,
     add_adapters,
@@ -81,12 +81,12 @@ def test_chosen_layers_alone_are_adapted(make_model: MakeModel) -> None:
 
 @pytest.mark.parametrize("name", ["lm_head", "embed_tokens", "query", "proj", ""])
 def test_what_is_no_layer_to_adapt_is_refused(make_model: MakeModel, name: str) -> None:
-    with pytest.raises(UserError, match=rf"lora\.target_modules: '{name}' is no linear layer.*down_proj, gate_proj"):
+    with pytest.raises(SDPOError, match=rf"lora\.target_modules: '{name}' is no linear layer.*down_proj, gate_proj"):
         add_adapters(make_model(), LoraConfig(rank=2, target_modules=["q_proj", name]))
 
 
 def test_a_model_without_linear_layers_is_refused() -> None:
-    with pytest.raises(UserError, match=r"lora\.rank: GPT2LMHeadModel has no linear layers to adapt"):
+    with pytest.raises(SDPOError, match=r"lora\.rank: GPT2LMHeadModel has no linear layers to adapt"):
         add_adapters(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=8)), LoraConfig(rank=2))
 
 
@@ -174,7 +174,7 @@ def test_other_adapters_are_refused(adapted: Any, make_model: MakeModel, tmp_pat
     save_adapter(adapted, tmp_path)
     model = make_model()
     add_adapters(model, other)
-    with pytest.raises(UserError, match=re.escape("layers or rank differ from lora.* in the config")):
+    with pytest.raises(SDPOError, match=re.escape("layers or rank differ from lora.* in the config")):
         load_adapter(model, tmp_path)
-    with pytest.raises(UserError, match=r"adapter_model\.safetensors is missing"):
+    with pytest.raises(SDPOError, match=r"adapter_model\.safetensors is missing"):
         load_adapter(model, tmp_path / "nowhere")

@@ -25,12 +25,12 @@ from transformers import (
 from sdpo.config.model import ModelConfig
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.kernels import chunked_log_probs
-from sdpo.kernels.chunked_log_probs import LazyLogits
-from sdpo.kernels.fused_linear_loss import TokenInputs, compute_fused_loss
+from sdpo.kernels.chunked_log_probs import LinearHead
+from sdpo.kernels.fused_linear_loss import TokenInputs, fused_linear_sdpo_loss
 from sdpo.models.loading import load_model
 from sdpo.models.memory_estimate import Stack, count_fused_loss, measure_model
 from sdpo.models.multimodal.processor import load_reader
-from sdpo.models.multimodal.vision_tower import SeenImages, get_tower_parameters
+from sdpo.models.multimodal.vision_tower import ImageFeatureCache, get_tower_parameters
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "qwen2_5_vl_3b"
 CountPeak = Callable[[Callable[[], Any]], int]
@@ -86,7 +86,7 @@ def test_images_through_a_tower_stay_below_their_bound(family: str, count_peak: 
     assert size.num_params == sum(param.numel() for param in model.parameters())
     images = [vision_models.make_image(i, (112, 112)) for i in range(8)]
     numbers = sum(value.numel() for image in images for value in reader.read_pixels(image).values())
-    seen = SeenImages(model, reader, learning=True)
+    seen = ImageFeatureCache(model, reader, learning=True)
     features = seen.select(images)
 
     def learn() -> None:
@@ -213,9 +213,9 @@ def test_the_loss_in_chunks_stays_below_its_bound(
         for kind in ("", "ACCELERATOR_"):
             monkeypatch.setattr(chunked_log_probs, kind + name, num_rows * vocab_size * 4)
 
-    def make(num_tokens: int) -> LazyLogits:
+    def make(num_tokens: int) -> LinearHead:
         hidden, weight = torch.randn(num_tokens, hidden_size), torch.randn(vocab_size, hidden_size)
-        return LazyLogits(hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_())
+        return LinearHead(hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_())
 
     for n in (100, 400):
         student, teacher = make(n), [make(n)] * (2 if loss == "trust region" else config.distills)
@@ -228,8 +228,8 @@ def test_the_loss_in_chunks_stays_below_its_bound(
             distillation_weights=torch.full((n,), 1 / n),
         )
 
-        def learn(student: LazyLogits = student, teacher: Any = teacher, tokens: TokenInputs = tokens) -> None:
-            compute_fused_loss(student, teacher, tokens, config).loss.backward()
+        def learn(student: LinearHead = student, teacher: Any = teacher, tokens: TokenInputs = tokens) -> None:
+            fused_linear_sdpo_loss(student, teacher, tokens, config).loss.backward()
 
         bound = count_fused_loss(vocab_size, hidden_size, dtype.itemsize, n)
         assert bound / 3 < count_peak(learn) <= bound, n

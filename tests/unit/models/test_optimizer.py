@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sdpo.config.actor import OptimConfig
-from sdpo.errors import UserError
+from sdpo.errors import SDPOError
 from sdpo.models.optimizer import (
     MAX_LOST,
     NUM_SAMPLED,
@@ -82,9 +82,9 @@ def test_without_torchao_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         return plain(name, *arguments)
 
     monkeypatch.setattr("importlib.import_module", lambda name: refuse(name))
-    with pytest.raises(UserError, match=r"optim\.name=adamw_8bit: .*pip install 'sdpo\[torchao\]'"):
+    with pytest.raises(SDPOError, match=r"optim\.name=adamw_8bit: .*pip install 'sdpo\[torchao\]'"):
         build_optimizer(make_params(torch.float32), SMALL)
-    with pytest.raises(UserError, match=r"optim\.stochastic_rounding: .*pip install 'sdpo\[torchao\]'"):
+    with pytest.raises(SDPOError, match=r"optim\.stochastic_rounding: .*pip install 'sdpo\[torchao\]'"):
         build_optimizer(make_params(torch.bfloat16), RANDOM)
 
 

@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from sdpo.config.self_distillation import SelfDistillationConfig
-from sdpo.errors import UserError
-from sdpo.kernels.chunked_log_probs import LazyLogits, score_tokens
-from sdpo.kernels.fused_linear_loss import TokenInputs, compute_fused_loss
+from sdpo.errors import SDPOError
+from sdpo.kernels.chunked_log_probs import LinearHead, score_tokens
+from sdpo.kernels.fused_linear_loss import TokenInputs, fused_linear_sdpo_loss
 from sdpo.models.output_head import build_lazy_logits, compute_dense_logits, forbid_tokens, measure_logit_scale
 
 SHAPE: dict[str, Any] = {
@@ -89,7 +89,7 @@ def test_a_scale_that_no_setting_names_is_measured(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("change", [torch.sigmoid, lambda logits: logits + 1.0, lambda logits: logits * float("nan")])
 def test_anything_else_is_refused(change: Callable[[Tensor], Tensor]) -> None:
     model = change_logits(build("divided"), change)
-    with pytest.raises(UserError, match="GraniteForCausalLM computes logits from hidden states in an unsupported way"):
+    with pytest.raises(SDPOError, match="GraniteForCausalLM computes logits from hidden states in an unsupported way"):
         measure_logit_scale(model)
 
 
@@ -129,9 +129,9 @@ def test_forbidden_tokens_have_no_part_in_the_loss(
     def compute(rows: list[int], sampled: Tensor, names: Sequence[int]) -> tuple[Any, ...]:
         leaves = [hidden.clone().requires_grad_(), weight[rows].clone().requires_grad_()]
         own = bias[rows] if own_bias else None
-        student = forbid_tokens(LazyLogits(leaves[0], leaves[1], own, softcap), names)
+        student = forbid_tokens(LinearHead(leaves[0], leaves[1], own, softcap), names)
         teacher = [
-            forbid_tokens(LazyLogits(each, weight[rows] * 0.9, own, softcap, coefficient), names)
+            forbid_tokens(LinearHead(each, weight[rows] * 0.9, own, softcap, coefficient), names)
             for each, coefficient in zip(teachers, coefficients, strict=True)
         ]
         tokens = TokenInputs(
@@ -142,17 +142,19 @@ def test_forbidden_tokens_have_no_part_in_the_loss(
             distilled=torch.ones_like(sampled, dtype=torch.bool),
             distillation_weights=torch.full_like(old, 0.1),
         )
-        outputs = compute_fused_loss(student, teacher, tokens, config, temperature=0.7)
+        outputs = fused_linear_sdpo_loss(student, teacher, tokens, config, temperature=0.7)
         outputs.loss.backward()
         scores = score_tokens(student, sampled, temperature=0.7)
         return outputs, [leaf.grad for leaf in leaves], scores
 
-    outputs, (by_hidden, by_weight), scores = compute(list(range(vocab_size)), torch.tensor(allowed)[places], forbidden)
+    outputs, (grad_hidden, grad_weight), scores = compute(
+        list(range(vocab_size)), torch.tensor(allowed)[places], forbidden
+    )
     wanted, (wanted_by_hidden, wanted_by_weight), wanted_scores = compute(allowed, places, ())
     torch.testing.assert_close(outputs.loss, wanted.loss)
-    torch.testing.assert_close(by_hidden, wanted_by_hidden)
-    torch.testing.assert_close(by_weight[allowed], wanted_by_weight)
-    assert by_weight[forbidden].abs().max() < 1e-9
+    torch.testing.assert_close(grad_hidden, wanted_by_hidden)
+    torch.testing.assert_close(grad_weight[allowed], wanted_by_weight)
+    assert grad_weight[forbidden].abs().max() < 1e-9
     for ours, theirs in zip(scores, wanted_scores, strict=True):
         torch.testing.assert_close(ours, theirs)
     for name, (total, _) in wanted.sums.items():

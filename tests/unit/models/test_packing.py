@@ -42,12 +42,12 @@ from sdpo.models.multimodal.processor import TokenPrompt
 from sdpo.models.output_head import measure_logit_scale
 from sdpo.models.packing.attention import NAME
 from sdpo.models.packing.layout import (
-    Family,
+    AttentionCostModel,
     PackedSequences,
-    ReadingCost,
+    PrefixGroup,
     count_cost,
     count_shared_tokens,
-    find_families,
+    group_by_prefix,
     pack_sequences,
 )
 from sdpo.models.packing.support import enable_packing
@@ -88,7 +88,7 @@ NOT_PACKABLE: dict[str, Callable[[], Any]] = {
     "recurrent": lambda: MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=3)),
 }
 # Reading a token is all that costs; only pairs cost, so that nothing is padded; calls are dear.
-ALWAYS, NO_PADDING, ONE_CALL = ReadingCost(1, 0, 0), ReadingCost(1e6, 1, 0), ReadingCost(1e9, 0, 1)
+ALWAYS, NO_PADDING, ONE_CALL = AttentionCostModel(1, 0, 0), AttentionCostModel(1e6, 1, 0), AttentionCostModel(1e9, 0, 1)
 
 
 def make_sequences() -> tuple[list[TokenPrompt], list[list[int]], list[int]]:
@@ -104,9 +104,9 @@ def make_sequences() -> tuple[list[TokenPrompt], list[list[int]], list[int]]:
     return [TokenPrompt(prompt) for prompt in prompts], responses, [0, 0, 0, 1, 2, 2, 3, 3]
 
 
-def pack(cost: ReadingCost) -> tuple[PackedSequences, list[Family]]:
+def pack(cost: AttentionCostModel) -> tuple[PackedSequences, list[PrefixGroup]]:
     prompts, responses, groups = make_sequences()
-    families = find_families(prompts, [len(r) for r in responses], groups, cost)
+    families = group_by_prefix(prompts, [len(r) for r in responses], groups, cost)
     positions = compute_positions(prompts, max(map(len, responses)), None)
     return pack_sequences(families, prompts, responses, positions, cost, CPU), families
 
@@ -119,12 +119,12 @@ def differentiate(model: nn.Module, hidden: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("cost", "num_read", "num_calls"),
-    [(ALWAYS, 188 - 2 * 20 - 9, 3), (NO_PADDING, 188 - 2 * 20 - 9, 9), (ReadingCost(0, 0, 1), 188, 1)],
+    [(ALWAYS, 188 - 2 * 20 - 9, 3), (NO_PADDING, 188 - 2 * 20 - 9, 9), (AttentionCostModel(0, 0, 1), 188, 1)],
     ids=["shared", "shared without padding", "apart"],
 )
 @pytest.mark.parametrize("family", PACKABLE)
 def test_a_packed_row_reads_as_each_sequence_by_itself(
-    family: str, cost: ReadingCost, num_read: int, num_calls: int
+    family: str, cost: AttentionCostModel, num_read: int, num_calls: int
 ) -> None:
     torch.manual_seed(0)
     model = PACKABLE[family]().double().eval()
@@ -221,7 +221,7 @@ def test_what_prompts_begin_with() -> None:
 @pytest.mark.parametrize(("prefix", "num_images"), [(3, 1), (1, 2), (0, 2)])
 def test_images_stand_in_a_row_as_often_as_their_tokens(prefix: int, num_images: int) -> None:
     prompts = [TokenPrompt([1, 99, 99, 5], (b"image",)), TokenPrompt([1, 99, 99, 6], (b"image",))]
-    families = [Family(prefix, (5, 6))] if prefix else [Family(0, (5,)), Family(0, (6,))]
+    families = [PrefixGroup(prefix, (5, 6))] if prefix else [PrefixGroup(0, (5,)), PrefixGroup(0, (6,))]
     positions = [torch.arange(5), torch.arange(6)]
     row = pack_sequences(families, prompts, [[2], [3, 4]], positions, ALWAYS, CPU, [99])
     assert row.images == (b"image",) * num_images
@@ -231,26 +231,33 @@ def test_images_stand_in_a_row_as_often_as_their_tokens(prefix: int, num_images:
 def test_sharing_pays_where_it_saves_more_than_its_calls_cost() -> None:
     """Two rollouts: sharing saves a prompt's tokens and takes a call more."""
     prompts, lengths = [TokenPrompt([1] * 10)] * 2, [5, 5]
-    for by_call, shares in ((9.9, True), (10.1, False)):
-        families = find_families(prompts, lengths, [0, 0], ReadingCost(by_token=1.0, by_pair=0.0, by_call=by_call))
-        assert families == ([Family(10, (15, 15))] if shares else [Family(0, (15,)), Family(0, (15,))])
-    assert find_families(prompts, lengths, [0, 1], ALWAYS) == [Family(0, (15,)), Family(0, (15,))]
-    one = find_families(prompts[:1], lengths[:1], [0], ALWAYS)
-    assert one == [Family(0, (15,))]
+    for flops_per_call, shares in ((9.9, True), (10.1, False)):
+        families = group_by_prefix(
+            prompts,
+            lengths,
+            [0, 0],
+            AttentionCostModel(flops_per_token=1.0, flops_per_pair=0.0, flops_per_call=flops_per_call),
+        )
+        assert families == ([PrefixGroup(10, (15, 15))] if shares else [PrefixGroup(0, (15,)), PrefixGroup(0, (15,))])
+    assert group_by_prefix(prompts, lengths, [0, 1], ALWAYS) == [PrefixGroup(0, (15,)), PrefixGroup(0, (15,))]
+    one = group_by_prefix(prompts[:1], lengths[:1], [0], ALWAYS)
+    assert one == [PrefixGroup(0, (15,))]
 
 
-@pytest.mark.parametrize(("by_call", "num_calls"), [(1000 - 25 - 1, 2), (1000 - 25 + 1, 1)])
-def test_padding_is_taken_only_where_it_costs_less_than_a_call(by_call: float, num_calls: int) -> None:
-    cost = ReadingCost(by_token=0.0, by_pair=1000 / (40 * 40 - 5 * 5) * 0.975, by_call=by_call)
+@pytest.mark.parametrize(("flops_per_call", "num_calls"), [(1000 - 25 - 1, 2), (1000 - 25 + 1, 1)])
+def test_padding_is_taken_only_where_it_costs_less_than_a_call(flops_per_call: float, num_calls: int) -> None:
+    cost = AttentionCostModel(
+        flops_per_token=0.0, flops_per_pair=1000 / (40 * 40 - 5 * 5) * 0.975, flops_per_call=flops_per_call
+    )
     prompts, responses = [TokenPrompt([1] * 20), TokenPrompt([1] * 2)], [[2] * 20, [2] * 3]
     positions = [torch.arange(40), torch.arange(5)]
-    row = pack_sequences([Family(0, (40,)), Family(0, (5,))], prompts, responses, positions, cost, CPU)
+    row = pack_sequences([PrefixGroup(0, (40,)), PrefixGroup(0, (5,))], prompts, responses, positions, cost, CPU)
     assert len(row.layout.calls) == num_calls
 
 
-@pytest.mark.parametrize("cost", [ALWAYS, NO_PADDING, ONE_CALL, ReadingCost(1, 1, 1e3)])
+@pytest.mark.parametrize("cost", [ALWAYS, NO_PADDING, ONE_CALL, AttentionCostModel(1, 1, 1e3)])
 @pytest.mark.parametrize(("family", "rotary"), [("llama", 16), ("gpt2", 0)])  # operations a token for rotary angles
-def test_the_cost_is_what_torch_counts(family: str, rotary: int, cost: ReadingCost) -> None:
+def test_the_cost_is_what_torch_counts(family: str, rotary: int, cost: AttentionCostModel) -> None:
     """Products of weights and of attention, on one row; the head is not among them."""
     torch.manual_seed(0)
     model = PACKABLE[family]().eval()
@@ -261,9 +268,9 @@ def test_the_cost_is_what_torch_counts(family: str, rotary: int, cost: ReadingCo
         compute_hidden(model, row)
     pairs = sum(call.queries.numel() * call.keys.shape[1] for call in row.layout.calls)
     num_read = row.token_ids.numel()
-    assert counter.get_total_flops() == num_read * (measured.by_token + rotary) + pairs * measured.by_pair
+    assert counter.get_total_flops() == num_read * (measured.flops_per_token + rotary) + pairs * measured.flops_per_pair
     assert count_cost(families, cost) == pytest.approx(
-        num_read * cost.by_token + pairs * cost.by_pair + len(row.layout.calls) * cost.by_call
+        num_read * cost.flops_per_token + pairs * cost.flops_per_pair + len(row.layout.calls) * cost.flops_per_call
     )
 
 
@@ -282,5 +289,5 @@ def test_rollouts_of_a_long_prompt_share_it_on_a_real_shape(num_rollouts: int) -
     assert cost is not None
     for length, shares in ((300, True), (1, False)):
         prompts = [TokenPrompt([1] * length)] * num_rollouts
-        families = find_families(prompts, [50] * num_rollouts, [0] * num_rollouts, cost)
+        families = group_by_prefix(prompts, [50] * num_rollouts, [0] * num_rollouts, cost)
         assert (families[0].prefix == length) is shares

@@ -11,27 +11,27 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from sdpo.algorithm.teacher import Policy
+from sdpo.algorithm.teacher import LogitMixture
 from sdpo.models.generation import sampling as decoding_module
-from sdpo.models.generation.sampling import BLOCK, Decoding, Response, compute_sampling_log_probs, draw_tokens
+from sdpo.models.generation.sampling import BLOCK, Completion, SamplingParams, compute_sampling_log_probs, sample_tokens
 from sdpo.models.multimodal.processor import TokenPrompt
 
 PROMPTS = [[5, 6, 7, 8, 9, 3, 4], [4, 4, 5], [9], [3, 8, 3, 8, 5], [10, 3], [7, 7, 7, 6, 3, 3, 9, 10, 4]]
-DECODING = Decoding(
+DECODING = SamplingParams(
     n=4, max_new_tokens=12, temperature=0.7, top_p=1.0, batch_size=12, stop_token_ids=[2], pad_token_id=0
 )
 
 
 def sample_responses(
-    policy: Policy, prompts: Sequence[Sequence[int]], decoding: Decoding, seed: int
-) -> list[list[Response]]:
+    policy: LogitMixture, prompts: Sequence[Sequence[int]], decoding: SamplingParams, seed: int
+) -> list[list[Completion]]:
     return decoding_module.sample_responses(policy, [TokenPrompt(ids) for ids in prompts], decoding, seed)
 
 
 PlainLogits = Callable[[nn.Module, Sequence[int], Sequence[int]], Tensor]
 
 
-def pairs(responses: list[list[Response]]) -> list[tuple[list[int], Response]]:
+def pairs(responses: list[list[Completion]]) -> list[tuple[list[int], Completion]]:
     return [(prompt, one) for prompt, many in zip(PROMPTS, responses, strict=True) for one in many]
 
 
@@ -236,8 +236,8 @@ def test_a_response_is_the_same_whenever_others_leave_the_batch(
 
 def test_forbidden_tokens_are_not_drawn_and_have_no_probability(model: Any, plain_logits: PlainLogits) -> None:
     forbidden = [3, 8]
-    for decoding in (replace(DECODING, forbidden_token_ids=forbidden), replace(DECODING, temperature=0.0)):
-        decoding = replace(decoding, forbidden_token_ids=forbidden)
+    for decoding in (replace(DECODING, suppress_tokens=forbidden), replace(DECODING, temperature=0.0)):
+        decoding = replace(decoding, suppress_tokens=forbidden)
         for prompt, one in pairs(sample_responses([(model, 1.0)], PROMPTS, decoding, seed=1)):
             assert not set(forbidden) & set(one.token_ids)
             if decoding.temperature:
@@ -262,7 +262,7 @@ LAST = 1 - 2**-53  # the largest number that torch.rand gives in float64
 
 def draw(weights: Tensor, uniform: Sequence[float]) -> list[int]:
     rows = weights.expand(len(uniform), -1)
-    tokens, log_probs = draw_tokens(rows, torch.tensor(uniform, dtype=torch.float64))
+    tokens, log_probs = sample_tokens(rows, torch.tensor(uniform, dtype=torch.float64))
     expected = (weights.double()[tokens] / weights.double().sum()).log()
     torch.testing.assert_close(log_probs.double(), expected, atol=1e-6, rtol=1e-6)
     return tokens.tolist()
@@ -289,7 +289,7 @@ def test_drawn_in_proportion_to_the_weights() -> None:
     torch.manual_seed(0)
     num_draws, size = 40_000, 1000
     weights = torch.randn(size).exp()
-    tokens, _ = draw_tokens(weights.expand(num_draws, -1), torch.rand(num_draws, dtype=torch.float64))
+    tokens, _ = sample_tokens(weights.expand(num_draws, -1), torch.rand(num_draws, dtype=torch.float64))
     expected = weights / weights.sum() * num_draws
     statistic = ((torch.bincount(tokens, minlength=size) - expected).square() / expected).sum()
     # 999 degrees of freedom: their mean, and five standard deviations.
@@ -306,7 +306,7 @@ def test_a_large_vocabulary_does_not_bias() -> None:
     cumulative = weights.double().cumsum(0)
     uniform = torch.linspace(float(cumulative[0] / cumulative[-1]), LAST, 400, dtype=torch.float64)
     expected = torch.searchsorted(cumulative, uniform * cumulative[-1], right=True).clamp(max=size - 1)
-    exact = torch.cat([draw_tokens(weights.expand(len(part), -1), part)[0] for part in uniform.split(50)])
+    exact = torch.cat([sample_tokens(weights.expand(len(part), -1), part)[0] for part in uniform.split(50)])
     in_float32 = torch.searchsorted(weights.cumsum(0), (uniform * cumulative[-1]).float(), right=True)
     assert (in_float32 != expected).float().mean() > 0.1
     assert (exact != expected).float().mean() < 0.03

@@ -22,14 +22,14 @@ from vision_language import (
 )
 
 from sdpo.config.model import ModelConfig
-from sdpo.errors import UserError
+from sdpo.errors import SDPOError
 from sdpo.models.forward import compute_logits, compute_positions, pad_sequences
-from sdpo.models.generation.sampling import Decoding, Response, sample_responses
+from sdpo.models.generation.sampling import Completion, SamplingParams, sample_responses
 from sdpo.models.loading import reads_images
 from sdpo.models.multimodal import processor as processing_module
 from sdpo.models.multimodal import vision_tower as vision_module
 from sdpo.models.multimodal.processor import TokenPrompt, load_processor, load_reader
-from sdpo.models.multimodal.vision_tower import ImageFeatures, SeenImages, get_tower_parameters, showing
+from sdpo.models.multimodal.vision_tower import ImageFeatureCache, ImageFeatures, get_tower_parameters, showing
 
 VisionModel = Callable[[str], LoadedModel]
 NUM_IMAGES = (0, 1, 3)
@@ -38,8 +38,8 @@ STOP_TOKENS = [STOP, *range(7, 263, 6)]
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-def decode(loaded: LoadedModel, temperature: float = 0.8) -> list[list[Response]]:
-    decoding = Decoding(
+def decode(loaded: LoadedModel, temperature: float = 0.8) -> list[list[Completion]]:
+    decoding = SamplingParams(
         n=3,
         max_new_tokens=8,
         temperature=temperature,
@@ -47,7 +47,7 @@ def decode(loaded: LoadedModel, temperature: float = 0.8) -> list[list[Response]
         batch_size=6,
         stop_token_ids=STOP_TOKENS,
         pad_token_id=0,
-        forbidden_token_ids=loaded.vision.placeholder_ids,
+        suppress_tokens=loaded.vision.placeholder_ids,
     )
     prompts = [loaded.encode(make_messages(number)) for number in NUM_IMAGES]
     return sample_responses([(loaded.model, 1.0)], prompts, decoding, 0, loaded.vision)
@@ -131,7 +131,7 @@ def test_a_language_model_has_no_reader(hidden_rule_dir: Path) -> None:
 
 def test_a_processor_that_cannot_be_loaded(vision_dir: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((vision_dir("llava") / "config.json").read_text())
-    with pytest.raises(UserError, match=r"its processor cannot be loaded"):
+    with pytest.raises(SDPOError, match=r"its processor cannot be loaded"):
         load_reader(ModelConfig(path=str(tmp_path)), 1000)
 
 
@@ -143,7 +143,7 @@ def test_a_text_must_not_contain_image_tokens(vision_model: VisionModel, family:
     counted = re.escape(f"a prompt with {num_images} images has {num_images + 1} {token}: its text must not contain")
     if family == "gemma3" and num_images:
         counted = "Prompt contained 2 image tokens but received 1 images"
-    with pytest.raises(UserError, match=counted):
+    with pytest.raises(SDPOError, match=counted):
         loaded.encode(make_messages(num_images, text=f"what is {token}?"))
 
 
@@ -253,7 +253,7 @@ def test_gradients_through_shared_features_are_those_of_a_tower_for_each_sequenc
             for name in pixels[0] if pixels else ():
                 inputs[name] = torch.cat([each[name] for each in pixels])
             if pixels:
-                inputs |= loaded.vision.mark_images(inputs["input_ids"])
+                inputs |= loaded.vision.image_token_mask(inputs["input_ids"])
             if loaded.vision.num_axes > 1:
                 inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
                 loaded.model.model.rope_deltas = None
@@ -261,7 +261,7 @@ def test_gradients_through_shared_features_are_those_of_a_tower_for_each_sequenc
             (naive_logits[-1] * weights[:, 0]).sum().backward()
     expected = gradients()
 
-    seen = SeenImages(loaded.model, loaded.reader, learning=True)
+    seen = ImageFeatureCache(loaded.model, loaded.reader, learning=True)
     for prompts in micro_batches:
         logits = batch_logits(loaded, prompts, seen.select([image for p in prompts for image in p.images]))
         ours_logits.extend(logits)
@@ -284,7 +284,7 @@ def test_gradients_through_shared_features_are_those_of_a_tower_for_each_sequenc
 def test_every_distinct_image_goes_through_the_tower_once(vision_model: VisionModel, family: str) -> None:
     loaded = vision_model(family)
     images = [make_image(i) for i in range(3)]
-    seen = SeenImages(loaded.model, loaded.reader)
+    seen = ImageFeatureCache(loaded.model, loaded.reader)
     passed = []
     inner = loaded.model.model
     make = inner.get_image_features
@@ -296,7 +296,7 @@ def test_every_distinct_image_goes_through_the_tower_once(vision_model: VisionMo
 
 def test_what_is_shown_is_shown_within_only(vision_model: VisionModel) -> None:
     loaded = vision_model("qwen3_vl")
-    [features] = SeenImages(loaded.model, loaded.reader).select([make_image(0)])
+    [features] = ImageFeatureCache(loaded.model, loaded.reader).select([make_image(0)])
     assert len(features.by_layer) == 2, "Qwen3-VL's deepstack"
     with pytest.raises(ZeroDivisionError), showing(loaded.model, [features]):
         assert "get_image_features" in vars(loaded.model.model)
@@ -319,5 +319,5 @@ def test_the_tower_is_all_but_the_language_model(vision_model: VisionModel) -> N
 
 
 def test_a_model_without_the_common_interface_is_refused() -> None:
-    with pytest.raises(UserError, match=r"Linear has no model\.get_image_features; it is not supported"):
+    with pytest.raises(SDPOError, match=r"Linear has no model\.get_image_features; it is not supported"):
         get_tower_parameters(torch.nn.Linear(1, 1))

@@ -34,8 +34,8 @@ from transformers import (
 
 from sdpo.config.model import ModelConfig
 from sdpo.models.loading import load_model
-from sdpo.models.multimodal.processor import ImageReader, TokenPrompt, encode_png, load_reader
-from sdpo.models.multimodal.vision_tower import Vision
+from sdpo.models.multimodal.processor import MultimodalProcessor, TokenPrompt, encode_png, load_reader
+from sdpo.models.multimodal.vision_tower import VisionAdapter
 from sdpo.prompting.images import collect_images, open_image
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
@@ -164,8 +164,8 @@ class LoadedModel:
     """A model with all that reads for it."""
 
     model: PreTrainedModel
-    reader: ImageReader
-    vision: Vision
+    reader: MultimodalProcessor
+    vision: VisionAdapter
 
     def encode(self, messages: Sequence[dict[str, Any]]) -> TokenPrompt:
         return TokenPrompt(
@@ -177,7 +177,7 @@ def load_vision_model(folder: Path) -> LoadedModel:
     config = ModelConfig(path=str(folder))
     model, reader = load_model(config, torch.device("cpu")), load_reader(config, 10**6)
     assert reader is not None
-    return LoadedModel(model, reader, Vision(model, reader))
+    return LoadedModel(model, reader, VisionAdapter(model, reader))
 
 
 def make_messages(num_images: int, text: str = "how long is it?") -> list[dict[str, Any]]:
@@ -192,7 +192,7 @@ def make_messages(num_images: int, text: str = "how long is it?") -> list[dict[s
 
 @torch.no_grad()
 def plain_logits(
-    model: nn.Module, reader: ImageReader, messages: Sequence[dict[str, Any]], response: Sequence[int]
+    model: nn.Module, reader: MultimodalProcessor, messages: Sequence[dict[str, Any]], response: Sequence[int]
 ) -> Tensor:
     """Logits [T, V] of each response token by the processor's own encoding and one plain forward pass of one sample."""
     inputs = encode_plainly(reader, messages)
@@ -207,7 +207,7 @@ def plain_logits(
     return model(**inputs).logits[0, length - 1 : -1].float()
 
 
-def encode_plainly(reader: ImageReader, messages: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def encode_plainly(reader: MultimodalProcessor, messages: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What transformers' processor makes of the chat by itself."""
 
     def open_parts(content: Any) -> Any:

@@ -32,7 +32,7 @@ def test_more_of_the_same_makes_no_interval_narrower() -> None:
     once = ClusteredMean.of([0.0, 1.0, 1.0], "abc")
     often = ClusteredMean.of([0.0, 1.0, 1.0] * 8, "abc" * 8)
     assert often.normal_interval() == pytest.approx(once.normal_interval())
-    assert often.share_interval() == pytest.approx(once.share_interval())
+    assert often.wilson_interval() == pytest.approx(once.wilson_interval())
 
 
 @pytest.mark.parametrize(

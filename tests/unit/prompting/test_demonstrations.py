@@ -11,33 +11,36 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdpo.config.self_distillation import SelfDistillationConfig
-from sdpo.prompting.demonstrations import Demonstration, GradedResponse, compute_success_rates, select_demonstrations
+from sdpo.prompting.demonstrations import PrivilegedContext, ScoredRollout, compute_success_rates, select_demonstrations
 
 
-def select(samples: list[GradedResponse], seed: int = 0, **changes: Any) -> list[Demonstration]:
+def select(samples: list[ScoredRollout], seed: int = 0, **changes: Any) -> list[PrivilegedContext]:
     return select_demonstrations(samples, SelfDistillationConfig(**changes), random.Random(seed))
 
 
-def solutions(samples: list[GradedResponse], seed: int = 0, **changes: Any) -> list[str | None]:
+def solutions(samples: list[ScoredRollout], seed: int = 0, **changes: Any) -> list[str | None]:
     return [demonstration.solution for demonstration in select(samples, seed, **changes)]
 
 
-def rollouts(*scores: float, group: int | str = 0, **known: Any) -> list[GradedResponse]:
-    return [GradedResponse(group, f"{group}:{i}", score, **known) for i, score in enumerate(scores)]
+def rollouts(*scores: float, group_id: int | str = 0, **known: Any) -> list[ScoredRollout]:
+    return [ScoredRollout(group_id, f"{group_id}:{i}", score, **known) for i, score in enumerate(scores)]
 
 
 def test_ground_truth_is_the_rows_own_and_blank_is_none() -> None:
     samples = [
-        GradedResponse("a", "r", 0.0, ground_truth="4"),
-        GradedResponse("a", "r", 1.0, ground_truth="5"),
-        GradedResponse("b", "r", 0.0, ground_truth=" \n"),
-        GradedResponse("b", "r", 0.0),
+        ScoredRollout("a", "r", 0.0, ground_truth="4"),
+        ScoredRollout("a", "r", 1.0, ground_truth="5"),
+        ScoredRollout("b", "r", 0.0, ground_truth=" \n"),
+        ScoredRollout("b", "r", 0.0),
     ]
     assert solutions(samples, demonstration_source="ground_truth") == ["4", "5", None, None]
 
 
 def test_peer_is_a_success_of_the_same_group() -> None:
-    samples = [*rollouts(0.0, 1.0, 0.5, group="a", ground_truth="4"), *rollouts(0.0, 0.0, group="b", ground_truth="5")]
+    samples = [
+        *rollouts(0.0, 1.0, 0.5, group_id="a", ground_truth="4"),
+        *rollouts(0.0, 0.0, group_id="b", ground_truth="5"),
+    ]
     # interleaved, as a batch may come
     samples = [samples[i] for i in (3, 0, 1, 4, 2)]
     assert solutions(samples, demonstration_source="successful_rollout") == [None, "a:1", None, None, "a:1"]
@@ -51,7 +54,7 @@ def test_peer_is_a_success_of_the_same_group() -> None:
 
 
 def test_integer_and_text_groups_are_kept_apart() -> None:
-    samples = [GradedResponse(1, "int", 1.0), GradedResponse("1", "text", 0.0)]
+    samples = [ScoredRollout(1, "int", 1.0), ScoredRollout("1", "text", 0.0)]
     assert solutions(samples, demonstration_source="successful_rollout") == [None, None]
 
 
@@ -72,7 +75,7 @@ def test_what_was_not_graded_is_shown_nothing_and_to_nobody(source: Any, thresho
     settings = {"demonstration_source": source, "distill_only_failed": only_failed}
     samples = [replace(s, feedback="Wrong.") for s in rollouts(math.nan, 1.0, math.nan, 0.0, ground_truth="4")]
     shown = select(samples, success_reward_threshold=threshold, include_environment_feedback=True, **settings)
-    assert [shown[0], shown[2]] == [Demonstration()] * 2
+    assert [shown[0], shown[2]] == [PrivilegedContext()] * 2
     assert not {"0:0", "0:2"} & {demonstration.solution for demonstration in shown}
 
 
@@ -87,14 +90,14 @@ def test_a_peer_is_a_success_of_the_group_and_not_itself(
     scores: list[float], groups: list[int], seed: int, exclude: bool
 ) -> None:
     samples = [
-        GradedResponse(group, f"{i}", score) for i, (score, group) in enumerate(zip(scores, groups, strict=False))
+        ScoredRollout(group, f"{i}", score) for i, (score, group) in enumerate(zip(scores, groups, strict=False))
     ]
     chosen = solutions(samples, seed, demonstration_source="successful_rollout", dont_reprompt_on_self_success=exclude)
     for i, (sample, solution) in enumerate(zip(samples, chosen, strict=True)):
         allowed = {
             peer.response
             for j, peer in enumerate(samples)
-            if peer.group == sample.group and peer.score == 1.0 and not (exclude and j == i)
+            if peer.group_id == sample.group_id and peer.score == 1.0 and not (exclude and j == i)
         }
         assert (solution in allowed) if allowed and sample.is_graded else (solution is None)
 
@@ -139,7 +142,7 @@ def test_only_failed_samples_are_distilled() -> None:
         environment_feedback_only_without_solution=False,
         distill_only_failed=True,
     )
-    assert chosen == [Demonstration(), Demonstration("4", "wrong"), Demonstration()]
+    assert chosen == [PrivilegedContext(), PrivilegedContext("4", "wrong"), PrivilegedContext()]
     assert [d.is_empty for d in chosen] == [True, False, True]
     # a success is still shown to the failed
     peers = solutions(rollouts(1.0, 0.0), demonstration_source="successful_rollout", distill_only_failed=True)
@@ -148,26 +151,26 @@ def test_only_failed_samples_are_distilled() -> None:
 
 def test_feedback() -> None:
     samples = [
-        GradedResponse(0, "r", 0.0, feedback="too high", ground_truth="4"),
-        GradedResponse(0, "r", 0.0, feedback=" \n", ground_truth="4"),
-        GradedResponse(0, "r", 0.0, feedback="too low"),
-        GradedResponse(0, "r", 0.0),
+        ScoredRollout(0, "r", 0.0, feedback="too high", ground_truth="4"),
+        ScoredRollout(0, "r", 0.0, feedback=" \n", ground_truth="4"),
+        ScoredRollout(0, "r", 0.0, feedback="too low"),
+        ScoredRollout(0, "r", 0.0),
     ]
     assert [d.feedback for d in select(samples, include_environment_feedback=False)] == [None] * 4
     assert [d.feedback for d in select(samples)] == [None, None, "too low", None], "the official defaults"
     both = {"environment_feedback_only_without_solution": False}
     assert [d.feedback for d in select(samples, **both)] == ["too high", None, "too low", None]
-    assert select(samples, demonstration_source="none")[0] == Demonstration(None, "too high")
+    assert select(samples, demonstration_source="none")[0] == PrivilegedContext(None, "too high")
 
 
 def test_reasoning_is_removed_from_peers_and_ground_truths_but_not_from_feedback() -> None:
     samples = [
-        GradedResponse(0, "<think>a</think>peer", 1.0),
-        GradedResponse(0, "r", 0.0, feedback="<think>f</think>", ground_truth="b</think>truth"),
+        ScoredRollout(0, "<think>a</think>peer", 1.0),
+        ScoredRollout(0, "r", 0.0, feedback="<think>f</think>", ground_truth="b</think>truth"),
     ]
     options = {"environment_feedback_only_without_solution": False}
     shown = select(samples, demonstration_source="successful_rollout", **options)[1]
-    assert shown == Demonstration("peer", "<think>f</think>", is_from_peer=True)
+    assert shown == PrivilegedContext("peer", "<think>f</think>", is_from_peer=True)
     assert solutions(samples)[1] == "truth"
     kept = {"remove_thinking_from_demonstration": False}
     assert solutions(samples, demonstration_source="successful_rollout", **kept)[1] == "<think>a</think>peer"
@@ -176,10 +179,10 @@ def test_reasoning_is_removed_from_peers_and_ground_truths_but_not_from_feedback
 
 def test_a_solution_of_reasoning_alone_is_no_solution() -> None:
     samples = [
-        GradedResponse(0, "<think>cut off", 1.0),
-        GradedResponse(0, " ", 1.0),
-        GradedResponse(0, "answer", 1.0),
-        GradedResponse(0, "r", 0.0, feedback="wrong", ground_truth="<think>x</think>"),
+        ScoredRollout(0, "<think>cut off", 1.0),
+        ScoredRollout(0, " ", 1.0),
+        ScoredRollout(0, "answer", 1.0),
+        ScoredRollout(0, "r", 0.0, feedback="wrong", ground_truth="<think>x</think>"),
     ]
     for seed in range(20):
         assert solutions(samples, seed, demonstration_source="successful_rollout") == [
@@ -191,11 +194,15 @@ def test_a_solution_of_reasoning_alone_is_no_solution() -> None:
     assert solutions(samples, demonstration_source="ground_truth") == [None] * 4
     # feedback steps in where the removal leaves no solution
     alone = select(samples, include_environment_feedback=True, environment_feedback_only_without_solution=True)
-    assert alone[3] == Demonstration(None, "wrong")
+    assert alone[3] == PrivilegedContext(None, "wrong")
 
 
 def test_success_rates() -> None:
-    samples = [*rollouts(1.0, 0.0, math.nan, 0.5, group="a"), *rollouts(0.2, group="b"), *rollouts(1.0, group=3)]
+    samples = [
+        *rollouts(1.0, 0.0, math.nan, 0.5, group_id="a"),
+        *rollouts(0.2, group_id="b"),
+        *rollouts(1.0, group_id=3),
+    ]
     assert compute_success_rates(samples, 1.0) == [1 / 3] * 4 + [0.0, 1.0]
     assert compute_success_rates(samples, 0.5) == [2 / 3] * 4 + [0.0, 1.0]
     assert compute_success_rates(samples, -math.inf) == [1.0] * 6
@@ -206,13 +213,13 @@ def test_success_rates() -> None:
 @pytest.mark.parametrize(
     ("demonstration", "empty"),
     [
-        (Demonstration(), True),
-        (Demonstration(" ", "\n"), True),
-        (Demonstration("a"), False),
-        (Demonstration(None, "a"), False),
+        (PrivilegedContext(), True),
+        (PrivilegedContext(" ", "\n"), True),
+        (PrivilegedContext("a"), False),
+        (PrivilegedContext(None, "a"), False),
     ],
 )
-def test_is_empty(demonstration: Demonstration, empty: bool) -> None:
+def test_is_empty(demonstration: PrivilegedContext, empty: bool) -> None:
     assert demonstration.is_empty is empty
 
 
@@ -230,9 +237,9 @@ SETTINGS: dict[str, Any] = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_setting_changes_what_is_shown(name: str) -> None:
     samples = [
-        GradedResponse(0, "<think>a</think>best", 1.0, feedback="right", ground_truth="4"),
-        GradedResponse(0, "fair", 0.5, feedback="nearly", ground_truth="4"),
-        GradedResponse(0, "poor", 0.0, feedback="wrong", ground_truth="4"),
+        ScoredRollout(0, "<think>a</think>best", 1.0, feedback="right", ground_truth="4"),
+        ScoredRollout(0, "fair", 0.5, feedback="nearly", ground_truth="4"),
+        ScoredRollout(0, "poor", 0.0, feedback="wrong", ground_truth="4"),
     ]
     base = SelfDistillationConfig(demonstration_source="successful_rollout", include_environment_feedback=True)
     changed = replace(base, **{name: SETTINGS[name]})

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdpo.errors import UserError
+from sdpo.errors import SDPOError
 from sdpo.prompting.images import collect_images, format_content, open_image, place_images
 
 
@@ -65,7 +65,7 @@ def test_as_many_tags_as_images(num_tags: int, num_images: int) -> None:
     if num_tags == num_images:
         assert collect_images(place_images(user("<image> " * num_tags), images)) == tuple(images)
         return
-    with pytest.raises(UserError, match=rf"the prompt has {num_tags} <image> and the row has {num_images} images"):
+    with pytest.raises(SDPOError, match=rf"the prompt has {num_tags} <image> and the row has {num_images} images"):
         place_images(user("<image> " * num_tags), images)
 
 
@@ -151,10 +151,10 @@ def test_a_smaller_image_shows_the_same() -> None:
 
 @pytest.mark.parametrize("size", [(1, 201), (201, 1), (10_000, 49)])
 def test_a_strip_is_refused(size: tuple[int, int]) -> None:
-    with pytest.raises(UserError, match=rf"an image of {size[0]} x {size[1]} pixels is too narrow; at most 200 to 1"):
+    with pytest.raises(SDPOError, match=rf"an image of {size[0]} x {size[1]} pixels is too narrow; at most 200 to 1"):
         open_image(save(Image.new("L", size)), 10**6)
 
 
 def test_a_bomb_is_refused_before_it_is_decoded() -> None:
-    with pytest.raises(UserError, match=r"not a readable image \(Image size \(400000000 pixels\) exceeds limit"):
+    with pytest.raises(SDPOError, match=r"not a readable image \(Image size \(400000000 pixels\) exceeds limit"):
         open_image(save(Image.new("1", (20_000, 20_000))), 10**6)

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdpo.config.self_distillation import SelfDistillationConfig
-from sdpo.errors import UserError
-from sdpo.prompting.demonstrations import Demonstration
+from sdpo.errors import SDPOError
+from sdpo.prompting.demonstrations import PrivilegedContext
 from sdpo.prompting.templates import build_teacher_messages
 
 CONFIG = SelfDistillationConfig()
@@ -20,14 +20,14 @@ def user(content: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content}]
 
 
-def rewritten(content: Any, demonstration: Demonstration, config: SelfDistillationConfig = CONFIG) -> Any:
+def rewritten(content: Any, demonstration: PrivilegedContext, config: SelfDistillationConfig = CONFIG) -> Any:
     [message] = build_teacher_messages(user(content), demonstration, config)
     assert message["role"] == "user"
     return message["content"]
 
 
 def test_default_templates_give_the_official_prompt() -> None:
-    assert rewritten("2+2?", Demonstration("4", "5 is wrong")) == (
+    assert rewritten("2+2?", PrivilegedContext("4", "5 is wrong")) == (
         "2+2?"
         "\nCorrect solution:\n\n4\n\n"
         "\nThe following is feedback from your unsuccessful earlier attempt:\n\n5 is wrong\n\n"
@@ -37,11 +37,11 @@ def test_default_templates_give_the_official_prompt() -> None:
 
 @pytest.mark.parametrize("blank", [None, "", " \n"])
 def test_blank_texts_take_their_section_with_them(blank: str | None) -> None:
-    assert rewritten("2+2?", Demonstration("4", blank)) == f"2+2?\nCorrect solution:\n\n4\n\n{INSTRUCTION}"
-    assert rewritten("2+2?", Demonstration(blank, "no")) == (
+    assert rewritten("2+2?", PrivilegedContext("4", blank)) == f"2+2?\nCorrect solution:\n\n4\n\n{INSTRUCTION}"
+    assert rewritten("2+2?", PrivilegedContext(blank, "no")) == (
         f"2+2?\nThe following is feedback from your unsuccessful earlier attempt:\n\nno\n\n{INSTRUCTION}"
     )
-    assert rewritten("2+2?", Demonstration(blank, blank)) == "2+2?"
+    assert rewritten("2+2?", PrivilegedContext(blank, blank)) == "2+2?"
 
 
 def test_only_the_last_user_message_is_rewritten() -> None:
@@ -54,7 +54,7 @@ def test_only_the_last_user_message_is_rewritten() -> None:
         {"role": "tool", "content": "4"},
     ]
     before = copy.deepcopy(prompt)
-    messages = build_teacher_messages(prompt, Demonstration("4"), CONFIG)
+    messages = build_teacher_messages(prompt, PrivilegedContext("4"), CONFIG)
     expected = copy.deepcopy(prompt)
     expected[3]["content"] = f"2+2?\nCorrect solution:\n\n4\n\n{INSTRUCTION}"
     assert messages == expected
@@ -63,19 +63,19 @@ def test_only_the_last_user_message_is_rewritten() -> None:
 
 def test_empty_demonstration_leaves_the_messages_unchanged() -> None:
     for prompt in (user("2+2?"), [{"role": "system", "content": "no user"}], []):
-        assert build_teacher_messages(prompt, Demonstration(), CONFIG) == prompt
+        assert build_teacher_messages(prompt, PrivilegedContext(), CONFIG) == prompt
 
 
 def test_images_stay_where_they_are() -> None:
     image, other = {"type": "image", "image": "a.png"}, {"type": "image", "image": "b.png"}
     content = [{"type": "text", "text": "Compare"}, image, {"type": "text", "text": "and {solution}"}, other]
     section = {"type": "text", "text": f"\nCorrect solution:\n\n4\n\n{INSTRUCTION}"}
-    assert rewritten(content, Demonstration("4")) == [*content, section]
+    assert rewritten(content, PrivilegedContext("4")) == [*content, section]
     config = SelfDistillationConfig(
         reprompt_template="Know {solution}; {prompt}{feedback}", solution_template="{successful_previous_attempt}"
     )
-    assert rewritten(content, Demonstration("4"), config) == [{"type": "text", "text": "Know 4; "}, *content]
-    assert rewritten((image,), Demonstration("4")) == [image, section]
+    assert rewritten(content, PrivilegedContext("4"), config) == [{"type": "text", "text": "Know 4; "}, *content]
+    assert rewritten((image,), PrivilegedContext("4")) == [image, section]
 
 
 def test_braces_are_text() -> None:
@@ -92,7 +92,7 @@ def test_braces_are_text() -> None:
     for prompt in texts:
         for solution in texts:
             for feedback in texts:
-                assert rewritten(prompt, Demonstration(solution, feedback)) == (
+                assert rewritten(prompt, PrivilegedContext(solution, feedback)) == (
                     f"{prompt}\nCorrect solution:\n\n{solution}\n\n\nThe following is feedback from your unsuccessful "
                     f"earlier attempt:\n\n{feedback}\n\n{INSTRUCTION}"
                 )
@@ -104,7 +104,7 @@ def test_other_braces_of_a_template_stay() -> None:
         solution_template="{feedback_raw}{prompt}{successful_previous_attempt}",
         feedback_template=r"\n{feedback_raw} {solution}",
     )
-    assert rewritten("P", Demonstration("S", "F"), config) == (
+    assert rewritten("P", PrivilegedContext("S", "F"), config) == (
         r"{{ {x} P|{feedback_raw}{prompt}S|\nF {solution}|\nF {solution} }}"
     )
 
@@ -117,7 +117,7 @@ def test_texts_arrive_verbatim(prompt: str, solution: str, feedback: str) -> Non
         solution_template="s{successful_previous_attempt}",
         feedback_template="f{feedback_raw}",
     )
-    demonstration = Demonstration(solution, feedback)
+    demonstration = PrivilegedContext(solution, feedback)
     shown = [f"f{feedback}" if feedback.strip() else "", prompt, f"s{solution}" if solution.strip() else ""]
     expected = prompt if demonstration.is_empty else "\0" + "\0".join(shown) + "\0"
     assert rewritten(prompt, demonstration, config) == expected
@@ -125,21 +125,21 @@ def test_texts_arrive_verbatim(prompt: str, solution: str, feedback: str) -> Non
 
 def test_a_repeated_prompt_is_text_only() -> None:
     config = SelfDistillationConfig(reprompt_template="{prompt} {prompt}{solution}{feedback}")
-    assert rewritten("Q", Demonstration("4"), config) == "Q Q\nCorrect solution:\n\n4\n\n"
-    with pytest.raises(UserError, match=r"repeats \{prompt\}"):
-        rewritten([{"type": "image"}], Demonstration("4"), config)
+    assert rewritten("Q", PrivilegedContext("4"), config) == "Q Q\nCorrect solution:\n\n4\n\n"
+    with pytest.raises(SDPOError, match=r"repeats \{prompt\}"):
+        rewritten([{"type": "image"}], PrivilegedContext("4"), config)
 
 
 @pytest.mark.parametrize("prompt", [[], [{"role": "system", "content": "s"}], [{"role": "assistant", "content": "a"}]])
 def test_no_user_message(prompt: list[dict[str, Any]]) -> None:
-    with pytest.raises(UserError, match="no user message") as caught:
-        build_teacher_messages(prompt, Demonstration("4"), CONFIG)
+    with pytest.raises(SDPOError, match="no user message") as caught:
+        build_teacher_messages(prompt, PrivilegedContext("4"), CONFIG)
     assert "\n" not in str(caught.value)
 
 
 def test_content_of_another_kind() -> None:
-    with pytest.raises(UserError, match="string or a list of parts, got None"):
-        rewritten(None, Demonstration("4"))
+    with pytest.raises(SDPOError, match="string or a list of parts, got None"):
+        rewritten(None, PrivilegedContext("4"))
 
 
 @pytest.mark.parametrize(
@@ -151,5 +151,5 @@ def test_content_of_another_kind() -> None:
     ],
 )
 def test_every_template_changes_the_prompt(name: str, value: Any) -> None:
-    demonstration = Demonstration("4", "no")
+    demonstration = PrivilegedContext("4", "no")
     assert rewritten("Q", demonstration) != rewritten("Q", demonstration, SelfDistillationConfig(**{name: value}))

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from sdpo.config.self_distillation import SelfDistillationConfig
-from sdpo.errors import UserError
-from sdpo.prompting.demonstrations import Demonstration
+from sdpo.errors import SDPOError
+from sdpo.prompting.demonstrations import PrivilegedContext
 from sdpo.prompting.tokenization import TeacherPrompt, encode_prompt, encode_teacher_prompt
 
 SYSTEM = "Be brief."
@@ -33,7 +33,7 @@ def beginning(question: str) -> str:
 
 
 def encode(
-    tokenizer: Any, demonstration: Demonstration, limit: int, question: str = "What is 2+2?", **kwargs: Any
+    tokenizer: Any, demonstration: PrivilegedContext, limit: int, question: str = "What is 2+2?", **kwargs: Any
 ) -> TeacherPrompt:
     config = SelfDistillationConfig(max_reprompt_len=limit)
     return encode_teacher_prompt(tokenizer, chat(question), demonstration, config, **kwargs)
@@ -106,14 +106,14 @@ def test_encode_prompt_takes_every_form_of_ids() -> None:
 
 
 def test_tokenizer_without_a_chat_template(tokenizer_without_chat_template: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(UserError, match=r"no chat template; use .* or put a chat_template\.jinja") as caught:
+    with pytest.raises(SDPOError, match=r"no chat template; use .* or put a chat_template\.jinja") as caught:
         encode_prompt(tokenizer_without_chat_template, chat("Q"))
     assert "\n" not in str(caught.value)
 
 
 def test_a_prompt_that_fits_is_the_template_verbatim(tokenizer: PreTrainedTokenizerFast) -> None:
     counting = Counting(tokenizer)
-    prompt = encode(counting, Demonstration("It is 4.", "5 is wrong."), 10_000)
+    prompt = encode(counting, PrivilegedContext("It is 4.", "5 is wrong."), 10_000)
     assert tokenizer.decode(prompt.token_ids) == (
         beginning("What is 2+2?") + f"{SOLUTION_HEADING}It is 4.\n\n{FEEDBACK_HEADING}5 is wrong.\n\n" + ENDING
     )
@@ -122,13 +122,13 @@ def test_a_prompt_that_fits_is_the_template_verbatim(tokenizer: PreTrainedTokeni
 
 
 def test_an_empty_demonstration_is_not_encoded(tokenizer_without_chat_template: PreTrainedTokenizerFast) -> None:
-    prompt = encode(tokenizer_without_chat_template, Demonstration(" ", None), 10)
+    prompt = encode(tokenizer_without_chat_template, PrivilegedContext(" ", None), 10)
     assert prompt == TeacherPrompt(None, chat("What is 2+2?"), truncated=False)
     assert not prompt.overlong
 
 
 def test_the_limit_is_reached_exactly(tokenizer: PreTrainedTokenizerFast) -> None:
-    demonstration = Demonstration("It is 4.", "5 is wrong.")
+    demonstration = PrivilegedContext("It is 4.", "5 is wrong.")
     whole = encode(tokenizer, demonstration, 10_000)
     length = num_tokens(whole)
     assert encode(tokenizer, demonstration, length) == whole
@@ -137,7 +137,7 @@ def test_the_limit_is_reached_exactly(tokenizer: PreTrainedTokenizerFast) -> Non
 
 
 def test_the_smaller_limit_counts(tokenizer: PreTrainedTokenizerFast) -> None:
-    demonstration = Demonstration("7" * 400)
+    demonstration = PrivilegedContext("7" * 400)
     for limit, max_length, expected in ((200, None, 200), (200, 300, 200), (300, 200, 200), (300, 300, 300)):
         assert num_tokens(encode(tokenizer, demonstration, limit, max_length=max_length)) == expected
     assert encode(tokenizer, demonstration, 300, max_length=-5).overlong
@@ -145,7 +145,7 @@ def test_the_smaller_limit_counts(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_only_the_end_of_the_demonstration_is_trimmed(tokenizer: PreTrainedTokenizerFast) -> None:
     solution = " ".join(str(i) for i in range(1000))
-    prompt = encode(tokenizer, Demonstration(solution), 200)
+    prompt = encode(tokenizer, PrivilegedContext(solution), 200)
     shown, _ = shown_texts(tokenizer, prompt)
     assert prompt.truncated and not prompt.overlong
     assert solution.startswith(shown) and len(shown) > 100
@@ -161,7 +161,7 @@ def test_earlier_turns_and_images_are_never_trimmed(tokenizer: PreTrainedTokeniz
         {"role": "user", "content": content},
     ]
     config = SelfDistillationConfig(max_reprompt_len=350)
-    prompt = encode_teacher_prompt(tokenizer, messages, Demonstration("4" * 1000), config)
+    prompt = encode_teacher_prompt(tokenizer, messages, PrivilegedContext("4" * 1000), config)
     text = tokenizer.decode(prompt.token_ids)
     assert text.startswith(
         f"<|im_start|>user\n{messages[0]['content']}<|im_end|>\n"
@@ -177,7 +177,7 @@ def test_a_text_that_the_template_shows_twice_is_trimmed_no_more_than_needed(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     config = SelfDistillationConfig(max_reprompt_len=600, reprompt_template="{solution}{prompt}{solution}{feedback}")
-    prompt = encode_teacher_prompt(tokenizer, chat("What is 2+2?"), Demonstration("7" * 1000), config)
+    prompt = encode_teacher_prompt(tokenizer, chat("What is 2+2?"), PrivilegedContext("7" * 1000), config)
     text = tokenizer.decode(prompt.token_ids)
     assert 595 <= num_tokens(prompt) <= 600
     assert text.count(SOLUTION_HEADING) == 2 and text.count("7") % 2 == 0
@@ -198,35 +198,35 @@ def test_texts_share_the_room(
     tokenizer: PreTrainedTokenizerFast, num_solution: int, num_feedback: int, room: int, expected: tuple[int, int]
 ) -> None:
     # digits that no merge of the tokenizer joins: a token each
-    frame = num_tokens(encode(tokenizer, Demonstration("7", "8"), 10_000)) - 2
-    prompt = encode(tokenizer, Demonstration("7" * num_solution, "8" * num_feedback), frame + room)
+    frame = num_tokens(encode(tokenizer, PrivilegedContext("7", "8"), 10_000)) - 2
+    prompt = encode(tokenizer, PrivilegedContext("7" * num_solution, "8" * num_feedback), frame + room)
     solution, feedback = shown_texts(tokenizer, prompt)
     assert (solution, feedback) == ("7" * expected[0], "8" * expected[1])
     assert num_tokens(prompt) == frame + room
 
 
 def test_feedback_is_left_out_where_there_is_no_room_for_both(tokenizer: PreTrainedTokenizerFast) -> None:
-    both = num_tokens(encode(tokenizer, Demonstration("7", "8"), 10_000))
-    one = num_tokens(encode(tokenizer, Demonstration("7"), 10_000))
-    prompt = encode(tokenizer, Demonstration("7" * 500, "8" * 500), both - 1)
+    both = num_tokens(encode(tokenizer, PrivilegedContext("7", "8"), 10_000))
+    one = num_tokens(encode(tokenizer, PrivilegedContext("7"), 10_000))
+    prompt = encode(tokenizer, PrivilegedContext("7" * 500, "8" * 500), both - 1)
     assert shown_texts(tokenizer, prompt) == ("7" * (both - one), "")
     assert prompt.truncated
     # the solution is complete, yet something was cut
-    prompt = encode(tokenizer, Demonstration("7", "8" * 500), both - 1)
+    prompt = encode(tokenizer, PrivilegedContext("7", "8" * 500), both - 1)
     assert shown_texts(tokenizer, prompt) == ("7", "")
     assert prompt.truncated
 
 
 def test_overlong_where_no_token_of_the_demonstration_fits(tokenizer: PreTrainedTokenizerFast) -> None:
-    one = num_tokens(encode(tokenizer, Demonstration("7"), 10_000))
-    assert shown_texts(tokenizer, encode(tokenizer, Demonstration("7" * 50, "8" * 50), one)) == ("7", "")
-    for demonstration in (Demonstration("7" * 50, "8" * 50), Demonstration("7" * 50), Demonstration("7")):
+    one = num_tokens(encode(tokenizer, PrivilegedContext("7"), 10_000))
+    assert shown_texts(tokenizer, encode(tokenizer, PrivilegedContext("7" * 50, "8" * 50), one)) == ("7", "")
+    for demonstration in (PrivilegedContext("7" * 50, "8" * 50), PrivilegedContext("7" * 50), PrivilegedContext("7")):
         for limit in (one - 1, 1):
             prompt = encode(tokenizer, demonstration, limit)
             assert prompt == TeacherPrompt(None, chat("What is 2+2?"), truncated=True)
             assert prompt.overlong
     # a solution of which only white space would fit is no demonstration
-    assert encode(tokenizer, Demonstration(" \n" * 50 + "7" * 50), one + 10).overlong
+    assert encode(tokenizer, PrivilegedContext(" \n" * 50 + "7" * 50), one + 10).overlong
 
 
 @settings(max_examples=100, deadline=None)
@@ -235,7 +235,7 @@ def test_trimming_keeps_everything_but_the_ends_of_the_texts(
     tokenizer: PreTrainedTokenizerFast, question: str, solution: str, feedback: str, limit: int
 ) -> None:
     counting = Counting(tokenizer)
-    demonstration = Demonstration(solution, feedback)
+    demonstration = PrivilegedContext(solution, feedback)
     prompt = encode(counting, demonstration, limit, question)
     assert counting.num_prompts <= 12
     if prompt.token_ids is None:
@@ -246,7 +246,7 @@ def test_trimming_keeps_everything_but_the_ends_of_the_texts(
     shown_solution, shown_feedback = shown_texts(tokenizer, prompt, question)
     assert solution.startswith(shown_solution) and feedback.startswith(shown_feedback)
     assert shown_solution.strip() or shown_feedback.strip()
-    whole = Demonstration(shown_solution, shown_feedback) == Demonstration(
+    whole = PrivilegedContext(shown_solution, shown_feedback) == PrivilegedContext(
         solution if solution.strip() else "", feedback if feedback.strip() else ""
     )
     assert prompt.truncated is not whole
@@ -255,7 +255,7 @@ def test_trimming_keeps_everything_but_the_ends_of_the_texts(
 @settings(max_examples=60, deadline=None)
 @given(solution=st.text(alphabet="é数👩🔬a ", min_size=200, max_size=300), limit=st.integers(100, 250))
 def test_no_character_is_cut_in_half(tokenizer: PreTrainedTokenizerFast, solution: str, limit: int) -> None:
-    prompt = encode(tokenizer, Demonstration("x" + solution), limit)
+    prompt = encode(tokenizer, PrivilegedContext("x" + solution), limit)
     shown, _ = shown_texts(tokenizer, prompt)
     assert "\ufffd" not in tokenizer.decode(prompt.token_ids)
     assert ("x" + solution).startswith(shown)
@@ -266,14 +266,14 @@ def test_no_character_is_cut_in_half(tokenizer: PreTrainedTokenizerFast, solutio
 @pytest.mark.parametrize("limit", [200, 201, 202, 203])
 def test_half_a_character_does_not_count(tokenizer: PreTrainedTokenizerFast, limit: int) -> None:
     counting = Counting(tokenizer)
-    prompt = encode(counting, Demonstration("x" + "👩" * 200), limit)
+    prompt = encode(counting, PrivilegedContext("x" + "👩" * 200), limit)
     assert 0 <= limit - num_tokens(prompt) < 4  # a token a byte
     assert counting.num_prompts == 3
 
 
 def test_a_replacement_character_of_the_text_survives(tokenizer: PreTrainedTokenizerFast) -> None:
     solution = "a\ufffdb" + "7" * 500
-    shown, _ = shown_texts(tokenizer, encode(tokenizer, Demonstration(solution), 200))
+    shown, _ = shown_texts(tokenizer, encode(tokenizer, PrivilegedContext(solution), 200))
     assert shown.startswith("a\ufffdb77")
 
 
@@ -299,7 +299,7 @@ class Unaccountable:
 @pytest.mark.parametrize("tokens_per_character", [1, 2, 7, 50])
 def test_few_encodings_where_a_character_is_many_tokens_in_its_place(tokens_per_character: int) -> None:
     tokenizer = Unaccountable(lambda shown: 10 + tokens_per_character * shown)
-    prompt = encode(tokenizer, Demonstration("7" * 10_000, "7" * 10_000), 5_000)
+    prompt = encode(tokenizer, PrivilegedContext("7" * 10_000, "7" * 10_000), 5_000)
     assert 5_000 - 10 * tokens_per_character <= num_tokens(prompt) <= 5_000
     assert tokenizer.num_prompts <= 8
 
@@ -307,7 +307,7 @@ def test_few_encodings_where_a_character_is_many_tokens_in_its_place(tokens_per_
 @pytest.mark.parametrize("num_fitting", [2, 3, 100])
 def test_logarithmically_many_encodings_where_lengths_make_no_sense(num_fitting: int) -> None:
     tokenizer = Unaccountable(lambda shown: 5_001 if shown > num_fitting else 10)
-    prompt = encode(tokenizer, Demonstration("7" * 10_000, "7" * 10_000), 5_000)
+    prompt = encode(tokenizer, PrivilegedContext("7" * 10_000, "7" * 10_000), 5_000)
     assert num_tokens(prompt) == 10
     assert 2 <= prompt.messages[-1]["content"].count("7") <= num_fitting
     assert tokenizer.num_prompts <= 20
@@ -315,5 +315,5 @@ def test_logarithmically_many_encodings_where_lengths_make_no_sense(num_fitting:
 
 def test_few_encodings_where_nothing_fits() -> None:
     tokenizer = Unaccountable(lambda shown: 5_001)
-    assert encode(tokenizer, Demonstration("7" * 10_000, "7" * 10_000), 5_000).overlong
+    assert encode(tokenizer, PrivilegedContext("7" * 10_000, "7" * 10_000), 5_000).overlong
     assert tokenizer.num_prompts == 4

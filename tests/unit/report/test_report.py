@@ -4,7 +4,7 @@ import sys
 import matplotlib
 import pytest
 
-from sdpo.errors import UserError
+from sdpo.errors import SDPOError
 from sdpo.report import ReportPaths, write_report
 
 
@@ -24,12 +24,12 @@ def test_report_of_two_runs_goes_to_the_first_folder_or_elsewhere(write_run, tmp
 
 
 def test_mistakes_are_one_line(write_run, tmp_path):
-    with pytest.raises(UserError, match="no run folder given"):
+    with pytest.raises(SDPOError, match="no run folder given"):
         write_report([])
-    with pytest.raises(UserError, match="no such run folder"):
+    with pytest.raises(SDPOError, match="no such run folder"):
         write_report([tmp_path / "missing"])
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write the report there: File exists"):
+    with pytest.raises(SDPOError, match="cannot write the report there: File exists"):
         write_report([write_run("a", {0: {}})], tmp_path / "file")
 
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from sdpo.errors import UserError
+from sdpo.errors import SDPOError
 from sdpo.observability.metrics import STEP, find_accuracies
 from sdpo.report.run_dir import read_run, read_runs
 
@@ -50,14 +50,14 @@ def test_half_written_last_line_is_tolerated(write_run):
 def test_a_broken_line_is_named(tmp_path, line, message):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"training/global_step": 1}\n\n' + line + '\n{"training/global_step": 2}\n')
-    with pytest.raises(UserError) as error:
+    with pytest.raises(SDPOError) as error:
         read_run(tmp_path)
     assert str(error.value) == f"{file}:3: {message}"
 
 
 def test_missing_folder_missing_file_and_empty_file_are_one_line_each(tmp_path):
     def message(folder):
-        with pytest.raises(UserError) as error:
+        with pytest.raises(SDPOError) as error:
             read_run(folder)
         return str(error.value)
 

@@ -15,19 +15,19 @@ from typing import Any
 import pytest
 
 from sdpo.config.data import RewardConfig
-from sdpo.errors import UserError
-from sdpo.observability.progress import Silent
+from sdpo.errors import SDPOError
+from sdpo.observability.progress import NullCallback
 from sdpo.rewards import async_scoring
-from sdpo.rewards.async_scoring import AsyncGrader, is_asynchronous
-from sdpo.rewards.base import Grade, Row, load_task
-from sdpo.rewards.manager import Grader
-from sdpo.rewards.scoring import GradingFailed
+from sdpo.rewards.async_scoring import AsyncScorer, is_asynchronous
+from sdpo.rewards.base import RewardOutput, Row, load_task
+from sdpo.rewards.manager import RewardManager
+from sdpo.rewards.scoring import RewardFailure
 
 ROW = Row("sums", [], {"ground_truth": "4"})
 SECONDS = 0.4
 
 
-async def grade(row: Row, response: str) -> Any:
+async def compute_score(row: Row, response: str) -> Any:
     if response == "raise":
         return 1 / 0
     if response == "leave":
@@ -43,7 +43,7 @@ async def grade(row: Row, response: str) -> Any:
     if response == "block":
         time.sleep(3)
     if response == "refuse":
-        raise UserError("data.task: no such language")
+        raise SDPOError("data.task: no such language")
     if response == "none":
         return None
     await asyncio.sleep(0.1)
@@ -51,21 +51,21 @@ async def grade(row: Row, response: str) -> Any:
 
 
 @pytest.fixture
-def grader(monkeypatch: pytest.MonkeyPatch) -> AsyncGrader:
+def reward_manager(monkeypatch: pytest.MonkeyPatch) -> AsyncScorer:
     monkeypatch.setattr(async_scoring, "PATIENCE", 0.2)
-    return AsyncGrader(SimpleNamespace(grade=grade), SECONDS)
+    return AsyncScorer(SimpleNamespace(compute_score=compute_score), SECONDS)
 
 
 def test_what_is_a_coroutine_function() -> None:
-    assert is_asynchronous(SimpleNamespace(grade=grade))
-    assert not is_asynchronous(SimpleNamespace(grade=lambda row, response: 1.0))
+    assert is_asynchronous(SimpleNamespace(compute_score=compute_score))
+    assert not is_asynchronous(SimpleNamespace(compute_score=lambda row, response: 1.0))
 
 
-def test_many_wait_side_by_side(grader: AsyncGrader) -> None:
+def test_many_wait_side_by_side(reward_manager: AsyncScorer) -> None:
     began = time.monotonic()
     with ThreadPoolExecutor(30) as pool:  # as verl calls it
-        grades = list(pool.map(lambda number: grader.grade(ROW, str(number)), range(30)))
-    assert grades == [Grade(float(number == 4), f"not {number}") for number in range(30)]
+        grades = list(pool.map(lambda number: reward_manager.compute_score(ROW, str(number)), range(30)))
+    assert grades == [RewardOutput(float(number == 4), f"not {number}") for number in range(30)]
     assert time.monotonic() - began < 30 * 0.1 / 3
 
 
@@ -78,39 +78,39 @@ def test_many_wait_side_by_side(grader: AsyncGrader) -> None:
         ("hang", f"sums: no grade within reward.timeout_s={SECONDS} seconds"),
         ("cling", f"sums: no grade within reward.timeout_s={SECONDS} seconds"),
         ("block", f"sums: no grade within reward.timeout_s={SECONDS} seconds, and it blocks the event loop"),
-        ("none", "sums: BadGradeError: the grader's score must be a finite number, got None"),
+        ("none", "sums: InvalidRewardError: the grader's score must be a finite number, got None"),
     ],
 )
-def test_a_failure_costs_one_response(response: str, message: str, grader: AsyncGrader) -> None:
+def test_a_failure_costs_one_response(response: str, message: str, reward_manager: AsyncScorer) -> None:
     began = time.monotonic()
-    with pytest.raises(GradingFailed, match=message):
-        grader.grade(ROW, response)
+    with pytest.raises(RewardFailure, match=message):
+        reward_manager.compute_score(ROW, response)
     assert time.monotonic() - began < SECONDS + 0.2 + 1.0
-    assert grader.grade(ROW, "4") == Grade(1.0, "not 4")
+    assert reward_manager.compute_score(ROW, "4") == RewardOutput(1.0, "not 4")
 
 
-def test_a_task_may_refuse_its_data(grader: AsyncGrader) -> None:
-    with pytest.raises(UserError, match="no such language"):
-        grader.grade(ROW, "refuse")
+def test_a_task_may_refuse_its_data(reward_manager: AsyncScorer) -> None:
+    with pytest.raises(SDPOError, match="no such language"):
+        reward_manager.compute_score(ROW, "refuse")
 
 
 def test_the_embedded_engine_awaits_a_step_at_once_and_counts_failures() -> None:
     config = RewardConfig(timeout_s=SECONDS, max_failure_fraction=0.2)
-    ours = Grader(SimpleNamespace(grade=grade), config, Silent())
+    ours = RewardManager(SimpleNamespace(compute_score=compute_score), config, NullCallback())
     began = time.monotonic()
-    grades = ours.grade([(ROW, response) for response in ["raise", "4", "hang", *map(str, range(5, 17))]])
+    grades = ours.compute_score([(ROW, response) for response in ["raise", "4", "hang", *map(str, range(5, 17))]])
     assert time.monotonic() - began < SECONDS + 0.5  # one after the other takes 1.7 seconds
     assert [grade.score for grade in grades[3:]] == [0.0] * 12 and grades[1].score == 1.0
     assert math.isnan(grades[0].score) and math.isnan(grades[2].score) and ours.num_failures == 2
-    with pytest.raises(UserError, match=r"grading failed for 2 of the 2 responses .* ZeroDivisionError"):
-        ours.grade([(ROW, "raise")] * 5)
+    with pytest.raises(SDPOError, match=r"grading failed for 2 of the 2 responses .* ZeroDivisionError"):
+        ours.compute_score([(ROW, "raise")] * 5)
 
 
 def test_verls_reward_function_awaits_it(tmp_path: Path) -> None:
     reward = pytest.importorskip("sdpo.verl_backend.rollout.reward")
     task = tmp_path / "task.py"
     task.write_text(
-        "import asyncio\n\nasync def grade(row, response):\n    await asyncio.sleep(0.01)\n"
+        "import asyncio\n\nasync def compute_score(row, response):\n    await asyncio.sleep(0.01)\n"
         "    return {'score': float(response == row.ground_truth), 'feedback': row.extra_info['hint']}\n"
     )
     assert is_asynchronous(load_task(str(task), {}))
@@ -118,5 +118,5 @@ def test_verls_reward_function_awaits_it(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"task": str(task), "timeout_s": SECONDS}
     right = made("sums", "4", "4", {"hint": "add"}, **settings)
     assert right == {"score": 1.0, "acc": 1.0, "feedback": "add"}
-    with pytest.raises(GradingFailed, match="KeyError: 'hint'"):
+    with pytest.raises(RewardFailure, match="KeyError: 'hint'"):
         made("sums", "4", "4", {}, **settings)

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sdpo.errors import UserError
-from sdpo.rewards.base import BadGradeError, Grade, Row, load_rows, load_task, parse_grade
+from sdpo.errors import SDPOError
+from sdpo.rewards.base import InvalidRewardError, RewardOutput, Row, load_rows, load_task, parse_reward
 from sdpo.rewards.toy.hidden_rule import HiddenRule
 
 QUESTION = [{"role": "user", "content": "1 + 1?"}]
@@ -29,7 +29,7 @@ def write(tmp_path: Path) -> Any:
 
 
 def refusal(files: list[str]) -> str:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(SDPOError) as caught:
         load_rows(files, "data.train_files")
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -103,14 +103,14 @@ def test_a_built_in_task(tmp_path: Path) -> None:
 
 
 GRADERS = {
-    "float": "def grade(row, response):\n    return 0.5 if response == row.ground_truth else 0",
-    "mapping": "def grade(row, response):\n    return {'score': 0.5 * (response == '2'), 'feedback': 'almost'}",
-    "grade": "from sdpo.rewards.base import Grade\ndef grade(row, response):\n"
-    "    return Grade(0.5 * (response == '2'), 'almost')",
+    "float": "def compute_score(row, response):\n    return 0.5 if response == row.ground_truth else 0",
+    "mapping": "def compute_score(row, response):\n    return {'score': 0.5 * (response == '2'), 'feedback': 'almost'}",
+    "grade": "from sdpo.rewards.base import RewardOutput\ndef compute_score(row, response):\n"
+    "    return RewardOutput(0.5 * (response == '2'), 'almost')",
     # A dataclass with postponed annotations looks its module up in sys.modules.
     "dataclass": "from __future__ import annotations\nfrom dataclasses import dataclass\n"
     "@dataclass\nclass build_task:\n    value: float = 0.5\n"
-    "    def grade(self, row, response):\n        return self.value * (response == '2')",
+    "    def compute_score(self, row, response):\n        return self.value * (response == '2')",
 }
 
 
@@ -120,8 +120,8 @@ def test_a_task_of_one_s_own_as_a_file(tmp_path: Path, kind: str) -> None:
     task = load_task(f"{tmp_path}/json.py", {})
     row = Row(**ROW)
     feedback = "almost" if kind in ("mapping", "grade") else None
-    assert parse_grade(task.grade(row, "2")) == Grade(0.5, feedback)
-    assert parse_grade(task.grade(row, "3")) == Grade(0.0, feedback)
+    assert parse_reward(task.compute_score(row, "2")) == RewardOutput(0.5, feedback)
+    assert parse_reward(task.compute_score(row, "3")) == RewardOutput(0.0, feedback)
     import json
 
     assert json.dumps([]) == "[]"
@@ -130,22 +130,22 @@ def test_a_task_of_one_s_own_as_a_file(tmp_path: Path, kind: str) -> None:
 def test_a_task_of_one_s_own_as_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_task_for_tests.py").write_text(GRADERS["float"])
     monkeypatch.syspath_prepend(tmp_path)
-    assert parse_grade(load_task("own_task_for_tests", {}).grade(Row(**ROW), "2")).score == 0.5
+    assert parse_reward(load_task("own_task_for_tests", {}).compute_score(Row(**ROW), "2")).score == 0.5
 
 
 def test_arguments_reach_the_task(tmp_path: Path) -> None:
     (tmp_path / "task.py").write_text(GRADERS["dataclass"])
-    assert parse_grade(load_task(f"{tmp_path}/task.py", {"value": 0.25}).grade(Row(**ROW), "2")).score == 0.25
+    assert parse_reward(load_task(f"{tmp_path}/task.py", {"value": 0.25}).compute_score(Row(**ROW), "2")).score == 0.25
 
 
 @pytest.mark.parametrize(
     ("source", "args", "complaint"),
     [
         (None, {}, "no such file"),
-        ("x = 1", {}, "defines neither grade"),
+        ("x = 1", {}, "defines neither compute_score"),
         (GRADERS["float"], {"value": 1}, "takes no arguments"),
         (GRADERS["dataclass"], {"valeu": 1}, "unexpected keyword argument 'valeu'"),
-        ("def grade(row, response)", {}, r"SyntaxError: expected ':' \(task.py, line 1\)"),
+        ("def compute_score(row, response)", {}, r"SyntaxError: expected ':' \(task.py, line 1\)"),
         ("x = 1\ny = 1 / 0\n", {}, r"ZeroDivisionError: division by zero, .*task\.py:2"),
         ("def build_task(*, size):\n    raise KeyError(size)", {"size": 3}, r"KeyError: 3, .*task\.py:2"),
     ],
@@ -153,42 +153,43 @@ def test_arguments_reach_the_task(tmp_path: Path) -> None:
 def test_a_task_that_cannot_be_had(tmp_path: Path, source: str | None, args: Any, complaint: str) -> None:
     if source is not None:
         (tmp_path / "task.py").write_text(source)
-    with pytest.raises(UserError, match=complaint) as caught:
+    with pytest.raises(SDPOError, match=complaint) as caught:
         load_task(f"{tmp_path}/task.py", args)
     assert "task.py" in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["hiden_rule", "no.such.task", "", ".task", "a b", "json.nothing", "folder/task"])
 def test_a_task_that_there_is_not(name: str) -> None:
-    with pytest.raises(UserError, match=rf"no task '{re.escape(name)}'; built in: figures, geo3k, hidden_rule"):
+    with pytest.raises(SDPOError, match=rf"no task '{re.escape(name)}'; built in: figures, geo3k, hidden_rule"):
         load_task(name, {})
 
 
 def test_a_library_that_the_task_lacks_is_not_a_missing_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "task_that_needs_more.py").write_text("import a_library_that_is_not_there")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match=r"task_that_needs_more: cannot be imported .*'a_library_that_is_not_there'"):
+    with pytest.raises(SDPOError, match=r"task_that_needs_more: cannot be imported .*'a_library_that_is_not_there'"):
         load_task("task_that_needs_more", {})
 
 
 # --- grades
 
 
-@pytest.mark.parametrize("value", [1, True, 1.0, "1", Grade(1), {"score": 1}])
+@pytest.mark.parametrize("value", [1, True, 1.0, "1", RewardOutput(1), {"score": 1}])
 def test_scores_of_all_kinds_become_floats(value: Any) -> None:
-    grade = parse_grade(value)
-    assert grade == Grade(1.0, None)
+    grade = parse_reward(value)
+    assert grade == RewardOutput(1.0, None)
     assert type(grade.score) is float
 
 
 @pytest.mark.parametrize(
-    "value", [None, math.nan, math.inf, "good", Grade(math.nan), {"feedback": "no score"}, {"score": None}, [1, 2]]
+    "value",
+    [None, math.nan, math.inf, "good", RewardOutput(math.nan), {"feedback": "no score"}, {"score": None}, [1, 2]],
 )
 def test_what_is_no_score_is_refused(value: Any) -> None:
-    with pytest.raises(BadGradeError, match=r"the grader's score must be a finite number, got"):
-        parse_grade(value)
+    with pytest.raises(InvalidRewardError, match=r"the grader's score must be a finite number, got"):
+        parse_reward(value)
 
 
 def test_feedback_that_is_no_text_is_refused() -> None:
-    with pytest.raises(BadGradeError, match=r"feedback must be text, got \['wrong'\]"):
-        parse_grade({"score": 0, "feedback": ["wrong"]})
+    with pytest.raises(InvalidRewardError, match=r"feedback must be text, got \['wrong'\]"):
+        parse_reward({"score": 0, "feedback": ["wrong"]})

@@ -235,10 +235,10 @@ def test_every_answer_is_right_by_the_grader_of_geometry3k(tmp_path: Path) -> No
     write_drawn_geometry(tmp_path, num_train=4 * KINDS, num_test=KINDS)
     rows = load_rows([str(tmp_path / "train.parquet"), str(tmp_path / "test.parquet")], "x")
     assert len(rows) == 5 * KINDS
-    grader = Geo3k()
+    reward_manager = Geo3k()
     for row in rows:
-        right = grader.grade(row, f"<think>so</think>\\boxed{{{row.ground_truth}}}")
-        wrong = grader.grade(row, "<think>so</think>\\boxed{777}")
+        right = reward_manager.compute_score(row, f"<think>so</think>\\boxed{{{row.ground_truth}}}")
+        wrong = reward_manager.compute_score(row, "<think>so</think>\\boxed{777}")
         assert (right.score, wrong.score) == (1.0, pytest.approx(0.1)), row.ground_truth
 
 

@@ -16,10 +16,10 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from sdpo.config.self_distillation import SelfDistillationConfig
-from sdpo.errors import UserError
-from sdpo.prompting.demonstrations import Demonstration
+from sdpo.errors import SDPOError
+from sdpo.prompting.demonstrations import PrivilegedContext
 from sdpo.prompting.tokenization import encode_prompt, encode_teacher_prompt
-from sdpo.rewards.base import Grade, Row, load_task
+from sdpo.rewards.base import RewardOutput, Row, load_task
 from sdpo.rewards.toy import figures
 from sdpo.rewards.toy.figures import (
     LABELLED_TOKENS,
@@ -131,16 +131,16 @@ def test_shuffled_images_are_another_row_s(made: Path) -> None:
         assert before["images"] != after["images"]
         assert {**before, "images": None} == {**after, "images": None}
     assert sorted(row["images"][0]["bytes"] for row in rows) == sorted(row["images"][0]["bytes"] for row in shuffled)
-    with pytest.raises(UserError, match="two rows or more, got 1"):
+    with pytest.raises(SDPOError, match="two rows or more, got 1"):
         shuffle_images(rows[:1], seed=0)
 
 
 def test_grades_exact_answers_only() -> None:
     task = load_task("figures", {"dir": "x"})
     row = Row("figures", [], {"style": "rule", "ground_truth": "3618"})
-    assert task.grade(row, "3618") == task.grade(row, " 3618\n") == Grade(1.0, None)
+    assert task.compute_score(row, "3618") == task.compute_score(row, " 3618\n") == RewardOutput(1.0, None)
     for wrong in ("", "8163", "361", "36188", "3 618"):
-        assert task.grade(row, wrong) == Grade(0.0, "Expected: 3618")
+        assert task.compute_score(row, wrong) == RewardOutput(0.0, "Expected: 3618")
 
 
 # --- tokenizer, image processor, model
@@ -160,7 +160,7 @@ def test_the_chat_template_marks_images() -> None:
 def test_a_shipped_run_s_prompts_fit() -> None:
     tokenizer = build_tokenizer()
     assert len(encode_prompt(tokenizer, MESSAGES)) + 8 <= 64, "data.max_prompt_length; an image is nine tokens"
-    teacher = encode_teacher_prompt(tokenizer, MESSAGES, Demonstration(solution="3618"), SelfDistillationConfig())
+    teacher = encode_teacher_prompt(tokenizer, MESSAGES, PrivilegedContext(solution="3618"), SelfDistillationConfig())
     assert teacher.token_ids is not None and len(teacher.token_ids) + 8 <= 64
 
 
@@ -218,14 +218,14 @@ def test_another_seed_makes_others(made: Path, tmp_path: Path) -> None:
 def test_a_folder_made_with_other_arguments_is_refused(made: Path) -> None:
     before = contents(made)
     Figures(str(made), **SMALL).prepare()
-    with pytest.raises(UserError, match="was made with"):
+    with pytest.raises(SDPOError, match="was made with"):
         Figures(str(made), **{**SMALL, "seed": 1}).prepare()
     assert contents(made) == before
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="holds no figures data"):
+    with pytest.raises(SDPOError, match="holds no figures data"):
         Figures(str(tmp_path), **SMALL).prepare()
 
 
@@ -240,7 +240,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(args: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(UserError, match=r"data\.task_args") as caught:
+    with pytest.raises(SDPOError, match=r"data\.task_args") as caught:
         Figures(**{"dir": "x", **args})
     assert complaint in str(caught.value)
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from sdpo.errors import UserError
-from sdpo.rewards.base import Grade, Row, load_task
+from sdpo.errors import SDPOError
+from sdpo.rewards.base import RewardOutput, Row, load_task
 from sdpo.rewards.geo3k.reward import Geo3k, extract_boxed
-from sdpo.rewards.scoring import grade_once
+from sdpo.rewards.scoring import score_once
 
 pytest.importorskip("math_verify")
 
@@ -25,12 +25,12 @@ THOUGHT = "<think>t</think> "
 NO_THINK = "the response does not begin with <think>"
 
 
-def grade(response: str, truth: str | None = "5", **settings: float) -> Grade:
-    return Geo3k(**settings).grade(Row("hiyouga/geometry3k", [], {"ground_truth": truth}), response)
+def compute_score(response: str, truth: str | None = "5", **settings: float) -> RewardOutput:
+    return Geo3k(**settings).compute_score(Row("hiyouga/geometry3k", [], {"ground_truth": truth}), response)
 
 
 def grade_answer(answer: str, truth: str, **settings: float) -> float:
-    return grade(rf"{THOUGHT}\boxed{{{answer}}}", truth, **settings).score
+    return compute_score(rf"{THOUGHT}\boxed{{{answer}}}", truth, **settings).score
 
 
 # --- agreement with verl ---------------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ def test_the_scores_on_record() -> None:
     wrong = [
         (case["response"], case["ground_truth"], case["score"], score)
         for case in SCORES
-        if (score := grade(case["response"], case["ground_truth"]).score) != case["score"]
+        if (score := compute_score(case["response"], case["ground_truth"]).score) != case["score"]
     ]
     assert wrong == []
 
@@ -255,24 +255,24 @@ def test_the_last_box(text: str, expected: str | None) -> None:
     ],
 )
 def test_scores_and_feedback(response: str, score: float, feedback: str | None) -> None:
-    assert grade(response) == Grade(score, feedback)
+    assert compute_score(response) == RewardOutput(score, feedback)
 
 
 def test_without_the_format() -> None:
-    assert grade(r"\boxed{5}", format_weight=0) == Grade(1.0)
-    assert grade(r"\boxed{6}", format_weight=0) == Grade(0.0, "The final answer 6 is not correct.")
+    assert compute_score(r"\boxed{5}", format_weight=0) == RewardOutput(1.0)
+    assert compute_score(r"\boxed{6}", format_weight=0) == RewardOutput(0.0, "The final answer 6 is not correct.")
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.1, 0.3, 0.7, 0.9, 0.35, 1.0])
 def test_a_right_answer_in_the_right_format_is_exactly_one(weight: float) -> None:
-    assert grade(rf"{THOUGHT}\boxed{{5}}", format_weight=weight).score == 1.0
-    assert grade(rf"{THOUGHT}\boxed{{6}}", format_weight=weight).score == weight
+    assert compute_score(rf"{THOUGHT}\boxed{{5}}", format_weight=weight).score == 1.0
+    assert compute_score(rf"{THOUGHT}\boxed{{6}}", format_weight=weight).score == weight
 
 
 def test_feedback_never_gives_the_answer_away() -> None:
     for case in SCORES:
         truth = case["ground_truth"]
-        feedback = grade(case["response"], truth).feedback or ""
+        feedback = compute_score(case["response"], truth).feedback or ""
         assert truth not in feedback or truth in case["response"], case
 
 
@@ -285,7 +285,7 @@ def test_the_format_is_that_of_verl() -> None:
         response = rng.choice(["<think>", ""]) + "".join(rng.choices(pieces, k=rng.randrange(8)))
         matches = pattern.fullmatch(response) is not None
         # The answer x is right nowhere, so that the score is that of the format.
-        assert grade(response, "x", format_weight=1).score == float(matches), response
+        assert compute_score(response, "x", format_weight=1).score == float(matches), response
         seen.add(matches)
     assert seen == {True, False}
 
@@ -294,9 +294,9 @@ def test_the_format_is_that_of_verl() -> None:
 def test_a_row_without_a_ground_truth(truth: str | None) -> None:
     row = Row("hiyouga/geometry3k", [], {"ground_truth": truth}, extra_info={"index": 7})
     with pytest.raises(
-        UserError, match=r"^data: row 7 of hiyouga/geometry3k has no reward_model.ground_truth to grade"
+        SDPOError, match=r"^data: row 7 of hiyouga/geometry3k has no reward_model.ground_truth to grade"
     ):
-        Geo3k().grade(row, r"\boxed{5}")
+        Geo3k().compute_score(row, r"\boxed{5}")
 
 
 @pytest.mark.parametrize(
@@ -313,14 +313,14 @@ def test_a_row_without_a_ground_truth(truth: str | None) -> None:
     ],
 )
 def test_arguments_out_of_range(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(SDPOError) as caught:
         load_task("geo3k", settings)
     assert str(caught.value) == message
 
 
 def test_math_verify_is_asked_for_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sdpo.rewards.geo3k.reward.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'sdpo\[geo3k\]'"):
+    with pytest.raises(SDPOError, match=r"pip install 'sdpo\[geo3k\]'"):
         load_task("geo3k", {})
 
 
@@ -408,7 +408,7 @@ MANY = 10_000
 )
 def test_a_malformed_answer_is_wrong_and_said_to_be(answer: str) -> None:
     start = time.monotonic()
-    outcome = grade(rf"{THOUGHT}\boxed{{{answer}}}", timeout=2)
+    outcome = compute_score(rf"{THOUGHT}\boxed{{{answer}}}", timeout=2)
     # Besides the limit of two seconds a new worker may have to start, on a machine that has other things to do.
     assert time.monotonic() - start < 30
     assert outcome.score in (0.0, 0.1)
@@ -438,7 +438,7 @@ def test_a_malformed_answer_is_wrong_and_said_to_be(answer: str) -> None:
 )
 def test_a_response_of_a_megabyte(response: str) -> None:
     start = time.monotonic()
-    outcome = grade(response)
+    outcome = compute_score(response)
     assert time.monotonic() - start < 10
     assert outcome.score == 0.0
     assert outcome.feedback is not None and len(outcome.feedback) < 300
@@ -446,7 +446,7 @@ def test_a_response_of_a_megabyte(response: str) -> None:
 
 @pytest.mark.parametrize("answer", ["(x+y+z)^{200}", r"\frac{1}{" * 18 + "2" + "}" * 18])
 def test_what_takes_too_long_could_not_be_read(answer: str) -> None:
-    outcome = grade(rf"{THOUGHT}\boxed{{{answer}}}", timeout=0.3)
+    outcome = compute_score(rf"{THOUGHT}\boxed{{{answer}}}", timeout=0.3)
     assert outcome.score == 0.1
     assert outcome.feedback is not None and outcome.feedback.endswith("could not be read as a number or an expression.")
     assert grade_answer(r"2\sqrt{2}", r"\sqrt { 8 }", timeout=60) == 1.0
@@ -456,11 +456,11 @@ def test_plain_numbers_are_fast() -> None:
     task = Geo3k()
     rows = [Row("d", [], {"ground_truth": str(i)}) for i in range(1000)]
     start = time.monotonic()
-    scores = [task.grade(row, rf"{THOUGHT}\boxed{{{i // 2 * 2}}}").score for i, row in enumerate(rows)]
+    scores = [task.compute_score(row, rf"{THOUGHT}\boxed{{{i // 2 * 2}}}").score for i, row in enumerate(rows)]
     assert time.monotonic() - start < 2  # 0.3 s on two slow cores that are busy
     assert scores == [1.0, 0.1] * 500
 
 
 def test_it_is_a_task_like_any_other() -> None:
     row = Row("hiyouga/geometry3k", [], {"ground_truth": "5"})
-    assert grade_once(load_task("geo3k", {"format_weight": 0.2}), row, r"\boxed{5}", None).score == 0.8
+    assert score_once(load_task("geo3k", {"format_weight": 0.2}), row, r"\boxed{5}", None).score == 0.8

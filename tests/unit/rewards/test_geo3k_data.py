@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sdpo import cli
-from sdpo.errors import UserError
+from sdpo.errors import SDPOError
 from sdpo.rewards.base import load_rows
 from sdpo.rewards.geo3k import data
 from sdpo.rewards.geo3k.data import build_row, prepare
@@ -254,7 +254,7 @@ def test_an_image_that_would_fill_the_memory(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_split_of_which_nothing_can_be_used(save: Any, tmp_path: Path) -> None:
     source = save(train=[source_row()], test=[source_row(answer=None), source_row(problem="")])
     with pytest.raises(
-        UserError, match=r"^split 'test': no row of 2 can be used; name another data set with --source$"
+        SDPOError, match=r"^split 'test': no row of 2 can be used; name another data set with --source$"
     ):
         prepare(tmp_path / "out", source)
     assert names(tmp_path) == ["source"]
@@ -265,7 +265,7 @@ def test_a_split_of_which_nothing_can_be_used(save: Any, tmp_path: Path) -> None
 
 def refusal(out: Path, source: str | Path) -> str:
     before = sorted(out.parent.rglob("*")) if out.parent.is_dir() else []
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(SDPOError) as caught:
         prepare(out, source)
     assert "\n" not in str(caught.value)
     assert (sorted(out.parent.rglob("*")) if out.parent.is_dir() else []) == before

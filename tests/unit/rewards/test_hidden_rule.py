@@ -13,10 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdpo.config.self_distillation import SelfDistillationConfig
-from sdpo.errors import UserError
-from sdpo.prompting.demonstrations import Demonstration
+from sdpo.errors import SDPOError
+from sdpo.prompting.demonstrations import PrivilegedContext
 from sdpo.prompting.tokenization import encode_prompt, encode_teacher_prompt
-from sdpo.rewards.base import Grade, load_rows
+from sdpo.rewards.base import RewardOutput, load_rows
 from sdpo.rewards.toy.base import FEEDBACK_TEXT
 from sdpo.rewards.toy.hidden_rule import MODES, HiddenRule, build_rules, build_tokenizer
 
@@ -81,10 +81,10 @@ def test_no_prompt_is_in_both_files_or_twice_in_one(made: Path) -> None:
 def test_grades_exact_answers_only(made: Path) -> None:
     task, row = HiddenRule(str(made), **SMALL), load_rows([str(made / "test.parquet")], "x")[0]
     answer = digits(row)[::-1]
-    assert task.grade(row, answer) == task.grade(row, f" {answer}\n") == Grade(1.0, None)
-    failed = Grade(0.0, f"Expected: {answer}")
+    assert task.compute_score(row, answer) == task.compute_score(row, f" {answer}\n") == RewardOutput(1.0, None)
+    failed = RewardOutput(0.0, f"Expected: {answer}")
     for wrong in ("", digits(row), answer[:-1], answer + "0", answer[:4] + " " + answer[4:]):
-        assert task.grade(row, wrong) == failed
+        assert task.compute_score(row, wrong) == failed
 
 
 # --- tokenizer
@@ -113,7 +113,7 @@ def test_prompts_fit_the_model_s_window(made: Path, mode: str) -> None:
     tokenizer = build_tokenizer()
     text = "0" * MODES[mode].length
     messages = [{"role": "user", "content": text}]
-    shown = Demonstration(solution=text, feedback=FEEDBACK_TEXT + text)
+    shown = PrivilegedContext(solution=text, feedback=FEEDBACK_TEXT + text)
     teacher = encode_teacher_prompt(tokenizer, messages, shown, SelfDistillationConfig())
     assert teacher.token_ids is not None
     window = AutoModelForCausalLM.from_pretrained(made / "model").config.max_position_embeddings
@@ -200,7 +200,7 @@ def test_what_is_there_is_not_made_again(made: Path) -> None:
 @pytest.mark.parametrize("change", [{"seed": 1}, {"mode": "peers"}, {"num_train": 41}, {"pretrain_steps": 4}])
 def test_a_folder_made_with_other_arguments_is_refused(made: Path, change: dict[str, Any]) -> None:
     before = contents(made)
-    with pytest.raises(UserError, match="was made with") as caught:
+    with pytest.raises(SDPOError, match="was made with") as caught:
         HiddenRule(str(made), **{**SMALL, **change}).prepare()
     assert str(made) in str(caught.value)
     assert contents(made) == before
@@ -208,14 +208,14 @@ def test_a_folder_made_with_other_arguments_is_refused(made: Path, change: dict[
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="holds no hidden-rule data"):
+    with pytest.raises(SDPOError, match="holds no hidden-rule data"):
         HiddenRule(str(tmp_path), **SMALL).prepare()
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(SDPOError, match="cannot be made"):
         HiddenRule(str(tmp_path / "file" / "x"), **SMALL).prepare()
 
 
@@ -244,6 +244,6 @@ def test_a_tilde_is_the_home_folder(home: Path) -> None:
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(args: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(UserError, match=r"data\.task_args") as caught:
+    with pytest.raises(SDPOError, match=r"data\.task_args") as caught:
         HiddenRule(**{"dir": "x", **args})
     assert complaint in str(caught.value)

@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 
 from sdpo.config.data import RewardConfig
-from sdpo.errors import UserError
-from sdpo.observability.progress import Silent
-from sdpo.rewards.base import Grade, Row, load_task
+from sdpo.errors import SDPOError
+from sdpo.observability.progress import NullCallback
+from sdpo.rewards.base import RewardOutput, Row, load_task
 from sdpo.rewards.geo3k.reward import Geo3k
-from sdpo.rewards.manager import Grader
+from sdpo.rewards.manager import RewardManager
 
 ROW = Row("sums", [{"role": "user", "content": "1 + 1?"}], {"ground_truth": "2"}, origin="data.train_files: a: row 7")
 
 
-class Told(Silent):
+class Told(NullCallback):
     def __init__(self) -> None:
         self.messages: list[str] = []
 
@@ -36,14 +36,14 @@ def told() -> Told:
 
 
 @pytest.fixture
-def make_grader(tmp_path: Path, told: Told) -> Callable[..., Grader]:
+def make_grader(tmp_path: Path, told: Told) -> Callable[..., RewardManager]:
     """A grader from the body of its function in a file of its own."""
 
-    def make(body: str, **settings: Any) -> Grader:
+    def make(body: str, **settings: Any) -> RewardManager:
         name = tmp_path / "mine.py"
-        name.write_text(f"def grade(row, response):\n    {body}\n")
+        name.write_text(f"def compute_score(row, response):\n    {body}\n")
         config = RewardConfig(**{"max_failure_fraction": 1.0, **settings})
-        return Grader(load_task(str(name), {}), config, told)
+        return RewardManager(load_task(str(name), {}), config, told)
 
     return make
 
@@ -56,8 +56,8 @@ def _alarms_are_put_back() -> Iterator[None]:
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
-def scores(grader: Grader, *responses: str) -> list[float | None]:
-    grades = grader.grade([(ROW, response) for response in responses])
+def scores(reward_manager: RewardManager, *responses: str) -> list[float | None]:
+    grades = reward_manager.compute_score([(ROW, response) for response in responses])
     return [grade.score if grade.score == grade.score else None for grade in grades]
 
 
@@ -65,62 +65,70 @@ def scores(grader: Grader, *responses: str) -> list[float | None]:
     ("body", "reason"),
     [
         ("return 1 / len(response)", "ZeroDivisionError: division by zero ({file}:2)"),
-        ("return {'': None}.get(response, 1)", "BadGradeError: the grader's score must be a finite number, got None"),
-        ("return float(response or 'nan')", "BadGradeError: the grader's score must be a finite number, got nan"),
-        ("return float(response or '-inf')", "BadGradeError: the grader's score must be a finite number, got -inf"),
+        (
+            "return {'': None}.get(response, 1)",
+            "InvalidRewardError: the grader's score must be a finite number, got None",
+        ),
+        ("return float(response or 'nan')", "InvalidRewardError: the grader's score must be a finite number, got nan"),
+        (
+            "return float(response or '-inf')",
+            "InvalidRewardError: the grader's score must be a finite number, got -inf",
+        ),
         (
             "return 1 if response else 10**999",
-            "BadGradeError: the grader's score must be a finite number, got 1" + "0" * 79,
+            "InvalidRewardError: the grader's score must be a finite number, got 1" + "0" * 79,
         ),
         (
             "return 1 if response else {'score': 1, 'feedback': 3}",
-            "BadGradeError: the grader's feedback must be text, got 3",
+            "InvalidRewardError: the grader's feedback must be text, got 3",
         ),
         ("return 1 if response else exit(3)", "SystemExit: 3 ({file}:2)"),
-        ("return 1 if response else grade(row, response)", None),
+        ("return 1 if response else compute_score(row, response)", None),
         ("return 1 if response else [][0]", "IndexError: list index out of range ({file}:2)"),
         ("return 1 if response else __import__('json').loads('{{')", None),
     ],
 )
 def test_a_failure_costs_its_response_alone(
-    body: str, reason: str | None, make_grader: Callable[..., Grader], told: Told, tmp_path: Path
+    body: str, reason: str | None, make_grader: Callable[..., RewardManager], told: Told, tmp_path: Path
 ) -> None:
-    grader = make_grader(body)
-    assert scores(grader, "1", "", "1", "", "1") == [1.0, None, 1.0, None, 1.0]
-    assert grader.num_failures == 2
+    reward_manager = make_grader(body)
+    assert scores(reward_manager, "1", "", "1", "", "1") == [1.0, None, 1.0, None, 1.0]
+    assert reward_manager.num_failures == 2
     [message] = told.messages  # told once
     assert "\n" not in message and "data.train_files: a: row 7: " in message
     if reason is not None:
         assert message.endswith(reason.replace("{file}", str(tmp_path / "mine.py")))
 
 
-def test_each_kind_of_failure_is_told_once(make_grader: Callable[..., Grader], told: Told, tmp_path: Path) -> None:
-    grader = make_grader("if not response: raise ValueError('two\\nlines')\n    raise TypeError")
-    assert scores(grader, "", "1", "", "1", "") == [None] * 5
+def test_each_kind_of_failure_is_told_once(
+    make_grader: Callable[..., RewardManager], told: Told, tmp_path: Path
+) -> None:
+    reward_manager = make_grader("if not response: raise ValueError('two\\nlines')\n    raise TypeError")
+    assert scores(reward_manager, "", "1", "", "1", "") == [None] * 5
     assert [message.split("row 7: ")[1] for message in told.messages] == [
         f"ValueError: two lines ({tmp_path}/mine.py:2)",
         f"TypeError ({tmp_path}/mine.py:3)",
     ]
 
 
-def test_the_run_stops_past_the_share(make_grader: Callable[..., Grader], tmp_path: Path) -> None:
-    grader = make_grader("return 1 / len(response)", max_failure_fraction=0.25)
-    assert scores(grader, *["", "", *"123456"]) == [None, None, *[1.0] * 6]
-    with pytest.raises(UserError) as caught:
-        scores(grader, *["", "1", "", "", *"1234"])
+def test_the_run_stops_past_the_share(make_grader: Callable[..., RewardManager], tmp_path: Path) -> None:
+    reward_manager = make_grader("return 1 / len(response)", max_failure_fraction=0.25)
+    assert scores(reward_manager, *["", "", *"123456"]) == [None, None, *[1.0] * 6]
+    with pytest.raises(SDPOError) as caught:
+        scores(reward_manager, *["", "1", "", "", *"1234"])
     assert str(caught.value) == (
         f"data.task: grading failed for 3 of the 4 responses graded so far, of 8 in all, which is "
         "more than reward.max_failure_fraction=0.25; the last: data.train_files: a: row 7: ZeroDivisionError: division "
         f"by zero ({tmp_path}/mine.py:2)"
     )
-    with pytest.raises(UserError, match="failed for 1 of the 1 responses graded so far, of 100 in all"):
+    with pytest.raises(SDPOError, match="failed for 1 of the 1 responses graded so far, of 100 in all"):
         scores(make_grader("return 1 / 0", max_failure_fraction=0.0), *["1"] * 100)
 
 
 def test_what_the_task_refuses_itself_ends_the_run() -> None:
-    grader = Grader(Geo3k(), RewardConfig(max_failure_fraction=1.0), Silent())
-    with pytest.raises(UserError, match=r"row \? of sums has no reward_model\.ground_truth"):
-        grader.grade([(Row("sums", [], {}), "2")])
+    reward_manager = RewardManager(Geo3k(), RewardConfig(max_failure_fraction=1.0), NullCallback())
+    with pytest.raises(SDPOError, match=r"row \? of sums has no reward_model\.ground_truth"):
+        reward_manager.compute_score([(Row("sums", [], {}), "2")])
 
 
 @pytest.mark.parametrize(
@@ -132,15 +140,15 @@ def test_what_the_task_refuses_itself_ends_the_run() -> None:
         "__import__('re').match('(a+)+$', 'a' * 40 + 'b')",
     ],
 )
-def test_a_grader_that_hangs_is_cut_off(hang: str, make_grader: Callable[..., Grader], told: Told) -> None:
-    grader = make_grader(f"return {hang} if not response else 1", timeout_s=0.2)
+def test_a_grader_that_hangs_is_cut_off(hang: str, make_grader: Callable[..., RewardManager], told: Told) -> None:
+    reward_manager = make_grader(f"return {hang} if not response else 1", timeout_s=0.2)
     began = time.monotonic()
-    assert scores(grader, "1", "", "1") == [1.0, None, 1.0]
+    assert scores(reward_manager, "1", "", "1") == [1.0, None, 1.0]
     assert time.monotonic() - began < 5
     assert told.messages[0].endswith("no grade within reward.timeout_s=0.2 seconds (" + told.messages[0].split("(")[-1])
 
 
-def test_a_grader_cannot_swallow_the_alarm(make_grader: Callable[..., Grader]) -> None:
+def test_a_grader_cannot_swallow_the_alarm(make_grader: Callable[..., RewardManager]) -> None:
     swallow_all = "for _ in range(100):\n        try: __import__('time').sleep(0.1)\n        except Exception: pass"
     began = time.monotonic()
     assert scores(make_grader(swallow_all, timeout_s=0.2), "") == [None]
@@ -149,18 +157,18 @@ def test_a_grader_cannot_swallow_the_alarm(make_grader: Callable[..., Grader]) -
     assert time.monotonic() - began < 8
 
 
-def test_no_timeout_is_set_where_it_cannot_be_kept_or_is_not_wanted(make_grader: Callable[..., Grader]) -> None:
+def test_no_timeout_is_set_where_it_cannot_be_kept_or_is_not_wanted(make_grader: Callable[..., RewardManager]) -> None:
     slow = "__import__('time').sleep(0.3) or 1.0"
     assert scores(make_grader(f"return {slow}", timeout_s=None), "") == [1.0]
     results: list[Any] = []
-    grader = make_grader(f"return {slow}", timeout_s=0.1)
-    thread = threading.Thread(target=lambda: results.extend(scores(grader, "")))
+    reward_manager = make_grader(f"return {slow}", timeout_s=0.1)
+    thread = threading.Thread(target=lambda: results.extend(scores(reward_manager, "")))
     thread.start()
     thread.join()
     assert results == [1.0]
 
 
-def test_an_earlier_alarm_is_put_back(make_grader: Callable[..., Grader]) -> None:
+def test_an_earlier_alarm_is_put_back(make_grader: Callable[..., RewardManager]) -> None:
     rung: list[int] = []
 
     def ring(number: int, frame: FrameType | None) -> None:
@@ -184,23 +192,25 @@ def test_a_grader_with_an_alarm_of_its_own(told: Told) -> None:
     from math_verify import parse, verify
 
     class Own:
-        def grade(self, row: Row, response: str) -> float:
+        def compute_score(self, row: Row, response: str) -> float:
             return float(verify(parse(row.ground_truth or ""), parse(response)))
 
-    grader = Grader(Own(), RewardConfig(timeout_s=10.0), told)
-    assert scores(grader, "2", "$\\frac{4}{2}$", "3") == [1.0, 1.0, 0.0]
+    reward_manager = RewardManager(Own(), RewardConfig(timeout_s=10.0), told)
+    assert scores(reward_manager, "2", "$\\frac{4}{2}$", "3") == [1.0, 1.0, 0.0]
 
 
 def test_geometry_is_graded_under_the_timeout() -> None:
     """Its own process and its own limit, within ours: an expression that never ends is wrong, not a failure."""
-    grader = Grader(Geo3k(format_weight=0.0, timeout=1.0), RewardConfig(max_failure_fraction=0.0), Silent())
+    reward_manager = RewardManager(
+        Geo3k(format_weight=0.0, timeout=1.0), RewardConfig(max_failure_fraction=0.0), NullCallback()
+    )
     row = Row("geometry3k", [], {"ground_truth": "3 \\sqrt{2}"})
     texts = ["\\boxed{\\sqrt{18}}", "\\boxed{9^{9^{9^{9^9}}}}", "\\boxed{\\sqrt{18}}"]
-    grades = grader.grade([(row, text) for text in texts])
+    grades = reward_manager.compute_score([(row, text) for text in texts])
     assert [grade.score for grade in grades] == [1.0, 0.0, 1.0]
-    assert all(isinstance(grade, Grade) for grade in grades)
+    assert all(isinstance(grade, RewardOutput) for grade in grades)
 
 
-def test_ctrl_c_is_no_failure(make_grader: Callable[..., Grader]) -> None:
+def test_ctrl_c_is_no_failure(make_grader: Callable[..., RewardManager]) -> None:
     with pytest.raises(KeyboardInterrupt):
         scores(make_grader("raise KeyboardInterrupt"), "")

@@ -11,19 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from sdpo.errors import UserError
+from sdpo.errors import SDPOError
 from sdpo.rewards import scoring_process
-from sdpo.rewards.base import Grade, Row
-from sdpo.rewards.scoring import GradingFailed
+from sdpo.rewards.base import RewardOutput, Row
+from sdpo.rewards.scoring import RewardFailure
 from sdpo.rewards.scoring_process import GraderProcess
 
 ROW = Row("sums", [], {"ground_truth": "4"}, extra_info={"index": 3})
 SECONDS = 0.5
 BODY = """
 import os, re, time
-from sdpo.errors import UserError
+from sdpo.errors import SDPOError
 
-def grade(row, response):
+def compute_score(row, response):
     print("a grader may print")
     if response == "raise":
         return 1 / 0
@@ -42,7 +42,7 @@ def grade(row, response):
     if response == "lock":  # one call of C code that holds the interpreter's lock, for minutes
         return sum(range(10**12))
     if response == "refuse":
-        raise UserError("data.task: no such language")
+        raise SDPOError("data.task: no such language")
     if response == "none":
         return None
     return {"score": float(response == row.ground_truth), "feedback": f"{row.data_source} {row.extra_info['index']}"}
@@ -67,15 +67,17 @@ def make(tmp_path: Path) -> Iterator[Make]:
 
 
 def test_a_grade_is_the_task_s(make: Make) -> None:
-    grader = make()
-    assert grader.grade(ROW, "4") == Grade(1.0, "sums 3")
-    assert grader.grade(ROW, "5") == Grade(0.0, "sums 3")
+    reward_manager = make()
+    assert reward_manager.compute_score(ROW, "4") == RewardOutput(1.0, "sums 3")
+    assert reward_manager.compute_score(ROW, "5") == RewardOutput(0.0, "sums 3")
 
 
 def test_arguments_reach_the_task(make: Make) -> None:
     body = "class build_task:\n    def __init__(self, value): self.value = value\n"
-    grader = make(body + "    def grade(self, row, response): return self.value", json.dumps({"value": 0.25}))
-    assert grader.grade(ROW, "") == Grade(0.25)
+    reward_manager = make(
+        body + "    def compute_score(self, row, response): return self.value", json.dumps({"value": 0.25})
+    )
+    assert reward_manager.compute_score(ROW, "") == RewardOutput(0.25)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +85,7 @@ def test_arguments_reach_the_task(make: Make) -> None:
     [
         ("raise", r"sums: ZeroDivisionError: division by zero \(.*task\.py:8\)"),
         ("leave", r"sums: SystemExit: 3 "),
-        ("none", r"sums: BadGradeError: the grader's score must be a finite number, got None"),
+        ("none", r"sums: InvalidRewardError: the grader's score must be a finite number, got None"),
         ("sleep", r"sums: no grade within reward\.timeout_s=0\.5 seconds \(.*task\.py:14\)"),
         ("loop", r"sums: no grade within reward\.timeout_s=0\.5 seconds, or its process died"),
         ("lock", r"sums: no grade within reward\.timeout_s=0\.5 seconds"),
@@ -93,47 +95,47 @@ def test_arguments_reach_the_task(make: Make) -> None:
 def test_a_failure_costs_that_response_alone(
     make: Make, monkeypatch: pytest.MonkeyPatch, response: str, reason: str
 ) -> None:
-    grader = make()
-    grader.grade(ROW, "4")  # what follows is without the start of the process
+    reward_manager = make()
+    reward_manager.compute_score(ROW, "4")  # what follows is without the start of the process
     began = time.monotonic()
-    with pytest.raises(GradingFailed, match=reason):
-        grader.grade(ROW, response)
+    with pytest.raises(RewardFailure, match=reason):
+        reward_manager.compute_score(ROW, response)
     assert time.monotonic() - began < SECONDS + 2 * scoring_process.PATIENCE + 1
-    assert grader.grade(ROW, "4") == Grade(1.0, "sums 3")
+    assert reward_manager.compute_score(ROW, "4") == RewardOutput(1.0, "sums 3")
 
 
 def test_a_task_that_refuses_its_data_is_no_failure(make: Make) -> None:
-    grader = make()
-    with pytest.raises(UserError, match=r"^data\.task: no such language$"):
-        grader.grade(ROW, "refuse")
+    reward_manager = make()
+    with pytest.raises(SDPOError, match=r"^data\.task: no such language$"):
+        reward_manager.compute_score(ROW, "refuse")
 
 
 def test_a_task_that_cannot_be_loaded_is_refused(make: Make) -> None:
-    grader = make("x = 1")
+    reward_manager = make("x = 1")
     for _ in range(2):
-        with pytest.raises(UserError, match="defines neither grade"):
-            grader.grade(ROW, "4")
+        with pytest.raises(SDPOError, match="defines neither compute_score"):
+            reward_manager.compute_score(ROW, "4")
 
 
 def test_threads_get_their_own_grades(make: Make) -> None:
-    grader = make()
+    reward_manager = make()
     with ThreadPoolExecutor(8) as pool:
-        grades = list(pool.map(lambda i: grader.grade(ROW, str(i % 5)).score, range(50)))
+        grades = list(pool.map(lambda i: reward_manager.compute_score(ROW, str(i % 5)).score, range(50)))
     assert grades == [float(i % 5 == 4) for i in range(50)]
 
 
 def test_a_process_whose_owner_died_ends_by_itself(make: Make) -> None:
     """Nobody else would end one that hangs where no alarm reaches it."""
-    grader = make()
-    grader.grade(ROW, "4")
-    process = grader._worker._process
+    reward_manager = make()
+    reward_manager.compute_score(ROW, "4")
+    process = reward_manager._worker._process
     assert process is not None and process.stdin is not None
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(grader.grade, ROW, "lock")
+        asked = pool.submit(reward_manager.compute_score, ROW, "lock")
         end = time.monotonic() + SECONDS + 2 * scoring_process.PATIENCE + 5
         while process.poll() is None and time.monotonic() < end:
             time.sleep(0.05)
-        with pytest.raises(GradingFailed):
+        with pytest.raises(RewardFailure):
             asked.result()
     assert process.returncode == 1  # its own end; killed by us it would be -9
     assert os.getpid() != process.pid

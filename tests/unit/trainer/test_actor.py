@@ -1,4 +1,4 @@
-"""The learner against the same step written plainly: one sample a forward pass, padded tensors, the public loss."""
+"""The actor against the same step written plainly: one sample a forward pass, padded tensors, the public loss."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from transformers import get_scheduler
 from sdpo import compute_self_distillation_loss
 from sdpo.algorithm.loss import LossInputs
 from sdpo.config.root import SDPOConfig
-from sdpo.errors import UserError
+from sdpo.errors import SDPOError
 from sdpo.kernels import fused_linear_loss
-from sdpo.models.generation.sampling import Decoding, sample_responses
+from sdpo.models.generation.sampling import SamplingParams, sample_responses
 from sdpo.models.multimodal.processor import TokenPrompt
 from sdpo.observability import metrics
-from sdpo.rewards.base import Grade
+from sdpo.rewards.base import RewardOutput
 from sdpo.trainer.actor import actor as learner_module
-from sdpo.trainer.actor.actor import Learner, LogProbs
-from sdpo.trainer.data.samples import Sample
+from sdpo.trainer.actor.actor import Actor, LogProbs
+from sdpo.trainer.data.samples import TrainingSample
 
 MakeModel = Callable[..., Any]
 MakeRun = Callable[..., SDPOConfig]
-MakeSamples = Callable[..., list[Sample]]
+MakeSamples = Callable[..., list[TrainingSample]]
 HORIZON = 8
 
 
@@ -46,14 +46,14 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: param.detach().clone() for name, param in module.named_parameters()}
 
 
-def record_steps(learner: Learner) -> list[OptimizerStep]:
+def record_steps(actor: Actor) -> list[OptimizerStep]:
     steps: list[OptimizerStep] = []
 
     def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        gradients = {name: p.grad.clone() for name, p in learner.student.named_parameters() if p.grad is not None}
-        steps.append(OptimizerStep(weights_of(learner.student), gradients, optimizer.param_groups[0]["lr"]))
+        gradients = {name: p.grad.clone() for name, p in actor.student.named_parameters() if p.grad is not None}
+        steps.append(OptimizerStep(weights_of(actor.student), gradients, optimizer.param_groups[0]["lr"]))
 
-    learner.optimizer.register_step_pre_hook(before)
+    actor.optimizer.register_step_pre_hook(before)
     return steps
 
 
@@ -81,7 +81,7 @@ def assert_same_weights(actual: nn.Module, expected: nn.Module, tolerance: float
 
 
 def plain_log_probs(
-    policy: Sequence[tuple[nn.Module, float]], prompt: Sequence[int], sample: Sample, run: SDPOConfig
+    policy: Sequence[tuple[nn.Module, float]], prompt: Sequence[int], sample: TrainingSample, run: SDPOConfig
 ) -> Tensor:
     """[T, V] with gradient."""
     ids = torch.tensor([[*prompt, *sample.response.token_ids]])
@@ -93,16 +93,16 @@ def pad(rows: Sequence[Tensor]) -> Tensor:
     return torch.stack([nn.functional.pad(row, [0, 0] * (row.dim() - 1) + [0, HORIZON - len(row)]) for row in rows])
 
 
-def sampled(log_probs: Tensor, sample: Sample) -> Tensor:
+def sampled(log_probs: Tensor, sample: TrainingSample) -> Tensor:
     return log_probs.gather(-1, torch.tensor(sample.response.token_ids)[:, None])[:, 0]
 
 
-def plain_old_log_probs(student: nn.Module, samples: Sequence[Sample], run: SDPOConfig) -> list[Tensor]:
+def plain_old_log_probs(student: nn.Module, samples: Sequence[TrainingSample], run: SDPOConfig) -> list[Tensor]:
     with torch.no_grad():
         return [sampled(plain_log_probs([(student, 1.0)], s.prompt.token_ids, s, run), s) for s in samples]
 
 
-def plain_rollout_weights(old: Tensor, sample: Sample, run: SDPOConfig) -> Tensor:
+def plain_rollout_weights(old: Tensor, sample: TrainingSample, run: SDPOConfig) -> Tensor:
     log_ratio = old - torch.tensor(sample.response.log_probs)
     if run.rollout_correction.rollout_is == "none":
         return torch.ones_like(old)
@@ -114,7 +114,7 @@ def plain_rollout_weights(old: Tensor, sample: Sample, run: SDPOConfig) -> Tenso
 def plain_loss(
     student: nn.Module,
     teacher: nn.Module,
-    samples: Sequence[Sample],
+    samples: Sequence[TrainingSample],
     run: SDPOConfig,
     old: Sequence[Tensor] | None = None,
 ) -> Tensor:
@@ -140,7 +140,7 @@ def plain_loss(
             teacher_some = [row.gather(-1, k) for row, k in zip(teacher_rows, kept, strict=True)]
         level = "topk" if kept is not None else "all"
         # The loss has no weight of a sample; a weight on its tokens is the same.
-        by_token = [w * s.distillation_weight for w, s in zip(rollout_weights, samples, strict=True)]
+        flops_per_token = [w * s.distillation_weight for w, s in zip(rollout_weights, samples, strict=True)]
         loss, _ = compute_self_distillation_loss(
             pad(student_log_probs),
             pad([sampled(row, s) for row, s in zip(teacher_rows, samples, strict=True)]),
@@ -150,7 +150,7 @@ def plain_loss(
             **{f"student_{level}_log_probs": pad(some), f"teacher_{level}_log_probs": pad(teacher_some)},
             self_distillation_mask=torch.tensor([float(s.is_distilled) for s in samples]),
             loss_agg_mode=run.actor.loss_agg_mode,
-            rollout_is_weights=pad(by_token),
+            rollout_is_weights=pad(flops_per_token),
         )
         total = total + (1 - config.policy_loss_weight) * loss
     if config.policy_loss_weight:
@@ -212,15 +212,15 @@ def test_gradients_and_loss_are_those_of_the_plain_step(
 ) -> None:
     run = make_run(actor__mini_batch_size=mini_batch_size, actor__max_tokens_per_micro_batch=60, **settings)
     samples = make_samples(undistilled=(1, 5) if run.self_distillation.distills else range(6))
-    learner = Learner(model, run, 0)
+    actor = Actor(model, run, 0)
     teacher = make_model(seed=0)
-    if learner.teacher is not None and learner.teacher.module is not None:
+    if actor.teacher is not None and actor.teacher.module is not None:
         # A teacher that differs from the student from the start, so that nothing cancels.
         teacher = make_model(seed=1)
-        learner.teacher.module.load_state_dict(teacher.state_dict())
-    steps = record_steps(learner)
+        actor.teacher.module.load_state_dict(teacher.state_dict())
+    steps = record_steps(actor)
     old = plain_old_log_probs(model, samples, run)
-    values = learner.learn(samples)
+    values = actor.update_policy(samples)
 
     size = 3 * mini_batch_size
     cuts = range(0, len(samples), size)
@@ -249,12 +249,12 @@ def test_gradients_do_not_depend_on_the_micro_batches(
     for budget in (1, 40, 10**6):
         run = make_run(actor__max_tokens_per_micro_batch=budget, **settings)
         samples = make_samples(undistilled=(1, 5) if run.self_distillation.distills else range(6))
-        learner = Learner(make_model(), run, 0)
-        if learner.teacher is not None and learner.teacher.module is not None:
-            learner.teacher.module.load_state_dict(make_model(seed=1).state_dict())
-        steps = record_steps(learner)
-        values = learner.learn(samples)
-        results.append((steps[0].gradients, values, len(learner.batcher.split(samples, budget))))
+        actor = Actor(make_model(), run, 0)
+        if actor.teacher is not None and actor.teacher.module is not None:
+            actor.teacher.module.load_state_dict(make_model(seed=1).state_dict())
+        steps = record_steps(actor)
+        values = actor.update_policy(samples)
+        results.append((steps[0].gradients, values, len(actor.batcher.split(samples, budget))))
     assert results[0][2] == 6 and 1 < results[1][2] < 6 and results[2][2] == 1
     for gradients, values, _ in results[1:]:
         assert_same_gradients(gradients, results[0][0], 2e-6)
@@ -279,11 +279,11 @@ def test_old_log_probs_are_the_student_s_at_the_start_of_the_step(
     captured = capture_inputs(monkeypatch)
     run = make_run(actor__mini_batch_size=1, self_distillation__is_clip=100.0)
     samples = make_samples(undistilled=())
-    learner = Learner(model, run, 0)
+    actor = Actor(model, run, 0)
     for _ in range(2):
         captured.clear()
         before = copy.deepcopy(model)
-        learner.learn(samples)
+        actor.update_policy(samples)
         minis = [samples[:3], samples[3:]]
         assert len(captured) == 2
         for inputs, mini in zip(captured, minis, strict=True):
@@ -298,9 +298,9 @@ def test_with_one_mini_batch_the_ratio_is_exactly_one(
     model: Any, make_run: MakeRun, make_samples: MakeSamples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captured = capture_inputs(monkeypatch)
-    learner = Learner(model, make_run(), 0)
+    actor = Actor(model, make_run(), 0)
     for _ in range(2):
-        values = learner.learn(make_samples())
+        values = actor.update_policy(make_samples())
         assert values[metrics.IS_RATIO_MEAN] == 1.0
         assert values[metrics.PPO_KL] == 0.0
     for inputs in captured:
@@ -326,7 +326,7 @@ def test_rollout_weights_are_old_over_rollout_truncated(
     )
     samples = make_samples(seed=7, undistilled=())
     old = plain_old_log_probs(model, samples, run)
-    values = Learner(model, run, 0).learn(samples)
+    values = Actor(model, run, 0).update_policy(samples)
     assert len(captured) > 1
     expected = torch.cat([plain_rollout_weights(o, s, run) for o, s in zip(old, samples, strict=True)])
     gap = torch.cat([torch.tensor(s.response.log_probs) - o for o, s in zip(old, samples, strict=True)])
@@ -344,19 +344,19 @@ def test_rollout_weights_are_old_over_rollout_truncated(
 
 
 def test_log_probs_of_the_sampler_and_of_the_learner_agree(
-    model: Any, make_run: MakeRun, make_sample: Callable[..., Sample]
+    model: Any, make_run: MakeRun, make_sample: Callable[..., TrainingSample]
 ) -> None:
     """The same weights, once by cached decoding and once by a padded forward pass: every correction weight is 1."""
     run = make_run(rollout__temperature=0.6)
     prompts = [[5, 6, 7, 8, 9, 3, 4], [4, 4, 5]]
-    decoding = Decoding(3, HORIZON, 0.6, 1.0, 100, [2], 0)
+    decoding = SamplingParams(3, HORIZON, 0.6, 1.0, 100, [2], 0)
     sampled_by_prompt = sample_responses([(model, 1.0)], [TokenPrompt(ids) for ids in prompts], decoding, seed=0)
     samples = [
         make_sample(prompt, one.token_ids, [3, *prompt], log_probs=one.log_probs)
         for prompt, many in zip(prompts, sampled_by_prompt, strict=True)
         for one in many
     ]
-    values = Learner(model, run, 0).learn(samples)
+    values = Actor(model, run, 0).update_policy(samples)
     assert values[metrics.ROLLOUT_IS_MEAN] == pytest.approx(1.0, abs=1e-5)
     assert values[metrics.ROLLOUT_KL] == pytest.approx(0.0, abs=1e-5)
 
@@ -367,13 +367,13 @@ def test_log_probs_of_the_sampler_and_of_the_learner_agree(
 def test_the_teacher_moves_once_a_step_by_the_average_s_formula(
     model: Any, make_run: MakeRun, make_samples: MakeSamples
 ) -> None:
-    learner = Learner(model, make_run(actor__mini_batch_size=1, self_distillation__ema_update_rate=0.2), 0)
-    assert learner.teacher is not None and learner.teacher.module is not None
+    actor = Actor(model, make_run(actor__mini_batch_size=1, self_distillation__ema_update_rate=0.2), 0)
+    assert actor.teacher is not None and actor.teacher.module is not None
     expected = weights_of(model)
     for _ in range(3):
-        learner.learn(make_samples())
+        actor.update_policy(make_samples())
         expected = {name: 0.8 * expected[name] + 0.2 * param for name, param in weights_of(model).items()}
-        for name, param in learner.teacher.module.named_parameters():
+        for name, param in actor.teacher.module.named_parameters():
             torch.testing.assert_close(param, expected[name], atol=1e-6, rtol=0)
     moved = max(float((p - expected[n]).abs().max()) for n, p in weights_of(model).items())
     assert moved > 1e-3, "the teacher is not the student"
@@ -396,11 +396,11 @@ def test_updates_are_adamw_s_at_the_schedule_s_rates(
     optimizer = torch.optim.AdamW(by_hand.parameters(), lr=1e-2, weight_decay=0.1, betas=(0.8, 0.95))
     name = "constant_with_warmup" if schedule == "constant" else schedule
     scheduler = get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=10)
-    learner = Learner(model, run, 0)
-    steps = record_steps(learner)
+    actor = Actor(model, run, 0)
+    steps = record_steps(actor)
     rates = []
     for _ in range(5):
-        values = learner.learn(make_samples())
+        values = actor.update_policy(make_samples())
         for step in steps[-2:]:
             for param, gradient in zip(by_hand.parameters(), step.gradients.values(), strict=True):
                 param.grad = gradient.clone()
@@ -426,9 +426,9 @@ def test_the_distillation_weight_is_scheduled(model: Any, make_run: MakeRun, mak
         self_distillation__distillation_coef_end=0.5,
         self_distillation__teacher_regularization="frozen",
     )
-    learner = Learner(model, run, 0)
-    values = [learner.learn(make_samples()) for _ in range(3)]
-    assert [v[metrics.DISTILLATION_WEIGHT] for v in values] == [1.0, 0.75, 0.5]
+    actor = Actor(model, run, 0)
+    values = [actor.update_policy(make_samples()) for _ in range(3)]
+    assert [v[metrics.DISTILLATION_COEF] for v in values] == [1.0, 0.75, 0.5]
     losses = [v[metrics.LOSS] for v in values]
     assert losses == pytest.approx([losses[0], 0.75 * losses[0], 0.5 * losses[0]], rel=1e-4)
     assert [v[metrics.DISTILLATION_LOSS] for v in values] == pytest.approx([losses[0]] * 3, rel=1e-4)
@@ -448,23 +448,23 @@ def test_logits_that_a_model_scales_are_learned_from_as_they_are(
         return output
 
     by_model.forward = forward
-    results = [Learner(model, make_run(), 0).learn(make_samples()) for model in (by_head, by_model)]
+    results = [Actor(model, make_run(), 0).update_policy(make_samples()) for model in (by_head, by_model)]
     for metric in (metrics.LOSS, metrics.ENTROPY, metrics.ROLLOUT_KL):
         assert results[0][metric] == pytest.approx(results[1][metric], rel=1e-4)
 
 
 def test_plain_grpo_has_no_teacher(model: Any, make_run: MakeRun, make_samples: MakeSamples) -> None:
-    learner = Learner(model, make_run(self_distillation__policy_loss_weight=1.0), 0)
-    values = learner.learn(make_samples(undistilled=range(6)))
-    assert learner.teacher is None
+    actor = Actor(model, make_run(self_distillation__policy_loss_weight=1.0), 0)
+    values = actor.update_policy(make_samples(undistilled=range(6)))
+    assert actor.teacher is None
     assert metrics.PG_LOSS in values
-    assert metrics.DISTILLATION_LOSS not in values and metrics.DISTILLATION_WEIGHT not in values
+    assert metrics.DISTILLATION_LOSS not in values and metrics.DISTILLATION_COEF not in values
 
 
 # --- numbers gone bad
 
 
-def broken(sample: Sample, how: str) -> Sample:
+def broken(sample: TrainingSample, how: str) -> TrainingSample:
     if how == "rollout":
         values = [*sample.response.log_probs[:-1], math.nan]
         return replace(sample, response=replace(sample.response, log_probs=values))
@@ -492,7 +492,7 @@ def test_a_sample_that_is_not_finite_is_as_if_it_were_not_there(
         model = make_model()
         with torch.no_grad():
             model.get_input_embeddings().weight[11] = math.nan
-        values = Learner(model, run, 0).learn(chosen)
+        values = Actor(model, run, 0).update_policy(chosen)
         results.append((model, values))
     (with_it, values), (without, expected) = results
     assert values.pop(metrics.NONFINITE_SAMPLES) == 1
@@ -507,7 +507,7 @@ def test_dropped_samples_are_counted_over_mini_batches(
     model: Any, make_run: MakeRun, make_samples: MakeSamples
 ) -> None:
     samples = [broken(s, "rollout") if i in (0, 2, 5) else s for i, s in enumerate(make_samples())]
-    values = Learner(model, make_run(actor__mini_batch_size=1), 0).learn(samples)
+    values = Actor(model, make_run(actor__mini_batch_size=1), 0).update_policy(samples)
     assert values[metrics.NONFINITE_SAMPLES] == 3
     assert all(math.isfinite(v) for v in values.values())
     assert all(torch.isfinite(p).all() for p in model.parameters())
@@ -527,10 +527,10 @@ def test_a_sample_that_was_not_graded_is_as_if_it_were_not_there(
         rollout__n=3,
     )
     samples = make_samples(undistilled=(1,))
-    failed = [replace(s, grade=Grade(math.nan), advantage=0.0) if i == 1 else s for i, s in enumerate(samples)]
-    with_it, without = Learner(make_model(), run, 0), Learner(make_model(), run, 0)
+    failed = [replace(s, reward=RewardOutput(math.nan), advantage=0.0) if i == 1 else s for i, s in enumerate(samples)]
+    with_it, without = Actor(make_model(), run, 0), Actor(make_model(), run, 0)
     steps, expected_steps = record_steps(with_it), record_steps(without)
-    values = with_it.learn(failed)
+    values = with_it.update_policy(failed)
     expected = [
         without._learn_mini_batch(list(mini), LogProbs(list(old) if old else None, None), 1.0, None, lambda: None)
         for mini, old in split_without(without, samples, 1, minis)
@@ -543,9 +543,9 @@ def test_a_sample_that_was_not_graded_is_as_if_it_were_not_there(
     assert values[metrics.NONFINITE_SAMPLES] == 0
 
 
-def split_without(learner: Learner, samples: list[Sample], left_out: int, minis: int | None) -> Any:
+def split_without(actor: Actor, samples: list[TrainingSample], left_out: int, minis: int | None) -> Any:
     """The two prompts' samples, by mini-batch, without one; with old log-probabilities where there are several."""
-    old = learner.compute_log_probs(samples)
+    old = actor.compute_log_probs(samples)
     places = [range(6)] if minis is None else [range(3), range(3, 6)]
     for mini in places:
         kept = [i for i in mini if i != left_out]
@@ -554,7 +554,7 @@ def split_without(learner: Learner, samples: list[Sample], left_out: int, minis:
 
 def test_a_batch_of_bad_samples_alone_changes_nothing(model: Any, make_run: MakeRun, make_samples: MakeSamples) -> None:
     before = copy.deepcopy(model)
-    values = Learner(model, make_run(), 0).learn([broken(s, "rollout") for s in make_samples()])
+    values = Actor(model, make_run(), 0).update_policy([broken(s, "rollout") for s in make_samples()])
     assert all(math.isfinite(v) for v in values.values())
     assert values[metrics.NONFINITE_SAMPLES] == 6
     assert_same_weights(model, before)
@@ -566,7 +566,7 @@ def test_a_batch_with_nothing_to_distil_changes_nothing(
 ) -> None:
     before = copy.deepcopy(model)
     run = make_run(actor__max_tokens_per_micro_batch=budget, optim__weight_decay=0.0)
-    values = Learner(model, run, 0).learn(make_samples(undistilled=range(6)))
+    values = Actor(model, run, 0).update_policy(make_samples(undistilled=range(6)))
     assert values[metrics.LOSS] == 0
     assert_same_weights(model, before)
 
@@ -574,14 +574,14 @@ def test_a_batch_with_nothing_to_distil_changes_nothing(
 def test_an_update_with_a_gradient_that_is_not_finite_is_left_out(
     model: Any, make_run: MakeRun, make_samples: MakeSamples
 ) -> None:
-    learner = Learner(model, make_run(), 0)
+    actor = Actor(model, make_run(), 0)
     before = copy.deepcopy(model)
     handle = model.lm_head.weight.register_hook(lambda gradient: gradient * math.inf)
-    values = learner.learn(make_samples())
+    values = actor.update_policy(make_samples())
     assert values[metrics.SKIPPED_UPDATES] == 1
     assert_same_weights(model, before)
     handle.remove()
-    values = learner.learn(make_samples())
+    values = actor.update_policy(make_samples())
     assert values[metrics.SKIPPED_UPDATES] == 0
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert not torch.equal(model.lm_head.weight, before.lm_head.weight)
@@ -595,11 +595,11 @@ def test_checkpointing_recomputes_and_gives_the_same_gradients(
 ) -> None:
     results = []
     for checkpointing in (False, True):
-        learner = Learner(make_model(), make_run(actor__gradient_checkpointing=checkpointing), 0)
+        actor = Actor(make_model(), make_run(actor__gradient_checkpointing=checkpointing), 0)
         calls: list[bool] = []
-        learner.student.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(True))
-        steps = record_steps(learner)
-        learner.learn(make_samples())
+        actor.student.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(True))
+        steps = record_steps(actor)
+        actor.update_policy(make_samples())
         results.append((steps[0].gradients, len(calls)))
     assert [calls for _, calls in results] == [1, 2]
     assert_same_gradients(results[1][0], results[0][0], 1e-6)
@@ -608,12 +608,12 @@ def test_checkpointing_recomputes_and_gives_the_same_gradients(
 def test_autocast_computes_in_bfloat16_and_keeps_the_weights(
     make_model: MakeModel, make_run: MakeRun, make_samples: MakeSamples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compute = learner_module.compute_fused_loss
+    compute = learner_module.fused_linear_sdpo_loss
     results = []
     for autocast in (False, True):
-        learner = Learner(make_model(), make_run(actor__autocast=autocast), 0)
+        actor = Actor(make_model(), make_run(actor__autocast=autocast), 0)
         seen: list[torch.dtype] = []
-        learner.student.model.layers[1].mlp.down_proj.register_forward_hook(
+        actor.student.model.layers[1].mlp.down_proj.register_forward_hook(
             lambda *args, seen=seen: seen.append(args[2].dtype)
         )
 
@@ -621,9 +621,9 @@ def test_autocast_computes_in_bfloat16_and_keeps_the_weights(
             seen += [student.hidden.dtype, *(part.hidden.dtype for part in teacher)]
             return compute(student, teacher, *args, **settings)
 
-        monkeypatch.setattr(learner_module, "compute_fused_loss", watch)
-        values = learner.learn(make_samples())
-        assert {p.dtype for p in learner.student.parameters()} == {torch.float32}
+        monkeypatch.setattr(learner_module, "fused_linear_sdpo_loss", watch)
+        values = actor.update_policy(make_samples())
+        assert {p.dtype for p in actor.student.parameters()} == {torch.float32}
         results.append((values[metrics.LOSS], set(seen)))
     assert [dtypes for _, dtypes in results] == [{torch.float32}, {torch.bfloat16}]
     assert results[1][0] != results[0][0]
@@ -635,17 +635,17 @@ def test_the_teacher_of_a_bfloat16_student_is_averaged_in_float32(
 ) -> None:
     """In bfloat16, an average at this rate would not move at all."""
     model = make_model(dtype=torch.bfloat16)
-    learner = Learner(model, make_run(optim__lr=2e-3, self_distillation__ema_update_rate=0.01), 0)
-    assert learner.teacher is not None and learner.teacher.module is not None
+    actor = Actor(model, make_run(optim__lr=2e-3, self_distillation__ema_update_rate=0.01), 0)
+    assert actor.teacher is not None and actor.teacher.module is not None
     expected = {name: param.float() for name, param in weights_of(model).items()}
     for _ in range(6):
-        learner.learn(make_samples())
+        actor.update_policy(make_samples())
         expected = {name: 0.99 * expected[name] + 0.01 * param.float() for name, param in weights_of(model).items()}
-    for name, param in learner.teacher.module.named_parameters():
+    for name, param in actor.teacher.module.named_parameters():
         assert param.dtype == torch.bfloat16
         torch.testing.assert_close(param, expected[name].bfloat16(), atol=0, rtol=0.01)
 
 
 def test_top_k_beyond_the_vocabulary_is_refused(model: Any, make_run: MakeRun) -> None:
-    with pytest.raises(UserError, match=r"distillation_topk=13 .* vocabulary of 12"):
-        Learner(model, make_run(self_distillation__distillation_topk=13), 0)
+    with pytest.raises(SDPOError, match=r"distillation_topk=13 .* vocabulary of 12"):
+        Actor(model, make_run(self_distillation__distillation_topk=13), 0)

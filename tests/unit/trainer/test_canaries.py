@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from sdpo.config.root import SDPOConfig
 from sdpo.observability import metrics
 from sdpo.observability.confidence import ClusteredMean, compute_wilson_interval
-from sdpo.trainer.actor.actor import Learner
-from sdpo.trainer.data.samples import Sample, compute_repetition, summarize_samples
+from sdpo.trainer.actor.actor import Actor
+from sdpo.trainer.data.samples import TrainingSample, compute_repetition, summarize_samples
 
 MakeRun = Callable[..., SDPOConfig]
-MakeSamples = Callable[..., list[Sample]]
+MakeSamples = Callable[..., list[TrainingSample]]
 PRECISE = {"rel": 1e-9, "abs": 1e-12}
 
 
@@ -26,17 +26,19 @@ def student(make_model: Callable[..., Any]) -> Any:
 
 
 @torch.no_grad()
-def distributions(module: nn.Module, prompt: Sequence[int], sample: Sample, run: SDPOConfig) -> Tensor:
+def distributions(module: nn.Module, prompt: Sequence[int], sample: TrainingSample, run: SDPOConfig) -> Tensor:
     """[T, V] log-probabilities."""
     ids = torch.tensor([[*prompt, *sample.response.token_ids]])
     return (module(input_ids=ids).logits[0, len(prompt) - 1 : -1] / run.rollout.temperature).log_softmax(-1)
 
 
-def sampled(rows: Tensor, sample: Sample) -> Tensor:
+def sampled(rows: Tensor, sample: TrainingSample) -> Tensor:
     return rows.gather(-1, torch.tensor(sample.response.token_ids)[:, None])[:, 0]
 
 
-def gaps_of(module: nn.Module, samples: Sequence[Sample], run: SDPOConfig) -> list[tuple[Sample, Tensor]]:
+def gaps_of(
+    module: nn.Module, samples: Sequence[TrainingSample], run: SDPOConfig
+) -> list[tuple[TrainingSample, Tensor]]:
     """At the first step, where the teacher's weights are the student's."""
     gaps = []
     for sample in samples:
@@ -50,7 +52,7 @@ def test_gap_by_sign(student: Any, make_run: MakeRun, make_samples: MakeSamples)
     run, samples = make_run(), make_samples()
     gaps = torch.cat([gap for _, gap in gaps_of(student, samples, run)])
     assert 0 < int((gaps > 0).sum()) < len(gaps)
-    values = Learner(student, run, 0).learn(samples)
+    values = Actor(student, run, 0).update_policy(samples)
     assert values[metrics.GAP_POSITIVE_FRACTION] == pytest.approx(float((gaps > 0).double().mean()), **PRECISE)
     assert values[metrics.GAP_POSITIVE_PART] == pytest.approx(float(gaps[gaps > 0].sum()) / len(gaps), **PRECISE)
     assert values[metrics.GAP_NEGATIVE_PART] == pytest.approx(float(gaps[gaps < 0].sum()) / len(gaps), **PRECISE)
@@ -70,7 +72,7 @@ def test_intervals_of_entropy_and_gap_are_over_prompts(
     for sample, values in gaps_of(student, samples, run):
         gap.add(id(sample.prompt), float(values.sum()), len(values))
     assert entropy.num_clusters == run.data.train_batch_size
-    values = Learner(student, run, 0).learn(samples)
+    values = Actor(student, run, 0).update_policy(samples)
     for name, expected in ((metrics.ENTROPY, entropy), (metrics.TEACHER_GAP, gap)):
         assert values[name] == pytest.approx(expected.mean, **PRECISE)
         ends = [values[end] for end in metrics.ci95_names(name)]
@@ -84,26 +86,26 @@ def test_kl_to_the_initial_model_is_that_of_the_sampled_tokens(
 ) -> None:
     initial, student = (make_model(dtype=torch.float64) for _ in range(2))
     run = make_run(self_distillation__teacher_regularization=kind, health__ref_kl_interval=2)
-    learner, samples = Learner(student, run, 0), make_samples()
-    assert (learner.initial is learner.teacher.module) == (kind == "frozen")  # type: ignore[union-attr]
-    first = learner.learn(samples)
-    assert first[metrics.KL_TO_INITIAL] == 0.0
+    actor, samples = Actor(student, run, 0), make_samples()
+    assert (actor.initial is actor.teacher.module) == (kind == "frozen")  # type: ignore[union-attr]
+    first = actor.update_policy(samples)
+    assert first[metrics.REF_KL] == 0.0
     expected = ClusteredMean()
     for sample in samples:
         ours, theirs = (
             sampled(distributions(m, sample.prompt.token_ids, sample, run), sample) for m in (student, initial)
         )
         expected.add(id(sample.prompt), float((ours - theirs).sum()), len(ours))
-    second = learner.learn(samples)
-    assert second[metrics.KL_TO_INITIAL] == pytest.approx(expected.mean, **PRECISE)
-    assert second[metrics.KL_TO_INITIAL] != 0.0
-    ends = [second[end] for end in metrics.ci95_names(metrics.KL_TO_INITIAL)]
+    second = actor.update_policy(samples)
+    assert second[metrics.REF_KL] == pytest.approx(expected.mean, **PRECISE)
+    assert second[metrics.REF_KL] != 0.0
+    ends = [second[end] for end in metrics.ci95_names(metrics.REF_KL)]
     assert ends == pytest.approx(expected.normal_interval(), **PRECISE)
-    assert metrics.KL_TO_INITIAL not in learner.learn(samples)
+    assert metrics.REF_KL not in actor.update_policy(samples)
 
 
 def test_no_copy_is_kept_where_it_is_not_compared_with(student: Any, make_run: MakeRun) -> None:
-    assert Learner(student, make_run(), 0).initial is None
+    assert Actor(student, make_run(), 0).initial is None
 
 
 @pytest.mark.parametrize(
@@ -126,7 +128,7 @@ def test_intervals_of_what_the_rollouts_tell(make_run: MakeRun, make_samples: Ma
     values = summarize_samples(samples, run.self_distillation)
     prompts = [id(s.prompt) for s in samples]
     for name, numbers in (
-        (metrics.SCORE_MEAN, [s.grade.score for s in samples]),
+        (metrics.SCORE_MEAN, [s.reward.score for s in samples]),
         (metrics.RESPONSE_LENGTH_MEAN, [float(len(s.response.token_ids)) for s in samples]),
     ):
         assert [values[end] for end in metrics.ci95_names(name)] == pytest.approx(

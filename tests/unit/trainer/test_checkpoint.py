@@ -7,9 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from sdpo.errors import UserError
+from sdpo.errors import SDPOError
 from sdpo.trainer.checkpoint import manager
-from sdpo.trainer.checkpoint.manager import find_fault, find_newest, read_manifest, retire_checkpoints, save_checkpoint
+from sdpo.trainer.checkpoint.manager import (
+    find_newest,
+    prune_checkpoints,
+    read_manifest,
+    save_checkpoint,
+    verify_checkpoint,
+)
 
 
 def write(folder: Path) -> None:
@@ -37,10 +43,10 @@ def test_the_manifest_has_every_file(tmp_path: Path) -> None:
         "weights": (10, "84d89877f0d4041efb6bf91a16f0248f2fd573e6af05c19f96bedb9f882f7882"),
         "teacher/weights": (3, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"),
     }
-    assert find_fault(folder) is None
+    assert verify_checkpoint(folder) is None
 
 
-@pytest.mark.parametrize("fails", ["write", "_seal", "_sync", "rename"])
+@pytest.mark.parametrize("fails", ["write", "_fsync_and_hash", "_sync", "rename"])
 def test_a_failure_at_any_moment_leaves_what_was_saved_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
@@ -126,14 +132,14 @@ def test_the_newest_and_the_best_are_kept(
 ) -> None:
     for step, score in enumerate([0.2, 0.9, None, 0.9, None, 0.1], start=1):
         save_checkpoint(tmp_path, step, score, write_other)
-    retire_checkpoints(tmp_path, save_total_limit, save_best_limit)
+    prune_checkpoints(tmp_path, save_total_limit, save_best_limit)
     assert names(tmp_path) == [f"step_{step}" for step in kept]
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("no folder")
     with pytest.raises(
-        UserError, match=r"step_1: cannot be saved \(.*Not a directory.*\); what was saved before is intact"
+        SDPOError, match=r"step_1: cannot be saved \(.*Not a directory.*\); what was saved before is intact"
     ):
         save_checkpoint(tmp_path / "checkpoints", 1, None, write)
 

@@ -14,19 +14,21 @@ from torch import Tensor
 
 from sdpo.models.forward import PaddedSequences, compute_hidden
 from sdpo.models.output_head import build_lazy_logits, compute_dense_logits
-from sdpo.models.packing.layout import PackedSequences, ReadingCost
+from sdpo.models.packing.layout import AttentionCostModel, PackedSequences
 from sdpo.models.packing.support import enable_packing
-from sdpo.trainer.actor.collate import Batcher
-from sdpo.trainer.data.samples import Sample
+from sdpo.trainer.actor.collate import Collator
+from sdpo.trainer.data.samples import TrainingSample
 
 CPU = torch.device("cpu")
 LENGTHS = st.tuples(st.integers(1, 30), st.integers(0, 40), st.lists(st.integers(1, 20), min_size=1, max_size=4))
-SHARES = ReadingCost(by_token=1.0, by_pair=0.0, by_call=0.0)  # reading a token is all that costs
-NEVER_SHARES = ReadingCost(by_token=0.0, by_pair=1.0, by_call=1e9)
+SHARES = AttentionCostModel(
+    flops_per_token=1.0, flops_per_pair=0.0, flops_per_call=0.0
+)  # reading a token is all that costs
+NEVER_SHARES = AttentionCostModel(flops_per_token=0.0, flops_per_pair=1.0, flops_per_call=1e9)
 COSTS = {"padded": None, "packed": NEVER_SHARES, "shared": SHARES}
 
 
-def read_tokens(batcher: Batcher, samples: Sequence[Sample]) -> int:
+def read_tokens(batcher: Collator, samples: Sequence[TrainingSample]) -> int:
     """Counted on the tensors themselves."""
     batch = batcher.build(samples)
     return batch.student.token_ids.numel() + (0 if batch.teacher is None else batch.teacher.token_ids.numel())
@@ -36,18 +38,18 @@ def read_tokens(batcher: Batcher, samples: Sequence[Sample]) -> int:
 @settings(deadline=None)
 @given(lengths=st.lists(LENGTHS, min_size=1, max_size=8), max_tokens=st.integers(1, 400))
 def test_every_sample_once_and_within_the_budget(
-    make_sample: Callable[..., Sample],
-    cost: ReadingCost | None,
+    make_sample: Callable[..., TrainingSample],
+    cost: AttentionCostModel | None,
     lengths: list[tuple[int, int, list[int]]],
     max_tokens: int,
 ) -> None:
-    samples: list[Sample] = []
+    samples: list[TrainingSample] = []
     for prompt_length, teacher_length, response_lengths in lengths:
         prompt: Any = [3] * prompt_length
         for length in response_lengths:
             samples.append(make_sample(prompt, [4] * length, [5] * teacher_length if teacher_length else None))
             prompt = samples[-1].prompt
-    batcher = Batcher(0, CPU, cost=cost)
+    batcher = Collator(0, CPU, cost=cost)
     pieces = batcher.split(samples, max_tokens)
     assert sorted(i for piece in pieces for i in piece) == list(range(len(samples)))
     for piece in pieces:
@@ -58,12 +60,14 @@ def test_every_sample_once_and_within_the_budget(
 
 
 @pytest.mark.parametrize(("cost", "sizes"), [(None, [3, 3, 3, 1]), (NEVER_SHARES, [3, 3, 3, 1]), (SHARES, [9, 1])])
-def test_the_budget_is_used(make_sample: Callable[..., Sample], cost: ReadingCost | None, sizes: list[int]) -> None:
+def test_the_budget_is_used(
+    make_sample: Callable[..., TrainingSample], cost: AttentionCostModel | None, sizes: list[int]
+) -> None:
     """Ten rollouts of one prompt, each 6 + 4 tokens and 16 + 4 for the teacher: three fit in 100. With what all of them
     begin with read once, they are 22 tokens and 8 more a rollout."""
     samples = [make_sample([3] * 6, [4] * 4, [5] * 16)]
     samples += [make_sample(samples[0].prompt, [4] * 4, [5] * 16) for _ in range(9)]
-    batcher = Batcher(0, CPU, cost=cost)
+    batcher = Collator(0, CPU, cost=cost)
     assert [len(piece) for piece in batcher.split(samples, 100)] == sizes
     assert [len(piece) for piece in batcher.split(samples, 300)] == [10]
     assert [len(piece) for piece in batcher.split(samples, 29)] == [1] * 10
@@ -73,9 +77,9 @@ def test_the_budget_is_used(make_sample: Callable[..., Sample], cost: ReadingCos
 @pytest.mark.parametrize("cost", COSTS.values(), ids=COSTS)
 def test_logits_are_those_of_each_sample_alone(
     make_model: Callable[..., Any],
-    make_samples: Callable[..., list[Sample]],
+    make_samples: Callable[..., list[TrainingSample]],
     plain_logits: Callable[..., Tensor],
-    cost: ReadingCost | None,
+    cost: AttentionCostModel | None,
     undistilled: tuple[int, ...],
 ) -> None:
     student, teacher = make_model(), make_model(seed=1)
@@ -86,7 +90,7 @@ def test_logits_are_those_of_each_sample_alone(
     if cost is not None:
         assert enable_packing(student) is not None
         assert enable_packing(teacher) is not None
-    batch = Batcher(0, CPU, cost=cost).build(samples)
+    batch = Collator(0, CPU, cost=cost).build(samples)
 
     def compute(model: Any, sequences: PaddedSequences | PackedSequences) -> Tensor:
         return compute_dense_logits(build_lazy_logits(model, compute_hidden(model, sequences)))
@@ -99,9 +103,9 @@ def test_logits_are_those_of_each_sample_alone(
     torch.testing.assert_close(compute(teacher, batch.teacher), torch.cat(by_teacher), atol=1e-5, rtol=1e-5)
 
 
-def test_packed_values_stand_beside_their_tokens(make_samples: Callable[..., list[Sample]]) -> None:
+def test_packed_values_stand_beside_their_tokens(make_samples: Callable[..., list[TrainingSample]]) -> None:
     samples = make_samples(undistilled=(1, 4))
-    batch = Batcher(0, CPU).build(samples)
+    batch = Collator(0, CPU).build(samples)
     tokens = [(i, k) for i, s in enumerate(samples) for k in range(len(s.response.token_ids))]
     assert batch.sample_index.tolist() == [i for i, _ in tokens]
     assert batch.sampled_ids.tolist() == [samples[i].response.token_ids[k] for i, k in tokens]
@@ -111,8 +115,8 @@ def test_packed_values_stand_beside_their_tokens(make_samples: Callable[..., lis
     torch.testing.assert_close(batch.advantages, torch.tensor([samples[i].advantage for i, _ in tokens]))
 
 
-def test_two_samples_padded_by_hand(make_sample: Callable[..., Sample]) -> None:
-    batch = Batcher(0, CPU).build([make_sample([3], [4, 5, 2]), make_sample([6, 7], [8], [9, 9, 9])])
+def test_two_samples_padded_by_hand(make_sample: Callable[..., TrainingSample]) -> None:
+    batch = Collator(0, CPU).build([make_sample([3], [4, 5, 2]), make_sample([6, 7], [8], [9, 9, 9])])
     assert isinstance(batch.student, PaddedSequences)
     assert batch.student.token_ids.tolist() == [[0, 3, 4, 5, 2], [6, 7, 8, 0, 0]]
     assert batch.student.attention_mask.tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
@@ -123,11 +127,11 @@ def test_two_samples_padded_by_hand(make_sample: Callable[..., Sample]) -> None:
     assert batch.teacher.token_ids.tolist() == [[9, 9, 9, 8]]
 
 
-def test_three_samples_packed_by_hand(make_sample: Callable[..., Sample]) -> None:
+def test_three_samples_packed_by_hand(make_sample: Callable[..., TrainingSample]) -> None:
     """Two rollouts of one prompt, whose teacher prompts begin with the same two tokens, and one of another."""
     first = make_sample([3, 6], [4, 5, 2], [7, 8, 9])
     samples = [first, make_sample(first.prompt, [5, 2], [7, 8, 3, 3]), make_sample([3, 6], [4])]
-    batch = Batcher(0, CPU, cost=SHARES).build(samples)
+    batch = Collator(0, CPU, cost=SHARES).build(samples)
     assert isinstance(batch.student, PackedSequences) and isinstance(batch.teacher, PackedSequences)
     assert batch.student.token_ids.tolist() == [[3, 6, 4, 5, 2, 5, 2, 3, 6, 4]]
     assert batch.student.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 3, 0, 1, 2]]

@@ -11,14 +11,14 @@ from torch import nn
 
 from sdpo.algorithm.teacher import Teacher, build_teacher
 from sdpo.config.root import SDPOConfig
-from sdpo.models.generation.sampling import Decoding, Response
+from sdpo.models.generation.sampling import Completion, SamplingParams
 from sdpo.models.multimodal.processor import TokenPrompt
-from sdpo.models.multimodal.vision_tower import Vision
+from sdpo.models.multimodal.vision_tower import VisionAdapter
 from sdpo.observability.confidence import compute_wilson_interval
 from sdpo.observability.metrics import ci95_names
-from sdpo.observability.progress import Silent
-from sdpo.rewards.base import Grade, Row
-from sdpo.rewards.manager import Grader
+from sdpo.observability.progress import NullCallback
+from sdpo.rewards.base import RewardOutput, Row
+from sdpo.rewards.manager import RewardManager
 from sdpo.rewards.toy.hidden_rule import build_tokenizer
 from sdpo.trainer import evaluator
 from sdpo.trainer.data.prompts import Prompt
@@ -27,14 +27,14 @@ from sdpo.trainer.evaluator import Evaluator
 
 MakeRun = Callable[..., SDPOConfig]
 TOKENIZER = build_tokenizer()
-NO_FAILURES = {"val-aux/grader_failures": 0}
-DECODING = Decoding(8, 8, 1.0, 1.0, 64, [TOKENIZER.eos_token_id], 0)
+NO_FAILURES = {"val-aux/reward/num_failures": 0}
+DECODING = SamplingParams(8, 8, 1.0, 1.0, 64, [TOKENIZER.eos_token_id], 0)
 
 
 class Reversal:
-    def grade(self, row: Row, response: str) -> Grade:
+    def compute_score(self, row: Row, response: str) -> RewardOutput:
         right = response == row.ground_truth
-        return Grade(float(right), None if right else f"Expected: {row.ground_truth}")
+        return RewardOutput(float(right), None if right else f"Expected: {row.ground_truth}")
 
 
 def prompt(text: str, source: str = "near") -> Prompt:
@@ -51,16 +51,21 @@ class Scripted:
 
     def __init__(self) -> None:
         self.answers: dict[nn.Module, Callable[[str, int], str]] = {}
-        self.calls: list[tuple[nn.Module, list[list[int]], Decoding, int]] = []
+        self.calls: list[tuple[nn.Module, list[list[int]], SamplingParams, int]] = []
 
     def __call__(
-        self, policy: Any, prompts: Sequence[TokenPrompt], decoding: Decoding, seed: int, vision: Vision | None
+        self,
+        policy: Any,
+        prompts: Sequence[TokenPrompt],
+        decoding: SamplingParams,
+        seed: int,
+        vision: VisionAdapter | None,
     ) -> Any:
         module = policy[0][0]
         self.calls.append((module, [list(p.token_ids) for p in prompts], decoding, seed))
         texts = [TOKENIZER.decode(list(p.token_ids)) for p in prompts]
         return [
-            [Response(TOKENIZER(self.answers[module](text, k))["input_ids"], [], True) for k in range(decoding.n)]
+            [Completion(TOKENIZER(self.answers[module](text, k))["input_ids"], [], True) for k in range(decoding.n)]
             for text in texts
         ]
 
@@ -73,8 +78,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Scripted:
 
 
 def evaluate(run: SDPOConfig, student: nn.Module, teacher: Teacher | None) -> dict[str, float]:
-    grader = Grader(Reversal(), run.reward, Silent())
-    return Evaluator(run, grader, TOKENIZER, PROMPTS, DECODING, None).evaluate(student, teacher)  # type: ignore[arg-type]
+    reward_manager = RewardManager(Reversal(), run.reward, NullCallback())
+    return Evaluator(run, reward_manager, TOKENIZER, PROMPTS, DECODING, None).evaluate(student, teacher)  # type: ignore[arg-type]
 
 
 def copier(text: str, _: int) -> str:
@@ -126,7 +131,7 @@ def test_what_cannot_be_graded_is_left_out_and_counted(make_run: MakeRun, script
     """Where 0 would be the score, nobody would see that the grader failed."""
 
     class Fails:
-        def grade(self, row: Row, response: str) -> float:
+        def compute_score(self, row: Row, response: str) -> float:
             if response == "13":
                 raise ZeroDivisionError
             return float(response == row.ground_truth)
@@ -135,7 +140,7 @@ def test_what_cannot_be_graded_is_left_out_and_counted(make_run: MakeRun, script
     answers = {"123": ["321", "13", "0", "13"], "456": ["13"] * 4, "78": ["13", "87", "87", "0"], "90": ["0"] * 4}
     scripted.answers[student] = lambda text, k: next(a[k] for digits, a in answers.items() if digits in text)
     run = make_run(eval__n=4, reward__max_failure_fraction=0.5)
-    evaluator = Evaluator(run, Grader(Fails(), run.reward, Silent()), TOKENIZER, PROMPTS, DECODING, None)
+    evaluator = Evaluator(run, RewardManager(Fails(), run.reward, NullCallback()), TOKENIZER, PROMPTS, DECODING, None)
     expected = {
         "val-core/near/acc/mean@1": 1.0,
         "val-core/far/acc/mean@1": 0.0,
@@ -143,7 +148,7 @@ def test_what_cannot_be_graded_is_left_out_and_counted(make_run: MakeRun, script
         "val-core/far/acc/mean@4": 2 / 7,
         "val-core/near/acc/best@4/mean": 1.0,  # of the one prompt that has a grade
         "val-core/far/acc/best@4/mean": 0.5,
-        "val-aux/grader_failures": 2 + 7,
+        "val-aux/reward/num_failures": 2 + 7,
     }
     assert means(evaluator.evaluate(student, None)) == expected
     assert means(evaluator.evaluate(student, None)) == expected  # counted anew each time
@@ -166,8 +171,8 @@ def test_the_teacher_answers_with_its_weights_and_its_context(make_run: MakeRun,
         "val-teacher/near/acc/mean@1": 1.0,
         "val-teacher/far/acc/mean@1": 1.0,
         **NO_FAILURES,
-        "val-teacher/near/gain/mean@1": 1.0,
-        "val-teacher/far/gain/mean@1": 1.0,
+        "val-teacher/near/acc_minus_student/mean@1": 1.0,
+        "val-teacher/far/acc_minus_student/mean@1": 1.0,
     }
 
 
@@ -183,10 +188,10 @@ def test_the_teacher_s_gain_is_over_the_student_s_answers_to_the_same_prompts(
     values = evaluate(run, student, teacher)
     assert (values["val-core/near/acc/mean@1"], values["val-teacher/near/acc/mean@1"]) == (0.5, 0.0)
     # Differences -1 and 0: mean -0.5, standard error sqrt(2 * 0.5) / 2 = 0.5.
-    assert values["val-teacher/near/gain/mean@1"] == -0.5
-    ends = [values[name] for name in ci95_names("val-teacher/near/gain/mean@1")]
+    assert values["val-teacher/near/acc_minus_student/mean@1"] == -0.5
+    ends = [values[name] for name in ci95_names("val-teacher/near/acc_minus_student/mean@1")]
     assert ends == pytest.approx([-0.5 - 1.96 * 0.5, -0.5 + 1.96 * 0.5], abs=1e-3)
-    assert values["val-teacher/far/gain/mean@1"] == 0.0
+    assert values["val-teacher/far/acc_minus_student/mean@1"] == 0.0
 
 
 @pytest.mark.parametrize("source", ["none", "successful_rollout", "ground_truth"])
@@ -207,11 +212,11 @@ def test_the_teacher_s_context_is_that_of_training(make_run: MakeRun, scripted: 
     values = evaluate(run, student, teacher)
     [contexts] = [ids for module, ids, _, _ in scripted.calls if module is teacher.module]
     responses = [
-        [Response(TOKENIZER(answer(TOKENIZER.decode(p.token_ids), k))["input_ids"], [], True) for k in range(2)]
+        [Completion(TOKENIZER(answer(TOKENIZER.decode(p.token_ids), k))["input_ids"], [], True) for k in range(2)]
         for p in PROMPTS
     ]
     samples = build_samples(
-        Grader(Reversal(), run.reward, Silent()),
+        RewardManager(Reversal(), run.reward, NullCallback()),
         TOKENIZER,
         PROMPTS,
         responses,
@@ -241,9 +246,9 @@ def test_the_trust_region_s_teacher_is_both_models(make_run: MakeRun, monkeypatc
     teacher = build_teacher(student, run.self_distillation)
     policies = []
 
-    def respond(policy: Any, prompts: Sequence[TokenPrompt], decoding: Decoding, seed: int, vision: Any) -> Any:
+    def respond(policy: Any, prompts: Sequence[TokenPrompt], decoding: SamplingParams, seed: int, vision: Any) -> Any:
         policies.append(list(policy))
-        return [[Response([5], [], True)] * decoding.n for _ in prompts]
+        return [[Completion([5], [], True)] * decoding.n for _ in prompts]
 
     monkeypatch.setattr(evaluator, "sample_responses", respond)
     evaluate(run, student, teacher)
@@ -267,8 +272,8 @@ def test_every_evaluation_draws_the_same_noise(make_run: MakeRun, make_model: An
     run = make_run(eval__n=3)
 
     class Length:
-        def grade(self, row: Row, response: str) -> float:
+        def compute_score(self, row: Row, response: str) -> float:
             return float(sum(map(ord, response)) % 97)
 
-    evaluator = Evaluator(run, Grader(Length(), run.reward, Silent()), TOKENIZER, PROMPTS, DECODING, None)
+    evaluator = Evaluator(run, RewardManager(Length(), run.reward, NullCallback()), TOKENIZER, PROMPTS, DECODING, None)
     assert evaluator.evaluate(model, None) == evaluator.evaluate(model, None)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdpo.config.root import SDPOConfig
-from sdpo.errors import UserError
+from sdpo.errors import SDPOError
 from sdpo.trainer import trainer
-from sdpo.trainer.actor.actor import Learner
+from sdpo.trainer.actor.actor import Actor
 from sdpo.trainer.checkpoint.export import export_model
 from sdpo.trainer.trainer import train
 
@@ -35,14 +35,14 @@ def logits_of(model: nn.Module) -> Tensor:
     return model.eval()(input_ids=IDS).logits.float()
 
 
-def run_and_keep(run: SDPOConfig, monkeypatch: pytest.MonkeyPatch) -> Learner:
-    """Train, and give the learner as it was at the end."""
-    kept: list[Learner] = []
+def run_and_keep(run: SDPOConfig, monkeypatch: pytest.MonkeyPatch) -> Actor:
+    """Train, and give the actor as it was at the end."""
+    kept: list[Actor] = []
     save = trainer.save_models
 
-    def keep(folder: Path, learner: Learner, processing: Any) -> None:
-        kept.append(learner)
-        save(folder, learner, processing)
+    def keep(folder: Path, actor: Actor, processing: Any) -> None:
+        kept.append(actor)
+        save(folder, actor, processing)
 
     monkeypatch.setattr(trainer, "save_models", keep)
     train(run)
@@ -70,20 +70,20 @@ def test_the_export_computes_the_same(
     tolerance: float,
 ) -> None:
     run = make_task_run(**SETTINGS, **settings, self_distillation__teacher_regularization=kind)
-    learner = run_and_keep(run, monkeypatch)
-    assert learner.teacher is not None and learner.teacher.module is not None
+    actor = run_and_keep(run, monkeypatch)
+    assert actor.teacher is not None and actor.teacher.module is not None
     checkpoint = Path(run.output_dir) / CHECKPOINT
     models = {}
-    for name, teacher, module in (("s", False, learner.student), ("t", True, learner.teacher.module)):
+    for name, teacher, module in (("s", False, actor.student), ("t", True, actor.teacher.module)):
         export_model(checkpoint, tmp_path / name, teacher=teacher)
         models[name] = AutoModelForCausalLM.from_pretrained(tmp_path / name)
         assert not list((tmp_path / name).glob("adapter*"))
         assert models[name].dtype == module.dtype
         torch.testing.assert_close(logits_of(models[name]), logits_of(module), rtol=tolerance, atol=tolerance)
-        assert AutoTokenizer.from_pretrained(tmp_path / name).vocab_size == learner.student.config.vocab_size
+        assert AutoTokenizer.from_pretrained(tmp_path / name).vocab_size == actor.student.config.vocab_size
     assert (logits_of(models["s"]) - logits_of(models["t"])).abs().max() > 10 * tolerance or "model__dtype" in settings
     if "model__dtype" in settings:  # a teacher's module is made of the same numbers
-        for name, param in learner.teacher.module.named_parameters():
+        for name, param in actor.teacher.module.named_parameters():
             assert torch.equal(param, models["t"].get_parameter(name))
 
 
@@ -101,7 +101,7 @@ def test_a_teacher_that_is_no_model_is_refused(
     changes = {f"self_distillation__{name}": value for name, value in settings.items()}
     run = make_task_run(**{**SETTINGS, "max_steps": 1}, **changes)
     train(run)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(SDPOError, match=said):
         export_model(Path(run.output_dir) / "checkpoints/step_1", tmp_path / "out", teacher=True)
     assert not (tmp_path / "out").exists()
 
@@ -110,16 +110,16 @@ def test_what_cannot_be_exported_leaves_nothing(make_task_run: MakeRun, tmp_path
     run = make_task_run(**{**SETTINGS, "max_steps": 1}, **LORA)
     train(run)
     checkpoint, out = Path(run.output_dir) / "checkpoints/step_1", tmp_path / "out"
-    with pytest.raises(UserError, match=r"no checkpoint in a run folder"):
+    with pytest.raises(SDPOError, match=r"no checkpoint in a run folder"):
         export_model(tmp_path, out)
-    with pytest.raises(UserError, match=r"is damaged \(manifest\.json"):
+    with pytest.raises(SDPOError, match=r"is damaged \(manifest\.json"):
         export_model(checkpoint.with_name("step_7"), out)
     out.mkdir()
-    with pytest.raises(UserError, match="out: exists already; name another folder"):
+    with pytest.raises(SDPOError, match="out: exists already; name another folder"):
         export_model(checkpoint, out)
     out.rmdir()
     file = checkpoint / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"is damaged \(adapter_model\.safetensors has \d+ bytes"):
+    with pytest.raises(SDPOError, match=r"is damaged \(adapter_model\.safetensors has \d+ bytes"):
         export_model(checkpoint, out)
     assert not out.exists() and not list(tmp_path.glob(".out*"))

@@ -1,4 +1,4 @@
-"""What alarms do: to the learner, to the run, and what they leave behind."""
+"""What alarms do: to the actor, to the run, and what they leave behind."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import nn
 
 from sdpo.config.monitoring import HealthConfig
 from sdpo.config.root import SDPOConfig
-from sdpo.errors import UserError
+from sdpo.errors import SDPOError
 from sdpo.observability import metrics
 from sdpo.observability.health import HealthMonitor
-from sdpo.observability.health_callback import Guard
-from sdpo.observability.progress import Silent
-from sdpo.trainer.actor.actor import Learner
-from sdpo.trainer.data.samples import Sample
+from sdpo.observability.health_callback import HealthCallback
+from sdpo.observability.progress import NullCallback
+from sdpo.trainer.actor.actor import Actor
+from sdpo.trainer.data.samples import TrainingSample
 from sdpo.trainer.trainer import train
 
 MakeRun = Callable[..., SDPOConfig]
-MakeSamples = Callable[..., list[Sample]]
+MakeSamples = Callable[..., list[TrainingSample]]
 ACCURACY = metrics.val_name("digits", "mean@1")
 
 
@@ -31,20 +31,20 @@ def record_in(folder: Path) -> Callable[[Mapping[str, Any]], None]:
     """As a run folder does it."""
 
     def record(alarm: Mapping[str, Any]) -> None:
-        with (folder / "alarms.jsonl").open("a") as file:
+        with (folder / "health_events.jsonl").open("a") as file:
             file.write(json.dumps(alarm) + "\n")
 
     return record
 
 
-def build_guard(learner: Learner, folder: Path, **actions: str) -> Guard:
+def build_guard(actor: Actor, folder: Path, **actions: str) -> HealthCallback:
     config = HealthConfig(window=1, min_z_score=0.0, **actions)
-    return Guard(HealthMonitor(config), learner, record_in(folder), Silent())
+    return HealthCallback(HealthMonitor(config), actor, record_in(folder), NullCallback())
 
 
-def fall(guard: Guard) -> dict[str, float]:
+def fall(guard: HealthCallback) -> dict[str, float]:
     """The score falls, at the second step."""
-    assert guard.watch(1, {metrics.SCORE_MEAN: 1.0})[metrics.ALARMS] == 0
+    assert guard.watch(1, {metrics.SCORE_MEAN: 1.0})[metrics.NUM_WARNINGS] == 0
     return guard.watch(2, {metrics.SCORE_MEAN: 0.5})
 
 
@@ -61,14 +61,14 @@ def test_lower_halves_the_weight_down_to_its_floor(
     model: Any, make_run: MakeRun, make_samples: MakeSamples, tmp_path: Path
 ) -> None:
     run = make_run(self_distillation__distillation_coef_start=0.8, self_distillation__distillation_coef_end=0.8)
-    learner = Learner(model, run, 0)
+    actor = Actor(model, run, 0)
     samples = make_samples()
-    assert learner.learn(samples)[metrics.DISTILLATION_WEIGHT] == pytest.approx(0.8)
-    fall(build_guard(learner, tmp_path, score_collapse="reduce_weight"))
-    assert learner.learn(samples)[metrics.DISTILLATION_WEIGHT] == pytest.approx(0.4)
+    assert actor.update_policy(samples)[metrics.DISTILLATION_COEF] == pytest.approx(0.8)
+    fall(build_guard(actor, tmp_path, score_collapse="reduce_weight"))
+    assert actor.update_policy(samples)[metrics.DISTILLATION_COEF] == pytest.approx(0.4)
     for _ in range(5):
-        learner.lower_distillation()
-    assert learner.learn(samples)[metrics.DISTILLATION_WEIGHT] == pytest.approx(0.8 * 0.1)
+        actor.lower_distillation()
+    assert actor.update_policy(samples)[metrics.DISTILLATION_COEF] == pytest.approx(0.8 * 0.1)
 
 
 def test_a_lowered_weight_makes_the_gradient_as_much_smaller(
@@ -76,10 +76,10 @@ def test_a_lowered_weight_makes_the_gradient_as_much_smaller(
 ) -> None:
     norms = []
     for lowered in (False, True):
-        learner = Learner(make_model(), make_run(), 0)
+        actor = Actor(make_model(), make_run(), 0)
         if lowered:
-            learner.lower_distillation()
-        norms.append(learner.learn(make_samples())[metrics.GRAD_NORM])
+            actor.lower_distillation()
+        norms.append(actor.update_policy(make_samples())[metrics.GRAD_NORM])
     assert norms[1] == pytest.approx(0.5 * norms[0], rel=1e-5)
 
 
@@ -92,80 +92,78 @@ def test_a_frozen_teacher_stays_as_it_was(
         self_distillation__teacher_sync_steps=1,
         health__score_collapse="freeze_teacher",
     )
-    learner = Learner(model, run, 0)
-    assert learner.teacher is not None and learner.teacher.module is not None
-    initial = weights_of(learner.teacher.module)
-    learner.learn(make_samples())
-    moved = weights_of(learner.teacher.module)
+    actor = Actor(model, run, 0)
+    assert actor.teacher is not None and actor.teacher.module is not None
+    initial = weights_of(actor.teacher.module)
+    actor.update_policy(make_samples())
+    moved = weights_of(actor.teacher.module)
     assert not same_weights(initial, moved)
-    values = fall(build_guard(learner, tmp_path, score_collapse="freeze_teacher"))
-    assert (values[metrics.ALARMS], values[metrics.TEACHER_FROZEN]) == (1, 1)
-    before = weights_of(learner.student)
-    learner.learn(make_samples())
-    assert same_weights(learner.teacher.module, moved)
-    assert not same_weights(learner.student, before)
+    values = fall(build_guard(actor, tmp_path, score_collapse="freeze_teacher"))
+    assert (values[metrics.NUM_WARNINGS], values[metrics.TEACHER_FROZEN]) == (1, 1)
+    before = weights_of(actor.student)
+    actor.update_policy(make_samples())
+    assert same_weights(actor.teacher.module, moved)
+    assert not same_weights(actor.student, before)
 
 
 def test_of_the_trust_region_the_initial_model_is_left(model: Any, make_run: MakeRun) -> None:
-    learner = Learner(model, make_run(self_distillation__teacher_regularization="trust-region"), 0)
-    assert learner.teacher is not None
-    assert len(learner.teacher.policy(learner.student)) == 2
-    learner.freeze_teacher()
-    assert [(module, share) for module, share in learner.teacher.policy(learner.student)] == [
-        (learner.teacher.module, 1.0)
-    ]
+    actor = Actor(model, make_run(self_distillation__teacher_regularization="trust-region"), 0)
+    assert actor.teacher is not None
+    assert len(actor.teacher.policy(actor.student)) == 2
+    actor.freeze_teacher()
+    assert [(module, share) for module, share in actor.teacher.policy(actor.student)] == [(actor.teacher.module, 1.0)]
 
 
 def test_a_live_teacher_becomes_the_initial_model_and_the_student_goes_back(
     model: Any, make_run: MakeRun, make_samples: MakeSamples, tmp_path: Path
 ) -> None:
-    learner = Learner(
+    actor = Actor(
         model, make_run(self_distillation__teacher_regularization="live", health__score_collapse="freeze_teacher"), 0
     )
-    guard = build_guard(learner, tmp_path, score_collapse="freeze_teacher")
-    assert learner.teacher is not None
-    initial = weights_of(learner.student)
+    guard = build_guard(actor, tmp_path, score_collapse="freeze_teacher")
+    assert actor.teacher is not None
+    initial = weights_of(actor.student)
     guard.watch(1, {metrics.SCORE_MEAN: 1.0, ACCURACY: 0.8})
-    learner.learn(make_samples())
+    actor.update_policy(make_samples())
     guard.watch(2, {metrics.SCORE_MEAN: 1.0, ACCURACY: 0.9})
-    best = weights_of(learner.student)
-    learner.learn(make_samples())
+    best = weights_of(actor.student)
+    actor.update_policy(make_samples())
     guard.watch(3, {metrics.SCORE_MEAN: 1.0, ACCURACY: 0.9})  # as good, and later
-    assert learner.teacher.policy(learner.student)[0][0] is learner.student
+    assert actor.teacher.policy(actor.student)[0][0] is actor.student
     guard.watch(4, {metrics.SCORE_MEAN: 0.5})
-    ((module, share),) = learner.teacher.policy(learner.student)
+    ((module, share),) = actor.teacher.policy(actor.student)
     assert share == 1.0 and same_weights(module, initial) and not same_weights(best, initial)
-    assert same_weights(learner.student, best)
-    learner.learn(make_samples())
-    assert same_weights(module, initial) and not same_weights(learner.student, best)
+    assert same_weights(actor.student, best)
+    actor.update_policy(make_samples())
+    assert same_weights(module, initial) and not same_weights(actor.student, best)
 
 
 def test_without_an_evaluation_the_student_stays(
     model: Any, make_run: MakeRun, make_samples: MakeSamples, tmp_path: Path
 ) -> None:
-    learner = Learner(
+    actor = Actor(
         model, make_run(self_distillation__teacher_regularization="live", health__score_collapse="freeze_teacher"), 0
     )
-    learner.learn(make_samples())
-    before = weights_of(learner.student)
-    fall(build_guard(learner, tmp_path, score_collapse="freeze_teacher"))
-    assert same_weights(learner.student, before)
-    assert learner.teacher is not None and learner.teacher.module is learner.initial
+    actor.update_policy(make_samples())
+    before = weights_of(actor.student)
+    fall(build_guard(actor, tmp_path, score_collapse="freeze_teacher"))
+    assert same_weights(actor.student, before)
+    assert actor.teacher is not None and actor.teacher.module is actor.initial
 
 
 def test_alarm_is_told_and_written(model: Any, make_run: MakeRun, tmp_path: Path) -> None:
     told: list[str] = []
 
-    class Listener(Silent):
+    class Listener(NullCallback):
         def message(self, text: str) -> None:
             told.append(text)
 
     monitor = HealthMonitor(HealthConfig(window=1, min_z_score=0.0, score_collapse="stop"))
-    guard = Guard(monitor, Learner(model, make_run(), 0), record_in(tmp_path), Listener())
+    guard = HealthCallback(monitor, Actor(model, make_run(), 0), record_in(tmp_path), Listener())
     fall(guard)
     reason = "training score fell from 1 to 0.5 (means of 1 steps)"
     assert told == [f"step 2: score_collapse: {reason}; the run stops here"]
-    assert json.loads((tmp_path / "alarms.jsonl").read_text()) == {
+    assert json.loads((tmp_path / "health_events.jsonl").read_text()) == {
         "step": 2,
         "rule": "score_collapse",
         "action": "stop",
@@ -176,12 +174,12 @@ def test_alarm_is_told_and_written(model: Any, make_run: MakeRun, tmp_path: Path
 
 
 def test_guard_goes_on_from_its_state(model: Any, make_run: MakeRun, tmp_path: Path) -> None:
-    learner = Learner(model, make_run(), 0)
-    first, second = (build_guard(learner, tmp_path) for _ in range(2))
+    actor = Actor(model, make_run(), 0)
+    first, second = (build_guard(actor, tmp_path) for _ in range(2))
     first.watch(1, {metrics.SCORE_MEAN: 1.0, ACCURACY: 0.7})
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert second.best_accuracy == 0.7
-    assert second.watch(2, {metrics.SCORE_MEAN: 0.5})[metrics.ALARMS] == 1
+    assert second.watch(2, {metrics.SCORE_MEAN: 0.5})[metrics.NUM_WARNINGS] == 1
 
 
 def rows_of(run: SDPOConfig) -> list[Mapping[str, float]]:
@@ -201,7 +199,7 @@ def test_stop_ends_the_run_like_a_finished_one(make_task_run: MakeRun, monkeypat
     assert [row[metrics.STEP] for row in rows] == [0, 1, 2, 3]
     assert any(name.startswith("val-core/") for name in rows[-1])  # evaluated, as after the last step
     assert (Path(run.output_dir) / "checkpoints" / "step_3").is_dir()
-    assert result.metrics[metrics.ALARMS] == 1 and not result.interrupted
+    assert result.metrics[metrics.NUM_WARNINGS] == 1 and not result.interrupted
 
 
 @pytest.mark.parametrize(
@@ -221,5 +219,5 @@ def test_stop_ends_the_run_like_a_finished_one(make_task_run: MakeRun, monkeypat
     ],
 )
 def test_an_action_that_could_do_nothing_is_refused(settings: dict[str, Any], message: str, make_run: MakeRun) -> None:
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(SDPOError, match=message):
         make_run(**settings)

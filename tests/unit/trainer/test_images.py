@@ -16,28 +16,28 @@ from torch import Tensor, nn
 from vision_language import FAMILIES, STOP, LoadedModel, make_image, make_messages, plain_logits
 
 from sdpo.config.root import SDPOConfig
-from sdpo.errors import UserError
+from sdpo.errors import SDPOError
 from sdpo.models.forward import PaddedSequences, compute_hidden
-from sdpo.models.generation.sampling import Response
+from sdpo.models.generation.sampling import Completion
 from sdpo.models.lora.adapters import add_adapters
 from sdpo.models.multimodal import vision_tower as vision_module
-from sdpo.models.multimodal.feature_cache import StepImages
+from sdpo.models.multimodal.feature_cache import StepImageFeatures
 from sdpo.models.multimodal.processor import load_processor
 from sdpo.models.multimodal.vision_tower import freeze_tower, get_tower_parameters
 from sdpo.models.output_head import build_lazy_logits, compute_dense_logits
 from sdpo.models.packing.layout import PackedSequences
 from sdpo.models.packing.support import enable_packing
 from sdpo.observability import metrics
-from sdpo.observability.progress import Silent
-from sdpo.prompting.demonstrations import Demonstration
+from sdpo.observability.progress import NullCallback
+from sdpo.prompting.demonstrations import PrivilegedContext
 from sdpo.prompting.images import collect_images
 from sdpo.prompting.tokenization import encode_teacher_prompt
-from sdpo.rewards.base import Grade, Row
+from sdpo.rewards.base import RewardOutput, Row
 from sdpo.rewards.toy.synthetic_geometry import write_drawn_geometry
-from sdpo.trainer.actor.actor import Learner
-from sdpo.trainer.actor.collate import Batcher
+from sdpo.trainer.actor.actor import Actor
+from sdpo.trainer.actor.collate import Collator
 from sdpo.trainer.data.prompts import Prompt
-from sdpo.trainer.data.samples import Sample
+from sdpo.trainer.data.samples import TrainingSample
 from sdpo.trainer.trainer import train
 
 VisionModel = Callable[[str], LoadedModel]
@@ -45,7 +45,9 @@ MakeRun = Callable[..., SDPOConfig]
 CPU = torch.device("cpu")
 
 
-def make_samples(loaded: LoadedModel, run: SDPOConfig, counts: Sequence[int] = (0, 1, 3), n: int = 2) -> list[Sample]:
+def make_samples(
+    loaded: LoadedModel, run: SDPOConfig, counts: Sequence[int] = (0, 1, 3), n: int = 2
+) -> list[TrainingSample]:
     """``n`` rollouts a prompt with so many images, every second one shown a demonstration."""
     samples = []
     for number in counts:
@@ -53,15 +55,15 @@ def make_samples(loaded: LoadedModel, run: SDPOConfig, counts: Sequence[int] = (
         prompt = Prompt(Row("tiny", messages, {"ground_truth": "12"}), list(loaded.encode(messages).token_ids))
         for i in range(n):
             response = [10 + 7 * number + i, 40 + i, 90 + number, STOP][i % 2 :]
-            shown = Demonstration(solution="12" if i % 2 == 0 and run.self_distillation.distills else None)
+            shown = PrivilegedContext(solution="12" if i % 2 == 0 and run.self_distillation.distills else None)
             teacher = encode_teacher_prompt(loaded.reader, messages, shown, run.self_distillation)
             assert collect_images(teacher.messages) == prompt.images
             samples.append(
-                Sample(
+                TrainingSample(
                     prompt=prompt,
-                    response=Response(response, [-2.0] * len(response), finished=True),
+                    response=Completion(response, [-2.0] * len(response), finished=True),
                     text="",
-                    grade=Grade(float(i)),
+                    reward=RewardOutput(float(i)),
                     demonstration=shown,
                     teacher_prompt=teacher,
                     advantage=0.5 - i,
@@ -71,8 +73,8 @@ def make_samples(loaded: LoadedModel, run: SDPOConfig, counts: Sequence[int] = (
     return samples
 
 
-def step_images(loaded: LoadedModel, frozen: bool = False) -> StepImages:
-    return StepImages(loaded.vision, loaded.model, frozen=frozen, precision=torch.no_grad)
+def step_images(loaded: LoadedModel, frozen: bool = False) -> StepImageFeatures:
+    return StepImageFeatures(loaded.vision, loaded.model, frozen=frozen, precision=torch.no_grad)
 
 
 # --- 1: the same numbers as one sample alone
@@ -93,8 +95,8 @@ def test_logits_of_student_and_teacher_are_those_of_each_sample_alone(
     ]
     cost = enable_packing(loaded.model, loaded.vision) if packs else None
     assert (cost is not None) == (packs and family != "gemma3")  # whose images' tokens see each other
-    shares = None if cost is None else replace(cost, by_call=0.0)  # on models this small it does not pay
-    batch = Batcher(0, CPU, loaded.vision, shares).build(samples)
+    shares = None if cost is None else replace(cost, flops_per_call=0.0)  # on models this small it does not pay
+    batch = Collator(0, CPU, loaded.vision, shares).build(samples)
     images = step_images(loaded)
 
     def compute(sequences: PaddedSequences | PackedSequences) -> Tensor:
@@ -155,21 +157,21 @@ def test_every_image_of_a_step_goes_through_a_tower_once(
 ) -> None:
     """Three distinct images in 16 rollouts of four prompts; a tower run for each sequence would be of 16, twice."""
     run = make_run(data__train_batch_size=4, rollout__n=4, actor__max_tokens_per_micro_batch=300, **settings)
-    learner, loaded = build_learner(vision_model("qwen2_5_vl"), run)
+    actor, loaded = build_learner(vision_model("qwen2_5_vl"), run)
     counter = Counter(monkeypatch)
-    learner.learn(make_samples(loaded, run, counts=(1, 0, 3, 0), n=4))
-    module = learner.teacher.module if learner.teacher is not None else None
-    assert (counter.of(learner.student, False), counter.of(learner.student, True)) == (student, again)
+    actor.update_policy(make_samples(loaded, run, counts=(1, 0, 3, 0), n=4))
+    module = actor.teacher.module if actor.teacher is not None else None
+    assert (counter.of(actor.student, False), counter.of(actor.student, True)) == (student, again)
     assert counter.of(module, False) == teacher
 
 
-def build_learner(loaded: LoadedModel, run: SDPOConfig) -> tuple[Learner, LoadedModel]:
+def build_learner(loaded: LoadedModel, run: SDPOConfig) -> tuple[Actor, LoadedModel]:
     if run.actor.freeze_vision_tower:
         freeze_tower(loaded.model)
     if run.lora.rank:
         torch.manual_seed(0)
         add_adapters(loaded.model, run.lora)
-    return Learner(loaded.model, run, 0, loaded.vision), loaded
+    return Actor(loaded.model, run, 0, loaded.vision), loaded
 
 
 class NaiveImages:
@@ -202,12 +204,12 @@ def test_a_step_is_that_of_a_tower_for_each_sequence(
     run = make_run(data__train_batch_size=3, rollout__n=2, actor__max_tokens_per_micro_batch=250, **settings)
     outcomes = []
     for naive in (False, True):
-        learner, loaded = build_learner(vision_model(family), run)
-        before = {n: p.detach().clone() for n, p in learner.student.named_parameters()}
+        actor, loaded = build_learner(vision_model(family), run)
+        before = {n: p.detach().clone() for n, p in actor.student.named_parameters()}
         if naive:
-            monkeypatch.setattr(learner, "_step_images", lambda vision=loaded.vision: NaiveImages(vision))
-        values = [learner.learn(make_samples(loaded, run)) for _ in range(2)]
-        outcomes.append((values, dict(learner.student.named_parameters()), before))
+            monkeypatch.setattr(actor, "_step_images", lambda vision=loaded.vision: NaiveImages(vision))
+        values = [actor.update_policy(make_samples(loaded, run)) for _ in range(2)]
+        outcomes.append((values, dict(actor.student.named_parameters()), before))
     (ours, weights, before), (naive_values, naive_weights, _) = outcomes
     for mine, theirs in zip(ours, naive_values, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-6)
@@ -217,10 +219,10 @@ def test_a_step_is_that_of_a_tower_for_each_sequence(
         ):  # shifts all scores of a query alike: its gradient is rounding, made big by AdamW
             continue
         torch.testing.assert_close(weight, naive_weights[name], atol=5e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
-    tower = {id(p) for p in get_tower_parameters(learner.student)}
+    tower = {id(p) for p in get_tower_parameters(actor.student)}
     moved = {
         id(p) in tower
-        for n, p in learner.student.named_parameters()
+        for n, p in actor.student.named_parameters()
         if not torch.equal(p.detach(), before[n].to(p.dtype))
     }
     assert moved == ({False, True} if run.trains_vision else {False})
@@ -231,15 +233,15 @@ def test_a_sample_that_is_not_finite_leaves_nothing_in_the_tower(vision_model: V
     run = make_run(data__train_batch_size=3, rollout__n=2, actor__max_tokens_per_micro_batch=1)
     weights = []
     for broken in (True, False):
-        learner, loaded = build_learner(vision_model("qwen2_5_vl"), run)
+        actor, loaded = build_learner(vision_model("qwen2_5_vl"), run)
         samples = make_samples(loaded, run)
         if broken:
             samples[-2].response.log_probs[0] = float("nan")
         else:
             del samples[-2]
-        values = learner.learn(samples)
+        values = actor.update_policy(samples)
         assert values[metrics.NONFINITE_SAMPLES] == float(broken)
-        weights.append(dict(learner.student.named_parameters()))
+        weights.append(dict(actor.student.named_parameters()))
     for name, weight in weights[0].items():
         torch.testing.assert_close(weight, weights[1][name], atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -268,7 +270,7 @@ def write_rows(path: Path, counts: Sequence[int], **changes: Any) -> str:
 def make_image_run(make_run: MakeRun, vision_dir: Callable[[str], Path], tmp_path: Path) -> MakeRun:
     def make(family: str = "qwen2_5_vl", counts: Sequence[int] = (1, 0, 2, 1), **settings: Any) -> SDPOConfig:
         task = tmp_path / "task.py"
-        task.write_text("def grade(row, response):\n    return float('1' in response)\n")
+        task.write_text("def compute_score(row, response):\n    return float('1' in response)\n")
         plain: dict[str, Any] = {
             "max_steps": 2,
             "eval_steps": 0,
@@ -308,13 +310,13 @@ def test_checkpointing_and_autocast_reach_the_tower(
     values = []
     for on in (False, True):
         run = make_run(data__train_batch_size=3, rollout__n=2, **{f"actor__{setting}": on})
-        learner, loaded = build_learner(vision_model(family), run)
+        actor, loaded = build_learner(vision_model(family), run)
         found: list[torch.Tensor] = []
 
-        def keep(learner: Any = learner, found: list[torch.Tensor] = found) -> None:
-            found += [p.grad.flatten().clone() for p in get_tower_parameters(learner.student) if p.grad is not None]
+        def keep(actor: Any = actor, found: list[torch.Tensor] = found) -> None:
+            found += [p.grad.flatten().clone() for p in get_tower_parameters(actor.student) if p.grad is not None]
 
-        loss = learner.learn(make_samples(loaded, run), before_update=keep)[metrics.LOSS]
+        loss = actor.update_policy(make_samples(loaded, run), before_update=keep)[metrics.LOSS]
         values.append((loss, torch.cat(found)))
     (loss, gradient), (other_loss, other_gradient) = values
     assert other_loss == pytest.approx(loss, rel=tolerance)
@@ -340,7 +342,7 @@ def test_a_frozen_tower_stays(make_image_run: MakeRun, vision_model: VisionModel
 
 def test_a_language_model_has_nothing_to_freeze(make_task_run: MakeRun) -> None:
     with pytest.raises(
-        UserError, match=r"actor\.freeze_vision_tower=true, but the model has no image tower; remove it"
+        SDPOError, match=r"actor\.freeze_vision_tower=true, but the model has no image tower; remove it"
     ):
         train(make_task_run(actor__freeze_vision_tower=True))
 
@@ -348,14 +350,14 @@ def test_a_language_model_has_nothing_to_freeze(make_task_run: MakeRun) -> None:
 def test_a_language_model_reads_no_images(make_task_run: MakeRun, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "images.parquet", (0, 1))
     with pytest.raises(
-        UserError, match=r"images\.parquet: row 1: has images, which model\.path=.* does not read; take a model"
+        SDPOError, match=r"images\.parquet: row 1: has images, which model\.path=.* does not read; take a model"
     ):
         train(make_task_run(data__train_files=[file]))
 
 
 def test_vllm_is_refused(make_image_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sdpo.trainer.build.require_vllm", lambda device: None)
-    with pytest.raises(UserError, match=r"rollout\.engine=vllm does not sample from models that read images yet"):
+    with pytest.raises(SDPOError, match=r"rollout\.engine=vllm does not sample from models that read images yet"):
         train(make_image_run(rollout__engine="vllm"))
 
 
@@ -383,11 +385,11 @@ def test_rows_that_cannot_be_read_are_refused_or_skipped(
     if reason is None:
         train(run)
         return
-    with pytest.raises(UserError, match=rf"mixed\.parquet: row 2: .*{reason}"):
+    with pytest.raises(SDPOError, match=rf"mixed\.parquet: row 2: .*{reason}"):
         train(run)
     assert not (tmp_path / "run").exists(), "half a run was written"
 
-    class Listening(Silent):
+    class Listening(NullCallback):
         def __init__(self) -> None:
             self.messages: list[str] = []
 

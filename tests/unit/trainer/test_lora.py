@@ -1,4 +1,4 @@
-"""A learner whose student has adapters, against the same step written plainly on merged weights."""
+"""A actor whose student has adapters, against the same step written plainly on merged weights."""
 
 from __future__ import annotations
 
@@ -17,26 +17,28 @@ from torch.func import functional_call
 from sdpo import compute_self_distillation_loss
 from sdpo.config.model import ModelConfig
 from sdpo.config.root import SDPOConfig
-from sdpo.errors import UserError
-from sdpo.models.generation.sampling import Decoding, sample_responses
+from sdpo.errors import SDPOError
+from sdpo.models.generation.sampling import SamplingParams, sample_responses
 from sdpo.models.lora.adapters import MergedParameters, add_adapters, get_adapted_layers
 from sdpo.models.multimodal.processor import TokenPrompt
 from sdpo.models.packing.layout import PackedSequences
 from sdpo.observability import metrics
-from sdpo.trainer.actor.actor import Learner
+from sdpo.trainer.actor.actor import Actor
 from sdpo.trainer.checkpoint.state import FILE
-from sdpo.trainer.data.samples import Sample
+from sdpo.trainer.data.samples import TrainingSample
 from sdpo.trainer.rollout.sampler import LocalSampler, ProcessSampler, TransformersEngine
 from sdpo.trainer.trainer import train
 
 MakeModel = Callable[..., Any]
 MakeRun = Callable[..., SDPOConfig]
-MakeSamples = Callable[..., list[Sample]]
+MakeSamples = Callable[..., list[TrainingSample]]
 Pairs = dict[str, tuple[Tensor, Tensor]]  # A and B by layer
 LORA = {"lora__rank": 4, "lora__alpha": 6}
 SCALE = 6 / 4
 PROMPTS = [TokenPrompt(ids) for ids in ([5, 6, 7], [9, 3], [8, 8, 8, 8])]
-DECODING = Decoding(n=3, max_new_tokens=8, temperature=0.8, top_p=1.0, batch_size=4, stop_token_ids=[2], pad_token_id=0)
+DECODING = SamplingParams(
+    n=3, max_new_tokens=8, temperature=0.8, top_p=1.0, batch_size=4, stop_token_ids=[2], pad_token_id=0
+)
 
 
 def build_student(make_model: MakeModel, run: SDPOConfig, trained: bool = True, **settings: Any) -> Any:
@@ -59,16 +61,16 @@ def adapters_of(student: nn.Module) -> Pairs:
     }  # type: ignore[return-value]
 
 
-def record_gradients(learner: Learner) -> Pairs:
+def record_gradients(actor: Actor) -> Pairs:
     """Of A and B of each layer, as the optimizer finds them in its last step."""
     found: Pairs = {}
 
     def before(*_: Any) -> None:
-        for name, layer in get_adapted_layers(learner.student).items():
+        for name, layer in get_adapted_layers(actor.student).items():
             pair = [getattr(layer, part)["default"].weight.grad for part in ("lora_A", "lora_B")]
             found[name] = (pair[0].clone(), pair[1].clone())
 
-    learner.optimizer.register_step_pre_hook(before)
+    actor.optimizer.register_step_pre_hook(before)
     return found
 
 
@@ -79,7 +81,7 @@ def assert_close(actual: Tensor, expected: Tensor, largest: float, name: str) ->
 
 
 def plain_gradients(
-    make_model: MakeModel, teacher: nn.Module, adapters: Pairs, samples: list[Sample], run: SDPOConfig
+    make_model: MakeModel, teacher: nn.Module, adapters: Pairs, samples: list[TrainingSample], run: SDPOConfig
 ) -> dict[str, list[Tensor]]:
     """By autograd through W + s B A, one sample after another, each by itself."""
     plain = make_model()
@@ -89,7 +91,7 @@ def plain_gradients(
         for name, (a, b) in leaves.items()
     }
 
-    def log_probs(policy: Callable[[Tensor], Tensor], prompt: Any, sample: Sample) -> Tensor:
+    def log_probs(policy: Callable[[Tensor], Tensor], prompt: Any, sample: TrainingSample) -> Tensor:
         logits = policy(torch.tensor([[*prompt, *sample.response.token_ids]]))[0, len(prompt) - 1 : -1]
         rows = logits.log_softmax(-1)
         return nn.functional.pad(rows, (0, 0, 0, 8 - len(rows)))
@@ -144,11 +146,11 @@ def test_gradients_are_those_of_the_plain_step(
     )
     student = build_student(make_model, run, attn_implementation="sdpa" if packed else "eager")
     before = adapters_of(student)
-    learner = Learner(student, run, 0)
+    actor = Actor(student, run, 0)
     samples = make_samples()
-    assert isinstance(learner.batcher.build(samples[:3]).student, PackedSequences) == packed
-    found = record_gradients(learner)
-    values = learner.learn(samples)
+    assert isinstance(actor.batcher.build(samples[:3]).student, PackedSequences) == packed
+    found = record_gradients(actor)
+    values = actor.update_policy(samples)
     # The teacher is the base model still, as it began.
     expected = plain_gradients(make_model, make_model(), before, samples, run)
     assert found.keys() == expected.keys() and len(found) == (4 if targets else 14)
@@ -169,16 +171,16 @@ def test_after_some_steps_the_teacher_is_the_formula_and_the_base_is_untouched(
     run = make_run(**LORA, self_distillation__ema_update_rate=rate, optim__lr=3e-2, actor__mini_batch_size=1)
     student = build_student(make_model, run, trained=False, dtype=dtype)
     start = {name: param.clone() for name, param in MergedParameters(student).items()}
-    learner = Learner(student, run, 0)
+    actor = Actor(student, run, 0)
     expected = {name: torch.zeros(b.shape[0], a.shape[1]).double() for name, (a, b) in adapters_of(student).items()}
     for seed in range(6):
-        learner.learn(make_samples(seed=seed))
+        actor.update_policy(make_samples(seed=seed))
         for name, (a, b) in adapters_of(student).items():
             expected[name] = (1 - rate) * expected[name] + rate * SCALE * b @ a
-    assert learner.teacher is not None and learner.teacher.weights is not None
+    assert actor.teacher is not None and actor.teacher.weights is not None
     for name, value in expected.items():
         assert float(value.abs().max()) > 1e-3
-        own = learner.teacher.weights.values[f"{name}.weight"]
+        own = actor.teacher.weights.values[f"{name}.weight"]
         torch.testing.assert_close(own.double(), value, rtol=1e-6, atol=1e-8, msg=lambda text, n=name: f"{n}: {text}")
     for name, param in student.named_parameters():
         if "lora_" not in name:
@@ -256,21 +258,21 @@ def test_a_killed_run_goes_on_to_the_same_end(
     whole = make_task_run(**settings, output_dir=str(tmp_path / "whole"))
     train(whole)
     run = make_task_run(**settings, output_dir=str(tmp_path / "killed"))
-    update = Learner._update
+    update = Actor._update
 
-    def kill(learner: Learner) -> Any:
-        if learner.version == 2:
+    def kill(actor: Actor) -> Any:
+        if actor.version == 2:
             raise Killed
-        return update(learner)
+        return update(actor)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Learner, "_update", kill)
+        patch.setattr(Actor, "_update", kill)
         train(run)
     train(replace(run, resume_mode="required"))
     folders = [Path(each.output_dir) / "checkpoints" / "step_4" for each in (whole, run)]
     one, two = (load_file(folder / "adapter_model.safetensors") for folder in folders)
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-    states = [torch.load(folder / FILE)["learner"] for folder in folders]
+    states = [torch.load(folder / FILE)["actor"] for folder in folders]
     weights = [state["teacher"]["weights"] for state in states]
     assert (weights[0] is None) == (kind == "frozen")
     for name in weights[0] or {}:
@@ -283,5 +285,5 @@ def test_a_killed_run_goes_on_to_the_same_end(
 def test_what_a_resumed_run_may_not_change(make_task_run: MakeRun) -> None:
     run = make_task_run(**{**SETTINGS, "max_steps": 1})
     train(run)
-    with pytest.raises(UserError, match=r"lora\.rank=2 was 4 when the run began"):
+    with pytest.raises(SDPOError, match=r"lora\.rank=2 was 4 when the run began"):
         train(replace(run, max_steps=2, resume_mode="required", lora=replace(run.lora, rank=2)))

@@ -17,9 +17,9 @@ from vision_language import make_image
 
 from sdpo.config.model import ModelConfig
 from sdpo.config.root import SDPOConfig
-from sdpo.errors import UserError
-from sdpo.models.multimodal.processor import ImageReader, load_reader
-from sdpo.observability.progress import Silent
+from sdpo.errors import SDPOError
+from sdpo.models.multimodal.processor import MultimodalProcessor, load_reader
+from sdpo.observability.progress import NullCallback
 from sdpo.trainer.data.prompts import load_prompts
 
 MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F", "LAB"]
@@ -67,7 +67,7 @@ assert len(CASES) >= 100
 
 
 @pytest.fixture(scope="module")
-def reader(vision_dir: Callable[[str], Path]) -> ImageReader:
+def reader(vision_dir: Callable[[str], Path]) -> MultimodalProcessor:
     loaded = load_reader(ModelConfig(path=str(vision_dir("qwen2_5_vl"))), 10**6)
     assert loaded is not None
     return loaded
@@ -90,7 +90,7 @@ def write(path: Path, files: list[bytes]) -> str:
 
 @pytest.mark.parametrize(("name", "data", "readable"), CASES, ids=[name for name, _, _ in CASES])
 def test_read_or_named_in_one_line(
-    reader: ImageReader,
+    reader: MultimodalProcessor,
     make_run: Callable[..., SDPOConfig],
     tmp_path: Path,
     name: str,
@@ -101,8 +101,8 @@ def test_read_or_named_in_one_line(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            prompts = load_prompts([file], "data.train_files", make_run(), reader, None, Silent())
-    except UserError as error:
+            prompts = load_prompts([file], "data.train_files", make_run(), reader, None, NullCallback())
+    except SDPOError as error:
         assert not readable, error
         assert str(error).startswith(f"data.train_files: {file}: row 1: ")
         assert str(error).endswith("; set data.filter_unreadable_images=true to skip such rows")
@@ -115,13 +115,13 @@ def test_read_or_named_in_one_line(
 
 
 def test_all_at_once_are_skipped_and_counted(
-    reader: ImageReader, make_run: Callable[..., SDPOConfig], tmp_path: Path
+    reader: MultimodalProcessor, make_run: Callable[..., SDPOConfig], tmp_path: Path
 ) -> None:
     sure = [(data, readable) for _, data, readable in CASES if readable is not None]
     num_bad = sum(not readable for _, readable in sure)
     messages = []
 
-    class Listening(Silent):
+    class Listening(NullCallback):
         def message(self, text: str) -> None:
             messages.append(text)
 

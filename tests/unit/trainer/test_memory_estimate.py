@@ -12,13 +12,13 @@ import torch
 
 from sdpo.config.root import SDPOConfig
 from sdpo.kernels import chunked_log_probs
-from sdpo.models.generation.sampling import Decoding, sample_responses
+from sdpo.models.generation.sampling import SamplingParams, sample_responses
 from sdpo.models.lora.adapters import add_adapters
-from sdpo.models.memory_estimate import Cost
+from sdpo.models.memory_estimate import MemoryEstimate
 from sdpo.models.multimodal.processor import TokenPrompt
 from sdpo.report.dry_run import list_memory
-from sdpo.trainer.actor.actor import Learner
-from sdpo.trainer.memory_estimate import estimate_cost
+from sdpo.trainer.actor.actor import Actor
+from sdpo.trainer.memory_estimate import estimate_memory
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "qwen2_5_vl_3b"
 CountPeak = Callable[[Callable[[], Any]], int]
@@ -31,18 +31,18 @@ def test_weights_and_moments_are_as_large_as_they_turn_out(
 ) -> None:
     make_model().save_pretrained(tmp_path / "model")
     run = make_run(data__max_prompt_length=24)
-    cost = estimate_cost(run)
+    cost = estimate_memory(run)
     largest = max(p.numel() for p in make_model().parameters())
     assert cost.phases["the update"]["copies of the weights"] == 2 * 4 * largest
-    learner = Learner(make_model(), run, 0)
-    learner.learn(make_samples())
-    size = sum(p.numel() * p.element_size() for p in learner.student.parameters())
+    actor = Actor(make_model(), run, 0)
+    actor.update_policy(make_samples())
+    size = sum(p.numel() * p.element_size() for p in actor.student.parameters())
     moments = sum(
-        state[name].numel() * 4 for state in learner.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")
+        state[name].numel() * 4 for state in actor.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")
     )
-    assert cost.num_params == sum(p.numel() for p in learner.student.parameters())
-    assert cost.learner["student"] == cost.learner["teacher"] == cost.learning["gradients"] == size
-    assert cost.learner["AdamW's moments"] == moments
+    assert cost.num_params == sum(p.numel() for p in actor.student.parameters())
+    assert cost.actor["student"] == cost.actor["teacher"] == cost.learning["gradients"] == size
+    assert cost.actor["AdamW's moments"] == moments
     assert cost.tokens_a_step == 2 * 3 * (24 + 8)
     assert cost.sampler["weights"] == 0, "it samples with the student itself"
 
@@ -51,21 +51,21 @@ def test_weights_and_moments_are_as_large_as_they_turn_out(
     ("settings", "role", "item", "factor"),
     [
         ({"max_staleness": 1}, "sampler", "weights", 1),
-        ({"self_distillation__teacher_regularization": "live"}, "learner", "teacher", 0),
-        ({"self_distillation__policy_loss_weight": 1.0}, "learner", "teacher", 0),
-        ({"model__dtype": "bfloat16", "optim__betas": [0.9, 0.95]}, "learner", "student", 0.5),
-        ({"model__dtype": "bfloat16", "optim__betas": [0.9, 0.95]}, "learner", "teacher's float32 average", 1),
+        ({"self_distillation__teacher_regularization": "live"}, "actor", "teacher", 0),
+        ({"self_distillation__policy_loss_weight": 1.0}, "actor", "teacher", 0),
+        ({"model__dtype": "bfloat16", "optim__betas": [0.9, 0.95]}, "actor", "student", 0.5),
+        ({"model__dtype": "bfloat16", "optim__betas": [0.9, 0.95]}, "actor", "teacher's float32 average", 1),
         ({"actor__autocast": True}, "sampler", "weights", 0.5),
-        ({"actor__kl_loss_coef": 0.1}, "learner", "initial model", 1),
-        ({"health__ref_kl_interval": 5}, "learner", "initial model", 1),
+        ({"actor__kl_loss_coef": 0.1}, "actor", "initial model", 1),
+        ({"health__ref_kl_interval": 5}, "actor", "initial model", 1),
         (
             {"actor__kl_loss_coef": 0.1, "self_distillation__teacher_regularization": "frozen"},
-            "learner",
+            "actor",
             "initial model",
             0,
         ),
-        ({"actor__kl_loss_coef": 0.1, "lora__rank": 2}, "learner", "initial model", 0),
-        ({"optim__name": "adamw_8bit"}, "learner", "AdamW's moments", 0.5 * (1 + 4 / 256)),
+        ({"actor__kl_loss_coef": 0.1, "lora__rank": 2}, "actor", "initial model", 0),
+        ({"optim__name": "adamw_8bit"}, "actor", "AdamW's moments", 0.5 * (1 + 4 / 256)),
     ],
 )
 def test_what_settings_change(
@@ -78,7 +78,7 @@ def test_what_settings_change(
     factor: float,
 ) -> None:
     make_model().save_pretrained(tmp_path / "model")
-    cost = estimate_cost(make_run(**settings))
+    cost = estimate_memory(make_run(**settings))
     assert cost.num_params is not None
     assert getattr(cost, role)[item] == pytest.approx(factor * 4 * cost.num_params, rel=1e-3)
 
@@ -110,22 +110,22 @@ def test_the_cache_holds_keys_and_values_of_all_that_is_decoded_side_by_side(
         **{f"eval__{name}": value for name, value in evaluation.items()},
     )
     # 2 layers, 1 head of 8 values, keys and values of 4 bytes
-    assert estimate_cost(run).sampler["key-value cache"] == cached * 2 * 8 * 2 * 4
+    assert estimate_memory(run).sampler["key-value cache"] == cached * 2 * 8 * 2 * 4
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_frozen_tower_has_weights_and_nothing_else(make_run: MakeRun, frozen: bool) -> None:
     half = {"model__dtype": "bfloat16", "optim__betas": [0.9, 0.95]}
-    cost = estimate_cost(make_run(model__path=str(GOLDEN), actor__freeze_vision_tower=frozen, **half))
+    cost = estimate_memory(make_run(model__path=str(GOLDEN), actor__freeze_vision_tower=frozen, **half))
     language, tower = 3_085_938_688, 668_684_288
     trained = language + tower * (not frozen)
     assert (cost.num_params, cost.num_tower_params) == (language + tower, tower)
-    assert cost.learner["student"] == cost.learner["teacher"] == 2 * (language + tower)
+    assert cost.actor["student"] == cost.actor["teacher"] == 2 * (language + tower)
     assert cost.learning["gradients"] == 2 * trained
-    assert cost.learner["AdamW's moments"] == 4 * trained
-    assert cost.learner["teacher's float32 average"] == 4 * (language + tower)
+    assert cost.actor["AdamW's moments"] == 4 * trained
+    assert cost.actor["teacher's float32 average"] == 4 * (language + tower)
     # 2 prompts of 2048 tokens, all of them of images, 2048 values each: the student's, their gradient, the teacher's
-    assert cost.learner["features of a step's images"] == 2 * 2048 * 2048 * 2 * (1 if frozen else 3)
+    assert cost.actor["features of a step's images"] == 2 * 2048 * 2048 * 2 * (1 if frozen else 3)
     # AdamW's two tensors for the embeddings; a slice of the student in float32 is smaller.
     assert cost.phases["the update"] == {"copies of the weights": 2 * 2 * 151_936 * 2048} and 2**26 < 151_936 * 2048
 
@@ -142,46 +142,46 @@ def test_adapters_and_what_follows_them_are_as_large_as_they_turn_out(
         model__dtype=dtype,
         self_distillation__teacher_regularization=kind,
     )
-    cost = estimate_cost(run)
+    cost = estimate_memory(run)
     student = make_model(dtype=getattr(torch, dtype))
     add_adapters(student, run.lora)
-    learner = Learner(student, run, 0)
-    learner.learn(make_samples())
+    actor = Actor(student, run, 0)
+    actor.update_policy(make_samples())
 
     def size(tensors: Iterable[torch.Tensor]) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    assert learner.teacher is not None
-    module, weights = learner.teacher.module, learner.teacher.weights
+    assert actor.teacher is not None
+    module, weights = actor.teacher.module, actor.teacher.weights
     shared = {param.data_ptr() for param in student.parameters()}
     own = [param for param in module.parameters() if param.data_ptr() not in shared] if module is not None else []
-    assert cost.learner["student"] == size(student.parameters())
+    assert cost.actor["student"] == size(student.parameters())
     assert cost.learning["gradients"] == size(p for p in student.parameters() if p.requires_grad) > 0
     assert all(p.grad is None for p in student.parameters()), "sampling has their memory"
-    moments = [state[name] for state in learner.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    assert cost.learner["AdamW's moments"] == size(moments)
-    assert cost.learner["teacher"] == size(own)
-    assert cost.learner["teacher's float32 average"] == (size(weights.values.values()) if weights is not None else 0)
+    moments = [state[name] for state in actor.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert cost.actor["AdamW's moments"] == size(moments)
+    assert cost.actor["teacher"] == size(own)
+    assert cost.actor["teacher's float32 average"] == (size(weights.values.values()) if weights is not None else 0)
 
 
 def test_phases_follow_each_other_and_do_not_add_up() -> None:
     phases = {"a": {"x": 5, "y": 1}, "b": {"x": 7}}
-    cost = Cost(1, 1, learner={"held": 10, "more": 2}, learning={"g": 1}, phases=phases, sampler={"cache": 9})
+    cost = MemoryEstimate(1, 1, actor={"held": 10, "more": 2}, learning={"g": 1}, phases=phases, sampler={"cache": 9})
     assert cost.learner_peak == 12 + 9, "sampling is the worst phase of all, without gradients"
     assert replace(cost, learning={"g": 3}).learner_peak == 12 + 3 + 7
-    assert replace(cost, takes_turns=False).learner_peak == 12 + 1 + 7
-    assert list_memory(replace(cost, takes_turns=False)) == [
-        ("learner: held", 10),
-        ("learner: more", 2),
-        ("learner, learning: g", 1),
-        ("learner, a: x", 5),
-        ("learner, a: y", 1),
-        ("learner, b: x", 7),
-        ("learner, at once", 20),
+    assert replace(cost, colocated=False).learner_peak == 12 + 1 + 7
+    assert list_memory(replace(cost, colocated=False)) == [
+        ("actor: held", 10),
+        ("actor: more", 2),
+        ("actor, learning: g", 1),
+        ("actor, a: x", 5),
+        ("actor, a: y", 1),
+        ("actor, b: x", 7),
+        ("actor, at once", 20),
         ("sampler: cache", 9),
         ("sampler, at once", 9),
     ]
-    assert list_memory(cost)[-2:] == [("sampler: cache", 9), ("learner and sampler, at once", 21)]
+    assert list_memory(cost)[-2:] == [("sampler: cache", 9), ("actor and sampler, at once", 21)]
 
 
 # ---- against what a step allocates ----------------------------------------------------------------------------------
@@ -198,12 +198,12 @@ def test_logits_take_the_same_however_many_tokens_there_are(
         run = make_run(
             rollout__max_response_length=32, model__dtype=dtype, optim__betas=[0.9, 0.95], self_distillation__alpha=0.5
         )
-        learner = Learner(make_model(vocab_size=many, dtype=getattr(torch, dtype)), run, 0)
+        actor = Actor(make_model(vocab_size=many, dtype=getattr(torch, dtype)), run, 0)
         samples = [make_sample([3, 4], range(3, 35), [3, 4, 5]) for _ in range(num_samples)]
-        learner.learn(samples)
+        actor.update_policy(samples)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(chunked_log_probs, "BUFFER_BYTES", 32 * many * 4)  # 2 MB
-            peaks.append(count_peak(lambda learner=learner, samples=samples: learner.learn(samples)))
+            peaks.append(count_peak(lambda actor=actor, samples=samples: actor.update_policy(samples)))
     assert max(peaks) < 30e6
     assert peaks[1] < 1.1 * peaks[0]
 
@@ -239,21 +239,21 @@ def test_a_step_stays_below_what_was_said_of_it(
     for name in ("BUFFER_BYTES", "BLOCK_BYTES"):  # an accelerator's are larger than this whole step
         monkeypatch.setattr(chunked_log_probs, f"ACCELERATOR_{name}", 2**20)
         monkeypatch.setattr(chunked_log_probs, name, 2**20)
-    cost = estimate_cost(run)
+    cost = estimate_memory(run)
     if rank:
         add_adapters(model, run.lora)
-    learner = Learner(model, run, 0)
+    actor = Actor(model, run, 0)
     samples = [make_sample([5] * 64, [3 + i] * 64, [6] * 64) for i in range(12)]
-    learner.learn(samples)
+    actor.update_policy(samples)
     bound = sum(cost.phases["a micro-batch"].values()) + cost.learning["gradients"]
-    assert bound / (8 if rank else 6) < count_peak(lambda: learner.learn(samples)) <= bound
+    assert bound / (8 if rank else 6) < count_peak(lambda: actor.update_policy(samples)) <= bound
 
 
 def test_a_model_that_is_made_on_first_use_has_no_size_yet(make_run: MakeRun, tmp_path: Path) -> None:
-    cost = estimate_cost(
+    cost = estimate_memory(
         make_run(data__task_args={"dir": str(tmp_path / "none")}, model__path=str(tmp_path / "none/m"))
     )
-    assert cost.num_params is None and not cost.learner and not cost.sampler
+    assert cost.num_params is None and not cost.actor and not cost.sampler
     assert cost.tokens_a_step > 0
 
 
@@ -279,8 +279,8 @@ def test_sampling_stays_below_what_was_said_of_it(
         eval__top_p=top_p,
         eval__max_prompts=1,
     )
-    bound = sum(estimate_cost(run).sampler.values())
-    decoding = Decoding(
+    bound = sum(estimate_memory(run).sampler.values())
+    decoding = SamplingParams(
         n=4, max_new_tokens=64, temperature=1.0, top_p=top_p, batch_size=16, stop_token_ids=[], pad_token_id=0
     )
     prompts = [TokenPrompt([5] * 64)] * 4

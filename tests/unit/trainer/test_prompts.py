@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdpo.config.root import SDPOConfig
-from sdpo.errors import UserError
-from sdpo.observability.progress import Silent
+from sdpo.errors import SDPOError
+from sdpo.observability.progress import NullCallback
 from sdpo.prompting.tokenization import encode_prompt
 from sdpo.rewards.toy.hidden_rule import build_tokenizer
-from sdpo.trainer.data.prompts import PromptOrder, load_prompts
+from sdpo.trainer.data.prompts import RandomSampler, load_prompts
 
 MakeRun = Callable[..., SDPOConfig]
 
@@ -27,7 +27,7 @@ MakeRun = Callable[..., SDPOConfig]
 
 @given(num_rows=st.integers(1, 40), batch_size=st.integers(1, 60), seed=st.integers(0, 5), shuffle=st.booleans())
 def test_every_epoch_is_a_permutation(num_rows: int, batch_size: int, seed: int, shuffle: bool) -> None:
-    order = PromptOrder(num_rows, batch_size, shuffle=shuffle, seed=seed)
+    order = RandomSampler(num_rows, batch_size, shuffle=shuffle, seed=seed)
     num_steps = -(-3 * num_rows // batch_size)
     rows = [i for step in range(1, num_steps + 1) for i in order.batch(step)]
     assert all(len(order.batch(step)) == batch_size for step in range(1, num_steps + 1))
@@ -39,13 +39,13 @@ def test_every_epoch_is_a_permutation(num_rows: int, batch_size: int, seed: int,
 
 
 def test_any_step_can_be_asked_for_at_any_time() -> None:
-    forth, back = (PromptOrder(50, 7, shuffle=True, seed=3) for _ in range(2))
+    forth, back = (RandomSampler(50, 7, shuffle=True, seed=3) for _ in range(2))
     steps = range(1, 30)
     assert [forth.batch(k) for k in steps] == [back.batch(k) for k in reversed(steps)][::-1]
 
 
 def test_the_seed_and_the_epoch_decide_the_order() -> None:
-    first, same, other = (PromptOrder(50, 50, shuffle=True, seed=s) for s in (0, 0, 1))
+    first, same, other = (RandomSampler(50, 50, shuffle=True, seed=s) for s in (0, 0, 1))
     assert first.batch(1) == same.batch(1)
     assert first.batch(1) != other.batch(1)
     assert first.batch(1) != first.batch(2)
@@ -53,7 +53,7 @@ def test_the_seed_and_the_epoch_decide_the_order() -> None:
 
 
 def test_no_row_leads_every_epoch() -> None:
-    order = PromptOrder(5, 5, shuffle=True, seed=0)
+    order = RandomSampler(5, 5, shuffle=True, seed=0)
     leaders = Counter(order.batch(step)[0] for step in range(1, 1001))
     # Uniform would be 200 each; 60 is 4.7 standard deviations.
     assert all(abs(leaders[row] - 200) < 60 for row in range(5))
@@ -75,7 +75,7 @@ def write(tmp_path: Path) -> Callable[[list[str]], str]:
     return write
 
 
-class Listening(Silent):
+class Listening(NullCallback):
     def __init__(self) -> None:
         self.messages: list[str] = []
 
@@ -84,7 +84,7 @@ class Listening(Silent):
 
 
 def load(run: SDPOConfig, file: str, window: int | None = None, observer: Any = None) -> list[Any]:
-    return load_prompts([file], "data.train_files", run, build_tokenizer(), window, observer or Silent())
+    return load_prompts([file], "data.train_files", run, build_tokenizer(), window, observer or NullCallback())
 
 
 def test_prompts_are_encoded_with_the_header_of_the_answer(make_run: MakeRun, write: Any) -> None:
@@ -116,7 +116,7 @@ def test_a_prompt_that_is_too_long_is_refused_or_skipped(
     limit = OVERHEAD + 4
     settings = {"data__max_prompt_length": limit if reason == "data.max_prompt_length" else limit + 2}
     file = write(["1234", "12345", "1", "123456", "12"])
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(SDPOError) as caught:
         load(make_run(**settings), file, window)
     assert str(caught.value) == (
         f"data.train_files: {file}: row 3 has {OVERHEAD + 6} prompt tokens, more than {limit} ({reason}); set "
@@ -131,11 +131,11 @@ def test_a_prompt_that_is_too_long_is_refused_or_skipped(
 def test_no_prompt_is_left(make_run: MakeRun, write: Any) -> None:
     run = make_run(data__max_prompt_length=3, data__filter_overlong_prompts=True)
     with pytest.raises(
-        UserError, match=rf"no row is left: .*rows\.parquet: row 0 has {OVERHEAD + 1} prompt tokens, more than 3"
+        SDPOError, match=rf"no row is left: .*rows\.parquet: row 0 has {OVERHEAD + 1} prompt tokens, more than 3"
     ):
         load(run, write(["1"]))
 
 
 def test_a_window_without_room_for_a_prompt(make_run: MakeRun, write: Any) -> None:
-    with pytest.raises(UserError, match=r"rollout\.max_response_length leaves no room .* window of 8 tokens"):
+    with pytest.raises(SDPOError, match=r"rollout\.max_response_length leaves no room .* window of 8 tokens"):
         load(make_run(), write(["1"]), window=8)

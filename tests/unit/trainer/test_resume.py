@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import load_file
 
 from sdpo.config.root import SDPOConfig
-from sdpo.errors import UserError
+from sdpo.errors import SDPOError
 from sdpo.observability import metrics
-from sdpo.observability.progress import Silent
+from sdpo.observability.progress import NullCallback
 from sdpo.trainer import build
-from sdpo.trainer.actor.actor import Learner
+from sdpo.trainer.actor.actor import Actor
 from sdpo.trainer.checkpoint.state import FILE
 from sdpo.trainer.rollout.sampler import ProcessSampler
 from sdpo.trainer.trainer import train
@@ -40,7 +40,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-class Listening(Silent):
+class Listening(NullCallback):
     def __init__(self) -> None:
         self.messages: list[str] = []
 
@@ -54,15 +54,15 @@ class Killed(BaseException):
 
 def kill_in_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """After the step's first optimizer step, so that the weights in memory are of no step."""
-    update = Learner._update
+    update = Actor._update
 
-    def killed(learner: Learner) -> Any:
-        values = update(learner)
-        if learner.version + 1 == step:
+    def killed(actor: Actor) -> Any:
+        values = update(actor)
+        if actor.version + 1 == step:
             raise Killed
         return values
 
-    monkeypatch.setattr(Learner, "_update", killed)
+    monkeypatch.setattr(Actor, "_update", killed)
 
 
 def rows_of(run: SDPOConfig) -> list[dict[str, float]]:
@@ -79,7 +79,7 @@ def assert_same_end(resumed: SDPOConfig, whole: SDPOConfig) -> None:
         assert one.keys() == two.keys()
         assert all(torch.equal(one[key], two[key]) for key in one), name
     one, two = (torch.load(folder / FILE) for folder in folders)
-    assert_equal(one["learner"], two["learner"])
+    assert_equal(one["actor"], two["actor"])
     assert one["rollouts"] == two["rollouts"]
 
 
@@ -146,7 +146,7 @@ def test_another_process_knows_the_moments_of_8_bits(make_task_run: MakeRun) -> 
     code = (
         "import sys; from pathlib import Path; from sdpo.trainer.checkpoint.state import TrainingState;"
         "state = TrainingState.load(Path(sys.argv[1]));"
-        "print(sum(hasattr(s['exp_avg'], 'codes') for s in state.learner['moments'].values()))"
+        "print(sum(hasattr(s['exp_avg'], 'codes') for s in state.actor['moments'].values()))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -160,31 +160,35 @@ def send_in_step(
     monkeypatch: pytest.MonkeyPatch, step: int, where: str, number: signal.Signals, times: int = 1
 ) -> None:
     """A signal in the learning of a step: before the first of its two updates, after it, or when both are done."""
-    update, accumulate, learn = Learner._update, Learner._accumulate_gradients, Learner.learn
+    update, accumulate, learn = Actor._update, Actor._accumulate_gradients, Actor.update_policy
     sent: list[int] = []
 
-    def send(learner: Learner, learned: int) -> None:
-        if learner.version + 1 - learned == step and len(sent) < times:
+    def send(actor: Actor, learned: int) -> None:
+        if actor.version + 1 - learned == step and len(sent) < times:
             for _ in range(times):
                 sent.append(number)
                 os.kill(os.getpid(), number)
 
-    def before(learner: Learner, *arguments: Any) -> Any:
-        send(learner, 0)
-        return accumulate(learner, *arguments)
+    def before(actor: Actor, *arguments: Any) -> Any:
+        send(actor, 0)
+        return accumulate(actor, *arguments)
 
-    def between(learner: Learner) -> Any:
-        values = update(learner)
-        send(learner, 0)
+    def between(actor: Actor) -> Any:
+        values = update(actor)
+        send(actor, 0)
         return values
 
-    def after(learner: Learner, *arguments: Any, **how: Any) -> Any:
-        values = learn(learner, *arguments, **how)
-        send(learner, 1)
+    def after(actor: Actor, *arguments: Any, **how: Any) -> Any:
+        values = learn(actor, *arguments, **how)
+        send(actor, 1)
         return values
 
-    replaced = {"before": ("_accumulate_gradients", before), "between": ("_update", between), "after": ("learn", after)}
-    monkeypatch.setattr(Learner, *replaced[where])
+    replaced = {
+        "before": ("_accumulate_gradients", before),
+        "between": ("_update", between),
+        "after": ("update_policy", after),
+    }
+    monkeypatch.setattr(Actor, *replaced[where])
 
 
 @pytest.mark.parametrize("max_staleness", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -247,14 +251,14 @@ def test_rollouts_that_take_longer_than_may_be_waited_for_are_left_out_and_that_
 def test_an_error_saves_the_last_whole_step_too(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_task_run(**{**SETTINGS, "save_steps": 0})
 
-    def fail(learner: Learner, *arguments: Any) -> Any:
-        if learner.version == 2:
+    def fail(actor: Actor, *arguments: Any) -> Any:
+        if actor.version == 2:
             raise ZeroDivisionError
-        return accumulate(learner, *arguments)
+        return accumulate(actor, *arguments)
 
-    accumulate = Learner._accumulate_gradients
+    accumulate = Actor._accumulate_gradients
     with monkeypatch.context() as patch:
-        patch.setattr(Learner, "_accumulate_gradients", fail)
+        patch.setattr(Actor, "_accumulate_gradients", fail)
         with pytest.raises(ZeroDivisionError):
             train(run)
     assert [p.name for p in (Path(run.output_dir) / "checkpoints").iterdir()] == ["step_2"]
@@ -290,13 +294,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
 def test_without_a_whole_checkpoint_auto_begins_and_must_refuses(stopped: SDPOConfig, make_task_run: MakeRun) -> None:
     for path in (Path(stopped.output_dir) / "checkpoints").glob("step_*/manifest.json"):
         path.unlink()
-    with pytest.raises(UserError, match="holds no whole checkpoint to go on from; start without --resume"):
+    with pytest.raises(SDPOError, match="holds no whole checkpoint to go on from; start without --resume"):
         train(replace(stopped, resume_mode="required"))
     listening = Listening()
     train(replace(stopped, resume_mode="auto"), listening)
     assert listening.messages[-1] == f"{stopped.output_dir} held an earlier run; moved to {stopped.output_dir}.1"
     fresh = make_task_run(output_dir=f"{stopped.output_dir}/../fresh", resume_mode="required")
-    with pytest.raises(UserError, match="holds no whole checkpoint"):
+    with pytest.raises(SDPOError, match="holds no whole checkpoint"):
         train(fresh)
     assert not Path(fresh.output_dir).exists()
 
@@ -320,7 +324,7 @@ def change(run: SDPOConfig, key: str, value: Any) -> SDPOConfig:
     ],
 )
 def test_a_setting_that_would_make_it_another_run_is_refused(stopped: SDPOConfig, key: str, value: Any) -> None:
-    with pytest.raises(UserError, match=rf"^{key}={value!r} was .* when the run began, and with it"):
+    with pytest.raises(SDPOError, match=rf"^{key}={value!r} was .* when the run began, and with it"):
         train(replace(change(stopped, key, value), resume_mode="required"))
 
 
@@ -341,7 +345,7 @@ def test_other_settings_are_said_and_take_effect(stopped: SDPOConfig) -> None:
 
 def test_other_rows_are_refused(stopped: SDPOConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "compute_fingerprint", lambda prompts: "others")
-    with pytest.raises(UserError, match=r"^data\.train_files: other rows than when the run began"):
+    with pytest.raises(SDPOError, match=r"^data\.train_files: other rows than when the run began"):
         train(replace(stopped, resume_mode="required"))
 
 
@@ -349,7 +353,7 @@ def test_a_finished_run_is_finished_again_and_may_be_prolonged(make_task_run: Ma
     train(whole := make_task_run(max_steps=4, save_steps=2, output_dir=str(tmp_path / "whole")))
     train(run := make_task_run(max_steps=2, save_steps=2, output_dir=str(tmp_path / "short")))
     rows = rows_of(run)
-    with pytest.raises(UserError, match=r"its run has had 2 steps, more than max_steps=1$"):
+    with pytest.raises(SDPOError, match=r"its run has had 2 steps, more than max_steps=1$"):
         train(replace(run, resume_mode="auto", max_steps=1))
     # killed between its last checkpoint and its last row, it has that row to write
     metrics_file = Path(run.output_dir) / "metrics.jsonl"
@@ -366,17 +370,17 @@ def test_a_finished_run_is_finished_again_and_may_be_prolonged(make_task_run: Ma
 def test_two_runs_in_one_folder_are_one_too_many(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_task_run(**SETTINGS)
     refused: list[str] = []
-    learn = Learner.learn
+    learn = Actor.update_policy
 
-    def start_another(learner: Learner, *arguments: Any, **how: Any) -> Any:
+    def start_another(actor: Actor, *arguments: Any, **how: Any) -> Any:
         for resume_mode in ("disable", "auto", "required"):
-            with pytest.raises(UserError) as caught:
+            with pytest.raises(SDPOError) as caught:
                 train(replace(run, resume_mode=resume_mode))
             refused.append(str(caught.value))
         monkeypatch.undo()
-        return learn(learner, *arguments, **how)
+        return learn(actor, *arguments, **how)
 
-    monkeypatch.setattr(Learner, "learn", start_another)
+    monkeypatch.setattr(Actor, "update_policy", start_another)
     train(run)
     assert len(refused) == 3
     assert all(
@@ -406,7 +410,7 @@ def test_alarms_and_what_they_did_are_resumed(
     }
     whole = make_task_run(**settings, output_dir=str(tmp_path / "whole"))
     train(whole)
-    alarms = (Path(whole.output_dir) / "alarms.jsonl").read_text()
+    alarms = (Path(whole.output_dir) / "health_events.jsonl").read_text()
     frozen_at = min(json.loads(line)["step"] for line in alarms.splitlines() if '"freeze_teacher"' in line)
     assert 1 < frozen_at < 5
     for killed_in in {frozen_at, frozen_at + 1}:
@@ -416,5 +420,5 @@ def test_alarms_and_what_they_did_are_resumed(
             with pytest.raises(Killed):
                 train(run)
         train(replace(run, resume_mode="required"))
-        assert (Path(run.output_dir) / "alarms.jsonl").read_text() == alarms
+        assert (Path(run.output_dir) / "health_events.jsonl").read_text() == alarms
         assert_same_end(run, whole)

@@ -13,20 +13,20 @@ import pytest
 
 from sdpo.config.loader import load_config
 from sdpo.config.root import SDPOConfig
-from sdpo.errors import UserError
+from sdpo.errors import SDPOError
 from sdpo.observability import metrics
-from sdpo.observability.progress import Silent
+from sdpo.observability.progress import NullCallback
 from sdpo.prompting.tokenization import TeacherPrompt
-from sdpo.rewards.base import Grade
-from sdpo.trainer.data.samples import Sample
+from sdpo.rewards.base import RewardOutput
+from sdpo.trainer.data.samples import TrainingSample
 from sdpo.trainer.logging import trackers
-from sdpo.trainer.logging.run_dir import RunFolder
+from sdpo.trainer.logging.run_dir import RunDir
 
 MakeRun = Callable[..., SDPOConfig]
-MakeSample = Callable[..., Sample]
+MakeSample = Callable[..., TrainingSample]
 
 
-class Listening(Silent):
+class Listening(NullCallback):
     def __init__(self) -> None:
         self.messages: list[str] = []
         self.rows: list[tuple[int, dict[str, float]]] = []
@@ -46,14 +46,14 @@ def test_the_resolved_run_reloads_to_an_equal_one(make_run: MakeRun) -> None:
         self_distillation__reprompt_template="{prompt}: {solution}\n'{feedback}'\n",
         tracking__name="ünïcode",
     )
-    folder = RunFolder(run, Silent())
+    folder = RunDir(run, NullCallback())
     folder.close()
     assert load_config(Path(run.output_dir) / "run.yaml") == run
     assert folder.path == Path(run.output_dir)
 
 
 def test_versions_are_those_installed(make_run: MakeRun) -> None:
-    folder = RunFolder(make_run(), Silent())
+    folder = RunDir(make_run(), NullCallback())
     folder.close()
     versions = json.loads((folder.path / "versions.json").read_text())
     assert {name: versions[name] for name in ("torch", "transformers")} == {
@@ -64,7 +64,7 @@ def test_versions_are_those_installed(make_run: MakeRun) -> None:
 
 def test_rows_reach_the_file_at_once_and_everybody_who_listens(make_run: MakeRun) -> None:
     listening = Listening()
-    folder = RunFolder(make_run(), listening)
+    folder = RunDir(make_run(), listening)
     folder.log(0, {metrics.LOSS: 1, "a": 2.5})
     folder.log(1, {metrics.LOSS: 0.5})
     rows = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
@@ -77,7 +77,7 @@ def test_rows_reach_the_file_at_once_and_everybody_who_listens(make_run: MakeRun
 def test_an_earlier_run_is_moved_aside(make_run: MakeRun) -> None:
     listening, contents = Listening(), []
     for number in range(3):
-        folder = RunFolder(make_run(seed=number), listening)
+        folder = RunDir(make_run(seed=number), listening)
         folder.log(0, {metrics.LOSS: number})
         folder.close()
         contents.append((folder.path / "metrics.jsonl").read_text())
@@ -91,7 +91,7 @@ def test_an_earlier_run_is_moved_aside(make_run: MakeRun) -> None:
 def test_an_empty_folder_is_used(make_run: MakeRun) -> None:
     run = make_run()
     Path(run.output_dir).mkdir()
-    RunFolder(run, Silent()).close()
+    RunDir(run, NullCallback()).close()
     assert [p.name for p in Path(run.output_dir).parent.iterdir()] == ["run"]
 
 
@@ -104,33 +104,33 @@ def test_what_is_no_run_folder_is_refused_and_left(make_run: MakeRun, as_file: b
     else:
         path.mkdir()
         (path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match=rf"^output_dir: {path}: exists and is no run folder; name another one$"):
-        RunFolder(run, Silent())
+    with pytest.raises(SDPOError, match=rf"^output_dir: {path}: exists and is no run folder; name another one$"):
+        RunDir(run, NullCallback())
     assert (path if as_file else path / "thesis.txt").read_text() == "years of work"
     assert as_file or [p.name for p in path.iterdir()] == ["thesis.txt"]
 
 
 def test_a_folder_that_cannot_be_made_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"^output_dir: .*/file/run: cannot be written \(Not a directory\)$"):
-        RunFolder(make_run(output_dir=str(tmp_path / "file" / "run")), Silent())
+    with pytest.raises(SDPOError, match=r"^output_dir: .*/file/run: cannot be written \(Not a directory\)$"):
+        RunDir(make_run(output_dir=str(tmp_path / "file" / "run")), NullCallback())
 
 
 # --- rollouts
 
 
-def described(sample: Sample, number: int) -> Sample:
+def described(sample: TrainingSample, number: int) -> TrainingSample:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Solution: {number}?"}]
     return replace(
         sample,
         text=f"answer {number}",
-        grade=Grade(0.25, f"feedback {number}"),
+        reward=RewardOutput(0.25, f"feedback {number}"),
         teacher_prompt=TeacherPrompt([1, 2], messages, truncated=number == 2),
     )
 
 
 def test_rollouts_show_all_that_made_them(make_run: MakeRun, make_sample: MakeSample) -> None:
-    folder = RunFolder(make_run(tracking__log_completions_steps=2, tracking__num_completions=8), Silent())
+    folder = RunDir(make_run(tracking__log_completions_steps=2, tracking__num_completions=8), NullCallback())
     samples = [described(make_sample([3], [4, 2], advantage=-0.5), k) for k in range(3)]
     cut_off = replace(samples[0].response, finished=False)
     samples.append(replace(make_sample([3], [4]), text="no teacher", response=cut_off))
@@ -152,7 +152,7 @@ def test_rollouts_show_all_that_made_them(make_run: MakeRun, make_sample: MakeSa
 def test_rollouts_are_written_every_so_many_steps(
     make_run: MakeRun, make_sample: MakeSample, every: int, expected: list[int]
 ) -> None:
-    folder = RunFolder(make_run(tracking__log_completions_steps=every), Silent())
+    folder = RunDir(make_run(tracking__log_completions_steps=every), NullCallback())
     for step in range(1, 6):
         folder.save_rollouts(step, [make_sample([3], [4])])
     folder.close()
@@ -165,7 +165,7 @@ def test_rollouts_are_written_every_so_many_steps(
 def test_rollouts_come_from_the_whole_batch(
     make_run: MakeRun, make_sample: MakeSample, num_samples: int, expected: list[int]
 ) -> None:
-    folder = RunFolder(make_run(tracking__num_completions=3), Silent())
+    folder = RunDir(make_run(tracking__num_completions=3), NullCallback())
     folder.save_rollouts(1, [described(make_sample([3], [4]), k) for k in range(num_samples)])
     folder.close()
     text = (folder.path / "rollouts" / "step_1.txt").read_text()
@@ -178,15 +178,15 @@ def test_rollouts_come_from_the_whole_batch(
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_touched(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    RunFolder(make_run(), Silent()).close()
+    RunDir(make_run(), NullCallback()).close()
 
     def missing(name: str) -> Any:
         raise ModuleNotFoundError(f"No module named {name!r}")
 
     monkeypatch.setattr(trackers.importlib, "import_module", missing)
     run = make_run(tracking__report_to=["wandb"])
-    with pytest.raises(UserError, match=r"^tracking\.report_to: wandb is not installed; pip install 'sdpo\[wandb\]'$"):
-        RunFolder(run, Silent())
+    with pytest.raises(SDPOError, match=r"^tracking\.report_to: wandb is not installed; pip install 'sdpo\[wandb\]'$"):
+        RunDir(run, NullCallback())
     assert [p.name for p in Path(run.output_dir).parent.iterdir()] == ["run"]
 
 
@@ -214,7 +214,7 @@ def test_rows_reach_wandb_and_trackio(
     fake = FakeTracker()
     monkeypatch.setattr(trackers.importlib, "import_module", {backend: fake}.__getitem__)
     run = make_run(tracking__report_to=[backend], tracking__project="p", tracking__name=name)
-    folder = RunFolder(run, Silent())
+    folder = RunDir(run, NullCallback())
     folder.log(3, {metrics.LOSS: 0.5})
     folder.close()
     [(_, arguments), (_, row), _] = fake.calls
@@ -228,7 +228,7 @@ def test_rows_reach_tensorboard(make_run: MakeRun) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    folder = RunFolder(make_run(tracking__report_to=["tensorboard"]), Silent())
+    folder = RunDir(make_run(tracking__report_to=["tensorboard"]), NullCallback())
     for step in range(3):
         folder.log(step, {metrics.LOSS: 0.5 * step})
     folder.close()
@@ -238,14 +238,14 @@ def test_rows_reach_tensorboard(make_run: MakeRun) -> None:
 
 
 def test_a_line_that_a_killed_run_left_half_written_is_left_out(make_run: MakeRun) -> None:
-    folder = RunFolder(run := make_run(), Silent())
+    folder = RunDir(run := make_run(), NullCallback())
     for step in (1, 2, 3):
         folder.log(step, {metrics.LOSS: step})
-        folder.log_alarm({"step": step})
+        folder.log_health_event({"step": step})
     folder.close()
-    for name in ("metrics.jsonl", "alarms.jsonl"):
+    for name in ("metrics.jsonl", "health_events.jsonl"):
         with (folder.path / name).open("a") as file:
             file.write('{"step": 4, "tr')
-    RunFolder(run, Silent(), resumed_step=2).close()
-    kept = [(folder.path / name).read_text() for name in ("metrics.jsonl", "alarms.jsonl")]
+    RunDir(run, NullCallback(), resumed_step=2).close()
+    kept = [(folder.path / name).read_text() for name in ("metrics.jsonl", "health_events.jsonl")]
     assert kept == [json.dumps({metrics.STEP: 1, metrics.LOSS: 1.0}) + "\n", '{"step": 1}\n{"step": 2}\n']

@@ -15,14 +15,16 @@ import pytest
 import torch
 
 from sdpo.config.model import ModelConfig
-from sdpo.errors import UserError
-from sdpo.models.generation.sampling import Decoding, Response, sample_responses
+from sdpo.errors import SDPOError
+from sdpo.models.generation.sampling import Completion, SamplingParams, sample_responses
 from sdpo.models.multimodal.processor import TokenPrompt
 from sdpo.trainer.rollout.sampler import LocalSampler, ProcessSampler, TransformersEngine
 
 MakeModel = Callable[..., Any]
 PROMPTS = [TokenPrompt(ids) for ids in ([5, 6, 7], [9, 3], [8, 8, 8, 8])]
-DECODING = Decoding(n=3, max_new_tokens=8, temperature=0.8, top_p=1.0, batch_size=4, stop_token_ids=[2], pad_token_id=0)
+DECODING = SamplingParams(
+    n=3, max_new_tokens=8, temperature=0.8, top_p=1.0, batch_size=4, stop_token_ids=[2], pad_token_id=0
+)
 
 
 def test_the_local_sampler_samples_with_the_student_itself(make_model: MakeModel) -> None:
@@ -69,7 +71,7 @@ def start(make_model: MakeModel, tmp_path: Path) -> Iterator[Callable[[], Proces
         sampler.close()
 
 
-def assert_close(actual: list[list[Response]], expected: list[list[Response]]) -> None:
+def assert_close(actual: list[list[Completion]], expected: list[list[Completion]]) -> None:
     """The same tokens; log-probabilities to the precision that another place in memory leaves."""
     for one, two in zip(chain(*actual), chain(*expected), strict=True):
         assert (one.token_ids, one.finished) == (two.token_ids, two.finished)
@@ -130,7 +132,7 @@ def test_a_process_that_is_killed_is_reported_and_one_that_is_closed_goes_quietl
         lambda: killed.load_weights(make_model(), 1),
     ):
         with pytest.raises(
-            UserError, match=r"^sampler: the sampler's process was killed by SIGKILL, and may not be st"
+            SDPOError, match=r"^sampler: the sampler's process was killed by SIGKILL, and may not be st"
         ):
             ask()
 
@@ -164,7 +166,7 @@ def test_a_process_that_is_killed_is_started_again_and_samples_the_same(
     ]
     kill()
     sampler._process.join()
-    with pytest.raises(UserError, match="killed by SIGKILL, and may not be started again"):
+    with pytest.raises(SDPOError, match="killed by SIGKILL, and may not be started again"):
         sampler.load_weights(student, 6)
 
 
@@ -173,6 +175,6 @@ def test_a_persons_mistake_that_the_process_finds_stays_one(make_model: MakeMode
     config = ModelConfig(path="/nowhere")
     build_engine = partial(TransformersEngine.from_config, config, DECODING, torch.device("cpu"), 10**6)
     sampler = ProcessSampler(make_model(), build_engine, 1)
-    with pytest.raises(UserError, match=r"^model\.path: /nowhere: no such folder$"):
+    with pytest.raises(SDPOError, match=r"^model\.path: /nowhere: no such folder$"):
         sampler.collect()
     sampler.close()

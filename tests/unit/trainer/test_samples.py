@@ -9,14 +9,14 @@ import pytest
 
 from sdpo.config.data import RewardConfig
 from sdpo.config.self_distillation import SelfDistillationConfig
-from sdpo.models.generation.sampling import Response
+from sdpo.models.generation.sampling import Completion
 from sdpo.observability import metrics
-from sdpo.observability.progress import Silent
-from sdpo.rewards.base import Grade, Row, Task
-from sdpo.rewards.manager import Grader
+from sdpo.observability.progress import NullCallback
+from sdpo.rewards.base import RewardOutput, Row, Task
+from sdpo.rewards.manager import RewardManager
 from sdpo.rewards.toy.hidden_rule import build_tokenizer
 from sdpo.trainer.data.prompts import Prompt
-from sdpo.trainer.data.samples import Sample, build_samples, summarize_samples
+from sdpo.trainer.data.samples import TrainingSample, build_samples, summarize_samples
 
 TOKENIZER = build_tokenizer()
 EOS = TOKENIZER.eos_token_id
@@ -28,14 +28,14 @@ class Exact:
     def __init__(self, feedback: bool = False) -> None:
         self.feedback = feedback
 
-    def grade(self, row: Row, response: str) -> Grade:
+    def compute_score(self, row: Row, response: str) -> RewardOutput:
         truth = row.ground_truth or ""
         score = 1.0 if response == truth else 0.5 * (len(response) == len(truth))
-        return Grade(score, f"Expected: {truth}" if self.feedback and score < 1 else None)
+        return RewardOutput(score, f"Expected: {truth}" if self.feedback and score < 1 else None)
 
 
-def grader(task: Task) -> Grader:
-    return Grader(task, RewardConfig(max_failure_fraction=0.5), Silent())
+def reward_manager(task: Task) -> RewardManager:
+    return RewardManager(task, RewardConfig(max_failure_fraction=0.5), NullCallback())
 
 
 def prompt(text: str, truth: str) -> Prompt:
@@ -44,9 +44,9 @@ def prompt(text: str, truth: str) -> Prompt:
     return Prompt(Row("x", messages, {"ground_truth": truth}), list(ids))
 
 
-def response(text: str, finished: bool = True) -> Response:
+def response(text: str, finished: bool = True) -> Completion:
     ids = [*TOKENIZER(text)["input_ids"], *([EOS] if finished else [])]
-    return Response(ids, [-1.0] * len(ids), finished)
+    return Completion(ids, [-1.0] * len(ids), finished)
 
 
 PROMPTS = [prompt("12", "21"), prompt("345", "543")]
@@ -56,15 +56,17 @@ RESPONSES = [
 ]
 
 
-def build(task: Any = None, window: int | None = 128, seed: int = 0, **settings: Any) -> list[Sample]:
+def build(task: Any = None, window: int | None = 128, seed: int = 0, **settings: Any) -> list[TrainingSample]:
     config = SelfDistillationConfig(**settings)
-    return build_samples(grader(task or Exact()), TOKENIZER, PROMPTS, RESPONSES, config, window, random.Random(seed))
+    return build_samples(
+        reward_manager(task or Exact()), TOKENIZER, PROMPTS, RESPONSES, config, window, random.Random(seed)
+    )
 
 
 def test_samples_come_prompt_by_prompt_with_their_grades() -> None:
     samples = build()
     assert [s.text for s in samples] == ["21", "12", "7", "543543", "1", "345"]
-    assert [s.grade.score for s in samples] == [1, 0.5, 0, 0, 0, 0.5]
+    assert [s.reward.score for s in samples] == [1, 0.5, 0, 0, 0, 0.5]
     assert [s.prompt for s in samples] == [PROMPTS[0]] * 3 + [PROMPTS[1]] * 3
     assert [s.response for s in samples] == RESPONSES[0] + RESPONSES[1]
 
@@ -130,7 +132,7 @@ def test_the_summary_by_hand() -> None:
     lengths = [3, 3, 2, 6, 2, 4]
     prompt_lengths = [10, 10, 10, 11, 11, 11]
     assert {name: value for name, value in values.items() if "/ci95_" not in name} == {
-        metrics.GRADER_FAILURES: 0,
+        metrics.REWARD_FAILURES: 0,
         metrics.SCORE_MEAN: pytest.approx(2 / 6),
         metrics.SCORE_MAX: 1,
         metrics.SCORE_MIN: 0,
@@ -164,8 +166,8 @@ def test_a_prompt_that_is_twice_in_a_batch_is_two_groups() -> None:
     """Steps of more prompts than there are rows: each appearance has rollouts of its own."""
     config = SelfDistillationConfig()
     twice = [PROMPTS[0], PROMPTS[0]]
-    samples = build_samples(grader(Exact()), TOKENIZER, twice, RESPONSES, config, None, random.Random(0))
-    assert [s.grade.score for s in samples] == [1, 0.5, 0, 0, 0, 0]
+    samples = build_samples(reward_manager(Exact()), TOKENIZER, twice, RESPONSES, config, None, random.Random(0))
+    assert [s.reward.score for s in samples] == [1, 0.5, 0, 0, 0, 0]
     assert [round(s.advantage, 3) for s in samples[3:]] == [0, 0, 0]
 
 
@@ -175,10 +177,10 @@ class FailsOn:
     def __init__(self, text: str) -> None:
         self.text = text
 
-    def grade(self, row: Row, response: str) -> Grade:
+    def compute_score(self, row: Row, response: str) -> RewardOutput:
         if response == self.text:
             raise ZeroDivisionError
-        return Exact(feedback=True).grade(row, response)
+        return Exact(feedback=True).compute_score(row, response)
 
 
 def test_a_response_that_was_not_graded_teaches_nothing() -> None:
@@ -193,13 +195,13 @@ def test_a_response_that_was_not_graded_teaches_nothing() -> None:
     samples = build(FailsOn("12"), **settings)
     failed, others = samples[1], [samples[0], samples[2]]
     assert [s.is_graded for s in samples] == [True, False, True, True, True, True]
-    assert (failed.is_distilled, failed.advantage, failed.grade.feedback) == (False, 0.0, None)
+    assert (failed.is_distilled, failed.advantage, failed.reward.feedback) == (False, 0.0, None)
     assert [s.demonstration.solution for s in others] == ["21", "21"]
     deviation = 0.5**0.5  # of 1 and 0, by n - 1
     assert [s.advantage for s in others] == pytest.approx([0.5 / deviation, -0.5 / deviation], rel=1e-4)
     assert [s.distillation_weight for s in others] == [0.5, 0.5]  # one of two succeeded
     values = summarize_samples(samples, SelfDistillationConfig(**settings))
-    assert values[metrics.GRADER_FAILURES] == 1
+    assert values[metrics.REWARD_FAILURES] == 1
     assert values[metrics.SCORE_MEAN] == pytest.approx((1 + 0 + 0 + 0 + 0.5) / 5)
     assert values[metrics.ROLLOUT_SUCCESS_FRACTION] == pytest.approx(2 / 5)
     assert values[metrics.SUCCESS_GROUP_FRACTION] == 1
@@ -208,14 +210,14 @@ def test_a_response_that_was_not_graded_teaches_nothing() -> None:
 
 def test_a_step_in_which_nothing_was_graded_has_no_scores() -> None:
     class Broken:
-        def grade(self, row: Row, response: str) -> float:
+        def compute_score(self, row: Row, response: str) -> float:
             raise ZeroDivisionError
 
-    tolerant = Grader(Broken(), RewardConfig(max_failure_fraction=1.0), Silent())
+    tolerant = RewardManager(Broken(), RewardConfig(max_failure_fraction=1.0), NullCallback())
     config = SelfDistillationConfig()
     samples = build_samples(tolerant, TOKENIZER, PROMPTS, RESPONSES, config, None, random.Random(0))
     values = summarize_samples(samples, config)
-    assert values[metrics.GRADER_FAILURES] == 6
+    assert values[metrics.REWARD_FAILURES] == 6
     assert values[metrics.REPROMPT_FRACTION] == 0
     assert not {metrics.SCORE_MEAN, metrics.SCORE_MAX, metrics.SCORE_MIN, metrics.ROLLOUT_SUCCESS_FRACTION} & set(
         values

@@ -13,11 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdpo.config.root import SDPOConfig
-from sdpo.errors import UserError
-from sdpo.models.generation.sampling import Response
+from sdpo.errors import SDPOError
+from sdpo.models.generation.sampling import Completion
 from sdpo.rewards.base import Row
 from sdpo.rewards.toy.hidden_rule import build_tokenizer
-from sdpo.trainer.actor.actor import Learner
+from sdpo.trainer.actor.actor import Actor
 from sdpo.trainer.checkpoint.state import (
     FILE,
     TrainingState,
@@ -27,12 +27,12 @@ from sdpo.trainer.checkpoint.state import (
     set_random_states,
 )
 from sdpo.trainer.data.prompts import Prompt
-from sdpo.trainer.data.samples import Sample
-from sdpo.trainer.rollout.sampler import Rollouts
+from sdpo.trainer.data.samples import TrainingSample
+from sdpo.trainer.rollout.sampler import RolloutBatch
 
 MakeModel = Callable[..., Any]
 MakeRun = Callable[..., SDPOConfig]
-MakeSamples = Callable[..., list[Sample]]
+MakeSamples = Callable[..., list[TrainingSample]]
 TOKENIZER = build_tokenizer()
 IDS = torch.tensor([[5, 6, 7, 8, 3]])
 
@@ -57,20 +57,20 @@ def test_student_teacher_and_tokenizer_load(
         self_distillation__ema_update_rate=0.5,
         optim__lr=0.1,
     )
-    learner = Learner(make_model(dtype=dtype), run, 0)
+    actor = Actor(make_model(dtype=dtype), run, 0)
     for _ in range(2):
-        learner.learn(make_samples())
-    save_models(tmp_path, learner, TOKENIZER)
-    assert learner.teacher is not None and learner.teacher.module is not None
-    assert_same_model(tmp_path, learner.student.eval(), dtype)
-    assert_same_model(tmp_path / "teacher", learner.teacher.module, dtype)
+        actor.update_policy(make_samples())
+    save_models(tmp_path, actor, TOKENIZER)
+    assert actor.teacher is not None and actor.teacher.module is not None
+    assert_same_model(tmp_path, actor.student.eval(), dtype)
+    assert_same_model(tmp_path / "teacher", actor.teacher.module, dtype)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     messages = [{"role": "user", "content": "123"}]
     assert tokenizer.apply_chat_template(messages, tokenize=False) == TOKENIZER.apply_chat_template(
         messages, tokenize=False
     )
     with torch.no_grad():
-        difference = (learner.student(IDS).logits - learner.teacher.module(IDS).logits).abs().max()
+        difference = (actor.student(IDS).logits - actor.teacher.module(IDS).logits).abs().max()
     assert difference > 1e-2, "teacher and student must differ for this to tell them apart"
 
 
@@ -79,33 +79,33 @@ def test_no_teacher_is_saved_where_there_is_none(
     model: Any, make_run: MakeRun, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     run = make_run(**{f"self_distillation__{name}": value for name, value in settings.items()})
-    save_models(tmp_path, Learner(model, run, 0), TOKENIZER)
+    save_models(tmp_path, Actor(model, run, 0), TOKENIZER)
     assert not (tmp_path / "teacher").exists()
 
 
 def test_the_state_comes_back_as_it_was(
     model: Any, make_run: MakeRun, make_samples: MakeSamples, tmp_path: Path
 ) -> None:
-    learner = Learner(model, make_run(), 0)
-    learner.learn(make_samples())
-    rollouts = Rollouts([[Response([5, 2], [-0.1, -0.3], True)], [Response([7], [-2.5], False)]], 4, 0.25)
+    actor = Actor(model, make_run(), 0)
+    actor.update_policy(make_samples())
+    rollouts = RolloutBatch([[Completion([5, 2], [-0.1, -0.3], True)], [Completion([7], [-2.5], False)]], 4, 0.25)
     random.seed(3), np.random.seed(3), torch.manual_seed(3)
-    saved = TrainingState(learner.state_dict(), {"monitor": {}}, {"a": 0.1}, False, rollouts, "rows")
+    saved = TrainingState(actor.state_dict(), {"monitor": {}}, {"a": 0.1}, False, rollouts, "rows")
     saved.save(tmp_path)
     drawn = random.random(), np.random.rand(), torch.rand(1)
 
     loaded = TrainingState.load(tmp_path)
-    assert (loaded.row, loaded.is_checked, loaded.rollouts, loaded.data) == ({"a": 0.1}, False, rollouts, "rows")
+    assert (loaded.row, loaded.health_checked, loaded.rollouts, loaded.data) == ({"a": 0.1}, False, rollouts, "rows")
     set_random_states(loaded.random)
     assert (random.random(), np.random.rand(), torch.rand(1)) == drawn
-    assert loaded.learner.keys() == saved.learner.keys()
-    for number, moments in saved.learner["moments"].items():
-        assert all(torch.equal(loaded.learner["moments"][number][name], value) for name, value in moments.items())
+    assert loaded.actor.keys() == saved.actor.keys()
+    for number, moments in saved.actor["moments"].items():
+        assert all(torch.equal(loaded.actor["moments"][number][name], value) for name, value in moments.items())
 
 
 def test_a_state_of_another_version_is_refused(tmp_path: Path) -> None:
-    torch.save({"learner": {}}, tmp_path / FILE)
-    with pytest.raises(UserError, match=r"training_state\.pt: was written by another version \(KeyError\)"):
+    torch.save({"actor": {}}, tmp_path / FILE)
+    with pytest.raises(SDPOError, match=r"training_state\.pt: was written by another version \(KeyError\)"):
         TrainingState.load(tmp_path)
 
 

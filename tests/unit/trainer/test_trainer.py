@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from sdpo.config.root import SDPOConfig
-from sdpo.errors import UserError
-from sdpo.models.generation.sampling import Response
+from sdpo.errors import SDPOError
+from sdpo.models.generation.sampling import Completion
 from sdpo.observability import metrics
-from sdpo.observability.progress import Silent
+from sdpo.observability.progress import NullCallback
 from sdpo.trainer import build, trainer
-from sdpo.trainer.actor.actor import Learner
-from sdpo.trainer.data.samples import Sample, build_samples
-from sdpo.trainer.rollout.sampler import LocalSampler, ProcessSampler, Rollouts
+from sdpo.trainer.actor.actor import Actor
+from sdpo.trainer.data.samples import TrainingSample, build_samples
+from sdpo.trainer.rollout.sampler import LocalSampler, ProcessSampler, RolloutBatch
 from sdpo.trainer.trainer import train
 
 MakeRun = Callable[..., SDPOConfig]
@@ -47,38 +47,38 @@ class Recorder:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.student: nn.Module | None = None
         self.weights: dict[int, Weights] = {}
-        self.rollouts: list[Rollouts] = []
-        self.samples: list[Sequence[Sample]] = []
+        self.rollouts: list[RolloutBatch] = []
+        self.samples: list[Sequence[TrainingSample]] = []
         self.old_log_probs: list[list[Tensor]] = []
-        learn, compute_log_probs = Learner.learn, Learner.compute_log_probs
+        learn, compute_log_probs = Actor.update_policy, Actor.compute_log_probs
 
-        def watch_learning(learner: Learner, samples: Sequence[Sample], **how: Any) -> Any:
-            self.student = learner.student
+        def watch_learning(actor: Actor, samples: Sequence[TrainingSample], **how: Any) -> Any:
+            self.student = actor.student
             self.samples.append(samples)
-            self.keep(learner)
-            values = learn(learner, samples, **how)
-            self.keep(learner)
+            self.keep(actor)
+            values = learn(actor, samples, **how)
+            self.keep(actor)
             return values
 
-        def watch_old(learner: Learner, samples: Sequence[Sample], *images: Any) -> Any:
-            self.old_log_probs.append(compute_log_probs(learner, samples, *images))
+        def watch_old(actor: Actor, samples: Sequence[TrainingSample], *images: Any) -> Any:
+            self.old_log_probs.append(compute_log_probs(actor, samples, *images))
             return self.old_log_probs[-1]
 
-        monkeypatch.setattr(Learner, "learn", watch_learning)
-        monkeypatch.setattr(Learner, "compute_log_probs", watch_old)
+        monkeypatch.setattr(Actor, "update_policy", watch_learning)
+        monkeypatch.setattr(Actor, "compute_log_probs", watch_old)
         for kind in (LocalSampler, ProcessSampler):
             collect = kind.collect
 
-            def watch_collecting(sampler: Any, collect: Any = collect) -> Rollouts:
+            def watch_collecting(sampler: Any, collect: Any = collect) -> RolloutBatch:
                 self.rollouts.append(collect(sampler))
                 return self.rollouts[-1]
 
             monkeypatch.setattr(kind, "collect", watch_collecting)
 
-    def keep(self, learner: Learner) -> None:
-        self.weights[learner.version] = {n: p.detach().clone() for n, p in learner.student.named_parameters()}
+    def keep(self, actor: Actor) -> None:
+        self.weights[actor.version] = {n: p.detach().clone() for n, p in actor.student.named_parameters()}
 
-    def log_probs(self, version: int, sample: Sample, temperature: float) -> Tensor:
+    def log_probs(self, version: int, sample: TrainingSample, temperature: float) -> Tensor:
         """With the weights of a version: one sample, no cache, no padding."""
         assert self.student is not None
         prompt, response = sample.prompt.token_ids, sample.response.token_ids
@@ -159,12 +159,12 @@ def test_in_parallel_every_batch_is_sampled_one_update_behind(
     assert second != pytest.approx(other, rel=1e-4, abs=1e-6)
 
 
-def learn_one_behind(run: SDPOConfig) -> Learner:
+def learn_one_behind(run: SDPOConfig) -> Actor:
     """The schedule of staleness 1 in one process, step by step: batch k+1 is sampled, then batch k is learned."""
-    parts = build.build_parts(run, Silent())
+    parts = build.build_parts(run, NullCallback())
     assert isinstance(parts.sampler, LocalSampler), "samples with the student itself, as it is when asked"
 
-    def sample(step: int) -> Rollouts:
+    def sample(step: int) -> RolloutBatch:
         parts.sampler.submit(*trainer._request(run, parts, step))
         return parts.sampler.collect()
 
@@ -174,7 +174,7 @@ def learn_one_behind(run: SDPOConfig) -> Learner:
         if step < run.max_steps:
             upcoming = sample(step + 1)
         samples = build_samples(
-            parts.grader,
+            parts.reward_manager,
             parts.tokenizer,
             parts.prompts_of(step),
             rollouts.responses,
@@ -182,9 +182,9 @@ def learn_one_behind(run: SDPOConfig) -> Learner:
             parts.window,
             random.Random(f"demonstrations {run.seed} {step}"),
         )
-        parts.learner.learn(samples)
+        parts.actor.update_policy(samples)
     parts.folder.close()
-    return parts.learner
+    return parts.actor
 
 
 @pytest.mark.slow
@@ -196,11 +196,11 @@ def test_overlapped_steps_learn_what_the_same_steps_learn_one_after_another(
         **STRONG, max_staleness=1, rollout__num_threads=1, output_dir=str(tmp_path / "overlapped")
     )
     train(overlapped)
-    learner = learn_one_behind(make_task_run(**STRONG, output_dir=str(tmp_path / "by_hand")))
-    assert learner.teacher is not None
-    assert learner.teacher.module is not None
+    actor = learn_one_behind(make_task_run(**STRONG, output_dir=str(tmp_path / "by_hand")))
+    assert actor.teacher is not None
+    assert actor.teacher.module is not None
     saved = Path(overlapped.output_dir) / "checkpoints" / f"step_{overlapped.max_steps}"
-    for folder, module in ((saved, learner.student), (saved / "teacher", learner.teacher.module)):
+    for folder, module in ((saved, actor.student), (saved / "teacher", actor.teacher.module)):
         found = AutoModelForCausalLM.from_pretrained(folder).state_dict()
         expected = module.state_dict()
         assert found.keys() == expected.keys()
@@ -215,10 +215,10 @@ def test_the_same_rollouts_teach_the_same_whatever_the_staleness(
 ) -> None:
     learned = []
     for max_staleness in (0, 1):
-        learner = Learner(make_model(), make_run(max_staleness=max_staleness), 0)
+        actor = Actor(make_model(), make_run(max_staleness=max_staleness), 0)
         for seed in range(3):
-            learner.learn(make_samples(seed=seed))
-        learned.append(learner.student.state_dict())
+            actor.update_policy(make_samples(seed=seed))
+        learned.append(actor.student.state_dict())
     assert all(torch.equal(tensor, learned[1][name]) for name, tensor in learned[0].items())
     assert not torch.equal(learned[0]["lm_head.weight"], make_model().lm_head.weight)
 
@@ -343,13 +343,13 @@ def test_numbers_of_a_row_fit_together(make_task_run: MakeRun, monkeypatch: pyte
     run = make_task_run(eval__val_before_train=False)
     train(run)
     for step, (row, samples) in enumerate(zip(rows_of(run.output_dir), recorder.samples, strict=True), start=1):
-        responses: list[Response] = [s.response for s in samples]
+        responses: list[Completion] = [s.response for s in samples]
         tokens = sum(len(s.prompt.token_ids) + len(s.response.token_ids) for s in samples)
         assert row[metrics.TOKENS] == tokens
         assert row[metrics.THROUGHPUT] == pytest.approx(tokens / row[metrics.TIME_STEP])
         assert row[metrics.EPOCH] == pytest.approx(step * 4 / 40)
         assert row[metrics.RESPONSE_LENGTH_MEAN] == sum(len(r.token_ids) for r in responses) / 8
-        assert row[metrics.SCORE_MEAN] == sum(s.grade.score for s in samples) / 8
+        assert row[metrics.SCORE_MEAN] == sum(s.reward.score for s in samples) / 8
         assert row[metrics.TIME_STEP] >= row[metrics.TIME_SAMPLE] + row[metrics.TIME_LEARN]
 
 
@@ -359,12 +359,12 @@ def test_numbers_of_a_row_fit_together(make_task_run: MakeRun, monkeypatch: pyte
 def test_an_error_in_a_step_is_raised_as_it_is_and_rows_before_it_stay(
     make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    learn = Learner.learn
+    learn = Actor.update_policy
 
-    def fail(learner: Learner, samples: Any, **how: Any) -> Any:
-        return 1 / 0 if learner.version == 1 else learn(learner, samples, **how)
+    def fail(actor: Actor, samples: Any, **how: Any) -> Any:
+        return 1 / 0 if actor.version == 1 else learn(actor, samples, **how)
 
-    monkeypatch.setattr(Learner, "learn", fail)
+    monkeypatch.setattr(Actor, "update_policy", fail)
     closed = []
     monkeypatch.setattr(LocalSampler, "close", lambda self: closed.append(self))
     run = make_task_run(eval__val_before_train=False)
@@ -390,7 +390,7 @@ def test_what_can_be_refused_is_refused_before_there_is_a_run_folder(
     make_task_run: MakeRun, settings: dict[str, Any], complaint: str
 ) -> None:
     run = make_task_run(**settings)
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(SDPOError, match=complaint):
         train(run)
     assert not Path(run.output_dir).exists()
 
@@ -408,7 +408,7 @@ def test_only_as_many_held_out_prompts_as_asked_for(make_task_run: MakeRun, monk
 def test_a_grader_that_fails_now_and_then_costs_those_responses(make_task_run: MakeRun, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "count = 0\n"
-        "def grade(row, response):\n"
+        "def compute_score(row, response):\n"
         "    global count\n"
         "    count += 1\n"
         "    return {'score': 1 / (count % 8 != 3), 'feedback': 'No.'}\n"
@@ -417,13 +417,13 @@ def test_a_grader_that_fails_now_and_then_costs_those_responses(make_task_run: M
     run = make_task_run(**settings, reward__max_failure_fraction=0.3, self_distillation__success_reward_threshold=2.0)
     messages: list[str] = []
 
-    class Watch(Silent):
+    class Watch(NullCallback):
         def message(self, text: str) -> None:
             messages.append(text)
 
     train(run, Watch())
     rows = [json.loads(line) for line in (Path(run.output_dir) / "metrics.jsonl").read_text().splitlines()]
-    assert [row[metrics.GRADER_FAILURES] for row in rows] == [1, 1, 1]
+    assert [row[metrics.REWARD_FAILURES] for row in rows] == [1, 1, 1]
     assert [row[metrics.SCORE_MEAN] for row in rows] == [1, 1, 1]
     assert [row[metrics.REPROMPT_FRACTION] for row in rows] == [7 / 8] * 3
     assert [text for text in messages if "grading failed" in text][1:] == []
@@ -431,9 +431,9 @@ def test_a_grader_that_fails_now_and_then_costs_those_responses(make_task_run: M
 
 
 def test_a_grader_that_always_fails_ends_the_run_at_the_first_step(make_task_run: MakeRun, tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("def grade(row, response):\n    return row.answer\n")
+    (tmp_path / "mine.py").write_text("def compute_score(row, response):\n    return row.answer\n")
     run = make_task_run(data__task=str(tmp_path / "mine.py"), data__task_args={}, eval__val_before_train=False)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(SDPOError) as caught:
         train(run)
     assert str(caught.value).startswith("data.task: grading failed for 1 of the 1 responses")
     assert f"AttributeError: 'Row' object has no attribute 'answer' ({tmp_path}/mine.py:2)" in str(caught.value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sdpo import UserError
+from sdpo import SDPOError
 from sdpo.trainer.rollout import vllm_engine
 from sdpo.trainer.rollout.vllm_engine import require_vllm
 
@@ -18,12 +18,12 @@ def test_without_vllm_the_command_that_installs_it_is_named(
     monkeypatch: pytest.MonkeyPatch, device: str, command: str
 ) -> None:
     monkeypatch.setattr(vllm_engine.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(SDPOError) as error:
         require_vllm(torch.device(device))
     assert str(error.value) == f"rollout.engine=vllm: vLLM is not installed; install it with: {command}"
 
 
 @pytest.mark.parametrize("device", ["cuda:1", "mps"])
 def test_a_device_that_vllm_would_not_sample_on_is_refused(device: str) -> None:
-    with pytest.raises(UserError, match=rf"^rollout\.device={device}: .* samples on cpu or on the first visible GPU; "):
+    with pytest.raises(SDPOError, match=rf"^rollout\.device={device}: .* samples on cpu or on the first visible GPU; "):
         require_vllm(torch.device(device))

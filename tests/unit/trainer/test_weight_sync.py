@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdpo.trainer.rollout.weight_sync import SharedWeights, compute_probe, copy_parameters
+from sdpo.trainer.rollout.weight_sync import SharedWeights, compute_weight_checksum, copy_parameters
 
 MakeModel = Callable[..., Any]
 
@@ -55,7 +55,7 @@ def test_another_architecture_is_refused(make_model: MakeModel) -> None:
 @pytest.mark.parametrize("training", [False, True])
 def test_a_probe_tells_what_the_student_says_of_its_tokens(make_model: MakeModel, training: bool) -> None:
     student = make_model(attention_dropout=0.5).train(training)
-    probe = compute_probe(student)
+    probe = compute_weight_checksum(student)
     assert student.training == training
     assert {0, student.config.vocab_size - 1} < set(probe.token_ids)
     logits = student.eval()(input_ids=torch.tensor([probe.token_ids])).logits[0].log_softmax(-1)
@@ -63,4 +63,4 @@ def test_a_probe_tells_what_the_student_says_of_its_tokens(make_model: MakeModel
     assert probe.log_probs == pytest.approx(expected)
     with torch.no_grad():
         student.lm_head.weight.mul_(1.5)
-    assert compute_probe(student) != probe
+    assert compute_weight_checksum(student) != probe

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from sdpo.models.multimodal.vision_tower import Vision
-from sdpo.trainer.data.samples import Sample
+from sdpo.models.multimodal.vision_tower import VisionAdapter
+from sdpo.trainer.data.samples import TrainingSample
 
 SCRIPT = Path(__file__).with_name("train_cases.py")
 SOURCE = Path(__file__).parents[3] / "src"
@@ -87,10 +87,10 @@ def pad_for_verl() -> Callable[..., dict[str, torch.Tensor]]:
     """The tensors that verl's driver has of these samples, padded as verl pads: prompts left, responses right."""
 
     def pad(
-        samples: Sequence[Sample],
+        samples: Sequence[TrainingSample],
         old_log_probs: Sequence[torch.Tensor],
         threshold: float | None,
-        vision: Vision | None = None,
+        vision: VisionAdapter | None = None,
     ) -> dict[str, Any]:
         size = len(samples)
         prompt_length = max(len(s.prompt.token_ids) for s in samples)
@@ -137,7 +137,9 @@ def pad_for_verl() -> Callable[..., dict[str, torch.Tensor]]:
     return pad
 
 
-def place_in_images(text: torch.Tensor, samples: Sequence[Sample], prompt_length: int, vision: Vision) -> torch.Tensor:
+def place_in_images(
+    text: torch.Tensor, samples: Sequence[TrainingSample], prompt_length: int, vision: VisionAdapter
+) -> torch.Tensor:
     """[B, 4, L] as verl's agent loop makes them: position in the text, then time, height and width."""
     positions = text[:, None].repeat(1, 1 + vision.num_axes, 1)
     for i, sample in enumerate(samples):
@@ -148,7 +150,7 @@ def place_in_images(text: torch.Tensor, samples: Sequence[Sample], prompt_length
     return positions
 
 
-def read_pixels(sample: Sample, vision: Vision) -> dict[str, torch.Tensor]:
+def read_pixels(sample: TrainingSample, vision: VisionAdapter) -> dict[str, torch.Tensor]:
     pixels = [vision.reader.read_pixels(image) for image in sample.prompt.images]
     inputs = {name: torch.cat([each[name] for each in pixels]) for name in (pixels[0] if pixels else ())}
     if inputs:

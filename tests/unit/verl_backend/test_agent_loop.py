@@ -15,7 +15,7 @@ from verl.tools.function_tool import FUNCTION_TOOL_REGISTRY
 from verl.tools.tool_registry import load_all_tools
 from verl.workers.rollout.replica import TokenOutput
 
-from sdpo.errors import UserError
+from sdpo.errors import SDPOError
 from sdpo.prompting.tokenization import encode_prompt
 from sdpo.rewards.toy.base import build_tokenizer
 from sdpo.verl_backend.driver.teacher_batch import decode_turns
@@ -46,7 +46,7 @@ def test_the_sampler_is_asked_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_that_comes_all_the_same_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="drew token 6, which stands for an image"):
         ask(monkeypatch, SimpleNamespace(image_token_id=5, video_token_id=6), [7, 6])
-    with pytest.raises(UserError, match="the text of a tool's output holds token 6, which stands for an image"):
+    with pytest.raises(SDPOError, match="the text of a tool's output holds token 6, which stands for an image"):
         ask(monkeypatch, SimpleNamespace(image_token_id=5, video_token_id=6), [7, 6], mask=0)
 
 
@@ -158,7 +158,7 @@ def test_a_tools_output_is_in_the_response_with_a_mask_of_0(rollout: DictConfig)
 
 def test_images_from_tools_are_refused(rollout: DictConfig) -> None:
     call = '<tool_call>{"name": "draw", "arguments": {"a": 1}}</tool_call><|im_end|>'
-    with pytest.raises(UserError, match="tool draw returned an image or a video, which is not supported"):
+    with pytest.raises(SDPOError, match="tool draw returned an image or a video, which is not supported"):
         take_turns(rollout, [call])
 
 

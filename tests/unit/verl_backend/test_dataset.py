@@ -18,9 +18,9 @@ from vision_language import make_image
 
 from sdpo.config.data import DataConfig
 from sdpo.config.model import ModelConfig
-from sdpo.errors import UserError
+from sdpo.errors import SDPOError
 from sdpo.models.loading import load_tokenizer
-from sdpo.models.multimodal.processor import ImageReader, load_reader
+from sdpo.models.multimodal.processor import MultimodalProcessor, load_reader
 from sdpo.verl_backend.cpu import processor as cpu_processor
 from sdpo.verl_backend.entrypoint.main import compose_config
 
@@ -124,18 +124,18 @@ BROKEN = {
 def test_a_row_that_cannot_be_read_is_named_or_skipped(name: str, load: Callable[..., Any], capsys: Any) -> None:
     broken, message = BROKEN[name]
     rows = [make_row("<image>how long?", [as_file(make_image(1))]), broken]
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(SDPOError) as caught:
         load("qwen2_5_vl", rows)
     assert "rows.parquet: row 1: " in str(caught.value) and message in str(caught.value)
     assert str(caught.value).endswith("; set data.filter_unreadable_images=true to skip such rows")
     assert len(load("qwen2_5_vl", rows, "data.filter_unreadable_images=true")) == 1
     assert "skipped 1 of 2 rows" in capsys.readouterr().out
-    with pytest.raises(UserError, match="no row is left"):
+    with pytest.raises(SDPOError, match="no row is left"):
         load("qwen2_5_vl", [broken], "data.filter_unreadable_images=true")
 
 
 def test_images_for_a_model_that_reads_none(load: Callable[..., Any]) -> None:
-    with pytest.raises(UserError, match=r"rows.parquet has images, but .* reads none"):
+    with pytest.raises(SDPOError, match=r"rows.parquet has images, but .* reads none"):
         load("text", [make_row("how long?", []), make_row("<image>", [as_file(make_image(0))])])
     rows = load("text", [make_row("how <image> long?", [])])
     assert rows[0]["raw_prompt"][1]["content"] == "how <image> long?"
@@ -147,7 +147,7 @@ def test_an_overlong_prompt_is_measured_with_its_images(load: Callable[..., Any]
     assert lengths[1] == lengths[0] + 12
     assert len(load("qwen2_5_vl", rows, f"data.max_prompt_length={lengths[0]}")) == 1
     assert np.array_equal(load("qwen2_5_vl", rows)[0]["raw_prompt"][1]["content"][0]["image"], make_image(0))
-    assert isinstance(load("qwen2_5_vl", rows)._reader, ImageReader)
+    assert isinstance(load("qwen2_5_vl", rows)._reader, MultimodalProcessor)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -222,6 +222,6 @@ def test_rows_for_another_agent_loop_are_refused(
     rows = [make_text_row(**{name: None for name in columns} | first), make_text_row(**columns)]
     if not first and "agent_name" in columns:
         rows = rows[1:]
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(SDPOError) as caught:
         load("text", rows, *(with_tools if tools else []))
     assert message in str(caught.value) and "\n" not in str(caught.value)

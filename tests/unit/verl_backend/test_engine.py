@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from sdpo.observability import metrics
 from sdpo.observability.metrics import UPDATE_ROUNDING
 from sdpo.rewards.toy.hidden_rule import build_tokenizer
-from sdpo.trainer.data.samples import Sample
+from sdpo.trainer.data.samples import TrainingSample
 
 BUDGET = 60
 VOCABULARY = 20_000
@@ -23,7 +23,7 @@ BFLOAT16 = {"param_dtype": "bf16", "reduce_dtype": "fp32", "buffer_dtype": "fp32
 
 
 @pytest.fixture(scope="module")
-def samples(make_samples: Callable[..., list[Sample]]) -> list[Sample]:
+def samples(make_samples: Callable[..., list[TrainingSample]]) -> list[TrainingSample]:
     return make_samples(8, seed=5, undistilled=(2,))
 
 
@@ -31,7 +31,7 @@ def samples(make_samples: Callable[..., list[Sample]]) -> list[Sample]:
 def base(
     make_model: Callable[..., PreTrainedModel],
     tmp_path_factory: pytest.TempPathFactory,
-    samples: list[Sample],
+    samples: list[TrainingSample],
     pad_for_verl: Callable[..., dict[str, torch.Tensor]],
 ) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("model")
@@ -68,7 +68,7 @@ def without(batch: dict[str, Any], number: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def results(
     base: dict[str, Any],
-    samples: list[Sample],
+    samples: list[TrainingSample],
     pad_for_verl: Callable[..., dict[str, torch.Tensor]],
     train_on_verl: Callable[..., dict[str, Any]],
     tmp_path_factory: pytest.TempPathFactory,
@@ -119,7 +119,7 @@ def test_logits_of_all_tokens_are_never_there(
     packed: bool,
     base: dict[str, Any],
     make_model: Callable[..., PreTrainedModel],
-    make_samples: Callable[..., list[Sample]],
+    make_samples: Callable[..., list[TrainingSample]],
     pad_for_verl: Callable[..., dict[str, torch.Tensor]],
     train_on_verl: Callable[..., dict[str, Any]],
     tmp_path: Path,
@@ -250,7 +250,7 @@ def test_products_in_bfloat16_are_near_those_in_float32(results: dict[str, Any])
 
 
 @pytest.mark.slow
-def test_the_token_budget_counts_the_teachers_tokens(results: dict[str, Any], samples: list[Sample]) -> None:
+def test_the_token_budget_counts_the_teachers_tokens(results: dict[str, Any], samples: list[TrainingSample]) -> None:
     student = sum(len(s.prompt.token_ids) + len(s.response.token_ids) for s in samples)
     teacher = sum(len(s.teacher_prompt.token_ids or ()) + len(s.response.token_ids) for s in samples if s.is_distilled)
     least, without_teacher = math.ceil((student + teacher) / BUDGET), math.ceil(student / BUDGET)
@@ -299,7 +299,7 @@ def test_updates_that_are_not_finite_are_left_out_and_a_row_of_them_is_the_end(r
     for name, value in result["teacher_before"].items():
         assert torch.equal(result["students"][1][name], value), name
     error = results["all broken thrice"]["error"]
-    assert error.startswith("UserError: 3 updates in a row were left out because their gradient was not finite")
+    assert error.startswith("SDPOError: 3 updates in a row were left out because their gradient was not finite")
 
 
 @pytest.mark.slow

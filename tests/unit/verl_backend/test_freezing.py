@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sdpo.rewards.toy.hidden_rule import build_tokenizer
-from sdpo.trainer.data.samples import Sample
+from sdpo.trainer.data.samples import TrainingSample
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +27,7 @@ def same(one: Weights, other: Weights) -> bool:
 @pytest.fixture(scope="module")
 def results(
     make_model: Callable[..., PreTrainedModel],
-    make_samples: Callable[..., list[Sample]],
+    make_samples: Callable[..., list[TrainingSample]],
     pad_for_verl: Callable[..., dict[str, torch.Tensor]],
     train_on_verl: Callable[..., dict[str, Any]],
     tmp_path_factory: pytest.TempPathFactory,
@@ -54,7 +54,7 @@ def results(
     def case(kind: str, **more: Any) -> dict[str, Any]:
         return {**base, "settings": {"alpha": 0.5, "teacher_regularization": kind, "ema_update_rate": 0.2}, **more}
 
-    freeze, keep = ["freeze_teacher"], ["keep_as_best"]
+    freeze, keep = ["freeze_teacher"], ["snapshot_best"]
     cases = {
         "ema": case("ema"),
         "ema, frozen": case("ema", actions={1: freeze}, checkpoint=str(folder / "ema")),

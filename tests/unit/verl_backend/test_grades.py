@@ -17,13 +17,13 @@ from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
 from sdpo.algorithm.advantage import compute_group_advantages
-from sdpo.errors import UserError
+from sdpo.errors import SDPOError
 from sdpo.observability import metrics
-from sdpo.rewards.scoring import GradingFailed
+from sdpo.rewards.scoring import RewardFailure
 from sdpo.verl_backend.driver.grades import (
     FAILURE,
     REFUSAL,
-    WithFailedGrades,
+    FailedRewardsMixin,
     check_failures,
     correct_advantages,
     replace_scores,
@@ -65,7 +65,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> OneStepOffWorker:
     return made
 
 
-def grade(worker: OneStepOffWorker, monkeypatch: pytest.MonkeyPatch, result: Any) -> AgentLoopOutput:
+def compute_score(worker: OneStepOffWorker, monkeypatch: pytest.MonkeyPatch, result: Any) -> AgentLoopOutput:
     """A response that verl's worker has this grade for, or this error."""
 
     async def compute(self: Any, outputs: list[AgentLoopOutput], kwargs: Any) -> None:
@@ -83,7 +83,7 @@ def grade(worker: OneStepOffWorker, monkeypatch: pytest.MonkeyPatch, result: Any
 
 
 def test_a_grade_says_that_nothing_failed(worker: OneStepOffWorker, monkeypatch: pytest.MonkeyPatch) -> None:
-    output = grade(worker, monkeypatch, {"score": 0.5, "acc": 0.5, "feedback": "almost"})
+    output = compute_score(worker, monkeypatch, {"score": 0.5, "acc": 0.5, "feedback": "almost"})
     assert output.reward_score == 0.5
     assert output.extra_fields[EXTRA] == {"score": 0.5, "acc": 0.5, "feedback": "almost", **GRADED}
 
@@ -91,18 +91,18 @@ def test_a_grade_says_that_nothing_failed(worker: OneStepOffWorker, monkeypatch:
 @pytest.mark.parametrize(
     ("error", "failure", "refusal"),
     [
-        (Wrapped(GradingFailed("sums: no grade within 30 seconds")), "sums: no grade within 30 seconds", ""),
+        (Wrapped(RewardFailure("sums: no grade within 30 seconds")), "sums: no grade within 30 seconds", ""),
         (Wrapped(ZeroDivisionError("division by zero")), "sums: ZeroDivisionError: division by zero", ""),
         (KeyError("a"), "sums: KeyError: 'a'", ""),
-        (Wrapped(UserError("no such language")), "no such language", "no such language"),
+        (Wrapped(SDPOError("no such language")), "no such language", "no such language"),
         ({"score": math.nan}, "sums: the reward must be a finite number, got nan", ""),
     ],
 )
 def test_an_exception_of_the_grader_is_a_failed_grade(
     worker: OneStepOffWorker, monkeypatch: pytest.MonkeyPatch, error: Any, failure: str, refusal: str
 ) -> None:
-    grade(worker, monkeypatch, {"score": 1.0, "acc": 1.0, "pred": "3"})
-    output = grade(worker, monkeypatch, error)
+    compute_score(worker, monkeypatch, {"score": 1.0, "acc": 1.0, "pred": "3"})
+    output = compute_score(worker, monkeypatch, error)
     assert output.reward_score == 0.0
     # The columns of the other responses, without values.
     assert output.extra_fields[EXTRA] == {"score": None, "acc": None, "pred": None, FAILURE: failure, REFUSAL: refusal}
@@ -143,9 +143,9 @@ def test_failures_are_found_and_limited(capsys: pytest.CaptureFixture[str]) -> N
         "data.task: grading failed for 2 of 5 responses of step 1, which costs them; the last: sums: "
         "ZeroDivisionError: division by zero\n"
     )
-    with pytest.raises(UserError, match=r"^data\.task: grading failed for 1 of 2 responses of step 1, which is more"):
+    with pytest.raises(SDPOError, match=r"^data\.task: grading failed for 1 of 2 responses of step 1, which is more"):
         check_failures([GRADED, FAILED], CONFIG, "step 1")
-    with pytest.raises(UserError, match=r"^no such language$"):
+    with pytest.raises(SDPOError, match=r"^no such language$"):
         check_failures([GRADED] * 9 + [{FAILURE: "no such language", REFUSAL: "no such language"}], CONFIG, "step 1")
 
 
@@ -166,22 +166,22 @@ def test_means_are_of_graded_responses() -> None:
     values: dict[str, Any] = {"critic/score/mean": 0.1, "critic/rewards/mean": 0.1, "critic/score/min": 0.0}
     replace_scores(values, [0.5, math.nan, 1.0], CONFIG)
     assert values == {
-        metrics.GRADER_FAILURES: 1,
+        metrics.REWARD_FAILURES: 1,
         **{f"critic/{kind}/mean": 0.75 for kind in ("score", "rewards")},
         **{f"critic/{kind}/max": 1.0 for kind in ("score", "rewards")},
         **{f"critic/{kind}/min": 0.5 for kind in ("score", "rewards")},
     }
     values = {"critic/score/mean": 0.1}
     replace_scores(values, [0.1, 0.1], CONFIG)
-    assert values == {"critic/score/mean": 0.1, metrics.GRADER_FAILURES: 0}
+    assert values == {"critic/score/mean": 0.1, metrics.REWARD_FAILURES: 0}
     replace_scores(values, [math.nan], CONFIG)
-    assert values == {metrics.GRADER_FAILURES: 1}
+    assert values == {metrics.REWARD_FAILURES: 1}
 
 
 @pytest.mark.parametrize("base", [RayPPOTrainer, PPOTrainer])
 def test_an_evaluation_leaves_failed_responses_out(base: type) -> None:
     hooks = dict.fromkeys(("on_sample_end", "on_step_end"))  # abstract in V1
-    trainer = object.__new__(type("Trainer", (WithFailedGrades, base), hooks))
+    trainer = object.__new__(type("Trainer", (FailedRewardsMixin, base), hooks))
     trainer.config, trainer.global_steps = CONFIG, 3
     kwargs = {"expected_acc_counts": dict.fromkeys([("sums", uid) for uid in "abc"], 1)} if base is PPOTrainer else {}
     values = trainer._val_metrics_update(
@@ -197,6 +197,6 @@ def test_an_evaluation_leaves_failed_responses_out(base: type) -> None:
         **kwargs,
     )
     assert values["val-core/sums/acc/mean@1"] == 0.5 and values["val-aux/sums/reward/mean@1"] == 0.5
-    assert values[metrics.VAL_GRADER_FAILURES] == 1
-    with pytest.raises(UserError, match=r"3 of 3 responses of the evaluation at step 3"):
+    assert values[metrics.VAL_REWARD_FAILURES] == 1
+    with pytest.raises(SDPOError, match=r"3 of 3 responses of the evaluation at step 3"):
         trainer._val_metrics_update(["sums"] * 3, list("abc"), {FAILURE: ["why"] * 3}, [])

@@ -17,15 +17,15 @@ from sdpo.config.root import SDPOConfig
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.observability import metrics
 from sdpo.observability.health import HealthMonitor
-from sdpo.observability.health_callback import Guard
-from sdpo.observability.progress import Silent
+from sdpo.observability.health_callback import HealthCallback
+from sdpo.observability.progress import NullCallback
 from sdpo.rewards.toy.hidden_rule import build_tokenizer
-from sdpo.trainer.actor.actor import Learner
-from sdpo.trainer.checkpoint.manager import retire_checkpoints, save_checkpoint
-from sdpo.trainer.data.samples import Sample, summarize_samples
-from sdpo.trainer.logging.run_dir import RunFolder
+from sdpo.trainer.actor.actor import Actor
+from sdpo.trainer.checkpoint.manager import prune_checkpoints, save_checkpoint
+from sdpo.trainer.data.samples import TrainingSample, summarize_samples
+from sdpo.trainer.logging.run_dir import RunDir
 from sdpo.verl_backend.driver.health import STATE_FILE, RunHealth, summarize_rollouts
-from sdpo.verl_backend.driver.teacher_batch import Rollout, TeacherBatch
+from sdpo.verl_backend.driver.teacher_batch import Rollout, TeacherBatchBuilder
 from sdpo.verl_backend.worker.packing import DISTILLATION_COEF
 
 ACCURACY = metrics.val_name("digits", "mean@1")
@@ -41,7 +41,7 @@ class Workers:
     def freeze_teacher(self) -> None:
         self.calls.append("freeze_teacher")
 
-    def keep_as_best(self) -> None:
+    def snapshot_best(self) -> None:
         self.calls.append("keep")
 
 
@@ -53,7 +53,7 @@ def build_config(
         {
             "trainer": {
                 "default_local_dir": str(folder / "checkpoints"),
-                "alarms_file": str(folder / "alarms.jsonl"),
+                "alarms_file": str(folder / "health_events.jsonl"),
                 "max_actor_ckpt_to_keep": save_total_limit,
                 "save_best_limit": save_best_limit,
             },
@@ -68,14 +68,14 @@ def build_config(
     )
 
 
-def build_teacher_batch(**settings: Any) -> TeacherBatch:
-    return TeacherBatch(SelfDistillationConfig(**settings), TOKENIZER, None, seed=0, max_steps=10)
+def build_teacher_batch(**settings: Any) -> TeacherBatchBuilder:
+    return TeacherBatchBuilder(SelfDistillationConfig(**settings), TOKENIZER, None, seed=0, max_steps=10)
 
 
-def coef_of(batch: TeacherBatch, step: int = 1) -> float:
+def coef_of(batch: TeacherBatchBuilder, step: int = 1) -> float:
     rollout = Rollout("a", [{"role": "user", "content": "1"}], [3], [1], 0.0, None, "2")
     fields, values = batch.build([rollout], step)
-    assert values[metrics.DISTILLATION_WEIGHT] == pytest.approx(float(fields[DISTILLATION_COEF][0]))
+    assert values[metrics.DISTILLATION_COEF] == pytest.approx(float(fields[DISTILLATION_COEF][0]))
     return float(fields[DISTILLATION_COEF][0])
 
 
@@ -114,17 +114,17 @@ def test_the_same_metrics_raise_the_same_alarms_on_both_engines(
     run = make_run(
         output_dir=str(tmp_path / "embedded"), **{f"health__{name}": value for name, value in health.items()}
     )
-    learner, folder = Learner(model, run, 0), RunFolder(run, Silent())
-    guard = Guard(HealthMonitor(run.health), learner, folder.log_alarm, Silent())
+    actor, folder = Actor(model, run, 0), RunDir(run, NullCallback())
+    guard = HealthCallback(HealthMonitor(run.health), actor, folder.log_health_event, NullCallback())
     batch, workers = build_teacher_batch(), Workers()
     on_verl = RunHealth(build_config(tmp_path / "verl", health=health), batch, workers, None)
     for step, row in enumerate(make_rows(seed), start=1):
         assert on_verl.check(step, row) == guard.watch(step, row)
-        assert batch.factor == learner.distillation_factor
-        assert ("freeze_teacher" in workers.calls) == learner.teacher_is_frozen
+        assert batch.factor == actor.distillation_factor
+        assert ("freeze_teacher" in workers.calls) == actor.teacher_is_frozen
     folder.close()
-    raised = (tmp_path / "verl" / "alarms.jsonl").read_text()
-    assert raised == (tmp_path / "embedded" / "alarms.jsonl").read_text()
+    raised = (tmp_path / "verl" / "health_events.jsonl").read_text()
+    assert raised == (tmp_path / "embedded" / "health_events.jsonl").read_text()
     found = {json.loads(line)["rule"] for line in raised.splitlines()}
     assert found >= {"score_collapse", "teacher_entropy_increase", "length_collapse", "no_distillation_targets"}
     assert ("entropy_collapse" if seed else "entropy_explosion") in found
@@ -174,7 +174,7 @@ def test_those_checkpoints_stay_that_stay_on_the_embedded_engine(
         if score is not None:
             health.note_evaluation(step, {ACCURACY: score})
         save_checkpoint(embedded, step, score, lambda _: None)
-        retire_checkpoints(embedded, save_total_limit, save_best_limit)
+        prune_checkpoints(embedded, save_total_limit, save_best_limit)
     kept = {int(path.name.removeprefix("global_step_")) for path in (tmp_path / "checkpoints").glob("global_step_*")}
     assert kept == {int(path.name.removeprefix("step_")) for path in embedded.iterdir()}
 
@@ -210,7 +210,7 @@ def test_without_a_limit_all_checkpoints_stay(tmp_path: Path) -> None:
 
 
 def read_alarms(folder: Path) -> list[Mapping[str, Any]]:
-    return [json.loads(line) for line in (folder / "alarms.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "health_events.jsonl").read_text().splitlines()]
 
 
 def test_a_resumed_run_knows_what_it_knew(tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_a_resumed_run_knows_what_it_knew(tmp_path: Path) -> None:
     assert read_alarms(tmp_path) == alarms
     assert (again.factor, workers.calls) == (0.5, []), "the engine's checkpoint has the frozen teacher"
     values = health.check(5, rows[4])
-    assert values == expected[4] == {metrics.ALARMS: 0, metrics.TEACHER_FROZEN: 1}
+    assert values == expected[4] == {metrics.NUM_WARNINGS: 0, metrics.TEACHER_FROZEN: 1}
     assert read_alarms(tmp_path) == alarms
     health.note_checkpoint(5)
     health.complete_checkpoint(5)
@@ -260,7 +260,7 @@ def test_a_resumed_run_knows_what_it_knew(tmp_path: Path) -> None:
 
 
 def test_a_run_that_begins_forgets_another_ones_alarms(tmp_path: Path) -> None:
-    (tmp_path / "alarms.jsonl").write_text('{"step": 3}\n{"step": 4, "ru')
+    (tmp_path / "health_events.jsonl").write_text('{"step": 3}\n{"step": 4, "ru')
     RunHealth(build_config(tmp_path), None, Workers(), None)
     assert read_alarms(tmp_path) == []
 
@@ -292,7 +292,7 @@ def test_the_student_of_a_live_teacher_is_remembered_at_its_best_evaluation(tmp_
             tmp_path / "checkpoints" / f"global_step_{step}",
         )
         assert workers.calls == calls
-    assert health.check(4, {metrics.SCORE_MEAN: 0.0}) == {metrics.ALARMS: 1, metrics.TEACHER_FROZEN: 1}
+    assert health.check(4, {metrics.SCORE_MEAN: 0.0}) == {metrics.NUM_WARNINGS: 1, metrics.TEACHER_FROZEN: 1}
     health.note_evaluation(4, {ACCURACY: 0.9})
     assert workers.calls == ["freeze_teacher"]
 
@@ -310,10 +310,10 @@ def test_the_student_of_another_teacher_is_not_remembered(settings: dict[str, An
     assert workers.calls == []
 
 
-def test_rollouts_are_summarized_as_on_the_embedded_engine(make_samples: Callable[..., list[Sample]]) -> None:
+def test_rollouts_are_summarized_as_on_the_embedded_engine(make_samples: Callable[..., list[TrainingSample]]) -> None:
     samples = make_samples()
     expected = summarize_samples(samples, SelfDistillationConfig())
-    scores, lengths = [s.grade.score for s in samples], [len(s.response.token_ids) for s in samples]
+    scores, lengths = [s.reward.score for s in samples], [len(s.response.token_ids) for s in samples]
     values = summarize_rollouts(scores, lengths, longest=max(lengths) + 1)
     assert values[metrics.SCORE_MEAN] == pytest.approx(expected[metrics.SCORE_MEAN])
     assert values[metrics.RESPONSE_LENGTH_MEAN] == pytest.approx(expected[metrics.RESPONSE_LENGTH_MEAN])

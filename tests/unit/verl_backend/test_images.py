@@ -12,16 +12,16 @@ import torch
 from vision_language import LoadedModel, load_vision_model, make_messages, plain_logits
 
 from sdpo.config.self_distillation import SelfDistillationConfig
-from sdpo.models.generation.sampling import Response
+from sdpo.models.generation.sampling import Completion
 from sdpo.models.lora.adapters import add_adapters
 from sdpo.models.multimodal.vision_tower import freeze_tower
 from sdpo.observability import metrics
-from sdpo.prompting.demonstrations import Demonstration
+from sdpo.prompting.demonstrations import PrivilegedContext
 from sdpo.prompting.tokenization import TeacherPrompt, encode_teacher_prompt
-from sdpo.rewards.base import Grade, Row
-from sdpo.trainer.actor.actor import Learner
+from sdpo.rewards.base import RewardOutput, Row
+from sdpo.trainer.actor.actor import Actor
 from sdpo.trainer.data.prompts import Prompt
-from sdpo.trainer.data.samples import Sample
+from sdpo.trainer.data.samples import TrainingSample
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 NUM_IMAGES = (1, 0, 3, 1)  # of the prompts
@@ -30,21 +30,21 @@ UNDISTILLED = (1, 6, 7)  # on two ranks the second has a micro-batch without any
 TEXTS = ("how long is it?", "how long?", "which of these?", "how wide is it?")
 
 
-def make_samples(loaded: LoadedModel) -> list[Sample]:
+def make_samples(loaded: LoadedModel) -> list[TrainingSample]:
     generator = torch.Generator().manual_seed(0)
     samples = []
     for i in range(len(NUM_IMAGES) * N):
         messages = make_messages(NUM_IMAGES[i // N], TEXTS[i // N])
         length = 2 + i % 4
         ids = torch.randint(7, 200, (length,), generator=generator).tolist()
-        shown = Demonstration(solution="it is 12 long"[: 5 + i])
+        shown = PrivilegedContext(solution="it is 12 long"[: 5 + i])
         teacher = encode_teacher_prompt(loaded.reader, messages, shown, SelfDistillationConfig())
         samples.append(
-            Sample(
+            TrainingSample(
                 prompt=Prompt(Row("tiny", messages, {}), list(loaded.encode(messages).token_ids)),
-                response=Response(ids, (-5 * torch.rand(length, generator=generator)).tolist(), finished=False),
+                response=Completion(ids, (-5 * torch.rand(length, generator=generator)).tolist(), finished=False),
                 text="",
-                grade=Grade(0.0),
+                reward=RewardOutput(0.0),
                 demonstration=shown,
                 teacher_prompt=TeacherPrompt(None, [], False) if i in UNDISTILLED else teacher,
                 advantage=float(torch.randn(1, generator=generator)),
@@ -60,13 +60,13 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def samples(family: str, vision_dir: Callable[[str], Path]) -> list[Sample]:
+def samples(family: str, vision_dir: Callable[[str], Path]) -> list[TrainingSample]:
     return make_samples(load_vision_model(vision_dir(family)))
 
 
 @pytest.fixture(scope="module")
 def embedded(
-    family: str, vision_dir: Callable[[str], Path], samples: list[Sample], make_run_in: Callable[..., Any]
+    family: str, vision_dir: Callable[[str], Path], samples: list[TrainingSample], make_run_in: Callable[..., Any]
 ) -> dict[str, Any]:
     """A step on the embedded engine, with the old log-probabilities that verl's trainer would send."""
     results = {}
@@ -89,10 +89,10 @@ def embedded(
             for param in get_adapters(loaded.model).values():
                 param.data = 0.1 * torch.randn(param.shape, generator=generator)
         begun = {weight: param.detach().clone() for weight, param in get_adapters(loaded.model).items()}
-        learner = Learner(loaded.model, run, pad_token_id=0, vision=loaded.vision)
-        old = learner.compute_log_probs(samples)
-        values = learner.learn(samples)
-        results[name] = {"run": run, "old": old, "metrics": values, "learner": learner, "adapters": begun}
+        actor = Actor(loaded.model, run, pad_token_id=0, vision=loaded.vision)
+        old = actor.compute_log_probs(samples)
+        values = actor.update_policy(samples)
+        results[name] = {"run": run, "old": old, "metrics": values, "actor": actor, "adapters": begun}
     return results
 
 
@@ -105,7 +105,7 @@ def on_verl(
     request: pytest.FixtureRequest,
     family: str,
     vision_dir: Callable[[str], Path],
-    samples: list[Sample],
+    samples: list[TrainingSample],
     embedded: dict[str, Any],
     train_on_verl: Callable[..., dict[str, Any]],
     pad_for_verl: Callable[..., dict[str, torch.Tensor]],
@@ -151,7 +151,7 @@ def on_verl(
 
 @pytest.mark.slow
 def test_log_probs_are_those_of_one_plain_forward_pass_a_sample(
-    family: str, vision_dir: Callable[[str], Path], samples: list[Sample], on_verl: dict[str, Any]
+    family: str, vision_dir: Callable[[str], Path], samples: list[TrainingSample], on_verl: dict[str, Any]
 ) -> None:
     loaded = load_vision_model(vision_dir(family))
     student, teacher = [], []
@@ -183,9 +183,9 @@ def test_a_step_with_images_is_the_same_on_both_engines(
         assert values[verl_metric][0] == pytest.approx(ours["metrics"][metric], rel=1e-4), metric
     for metric in ours["metrics"].keys() & values.keys() - {metrics.LR}:
         assert values[metric][0] == pytest.approx(ours["metrics"][metric], rel=1e-4, abs=1e-6), metric
-    learner = ours["learner"]
-    teacher = learner.teacher.weights.values if name == "adapted" else learner.teacher.module.state_dict()
-    for weights, expected in ((theirs["students"][0], learner.student.state_dict()), (theirs["teacher"], teacher)):
+    actor = ours["actor"]
+    teacher = actor.teacher.weights.values if name == "adapted" else actor.teacher.module.state_dict()
+    for weights, expected in ((theirs["students"][0], actor.student.state_dict()), (theirs["teacher"], teacher)):
         assert weights.keys() == expected.keys()
         for weight, value in expected.items():
             assert_same_after_adamw(weights[weight], value, rtol=1e-4, atol=1e-5, lr=1e-3, msg=weight)

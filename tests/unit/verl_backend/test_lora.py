@@ -19,7 +19,7 @@ from sdpo.config.model import LoraConfig
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.models.lora.adapters import get_adapted_layers
 from sdpo.rewards.toy.hidden_rule import build_tokenizer
-from sdpo.trainer.data.samples import Sample
+from sdpo.trainer.data.samples import TrainingSample
 from sdpo.verl_backend.worker.lora import build_lora_teacher, wrap_with_adapters
 
 RANK, ALPHA = 4, 6
@@ -121,7 +121,7 @@ def test_an_error_in_the_teachers_pass_leaves_the_student_as_it_was(build: Calla
 
 
 @pytest.fixture(scope="module")
-def samples(make_samples: Callable[..., list[Sample]]) -> list[Sample]:
+def samples(make_samples: Callable[..., list[TrainingSample]]) -> list[TrainingSample]:
     return make_samples(8, seed=5, undistilled=(2,))
 
 
@@ -129,7 +129,7 @@ def samples(make_samples: Callable[..., list[Sample]]) -> list[Sample]:
 def base(
     make_model: Callable[..., PreTrainedModel],
     tmp_path_factory: pytest.TempPathFactory,
-    samples: list[Sample],
+    samples: list[TrainingSample],
     pad_for_verl: Callable[..., dict[str, Tensor]],
 ) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("model")
@@ -290,7 +290,7 @@ def test_the_output_layer_is_gathered_once_and_never_copied(
     teacher: str,
     base: dict[str, Any],
     make_model: Callable[..., PreTrainedModel],
-    make_samples: Callable[..., list[Sample]],
+    make_samples: Callable[..., list[TrainingSample]],
     pad_for_verl: Callable[..., dict[str, Tensor]],
     train_on_verl: TrainOnVerl,
     tmp_path: Path,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sdpo.config.root import SDPOConfig
-from sdpo.verl_backend.config.memory_estimate import BUCKET, GPU_OF_80_GB, estimate_cost, read_gpus, read_utilization
+from sdpo.verl_backend.config.memory_estimate import BUCKET, GPU_OF_80_GB, estimate_memory, read_gpus, read_utilization
 from sdpo.verl_backend.config.to_verl import translate
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "qwen2_5_vl_3b"
@@ -22,7 +22,7 @@ GIB = 2**30
 def estimate(make_run: Callable[..., SDPOConfig]) -> Callable[..., Any]:
     def estimate(*overrides: str, **settings: Any) -> Any:
         run = make_run(**{"model__path": str(GOLDEN), "max_staleness": 1, "optim__betas": [0.9, 0.95], **settings})
-        return estimate_cost(run, [*translate(run).overrides, *overrides])
+        return estimate_memory(run, [*translate(run).overrides, *overrides])
 
     return estimate
 
@@ -56,9 +56,9 @@ def test_what_is_sharded(
     )
     assert (cost.num_params, cost.num_tower_params, cost.num_learners) == (PARAMS, TOWER, 8)
     share = PARAMS // 8
-    assert cost.learner["student"] == cost.learning["gradients"] == share * student_size
-    assert cost.learner["AdamW's moments"] == 2 * share * student_size
-    assert cost.learner["teacher"] == share * teacher_size
+    assert cost.actor["student"] == cost.learning["gradients"] == share * student_size
+    assert cost.actor["AdamW's moments"] == 2 * share * student_size
+    assert cost.actor["teacher"] == share * teacher_size
 
 
 @pytest.mark.parametrize(("teacher", "size"), [("ema", 4), ("snapshot", 4), ("frozen", 0), ("live", 0)])
@@ -68,10 +68,10 @@ def test_with_lora_the_teacher_is_its_deltas(estimate: Callable[..., Any], teach
     adapters = 36 * 8 * (2 * (2048 + 2048) + 2 * (2048 + 256) + 3 * (2048 + 11_008))
     settings = {"model__dtype": "bfloat16", "self_distillation__teacher_regularization": teacher}
     cost = estimate("trainer.n_gpus_per_node=4", lora__rank=8, **settings)
-    assert cost.learner["student"] == (PARAMS * 2 + adapters * 4) // 4
+    assert cost.actor["student"] == (PARAMS * 2 + adapters * 4) // 4
     assert cost.learning["gradients"] == adapters // 4 * 4
-    assert cost.learner["AdamW's moments"] == 2 * adapters // 4 * 4
-    assert cost.learner["teacher"] == adapted // 4 * size
+    assert cost.actor["AdamW's moments"] == 2 * adapters // 4 * 4
+    assert cost.actor["teacher"] == adapted // 4 * size
     layer = (PARAMS - TOWER) // 36
     assert cost.learning["gathered weights and gradients"] == (OUTSIDE + 2 * layer) * 2 + 2 * (adapters // 36) * 6
     one = estimate(lora__rank=8, **settings)
@@ -104,20 +104,20 @@ def test_the_update_makes_two_tensors_of_the_largest_parameters_size(estimate: C
 def test_weights_on_their_way_take_buckets_on_both_sides(estimate: Callable[..., Any]) -> None:
     cost = estimate()
     assert BUCKET == 2 * GIB
-    assert cost.learner["buffers for the sampler's weights"] == 2 * BUCKET, "cupy's pool keeps them"
+    assert cost.actor["buffers for the sampler's weights"] == 2 * BUCKET, "cupy's pool keeps them"
     assert cost.sampler["weights on their way"] == 3 * BUCKET, "NCCL's two, and one to vLLM's process"
 
 
 def test_a_frozen_tower_has_no_gradients_and_no_moments(estimate: Callable[..., Any]) -> None:
     cost = estimate(actor__freeze_vision_tower=True)
-    assert cost.learner["student"] == cost.learner["teacher"] == 4 * PARAMS
+    assert cost.actor["student"] == cost.actor["teacher"] == 4 * PARAMS
     assert cost.learning["gradients"] == 4 * (PARAMS - TOWER)
-    assert cost.learner["AdamW's moments"] == 8 * (PARAMS - TOWER)
+    assert cost.actor["AdamW's moments"] == 8 * (PARAMS - TOWER)
 
 
 def test_moments_of_8_bits_have_a_scale_for_every_256(estimate: Callable[..., Any]) -> None:
     cost = estimate(optim__name="adamw_8bit")
-    assert cost.learner["AdamW's moments"] == 2 * (PARAMS + 4 * (PARAMS // 256))
+    assert cost.actor["AdamW's moments"] == 2 * (PARAMS + 4 * (PARAMS // 256))
 
 
 def test_sequences_are_shared_out_and_heads_are_cut(estimate: Callable[..., Any]) -> None:
@@ -125,7 +125,7 @@ def test_sequences_are_shared_out_and_heads_are_cut(estimate: Callable[..., Any]
     cost = estimate("rollout.n_gpus_per_node=4", **settings)
     assert cost.sampler["weights"] == PARAMS * 2
     assert cost.sampler["key-value cache"] == 64 * 32 * 36_864
-    assert not cost.takes_turns and cost.num_samplers == 4
+    assert not cost.colocated and cost.num_samplers == 4
     parallel = estimate(
         "rollout.n_gpus_per_node=4", "actor_rollout_ref.rollout.tensor_model_parallel_size=2", **settings
     )
@@ -135,13 +135,13 @@ def test_sequences_are_shared_out_and_heads_are_cut(estimate: Callable[..., Any]
 
 def test_taking_turns_the_gpus_that_train_sample(estimate: Callable[..., Any]) -> None:
     cost = estimate("trainer.n_gpus_per_node=4", max_staleness=0)
-    assert cost.takes_turns and cost.num_samplers == 4
+    assert cost.colocated and cost.num_samplers == 4
     assert cost.sampler == {"vLLM's share of a GPU of 80 GB": int(0.5 * GPU_OF_80_GB), "weights on their way": BUCKET}
-    assert "buffers for the sampler's weights" not in {name for name, size in cost.learner.items() if size}
+    assert "buffers for the sampler's weights" not in {name for name, size in cost.actor.items() if size}
     one = estimate("actor_rollout_ref.rollout.gpu_memory_utilization=0.25", max_staleness=0)
     assert one.learner_peak == max(
-        sum(one.learner.values()) + GPU_OF_80_GB // 4 + BUCKET,
-        sum(one.learner.values()) + sum(one.learning.values()) + max(sum(p.values()) for p in one.phases.values()),
+        sum(one.actor.values()) + GPU_OF_80_GB // 4 + BUCKET,
+        sum(one.actor.values()) + sum(one.learning.values()) + max(sum(p.values()) for p in one.phases.values()),
     ), "vLLM sleeps while it learns, and gradients are gone while it samples"
 
 

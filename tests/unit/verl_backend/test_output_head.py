@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
-from sdpo.errors import UserError
-from sdpo.kernels.chunked_log_probs import LazyLogits, score_tokens
+from sdpo.errors import SDPOError
+from sdpo.kernels.chunked_log_probs import LinearHead, score_tokens
 from sdpo.verl_backend.worker.output_head import compute_at_head
 
 SHAPE: dict[str, Any] = {
@@ -49,7 +49,7 @@ def build(family: str, make_model: MakeModel) -> PreTrainedModel:
     return model.eval()
 
 
-def compute_token_losses(logits: LazyLogits) -> Tensor:
+def compute_token_losses(logits: LinearHead) -> Tensor:
     """The negative log-likelihood of the tokens to come, summed, of logits that are made for it."""
     dense = logits.hidden @ logits.weight.T
     if logits.softcap is not None:
@@ -125,5 +125,5 @@ def test_a_model_that_is_not_understood_is_refused(
 ) -> None:
     model = make_model()
     change(model)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(SDPOError, match=message):
         compute_at_head(model, {"input_ids": IDS, "attention_mask": MASK}, slice(None), compute_token_losses)

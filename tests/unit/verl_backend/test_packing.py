@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from verl.workers.utils.padding import left_right_2_no_padding
 
 from sdpo.config.self_distillation import SelfDistillationConfig
-from sdpo.kernels.chunked_log_probs import LazyLogits
-from sdpo.kernels.fused_linear_loss import FusedOutputs, compute_fused_loss
+from sdpo.kernels.chunked_log_probs import LinearHead
+from sdpo.kernels.fused_linear_loss import FusedOutputs, fused_linear_sdpo_loss
 from sdpo.rewards.toy.hidden_rule import build_model
 from sdpo.verl_backend.worker.packing import (
     DISTILLATION_COEF,
@@ -101,8 +101,8 @@ def compute(batch: TensorDict, student: PreTrainedModel, teacher: PreTrainedMode
     own = read(student, list(batch["input_ids"].unbind()))[packed.rows]
     others = read(teacher, packed.teacher_sequences)[packed.teacher_rows]
     config = SelfDistillationConfig(alpha=0.0, is_clip=None)
-    outputs = compute_fused_loss(
-        LazyLogits(own, student.lm_head.weight), [LazyLogits(others, teacher.lm_head.weight)], packed.inputs, config
+    outputs = fused_linear_sdpo_loss(
+        LinearHead(own, student.lm_head.weight), [LinearHead(others, teacher.lm_head.weight)], packed.inputs, config
     )
     return outputs, list(torch.autograd.grad(outputs.loss, list(student.parameters())))
 

@@ -27,8 +27,8 @@ from sdpo.models.lora.adapters import add_adapters
 from sdpo.observability import metrics
 from sdpo.prompting.tokenization import TeacherPrompt
 from sdpo.rewards.toy.hidden_rule import build_tokenizer
-from sdpo.trainer.actor.actor import Learner
-from sdpo.trainer.data.samples import Sample
+from sdpo.trainer.actor.actor import Actor
+from sdpo.trainer.data.samples import TrainingSample
 
 PROMPTS, N = 4, 2  # two ranks of four samples each
 
@@ -50,7 +50,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "snapshot": {"teacher_regularization": "snapshot", "teacher_sync_steps": 1},
 }
 SNAPSHOT = {"self_distillation__teacher_sync_steps": 1}
-# Settings of learner and sampler, and what they are called on verl.
+# Settings of actor and sampler, and what they are called on verl.
 WAYS: dict[str, dict[str, Any]] = {
     "two mini-batches": {"actor__mini_batch_size": 2},
     "mean of sequences": {"actor__loss_agg_mode": "seq-mean-token-mean"},
@@ -107,7 +107,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 
 
 @pytest.fixture(scope="module")
-def samples(make_samples: Callable[..., list[Sample]]) -> list[Sample]:
+def samples(make_samples: Callable[..., list[TrainingSample]]) -> list[TrainingSample]:
     # On two ranks the second has a micro-batch without any distilled sample.
     return make_samples(PROMPTS * N, seed=3, undistilled=(1, 6, 7))
 
@@ -181,7 +181,7 @@ def get_adapter_weights(model: PreTrainedModel) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def embedded(
     build_model: Callable[[str], PreTrainedModel],
-    samples: list[Sample],
+    samples: list[TrainingSample],
     make_run_in: Callable[..., Any],
 ) -> dict[str, dict[str, Any]]:
     """Two steps of each run on the embedded engine, with the old log-probabilities that verl's trainer would send."""
@@ -193,12 +193,12 @@ def embedded(
         samples = [s if run.self_distillation.distills else replace(s, teacher_prompt=nothing) for s in everything]
         student = build_student(build_model(name), run)
         begun = {name: param.detach().clone() for name, param in get_adapter_weights(student).items()}
-        learner = Learner(student, run, pad_token_id=0)
+        actor = Actor(student, run, pad_token_id=0)
         old, values = [], []
         for _ in range(2):
-            old.append(learner.compute_log_probs(samples))
-            values.append(learner.learn(samples))
-        teacher = learner.teacher
+            old.append(actor.compute_log_probs(samples))
+            values.append(actor.update_policy(samples))
+        teacher = actor.teacher
         module = teacher.module if teacher is not None and not run.lora.rank else None
         deltas = teacher.weights.values if teacher is not None and teacher.weights and run.lora.rank else {}
         results[name] = {
@@ -206,7 +206,7 @@ def embedded(
             "samples": samples,
             "old": old,
             "metrics": values,
-            "student": learner.student.state_dict(),
+            "student": actor.student.state_dict(),
             "teacher": module.state_dict() if module is not None else dict(deltas),
             "adapters": begun,
         }

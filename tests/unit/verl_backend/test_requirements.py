@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig
 from transformers import Qwen2Config, Qwen3Config
 
-from sdpo.errors import UserError
+from sdpo.errors import SDPOError
 from sdpo.rewards.toy import figures, hidden_rule
 from sdpo.verl_backend.entrypoint import requirements
 from sdpo.verl_backend.entrypoint.main import compose_config
@@ -78,7 +78,7 @@ def test_what_can_run(check: Callable[..., None], name: str, num_gpus: int, over
 )
 def test_what_is_missing_is_named(check: Callable[..., None], wrong: dict[str, Any], message: str) -> None:
     settings = dict(wrong)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(SDPOError, match=message):
         check(*settings.pop("overrides", ()), **settings)
 
 
@@ -93,10 +93,10 @@ def test_the_devices_of_a_cluster_are_not_counted_here(
         address = f"127.0.0.1:{cluster.getsockname()[1]}"
         monkeypatch.setattr(requirements, "read_ray_address", lambda: address)
         check("trainer.nnodes=2", num_gpus=0)
-    with pytest.raises(UserError, match=f"names a Ray cluster at {address} that does not answer; run ray stop"):
+    with pytest.raises(SDPOError, match=f"names a Ray cluster at {address} that does not answer; run ray stop"):
         check("trainer.nnodes=2", num_gpus=0)
     monkeypatch.setenv("RAY_ADDRESS", "local")
-    with pytest.raises(UserError, match="needs 3 GPUs"):
+    with pytest.raises(SDPOError, match="needs 3 GPUs"):
         check("trainer.nnodes=2", num_gpus=0)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     check("trainer.nnodes=2", num_gpus=0)
@@ -110,7 +110,7 @@ def test_the_cpu_needs_nothing(check: Callable[..., None]) -> None:
 
 def test_a_model_whose_heads_vllm_mistakes_is_named() -> None:
     heads = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32}
-    with pytest.raises(UserError, match=r"head_dim=32 is not hidden_size / num_attention_heads = 64 / 4"):
+    with pytest.raises(SDPOError, match=r"head_dim=32 is not hidden_size / num_attention_heads = 64 / 4"):
         requirements.check_sampler_reads(Qwen2Config(**heads), "model")
     requirements.check_sampler_reads(Qwen2Config(**{**heads, "head_dim": 16}), "model")
     requirements.check_sampler_reads(Qwen2Config(hidden_size=64, num_attention_heads=4), "model")

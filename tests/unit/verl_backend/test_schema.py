@@ -24,7 +24,7 @@ from sdpo.config.data import DataConfig, RewardConfig
 from sdpo.config.monitoring import HealthConfig
 from sdpo.config.root import SDPOConfig
 from sdpo.config.self_distillation import SelfDistillationConfig
-from sdpo.errors import UserError
+from sdpo.errors import SDPOError
 from sdpo.models.multimodal.processor import load_without_videos
 from sdpo.verl_backend.config.schema import read_health, read_regularization, read_self_distillation
 from sdpo.verl_backend.driver.tools import load_tool_schemas
@@ -57,7 +57,7 @@ def test_the_defaults_are_those_of_the_dataclass(name: str, compose: Callable[..
     assert read_self_distillation(config.actor_rollout_ref.actor) == SelfDistillationConfig()
     assert read_health(config) == HealthConfig()
     assert config.trainer.save_best_limit == SDPOConfig(output_dir="x").save_best_limit
-    assert config.trainer.alarms_file == f"{config.trainer.default_local_dir}/alarms.jsonl"
+    assert config.trainer.alarms_file == f"{config.trainer.default_local_dir}/health_events.jsonl"
     assert config.trainer.n_gpus_per_node == config.rollout.n_gpus_per_node == 1
     assert config.actor_rollout_ref.rollout.calculate_log_probs
     assert config.data.max_pixels == DataConfig(task="x").max_pixels
@@ -159,7 +159,7 @@ def test_another_loss_is_verls_own(compose: Callable[..., DictConfig]) -> None:
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(override: str, message: str, compose: Callable[..., DictConfig]) -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(SDPOError) as caught:
         compose(*override.split())
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -225,7 +225,7 @@ def test_tools_that_cannot_be_used_are_one_line(
 ) -> None:
     Path("broken.py").write_text("1 / 0")
     Path("empty.py").write_text("")
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(SDPOError) as caught:
         compose(*override.split())
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -256,7 +256,7 @@ def test_a_model_that_cannot_be_trained_is_refused_before_ray(
         pytest.skip("torchvision is here")
     path = hidden_rule_dir / "model" if family == "text" else vision_dir(family)
     config = compose(f"actor_rollout_ref.model.path={path}", *override.split())
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(SDPOError) as caught:
         run(config)
     assert str(caught.value).startswith("actor_rollout_ref.") and message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -300,7 +300,7 @@ def test_every_setting_of_the_section_is_a_key_of_hydra(compose: Callable[..., D
 
 
 def test_the_command_line_refuses_and_helps(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match="not of the form key=value"):
+    with pytest.raises(SDPOError, match="not of the form key=value"):
         main(["train"])
     main(["--help"])
     assert "usage" in capsys.readouterr().out

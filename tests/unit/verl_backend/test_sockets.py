@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sdpo.errors import UserError
+from sdpo.errors import SDPOError
 from sdpo.verl_backend.entrypoint.sockets import claim_sockets
 
 OTHER = """
@@ -26,7 +26,7 @@ def test_the_second_run_of_the_same_job_number_is_refused(tmp_path: Path, monkey
     command = [sys.executable, "-c", OTHER, str(tmp_path), "01000000"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "claimed\n"
-        with pytest.raises(UserError, match=rf"another run on verl uses this machine \(process {other.pid}\)"):
+        with pytest.raises(SDPOError, match=rf"another run on verl uses this machine \(process {other.pid}\)"):
             claim_sockets("01000000")
         claim_sockets("02000000").close()  # another job of the same Ray
         other.kill()

@@ -11,12 +11,12 @@ import torch
 
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.observability import metrics
-from sdpo.prompting.demonstrations import Demonstration
+from sdpo.prompting.demonstrations import PrivilegedContext
 from sdpo.prompting.tokenization import encode_teacher_prompt
-from sdpo.rewards.scoring import GradingFailed
+from sdpo.rewards.scoring import RewardFailure
 from sdpo.rewards.toy.hidden_rule import build_tokenizer
 from sdpo.verl_backend.driver.one_step_off_trainer import rename_metrics
-from sdpo.verl_backend.driver.teacher_batch import Rollout, TeacherBatch
+from sdpo.verl_backend.driver.teacher_batch import Rollout, TeacherBatchBuilder
 from sdpo.verl_backend.rollout.reward import compute_score
 from sdpo.verl_backend.worker.packing import DISTILLATION_COEF, SAMPLE_WEIGHTS, TEACHER_PROMPT_LENGTHS, TEACHER_PROMPTS
 
@@ -24,16 +24,16 @@ TOKENIZER = build_tokenizer()
 MESSAGES = [{"role": "user", "content": "123"}]
 
 
-def make_rollout(text: str, score: float, *, group: str = "a", feedback: str | None = None) -> Rollout:
+def make_rollout(text: str, score: float, *, group_id: str = "a", feedback: str | None = None) -> Rollout:
     token_ids = TOKENIZER(text)["input_ids"] + [TOKENIZER.eos_token_id]
-    return Rollout(group, MESSAGES, token_ids, [1] * len(token_ids), score, feedback, "321")
+    return Rollout(group_id, MESSAGES, token_ids, [1] * len(token_ids), score, feedback, "321")
 
 
 def test_a_peer_of_the_same_prompt_is_shown_and_nothing_where_there_is_none() -> None:
     config = SelfDistillationConfig(demonstration_source="successful_rollout", weight_by_prompt_difficulty=True)
-    rollouts = [make_rollout("77", 0.0), make_rollout("88", 1.0), make_rollout("99", 0.0, group="b")]
-    fields, values = TeacherBatch(config, TOKENIZER, None, seed=0, max_steps=1).build(rollouts, step=1)
-    expected = encode_teacher_prompt(TOKENIZER, MESSAGES, Demonstration(solution="88"), config).token_ids
+    rollouts = [make_rollout("77", 0.0), make_rollout("88", 1.0), make_rollout("99", 0.0, group_id="b")]
+    fields, values = TeacherBatchBuilder(config, TOKENIZER, None, seed=0, max_steps=1).build(rollouts, step=1)
+    expected = encode_teacher_prompt(TOKENIZER, MESSAGES, PrivilegedContext(solution="88"), config).token_ids
     assert expected is not None
     assert fields[TEACHER_PROMPT_LENGTHS].tolist() == [len(expected), 0, 0]
     assert fields[TEACHER_PROMPTS][0].tolist() == expected
@@ -45,7 +45,7 @@ def test_a_peer_of_the_same_prompt_is_shown_and_nothing_where_there_is_none() ->
 def test_feedback_and_ground_truth_fit_into_the_window() -> None:
     config = SelfDistillationConfig(environment_feedback_only_without_solution=False)
     rollouts = [make_rollout("77", 0.0, feedback="Expected: 321"), make_rollout("321", 1.0, feedback="")]
-    build = TeacherBatch(config, TOKENIZER, 60, seed=0, max_steps=1).build
+    build = TeacherBatchBuilder(config, TOKENIZER, 60, seed=0, max_steps=1).build
     fields, _ = build(rollouts, step=1)
     shown = TOKENIZER.decode(fields[TEACHER_PROMPTS][0, : int(fields[TEACHER_PROMPT_LENGTHS][0])])
     assert "Expected: 321" in shown and "Correct solution:\n\n321" in shown
@@ -68,12 +68,12 @@ def test_what_a_tool_said_is_not_demonstrated_but_takes_room() -> None:
         mask += [is_sampled] * len(ids)
     rollouts = [make_rollout("77", 0.0), Rollout("a", MESSAGES, token_ids, mask, 1.0, None, None)]
     config = SelfDistillationConfig(demonstration_source="successful_rollout", dont_reprompt_on_self_success=False)
-    fields, _ = TeacherBatch(config, TOKENIZER, None, seed=0, max_steps=1).build(rollouts, step=1)
-    expected = encode_teacher_prompt(TOKENIZER, MESSAGES, Demonstration(solution="7\n88"), config).token_ids
+    fields, _ = TeacherBatchBuilder(config, TOKENIZER, None, seed=0, max_steps=1).build(rollouts, step=1)
+    expected = encode_teacher_prompt(TOKENIZER, MESSAGES, PrivilegedContext(solution="7\n88"), config).token_ids
     assert fields[TEACHER_PROMPTS].tolist() == [expected, expected]
     # The window must hold prompt and whole response: too small for the longer one by a token, it is not distilled.
-    least = len(encode_teacher_prompt(TOKENIZER, MESSAGES, Demonstration(solution="7"), config).token_ids or ())
-    narrow = TeacherBatch(config, TOKENIZER, least + len(token_ids) - 1, seed=0, max_steps=1)
+    least = len(encode_teacher_prompt(TOKENIZER, MESSAGES, PrivilegedContext(solution="7"), config).token_ids or ())
+    narrow = TeacherBatchBuilder(config, TOKENIZER, least + len(token_ids) - 1, seed=0, max_steps=1)
     lengths = narrow.build(rollouts, step=1)[0][TEACHER_PROMPT_LENGTHS].tolist()
     assert lengths[0] == len(expected or ()) and lengths[1] == 0
 
@@ -82,15 +82,15 @@ def test_the_schedule_and_a_batch_that_distils_nothing() -> None:
     config = SelfDistillationConfig(
         demonstration_source="successful_rollout", distillation_coef_start=1.0, distillation_coef_end=0.0
     )
-    build = TeacherBatch(config, TOKENIZER, None, seed=0, max_steps=5).build
+    build = TeacherBatchBuilder(config, TOKENIZER, None, seed=0, max_steps=5).build
     fields, values = build([make_rollout("77", 0.0), make_rollout("88", 0.0)], step=3)
-    assert fields[DISTILLATION_COEF].tolist() == [0.5, 0.5] and values[metrics.DISTILLATION_WEIGHT] == 0.5
+    assert fields[DISTILLATION_COEF].tolist() == [0.5, 0.5] and values[metrics.DISTILLATION_COEF] == 0.5
     assert fields[TEACHER_PROMPT_LENGTHS].tolist() == [0, 0]
     assert fields[TEACHER_PROMPTS].shape == (2, 1)
 
 
 def test_grpo_alone_shows_nothing() -> None:
-    fields, values = TeacherBatch(SelfDistillationConfig(policy_loss_weight=1.0), TOKENIZER, None, 0, 1).build(
+    fields, values = TeacherBatchBuilder(SelfDistillationConfig(policy_loss_weight=1.0), TOKENIZER, None, 0, 1).build(
         [make_rollout("77", 0.0)], step=1
     )
     assert fields[TEACHER_PROMPT_LENGTHS].tolist() == [0]
@@ -102,7 +102,7 @@ def test_which_peer_is_shown_follows_from_seed_and_step() -> None:
     rollouts = [make_rollout(str(i), 1.0) for i in range(8)]
 
     def shown(seed: int, step: int) -> list[list[int]]:
-        return TeacherBatch(config, TOKENIZER, None, seed, 9).build(rollouts, step)[0][TEACHER_PROMPTS].tolist()
+        return TeacherBatchBuilder(config, TOKENIZER, None, seed, 9).build(rollouts, step)[0][TEACHER_PROMPTS].tolist()
 
     assert shown(0, 1) == shown(0, 1)
     assert len({str(shown(seed, step)) for seed in (0, 1) for step in (1, 2)}) == 4
@@ -112,7 +112,7 @@ def test_which_peer_is_shown_follows_from_seed_and_step() -> None:
 def test_padding_and_failed_responses_teach_nothing_and_are_not_counted(source: str) -> None:
     """Padding is no sample: every metric and every other row is as without it."""
     config = SelfDistillationConfig(demonstration_source=source, weight_by_prompt_difficulty=True)  # type: ignore[arg-type]
-    build = TeacherBatch(config, TOKENIZER, None, seed=0, max_steps=1).build
+    build = TeacherBatchBuilder(config, TOKENIZER, None, seed=0, max_steps=1).build
     rollouts = [make_rollout("77", 0.0), make_rollout("88", 1.0), make_rollout("99", math.nan)]
     plain, wanted = build(rollouts, step=1)
     fields, values = build([None, rollouts[0], None, *rollouts[1:], None], step=1)
@@ -142,10 +142,10 @@ def test_a_task_of_ours_is_verls_reward_function() -> None:
 
 def test_the_time_of_a_task_is_limited_in_a_thread_too(tmp_path: Path) -> None:
     (tmp_path / "task.py").write_text(
-        "import time\ndef grade(row, response):\n    time.sleep(float(response))\n    return 1.0"
+        "import time\ndef compute_score(row, response):\n    time.sleep(float(response))\n    return 1.0"
     )
     arguments = {"task": str(tmp_path / "task.py"), "task_args": "{}", "timeout_s": 0.3}
     with ThreadPoolExecutor(1) as thread:
         assert thread.submit(compute_score, "sums", "0", None, **arguments).result()["score"] == 1.0
-        with pytest.raises(GradingFailed, match=r"^sums: no grade within reward\.timeout_s=0\.3 seconds"):
+        with pytest.raises(RewardFailure, match=r"^sums: no grade within reward\.timeout_s=0\.3 seconds"):
             thread.submit(compute_score, "sums", "60", None, **arguments).result()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sdpo.config.loader import load_config
 from sdpo.config.model import LoraConfig
 from sdpo.config.root import SDPOConfig
-from sdpo.errors import UserError
+from sdpo.errors import SDPOError
 from sdpo.verl_backend.config.schema import read_health, read_lora, read_self_distillation
 from sdpo.verl_backend.config.to_verl import quote, translate
 from sdpo.verl_backend.entrypoint.launch import build_command
@@ -94,7 +94,7 @@ def test_a_run_says_the_same_on_verl(
     assert asdict(settings) == asdict(run.self_distillation)
     assert read_health(config) == run.health
     assert (config.trainer.max_actor_ckpt_to_keep, config.trainer.save_best_limit) == (3, 2)
-    assert config.trainer.alarms_file == str(Path(run.output_dir).absolute() / "alarms.jsonl")
+    assert config.trainer.alarms_file == str(Path(run.output_dir).absolute() / "health_events.jsonl")
     assert not config.trainer.use_v1
     assert (config.data.seed, config.data.train_batch_size, config.data.val_max_samples) == (5, 4, 5)
     assert (config.data.max_pixels, config.data.filter_unreadable_images, actor.freeze_vision_tower) == (
@@ -192,7 +192,7 @@ def test_staleness_chooses_the_trainer(
 
 
 def test_what_verl_has_not_is_refused_or_named(make_task_run: Callable[..., SDPOConfig]) -> None:
-    with pytest.raises(UserError, match="linear does not exist in verl"):
+    with pytest.raises(SDPOError, match="linear does not exist in verl"):
         translate(make_task_run(optim__lr_scheduler_type="linear"))
     run = make_task_run(actor__num_threads=2, eval__evaluate_teacher=False)
     assert translate(run).unused == ["actor.num_threads", "eval.evaluate_teacher"]
@@ -244,7 +244,7 @@ def test_what_verl_alone_has_comes_last_in_either_form(
 def test_a_key_that_verl_has_not_is_refused_as_on_the_command_line(
     make_task_run: Callable[..., SDPOConfig], compose_run: Callable[[SDPOConfig], Any]
 ) -> None:
-    with pytest.raises(UserError, match=r"nodes_of_gpus") as caught:
+    with pytest.raises(SDPOError, match=r"nodes_of_gpus") as caught:
         compose_run(make_task_run(verl={"trainer.nodes_of_gpus": 2}))
     assert "\n" not in str(caught.value)
 

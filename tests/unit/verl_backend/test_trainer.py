@@ -23,7 +23,7 @@ class SDPOConfig:
     """A trainer whose weights are a number: how often they were updated."""
 
     def __init__(self, test_freq: int) -> None:
-        self.learner, self.sampler = 0, 0
+        self.actor, self.sampler = 0, 0
         self.batches: list[tuple[int, int]] = []  # the sampler's weights when it began and ended one
         self.rows: dict[int, dict[str, Any]] = {}
         trainer = object.__new__(SelfDistillationOneStepOffTrainer)
@@ -41,14 +41,14 @@ class SDPOConfig:
             setattr(trainer, f"_fit_{name}", lambda *_: None)
         for name in (*SAME, "update_critic"):
             setattr(trainer, f"_fit_{name}", lambda batch: batch)
-        trainer._fit_update_actor = self.learn
+        trainer._fit_update_actor = self.update_policy
         self.trainer = trainer
 
     def update_weights(self, _: int) -> None:
-        self.sampler = self.learner
+        self.sampler = self.actor
 
-    def learn(self, batch: Any) -> Any:
-        self.learner += 1
+    def update_policy(self, batch: Any) -> Any:
+        self.actor += 1
         return batch
 
     async def sample(self, _: Any) -> Any:
@@ -107,7 +107,7 @@ def test_an_alarm_makes_its_step_the_last_one(test_freq: int) -> None:
         names = (metrics.SCORE_MEAN, metrics.RESPONSE_LENGTH_MEAN, metrics.RESPONSE_LENGTH_CLIP_RATIO, metrics.LOSS)
         seen[step] = tuple(values[name] for name in names)
         trainer.health.is_stopped = step == 2
-        return {metrics.ALARMS: float(step == 2)}
+        return {metrics.NUM_WARNINGS: float(step == 2)}
 
     trainer.health = SimpleNamespace(check=check, is_stopped=False)
     trainer.scores = [1.0, 0.5]
@@ -122,7 +122,7 @@ def test_an_alarm_makes_its_step_the_last_one(test_freq: int) -> None:
 
     asyncio.run(fit())
     assert seen == {step: (0.75, 2.0, 0.5, 1.0) for step in (1, 2)}
-    assert {step: row[metrics.ALARMS] for step, row in run.rows.items()} == {1: 0, 2: 1}
+    assert {step: row[metrics.NUM_WARNINGS] for step, row in run.rows.items()} == {1: 0, 2: 1}
     assert saved == [2]
     assert ["val" in row for row in run.rows.values()] == [False, test_freq > 0]
 

@@ -10,7 +10,7 @@ import torch
 from verl.models.transformers import qwen2_vl
 from vision_language import LoadedModel
 
-from sdpo.errors import UserError
+from sdpo.errors import SDPOError
 from sdpo.verl_backend.worker.vision_tower import compute_positions, find_distinct, freeze_tower, share_images
 
 
@@ -68,7 +68,7 @@ def test_other_models_are_left_alone(vision_model: Callable[[str], LoadedModel])
 
 
 def test_a_language_model_has_nothing_to_freeze(model: Any) -> None:
-    with pytest.raises(UserError, match=r"freeze_vision_tower=True: .*Qwen2ForCausalLM"):
+    with pytest.raises(SDPOError, match=r"freeze_vision_tower=True: .*Qwen2ForCausalLM"):
         freeze_tower(model)
 
 

@@ -25,7 +25,7 @@ from verl.workers.utils.padding import left_right_2_no_padding
 from sdpo.algorithm.regularization import Regularization
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.kernels import chunked_log_probs
-from sdpo.kernels.fused_linear_loss import FusedOutputs, TokenInputs, compute_fused_loss
+from sdpo.kernels.fused_linear_loss import FusedOutputs, TokenInputs, fused_linear_sdpo_loss
 from sdpo.verl_backend.worker import engine as engine_module
 from sdpo.verl_backend.worker.vision_tower import share_images
 from sdpo.verl_backend.worker.worker import SelfDistillationTrainingWorker
@@ -191,7 +191,7 @@ def record_log_probs(recorded: list[dict[str, Any]]) -> None:
     """Keep what student and teacher say of each sampled token, micro-batch by micro-batch."""
 
     def compute(student: Any, teacher: Any, tokens: TokenInputs, config: Any, **settings: Any) -> FusedOutputs:
-        outputs = compute_fused_loss(student, teacher, tokens, config, **settings)
+        outputs = fused_linear_sdpo_loss(student, teacher, tokens, config, **settings)
         recorded.append(
             {
                 "ids": tokens.sampled_ids,
@@ -202,7 +202,7 @@ def record_log_probs(recorded: list[dict[str, Any]]) -> None:
         )
         return outputs
 
-    engine_module.compute_fused_loss = compute
+    engine_module.fused_linear_sdpo_loss = compute
 
 
 def record_moves(worker: SelfDistillationTrainingWorker) -> list[str]:
@@ -263,7 +263,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         record_log_probs(recorded)
         count_patches(worker.engine._model.model.visual, num_patches)
     else:
-        engine_module.compute_fused_loss = compute_fused_loss
+        engine_module.fused_linear_sdpo_loss = fused_linear_sdpo_loss
     before = teacher_weights(worker)
     moves = record_moves(worker)
     values, students, teachers, scores, base_scores = [], [], [], [], []

@@ -36,11 +36,11 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         input_rows, weight = ctx.saved_tensors
         rows = round_up_rows(gradient)
-        by_input, by_weight, by_bias = ctx.needs_input_grad
+        grad_input, grad_weight, grad_bias = ctx.needs_input_grad
         return (
-            _multiply_rows(rows, weight.T, None, gradient.shape[:-1]) if by_input else None,
-            multiply(rows.T, input_rows.T) if by_weight else None,
-            gradient.flatten(0, -2).sum(0) if by_bias else None,
+            _multiply_rows(rows, weight.T, None, gradient.shape[:-1]) if grad_input else None,
+            multiply(rows.T, input_rows.T) if grad_weight else None,
+            gradient.flatten(0, -2).sum(0) if grad_bias else None,
         )
 
 

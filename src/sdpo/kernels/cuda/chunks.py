@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from sdpo.kernels.chunked_log_probs import LazyLogits
+from sdpo.kernels.chunked_log_probs import LinearHead
 from sdpo.kernels.cuda.logits import Logits, mix_logits
 
 Rows: TypeAlias = "slice | Tensor"
@@ -26,7 +26,7 @@ ROUND_ROWS = 1024
 ALIGNMENT = 16
 
 
-def choose_chunk_size(head: LazyLogits, buffers: float) -> int:
+def choose_chunk_size(head: LinearHead, buffers: float) -> int:
     """Tokens per chunk, at least ``TILE_ROWS``, from the free memory of the head's device.
 
     Args:
@@ -55,7 +55,7 @@ def select_rows(rows: Rows, part: slice) -> Rows:
     return slice(rows.start + part.start, rows.start + part.stop) if isinstance(rows, slice) else rows[part]
 
 
-def detach_all(parts: Sequence[LazyLogits]) -> list[LazyLogits]:
+def detach_all(parts: Sequence[LinearHead]) -> list[LinearHead]:
     """Detach and cast heads to the hidden states' type; a shared head is cast once."""
     converted: dict[tuple[int, torch.dtype], Tensor] = {}
     detached = []
@@ -70,12 +70,12 @@ def detach_all(parts: Sequence[LazyLogits]) -> list[LazyLogits]:
 class Buffer:
     """Reusable memory for the head's output of a chunk."""
 
-    def __init__(self, head: LazyLogits, rows: int, temperature: float) -> None:
+    def __init__(self, head: LinearHead, rows: int, temperature: float) -> None:
         self.vocab_size = len(head.weight)
         self.temperature = temperature
         self.memory = head.hidden.new_empty(rows, -(-self.vocab_size // ALIGNMENT) * ALIGNMENT)
 
-    def multiply(self, head: LazyLogits, rows: Rows) -> Logits:
+    def multiply(self, head: LinearHead, rows: Rows) -> Logits:
         """Logits of these rows; valid until the next call."""
         hidden = head.hidden[rows]
         products = self.memory[: len(hidden), : self.vocab_size]
@@ -86,7 +86,7 @@ class Buffer:
 class MixedBuffer:
     """Buffer for the sum of several models' logits; with more than one model, half of it holds the current term."""
 
-    def __init__(self, heads: Sequence[LazyLogits], rows: int, temperature: float) -> None:
+    def __init__(self, heads: Sequence[LinearHead], rows: int, temperature: float) -> None:
         self.heads = heads
         self.rows = rows if len(heads) == 1 else -(-rows // 2)
         self.total = Buffer(heads[0], self.rows, temperature)

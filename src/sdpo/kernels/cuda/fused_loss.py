@@ -1,4 +1,4 @@
-"""``compute_fused_loss`` and ``score_tokens`` for CUDA: same signatures, same results up to rounding.
+"""``fused_linear_sdpo_loss`` and ``score_tokens`` for CUDA: same signatures, same results up to rounding.
 
 Chunks of 1,000 to 4,000 tokens go through eight steps without synchronizing with the GPU:
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sdpo.algorithm.loss import LossInputs, TokenValues, compute_token_losses, reduce_values
 from sdpo.config.self_distillation import SelfDistillationConfig
-from sdpo.kernels.chunked_log_probs import LazyLogits
+from sdpo.kernels.chunked_log_probs import LinearHead
 from sdpo.kernels.cuda.chunks import (
     Buffer,
     MixedBuffer,
@@ -60,9 +60,9 @@ class _Kept:
     slope: Tensor | None  # derivative of the soft-cap
 
 
-def compute_fused_loss(
-    student: LazyLogits,
-    teacher: Sequence[LazyLogits],
+def fused_linear_sdpo_loss(
+    student: LinearHead,
+    teacher: Sequence[LinearHead],
     tokens: TokenInputs,
     config: SelfDistillationConfig,
     *,
@@ -75,7 +75,7 @@ def compute_fused_loss(
     with torch.no_grad(), _on_device_of(student):
         dtypes = [None if leaf is None or not need else leaf.dtype for leaf, need in zip(leaves, needed, strict=True)]
         parts = detach_all([student, *(teacher if tokens.distilled is not None else ())])
-        run = _Pass(parts[0], parts[1:], tokens, config, temperature, dtypes, chunk_size)
+        run = _ChunkedForwardBackward(parts[0], parts[1:], tokens, config, temperature, dtypes, chunk_size)
         for rows, teacher_rows in run.cut():
             run.add(rows, teacher_rows)
         outputs, gradients = run.finish()
@@ -85,7 +85,7 @@ def compute_fused_loss(
 
 
 def score_tokens(
-    student: LazyLogits, sampled_ids: Tensor, *, temperature: float = 1.0, chunk_size: int | None = None
+    student: LinearHead, sampled_ids: Tensor, *, temperature: float = 1.0, chunk_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """As ``sdpo.kernels.chunked_log_probs.score_tokens``."""
     with torch.no_grad(), _on_device_of(student):
@@ -101,7 +101,7 @@ def score_tokens(
 
 
 @contextmanager
-def _on_device_of(student: LazyLogits) -> Iterator[None]:
+def _on_device_of(student: LinearHead) -> Iterator[None]:
     """Launch kernels on the student's device, with autocast disabled."""
     with torch.cuda.device_of(student.hidden), torch.autocast(student.hidden.device.type, enabled=False):
         yield
@@ -111,13 +111,13 @@ def _stack(*rows: Tensor | None) -> Tensor:
     return torch.stack([row for row in rows if row is not None])
 
 
-class _Pass:
+class _ChunkedForwardBackward:
     """One pass over the tokens, chunk by chunk: losses, sums and gradients so far."""
 
     def __init__(
         self,
-        student: LazyLogits,
-        teacher: Sequence[LazyLogits],
+        student: LinearHead,
+        teacher: Sequence[LinearHead],
         tokens: TokenInputs,
         config: SelfDistillationConfig,
         temperature: float,
@@ -151,11 +151,11 @@ class _Pass:
         self.teacher_log_probs: list[Tensor] = []
         self.values: dict[str, list[Tensor]] = {}
         of_hidden, of_weight, self.bias_type = gradient_types
-        self.by_hidden = (
+        self.grad_hidden = (
             torch.empty(student.hidden.shape, dtype=of_hidden, device=student.hidden.device) if of_hidden else None
         )
-        self.by_weight = WeightGradient(student.weight, of_weight) if of_weight else None
-        self.by_bias = torch.zeros(len(student.weight), device=student.hidden.device) if self.bias_type else None
+        self.grad_weight = WeightGradient(student.weight, of_weight) if of_weight else None
+        self.grad_bias = torch.zeros(len(student.weight), device=student.hidden.device) if self.bias_type else None
 
     def cut(self) -> Iterator[tuple[Rows, slice | None]]:
         """Rows of each chunk, and its teacher rows if its tokens are distilled."""
@@ -252,7 +252,7 @@ class _Pass:
         of_teacher = teacher_logits - statistics.teacher_log_sum_exp_2[:, None] / LOG2_E
         # The leaf is a separate tensor, because ``kept`` is read without a graph.
         return replace(
-            inputs, student_distribution=kept.log_probs.detach(), teacher_distribution=of_teacher, kept_ids=ids
+            inputs, student_distribution=kept.log_probs.detach(), teacher_distribution=of_teacher, topk_ids=ids
         ), kept
 
     def _write_kept(
@@ -290,16 +290,16 @@ class _Pass:
         for name, value in values.items():
             self.values.setdefault(name, []).append(value.detach())
 
-    def _multiply(self, rows: Rows, by_logits: Tensor) -> None:
-        if self.by_hidden is not None:
+    def _multiply(self, rows: Rows, grad_logits: Tensor) -> None:
+        if self.grad_hidden is not None:
             if isinstance(rows, slice):
-                torch.mm(by_logits, self.student.weight, out=self.by_hidden[rows])
+                torch.mm(grad_logits, self.student.weight, out=self.grad_hidden[rows])
             else:
-                self.by_hidden[rows] = by_logits @ self.student.weight
-        if self.by_bias is not None:
-            self.by_bias += by_logits.sum(0, dtype=torch.float32)
-        if self.by_weight is not None:
-            self.by_weight.add(by_logits, self.student.hidden[rows])
+                self.grad_hidden[rows] = grad_logits @ self.student.weight
+        if self.grad_bias is not None:
+            self.grad_bias += grad_logits.sum(0, dtype=torch.float32)
+        if self.grad_weight is not None:
+            self.grad_weight.add(grad_logits, self.student.hidden[rows])
 
     def finish(self) -> tuple[FusedOutputs, list[Tensor | None]]:
         """Outputs, and the needed gradients by hidden states, weight and bias."""
@@ -314,9 +314,9 @@ class _Pass:
             self._join(self.values.get(metrics.ENTROPY, [])),
             torch.cat([token_losses[:0], *self.teacher_log_probs]),
         )
-        by_weight = None if self.by_weight is None else self.by_weight.finish()
-        by_bias = None if self.by_bias is None else self.by_bias.to(self.bias_type)
-        return outputs, [self.by_hidden, by_weight, by_bias]
+        grad_weight = None if self.grad_weight is None else self.grad_weight.finish()
+        grad_bias = None if self.grad_bias is None else self.grad_bias.to(self.bias_type)
+        return outputs, [self.grad_hidden, grad_weight, grad_bias]
 
     def _join(self, chunks: Sequence[Tensor]) -> Tensor:
         """Concatenate the chunks' values [N] in the tokens' original order."""

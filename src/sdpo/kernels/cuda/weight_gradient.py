@@ -18,22 +18,22 @@ class WeightGradient:
         self.total = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         self.is_empty = True
 
-    def add(self, by_logits: Tensor, hidden: Tensor) -> None:
+    def add(self, grad_logits: Tensor, hidden: Tensor) -> None:
         """Add the product of G [n, V] and X [n, H], which have the same type."""
         beta = 0 if self.is_empty else 1
         self.is_empty = False
-        if self.total.dtype == by_logits.dtype:
+        if self.total.dtype == grad_logits.dtype:
             if beta == 0:
-                torch.mm(by_logits.T, hidden, out=self.total)
+                torch.mm(grad_logits.T, hidden, out=self.total)
             else:
-                self.total.addmm_(by_logits.T, hidden)
-        elif by_logits.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):  # torch 2.8
+                self.total.addmm_(grad_logits.T, hidden)
+        elif grad_logits.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):  # torch 2.8
             if beta == 0:
-                torch.ops.aten.mm.dtype_out(by_logits.T, hidden, self.total.dtype, out=self.total)
+                torch.ops.aten.mm.dtype_out(grad_logits.T, hidden, self.total.dtype, out=self.total)
             else:
-                torch.ops.aten.addmm.dtype_out(self.total, by_logits.T, hidden, self.total.dtype, out=self.total)
+                torch.ops.aten.addmm.dtype_out(self.total, grad_logits.T, hidden, self.total.dtype, out=self.total)
         else:
-            for some, columns in zip(self.total.split(PIECE), by_logits.split(PIECE, dim=-1), strict=True):
+            for some, columns in zip(self.total.split(PIECE), grad_logits.split(PIECE, dim=-1), strict=True):
                 product = columns.T @ hidden
                 some.copy_(product) if beta == 0 else some.add_(product)
 

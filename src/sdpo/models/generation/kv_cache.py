@@ -11,21 +11,23 @@ from transformers.cache_utils import DynamicLayer
 
 # A new buffer has room for 16 more tokens or 1 / 8 of the tokens it holds, whichever is more. A small room keeps the
 # memory that attention reads compact and wastes little; this room is large enough that the copies cost little.
-ROOM, ROOM_DIVISOR = 16, 8
+MIN_GROWTH, ROOM_DIVISOR = 16, 8
 
 
 def build_cache(config: Any, capacity: int) -> DynamicCache:
     """The cache of a transformers model, for at most ``capacity`` tokens per row.
 
-    Only full-attention layers use ``RoomyLayer``. Other layers (sliding window, linear attention) keep the classes of
-    transformers.
+    Only full-attention layers use ``PreallocatedCacheLayer``. Other layers (sliding window, linear attention) keep the
+    classes of transformers.
     """
     cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [
+        PreallocatedCacheLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
     return cache
 
 
-class RoomyLayer(DynamicLayer):  # type: ignore[misc]
+class PreallocatedCacheLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values of one layer of full attention.
 
     ``keys`` and ``values`` of all tokens so far are [rows, heads, tokens, head size]. After the prompt they are the
@@ -55,7 +57,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
 
     def _make_room(self, needed: int, repeats: int = 1) -> None:
         length = self.get_seq_length()
-        room = min(max(needed, ROOM, length // ROOM_DIVISOR), self._capacity - length)
+        room = min(max(needed, MIN_GROWTH, length // ROOM_DIVISOR), self._capacity - length)
         if room < needed:
             raise ValueError(f"cache capacity is {self._capacity} tokens, got {length + needed}")
         self.keys = _copy(self.keys, repeats, room)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdpo.algorithm.teacher import Policy
+from sdpo.algorithm.teacher import LogitMixture
 from sdpo.models.forward import PaddedSequences, compute_logits, pad_sequences
 from sdpo.models.generation.kv_cache import build_cache
 from sdpo.models.multimodal.processor import TokenPrompt
-from sdpo.models.multimodal.vision_tower import SeenImages, Vision
+from sdpo.models.multimodal.vision_tower import ImageFeatureCache, VisionAdapter
 
 # Vocabulary entries per partial sum when a token is drawn.
 BLOCK = 128
@@ -26,7 +26,7 @@ KEEP_FULL = 0.9
 
 
 @dataclass(frozen=True)
-class Decoding:
+class SamplingParams:
     """How to decode. ``temperature=0`` is greedy; forbidden tokens are never drawn.
 
     With a ``dtype``, sampling uses copies of the models in this type.
@@ -39,12 +39,12 @@ class Decoding:
     batch_size: int
     stop_token_ids: Sequence[int]
     pad_token_id: int
-    forbidden_token_ids: Sequence[int] = ()
+    suppress_tokens: Sequence[int] = ()
     dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
-class Response:
+class Completion:
     """One sampled response.
 
     Attributes:
@@ -61,12 +61,12 @@ class Response:
 
 @torch.no_grad()
 def sample_responses(
-    policy: Policy,
+    policy: LogitMixture,
     prompts: Sequence[TokenPrompt],
-    decoding: Decoding,
+    decoding: SamplingParams,
     seed: int,
-    vision: Vision | None = None,
-) -> list[list[Response]]:
+    vision: VisionAdapter | None = None,
+) -> list[list[Completion]]:
     """Sample ``decoding.n`` responses per prompt, in the prompts' order; deterministic for a seed.
 
     Prompts of similar length are decoded together. A prompt, images included, is read once for all of its responses.
@@ -81,7 +81,7 @@ def sample_responses(
     generator = torch.Generator(device).manual_seed(seed)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
     prompts_at_once = max(1, decoding.batch_size // decoding.n)
-    responses: list[list[Response]] = [[] for _ in prompts]
+    responses: list[list[Completion]] = [[] for _ in prompts]
     training = [module.training for module, _ in policy]
     for module, _ in policy:
         module.eval()
@@ -104,12 +104,12 @@ def _copy_in(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _sample_batch(
-    policy: Policy,
+    policy: LogitMixture,
     prompts: Sequence[TokenPrompt],
-    decoding: Decoding,
+    decoding: SamplingParams,
     generator: torch.Generator,
-    vision: Vision | None,
-) -> list[Response]:
+    vision: VisionAdapter | None,
+) -> list[Completion]:
     device, limit = generator.device, decoding.max_new_tokens
     check_every = CHECK_EVERY.get(device.type, CHECK_EVERY_ELSE)
     num_responses = len(prompts) * decoding.n
@@ -120,7 +120,7 @@ def _sample_batch(
     logits = state.read_prompts(batch, vision).repeat_interleave(decoding.n, dim=0)
     state.repeat(decoding.n)
 
-    draw = _Drawing(decoding, logits)
+    draw = _TokenSampler(decoding, logits)
     stop = torch.tensor(list(decoding.stop_token_ids), device=device)
     tokens = torch.full((limit, num_responses), decoding.pad_token_id, device=device)
     log_probs = torch.zeros((limit, num_responses), device=device)
@@ -151,7 +151,7 @@ def _fill_gaps(running: Tensor, num_running: int) -> Tensor:
     return kept
 
 
-def _cut_at_stop(tokens: Tensor, log_probs: Tensor, stop: Tensor) -> list[Response]:
+def _cut_at_stop(tokens: Tensor, log_probs: Tensor, stop: Tensor) -> list[Completion]:
     """Make responses of drawn tokens [T, responses], each up to its first stop token."""
     if not log_probs.isfinite().all():
         raise FloatingPointError("cannot sample: the logits are non-finite")
@@ -159,7 +159,7 @@ def _cut_at_stop(tokens: Tensor, log_probs: Tensor, stop: Tensor) -> list[Respon
     finished = stops.any(0)
     lengths = torch.where(finished, stops.int().argmax(0) + 1, len(tokens))
     return [
-        Response(drawn[:length], their_log_probs[:length], ended)
+        Completion(drawn[:length], their_log_probs[:length], ended)
         for drawn, their_log_probs, length, ended in zip(
             tokens.T.tolist(), log_probs.T.tolist(), lengths.tolist(), finished.tolist(), strict=True
         )
@@ -169,12 +169,12 @@ def _cut_at_stop(tokens: Tensor, log_probs: Tensor, stop: Tensor) -> list[Respon
 class _DecodingState:
     """Caches of a policy's modules, and attention mask and last position of each row."""
 
-    def __init__(self, policy: Policy, capacity: int) -> None:
+    def __init__(self, policy: LogitMixture, capacity: int) -> None:
         self.policy = policy
         self.capacity = capacity
         self.caches: list[Any] = [build_cache(module.config, capacity) for module, _ in policy]
 
-    def read_prompts(self, prompts: PaddedSequences, vision: Vision | None) -> Tensor:
+    def read_prompts(self, prompts: PaddedSequences, vision: VisionAdapter | None) -> Tensor:
         """Logits [rows, V] after each prompt."""
         mask = prompts.attention_mask
         self.length = mask.shape[1]
@@ -192,7 +192,7 @@ class _DecodingState:
         return self._forward(token[:, None], self.last_position[:, None].expand(*self.axes, -1, 1), (), None)
 
     def _forward(
-        self, token_ids: Tensor, position_ids: Tensor, images: Sequence[bytes], vision: Vision | None
+        self, token_ids: Tensor, position_ids: Tensor, images: Sequence[bytes], vision: VisionAdapter | None
     ) -> Tensor:
         total: Tensor | None = None
         for (module, coefficient), cache in zip(self.policy, self.caches, strict=True):
@@ -203,7 +203,9 @@ class _DecodingState:
                 position_ids,
                 1,
                 vision=vision,
-                features=SeenImages(module, vision.reader).select(images) if vision is not None and images else (),
+                features=ImageFeatureCache(module, vision.reader).select(images)
+                if vision is not None and images
+                else (),
                 cache=cache,
             )
             logits = logits[:, -1].float()
@@ -228,12 +230,12 @@ class _DecodingState:
             cache.batch_select_indices(rows)
 
 
-class _Drawing:
+class _TokenSampler:
     """Draws the next token of each row."""
 
-    def __init__(self, decoding: Decoding, logits: Tensor) -> None:
+    def __init__(self, decoding: SamplingParams, logits: Tensor) -> None:
         self.decoding = decoding
-        self.forbidden = torch.tensor(list(decoding.forbidden_token_ids), dtype=torch.long, device=logits.device)
+        self.forbidden = torch.tensor(list(decoding.suppress_tokens), dtype=torch.long, device=logits.device)
         self.buffer = torch.empty_like(logits) if decoding.temperature > 0 and decoding.top_p >= 1 else None
 
     def __call__(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,13 +249,13 @@ class _Drawing:
         if temperature == 0.0:
             return logits.argmax(dim=-1), torch.zeros(len(logits), device=logits.device)
         if self.buffer is None:
-            return draw_tokens(compute_sampling_log_probs(logits, temperature, top_p).exp_(), uniform)
+            return sample_tokens(compute_sampling_log_probs(logits, temperature, top_p).exp_(), uniform)
         if temperature != 1.0:
             logits.div_(temperature)
-        return draw_tokens(torch.softmax(logits, dim=-1, out=self.buffer[: len(logits)]), uniform)
+        return sample_tokens(torch.softmax(logits, dim=-1, out=self.buffer[: len(logits)]), uniform)
 
 
-def draw_tokens(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def sample_tokens(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens [rows] drawn in proportion to ``weights`` [rows, V] by inverse transform, and their log-probabilities.
 
     It finds a block of tokens, then a token in the block. Cumulative sums are short and float64, so large vocabularies

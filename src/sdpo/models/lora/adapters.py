@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sdpo.config.model import LoraConfig
-from sdpo.errors import UserError
+from sdpo.errors import ConfigError
 from sdpo.kernels.cpu.fast_linear import speed_up_linear_layers
 from sdpo.models.multimodal.vision_tower import get_tower_parameters
 
@@ -33,12 +33,12 @@ def require_peft() -> None:
     """Check that PEFT is installed.
 
     Raises:
-        UserError: PEFT cannot be imported.
+        ConfigError: PEFT cannot be imported.
     """
     try:
         import peft  # noqa: F401
     except ImportError as error:
-        raise UserError(f"lora.rank: PEFT cannot be imported ({error}); pip install 'sdpo[lora]'") from error
+        raise ConfigError(f"lora.rank: PEFT cannot be imported ({error}); pip install 'sdpo[lora]'") from error
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
@@ -47,7 +47,7 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
     A is drawn from torch's generator and B is zero, so the adapters do not change the model yet.
 
     Raises:
-        UserError: PEFT is missing, or a name in ``target_modules`` matches no adaptable layer.
+        ConfigError: PEFT is missing, or a name in ``target_modules`` matches no adaptable layer.
     """
     require_peft()
     import peft
@@ -62,7 +62,7 @@ def build_peft_settings(model: PreTrainedModel, config: LoraConfig) -> PeftSetti
     """PEFT's settings, with the full name of each layer to adapt.
 
     Raises:
-        UserError: see ``find_target_layers``.
+        ConfigError: see ``find_target_layers``.
     """
     import peft
 
@@ -81,7 +81,7 @@ def find_target_layers(model: PreTrainedModel, config: LoraConfig) -> dict[str, 
     """Layers to adapt, by name: linear layers of the language model except the output layer.
 
     Raises:
-        UserError: there are none, or a name in ``target_modules`` matches none.
+        ConfigError: there are none, or a name in ``target_modules`` matches none.
     """
     head = model.get_output_embeddings()
     vision = hasattr(model.config, "vision_config")
@@ -92,13 +92,13 @@ def find_target_layers(model: PreTrainedModel, config: LoraConfig) -> dict[str, 
         if isinstance(module, nn.Linear) and module is not head and id(module.weight) not in outside
     }
     if not layers:
-        raise UserError(f"lora.rank: {type(model).__name__} has no linear layers to adapt")
+        raise ConfigError(f"lora.rank: {type(model).__name__} has no linear layers to adapt")
     if not config.target_modules:
         return layers
     for target in config.target_modules:
         if not any(_ends_with(name, target) for name in layers):
             known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
-            raise UserError(
+            raise ConfigError(
                 f"lora.target_modules: {target!r} is no linear layer of the language model, the output layer excluded; "
                 f"use one of: {known}"
             )
@@ -186,14 +186,14 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
     """Load adapters that ``save_adapter`` wrote, bit for bit.
 
     Raises:
-        UserError: the file is missing, or its adapters have other names or shapes.
+        ConfigError: the file is missing, or its adapters have other names or shapes.
     """
     own = _get_adapter_parameters(model)
     if not (folder / FILE).is_file():
-        raise UserError(f"{folder}: {FILE} is missing")
+        raise ConfigError(f"{folder}: {FILE} is missing")
     saved = load_file(folder / FILE)
     if {name: param.shape for name, param in own.items()} != {name: value.shape for name, value in saved.items()}:
-        raise UserError(f"{folder / FILE}: layers or rank differ from lora.* in the config")
+        raise ConfigError(f"{folder / FILE}: layers or rank differ from lora.* in the config")
     for name, param in own.items():
         param.copy_(saved[name])
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from sdpo.models.multimodal.vision_tower import ImageFeatures, Precision, SeenImages, Vision
+from sdpo.models.multimodal.vision_tower import ImageFeatureCache, ImageFeatures, Precision, VisionAdapter
 
 
-class StepImages:
+class StepImageFeatures:
     """Features of a step's images, by module.
 
     Args:
@@ -19,12 +19,12 @@ class StepImages:
         precision: the context of forward passes, such as autocast.
     """
 
-    def __init__(self, vision: Vision, student: nn.Module, *, frozen: bool, precision: Precision) -> None:
+    def __init__(self, vision: VisionAdapter, student: nn.Module, *, frozen: bool, precision: Precision) -> None:
         self.vision = vision
         self._student = student
         self._frozen = frozen
         self._precision = precision
-        self._seen: dict[nn.Module, SeenImages] = {}
+        self._seen: dict[nn.Module, ImageFeatureCache] = {}
 
     def select(self, module: nn.Module, images: Sequence[bytes]) -> list[ImageFeatures]:
         """What ``module`` makes of these images, in this order."""
@@ -33,7 +33,7 @@ class StepImages:
         key = self._student if self._frozen else module
         if key not in self._seen:
             learning = key is self._student and not self._frozen
-            self._seen[key] = SeenImages(key, self.vision.reader, learning=learning, precision=self._precision)
+            self._seen[key] = ImageFeatureCache(key, self.vision.reader, learning=learning, precision=self._precision)
         return self._seen[key].select(images)
 
     def backward(self) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizerBase, Pro
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from sdpo.config.model import ModelConfig
-from sdpo.errors import UserError
+from sdpo.errors import DataError, SDPOError
 from sdpo.models.loading import reads_images
 from sdpo.prompting.images import collect_images, open_image
 
@@ -58,7 +58,7 @@ def _leave_out_videos(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
     return WithoutVideos
 
 
-class ImageReader:
+class MultimodalProcessor:
     """A processor as the tokenizer of ``prompting/tokenization.py``, and as the source of pixels.
 
     It returns the processor's token ids for a chat, but prepares an image once for all prompts that contain it. Content
@@ -93,7 +93,7 @@ class ImageReader:
             return False
         try:
             token_ids = self._process(self.image_token, [Image.new("RGB", (56, 56))])["input_ids"][0].tolist()
-        except UserError:  # the processor marks images by another token
+        except SDPOError:  # the processor marks images by another token
             return False
         return set(token_ids) <= set(self.tokenizer.added_tokens_decoder)
 
@@ -117,7 +117,7 @@ class ImageReader:
         ``settings`` are passed to the chat template; ``tokenize`` and ``return_dict`` support only their defaults.
 
         Raises:
-            UserError: an image cannot be read, or the text itself contains image tokens.
+            DataError: an image cannot be read, or the text itself contains image tokens.
         """
         text = self._render(conversation, add_generation_prompt, **settings)
         images = collect_images(conversation)
@@ -126,7 +126,7 @@ class ImageReader:
         token_ids = self.tokenizer(text, add_special_tokens=self._lacks_beginning(text))["input_ids"]
         placeholder = self.tokenizer.convert_tokens_to_ids(self.image_token) if self.image_token is not None else None
         if token_ids.count(placeholder) != len(images):
-            raise UserError(
+            raise DataError(
                 f"a prompt with {len(images)} images has {token_ids.count(placeholder)} {self.image_token}: its text "
                 "must not contain that token, and the chat template must write it once for each image"
             )
@@ -140,7 +140,7 @@ class ImageReader:
         """Inputs of the model's vision tower for one image, by argument name.
 
         Raises:
-            UserError: the image cannot be read.
+            DataError: the image cannot be read.
         """
         return self._read(image)[1]
 
@@ -148,7 +148,7 @@ class ImageReader:
         """[1, 3] number of patches of an image in time, height and width, for multimodal rotary positions.
 
         Raises:
-            UserError: the image cannot be read.
+            DataError: the image cannot be read.
         """
         grid = self._measure(image)[1]
         assert grid is not None, "the processor returns no image_grid_thw"
@@ -186,7 +186,7 @@ class ImageReader:
         except (ValueError, ZeroDivisionError, StopIteration) as error:
             sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
             reason = " ".join(str(error).split()) or "the prompt has another number of image tokens"
-            raise UserError(f"images of {sizes} pixels cannot be prepared ({reason})") from error
+            raise DataError(f"images of {sizes} pixels cannot be prepared ({reason})") from error
 
 
 _ALONGSIDE_TOKENS = ("attention_mask", "mm_token_type_ids", "token_type_ids")
@@ -199,11 +199,11 @@ def _without_payload(message: Mapping[str, Any]) -> dict[str, Any]:
     return {**message, "content": [{"type": "image"} if part["type"] == "image" else part for part in content]}
 
 
-def load_reader(config: ModelConfig, max_pixels: int) -> ImageReader | None:
+def load_reader(config: ModelConfig, max_pixels: int) -> MultimodalProcessor | None:
     """Load the image reader of a vision-language model; None for a language model.
 
     Raises:
-        UserError: the processor cannot be loaded.
+        DataError: the processor cannot be loaded.
     """
     if not reads_images(config):
         return None
@@ -211,8 +211,8 @@ def load_reader(config: ModelConfig, max_pixels: int) -> ImageReader | None:
         processor = load_processor(config.path, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"model.path: {config.path}: its processor cannot be loaded ({reason:.200})") from error
-    return ImageReader(processor, max_pixels)
+        raise DataError(f"model.path: {config.path}: its processor cannot be loaded ({reason:.200})") from error
+    return MultimodalProcessor(processor, max_pixels)
 
 
 def encode_png(image: Any) -> bytes:

@@ -17,8 +17,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from sdpo.errors import UserError
-from sdpo.models.multimodal.processor import ImageReader, TokenPrompt
+from sdpo.errors import DataError
+from sdpo.models.multimodal.processor import MultimodalProcessor, TokenPrompt
 
 Precision: TypeAlias = Callable[[], AbstractContextManager[Any]]
 
@@ -54,7 +54,7 @@ def combine_features(features: Sequence[ImageFeatures]) -> Any:
     )
 
 
-class SeenImages:
+class ImageFeatureCache:
     """Cache of one model's features of distinct images, computed on first use without a graph.
 
     With ``learning``, the features collect gradients until ``backward`` runs the tower again with a graph, chunk by
@@ -68,7 +68,12 @@ class SeenImages:
     """
 
     def __init__(
-        self, model: nn.Module, reader: ImageReader, *, learning: bool = False, precision: Precision = nullcontext
+        self,
+        model: nn.Module,
+        reader: MultimodalProcessor,
+        *,
+        learning: bool = False,
+        precision: Precision = nullcontext,
     ) -> None:
         self._model = model
         self._reader = reader
@@ -114,7 +119,7 @@ class SeenImages:
                 tensor.grad = None
 
 
-def _cut(reader: ImageReader, images: Iterable[bytes]) -> list[dict[bytes, Mapping[str, Tensor]]]:
+def _cut(reader: MultimodalProcessor, images: Iterable[bytes]) -> list[dict[bytes, Mapping[str, Tensor]]]:
     chunks: list[dict[bytes, Mapping[str, Tensor]]] = []
     size = CHUNK_SIZE
     for image in images:
@@ -166,11 +171,11 @@ def get_inner_model(model: nn.Module) -> Any:
     """The part of a vision-language model that has the vision tower.
 
     Raises:
-        UserError: the model lacks transformers' common interface for image features.
+        DataError: the model lacks transformers' common interface for image features.
     """
     inner = getattr(model, "model", None)
     if not hasattr(inner, "get_image_features"):
-        raise UserError(f"model.path: {type(model).__name__} has no model.get_image_features; it is not supported")
+        raise DataError(f"model.path: {type(model).__name__} has no model.get_image_features; it is not supported")
     return inner
 
 
@@ -184,13 +189,13 @@ def freeze_tower(model: nn.Module) -> None:
     """Freeze the vision tower; only the language model and its head are trained.
 
     Raises:
-        UserError: as ``get_inner_model`` does.
+        DataError: as ``get_inner_model`` does.
     """
     for param in get_tower_parameters(model):
         param.requires_grad_(False)
 
 
-class Vision:
+class VisionAdapter:
     """Image tokens and position ids of a vision-language model.
 
     Args:
@@ -198,7 +203,7 @@ class Vision:
         reader: of the model's processor.
     """
 
-    def __init__(self, model: nn.Module, reader: ImageReader) -> None:
+    def __init__(self, model: nn.Module, reader: MultimodalProcessor) -> None:
         self.reader = reader
         self._inner = get_inner_model(model)
         config: Any = model.config
@@ -219,7 +224,7 @@ class Vision:
         positions, _ = self._rope(input_ids=token_ids, mm_token_type_ids=is_image, image_grid_thw=grids)
         return positions[:, 0]
 
-    def mark_images(self, token_ids: Tensor) -> dict[str, Tensor]:
+    def image_token_mask(self, token_ids: Tensor) -> dict[str, Tensor]:
         """Extra inputs that mark image tokens, for models in which image tokens attend to each other."""
         return {"token_type_ids": (token_ids == self.image_token_id).long()} if self.marks_images else {}
 

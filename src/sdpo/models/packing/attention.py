@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from sdpo.models.packing.layout import Attention, Layout
+from sdpo.models.packing.layout import AttentionCall, PackedLayout
 
 NAME = "sdpa_packed"
 # Replaces the mask of a packed row: transformers passes a mask of four axes through unchanged.
@@ -24,7 +24,7 @@ NO_MASK = torch.empty(1, 1, 0, 0)
 UNSUPPORTED = {"sliding_window": None, "softcap": None, "s_aux": None, "position_bias": None}
 
 
-class NotPackable(Exception):
+class PackingUnsupportedError(Exception):
     """This model's attention cannot be computed over a packed row."""
 
 
@@ -35,7 +35,7 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    layout: Layout | None = None,
+    layout: PackedLayout | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **settings: Any,
@@ -43,23 +43,27 @@ def attend(
     """Attention of a packed row [1, heads, L, head size], giving [1, L, heads, head size].
 
     Raises:
-        NotPackable: the layer needs more than causal attention, or the model did not pass the layout.
+        PackingUnsupportedError: the layer needs more than causal attention, or the model did not pass the layout.
     """
     if layout is None:
         if attention_mask is not None and not attention_mask.numel():
-            raise NotPackable(f"{type(module).__name__} does not pass the arguments of a forward pass to its attention")
+            raise PackingUnsupportedError(
+                f"{type(module).__name__} does not pass the arguments of a forward pass to its attention"
+            )
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **settings
         )
     asked = [name for name, default in UNSUPPORTED.items() if settings.get(name, default) is not default]
     if asked:
-        raise NotPackable(f"{type(module).__name__} needs {asked[0]}")
+        raise PackingUnsupportedError(f"{type(module).__name__} needs {asked[0]}")
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
     outputs = [_call(call, query, key, value, scaling, dropout) for call in layout.calls]
     return torch.cat(outputs).index_select(0, layout.answers)[None], None
 
 
-def _call(call: Attention, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float) -> Tensor:
+def _call(
+    call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float
+) -> Tensor:
     """Output [rows * Q, heads, head size] of one call; states are [L, heads, head size]."""
     num_queries, num_keys = call.queries.shape[1], call.keys.shape[1]
 

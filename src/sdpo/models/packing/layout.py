@@ -5,7 +5,7 @@
 
 Each rest attends only to its prefix and itself. So the n rollouts of a prompt cost one prompt and n responses, and n
 teacher prompts with different feedback cost one question. Token-wise layers need no change; attention is computed call
-by call (``Attention``), see ``attention.py``.
+by call (``AttentionCall``), see ``attention.py``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sdpo.models.multimodal.processor import TokenPrompt
 
 
 @dataclass(frozen=True)
-class Family:
+class PrefixGroup:
     """Consecutive sequences with a shared prefix.
 
     Attributes:
@@ -39,24 +39,25 @@ class Family:
 
 
 @dataclass(frozen=True)
-class ReadingCost:
+class AttentionCostModel:
     """Cost of a forward pass, in FLOPs.
 
-    A backward pass multiplies ``by_token`` and ``by_pair`` by about the same factor, so the same packing is best.
+    A backward pass multiplies ``flops_per_token`` and ``flops_per_pair`` by about the same factor, so the same packing
+    is best.
 
     Attributes:
-        by_token: products of a token with all weights.
-        by_pair: attention of one token to another, all layers; kernels compute masked pairs too.
-        by_call: overhead of one attention call in every layer: launch, gather and scatter.
+        flops_per_token: products of a token with all weights.
+        flops_per_pair: attention of one token to another, all layers; kernels compute masked pairs too.
+        flops_per_call: overhead of one attention call in every layer: launch, gather and scatter.
     """
 
-    by_token: float
-    by_pair: float
-    by_call: float
+    flops_per_token: float
+    flops_per_pair: float
+    flops_per_call: float
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionCall:
     """One attention call per layer, with Q queries and K keys in each of its rows.
 
     In each row the last query attends to all keys, the previous query to all but the last key, and so on.
@@ -72,7 +73,7 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Layout:
+class PackedLayout:
     """How a packed row's attention is computed.
 
     Attributes:
@@ -80,7 +81,7 @@ class Layout:
         answers: [L] for each place, the index of its query in the concatenation of all calls' queries.
     """
 
-    calls: tuple[Attention, ...]
+    calls: tuple[AttentionCall, ...]
     answers: Tensor
 
 
@@ -99,7 +100,7 @@ class PackedSequences:
     token_ids: Tensor
     position_ids: Tensor
     scored: Tensor
-    layout: Layout
+    layout: PackedLayout
     images: tuple[bytes, ...]
 
 
@@ -117,13 +118,13 @@ def count_shared_tokens(prompts: Sequence[TokenPrompt], image_token_ids: Sequenc
     return shared
 
 
-def find_families(
+def group_by_prefix(
     prompts: Sequence[TokenPrompt],
     response_lengths: Sequence[int],
     groups: Sequence[Hashable],
-    cost: ReadingCost,
+    cost: AttentionCostModel,
     image_token_ids: Sequence[int] = (),
-) -> list[Family]:
+) -> list[PrefixGroup]:
     """Make a family of consecutive sequences of a group if that is cheaper, else single sequences.
 
     Args:
@@ -131,30 +132,30 @@ def find_families(
         response_lengths: tokens of the response after each prompt.
         groups: sequences with equal values may share a prefix: rollouts of one prompt, for student and teacher.
     """
-    families: list[Family] = []
+    families: list[PrefixGroup] = []
     for _, places in groupby(range(len(prompts)), key=lambda i: groups[i]):
         members = list(places)
         lengths = tuple(len(prompts[i].token_ids) + response_lengths[i] for i in members)
         shared = count_shared_tokens([prompts[i] for i in members], image_token_ids) if len(members) > 1 else 0
-        family, apart = Family(shared, lengths), [Family(0, (length,)) for length in lengths]
+        family, apart = PrefixGroup(shared, lengths), [PrefixGroup(0, (length,)) for length in lengths]
         families += [family] if shared and count_cost([family], cost) < count_cost(apart, cost) else apart
     return families
 
 
-def count_cost(families: Sequence[Family], cost: ReadingCost) -> float:
+def count_cost(families: Sequence[PrefixGroup], cost: AttentionCostModel) -> float:
     """Cost of these sequences as one packed row, in FLOPs."""
     shapes = [shape for _, shape in _plan_calls(families, cost)]
     tokens = sum(family.num_tokens for family in families)
     pairs = sum(rows * queries * keys for rows, queries, keys in shapes)
-    return tokens * cost.by_token + pairs * cost.by_pair + len(shapes) * cost.by_call
+    return tokens * cost.flops_per_token + pairs * cost.flops_per_pair + len(shapes) * cost.flops_per_call
 
 
 def pack_sequences(
-    families: Sequence[Family],
+    families: Sequence[PrefixGroup],
     prompts: Sequence[TokenPrompt],
     responses: Sequence[Sequence[int]],
     positions: Sequence[Tensor],
-    cost: ReadingCost,
+    cost: AttentionCostModel,
     device: torch.device,
     image_token_ids: Sequence[int] = (),
 ) -> PackedSequences:
@@ -204,7 +205,9 @@ def _has_image(token_ids: Sequence[int], image_token_ids: Sequence[int]) -> bool
 _Piece = tuple[int, int]
 
 
-def _plan_calls(families: Sequence[Family], cost: ReadingCost) -> list[tuple[list[_Piece], tuple[int, int, int]]]:
+def _plan_calls(
+    families: Sequence[PrefixGroup], cost: AttentionCostModel
+) -> list[tuple[list[_Piece], tuple[int, int, int]]]:
     """Pieces of each attention call, and its numbers of rows, queries and keys."""
     alone: list[tuple[int, _Piece]] = []
     groups: list[tuple[int, list[tuple[int, _Piece]]]] = [(0, alone)]
@@ -223,7 +226,7 @@ def _plan_calls(families: Sequence[Family], cost: ReadingCost) -> list[tuple[lis
 
 
 def _share_calls(
-    prefix: int, pieces: Sequence[tuple[int, _Piece]], cost: ReadingCost
+    prefix: int, pieces: Sequence[tuple[int, _Piece]], cost: AttentionCostModel
 ) -> list[tuple[int, list[_Piece]]]:
     """Group pieces, longest first, into calls; start a new call if padding would cost more."""
     calls: list[tuple[int, list[_Piece]]] = []
@@ -231,8 +234,8 @@ def _share_calls(
     for length, piece in pieces:
         if calls:
             longest = calls[-1][0]
-            wasted += (longest * (prefix + longest) - length * (prefix + length)) * cost.by_pair
-        if not calls or wasted > cost.by_call:
+            wasted += (longest * (prefix + longest) - length * (prefix + length)) * cost.flops_per_pair
+        if not calls or wasted > cost.flops_per_call:
             calls.append((length, []))
             wasted = 0.0
         calls[-1][1].append(piece)
@@ -240,13 +243,13 @@ def _share_calls(
 
 
 def _lay_out(
-    families: Sequence[Family],
+    families: Sequence[PrefixGroup],
     starts: Sequence[tuple[int, list[int]]],
     num_tokens: int,
-    cost: ReadingCost,
+    cost: AttentionCostModel,
     device: torch.device,
-) -> Layout:
-    calls: list[Attention] = []
+) -> PackedLayout:
+    calls: list[AttentionCall] = []
     answers = torch.empty(num_tokens, dtype=torch.long)
     answered = 0
     for pieces, (_, num_queries, num_keys) in _plan_calls(families, cost):
@@ -264,5 +267,5 @@ def _lay_out(
             keys.append(torch.cat([start + torch.arange(num_keys - num_queries), own]))
             answers[first : first + length] = answered + torch.arange(length)
             answered += num_queries
-        calls.append(Attention(torch.stack(queries).to(device), torch.stack(keys).to(device)))
-    return Layout(tuple(calls), answers.to(device))
+        calls.append(AttentionCall(torch.stack(queries).to(device), torch.stack(keys).to(device)))
+    return PackedLayout(tuple(calls), answers.to(device))

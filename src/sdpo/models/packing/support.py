@@ -10,9 +10,9 @@ from transformers import AttentionInterface
 
 from sdpo.models.forward import compute_hidden, compute_positions
 from sdpo.models.multimodal.processor import TokenPrompt
-from sdpo.models.multimodal.vision_tower import Vision, get_tower_parameters
-from sdpo.models.packing.attention import NAME, NotPackable, attend
-from sdpo.models.packing.layout import Family, ReadingCost, pack_sequences
+from sdpo.models.multimodal.vision_tower import VisionAdapter, get_tower_parameters
+from sdpo.models.packing.attention import NAME, PackingUnsupportedError, attend
+from sdpo.models.packing.layout import AttentionCostModel, PrefixGroup, pack_sequences
 
 # Overhead of one attention call in one layer (launch, gather, scatter; forward and backward), expressed in FLOPs of a
 # forward pass. CPU: 60 microseconds measured, one thread. Others: estimate, 100 microseconds at 300 TFLOP/s.
@@ -20,7 +20,7 @@ CALL_ON_CPU, CALL_ELSEWHERE = 5e6, 1e10
 PROBE = f"{NAME}_probe"
 
 
-def enable_packing(model: nn.Module, vision: Vision | None = None) -> ReadingCost | None:
+def enable_packing(model: nn.Module, vision: VisionAdapter | None = None) -> AttentionCostModel | None:
     """Enable packed rows in a transformers model; returns its reading cost, or None if unsupported.
 
     Supported models use full causal attention in every layer and pass the layout on to it, as most models do. Sliding
@@ -33,9 +33,9 @@ def enable_packing(model: nn.Module, vision: Vision | None = None) -> ReadingCos
     config = transformer.config.get_text_config()
     if config._attn_implementation != "sdpa" or (vision is not None and vision.marks_images):
         return None
-    cost = measure_reading(model, vision)
+    cost = measure_attention_cost(model, vision)
     device = next(model.parameters()).device
-    family, prompts = Family(2, (3, 4)), [TokenPrompt([0, 1]), TokenPrompt([0, 1])]
+    family, prompts = PrefixGroup(2, (3, 4)), [TokenPrompt([0, 1]), TokenPrompt([0, 1])]
     row = pack_sequences([family], prompts, [[1], [0, 1]], compute_positions(prompts, 2, vision), cost, device)
     layers: list[nn.Module] = []
 
@@ -50,7 +50,7 @@ def enable_packing(model: nn.Module, vision: Vision | None = None) -> ReadingCos
         with torch.no_grad():
             compute_hidden(model.eval(), row)
         packs = len(layers) == config.num_hidden_layers
-    except (NotPackable, TypeError):  # TypeError: the model does not accept a layout
+    except (PackingUnsupportedError, TypeError):  # TypeError: the model does not accept a layout
         packs = False
     finally:
         model.train(was_training)
@@ -58,7 +58,7 @@ def enable_packing(model: nn.Module, vision: Vision | None = None) -> ReadingCos
     return cost if packs else None
 
 
-def measure_reading(model: nn.Module, vision: Vision | None = None) -> ReadingCost:
+def measure_attention_cost(model: nn.Module, vision: VisionAdapter | None = None) -> AttentionCostModel:
     """Reading cost of a model, from its shape and device."""
     transformer: Any = model
     config = transformer.config.get_text_config()
@@ -70,8 +70,8 @@ def measure_reading(model: nn.Module, vision: Vision | None = None) -> ReadingCo
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     matrices = [param for param in model.parameters() if param.dim() > 1 and id(param) not in outside]
     on_cpu = matrices[0].device.type == "cpu"
-    return ReadingCost(
-        by_token=2.0 * sum(param.numel() for param in matrices),
-        by_pair=4.0 * layers * heads * head_size,
-        by_call=layers * (CALL_ON_CPU if on_cpu else CALL_ELSEWHERE),
+    return AttentionCostModel(
+        flops_per_token=2.0 * sum(param.numel() for param in matrices),
+        flops_per_pair=4.0 * layers * heads * head_size,
+        flops_per_call=layers * (CALL_ON_CPU if on_cpu else CALL_ELSEWHERE),
     )

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sdpo.errors import UserError
-from sdpo.observability.progress import Observer, Silent
+from sdpo.errors import DataError, SDPOError
+from sdpo.observability.progress import NullCallback, ProgressCallback
 from sdpo.prompting.images import TAG, open_image
 
 DATA_SOURCE = "hiyouga/geometry3k"
@@ -25,7 +25,9 @@ INSTRUCTION = (
 BATCH_ROWS = 64  # held in memory at a time, images and all
 
 
-def prepare(out: str | Path, source: str | Path = DATA_SOURCE, observer: Observer | None = None) -> dict[str, int]:
+def prepare(
+    out: str | Path, source: str | Path = DATA_SOURCE, observer: ProgressCallback | None = None
+) -> dict[str, int]:
     """Write ``train.parquet`` and ``test.parquet``.
 
     Both are made beside the folder and renamed into it when complete; files of those names are replaced. Images keep
@@ -41,16 +43,16 @@ def prepare(out: str | Path, source: str | Path = DATA_SOURCE, observer: Observe
         Rows written, by split.
 
     Raises:
-        UserError: ``datasets`` is not installed; the source cannot be loaded, or lacks a split or a column;
+        DataError: ``datasets`` is not installed; the source cannot be loaded, or lacks a split or a column;
             no row of a split can be used; the folder cannot be written, or is the source.
     """
     target = Path(os.path.expanduser(out))
-    observer = observer or Silent()
+    observer = observer or NullCallback()
     folder = os.path.expanduser(source)
     if os.path.isdir(target) and os.path.isdir(folder) and os.path.samefile(target, folder):
-        raise UserError(f"{target}: is the source itself; name another folder for the files")
+        raise DataError(f"{target}: is the source itself; name another folder for the files")
     if os.path.exists(target) and not os.path.isdir(target):
-        raise UserError(f"{target}: is no folder; name another")
+        raise DataError(f"{target}: is no folder; name another")
     splits = _load(str(source))
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     try:
@@ -60,7 +62,7 @@ def prepare(out: str | Path, source: str | Path = DATA_SOURCE, observer: Observe
         for split in SPLITS:
             os.replace(partial / f"{split}.parquet", target / f"{split}.parquet")
     except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror or error}); name another folder") from error
+        raise DataError(f"{target}: cannot be written ({error.strerror or error}); name another folder") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return counts
@@ -111,12 +113,12 @@ def _read_image(image: dict[str, Any] | None, which: str) -> dict[str, Any]:
         raise ValueError(f"{which} is empty")
     try:
         open_image(data, max_pixels=2**62)
-    except UserError as error:
+    except SDPOError as error:
         raise ValueError(f"{which} is {error}") from error
     return {"bytes": data, "path": os.path.basename(path) if path else None}
 
 
-def _write(rows: Any, split: str, file: Path, observer: Observer) -> int:
+def _write(rows: Any, split: str, file: Path, observer: ProgressCallback) -> int:
     import pyarrow.parquet as pq
 
     written, skipped = 0, 0
@@ -143,7 +145,7 @@ def _write(rows: Any, split: str, file: Path, observer: Observer) -> int:
             observer.progress(f"reading {split}", index + 1, len(rows))
         flush()
     if not written:
-        raise UserError(f"split {split!r}: no row of {len(rows)} can be used; name another data set with --source")
+        raise DataError(f"split {split!r}: no row of {len(rows)} can be used; name another data set with --source")
     observer.message(f"{split}: {written} rows" + (f", {skipped} left out" if skipped else ""))
     return written
 
@@ -157,7 +159,7 @@ def _iterate(rows: Any, split: str) -> Iterator[dict[str, Any]]:
             yield from table.to_pylist()
     except (ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"split {split!r} is damaged ({reason}); make it again, or name another by --source") from error
+        raise DataError(f"split {split!r} is damaged ({reason}); make it again, or name another by --source") from error
 
 
 def _build_schema() -> Any:
@@ -181,13 +183,13 @@ def _load(source: str) -> dict[str, Any]:
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise UserError(f"Geometry3k's data needs {error.name}; install it: pip install 'sdpo[geo3k]'") from error
+        raise DataError(f"Geometry3k's data needs {error.name}; install it: pip install 'sdpo[geo3k]'") from error
     import pyarrow as pa
 
     folder = os.path.expanduser(source)
     is_local = os.path.isdir(folder)
     if not is_local and (os.path.exists(folder) or source.startswith(("/", ".", "~")) or source.count("/") > 1):
-        raise UserError(f"--source {source}: no such folder; it must hold parquet files named by split")
+        raise DataError(f"--source {source}: no such folder; it must hold parquet files named by split")
     is_saved = any(os.path.isfile(os.path.join(folder, name)) for name in ("dataset_dict.json", "state.json"))
     try:
         with _quiet_datasets():
@@ -198,19 +200,19 @@ def _load(source: str) -> dict[str, Any]:
     except Exception as error:  # of datasets, of the hub's client and of what that stands on; they share no base
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         advice = "name another by --source" if is_local else "without a connection name a local copy by --source"
-        raise UserError(f"--source {source}: cannot be loaded ({reason}); {advice}") from error
+        raise DataError(f"--source {source}: cannot be loaded ({reason}); {advice}") from error
     if not isinstance(splits, datasets.DatasetDict):
-        raise UserError(f"--source {source}: is a single split; it must have {' and '.join(SPLITS)}")
+        raise DataError(f"--source {source}: is a single split; it must have {' and '.join(SPLITS)}")
     for split in SPLITS:
         if split not in splits:
-            raise UserError(f"--source {source}: has no split {split!r}, only {', '.join(map(str, splits))}")
+            raise DataError(f"--source {source}: has no split {split!r}, only {', '.join(map(str, splits))}")
         missing = [column for column in COLUMNS if column not in splits[split].column_names]
         if missing:
             has = ", ".join(splits[split].column_names)
-            raise UserError(f"--source {source}: split {split!r} has no column {missing[0]!r}, only {has}")
+            raise DataError(f"--source {source}: split {split!r} has no column {missing[0]!r}, only {has}")
         stored = splits[split].features.arrow_schema.field("images").type
         if stored != pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()})):
-            raise UserError(f"--source {source}: column 'images' of split {split!r} is {stored}, not a list of images")
+            raise DataError(f"--source {source}: column 'images' of split {split!r} is {stored}, not a list of images")
     return {split: splits[split].select_columns(list(COLUMNS)) for split in SPLITS}
 
 

@@ -13,8 +13,8 @@ from enum import Enum, auto
 from fractions import Fraction
 from importlib.util import find_spec
 
-from sdpo.errors import UserError
-from sdpo.rewards.base import Grade, Row
+from sdpo.errors import DataError
+from sdpo.rewards.base import RewardOutput, Row
 from sdpo.rewards.geo3k.sympy_worker import compare
 from sdpo.rewards.worker_process import CutOff
 
@@ -43,7 +43,7 @@ class Geo3k:
         timeout: seconds that an answer may take to be read, in (0, 600]; one that takes longer is wrong.
 
     Raises:
-        UserError: an argument out of range, or math-verify is not installed.
+        DataError: an argument out of range, or math-verify is not installed.
     """
 
     format_weight: float = 0.1
@@ -55,29 +55,29 @@ class Geo3k:
             value = getattr(self, name)
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not is_number or not least <= value <= most:
-                raise UserError(f"data.task_args.{name} must be a number from {least} to {most}, got {value!r:.80}")
+                raise DataError(f"data.task_args.{name} must be a number from {least} to {most}, got {value!r:.80}")
         if find_spec("math_verify") is None:  # now rather than at the first answer that is no plain number
-            raise UserError("data.task=geo3k needs math-verify; install it: pip install 'sdpo[geo3k]'")
+            raise DataError("data.task=geo3k needs math-verify; install it: pip install 'sdpo[geo3k]'")
 
-    def grade(self, row: Row, response: str) -> Grade:
+    def compute_score(self, row: Row, response: str) -> RewardOutput:
         """Score a response in [0, 1], and say what is wrong with it, without the ground truth.
 
         Thread-safe. Ends within about ``timeout``, and the time that comparisons of other threads take before it.
 
         Raises:
-            UserError: the row has no ground truth.
+            DataError: the row has no ground truth.
         """
         truth = (row.ground_truth or "").strip()
         if not truth:
             index = row.extra_info.get("index", "?")
-            raise UserError(f"data: row {index} of {row.data_source} has no reward_model.ground_truth to grade by")
+            raise DataError(f"data: row {index} of {row.data_source} has no reward_model.ground_truth to grade by")
         is_right, complaint = self._judge_answer(response, truth)
         missing = _find_format_error(response) if self.format_weight > 0 else None
         if is_right and missing:
             complaint = f"The final answer is correct, but {missing}."
         elif complaint and missing:
             complaint += f" Also, {missing}."
-        return Grade((1.0 - self.format_weight) * is_right + self.format_weight * (missing is None), complaint)
+        return RewardOutput((1.0 - self.format_weight) * is_right + self.format_weight * (missing is None), complaint)
 
     def _judge_answer(self, response: str, truth: str) -> tuple[bool, str | None]:
         answer = extract_boxed(response)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sdpo.config.self_distillation import SelfDistillationConfig
-from sdpo.errors import UserError
-from sdpo.observability.progress import Observer, Silent
-from sdpo.rewards.base import Grade, Row
+from sdpo.errors import DataError
+from sdpo.observability.progress import NullCallback, ProgressCallback
+from sdpo.rewards.base import RewardOutput, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -26,15 +26,15 @@ def check_arguments(dir: Any, seed: Any, pretrain_steps: Any, num_train: Any, nu
     """Refuse arguments of a task that are no folder's name, or no whole numbers large enough; no steps are none given.
 
     Raises:
-        UserError: names the argument.
+        DataError: names the argument.
     """
     if not isinstance(dir, str) or not dir:
-        raise UserError(f"data.task_args.dir must be a folder's name, got {dir!r}")
+        raise DataError(f"data.task_args.dir must be a folder's name, got {dir!r}")
     steps = 0 if pretrain_steps is None else pretrain_steps
     numbers = (("seed", seed, 0), ("pretrain_steps", steps, 0), ("num_train", num_train, 1), ("num_test", num_test, 1))
     for name, value, least in numbers:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise UserError(f"data.task_args.{name} must be a whole number of at least {least}, got {value!r}")
+            raise DataError(f"data.task_args.{name} must be a whole number of at least {least}, got {value!r}")
 
 
 class OfflineTask:
@@ -43,21 +43,21 @@ class OfflineTask:
     dir: str
     what: ClassVar[str]  # of the data, for the message that the folder holds something else
 
-    def grade(self, row: Row, response: str) -> Grade:
+    def compute_score(self, row: Row, response: str) -> RewardOutput:
         """1 for exactly the ground truth, else 0 with the ground truth as feedback."""
         expected = row.ground_truth or ""
-        return Grade(1.0) if response.strip() == expected else Grade(0.0, FEEDBACK_TEXT + expected)
+        return RewardOutput(1.0) if response.strip() == expected else RewardOutput(0.0, FEEDBACK_TEXT + expected)
 
-    def prepare(self, observer: Observer | None = None) -> None:
+    def prepare(self, observer: ProgressCallback | None = None) -> None:
         """Make model and data unless the folder already holds those of the same arguments.
 
         Raises:
-            UserError: the folder holds something else, or cannot be made.
+            DataError: the folder holds something else, or cannot be made.
         """
         recipe = {name: value for name, value in vars(self).items() if name != "dir"}
-        make_folder(self.dir, recipe, self.what, lambda folder: self.write(folder, observer or Silent()))
+        make_folder(self.dir, recipe, self.what, lambda folder: self.write(folder, observer or NullCallback()))
 
-    def write(self, folder: Path, observer: Observer) -> None:
+    def write(self, folder: Path, observer: ProgressCallback) -> None:
         """Fill a new folder with ``model/``, ``train.parquet`` and ``test.parquet``."""
         raise NotImplementedError
 
@@ -79,21 +79,21 @@ def make_folder(name: str, recipe: Mapping[str, Any], what: str, write: Callable
         write: fills the folder that it is given, which is not yet the one named.
 
     Raises:
-        UserError: the folder holds something else, or cannot be made.
+        DataError: the folder holds something else, or cannot be made.
     """
     target = Path(name).expanduser()
     if target.exists():
         made_with = target / "recipe.json"
         if not made_with.is_file():
-            raise UserError(f"{target}: exists and holds no {what}; name another folder")
+            raise DataError(f"{target}: exists and holds no {what}; name another folder")
         if json.loads(made_with.read_text()) != recipe:
-            raise UserError(f"{target}: was made with {made_with.read_text()}; delete it or name another folder")
+            raise DataError(f"{target}: was made with {made_with.read_text()}; delete it or name another folder")
         return
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"{target}: cannot be made ({error.strerror}); name another folder") from error
+        raise DataError(f"{target}: cannot be made ({error.strerror}); name another folder") from error
     try:
         write(partial)
         (partial / "recipe.json").write_text(json.dumps(recipe))
@@ -158,7 +158,7 @@ def pretrain(
     parameters: Iterable[Any],
     compute_loss: Callable[[], Any],
     steps: int,
-    observer: Observer,
+    observer: ProgressCallback,
     description: str,
     *,
     peak_lr: float = 2e-3,

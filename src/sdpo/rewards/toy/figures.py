@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sdpo.config.self_distillation import SelfDistillationConfig
-from sdpo.errors import UserError
-from sdpo.observability.progress import Observer
-from sdpo.prompting.demonstrations import Demonstration
+from sdpo.errors import DataError
+from sdpo.observability.progress import ProgressCallback
+from sdpo.prompting.demonstrations import PrivilegedContext
 from sdpo.prompting.tokenization import encode_prompt, encode_teacher_prompt
 from sdpo.rewards.toy import base
 from sdpo.rewards.toy.base import format_digits
@@ -76,9 +76,9 @@ class Figures(base.OfflineTask):
     def __post_init__(self) -> None:
         base.check_arguments(self.dir, self.seed, self.pretrain_steps, self.num_train, self.num_test)
         if self.num_train + self.num_test > NUM_FIGURES:
-            raise UserError(f"data.task_args: num_train + num_test exceeds the {NUM_FIGURES} figures")
+            raise DataError(f"data.task_args: num_train + num_test exceeds the {NUM_FIGURES} figures")
 
-    def write(self, folder: Path, observer: Observer) -> None:
+    def write(self, folder: Path, observer: ProgressCallback) -> None:
         for split, rows in self._draw_rows().items():
             write_rows(rows, folder / f"{split}.parquet")
         self._pretrain(observer, folder / "model")
@@ -94,7 +94,7 @@ class Figures(base.OfflineTask):
             for split, chosen in (("train", figures[: self.num_train]), ("test", figures[self.num_train :]))
         }
 
-    def _pretrain(self, observer: Observer, folder: Path) -> None:
+    def _pretrain(self, observer: ProgressCallback, folder: Path) -> None:
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # the one for writing shards would break the observer's own
@@ -126,10 +126,10 @@ def shuffle_images(rows: Sequence[Mapping[str, Any]], seed: int) -> list[dict[st
     """The rows, each with the images of another: what a model scores on these, it does not owe to its eyes.
 
     Raises:
-        UserError: there is but one row.
+        DataError: there is but one row.
     """
     if len(rows) < 2:
-        raise UserError(f"images can be shuffled among two rows or more, got {len(rows)}")
+        raise DataError(f"images can be shuffled among two rows or more, got {len(rows)}")
     order = list(range(len(rows)))
     random.Random(f"shuffle {seed}").shuffle(order)
     giver = dict(zip(order, [*order[1:], order[0]], strict=True))
@@ -224,7 +224,7 @@ def _learn_to_see(
     tokenizer: PreTrainedTokenizerFast,
     figures: _DrawnFigures,
     steps: int,
-    observer: Observer,
+    observer: ProgressCallback,
     *,
     batch_size: int = 64,
 ) -> None:
@@ -259,7 +259,7 @@ def _learn_to_read(
     tokenizer: PreTrainedTokenizerFast,
     figures: _DrawnFigures,
     steps: int,
-    observer: Observer,
+    observer: ProgressCallback,
     *,
     batch_size: int = 64,
 ) -> None:
@@ -328,7 +328,7 @@ def _build_skeletons(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast)
     import torch
 
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
-    shown = Demonstration(solution=format_digits([1] * NUM_SIDES))
+    shown = PrivilegedContext(solution=format_digits([1] * NUM_SIDES))
     teacher = encode_teacher_prompt(tokenizer, messages, shown, SelfDistillationConfig()).token_ids
     assert teacher is not None
     skeletons = []

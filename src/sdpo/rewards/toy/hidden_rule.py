@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sdpo.config.self_distillation import SelfDistillationConfig
-from sdpo.errors import UserError
-from sdpo.observability.progress import Observer
-from sdpo.prompting.demonstrations import Demonstration
+from sdpo.errors import DataError
+from sdpo.observability.progress import ProgressCallback
+from sdpo.prompting.demonstrations import PrivilegedContext
 from sdpo.prompting.tokenization import encode_prompt, encode_teacher_prompt
 from sdpo.rewards.toy import base
 from sdpo.rewards.toy.base import format_digits
@@ -75,13 +75,13 @@ class HiddenRule(base.OfflineTask):
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise UserError(f"data.task_args.mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+            raise DataError(f"data.task_args.mode must be one of {', '.join(MODES)}, got {self.mode!r}")
         base.check_arguments(self.dir, self.seed, self.pretrain_steps, self.num_train, self.num_test)
         possible = NUM_DIGITS ** MODES[self.mode].length
         if self.num_train + self.num_test > possible:
-            raise UserError(f"data.task_args: num_train + num_test exceeds the {possible} prompts of mode {self.mode}")
+            raise DataError(f"data.task_args: num_train + num_test exceeds the {possible} prompts of mode {self.mode}")
 
-    def write(self, folder: Path, observer: Observer) -> None:
+    def write(self, folder: Path, observer: ProgressCallback) -> None:
         self._write_rows(folder)
         self._pretrain(observer, folder / "model")
 
@@ -112,7 +112,7 @@ class HiddenRule(base.OfflineTask):
             ]
             pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}.parquet")
 
-    def _pretrain(self, observer: Observer, folder: Path) -> None:
+    def _pretrain(self, observer: ProgressCallback, folder: Path) -> None:
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # the one for writing shards would break the observer's own
@@ -175,7 +175,7 @@ def _pretrain(
     mode: str,
     rules: Sequence[Sequence[int]],
     steps: int,
-    observer: Observer,
+    observer: ProgressCallback,
     *,
     batch_size: int = 64,
 ) -> None:
@@ -231,7 +231,9 @@ def _build_skeletons(tokenizer: PreTrainedTokenizerFast, mode: str) -> tuple[_Sk
     messages = [{"role": "user", "content": format_digits([0] * length)}]
     answer = format_digits([1] * length)
     shown = (
-        Demonstration(feedback=base.FEEDBACK_TEXT + answer) if mode == "feedback" else Demonstration(solution=answer)
+        PrivilegedContext(feedback=base.FEEDBACK_TEXT + answer)
+        if mode == "feedback"
+        else PrivilegedContext(solution=answer)
     )
     teacher = encode_teacher_prompt(tokenizer, messages, shown, SelfDistillationConfig()).token_ids
     assert teacher is not None

@@ -13,7 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from sdpo.errors import UserError
+from sdpo.errors import DataError
 from sdpo.rewards.geo3k.data import DATA_SOURCE, INSTRUCTION
 from sdpo.rewards.toy.drawing import Picture, Point, draw_circle, draw_polygon, write_rows
 
@@ -51,16 +51,16 @@ def write_drawn_geometry(out: Path, num_train: int, num_test: int, seed: int = 0
     """Write ``train.parquet`` and ``test.parquet`` into ``out``.
 
     Raises:
-        UserError: the folder holds files of these names, or cannot be made.
+        DataError: the folder holds files of these names, or cannot be made.
     """
     files = {split: out / f"{split}.parquet" for split in ("train", "test")}
     for file in files.values():
         if file.exists():
-            raise UserError(f"{file}: exists; name another folder for drawn problems")
+            raise DataError(f"{file}: exists; name another folder for drawn problems")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{out}: cannot be made ({error.strerror}); name another folder") from error
+        raise DataError(f"{out}: cannot be made ({error.strerror}); name another folder") from error
     for split, num, own_seed in (("train", num_train, 2 * seed), ("test", num_test, 2 * seed + 1)):
         partial = files[split].with_suffix(".partial")
         write_rows(draw_geometry_rows(num, own_seed, split), partial)

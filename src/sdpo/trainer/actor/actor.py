@@ -1,4 +1,4 @@
-"""The learner's role: student, teacher, optimizer; one call a step."""
+"""The actor's role: student, teacher, optimizer; one call a step."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from sdpo.algorithm.loss import Sums, add_sums, compute_distillation_coef, compu
 from sdpo.algorithm.regularization import Regularization
 from sdpo.algorithm.teacher import build_teacher
 from sdpo.config.root import SDPOConfig
-from sdpo.errors import UserError
-from sdpo.kernels.chunked_log_probs import LazyLogits
+from sdpo.errors import ConfigError
+from sdpo.kernels.chunked_log_probs import LinearHead
 from sdpo.kernels.cpu.allocator import is_out_of_memory
-from sdpo.kernels.dispatch import compute_fused_loss, score_tokens
+from sdpo.kernels.dispatch import fused_linear_sdpo_loss, score_tokens
 from sdpo.kernels.fused_linear_loss import FusedOutputs, TokenInputs
 from sdpo.models.forward import PaddedSequences, compute_hidden
 from sdpo.models.lora.adapters import copy_without_adapters
 from sdpo.models.lora.teacher import build_lora_teacher
-from sdpo.models.multimodal.feature_cache import StepImages
-from sdpo.models.multimodal.vision_tower import Vision
+from sdpo.models.multimodal.feature_cache import StepImageFeatures
+from sdpo.models.multimodal.vision_tower import VisionAdapter
 from sdpo.models.optimizer import UpdateRounding, build_optimizer, compile_on_gpus_only
 from sdpo.models.output_head import build_lazy_logits, forbid_tokens, measure_logit_scale
 from sdpo.models.packing.layout import PackedSequences
 from sdpo.models.packing.support import enable_packing
 from sdpo.observability import metrics
 from sdpo.observability.confidence import ClusteredMean, name_interval
-from sdpo.trainer.actor.collate import Batcher, MicroBatch
-from sdpo.trainer.data.samples import Sample
+from sdpo.trainer.actor.collate import Collator, MicroBatch
+from sdpo.trainer.data.samples import TrainingSample
 from sdpo.trainer.rollout.weight_sync import copy_parameters
 
 
@@ -56,7 +56,7 @@ class LogProbs:
         return old, ref
 
 
-class Learner:
+class Actor:
     """Trains the student on graded samples.
 
     Args:
@@ -78,7 +78,7 @@ class Learner:
         student: PreTrainedModel,
         run: SDPOConfig,
         pad_token_id: int,
-        vision: Vision | None = None,
+        vision: VisionAdapter | None = None,
         tell: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.run = run
@@ -94,7 +94,7 @@ class Learner:
         self.best: dict[str, Tensor] | None = None
         self._check_topk()
         self.logit_scale = measure_logit_scale(student)
-        self.batcher = Batcher(pad_token_id, self.device, vision, enable_packing(student, vision))
+        self.batcher = Collator(pad_token_id, self.device, vision, enable_packing(student, vision))
         if run.actor.gradient_checkpointing:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         build = build_lora_teacher if run.lora.rank else build_teacher
@@ -150,7 +150,9 @@ class Learner:
             if self.teacher.module is not None and teacher_module is not None:
                 copy_parameters(dict(teacher_module.named_parameters()), self.teacher.module)
 
-    def learn(self, samples: Sequence[Sample], before_update: Callable[[], None] = lambda: None) -> dict[str, float]:
+    def update_policy(
+        self, samples: Sequence[TrainingSample], before_update: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
         """One step: every sample once, an optimizer step a mini-batch, then the teacher follows.
 
         Args:
@@ -193,7 +195,7 @@ class Learner:
         self.version = step
         values = _average(results) | kl
         if self.config.distills:
-            values[metrics.DISTILLATION_WEIGHT] = coef
+            values[metrics.DISTILLATION_COEF] = coef
         if self.run.actor.kl_loss_coef:
             values[metrics.KL_COEF] = self.run.actor.kl_loss_coef
         return values
@@ -207,7 +209,7 @@ class Learner:
         """Make the weight of the distillation loss ``health.reduce_factor`` times what it is, not below the floor."""
         self.distillation_factor = self.run.health.reduce(self.distillation_factor)
 
-    def keep_as_best(self) -> None:
+    def snapshot_best(self) -> None:
         """Remember the student as it is, where the live teacher may be frozen once the student is no longer well."""
         if self.run.health.may_freeze and self.teacher is not None and self.teacher.module is None:
             self.best = {name: param.detach().clone() for name, param in self._trained()}
@@ -222,13 +224,16 @@ class Learner:
         if self.teacher is None:
             return
         if self.best is not None:
-            self._go_back_to(self.best)
+            self._restore(self.best)
             self.best = None
         self.teacher.freeze(self.initial)
 
     @torch.no_grad()
     def compute_log_probs(
-        self, samples: Sequence[Sample], images: StepImages | None = None, model: torch.nn.Module | None = None
+        self,
+        samples: Sequence[TrainingSample],
+        images: StepImageFeatures | None = None,
+        model: torch.nn.Module | None = None,
     ) -> list[Tensor]:
         """Log-probabilities of each sample's response tokens under the student as it is now, or another model.
 
@@ -239,10 +244,10 @@ class Learner:
             try:
                 return self._compute_log_probs_by_piece(samples, images, model)
             except (RuntimeError, MemoryError) as error:
-                self._take_less_memory(error, samples)
+                self._halve_micro_batch_on_oom(error, samples)
 
     def _compute_log_probs_by_piece(
-        self, samples: Sequence[Sample], images: StepImages | None, model: torch.nn.Module | None
+        self, samples: Sequence[TrainingSample], images: StepImageFeatures | None, model: torch.nn.Module | None
     ) -> list[Tensor]:
         result: list[Tensor] = [torch.empty(0)] * len(samples)
         for piece in self.batcher.split(samples, self.max_tokens_per_micro_batch):
@@ -257,10 +262,10 @@ class Learner:
 
     def _learn_mini_batch(
         self,
-        samples: list[Sample],
+        samples: list[TrainingSample],
         log_probs: LogProbs,
         coef: float,
-        images: StepImages | None,
+        images: StepImageFeatures | None,
         before_update: Callable[[], None],
     ) -> dict[str, float]:
         num_dropped = 0
@@ -272,7 +277,7 @@ class Learner:
             try:
                 sums, nonfinite = self._accumulate_gradients(samples, log_probs, coef, images, spreads)
             except (RuntimeError, MemoryError) as error:
-                self._take_less_memory(error, samples)
+                self._halve_micro_batch_on_oom(error, samples)
                 continue
             if not nonfinite:
                 break
@@ -293,10 +298,10 @@ class Learner:
 
     def _accumulate_gradients(
         self,
-        samples: Sequence[Sample],
+        samples: Sequence[TrainingSample],
         log_probs: LogProbs,
         coef: float,
-        images: StepImages | None,
+        images: StepImageFeatures | None,
         spreads: dict[str, ClusteredMean],
     ) -> tuple[Sums, set[int]]:
         """Gradients of the mini-batch's loss; stops at the first micro-batch with samples that are not finite."""
@@ -333,10 +338,10 @@ class Learner:
         policy_weights: Tensor,
         distillation_weights: Tensor,
         coef: float,
-        images: StepImages | None,
+        images: StepImageFeatures | None,
     ) -> tuple[FusedOutputs, Sums]:
         student = self._read_student(batch, images)
-        teacher: list[LazyLogits] = []
+        teacher: list[LinearHead] = []
         if batch.teacher is not None:
             assert self.teacher is not None
             with torch.no_grad():
@@ -350,7 +355,7 @@ class Learner:
             old = self._compute_log_probs(student, batch)  # all of a sequence's tokens decide the weight of each
         # Without other log-probabilities the student's own are the old policy's, known only within the loss.
         weights = self._correct(old, batch)[0] if old is not None else None
-        outputs = compute_fused_loss(
+        outputs = fused_linear_sdpo_loss(
             student,
             teacher,
             TokenInputs(
@@ -372,7 +377,7 @@ class Learner:
         )
         return outputs, self._correct(outputs.student_log_probs if old is None else old, batch)[1]
 
-    def _read_student(self, batch: MicroBatch, images: StepImages | None) -> LazyLogits:
+    def _read_student(self, batch: MicroBatch, images: StepImageFeatures | None) -> LinearHead:
         # Only this mode lets transformers checkpoint; everything else runs without dropout, as sampling does.
         self.student.train(self.run.actor.gradient_checkpointing and torch.is_grad_enabled())
         return self._read(self.student, batch.student, images)
@@ -381,9 +386,9 @@ class Learner:
         self,
         module: torch.nn.Module,
         sequences: PaddedSequences | PackedSequences,
-        images: StepImages | None,
+        images: StepImageFeatures | None,
         coefficient: float = 1.0,
-    ) -> LazyLogits:
+    ) -> LinearHead:
         features = images.select(module, sequences.images) if images is not None else ()
         with self._precision():
             hidden = compute_hidden(module, sequences, vision=self.vision, features=features)
@@ -398,7 +403,7 @@ class Learner:
         return [(name, param) for name, param in self.student.named_parameters() if param.requires_grad]
 
     @torch.no_grad()
-    def _go_back_to(self, weights: Mapping[str, Tensor]) -> None:
+    def _restore(self, weights: Mapping[str, Tensor]) -> None:
         for name, param in self._trained():
             param.copy_(weights[name])
 
@@ -416,17 +421,19 @@ class Learner:
         every = self.run.health.ref_kl_interval
         return every > 0 and (step == 1 or step % every == 0)
 
-    def _compute_log_probs(self, student: LazyLogits, batch: MicroBatch) -> Tensor:
+    def _compute_log_probs(self, student: LinearHead, batch: MicroBatch) -> Tensor:
         return score_tokens(student, batch.sampled_ids, temperature=self.run.rollout.temperature)[0]
 
     def _precision(self) -> torch.autocast:
         # A weight is needed once a pass: a cache of cast weights would only hold all of the model.
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.actor.autocast, cache_enabled=False)
 
-    def _step_images(self) -> StepImages | None:
+    def _step_images(self) -> StepImageFeatures | None:
         if self.vision is None:
             return None
-        return StepImages(self.vision, self.student, frozen=not self.run.trains_vision, precision=self._precision)
+        return StepImageFeatures(
+            self.vision, self.student, frozen=not self.run.trains_vision, precision=self._precision
+        )
 
     def _correct(self, old: Tensor, batch: MicroBatch) -> tuple[Tensor | None, Sums]:
         """The truncated importance weight old policy / sampler of each token, and its metrics."""
@@ -451,11 +458,11 @@ class Learner:
         lost = self.rounding.take()
         return values if lost is None else values | {metrics.UPDATE_ROUNDING: lost}
 
-    def _take_less_memory(self, error: Exception, samples: Sequence[Sample]) -> None:
+    def _halve_micro_batch_on_oom(self, error: Exception, samples: Sequence[TrainingSample]) -> None:
         """Halve the micro-batches if it was memory that was lacking.
 
         Raises:
-            UserError: they are single samples already.
+            ConfigError: they are single samples already.
             Exception: the error itself, if it was another one.
         """
         if not is_out_of_memory(error):
@@ -465,8 +472,8 @@ class Learner:
         if largest == 1:
             longest = max(_count_tokens(sample) for sample in samples)
             reason = " ".join(str(error).split())
-            raise UserError(
-                f"learner: memory is too small for the longest sample of {longest} tokens ({reason:.200}); lower "
+            raise ConfigError(
+                f"actor: memory is too small for the longest sample of {longest} tokens ({reason:.200}); lower "
                 "data.max_prompt_length or rollout.max_response_length, or set actor.gradient_checkpointing=true"
             ) from error
         while max(map(len, self.batcher.split(samples, self.max_tokens_per_micro_batch))) == largest:
@@ -479,7 +486,7 @@ class Learner:
     def _check_topk(self) -> None:
         topk, vocab_size = self.config.distillation_topk, self.student.config.get_text_config().vocab_size
         if topk is not None and topk > vocab_size:
-            raise UserError(
+            raise ConfigError(
                 f"self_distillation.distillation_topk={topk} is more than the model's vocabulary of {vocab_size}; "
                 "lower it or remove it"
             )
@@ -491,16 +498,16 @@ def _build_regularization(run: SDPOConfig) -> Regularization:
 
 
 def _estimate_kl_to_initial(
-    samples: Sequence[Sample], student: Sequence[Tensor], initial: Sequence[Tensor]
+    samples: Sequence[TrainingSample], student: Sequence[Tensor], initial: Sequence[Tensor]
 ) -> dict[str, float]:
     """KL(student || initial model) by token, on the tokens that the student drew: unbiased, of either sign."""
     kl = ClusteredMean()
     for sample, ours, theirs in zip(samples, student, initial, strict=True):
         kl.add(id(sample.prompt), float((ours - theirs).sum()), len(ours))
-    return {metrics.KL_TO_INITIAL: kl.mean} | name_interval(metrics.KL_TO_INITIAL, kl.normal_interval())
+    return {metrics.REF_KL: kl.mean} | name_interval(metrics.REF_KL, kl.normal_interval())
 
 
-def _count_tokens(sample: Sample) -> int:
+def _count_tokens(sample: TrainingSample) -> int:
     """What student and teacher read of it."""
     response = len(sample.response.token_ids)
     teacher = len(sample.teacher_prompt.token_ids) + response if sample.teacher_prompt.token_ids is not None else 0

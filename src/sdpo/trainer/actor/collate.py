@@ -10,9 +10,9 @@ from torch import Tensor
 
 from sdpo.models.forward import PaddedSequences, compute_positions, pad_sequences
 from sdpo.models.multimodal.processor import TokenPrompt
-from sdpo.models.multimodal.vision_tower import Vision
-from sdpo.models.packing.layout import Family, PackedSequences, ReadingCost, find_families, pack_sequences
-from sdpo.trainer.data.samples import Sample
+from sdpo.models.multimodal.vision_tower import VisionAdapter
+from sdpo.models.packing.layout import AttentionCostModel, PackedSequences, PrefixGroup, group_by_prefix, pack_sequences
+from sdpo.trainer.data.samples import TrainingSample
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class MicroBatch:
     sample_index: Tensor  # [N] place of the token's sample in the micro-batch
 
 
-class Batcher:
+class Collator:
     """Cuts samples into micro-batches and makes tensors of them.
 
     Args:
@@ -39,14 +39,18 @@ class Batcher:
     """
 
     def __init__(
-        self, pad_token_id: int, device: torch.device, vision: Vision | None = None, cost: ReadingCost | None = None
+        self,
+        pad_token_id: int,
+        device: torch.device,
+        vision: VisionAdapter | None = None,
+        cost: AttentionCostModel | None = None,
     ) -> None:
         self.pad_token_id = pad_token_id
         self.device = device
         self.vision = vision
         self.cost = cost
 
-    def split(self, samples: Sequence[Sample], max_tokens: int) -> list[list[int]]:
+    def split(self, samples: Sequence[TrainingSample], max_tokens: int) -> list[list[int]]:
         """Cut samples into micro-batches that read at most ``max_tokens``, padding and the teacher's included.
 
         A sample longer than the budget stands alone. Padded samples of similar length go together; packed ones stay
@@ -71,7 +75,7 @@ class Batcher:
                 before = first = 0
         return pieces
 
-    def build(self, samples: Sequence[Sample]) -> MicroBatch:
+    def build(self, samples: Sequence[TrainingSample]) -> MicroBatch:
         """Tensors of a few samples."""
         lengths = [len(s.response.token_ids) for s in samples]
         distilled = [s for s in samples if s.is_distilled]
@@ -92,7 +96,9 @@ class Batcher:
             sample_index=repeat_by_token(range(len(samples))),
         )
 
-    def _lay_out(self, samples: Sequence[Sample], prompts: Sequence[TokenPrompt]) -> PaddedSequences | PackedSequences:
+    def _lay_out(
+        self, samples: Sequence[TrainingSample], prompts: Sequence[TokenPrompt]
+    ) -> PaddedSequences | PackedSequences:
         responses = [s.response.token_ids for s in samples]
         if self.cost is None:
             return pad_sequences(prompts, responses, self.pad_token_id, self.device, self.vision)
@@ -106,12 +112,12 @@ class Batcher:
             self._image_token_ids(),
         )
 
-    def _find_families(self, samples: Sequence[Sample], prompts: Sequence[TokenPrompt]) -> list[Family]:
+    def _find_families(self, samples: Sequence[TrainingSample], prompts: Sequence[TokenPrompt]) -> list[PrefixGroup]:
         assert self.cost is not None
         lengths, groups = [len(s.response.token_ids) for s in samples], [id(s.prompt) for s in samples]
-        return find_families(prompts, lengths, groups, self.cost, self._image_token_ids())
+        return group_by_prefix(prompts, lengths, groups, self.cost, self._image_token_ids())
 
-    def _count_tokens(self, samples: Sequence[Sample]) -> int:
+    def _count_tokens(self, samples: Sequence[TrainingSample]) -> int:
         """What student and teacher read of these samples, packed."""
         distilled = [s for s in samples if s.is_distilled]
         families = self._find_families(samples, [s.prompt.tokens for s in samples])
@@ -122,12 +128,12 @@ class Batcher:
         return (self.vision.image_token_id,) if self.vision is not None else ()
 
 
-def _get_teacher_prompts(distilled: Sequence[Sample]) -> list[TokenPrompt]:
+def _get_teacher_prompts(distilled: Sequence[TrainingSample]) -> list[TokenPrompt]:
     """The teacher is shown the student's images, whatever else it is shown."""
     return [TokenPrompt(s.teacher_prompt.token_ids or [], s.prompt.images) for s in distilled]
 
 
-def _split_padded(samples: Sequence[Sample], max_tokens: int) -> list[list[int]]:
+def _split_padded(samples: Sequence[TrainingSample], max_tokens: int) -> list[list[int]]:
     def lengths(i: int) -> tuple[int, int, int]:
         sample = samples[i]
         teacher = len(sample.teacher_prompt.token_ids or ())

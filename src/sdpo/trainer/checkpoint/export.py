@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from sdpo.config.loader import load_config
 from sdpo.config.root import SDPOConfig
-from sdpo.errors import UserError
+from sdpo.errors import CheckpointError
 from sdpo.models.loading import load_model, load_tokenizer
 from sdpo.models.lora.adapters import merge_adapters
 from sdpo.models.multimodal.processor import load_reader
-from sdpo.trainer.checkpoint.manager import find_fault
+from sdpo.trainer.checkpoint.manager import verify_checkpoint
 from sdpo.trainer.checkpoint.state import TrainingState, load_student, load_teacher_module
 
 CPU = torch.device("cpu")
@@ -30,18 +30,18 @@ def export_model(checkpoint: Path, out: Path, *, teacher: bool = False) -> None:
         teacher: the teacher as it was after that step, and not the student.
 
     Raises:
-        UserError: the checkpoint is damaged or not in a run folder, there is no such teacher, or ``out`` exists.
+        CheckpointError: the checkpoint is damaged or not in a run folder, there is no such teacher, or ``out`` exists.
     """
     run_file = checkpoint.absolute().parents[1] / "run.yaml"
     if not run_file.is_file():
-        raise UserError(
+        raise CheckpointError(
             f"{checkpoint}: no checkpoint in a run folder (RUN_DIR/checkpoints/step_K with RUN_DIR/run.yaml)"
         )
-    fault = find_fault(checkpoint)
+    fault = verify_checkpoint(checkpoint)
     if fault is not None:
-        raise UserError(f"{checkpoint}: is damaged ({fault}); take another one")
+        raise CheckpointError(f"{checkpoint}: is damaged ({fault}); take another one")
     if out.exists():
-        raise UserError(f"{out}: exists already; name another folder")
+        raise CheckpointError(f"{out}: exists already; name another folder")
     run = load_config(run_file)
     if teacher:
         _require_teacher(run)
@@ -56,7 +56,7 @@ def export_model(checkpoint: Path, out: Path, *, teacher: bool = False) -> None:
         (reader.processor if reader is not None else load_tokenizer(saved)).save_pretrained(partial)
         partial.rename(out)
     except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
+        raise CheckpointError(f"{out}: cannot be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -70,7 +70,7 @@ def _require_teacher(run: SDPOConfig) -> None:
     if not config.distills:
         reason = "does not exist with policy_loss_weight=1"
     if reason is not None:
-        raise UserError(f"--teacher: the teacher of this run (self_distillation.teacher_regularization) {reason}")
+        raise CheckpointError(f"--teacher: the teacher of this run (self_distillation.teacher_regularization) {reason}")
 
 
 def _load_student(run: SDPOConfig, checkpoint: Path) -> PreTrainedModel:
@@ -84,7 +84,7 @@ def _load_teacher(run: SDPOConfig, checkpoint: Path) -> PreTrainedModel:
     if not run.lora.rank:
         return load_teacher_module(run, checkpoint, CPU)
     model = load_model(run.model, CPU)
-    deltas = TrainingState.load(checkpoint).learner["teacher"]["weights"] or {}
+    deltas = TrainingState.load(checkpoint).actor["teacher"]["weights"] or {}
     for name, delta in deltas.items():
         model.get_parameter(name).add_(delta)
     return model

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sdpo.errors import UserError
+from sdpo.errors import CheckpointError
 from sdpo.retention import select_kept
 
 MANIFEST = "manifest.json"
@@ -42,14 +42,14 @@ def save_checkpoint(folder: Path, step: int, score: float | None, write: Callabl
     """``folder/step_K`` with what ``write`` puts into the folder that it is given.
 
     Raises:
-        UserError: the disk is full or does not let itself be written; what was saved before is as it was.
+        CheckpointError: the disk is full or does not let itself be written; what was saved before is as it was.
     """
     target, partial = folder / f"step_{step}", folder / f".step_{step}.partial"
     try:
         _remove_partial(folder)
         partial.mkdir(parents=True)
         write(partial)
-        files = {name: _seal(partial / name) for name in sorted(_list_files(partial))}
+        files = {name: _fsync_and_hash(partial / name) for name in sorted(_list_files(partial))}
         manifest = partial / MANIFEST
         manifest.write_text(json.dumps(asdict(Manifest(step, score, files)), indent=1) + "\n", encoding="utf-8")
         _sync(manifest)
@@ -64,7 +64,7 @@ def save_checkpoint(folder: Path, step: int, score: float | None, write: Callabl
         shutil.rmtree(partial, ignore_errors=True)
         if reason is None:
             raise
-        raise UserError(
+        raise CheckpointError(
             f"{target}: cannot be saved ({reason}); what was saved before is intact: make room and resume"
         ) from error
     _remove_partial(folder)
@@ -74,14 +74,14 @@ def save_checkpoint(folder: Path, step: int, score: float | None, write: Callabl
 def find_newest(folder: Path, tell: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that is whole; ``tell`` hears of each newer one that is not, and why."""
     for path in reversed(_list_checkpoints(folder)):
-        fault = find_fault(path)
+        fault = verify_checkpoint(path)
         if fault is None:
             return path
         tell(f"{path} is damaged ({fault}); the one before it is taken")
     return None
 
 
-def find_fault(checkpoint: Path) -> str | None:
+def verify_checkpoint(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files; None if nothing is."""
     try:
         manifest = read_manifest(checkpoint)
@@ -110,7 +110,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
     )
 
 
-def retire_checkpoints(folder: Path, save_total_limit: int, save_best_limit: int) -> None:
+def prune_checkpoints(folder: Path, save_total_limit: int, save_best_limit: int) -> None:
     """Remove all but the newest ``save_total_limit`` and the best ``save_best_limit``; of equal scores the newer."""
     scores: dict[int, float | None] = {}
     for path in _list_checkpoints(folder):
@@ -137,7 +137,7 @@ def _list_files(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
-def _seal(path: Path) -> tuple[int, str]:
+def _fsync_and_hash(path: Path) -> tuple[int, str]:
     _sync(path)
     return path.stat().st_size, _compute_checksum(path)
 

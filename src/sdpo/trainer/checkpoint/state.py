@@ -19,41 +19,41 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from sdpo.config.root import SDPOConfig
-from sdpo.errors import UserError
-from sdpo.models.generation.sampling import Response
+from sdpo.errors import CheckpointError
+from sdpo.models.generation.sampling import Completion
 from sdpo.models.loading import load_model
 from sdpo.models.lora.adapters import add_adapters, load_adapter, save_adapter
-from sdpo.trainer.actor.actor import Learner
+from sdpo.trainer.actor.actor import Actor
 from sdpo.trainer.data.prompts import Prompt
-from sdpo.trainer.rollout.sampler import Rollouts
+from sdpo.trainer.rollout.sampler import RolloutBatch
 
 FILE = "training_state.pt"
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where a run stands after step ``learner["version"]``.
+    """Where a run stands after step ``actor["version"]``.
 
     Attributes:
-        learner: see ``Learner.state_dict``.
-        guard: see ``Guard.state_dict``.
+        actor: see ``Actor.state_dict``.
+        guard: see ``HealthCallback.state_dict``.
         row: the step's metrics so far.
-        is_checked: whether it has been evaluated, if that is due, and the alarms have seen it.
+        health_checked: whether it has been evaluated, if that is due, and the alarms have seen it.
         rollouts: of the next step where they have been sampled already, by older weights; else None.
         data: what the training rows come to (``compute_fingerprint``).
         random: states of the generators of torch, numpy and Python, of which a task may draw.
     """
 
-    learner: dict[str, Any]
+    actor: dict[str, Any]
     guard: dict[str, Any]
     row: dict[str, float]
-    is_checked: bool
-    rollouts: Rollouts | None
+    health_checked: bool
+    rollouts: RolloutBatch | None
     data: str
     random: dict[str, Any] = field(default_factory=lambda: get_random_states())
 
     def save(self, folder: Path) -> None:
-        content = {name: getattr(self, name) for name in ("learner", "guard", "row", "is_checked", "data", "random")}
+        content = {name: getattr(self, name) for name in ("actor", "guard", "row", "health_checked", "data", "random")}
         torch.save({**content, "rollouts": asdict(self.rollouts) if self.rollouts else None}, folder / FILE)
 
     @classmethod
@@ -62,18 +62,20 @@ class TrainingState:
             content: dict[str, Any] = torch.load(folder / FILE, map_location="cpu", weights_only=True)
             return cls(**{**content, "rollouts": _to_rollouts(content["rollouts"])})
         except Exception as error:  # unpickling raises whatever it meets
-            raise UserError(f"{folder / FILE}: was written by another version ({type(error).__name__})") from error
+            raise CheckpointError(
+                f"{folder / FILE}: was written by another version ({type(error).__name__})"
+            ) from error
 
 
-def save_models(folder: Path, learner: Learner, processing: PreTrainedTokenizerBase | ProcessorMixin) -> None:
+def save_models(folder: Path, actor: Actor, processing: PreTrainedTokenizerBase | ProcessorMixin) -> None:
     """Student and teacher, as ``from_pretrained`` loads them; of a student with adapters these alone, as PEFT does."""
     processing.save_pretrained(folder)
-    if learner.run.lora.rank:
-        save_adapter(learner.student, folder)
+    if actor.run.lora.rank:
+        save_adapter(actor.student, folder)
         return
-    learner.student.save_pretrained(folder)
-    if learner.teacher is not None and learner.teacher.module is not None:
-        learner.teacher.module.save_pretrained(folder / "teacher")  # type: ignore[operator]
+    actor.student.save_pretrained(folder)
+    if actor.teacher is not None and actor.teacher.module is not None:
+        actor.teacher.module.save_pretrained(folder / "teacher")  # type: ignore[operator]
 
 
 def load_student(run: SDPOConfig, checkpoint: Path | None, device: torch.device) -> PreTrainedModel:
@@ -121,8 +123,8 @@ def set_random_states(states: Mapping[str, Any]) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
 
 
-def _to_rollouts(content: Mapping[str, Any] | None) -> Rollouts | None:
+def _to_rollouts(content: Mapping[str, Any] | None) -> RolloutBatch | None:
     if content is None:
         return None
-    responses = [[Response(**response) for response in of_prompt] for of_prompt in content["responses"]]
-    return Rollouts(responses, content["version"], content["seconds"])
+    responses = [[Completion(**response) for response in of_prompt] for of_prompt in content["responses"]]
+    return RolloutBatch(responses, content["version"], content["seconds"])

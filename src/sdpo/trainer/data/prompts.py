@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from sdpo.config.root import SDPOConfig
-from sdpo.errors import UserError
-from sdpo.models.multimodal.processor import ImageReader, TokenPrompt
-from sdpo.observability.progress import Observer
+from sdpo.errors import DataError, SDPOError
+from sdpo.models.multimodal.processor import MultimodalProcessor, TokenPrompt
+from sdpo.observability.progress import ProgressCallback
 from sdpo.prompting.images import collect_images, place_images
 from sdpo.prompting.tokenization import Tokenizer, encode_prompt
 from sdpo.rewards.base import Row, load_rows
@@ -38,12 +38,12 @@ def load_prompts(
     run: SDPOConfig,
     tokenizer: Tokenizer,
     window: int | None,
-    observer: Observer,
+    observer: ProgressCallback,
 ) -> list[Prompt]:
     """Read and encode the rows of ``files``; ``setting`` names them in errors.
 
     Raises:
-        UserError: see ``load_rows``; besides images that do not fit the prompt or cannot be read, unless
+        DataError: see ``load_rows``; besides images that do not fit the prompt or cannot be read, unless
             ``data.filter_unreadable_images`` skips such rows; a prompt longer than ``data.max_prompt_length`` or, with
             its response, than the model's window, unless ``data.filter_overlong_prompts`` does; or no row left.
     """
@@ -52,7 +52,7 @@ def load_prompts(
         limit = window - run.rollout.max_response_length
         reason = f"the model's window of {window} minus rollout.max_response_length={run.rollout.max_response_length}"
     if limit < 1:
-        raise UserError(
+        raise DataError(
             f"rollout.max_response_length leaves no room for a prompt in the model's window of {window} tokens"
         )
     rows = load_rows(files, setting)
@@ -62,50 +62,50 @@ def load_prompts(
         longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
         found = f"{longest.row.origin} has {len(longest.token_ids)} prompt tokens, more than {limit} ({reason})"
         if not run.data.filter_overlong_prompts:
-            raise UserError(f"{found}; set data.filter_overlong_prompts=true to skip such rows")
+            raise DataError(f"{found}; set data.filter_overlong_prompts=true to skip such rows")
         observer.message(f"{setting}: skipped {len(prompts) - len(kept)} of {len(rows)} rows with overlong prompts")
         if not kept:
-            raise UserError(f"{setting}: no row is left: {found}")
+            raise DataError(f"{setting}: no row is left: {found}")
     return kept
 
 
 def _encode_rows(
-    rows: Sequence[Row], setting: str, run: SDPOConfig, tokenizer: Tokenizer, observer: Observer
+    rows: Sequence[Row], setting: str, run: SDPOConfig, tokenizer: Tokenizer, observer: ProgressCallback
 ) -> list[Prompt]:
     prompts: list[Prompt] = []
     unreadable: list[str] = []
     for number, row in enumerate(rows, start=1):
-        if row.images and not isinstance(tokenizer, ImageReader):
-            raise UserError(
+        if row.images and not isinstance(tokenizer, MultimodalProcessor):
+            raise DataError(
                 f"{row.origin}: has images, which model.path={run.model.path} does not read; take a model that does"
             )
         try:
             messages = place_images(row.prompt, row.images)
             token_ids = encode_prompt(tokenizer, messages)
             if not token_ids:
-                raise UserError("its prompt has no tokens; does the folder of model.path hold the tokenizer's files?")
+                raise DataError("its prompt has no tokens; does the folder of model.path hold the tokenizer's files?")
             prompts.append(Prompt(replace(row, prompt=messages), token_ids))
-        except UserError as error:
+        except SDPOError as error:
             if not tokenizer.chat_template:  # no fault of the row
                 raise
             if not row.images:
-                raise UserError(f"{row.origin}: {error}") from error
+                raise DataError(f"{row.origin}: {error}") from error
             unreadable.append(f"{row.origin}: {error}")
             if not run.data.filter_unreadable_images:
-                raise UserError(f"{unreadable[0]}; set data.filter_unreadable_images=true to skip such rows") from error
+                raise DataError(f"{unreadable[0]}; set data.filter_unreadable_images=true to skip such rows") from error
         except Exception as error:  # a template is code, and raises what it likes
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise UserError(f"{row.origin}: the model's chat template refuses the prompt ({reason})") from error
+            raise DataError(f"{row.origin}: the model's chat template refuses the prompt ({reason})") from error
         if row.images:  # which take as long as a hundred texts
             observer.progress(f"reading {setting}", number, len(rows))
     if unreadable:
         observer.message(f"{setting}: skipped {len(unreadable)} of {len(rows)} rows; the first: {unreadable[0]}")
     if not prompts:
-        raise UserError(f"{setting}: no row is left: {unreadable[0]}")
+        raise DataError(f"{setting}: no row is left: {unreadable[0]}")
     return prompts
 
 
-class PromptOrder:
+class RandomSampler:
     """Which prompts a step trains on: passes over the rows, each in an order of its own.
 
     A pure function of the seed and the step, so that any step can be reached without those before it.

@@ -12,26 +12,26 @@ import torch
 from sdpo.algorithm.advantage import compute_group_advantages
 from sdpo.algorithm.loss import compute_prompt_weights
 from sdpo.config.self_distillation import SelfDistillationConfig
-from sdpo.models.generation.sampling import Response
+from sdpo.models.generation.sampling import Completion
 from sdpo.observability import metrics
 from sdpo.observability.confidence import ClusteredMean, name_interval
-from sdpo.prompting.demonstrations import Demonstration, GradedResponse, compute_success_rates
-from sdpo.prompting.teacher_context import Lesson, build_lessons, summarize_lessons
+from sdpo.prompting.demonstrations import PrivilegedContext, ScoredRollout, compute_success_rates
+from sdpo.prompting.teacher_context import TeacherContext, build_teacher_contexts, compute_reprompt_metrics
 from sdpo.prompting.tokenization import TeacherPrompt, Tokenizer
-from sdpo.rewards.base import Grade
-from sdpo.rewards.manager import Grader
+from sdpo.rewards.base import RewardOutput
+from sdpo.rewards.manager import RewardManager
 from sdpo.trainer.data.prompts import Prompt
 
 
 @dataclass(frozen=True)
-class Sample:
+class TrainingSample:
     """One graded rollout with all that the loss needs of it; the score is NaN where the grader failed."""
 
     prompt: Prompt
-    response: Response
+    response: Completion
     text: str
-    grade: Grade
-    demonstration: Demonstration
+    reward: RewardOutput
+    demonstration: PrivilegedContext
     teacher_prompt: TeacherPrompt
     advantage: float
     distillation_weight: float
@@ -42,15 +42,15 @@ class Sample:
 
     @property
     def is_graded(self) -> bool:
-        return not math.isnan(self.grade.score)
+        return not math.isnan(self.reward.score)
 
 
 def grade_responses(
-    grader: Grader,
+    reward_manager: RewardManager,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
-    responses: Sequence[Sequence[Response]],
-) -> list[GradedResponse]:
+    responses: Sequence[Sequence[Completion]],
+) -> list[ScoredRollout]:
     """Grade every response, in the order prompt by prompt; a response's group is its prompt's place in the batch."""
     texts = [
         (group, tokenizer.decode(response.token_ids, skip_special_tokens=True))
@@ -58,66 +58,66 @@ def grade_responses(
         for response in of_prompt
     ]
     rows = [prompt.row for prompt in prompts]
-    grades = grader.grade([(rows[group], text) for group, text in texts])
+    grades = reward_manager.compute_score([(rows[group], text) for group, text in texts])
     return [
-        GradedResponse(group, text, grade.score, grade.feedback, rows[group].ground_truth)
+        ScoredRollout(group, text, grade.score, grade.feedback, rows[group].ground_truth)
         for (group, text), grade in zip(texts, grades, strict=True)
     ]
 
 
 def build_samples(
-    grader: Grader,
+    reward_manager: RewardManager,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
-    responses: Sequence[Sequence[Response]],
+    responses: Sequence[Sequence[Completion]],
     config: SelfDistillationConfig,
     window: int | None,
     rng: random.Random,
-) -> list[Sample]:
+) -> list[TrainingSample]:
     """Training samples of one step, prompt by prompt."""
-    graded = grade_responses(grader, tokenizer, prompts, responses)
+    graded = grade_responses(reward_manager, tokenizer, prompts, responses)
     flat = [response for of_prompt in responses for response in of_prompt]
-    lessons = build_lessons(
+    contexts = build_teacher_contexts(
         tokenizer,
-        [prompts[int(g.group)].row.prompt for g in graded],
+        [prompts[int(g.group_id)].row.prompt for g in graded],
         graded,
         [None if window is None else window - len(response.token_ids) for response in flat],
         config,
         rng,
     )
     scores = torch.tensor([g.score for g in graded])
-    groups = torch.tensor([int(g.group) for g in graded])
+    groups = torch.tensor([int(g.group_id) for g in graded])
     advantages = compute_group_advantages(scores, groups, norm_by_std=config.norm_adv_by_std_in_grpo).tolist()
     weights = [1.0] * len(graded)
     if config.weight_by_prompt_difficulty:
         rates = compute_success_rates(graded, config.success_reward_threshold)
         weights = compute_prompt_weights(torch.tensor(rates)).tolist()
     return [
-        Sample(
-            prompt=prompts[int(g.group)],
+        TrainingSample(
+            prompt=prompts[int(g.group_id)],
             response=response,
             text=g.response,
-            grade=Grade(g.score, g.feedback),
+            reward=RewardOutput(g.score, g.feedback),
             demonstration=lesson.demonstration,
             teacher_prompt=lesson.prompt,
             advantage=advantage,
             distillation_weight=weight,
         )
-        for g, response, lesson, advantage, weight in zip(graded, flat, lessons, advantages, weights, strict=True)
+        for g, response, lesson, advantage, weight in zip(graded, flat, contexts, advantages, weights, strict=True)
     ]
 
 
-def summarize_samples(samples: Sequence[Sample], config: SelfDistillationConfig) -> dict[str, float]:
+def summarize_samples(samples: Sequence[TrainingSample], config: SelfDistillationConfig) -> dict[str, float]:
     """The metrics of a step that the rollouts alone determine."""
 
     def mean(values: Sequence[float]) -> float:
         return sum(values) / len(values)
 
-    scores = [s.grade.score for s in samples if s.is_graded]
+    scores = [s.reward.score for s in samples if s.is_graded]
     lengths = [len(s.response.token_ids) for s in samples]
     prompt_lengths = [len(s.prompt.token_ids) for s in samples]
     values = {
-        metrics.GRADER_FAILURES: len(samples) - len(scores),
+        metrics.REWARD_FAILURES: len(samples) - len(scores),
         metrics.RESPONSE_LENGTH_MEAN: mean(lengths),
         metrics.RESPONSE_LENGTH_MAX: max(lengths),
         metrics.RESPONSE_LENGTH_CLIP_RATIO: mean([not s.response.finished for s in samples]),
@@ -139,11 +139,11 @@ def summarize_samples(samples: Sequence[Sample], config: SelfDistillationConfig)
     ):
         values |= name_interval(name, mean_of.normal_interval())
     cut_off = ClusteredMean.of([not s.response.finished for s in samples], prompts)
-    values |= name_interval(metrics.RESPONSE_LENGTH_CLIP_RATIO, cut_off.share_interval())
+    values |= name_interval(metrics.RESPONSE_LENGTH_CLIP_RATIO, cut_off.wilson_interval())
     values |= _summarize_repetition(samples)
-    graded = [GradedResponse(id(s.prompt), s.text, s.grade.score, s.grade.feedback) for s in samples]
-    lessons = [Lesson(s.demonstration, s.teacher_prompt) for s in samples]
-    return values | summarize_lessons(graded, lessons, config)
+    graded = [ScoredRollout(id(s.prompt), s.text, s.reward.score, s.reward.feedback) for s in samples]
+    contexts = [TeacherContext(s.demonstration, s.teacher_prompt) for s in samples]
+    return values | compute_reprompt_metrics(graded, contexts, config)
 
 
 def compute_repetition(token_ids: Sequence[int], length: int = 4) -> float | None:
@@ -152,7 +152,7 @@ def compute_repetition(token_ids: Sequence[int], length: int = 4) -> float | Non
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else None
 
 
-def _summarize_repetition(samples: Sequence[Sample]) -> dict[str, float]:
+def _summarize_repetition(samples: Sequence[TrainingSample]) -> dict[str, float]:
     repeated = ClusteredMean()
     for sample in samples:
         share = compute_repetition(sample.response.token_ids)
@@ -160,4 +160,4 @@ def _summarize_repetition(samples: Sequence[Sample]) -> dict[str, float]:
             repeated.add(id(sample.prompt), share, 1)
     if repeated.num_clusters == 0:
         return {}
-    return {metrics.REPEATED_4GRAMS: repeated.mean} | name_interval(metrics.REPEATED_4GRAMS, repeated.share_interval())
+    return {metrics.REPEATED_4GRAMS: repeated.mean} | name_interval(metrics.REPEATED_4GRAMS, repeated.wilson_interval())

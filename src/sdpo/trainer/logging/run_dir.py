@@ -14,13 +14,13 @@ from typing import IO, Any
 
 from sdpo.config.loader import save_config
 from sdpo.config.root import SDPOConfig
-from sdpo.errors import UserError
+from sdpo.errors import ConfigError
 from sdpo.observability import metrics
 from sdpo.observability.health_callback import ALARMS_FILE, forget_alarms_after
 from sdpo.observability.json_lines import append_json_line, read_json_lines, write_json_lines
-from sdpo.observability.progress import Observer
+from sdpo.observability.progress import ProgressCallback
 from sdpo.prompting.images import format_content
-from sdpo.trainer.data.samples import Sample
+from sdpo.trainer.data.samples import TrainingSample
 from sdpo.trainer.logging.trackers import Tracker, build_trackers, require_trackers
 
 METRICS_FILE = "metrics.jsonl"
@@ -28,7 +28,7 @@ LOCK_FILE = ".lock"
 PACKAGES = ("sdpo", "torch", "transformers", "omegaconf", "pyarrow", "numpy")
 
 
-class RunFolder:
+class RunDir:
     """The folder of one run, open for writing; everything stands directly under it.
 
     Args:
@@ -38,10 +38,10 @@ class RunFolder:
             None if it begins.
 
     Raises:
-        UserError: the folder cannot be written, holds something else than a run, or another run is writing to it.
+        ConfigError: the folder cannot be written, holds something else than a run, or another run is writing to it.
     """
 
-    def __init__(self, run: SDPOConfig, observer: Observer, resumed_step: int | None = None) -> None:
+    def __init__(self, run: SDPOConfig, observer: ProgressCallback, resumed_step: int | None = None) -> None:
         self.path = Path(run.output_dir)
         self._run = run
         self._observer = observer
@@ -60,7 +60,7 @@ class RunFolder:
                 forget_alarms_after(self.path / ALARMS_FILE, resumed_step)
             self._metrics = (self.path / METRICS_FILE).open("a", buffering=1, encoding="utf-8")
         except OSError as error:
-            raise UserError(f"output_dir: {self.path}: cannot be written ({error.strerror})") from error
+            raise ConfigError(f"output_dir: {self.path}: cannot be written ({error.strerror})") from error
         self._trackers: list[Tracker] = build_trackers(run, resumed_step)
         self.final: dict[str, float] = {}
         for row in kept:
@@ -80,12 +80,12 @@ class RunFolder:
             tracker.log(step, row)
         self._observer.metrics(step, row)
 
-    def log_alarm(self, alarm: Mapping[str, Any]) -> None:
+    def log_health_event(self, alarm: Mapping[str, Any]) -> None:
         """Append an alarm to the file of them, which is made when there is one."""
         with self._writing():
             append_json_line(self.path / ALARMS_FILE, alarm)
 
-    def save_rollouts(self, step: int, samples: Sequence[Sample]) -> None:
+    def save_rollouts(self, step: int, samples: Sequence[TrainingSample]) -> None:
         """Write some of the step's samples, with the teacher's prompt, for a person to read."""
         every, count = self._run.tracking.log_completions_steps, self._run.tracking.num_completions
         if every == 0 or (step % every and step != 1):
@@ -114,7 +114,7 @@ class RunFolder:
         try:
             yield
         except OSError as error:
-            raise UserError(
+            raise ConfigError(
                 f"output_dir: {self.path}: cannot be written ({error.strerror}); what was saved before is intact: "
                 "make room and resume"
             ) from error
@@ -124,7 +124,7 @@ def require_idle(path: Path) -> None:
     """Refuse a folder that another run is writing to.
 
     Raises:
-        UserError: there is such a run; names its process.
+        ConfigError: there is such a run; names its process.
     """
     if (path / LOCK_FILE).is_file():
         with contextlib.suppress(OSError):  # a folder that cannot be written is refused elsewhere
@@ -140,7 +140,7 @@ def _lock(path: Path) -> IO[str]:
         file.seek(0)
         who = file.read().strip()
         file.close()
-        raise UserError(
+        raise ConfigError(
             f"output_dir: {path}: another run is writing to it ({who}); wait for it, stop it, or name another folder"
         ) from None
     file.truncate(0)
@@ -153,12 +153,12 @@ def _read_rows_before(path: Path, step: int) -> list[dict[str, float]]:
     return [row for row in read_json_lines(path) if row[metrics.STEP] < step]
 
 
-def _make_room(path: Path, observer: Observer) -> None:
+def _make_room(path: Path, observer: ProgressCallback) -> None:
     """An earlier run in the folder is moved aside; a folder that holds something else is refused."""
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not (path / "run.yaml").is_file():
-        raise UserError(f"output_dir: {path}: exists and is no run folder; name another one")
+        raise ConfigError(f"output_dir: {path}: exists and is no run folder; name another one")
     number = 1
     while path.with_name(f"{path.name}.{number}").exists():
         number += 1
@@ -177,11 +177,11 @@ def _collect_versions() -> dict[str, str]:
     return found
 
 
-def _describe(sample: Sample) -> str:
+def _describe(sample: TrainingSample) -> str:
     def conversation(messages: Sequence[Mapping[str, Any]]) -> str:
         return "\n".join(f"[{message['role']}] {format_content(message['content'])}" for message in messages)
 
-    verdict = f"score {sample.grade.score:g}" if sample.is_graded else "not graded"
+    verdict = f"score {sample.reward.score:g}" if sample.is_graded else "not graded"
     parts = [
         f"=== {verdict}, advantage {sample.advantage:g}, {len(sample.response.token_ids)} tokens",
         "--- prompt",
@@ -191,7 +191,7 @@ def _describe(sample: Sample) -> str:
         "--- ground truth",
         sample.prompt.row.ground_truth or "(none)",
         "--- feedback",
-        sample.grade.feedback or "(none)",
+        sample.reward.feedback or "(none)",
         "--- teacher's prompt" + (" (trimmed)" if sample.teacher_prompt.truncated else ""),
         conversation(sample.teacher_prompt.messages) if sample.is_distilled else "(not distilled)",
     ]

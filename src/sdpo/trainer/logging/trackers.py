@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from sdpo.config.root import SDPOConfig
-from sdpo.errors import UserError
+from sdpo.errors import ConfigError
 
 
 class Tracker(Protocol):
@@ -56,7 +56,7 @@ def require_trackers(run: SDPOConfig) -> None:
     """Check that the libraries of ``tracking.report_to`` are there.
 
     Raises:
-        UserError: one is not installed.
+        ConfigError: one is not installed.
     """
     for backend in run.tracking.report_to:
         _require(backend)
@@ -69,7 +69,7 @@ def build_trackers(run: SDPOConfig, resumed_step: int | None = None) -> list[Tra
     their environment variables.
 
     Raises:
-        UserError: a library is not installed.
+        ConfigError: a library is not installed.
     """
     return [
         TensorBoard(run, resumed_step) if backend == "tensorboard" else WandbLike(run, backend)
@@ -81,4 +81,4 @@ def _require(backend: str) -> ModuleType:
     try:
         return importlib.import_module(LIBRARIES[backend])
     except ImportError as error:
-        raise UserError(f"tracking.report_to: {backend} is not installed; pip install 'sdpo[{backend}]'") from error
+        raise ConfigError(f"tracking.report_to: {backend} is not installed; pip install 'sdpo[{backend}]'") from error

@@ -1,6 +1,6 @@
 """The sampler's role: rollouts of a batch of prompts, with weights whose version is known.
 
-Both kinds have the same calls. ``LocalSampler`` works when it is asked to collect, in the learner's process;
+Both kinds have the same calls. ``LocalSampler`` works when it is asked to collect, in the actor's process;
 ``ProcessSampler`` works in a process of its own, on a device of its own, from submit to collect. What samples is an
 ``Engine``: transformers here, vLLM in ``vllm_engine.py``.
 """
@@ -23,17 +23,17 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from sdpo.config.model import ModelConfig
-from sdpo.errors import UserError
-from sdpo.models.generation.sampling import Decoding, Response, sample_responses
+from sdpo.errors import DataError, SDPOError
+from sdpo.models.generation.sampling import Completion, SamplingParams, sample_responses
 from sdpo.models.loading import load_model
 from sdpo.models.lora.adapters import MergedParameters
 from sdpo.models.multimodal.processor import TokenPrompt, load_reader
-from sdpo.models.multimodal.vision_tower import Vision
-from sdpo.trainer.rollout.weight_sync import Probe, SharedWeights, compute_probe, copy_parameters
+from sdpo.models.multimodal.vision_tower import VisionAdapter
+from sdpo.trainer.rollout.weight_sync import SharedWeights, WeightChecksum, compute_weight_checksum, copy_parameters
 
 
 @dataclass(frozen=True)
-class Rollouts:
+class RolloutBatch:
     """``n`` responses to each prompt of a step.
 
     Attributes:
@@ -42,7 +42,7 @@ class Rollouts:
         seconds: what sampling took.
     """
 
-    responses: list[list[Response]]
+    responses: list[list[Completion]]
     version: int
     seconds: float
 
@@ -51,7 +51,7 @@ class Sampler(Protocol):
     def submit(self, prompts: Sequence[TokenPrompt], seed: int) -> None:
         """Ask for rollouts of these prompts, with the weights loaded last."""
 
-    def collect(self, timeout: float | None = None) -> Rollouts | None:
+    def collect(self, timeout: float | None = None) -> RolloutBatch | None:
         """The rollouts asked for, once they are there; None if that takes another process longer than ``timeout``."""
 
     def load_weights(self, student: nn.Module, version: int) -> None:
@@ -64,10 +64,10 @@ class Sampler(Protocol):
 class Engine(Protocol):
     """A model that samples."""
 
-    def sample(self, prompts: Sequence[TokenPrompt], seed: int) -> list[list[Response]]:
+    def sample(self, prompts: Sequence[TokenPrompt], seed: int) -> list[list[Completion]]:
         """Responses to each prompt, in the prompts' order; the same seed gives the same ones."""
 
-    def load(self, parameters: Mapping[str, Tensor], probe: Probe | None) -> None:
+    def load(self, parameters: Mapping[str, Tensor], probe: WeightChecksum | None) -> None:
         """Take these weights, named as the model's; compare what comes of them with the probe, if there is one."""
 
     def close(self) -> None:
@@ -82,7 +82,12 @@ class TransformersEngine:
     """
 
     def __init__(
-        self, model: nn.Module, decoding: Decoding, vision: Vision | None = None, *, is_student: bool = False
+        self,
+        model: nn.Module,
+        decoding: SamplingParams,
+        vision: VisionAdapter | None = None,
+        *,
+        is_student: bool = False,
     ) -> None:
         self._model = model
         self._decoding = decoding
@@ -91,15 +96,15 @@ class TransformersEngine:
 
     @classmethod
     def from_config(
-        cls, config: ModelConfig, decoding: Decoding, device: torch.device, max_pixels: int
+        cls, config: ModelConfig, decoding: SamplingParams, device: torch.device, max_pixels: int
     ) -> TransformersEngine:
         model, reader = load_model(config, device), load_reader(config, max_pixels)
-        return cls(model, decoding, Vision(model, reader) if reader is not None else None)
+        return cls(model, decoding, VisionAdapter(model, reader) if reader is not None else None)
 
-    def sample(self, prompts: Sequence[TokenPrompt], seed: int) -> list[list[Response]]:
+    def sample(self, prompts: Sequence[TokenPrompt], seed: int) -> list[list[Completion]]:
         return sample_responses([(self._model, 1.0)], prompts, self._decoding, seed, self._vision)
 
-    def load(self, parameters: Mapping[str, Tensor], probe: Probe | None) -> None:
+    def load(self, parameters: Mapping[str, Tensor], probe: WeightChecksum | None) -> None:
         if not self._is_student:
             copy_parameters(parameters, self._model)
 
@@ -108,7 +113,7 @@ class TransformersEngine:
 
 
 class LocalSampler:
-    """Samples in the learner's process.
+    """Samples in the actor's process.
 
     Args:
         engine: what samples.
@@ -124,15 +129,15 @@ class LocalSampler:
     def submit(self, prompts: Sequence[TokenPrompt], seed: int) -> None:
         self._request = (prompts, seed)
 
-    def collect(self, timeout: float | None = None) -> Rollouts:
+    def collect(self, timeout: float | None = None) -> RolloutBatch:
         assert self._request is not None, "collect before submit"
         started = time.perf_counter()
         responses = self._engine.sample(*self._request)
         self._request = None
-        return Rollouts(responses, self._version, time.perf_counter() - started)
+        return RolloutBatch(responses, self._version, time.perf_counter() - started)
 
     def load_weights(self, student: nn.Module, version: int) -> None:
-        probe = compute_probe(student) if self._probes else None
+        probe = compute_weight_checksum(student) if self._probes else None
         self._engine.load(MergedParameters(student), probe)
         self._version = version
 
@@ -141,7 +146,7 @@ class LocalSampler:
 
 
 class ProcessSampler:
-    """Samples in a process of its own while the learner learns.
+    """Samples in a process of its own while the actor learns.
 
     A process that is killed from outside is started again with the weights and the request that it had, so that the
     same rollouts come of it.
@@ -179,21 +184,21 @@ class ProcessSampler:
         self._asked = ("sample", prompts, seed)
         self._send(self._asked)
 
-    def collect(self, timeout: float | None = None) -> Rollouts | None:
+    def collect(self, timeout: float | None = None) -> RolloutBatch | None:
         try:
             if timeout is not None and not self._connection.poll(timeout):
                 return None
             outcome = self._receive()
-        except _GONE:
+        except _DISCONNECT_ERRORS:
             self._restart()
             return self.collect(timeout)
-        assert isinstance(outcome, Rollouts)
+        assert isinstance(outcome, RolloutBatch)
         self._asked = None
         return outcome
 
     def load_weights(self, student: nn.Module, version: int) -> None:
         self._weights.write(student)
-        self._loaded = ("weights", version, compute_probe(student) if self._probes else None)
+        self._loaded = ("weights", version, compute_weight_checksum(student) if self._probes else None)
         self._send(self._loaded)
 
     def close(self) -> None:
@@ -213,7 +218,7 @@ class ProcessSampler:
             name="sdpo-sampler",
             daemon=True,
         )
-        with _deaf_to_signals():
+        with _ignore_signals():
             self._process.start()
         theirs.close()
 
@@ -221,7 +226,7 @@ class ProcessSampler:
         """Start the process again where it was.
 
         Raises:
-            UserError: it has been killed too often.
+            DataError: it has been killed too often.
             RuntimeError: it ended by itself.
         """
         self._process.join(timeout=5)
@@ -230,7 +235,7 @@ class ProcessSampler:
             raise RuntimeError(f"the sampler's process ended with exit code {code}")
         how = f"the sampler's process was killed by {signal.Signals(-code).name}"
         if self._restarts_left == 0:
-            raise UserError(
+            raise DataError(
                 f"sampler: {how}, and may not be started again (rollout.max_restarts); "
                 "if memory ran out, lower rollout.max_num_seqs or rollout.max_response_length"
             )
@@ -245,15 +250,15 @@ class ProcessSampler:
     def _send(self, request: tuple[Any, ...]) -> None:
         try:
             self._connection.send(request)
-        except _GONE:
-            with contextlib.suppress(*_GONE):
+        except _DISCONNECT_ERRORS:
+            with contextlib.suppress(*_DISCONNECT_ERRORS):
                 while True:  # what it sent last tells why it is gone
                     self._receive()
             self._restart()  # which sends the request
 
     def _receive(self) -> Any:
         outcome = self._connection.recv()
-        if isinstance(outcome, UserError):
+        if isinstance(outcome, SDPOError):
             raise outcome
         if isinstance(outcome, str):
             raise RuntimeError(f"the sampler failed:\n{outcome}")
@@ -261,21 +266,21 @@ class ProcessSampler:
 
 
 # What a connection raises once the process at its other end is gone.
-_GONE = (EOFError, BrokenPipeError, ConnectionResetError)
-# Signals that the learner handles; it closes the connection once it has saved.
-_OF_THE_LEARNER = (signal.SIGINT, signal.SIGTERM)
+_DISCONNECT_ERRORS = (EOFError, BrokenPipeError, ConnectionResetError)
+# Signals that the actor handles; it closes the connection once it has saved.
+_HANDLED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def _deaf_to_signals() -> Iterator[None]:
+def _ignore_signals() -> Iterator[None]:
     """A process started in here never hears what a terminal or a batch system sends to every process of a run.
 
-    Not even while it starts; it ends with the learner, whose part it is to save first.
+    Not even while it starts; it ends with the actor, whose part it is to save first.
     """
     if threading.current_thread() is not threading.main_thread():  # only the main thread may say
         yield
         return
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in _OF_THE_LEARNER}
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in _HANDLED_SIGNALS}
     try:
         yield
     finally:
@@ -286,7 +291,7 @@ def _deaf_to_signals() -> Iterator[None]:
 def _serve(
     connection: Connection, weights: SharedWeights, build_engine: Callable[[], Engine], num_threads: int | None
 ) -> None:
-    for number in _OF_THE_LEARNER:
+    for number in _HANDLED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
@@ -297,7 +302,7 @@ def _serve(
         while True:
             try:
                 request: tuple[Any, ...] = connection.recv()
-            except _GONE:
+            except _DISCONNECT_ERRORS:
                 return
             if request[0] == "weights":
                 _, version, probe = request
@@ -306,7 +311,7 @@ def _serve(
             started = time.perf_counter()
             _, prompts, seed = request
             responses = engine.sample(prompts, seed)
-            connection.send(Rollouts(responses, version, time.perf_counter() - started))
-    except Exception as error:  # whatever it is, the learner's process reports it, if it is still there
-        with contextlib.suppress(*_GONE):
-            connection.send(error if isinstance(error, UserError) else traceback.format_exc())
+            connection.send(RolloutBatch(responses, version, time.perf_counter() - started))
+    except Exception as error:  # whatever it is, the actor's process reports it, if it is still there
+        with contextlib.suppress(*_DISCONNECT_ERRORS):
+            connection.send(error if isinstance(error, SDPOError) else traceback.format_exc())

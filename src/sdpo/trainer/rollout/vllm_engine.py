@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from sdpo.config.model import ModelConfig
-from sdpo.errors import UserError
-from sdpo.models.generation.sampling import Decoding, Response
+from sdpo.errors import DataError
+from sdpo.models.generation.sampling import Completion, SamplingParams
 from sdpo.models.multimodal.processor import TokenPrompt
-from sdpo.trainer.rollout.weight_sync import Probe
+from sdpo.trainer.rollout.weight_sync import WeightChecksum
 
 # Mean difference of a probe's log-probs, in nats, that rounding in another order of operations can explain. Weights
 # that were left behind differ more with every step, and so soon by more than this.
@@ -39,16 +39,16 @@ def require_vllm(device: torch.device) -> None:
     """Refuse what vLLM cannot do here, without importing it.
 
     Raises:
-        UserError: it is not installed, or the device is not one that it samples on.
+        DataError: it is not installed, or the device is not one that it samples on.
     """
     if device.type not in ("cpu", "cuda") or device.index:
-        raise UserError(
+        raise DataError(
             f"rollout.device={device}: rollout.engine=vllm samples on cpu or on the first visible GPU; "
-            "give the learner another one (actor.device=cuda:1), or choose with CUDA_VISIBLE_DEVICES"
+            "give the actor another one (actor.device=cuda:1), or choose with CUDA_VISIBLE_DEVICES"
         )
     if importlib.util.find_spec("vllm") is None:
         command = "pip install vllm" if device.type == "cuda" else "pip install --no-deps -r requirements-vllm.txt"
-        raise UserError(f"rollout.engine=vllm: vLLM is not installed; install it with: {command}")
+        raise DataError(f"rollout.engine=vllm: vLLM is not installed; install it with: {command}")
 
 
 class VllmEngine:
@@ -62,11 +62,16 @@ class VllmEngine:
         kv_cache_memory_gib: size of the key-value cache.
 
     Raises:
-        UserError: vLLM cannot start with these.
+        DataError: vLLM cannot start with these.
     """
 
     def __init__(
-        self, config: ModelConfig, decoding: Decoding, device: torch.device, max_length: int, kv_cache_memory_gib: float
+        self,
+        config: ModelConfig,
+        decoding: SamplingParams,
+        device: torch.device,
+        max_length: int,
+        kv_cache_memory_gib: float,
     ) -> None:
         self._decoding = decoding
         self._dtype = config.dtype
@@ -78,7 +83,7 @@ class VllmEngine:
             from vllm.platforms import current_platform
 
             if current_platform.device_type != device.type:
-                raise UserError(
+                raise DataError(
                     f"rollout.device={device}: the vLLM that is installed samples on {current_platform.device_type}; "
                     "change rollout.device or install vLLM for it"
                 )
@@ -92,18 +97,18 @@ class VllmEngine:
                     max_model_len=max_length,
                     max_num_seqs=decoding.batch_size,
                     kv_cache_memory_bytes=int(kv_cache_memory_gib * 2**30),
-                    gpu_memory_utilization=0.01,  # only what must be free at the start; the learner may be there too
+                    gpu_memory_utilization=0.01,  # only what must be free at the start; the actor may be there too
                     logprobs_mode="processed_logprobs",
                     enforce_eager=on_cpu,
                 )
                 self.compute_log_probs([0, 0])  # some of what its kernels cannot do shows only now
             except (ValueError, RuntimeError) as error:
-                raise UserError(
+                raise DataError(
                     f"rollout.engine=vllm: vLLM cannot sample from {config.path} with rollout.kv_cache_memory_gib="
                     f"{kv_cache_memory_gib:g} and up to {max_length} tokens a sequence: {' '.join(str(error).split())}"
                 ) from error
 
-    def sample(self, prompts: Sequence[TokenPrompt], seed: int) -> list[list[Response]]:
+    def sample(self, prompts: Sequence[TokenPrompt], seed: int) -> list[list[Completion]]:
         """``decoding.n`` responses to each prompt; the same seed gives the same ones."""
         from vllm import SamplingParams
 
@@ -126,7 +131,7 @@ class VllmEngine:
         outputs = self._generate([prompt.token_ids for prompt in prompts], params)
         return [[_to_response(completion, stop_token_ids) for completion in output.outputs] for output in outputs]
 
-    def load(self, parameters: Mapping[str, Tensor], probe: Probe | None) -> None:
+    def load(self, parameters: Mapping[str, Tensor], probe: WeightChecksum | None) -> None:
         """Take these weights, and check them by the probe.
 
         Raises:
@@ -157,7 +162,7 @@ class VllmEngine:
     def _generate(self, prompts: Sequence[Sequence[int]], params: list[Any]) -> list[Any]:
         return self._llm.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts], params, use_tqdm=False)
 
-    def _check(self, probe: Probe) -> None:
+    def _check(self, probe: WeightChecksum) -> None:
         ours = self.compute_log_probs(probe.token_ids)
         difference = fmean(abs(a - b) for a, b in zip(ours, probe.log_probs, strict=True))
         tolerance = TOLERANCE[self._dtype]
@@ -168,10 +173,10 @@ class VllmEngine:
             )
 
 
-def _to_response(completion: Any, stop_token_ids: Sequence[int]) -> Response:
+def _to_response(completion: Any, stop_token_ids: Sequence[int]) -> Completion:
     token_ids = list(completion.token_ids)
     log_probs = [scored[token_id].logprob for token_id, scored in zip(token_ids, completion.logprobs, strict=True)]
-    return Response(token_ids, log_probs, finished=token_ids[-1] in stop_token_ids)
+    return Completion(token_ids, log_probs, finished=token_ids[-1] in stop_token_ids)
 
 
 def _repack_tied_head(model: Any) -> None:
@@ -185,7 +190,7 @@ def _repack_tied_head(model: Any) -> None:
 
 @contextmanager
 def _kept_as_it_is() -> Iterator[None]:
-    """vLLM on a CPU makes ``torch.set_num_threads`` do nothing, and seeds everything; the learner lives here too."""
+    """vLLM on a CPU makes ``torch.set_num_threads`` do nothing, and seeds everything; the actor lives here too."""
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     python_state = random.getstate()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):

@@ -2,7 +2,7 @@
 
 To one in another process they travel through shared memory that both processes map once: nothing is pickled, and a
 hand-over costs one copy on each side. Who writes and who reads is decided by the protocol in ``sampler.py``: the
-learner writes only while the sampler is idle, and the sampler reads before it samples again.
+actor writes only while the sampler is idle, and the sampler reads before it samples again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class SharedWeights:
 
 
 @dataclass(frozen=True)
-class Probe:
+class WeightChecksum:
     """A few tokens, and what the student says of them, by which an engine's weights can be checked.
 
     Attributes:
@@ -50,7 +50,7 @@ class Probe:
 
 
 @torch.no_grad()
-def compute_probe(student: nn.Module) -> Probe:
+def compute_weight_checksum(student: nn.Module) -> WeightChecksum:
     """The probe of the student's weights as they are now."""
     vocab_size = student.get_input_embeddings().num_embeddings  # type: ignore[operator]
     token_ids = torch.linspace(0, vocab_size - 1, PROBE_LENGTH).long().flip(0)
@@ -59,7 +59,7 @@ def compute_probe(student: nn.Module) -> Probe:
     inputs = token_ids[None].to(next(student.parameters()).device)
     log_probs = student(input_ids=inputs, use_cache=False).logits[0, :-1].float().log_softmax(-1)
     student.train(was_training)
-    return Probe(token_ids.tolist(), gather_log_probs(log_probs, inputs[0, 1:]).tolist())
+    return WeightChecksum(token_ids.tolist(), gather_log_probs(log_probs, inputs[0, 1:]).tolist())
 
 
 @torch.no_grad()

@@ -12,8 +12,8 @@ from sdpo.algorithm.teacher import follows
 from sdpo.config.root import SDPOConfig
 from sdpo.models.memory_estimate import (
     BYTES,
-    Cost,
     Lengths,
+    MemoryEstimate,
     ModelSize,
     bound_lengths,
     count_fused_loss,
@@ -38,7 +38,7 @@ SHARED_UTILIZATION = 0.5  # of config/sdpo_sync.yaml
 GPU_OF_80_GB = int(79.6 * 2**30)
 
 
-def estimate_cost(run: SDPOConfig, overrides: Sequence[str]) -> Cost:
+def estimate_memory(run: SDPOConfig, overrides: Sequence[str]) -> MemoryEstimate:
     """Tokens a step, and memory of a GPU that trains and of one that samples.
 
     Nothing is taken for offloaded: verl moves what ``param_offload`` and ``optimizer_offload`` name back before a batch
@@ -49,30 +49,30 @@ def estimate_cost(run: SDPOConfig, overrides: Sequence[str]) -> Cost:
         overrides: as verl gets them (``build_command``); the number of GPUs is read from them.
     """
     gpus = read_gpus(overrides)
-    learners = gpus["trainer.nnodes"] * gpus["trainer.n_gpus_per_node"]
-    samplers = gpus["rollout.nnodes"] * gpus["rollout.n_gpus_per_node"] if run.max_staleness else learners
+    actors = gpus["trainer.nnodes"] * gpus["trainer.n_gpus_per_node"]
+    samplers = gpus["rollout.nnodes"] * gpus["rollout.n_gpus_per_node"] if run.max_staleness else actors
     parallel = gpus["actor_rollout_ref.rollout.tensor_model_parallel_size"]
     model = measure_model(run.model, run.lora)
     lengths = bound_lengths(run, model.window)
     sequences = run.data.train_batch_size * run.rollout.n
-    return Cost(
+    return MemoryEstimate(
         tokens_a_step=sequences * (run.data.max_prompt_length + run.rollout.max_response_length),
         num_params=model.num_params,
         num_tower_params=model.tower.num_params if model.tower else 0,
-        learner=_hold(run, model, learners),
-        learning=_hold_learning(run, model, learners),
+        actor=_hold(run, model, actors),
+        learning=_hold_learning(run, model, actors),
         phases={
             "a micro-batch": _learn(run, model, lengths),
             "old log-probabilities": _score(run, model, lengths),
             "the update": {
-                "copies of the weights": _share(count_update(run, model, _count_averaged(run, model)), learners)
+                "copies of the weights": _share(count_update(run, model, _count_averaged(run, model)), actors)
             },
         },
         sampler=_sample(run, model, lengths, samplers // parallel or 1, parallel)
         if run.max_staleness
         else _take_turns(read_utilization(overrides)),
-        takes_turns=not run.max_staleness,
-        num_learners=learners,
+        colocated=not run.max_staleness,
+        num_learners=actors,
         num_samplers=samplers,
     )
 
@@ -207,7 +207,7 @@ def _sample(run: SDPOConfig, model: ModelSize, lengths: Lengths, replicas: int, 
 
 
 def _take_turns(utilization: float) -> dict[str, int]:
-    """On the learner's GPU: vLLM takes its share whatever is needed, and gives it back while the learner learns."""
+    """On the actor's GPU: vLLM takes its share whatever is needed, and gives it back while the actor learns."""
     return {
         "vLLM's share of a GPU of 80 GB": int(utilization * GPU_OF_80_GB),
         "weights on their way": BUCKET,

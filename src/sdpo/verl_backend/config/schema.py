@@ -16,7 +16,7 @@ from sdpo.config.actor import ActorConfig
 from sdpo.config.model import LoraConfig
 from sdpo.config.monitoring import HealthConfig
 from sdpo.config.self_distillation import SelfDistillationConfig
-from sdpo.errors import UserError
+from sdpo.errors import ConfigError, SDPOError
 from sdpo.verl_backend.config.to_verl import ALL_LINEAR, HEALTH_WITHOUT_EFFECT
 
 LOSS_MODE = "sdpo"
@@ -56,7 +56,7 @@ def read_health(config: DictConfig) -> HealthConfig:
     """The section ``health``.
 
     Raises:
-        UserError: a value is out of range.
+        ConfigError: a value is out of range.
     """
     values: Any = OmegaConf.to_container(config.health, resolve=True)
     return HealthConfig(**values)
@@ -66,15 +66,15 @@ def read_self_distillation(actor: DictConfig) -> SelfDistillationConfig | None:
     """The settings of an actor whose ``policy_loss.loss_mode`` is ``sdpo``; None for any other loss.
 
     Raises:
-        UserError: a value is out of range or contradicts another.
+        ConfigError: a value is out of range or contradicts another.
     """
     if actor.policy_loss.loss_mode != LOSS_MODE:
         return None
     values: Any = OmegaConf.to_container(actor.self_distillation, resolve=True)
     try:
         return SelfDistillationConfig(**values)
-    except UserError as error:
-        raise UserError(str(error).replace("self_distillation.", f"{ACTOR}.self_distillation.", 1)) from None
+    except SDPOError as error:
+        raise ConfigError(str(error).replace("self_distillation.", f"{ACTOR}.self_distillation.", 1)) from None
 
 
 def read_lora(model: Any) -> LoraConfig:
@@ -90,13 +90,13 @@ def read_regularization(actor: DictConfig) -> Regularization:
     """KL to the reference policy and entropy in an actor's loss, from verl's own keys.
 
     Raises:
-        UserError: a value is out of range.
+        ConfigError: a value is out of range.
     """
     names = ("kl_loss_coef", "kl_loss_type", "entropy_coeff")
     try:
         given = ActorConfig(**{name: actor[name] for name in names})
-    except UserError as error:
-        raise UserError(str(error).replace("actor.", f"{ACTOR}.", 1)) from None
+    except SDPOError as error:
+        raise ConfigError(str(error).replace("actor.", f"{ACTOR}.", 1)) from None
     return Regularization(given.kl_loss_coef if actor.use_kl_loss else None, given.kl_loss_type, given.entropy_coeff)
 
 
@@ -119,7 +119,7 @@ def check_config(config: DictConfig) -> None:
     """Refuse, before Ray starts, what would be ignored or go wrong.
 
     Raises:
-        UserError: names the key and what to do.
+        ConfigError: names the key and what to do.
     """
     actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
     _check_batches(config)
@@ -127,14 +127,14 @@ def check_config(config: DictConfig) -> None:
     _check_health(config, settings)
     if settings is None:
         if actor.freeze_vision_tower:
-            raise UserError(
+            raise ConfigError(
                 f"{ACTOR}.freeze_vision_tower=True has no effect on verl's own FSDP engine, which "
                 f"loss_mode={actor.policy_loss.loss_mode} uses; use loss_mode=sdpo with "
                 "self_distillation.policy_loss_weight=1"
             )
         return
     if actor.strategy != "fsdp2":
-        raise UserError(f"{ACTOR}.strategy must be fsdp2 for loss_mode=sdpo, got {actor.strategy!r}")
+        raise ConfigError(f"{ACTOR}.strategy must be fsdp2 for loss_mode=sdpo, got {actor.strategy!r}")
     _check_lora(actor, model)
     read_regularization(actor)
     ignored = {
@@ -161,32 +161,32 @@ def check_config(config: DictConfig) -> None:
             hint = ""
             if key.split(".")[-1] in ("clip_ratio_low", "clip_ratio_high", "norm_adv_by_std_in_grpo"):
                 hint = f"; set {ACTOR}.self_distillation.{key.split('.')[-1]} instead"
-            raise UserError(f"{key}={value} has no meaning with loss_mode=sdpo, it must be {wanted}{hint}")
+            raise ConfigError(f"{key}={value} has no meaning with loss_mode=sdpo, it must be {wanted}{hint}")
     _check_turns(config.actor_rollout_ref.rollout)
     if model.get("enable_activation_offload", False):
-        raise UserError(
+        raise ConfigError(
             "actor_rollout_ref.model.enable_activation_offload=True is not supported with loss_mode=sdpo: it would "
             "run the output layer twice, inside of which the loss is computed; set it to false"
         )
     precision = actor.fsdp_config.get("mixed_precision") or {}
     if PrecisionType.is_fp16(precision.get("param_dtype")):
-        raise UserError(
+        raise ConfigError(
             f"{ACTOR}.fsdp_config.mixed_precision.param_dtype={precision.get('param_dtype')} is not supported with "
             "loss_mode=sdpo: a token's gradient is too small for it; use bf16 or fp32"
         )
     if actor.loss_agg_mode == "token-sum":
-        raise UserError(f"{ACTOR}.loss_agg_mode=token-sum is not supported with loss_mode=sdpo; use token-mean")
+        raise ConfigError(f"{ACTOR}.loss_agg_mode=token-sum is not supported with loss_mode=sdpo; use token-mean")
     correction = config.algorithm.rollout_correction
     rollout = config.actor_rollout_ref.rollout
     if correction.get("bypass_mode") and (rollout.top_p < 1 or rollout.top_k > 0):
         key = f"top_p={rollout.top_p}" if rollout.top_p < 1 else f"top_k={rollout.top_k}"
-        raise UserError(
+        raise ConfigError(
             f"actor_rollout_ref.rollout.{key} cannot be used with algorithm.rollout_correction.bypass_mode=true: the "
             "sampler's log-probabilities are those of the truncated distribution then, and would be taken for the old "
             "policy's; set bypass_mode to false, or top_p to 1 and top_k to -1"
         )
     if correction.get("rollout_is") is not None and correction.get("bypass_mode"):
-        raise UserError(
+        raise ConfigError(
             "algorithm.rollout_correction.rollout_is has no effect with bypass_mode=true, where the sampler is the old "
             "policy and is_clip truncates the ratio to it; set one of them to null or false"
         )
@@ -194,31 +194,33 @@ def check_config(config: DictConfig) -> None:
 
 def _check_lora(actor: DictConfig, model: DictConfig) -> None:
     if model.lora_adapter_path:
-        raise UserError(
+        raise ConfigError(
             f"{MODEL}.lora_adapter_path={model.lora_adapter_path} is not supported with loss_mode=sdpo: the teacher "
             f"begins as the model at {MODEL}.path, without it; merge the adapter into that model first"
         )
     for key, default, name in MEGATRON_LORA:
         if model.lora.get(key, default) != default:
             hint = f"set {MODEL}.{name} instead" if name else "remove it"
-            raise UserError(f"{MODEL}.lora.{key}={model.lora[key]} is for Megatron, and verl's FSDP ignores it; {hint}")
+            raise ConfigError(
+                f"{MODEL}.lora.{key}={model.lora[key]} is for Megatron, and verl's FSDP ignores it; {hint}"
+            )
     if not model.lora_rank:
         if model.lora.merge:
-            raise UserError(f"{MODEL}.lora.merge=True has no effect with lora_rank=0; set lora_rank or remove it")
+            raise ConfigError(f"{MODEL}.lora.merge=True has no effect with lora_rank=0; set lora_rank or remove it")
         return
     if not model.lora.merge:
-        raise UserError(
+        raise ConfigError(
             f"{MODEL}.lora.merge must be true with lora_rank={model.lora_rank} and loss_mode=sdpo: the sampler gets "
             "merged weights"
         )
     for key in ("target_parameters", "exclude_modules"):
         if model.get(key):
-            raise UserError(
+            raise ConfigError(
                 f"{MODEL}.{key} is not supported with loss_mode=sdpo: adapters are put on linear layers alone; name "
                 f"those by {MODEL}.target_modules"
             )
     if actor.freeze_vision_tower:
-        raise UserError(
+        raise ConfigError(
             f"{ACTOR}.freeze_vision_tower=True has no effect with LoRA, which never trains the image tower; remove it"
         )
 
@@ -227,18 +229,18 @@ def _check_turns(rollout: DictConfig) -> None:
     turns, agent = rollout.multi_turn, rollout.agent
     given = [name for name in TOOL_PATHS if turns[name]]
     if given and not turns.enable:
-        raise UserError(f"{MULTI_TURN}.{given[0]} has no effect without {MULTI_TURN}.enable=true")
+        raise ConfigError(f"{MULTI_TURN}.{given[0]} has no effect without {MULTI_TURN}.enable=true")
     if turns.enable and not given:
         keys = " or ".join(f"{MULTI_TURN}.{name}" for name in TOOL_PATHS)
-        raise UserError(f"{MULTI_TURN}.enable=true needs tools: set {keys}")
+        raise ConfigError(f"{MULTI_TURN}.enable=true needs tools: set {keys}")
     if agent.agent_loop_config_path:
-        raise UserError(
+        raise ConfigError(
             f"{ROLLOUT}.agent.agent_loop_config_path is not supported with loss_mode=sdpo: the teacher's prompt is "
             "made of the row's messages, and a loop of one's own may make the student's of more; set it to null"
         )
     wanted = TOOL_TURNS if turns.enable else SINGLE_TURN
     if agent.default_agent_loop not in (wanted, AGENT_LOOPS[wanted]):
-        raise UserError(
+        raise ConfigError(
             f"{ROLLOUT}.agent.default_agent_loop={agent.default_agent_loop} must be {wanted} with loss_mode=sdpo and "
             f"{MULTI_TURN}.enable={str(turns.enable).lower()}"
         )
@@ -249,22 +251,22 @@ def _check_health(config: DictConfig, settings: SelfDistillationConfig | None) -
     for name, reason in HEALTH_WITHOUT_EFFECT.items():
         value = getattr(health, name)
         if value != getattr(usual, name):
-            raise UserError(f"health.{name}={value} has no effect on verl, where {reason}; remove it")
+            raise ConfigError(f"health.{name}={value} has no effect on verl, where {reason}; remove it")
     # Another loss distils nothing.
     health.check_actions(settings or SelfDistillationConfig(policy_loss_weight=1.0))
     save_best_limit = config.trainer.save_best_limit
     if not isinstance(save_best_limit, int) or isinstance(save_best_limit, bool) or save_best_limit < 0:
-        raise UserError(f"trainer.save_best_limit must be a whole number, at least 0, got {save_best_limit!r}")
+        raise ConfigError(f"trainer.save_best_limit must be a whole number, at least 0, got {save_best_limit!r}")
 
 
 def _check_batches(config: DictConfig) -> None:
     mini, batch = config.actor_rollout_ref.actor.ppo_mini_batch_size, config.data.train_batch_size
     num_gpus = config.trainer.nnodes * config.trainer.n_gpus_per_node
     if batch % mini:
-        raise UserError(f"{ACTOR}.ppo_mini_batch_size={mini} must divide data.train_batch_size={batch}")
+        raise ConfigError(f"{ACTOR}.ppo_mini_batch_size={mini} must divide data.train_batch_size={batch}")
     rollouts = mini * config.actor_rollout_ref.rollout.n
     if rollouts % num_gpus:
-        raise UserError(
+        raise ConfigError(
             f"{ACTOR}.ppo_mini_batch_size * actor_rollout_ref.rollout.n = {rollouts} must be a multiple of the "
             f"{num_gpus} GPUs that train (trainer.nnodes * trainer.n_gpus_per_node)"
         )

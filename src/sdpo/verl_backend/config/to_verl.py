@@ -14,7 +14,7 @@ from sdpo.config.loader import flatten_keys
 from sdpo.config.monitoring import HealthConfig
 from sdpo.config.root import SDPOConfig, get_setting, iterate_settings
 from sdpo.config.self_distillation import SelfDistillationConfig
-from sdpo.errors import UserError
+from sdpo.errors import ConfigError
 from sdpo.models.loading import looks_local
 from sdpo.models.optimizer import choose_optimizer
 from sdpo.observability.health_callback import ALARMS_FILE
@@ -33,7 +33,7 @@ HEALTH_WITHOUT_EFFECT = {
     "ref_kl_interval": "the workers hold no initial model beside student and teacher",
 }
 # Settings of the embedded engine that verl has no counterpart for.
-WITHOUT_COUNTERPART = (
+UNSUPPORTED_KEYS = (
     "shutdown_timeout",
     "rollout.max_restarts",
     "rollout.engine",
@@ -49,7 +49,7 @@ WITHOUT_COUNTERPART = (
 
 
 @dataclass(frozen=True)
-class Translation:
+class VerlOverrides:
     """What to start verl with, and which settings of the run have no effect there."""
 
     config_name: str
@@ -57,14 +57,14 @@ class Translation:
     unused: list[str]
 
 
-def translate(run: SDPOConfig) -> Translation:
+def translate(run: SDPOConfig) -> VerlOverrides:
     """Hydra overrides that make verl do what the run says; those of ``run.verl`` come last, and so win.
 
     Raises:
-        UserError: the run asks for what verl has not.
+        ConfigError: the run asks for what verl has not.
     """
     if run.optim.lr_scheduler_type == "linear":
-        raise UserError("optim.lr_scheduler_type=linear does not exist in verl; use constant or cosine")
+        raise ConfigError("optim.lr_scheduler_type=linear does not exist in verl; use constant or cosine")
     settings: dict[str, Any] = {
         **_data(run),
         **_policy(run),
@@ -85,8 +85,8 @@ def translate(run: SDPOConfig) -> Translation:
     }
     overrides = [f"{key}={quote(value)}" for part in (settings, flatten_keys(run.verl)) for key, value in part.items()]
     plain = dict(iterate_settings())
-    unused = [key for key in WITHOUT_COUNTERPART if get_setting(run, key) != plain[key].default]
-    return Translation(
+    unused = [key for key in UNSUPPORTED_KEYS if get_setting(run, key) != plain[key].default]
+    return VerlOverrides(
         config_name="sdpo_trainer" if run.max_staleness else "sdpo_sync",
         overrides=overrides,
         unused=unused,

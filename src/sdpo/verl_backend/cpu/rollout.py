@@ -18,10 +18,10 @@ from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry,
 from verl.workers.rollout.utils import ensure_async_iterator
 
 from sdpo.config.model import ModelConfig
-from sdpo.models.generation.sampling import Decoding, Response, sample_responses
+from sdpo.models.generation.sampling import Completion, SamplingParams, sample_responses
 from sdpo.models.loading import get_stop_token_ids, load_model, load_tokenizer
 from sdpo.models.multimodal.processor import TokenPrompt, encode_png, load_reader
-from sdpo.models.multimodal.vision_tower import Vision
+from sdpo.models.multimodal.vision_tower import VisionAdapter
 
 NAME = "transformers"
 NUMBERED = "det-"  # how verl names requests with full_determinism
@@ -32,7 +32,7 @@ class _Request:
     prompt: TokenPrompt
     params: dict[str, Any]
     seed: int
-    answer: asyncio.Future[tuple[Response, int]]
+    answer: asyncio.Future[tuple[Completion, int]]
 
 
 class Server:
@@ -50,10 +50,10 @@ class Server:
         self.model = load_model(model, torch.device("cpu"))
         # What arrives has been made smaller already, and has its tokens.
         reader = load_reader(model, max_pixels=sys.maxsize)
-        self.vision = Vision(self.model, reader) if reader is not None else None
+        self.vision = VisionAdapter(self.model, reader) if reader is not None else None
         vocab_size = self.model.get_output_embeddings().weight.shape[0]
         placeholders = self.vision.placeholder_ids if self.vision is not None else ()
-        self.forbidden_token_ids = [*placeholders, *range(len(tokenizer), vocab_size)]  # as verl's vLLM server has it
+        self.suppress_tokens = [*placeholders, *range(len(tokenizer), vocab_size)]  # as verl's vLLM server has it
         self.stop_token_ids = get_stop_token_ids(self.model, tokenizer)
         self.pad_token_id = int(tokenizer.pad_token_id)
         self.max_batch, self.max_tokens, self.seed = max_batch, max_tokens, seed
@@ -77,7 +77,7 @@ class Server:
         is_numbered = request_id.startswith(NUMBERED)
         place = int(request_id.removeprefix(NUMBERED)) if is_numbered else self.seen[key]
         seed = hash((self.seed, self.version, key, place))  # of numbers only, so the same in every process
-        answer: asyncio.Future[tuple[Response, int]] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[tuple[Completion, int]] = asyncio.get_running_loop().create_future()
         self.waiting.append(_Request(TokenPrompt(prompt_ids, images), sampling_params, seed, answer))
         if not self.is_busy:
             self.is_busy = True
@@ -119,8 +119,8 @@ class Server:
         finally:
             self.is_busy = False
 
-    def _sample(self, batch: list[_Request], params: dict[str, Any]) -> list[Response]:
-        decoding = Decoding(
+    def _sample(self, batch: list[_Request], params: dict[str, Any]) -> list[Completion]:
+        decoding = SamplingParams(
             n=1,
             max_new_tokens=params.get("max_tokens") or self.max_tokens,
             temperature=params.get("temperature", 1.0),
@@ -129,7 +129,7 @@ class Server:
             # Some parsers of tool calls end a turn at a token of theirs.
             stop_token_ids=sorted({*self.stop_token_ids, *(params.get("stop_token_ids") or ())}),
             pad_token_id=self.pad_token_id,
-            forbidden_token_ids=self.forbidden_token_ids,
+            suppress_tokens=self.suppress_tokens,
         )
         seed = hash(tuple(request.seed for request in batch)) % (1 << 63)
         prompts = [request.prompt for request in batch]

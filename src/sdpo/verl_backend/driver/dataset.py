@@ -10,8 +10,8 @@ import pyarrow.compute as pc
 from omegaconf import DictConfig
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
-from sdpo.errors import UserError
-from sdpo.models.multimodal.processor import ImageReader
+from sdpo.errors import DataError, SDPOError
+from sdpo.models.multimodal.processor import MultimodalProcessor
 from sdpo.prompting.images import collect_images, open_image, place_images
 from sdpo.prompting.tokenization import encode_prompt
 from sdpo.rewards.base import read_image
@@ -30,7 +30,7 @@ class ImageDataset(RLHFDataset):  # type: ignore[misc]
     can be used, as on the embedded engine.
 
     Raises:
-        UserError: such a row; rows with images for a model that reads none; or rows that name another agent loop, or a
+        DataError: such a row; rows with images for a model that reads none; or rows that name another agent loop, or a
             choice of the tools.
     """
 
@@ -51,7 +51,7 @@ class ImageDataset(RLHFDataset):  # type: ignore[misc]
             if self.processor is not None:
                 dataframe = self._check_images(_undecoded(dataframe, self.image_key))
             elif pc.max(pc.list_value_length(dataframe.data.column(self.image_key))).as_py():
-                raise UserError(
+                raise DataError(
                     f"{self._files} has images, but actor_rollout_ref.model.path is a model that reads none; "
                     "use one that does"
                 )
@@ -64,14 +64,14 @@ class ImageDataset(RLHFDataset):  # type: ignore[misc]
         known = (expected, AGENT_LOOPS[expected])
         for name in rows.unique(AGENT_NAME) if AGENT_NAME in rows.column_names else ():
             if name not in known:
-                raise UserError(
+                raise DataError(
                     f"{self._files}: column {AGENT_NAME} holds {name!r}, and "
                     f"{MULTI_TURN}.enable={str(has_tools).lower()} runs {' or '.join(known)}; change or drop the column"
                 )
         if has_tools and "tool_selection" in (rows.features.get("extra_info") or ()):
             chosen = [number for number, info in enumerate(rows["extra_info"]) if info and info["tool_selection"]]
             if chosen:
-                raise UserError(
+                raise DataError(
                     f"{self._files}: row {chosen[0]}: extra_info.tool_selection is not supported: all rows have the "
                     "same tools; drop it"
                 )
@@ -81,8 +81,8 @@ class ImageDataset(RLHFDataset):  # type: ignore[misc]
         return ", ".join(map(str, self.original_data_files))
 
     @cached_property
-    def _reader(self) -> ImageReader:
-        return ImageReader(self.processor, self.config.max_pixels)
+    def _reader(self) -> MultimodalProcessor:
+        return MultimodalProcessor(self.processor, self.config.max_pixels)
 
     def _check_images(self, rows: datasets.Dataset) -> datasets.Dataset:
         errors = rows.map(
@@ -96,9 +96,9 @@ class ImageDataset(RLHFDataset):  # type: ignore[misc]
             return rows
         where = f"{self._files}: row {broken[0]}: {errors[broken[0]]}"
         if not self.config.filter_unreadable_images:
-            raise UserError(f"{where}; set data.filter_unreadable_images=true to skip such rows")
+            raise DataError(f"{where}; set data.filter_unreadable_images=true to skip such rows")
         if len(broken) == len(rows):
-            raise UserError(f"no row is left: {where}")
+            raise DataError(f"no row is left: {where}")
         print(f"skipped {len(broken)} of {len(rows)} rows whose images cannot be read; the first: {where}")
         return rows.select([number for number, error in enumerate(errors) if not error])
 
@@ -107,7 +107,7 @@ class ImageDataset(RLHFDataset):  # type: ignore[misc]
         if row.get(self.image_key):
             try:
                 encode_prompt(self._reader, self._build_messages(row, key=self.prompt_key))
-            except UserError as error:
+            except SDPOError as error:
                 return str(error)
         return ""
 

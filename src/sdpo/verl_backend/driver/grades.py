@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from sdpo.algorithm.advantage import compute_group_advantages
-from sdpo.errors import UserError
+from sdpo.errors import DataError
 from sdpo.observability import metrics
 
 FAILURE = "grader_failure"  # why there is no grade; empty if there is one
@@ -27,17 +27,17 @@ def check_failures(extras: Sequence[Mapping[str, Any]], config: DictConfig, what
     """Which responses have no grade, from their dictionaries; tells how many.
 
     Raises:
-        UserError: the task refuses its data; or more than ``reward.max_failure_fraction`` of the responses failed.
+        DataError: the task refuses its data; or more than ``reward.max_failure_fraction`` of the responses failed.
     """
     failures = [extra.get(FAILURE) or "" for extra in extras]
     for extra in extras:
         if extra.get(REFUSAL):
-            raise UserError(extra[REFUSAL])
+            raise DataError(extra[REFUSAL])
     reasons = [reason for reason in failures if reason]
     if reasons:
         message = f"grading failed for {len(reasons)} of {len(failures)} responses of {what}"
         if len(reasons) > config.data.max_failure_fraction * len(failures):
-            raise UserError(
+            raise DataError(
                 f"data.task: {message}, which is more than reward.max_failure_fraction="
                 f"{config.data.max_failure_fraction:g}; the last: {reasons[-1]}"
             )
@@ -48,7 +48,7 @@ def check_failures(extras: Sequence[Mapping[str, Any]], config: DictConfig, what
 def replace_scores(values: MutableMapping[str, Any], scores: Sequence[float], config: DictConfig) -> None:
     """Put a step's metrics of its scores (NaN: failed) in the place of verl's, of which failed ones are 0; in place."""
     graded = [score for score in scores if not math.isnan(score)]
-    values[metrics.GRADER_FAILURES] = len(scores) - len(graded)
+    values[metrics.REWARD_FAILURES] = len(scores) - len(graded)
     if len(graded) == len(scores):
         return
     own: dict[str, float] = {}
@@ -90,7 +90,7 @@ def correct_advantages(
     return torch.where(is_affected, own.to(corrected.dtype), corrected)
 
 
-class WithFailedGrades:
+class FailedRewardsMixin:
     """The hook of all trainers: an evaluation leaves out responses without a grade, and counts them."""
 
     config: DictConfig
@@ -121,4 +121,4 @@ class WithFailedGrades:
             sample_turns,
             **kwargs,
         )
-        return values | {metrics.VAL_GRADER_FAILURES: sum(failed)}
+        return values | {metrics.VAL_REWARD_FAILURES: sum(failed)}

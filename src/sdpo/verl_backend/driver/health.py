@@ -22,12 +22,12 @@ from omegaconf import DictConfig, open_dict
 from sdpo.config.monitoring import HealthConfig
 from sdpo.observability import metrics
 from sdpo.observability.health import HealthMonitor
-from sdpo.observability.health_callback import Guard, forget_alarms_after
+from sdpo.observability.health_callback import HealthCallback, forget_alarms_after
 from sdpo.observability.json_lines import append_json_line
-from sdpo.observability.progress import Silent
+from sdpo.observability.progress import NullCallback
 from sdpo.retention import select_kept
 from sdpo.verl_backend.config.schema import read_health, read_self_distillation
-from sdpo.verl_backend.driver.teacher_batch import TeacherBatch
+from sdpo.verl_backend.driver.teacher_batch import TeacherBatchBuilder
 
 STATE_FILE = "health.json"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"  # verl's
@@ -44,7 +44,7 @@ class RunHealth:
     """
 
     def __init__(
-        self, config: DictConfig, teacher_batch: TeacherBatch | None, workers: Any, resumed: Path | None
+        self, config: DictConfig, teacher_batch: TeacherBatchBuilder | None, workers: Any, resumed: Path | None
     ) -> None:
         trainer = config.trainer
         self._folder = Path(trainer.default_local_dir)
@@ -55,8 +55,10 @@ class RunHealth:
         health = read_health(config)
         settings = read_self_distillation(config.actor_rollout_ref.actor)
         is_live = settings is not None and settings.teacher_regularization == "live"
-        self._learner = _Learner(health, teacher_batch, workers, may_go_back=is_live and health.may_freeze)
-        self._guard = Guard(HealthMonitor(health), self._learner, partial(append_json_line, self._alarms), _Printer())
+        self._actor = _Learner(health, teacher_batch, workers, may_go_back=is_live and health.may_freeze)
+        self._guard = HealthCallback(
+            HealthMonitor(health), self._actor, partial(append_json_line, self._alarms), _Printer()
+        )
         self._scores: dict[int, float | None] = {}  # of this run's checkpoints, None without an evaluation
         if resumed is not None:
             self._load(resumed)
@@ -77,7 +79,7 @@ class RunHealth:
 
     def note_evaluation(self, step: int, values: Mapping[str, Any]) -> None:
         """Take in the held-out accuracy of the weights after a step."""
-        self._learner.step = step
+        self._actor.step = step
         self._guard.compare(values)
         if step in self._scores:
             self._scores[step] = metrics.find_score(values)
@@ -103,7 +105,7 @@ class RunHealth:
     def _save(self, step: int) -> None:
         state = {
             "guard": self._guard.state_dict(),
-            "learner": self._learner.state_dict(),
+            "actor": self._actor.state_dict(),
             "scores": list(self._scores.items()),
         }
         _write_at_once(self._folder / f"global_step_{step}" / STATE_FILE, json.dumps(state))
@@ -115,14 +117,14 @@ class RunHealth:
             return
         state = json.loads(path.read_text(encoding="utf-8"))
         self._guard.load_state_dict(state["guard"])
-        self._learner.load_state_dict(state["learner"], step)
+        self._actor.load_state_dict(state["actor"], step)
         self._scores = {step: score for step, score in state["scores"] if self._exists(step)}
 
     def _exists(self, step: int) -> bool:
         return (self._folder / f"global_step_{step}").is_dir()
 
 
-class WithHealthChecks:
+class HealthChecksMixin:
     """The hooks of all trainers: evaluations and checkpoints are noted. Each trainer has ``check`` called itself."""
 
     config: Any
@@ -180,13 +182,13 @@ def summarize_rollouts(scores: Sequence[float], lengths: Sequence[int], longest:
 
 
 class _Learner:
-    """What actions change (``health_actions.Learner``), through the batch and the workers.
+    """What actions change (``health_actions.Actor``), through the batch and the workers.
 
     ``step`` is the one whose weights have been evaluated last.
     """
 
     def __init__(
-        self, config: HealthConfig, teacher_batch: TeacherBatch | None, workers: Any, *, may_go_back: bool
+        self, config: HealthConfig, teacher_batch: TeacherBatchBuilder | None, workers: Any, *, may_go_back: bool
     ) -> None:
         self._config = config
         self._teacher_batch = teacher_batch
@@ -200,9 +202,9 @@ class _Learner:
         assert self._teacher_batch is not None, "refused where nothing is distilled"
         self._teacher_batch.factor = self._config.reduce(self._teacher_batch.factor)
 
-    def keep_as_best(self) -> None:
+    def snapshot_best(self) -> None:
         if self._may_go_back and not self.teacher_is_frozen:
-            self._workers.keep_as_best()
+            self._workers.snapshot_best()
             self._best_step = self.step
 
     def freeze_teacher(self) -> None:
@@ -219,10 +221,10 @@ class _Learner:
             self._teacher_batch.factor = state["factor"]
         self.teacher_is_frozen, self._best_step = state["teacher_is_frozen"], state["best_step"]
         if self._best_step == step:  # evaluated after it had been saved
-            self._workers.keep_as_best()
+            self._workers.snapshot_best()
 
 
-class _Printer(Silent):
+class _Printer(NullCallback):
     def message(self, text: str) -> None:
         print(text, flush=True)
 

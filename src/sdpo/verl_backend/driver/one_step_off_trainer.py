@@ -22,26 +22,28 @@ from transformers import AutoConfig
 from verl import DataProto
 from verl.experimental.one_step_off_policy.ray_trainer import OneStepOffRayTrainer
 
-from sdpo.models.multimodal.processor import ImageReader
+from sdpo.models.multimodal.processor import MultimodalProcessor
 from sdpo.observability import metrics
 from sdpo.verl_backend.config.schema import read_self_distillation
 from sdpo.verl_backend.driver.grades import (
     FAILURE,
     REFUSAL,
-    WithFailedGrades,
+    FailedRewardsMixin,
     check_failures,
     correct_advantages,
     replace_scores,
 )
-from sdpo.verl_backend.driver.health import RunHealth, WithHealthChecks, summarize_rollouts
-from sdpo.verl_backend.driver.teacher_batch import Rollout, TeacherBatch, read_ground_truth
+from sdpo.verl_backend.driver.health import HealthChecksMixin, RunHealth, summarize_rollouts
+from sdpo.verl_backend.driver.teacher_batch import Rollout, TeacherBatchBuilder, read_ground_truth
 from sdpo.verl_backend.driver.tools import PromptTokenizer, load_tool_schemas, read_chat_settings
 from sdpo.verl_backend.worker.packing import count_response_tokens
 
 PREFETCHED = "prefetched.pt"
 
 
-def build_teacher_batch(config: DictConfig, tokenizer: Any, processor: Any, max_steps: int) -> TeacherBatch | None:
+def build_teacher_batch(
+    config: DictConfig, tokenizer: Any, processor: Any, max_steps: int
+) -> TeacherBatchBuilder | None:
     """What builds the teacher's fields of this run; None where the loss is not SDPO's."""
     settings = read_self_distillation(config.actor_rollout_ref.actor)
     if settings is None:
@@ -49,11 +51,11 @@ def build_teacher_batch(config: DictConfig, tokenizer: Any, processor: Any, max_
     model = config.actor_rollout_ref.model
     architecture = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     window = getattr(architecture.get_text_config(), "max_position_embeddings", None)
-    reader = ImageReader(processor, config.data.max_pixels) if processor is not None else tokenizer
+    reader = MultimodalProcessor(processor, config.data.max_pixels) if processor is not None else tokenizer
     reader = PromptTokenizer(
         reader, load_tool_schemas(config.actor_rollout_ref.rollout), read_chat_settings(config.data)
     )
-    return TeacherBatch(settings, reader, window, seed=config.data.seed or 0, max_steps=max_steps)
+    return TeacherBatchBuilder(settings, reader, window, seed=config.data.seed or 0, max_steps=max_steps)
 
 
 def rename_metrics(values: dict[str, Any]) -> None:
@@ -71,7 +73,7 @@ def find_resumed(config: DictConfig, step: int) -> Path | None:
     return Path(config.trainer.default_local_dir) / f"global_step_{step}"
 
 
-class SelfDistillationOneStepOffTrainer(WithFailedGrades, WithHealthChecks, OneStepOffRayTrainer):  # type: ignore[misc]
+class SelfDistillationOneStepOffTrainer(FailedRewardsMixin, HealthChecksMixin, OneStepOffRayTrainer):  # type: ignore[misc]
     """One step off policy: one GPU samples, another learns.
 
     Beside the teacher's batch it mends five things in verl 0.9.1: an error while the next batch is fetched is raised
@@ -116,7 +118,7 @@ class SelfDistillationOneStepOffTrainer(WithFailedGrades, WithHealthChecks, OneS
         feedback = self.reward_extra_infos_dict.get("feedback", [None] * len(lengths))
         return [
             Rollout(
-                group=fields["uid"][i],
+                group_id=fields["uid"][i],
                 messages=list(fields["raw_prompt"][i]),
                 response_ids=batch.batch["responses"][i, : lengths[i]].tolist(),
                 response_mask=batch.batch["response_mask"][i, : lengths[i]].tolist(),

@@ -15,8 +15,8 @@ from torch import Tensor
 from sdpo.algorithm.loss import compute_distillation_coef, compute_prompt_weights
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.observability import metrics
-from sdpo.prompting.demonstrations import GradedResponse, compute_success_rates
-from sdpo.prompting.teacher_context import build_lessons, summarize_lessons
+from sdpo.prompting.demonstrations import ScoredRollout, compute_success_rates
+from sdpo.prompting.teacher_context import build_teacher_contexts, compute_reprompt_metrics
 from sdpo.prompting.templates import Message
 from sdpo.rewards.base import Row
 from sdpo.verl_backend.worker.packing import DISTILLATION_COEF, SAMPLE_WEIGHTS, TEACHER_PROMPT_LENGTHS, TEACHER_PROMPTS
@@ -26,7 +26,7 @@ from sdpo.verl_backend.worker.packing import DISTILLATION_COEF, SAMPLE_WEIGHTS, 
 class Rollout:
     """One rollout, out of whichever container a trainer keeps it in; the score is NaN where the grader failed."""
 
-    group: str
+    group_id: str
     messages: Sequence[Message]
     response_ids: Sequence[int]  # of all turns, the outputs of tools included
     response_mask: Sequence[int]  # 1 where the policy sampled the token
@@ -54,7 +54,7 @@ def decode_turns(tokenizer: Any, response_ids: Sequence[int], response_mask: Seq
     )
 
 
-class TeacherBatch:
+class TeacherBatchBuilder:
     """Builds the teacher's fields of a batch.
 
     Args:
@@ -87,8 +87,8 @@ class TeacherBatch:
         """
         rollouts = [row for row in rows if row is not None]
         graded = [
-            GradedResponse(
-                group=rollout.group,
+            ScoredRollout(
+                group_id=rollout.group_id,
                 response=decode_turns(self.tokenizer, rollout.response_ids, rollout.response_mask),
                 score=rollout.score,
                 feedback=rollout.feedback,
@@ -96,7 +96,7 @@ class TeacherBatch:
             )
             for rollout in rollouts
         ]
-        lessons = build_lessons(
+        contexts = build_teacher_contexts(
             self.tokenizer,
             [rollout.messages for rollout in rollouts],
             graded,
@@ -109,7 +109,7 @@ class TeacherBatch:
             rates = compute_success_rates(graded, self.config.success_reward_threshold)
             weights = compute_prompt_weights(torch.tensor(rates)).tolist()
         coef = compute_distillation_coef(self.config, step, self.max_steps) * self.factor
-        of_samples = iter(zip(lessons, weights, strict=True))
+        of_samples = iter(zip(contexts, weights, strict=True))
         prompts, row_weights = [], []
         for row in rows:
             token_ids, weight = (None, 0.0)
@@ -126,7 +126,7 @@ class TeacherBatch:
             SAMPLE_WEIGHTS: torch.tensor(row_weights),
             DISTILLATION_COEF: torch.full((len(rows),), coef),
         }
-        values = summarize_lessons(graded, lessons, self.config)
+        values = compute_reprompt_metrics(graded, contexts, self.config)
         if self.config.distills:
-            values[metrics.DISTILLATION_WEIGHT] = coef
+            values[metrics.DISTILLATION_COEF] = coef
         return fields, values

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl.experimental.agent_loop.tool_parser import ToolParser
 from verl.tools.tool_registry import load_all_tools
 
-from sdpo.errors import UserError
+from sdpo.errors import ConfigError
 from sdpo.prompting.tokenization import Tokenizer
 from sdpo.verl_backend.config.schema import MULTI_TURN, TOOL_PATHS
 
@@ -18,13 +18,13 @@ def load_tool_schemas(rollout: DictConfig) -> list[dict[str, Any]]:
     """What the chat template is told of each tool, in OpenAI's format, as verl's tool agent loop tells it.
 
     Raises:
-        UserError: a file is missing or cannot be imported, or verl has no parser of the name ``multi_turn.format``.
+        ConfigError: a file is missing or cannot be imported, or verl has no parser of the name ``multi_turn.format``.
     """
     turns = rollout.multi_turn
     if not turns.enable:
         return []
     if turns.format not in ToolParser._registry:
-        raise UserError(
+        raise ConfigError(
             f"{MULTI_TURN}.format={turns.format}: verl knows no such parser of tool calls; "
             f"use one of {', '.join(ToolParser._registry)}"
         )
@@ -33,9 +33,9 @@ def load_tool_schemas(rollout: DictConfig) -> list[dict[str, Any]]:
     except Exception as error:  # files of one's own may raise anything
         places = ", ".join(f"{MULTI_TURN}.{name}={turns[name]}" for name in TOOL_PATHS if turns[name])
         reason = " ".join(str(error).split())
-        raise UserError(f"{places}: the tools cannot be loaded ({type(error).__name__}: {reason:.300})") from error
+        raise ConfigError(f"{places}: the tools cannot be loaded ({type(error).__name__}: {reason:.300})") from error
     if not tools:
-        raise UserError(f"{MULTI_TURN}: its files define no tool; decorate a function with verl's @function_tool")
+        raise ConfigError(f"{MULTI_TURN}: its files define no tool; decorate a function with verl's @function_tool")
     return [tool.tool_schema.model_dump(exclude_unset=True, exclude_none=True) for tool in tools]
 
 
@@ -43,7 +43,7 @@ class PromptTokenizer:
     """A tokenizer whose chat template is told what verl tells it for the student's prompt.
 
     Args:
-        tokenizer: of the policy, or an ``ImageReader``.
+        tokenizer: of the policy, or an ``MultimodalProcessor``.
         tools: their schemas; none is as if nothing were said of tools.
         settings: ``data.apply_chat_template_kwargs``.
     """

@@ -17,8 +17,8 @@ from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-from sdpo.verl_backend.driver.grades import WithFailedGrades, check_failures, correct_advantages, replace_scores
-from sdpo.verl_backend.driver.health import RunHealth, WithHealthChecks, summarize_rollouts
+from sdpo.verl_backend.driver.grades import FailedRewardsMixin, check_failures, correct_advantages, replace_scores
+from sdpo.verl_backend.driver.health import HealthChecksMixin, RunHealth, summarize_rollouts
 from sdpo.verl_backend.driver.one_step_off_trainer import build_teacher_batch, find_resumed, rename_metrics
 from sdpo.verl_backend.driver.teacher_batch import Rollout, read_ground_truth
 from sdpo.verl_backend.worker.worker import SelfDistillationActorWorker
@@ -26,7 +26,7 @@ from sdpo.verl_backend.worker.worker import SelfDistillationActorWorker
 FIELDS = ["uid", "raw_prompt", "responses", "response_mask", "rm_scores", "reward_model", "extra_fields"]
 
 
-class WithTeacherBatch(WithFailedGrades, WithHealthChecks):
+class TeacherBatchMixin(FailedRewardsMixin, HealthChecksMixin):
     """The trainer hooks of both: our worker, the teacher's fields before the advantages, our metrics' names.
 
     verl fills a batch up with rows that are no samples (``is_padding``): they are counted nowhere.
@@ -88,20 +88,20 @@ class WithTeacherBatch(WithFailedGrades, WithHealthChecks):
             torch.stack(verl_s),
             torch.stack([scores.sum() for scores in data["rm_scores"].unbind()]),
             [rollout is not None and rollout.is_failed for rollout in rollouts],
-            [i if rollout is None else rollout.group for i, rollout in enumerate(rollouts)],
+            [i if rollout is None else rollout.group_id for i, rollout in enumerate(rollouts)],
             self.config,
         )
-        by_token = torch.nested.as_nested_tensor(
+        flops_per_token = torch.nested.as_nested_tensor(
             [value * mask for value, mask in zip(own, masks, strict=True)], layout=torch.jagged
         )
-        fields = TensorDict({"advantages": by_token, "returns": by_token.clone()}, batch_size=len(batch))
+        fields = TensorDict({"advantages": flops_per_token, "returns": flops_per_token.clone()}, batch_size=len(batch))
         tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
 
     def _read_rollouts(self, batch: Any) -> list[Rollout | None]:
         """The batch's rollouts in its order, None for padding.
 
         Raises:
-            UserError: see ``check_failures``.
+            ConfigError: see ``check_failures``.
             RuntimeError: a rollout is missing.
         """
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=FIELDS)
@@ -118,7 +118,7 @@ class WithTeacherBatch(WithFailedGrades, WithHealthChecks):
         rollouts: list[Rollout | None] = [None] * len(batch)
         for i, is_failed in zip(present, failed, strict=True):
             rollouts[i] = Rollout(
-                group=uids[i],
+                group_id=uids[i],
                 messages=list(prompts[i]),
                 response_ids=responses[i].tolist(),
                 response_mask=masks[i].tolist(),
@@ -164,11 +164,11 @@ class WithTeacherBatch(WithFailedGrades, WithHealthChecks):
         return batch
 
 
-class SelfDistillationSyncTrainer(WithTeacherBatch, PPOTrainerSync):  # type: ignore[misc]
+class SelfDistillationSyncTrainer(TeacherBatchMixin, PPOTrainerSync):  # type: ignore[misc]
     """Sampling and learning take turns on the same GPUs."""
 
 
-class SelfDistillationSeparateAsyncTrainer(WithTeacherBatch, PPOTrainerSeparateAsync):  # type: ignore[misc]
+class SelfDistillationSeparateAsyncTrainer(TeacherBatchMixin, PPOTrainerSeparateAsync):  # type: ignore[misc]
     """Sampling and learning each have GPUs of their own; verl's maintained successor of one-step-off."""
 
 

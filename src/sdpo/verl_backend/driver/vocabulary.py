@@ -1,4 +1,4 @@
-"""Tokens that no response has: the sampler never draws them, so the learner gives them no probability either."""
+"""Tokens that no response has: the sampler never draws them, so the actor gives them no probability either."""
 
 from __future__ import annotations
 

@@ -12,9 +12,9 @@ import torch
 
 from sdpo.config.loader import save_config
 from sdpo.config.root import SDPOConfig
-from sdpo.errors import UserError
+from sdpo.errors import ConfigError
 from sdpo.observability.health_callback import ALARMS_FILE
-from sdpo.observability.progress import Observer, Silent
+from sdpo.observability.progress import NullCallback, ProgressCallback
 from sdpo.rewards.base import load_task, prepare_task
 from sdpo.verl_backend.config.to_verl import translate
 from sdpo.verl_backend.entrypoint.main import CPU, main
@@ -41,7 +41,7 @@ def build_command(run: SDPOConfig, overrides: Sequence[str] = ()) -> Command:
     """Translate the run; ``overrides`` go to Hydra as they are, after the run's own.
 
     Raises:
-        UserError: see ``translate``.
+        ConfigError: see ``translate``.
     """
     translated = translate(run)
     arguments = ["--config-name", translated.config_name]
@@ -55,19 +55,19 @@ def build_command(run: SDPOConfig, overrides: Sequence[str] = ()) -> Command:
     return Command(environment, [*arguments, *translated.overrides, *overrides], notes)
 
 
-def launch(run: SDPOConfig, command: Command, observer: Observer | None = None) -> None:
+def launch(run: SDPOConfig, command: Command, observer: ProgressCallback | None = None) -> None:
     """Start the run and wait for its end. A run that has checkpoints goes on from the last one.
 
     Raises:
-        UserError: something the person gave us is wrong; Ray has not been started.
+        ConfigError: something the person gave us is wrong; Ray has not been started.
     """
-    prepare_task(load_task(run.data.task, run.data.task_args), observer or Silent())
+    prepare_task(load_task(run.data.task, run.data.task_args), observer or NullCallback())
     folder = Path(run.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_config(run, folder / "run.yaml")
     except OSError as error:
-        raise UserError(f"output_dir: {folder}: cannot be written ({error.strerror})") from error
+        raise ConfigError(f"output_dir: {folder}: cannot be written ({error.strerror})") from error
     _keep(folder / METRICS)
     if run.resume_mode == "disable":
         _keep(folder / ALARMS_FILE)

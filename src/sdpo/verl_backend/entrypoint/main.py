@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sdpo.errors import UserError
+from sdpo.errors import ConfigError, SDPOError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +39,7 @@ def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
     """The whole configuration of a run, resolved and checked.
 
     Raises:
-        UserError: an unknown key, a value of the wrong type or out of range, settings that contradict each other.
+        ConfigError: an unknown key, a value of the wrong type or out of range, settings that contradict each other.
     """
     from sdpo.config.monitoring import HealthConfig
     from sdpo.config.self_distillation import SelfDistillationConfig
@@ -53,7 +53,7 @@ def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
         complete_turns(config)
         OmegaConf.resolve(config)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_explain(error)) from error
+        raise ConfigError(_explain(error)) from error
     check_config(config)
     _check_with_verl(config)
     if config.actor_rollout_ref.rollout.multi_turn.enable:
@@ -71,11 +71,11 @@ def _check_with_verl(config: DictConfig) -> None:
         files = config.data[key]
         for file in [files] if isinstance(files, str) else files:
             if not Path(file).expanduser().is_file():
-                raise UserError(f"data.{key}: {file}: no such file; make it, or name another one")
+                raise ConfigError(f"data.{key}: {file}: no such file; make it, or name another one")
     try:
         validate_config(config, need_reference_policy(config), need_critic(config))
     except (AssertionError, ValueError) as error:
-        raise UserError(_explain(error)) from error
+        raise ConfigError(_explain(error)) from error
 
 
 def _check_model(config: DictConfig) -> None:
@@ -92,11 +92,11 @@ def _check_model(config: DictConfig) -> None:
         if reads_images(ModelConfig(path=path, trust_remote_code=model.trust_remote_code)):
             _check_processor(path, trust_remote_code=model.trust_remote_code)
         elif config.actor_rollout_ref.actor.freeze_vision_tower:
-            raise UserError(f"actor.freeze_vision_tower=True: {model.path} has no image tower; set it to false")
+            raise ConfigError(f"actor.freeze_vision_tower=True: {model.path} has no image tower; set it to false")
         if config.actor_rollout_ref.actor.policy_loss.loss_mode == LOSS_MODE:
             _check_adapters(plain, read_lora(model))
-    except UserError as error:
-        raise UserError(f"actor_rollout_ref.{error}") from error
+    except SDPOError as error:
+        raise ConfigError(f"actor_rollout_ref.{error}") from error
     if config.actor_rollout_ref.rollout.name == "vllm":
         check_sampler_reads(plain.config, model.path)
 
@@ -116,9 +116,9 @@ def _check_adapters(plain: PreTrainedModel, lora: LoraConfig) -> None:
         return
     try:
         find_target_layers(plain, lora)
-    except UserError as error:
+    except SDPOError as error:
         said = str(error).replace("lora.target_modules", "model.target_modules", 1)
-        raise UserError(said.replace("lora.rank", "model.lora_rank", 1)) from error
+        raise ConfigError(said.replace("lora.rank", "model.lora_rank", 1)) from error
 
 
 def _check_processor(path: str, *, trust_remote_code: bool) -> None:
@@ -131,15 +131,15 @@ def _check_processor(path: str, *, trust_remote_code: bool) -> None:
     if processor is None:
         reasons = [str(w.message) for w in caught if str(w.message).startswith("Failed to create processor")]
         reason = " ".join(reasons[-1].split()) if reasons else "it has none"
-        raise UserError(f"model.path: {path}: verl cannot load its processor of images ({reason})")
+        raise ConfigError(f"model.path: {path}: verl cannot load its processor of images ({reason})")
 
 
 def run(config: DictConfig) -> None:
     """Start Ray and train until the end.
 
     Raises:
-        UserError: this machine lacks something, or the model cannot be loaded or used, and Ray has not been started; or
-            the data do not fit the model.
+        ConfigError: this machine lacks something, or the model cannot be loaded or used, and Ray has not been started;
+            or the data do not fit the model.
     """
     from sdpo.verl_backend.entrypoint.requirements import check_machine, joins_cluster
 
@@ -155,12 +155,14 @@ def run(config: DictConfig) -> None:
     from verl.trainer.main_ppo import run_ppo
 
     if PlatformRegistry.get("cpu") is None:
-        raise UserError("verl has not loaded the plugin of sdpo; install sdpo again beside this verl: pip install sdpo")
+        raise ConfigError(
+            "verl has not loaded the plugin of sdpo; install sdpo again beside this verl: pip install sdpo"
+        )
     runner = _Runner(_build_v1_runner() if config.trainer.use_v1 else _build_one_step_off_runner())
     try:
         run_ppo(config, task_runner_class=runner)
         stopped_by = runner.get_result()
-    except UserError as error:  # out of Ray's process, with a traceback in its text
+    except SDPOError as error:  # out of Ray's process, with a traceback in its text
         raise getattr(error, "cause", error) from None
     if stopped_by:
         print(f"stopped by an alarm: {stopped_by}", file=sys.stderr)
@@ -312,7 +314,7 @@ def main(arguments: Sequence[str]) -> None:
     """The command line.
 
     Raises:
-        UserError: see ``compose_config``.
+        ConfigError: see ``compose_config``.
     """
     name, show, overrides, rest = "sdpo_trainer", False, [], list(arguments)
     while rest:
@@ -326,7 +328,7 @@ def main(arguments: Sequence[str]) -> None:
             _, _, given = argument.partition("=")
             name = given or (rest.pop(0) if rest else "")
         elif "=" not in argument and not argument.startswith("~"):
-            raise UserError(f"{argument!r} is not of the form key=value; {USAGE}")
+            raise ConfigError(f"{argument!r} is not of the form key=value; {USAGE}")
         else:
             overrides.append(argument)
     if CPU in overrides:
@@ -343,6 +345,6 @@ def main(arguments: Sequence[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except UserError as error:
+    except SDPOError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig
 from ray._private.utils import get_ray_address_file, read_ray_address
 
-from sdpo.errors import UserError
+from sdpo.errors import ConfigError
 
 ROLLOUT, MODEL, OPTIM = "actor_rollout_ref.rollout", "actor_rollout_ref.model", "actor_rollout_ref.actor.optim"
 
@@ -23,12 +23,12 @@ def check_machine(config: DictConfig) -> None:
     Only a run on this machine alone is checked for devices: of a Ray cluster, the other nodes are unknown here.
 
     Raises:
-        UserError: the first thing that is missing, with the command or setting that mends it.
+        ConfigError: the first thing that is missing, with the command or setting that mends it.
     """
     if config.trainer.device != "cuda":
         return
     for problem in _find_problems(config):
-        raise UserError(problem)
+        raise ConfigError(problem)
 
 
 def _find_problems(config: DictConfig) -> Iterator[str]:
@@ -56,14 +56,15 @@ def joins_cluster(config: DictConfig) -> bool:
     """Whether ``ray.init`` will connect to a cluster that runs already.
 
     Raises:
-        UserError: Ray has noted one, as ``ray start`` does, that no longer answers; Ray would wait for it for minutes.
+        ConfigError: Ray has noted one, as ``ray start`` does, that no longer answers; Ray would wait for it for
+            minutes.
     """
     address = config.ray_kwargs.ray_init.get("address") or os.environ.get("RAY_ADDRESS")
     if address:
         return bool(address != "local")
     noted = read_ray_address()
     if noted and not _answers(noted):
-        raise UserError(
+        raise ConfigError(
             f"{get_ray_address_file(None)} names a Ray cluster at {noted} that does not answer; run ray stop, or start "
             "the cluster again, or set RAY_ADDRESS=local for one of this run's own"
         )
@@ -106,13 +107,13 @@ def check_sampler_reads(architecture: Any, path: str) -> None:
         path: of the model, for the message.
 
     Raises:
-        UserError: its ``head_dim`` is not ``hidden_size / num_attention_heads``, which vLLM's Qwen2 takes for it
+        ConfigError: its ``head_dim`` is not ``hidden_size / num_attention_heads``, which vLLM's Qwen2 takes for it
             (https://github.com/vllm-project/vllm, model_executor/models/qwen2.py of 0.24).
     """
     text = architecture.get_text_config()
     size = getattr(text, "head_dim", None)
     if text.model_type.startswith("qwen2") and size and size * text.num_attention_heads != text.hidden_size:
-        raise UserError(
+        raise ConfigError(
             f"{MODEL}.path: {path}: vLLM cannot sample from it: its head_dim={size} is not hidden_size / "
             f"num_attention_heads = {text.hidden_size} / {text.num_attention_heads}; take another model"
         )

@@ -12,14 +12,14 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
-from sdpo.errors import UserError
+from sdpo.errors import ConfigError
 
 
 def claim_sockets(job_id: str) -> IO[str]:
     """Take the names of this job's sockets on this machine, until the file that is returned is closed.
 
     Raises:
-        UserError: another run of this user has them.
+        ConfigError: another run of this user has them.
     """
     path = Path(tempfile.gettempdir()) / f"sdpo-verl-{os.getuid()}-{job_id}.lock"
     file = path.open("a+")
@@ -29,7 +29,7 @@ def claim_sockets(job_id: str) -> IO[str]:
         file.seek(0)
         owner = file.read().strip()
         file.close()
-        raise UserError(
+        raise ConfigError(
             f"another run on verl uses this machine (process {owner}), and both would hand their weights to vLLM "
             f"through the same sockets, /tmp/rl-colocate-zmq-{job_id}-*; wait for its end, or start both in one Ray: "
             "'ray start --head', and RAY_ADDRESS=auto for each"

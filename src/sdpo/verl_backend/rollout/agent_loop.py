@@ -11,7 +11,7 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 from verl.experimental.agent_loop.tool_agent_loop import ToolAgentLoop
 
-from sdpo.errors import UserError
+from sdpo.errors import DataError
 from sdpo.verl_backend.config.schema import AGENT_LOOPS, SINGLE_TURN, TOOL_TURNS
 from sdpo.verl_backend.driver.vocabulary import find_placeholders
 
@@ -23,7 +23,7 @@ class _WithoutImageTokens:
 
     Raises:
         RuntimeError: the sampler drew one nevertheless.
-        UserError: a tool's output holds one.
+        DataError: a tool's output holds one.
     """
 
     processor: Any
@@ -42,7 +42,7 @@ class _WithoutImageTokens:
                     f"the sampler drew token {token_id}, which stands for an image, although a bias forbids it; "
                     "use a sampler that knows logit_bias"
                 )
-            raise UserError(
+            raise DataError(
                 f"the text of a tool's output holds token {token_id}, which stands for an image; remove it in the tool"
             )
         return output
@@ -66,7 +66,7 @@ class TextTools(_WithoutImageTokens, ToolAgentLoop):  # type: ignore[misc]
     async def _call_tool(self, tool_call: Any, tools_kwargs: dict[str, Any], agent_data: Any) -> Any:
         result = await super()._call_tool(tool_call, tools_kwargs, agent_data)
         if result[0].image or result[0].video:
-            raise UserError(
+            raise DataError(
                 f"tool {tool_call.name} returned an image or a video, which is not supported with loss_mode=sdpo: the "
                 "teacher's prompt is another, and its positions are computed of the prompt's images only; return text"
             )

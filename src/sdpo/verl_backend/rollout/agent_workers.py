@@ -19,8 +19,8 @@ from verl.experimental.agent_loop.agent_loop import (
 )
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 
-from sdpo.errors import UserError
-from sdpo.rewards.scoring import GradingFailed
+from sdpo.errors import SDPOError
+from sdpo.rewards.scoring import RewardFailure
 from sdpo.verl_backend.driver.grades import FAILURE, REFUSAL
 
 EXTRA = "reward_extra_info"
@@ -54,7 +54,7 @@ class KeepsFailures:
             if final.reward_score is None:  # a reward model grades the batch later
                 return
             if not math.isfinite(final.reward_score):
-                raise GradingFailed(
+                raise RewardFailure(
                     f"{kwargs.get('data_source')}: the reward must be a finite number, got {final.reward_score}"
                 )
         except Exception as error:
@@ -90,13 +90,13 @@ class KeepsFailures:
     def _mark_failed(self, output: AgentLoopOutput, error: Exception, row: dict[str, Any]) -> None:
         cause = getattr(error, "cause", None) or error  # of an error out of another process of Ray's
         reason = " ".join(str(cause).split())[:500]
-        if not isinstance(cause, (GradingFailed, UserError)):
+        if not isinstance(cause, (RewardFailure, SDPOError)):
             reason = f"{row.get('data_source')}: {type(cause).__name__}: {reason}"
         output.reward_score = 0.0
         output.extra_fields[EXTRA] = {
             **dict.fromkeys(self._columns),
             FAILURE: reason,
-            REFUSAL: reason if isinstance(cause, UserError) else "",
+            REFUSAL: reason if isinstance(cause, SDPOError) else "",
         }
 
 

@@ -9,22 +9,22 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sdpo.config.data import RewardConfig
-from sdpo.rewards.async_scoring import AsyncGrader, is_asynchronous
-from sdpo.rewards.base import Grade, Row, load_task
-from sdpo.rewards.scoring import grade_once
+from sdpo.rewards.async_scoring import AsyncScorer, is_asynchronous
+from sdpo.rewards.base import RewardOutput, Row, load_task
+from sdpo.rewards.scoring import score_once
 from sdpo.rewards.scoring_process import GraderProcess
 
 _loading = threading.Lock()
 
 
 @functools.cache
-def _load(task: str, args: str, timeout: float | None) -> Callable[[Row, str], Grade]:
-    grader = load_task(task, json.loads(args))
-    if is_asynchronous(grader):
-        return AsyncGrader(grader, timeout).grade
+def _load(task: str, args: str, timeout: float | None) -> Callable[[Row, str], RewardOutput]:
+    reward_manager = load_task(task, json.loads(args))
+    if is_asynchronous(reward_manager):
+        return AsyncScorer(reward_manager, timeout).compute_score
     if timeout is not None:
-        return GraderProcess(task, args, timeout).grade
-    return functools.partial(grade_once, grader, timeout=None)
+        return GraderProcess(task, args, timeout).compute_score
+    return functools.partial(score_once, reward_manager, timeout=None)
 
 
 def compute_score(
@@ -54,11 +54,11 @@ def compute_score(
         ``score``, ``acc`` (the same, which verl reports by that name) and ``feedback`` (empty if there is none).
 
     Raises:
-        GradingFailed: there is no grade; ``agent_workers.py`` makes a failed one of it.
-        UserError: the task cannot be loaded, or refuses its data.
+        RewardFailure: there is no grade; ``agent_workers.py`` makes a failed one of it.
+        DataError: the task cannot be loaded, or refuses its data.
     """
     row = Row(data_source, [], {"ground_truth": ground_truth}, extra_info=extra_info or {})
     with _loading:
-        grade_row = _load(task, task_args, timeout_s)
-    grade = grade_row(row, solution_str)
+        score_row = _load(task, task_args, timeout_s)
+    grade = score_row(row, solution_str)
     return {"score": grade.score, "acc": grade.score, "feedback": grade.feedback or ""}

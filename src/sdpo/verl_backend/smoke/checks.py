@@ -22,18 +22,18 @@ from sdpo.kernels.loss_inputs import gather_log_probs
 from sdpo.models.forward import compute_logits, pad_sequences
 from sdpo.models.loading import load_model
 from sdpo.models.multimodal.processor import TokenPrompt, load_reader
-from sdpo.models.multimodal.vision_tower import SeenImages, Vision
+from sdpo.models.multimodal.vision_tower import ImageFeatureCache, VisionAdapter
 from sdpo.observability import metrics
 from sdpo.prompting.images import collect_images
 from sdpo.rewards.toy.figures import PICTURE_SIZE
-from sdpo.verl_backend.driver.teacher_batch import Rollout, TeacherBatch, read_ground_truth
+from sdpo.verl_backend.driver.teacher_batch import Rollout, TeacherBatchBuilder, read_ground_truth
 from sdpo.verl_backend.worker.packing import TEACHER_PROMPT_LENGTHS, TEACHER_PROMPTS
 
 STEPS = 3
 EMA_RATE = 0.05
 LORA_RANK, LORA_SCALE = 4, 2.0
 DISTILLATION: dict[str, Any] = {"alpha": 0.5, "ema_update_rate": EMA_RATE, "include_environment_feedback": True}
-# verl's metrics of how far the sampler's probabilities of the sampled tokens are from the learner's
+# verl's metrics of how far the sampler's probabilities of the sampled tokens are from the actor's
 SAMPLER_DIFFERENCE = "training/rollout_probs_diff_mean"
 SAMPLER_CORRELATION = "training/rollout_actor_probs_pearson_corr"
 
@@ -46,7 +46,7 @@ class Finished:
         folder: with ``checkpoints/`` and ``metrics.END.jsonl``.
         task: folder of the task's model and rows.
         ends: the steps at which the run ended; after each but the last it was resumed.
-        is_exact: sampler and learner compute in float32 with the same weights, unlike on a GPU, and unlike with LoRA,
+        is_exact: sampler and actor compute in float32 with the same weights, unlike on a GPU, and unlike with LoRA,
             where the sampler's merged weights are rounded to bfloat16.
     """
 
@@ -86,15 +86,15 @@ def check_validation(run: Finished) -> str:
 
 
 def check_sampler(run: Finished) -> str:
-    """Sampler and learner give the sampled tokens the same probabilities, where both have the same weights."""
+    """Sampler and actor give the sampled tokens the same probabilities, where both have the same weights."""
     most, least = (5e-4, 0.9999) if run.is_exact else (2e-3, 0.995)
     rows = run.read_metrics()
     steps = [1] if run.is_off_policy else range(1, STEPS + 1)  # later batches were sampled one update before
     found = {step: (rows[step][SAMPLER_DIFFERENCE], rows[step][SAMPLER_CORRELATION]) for step in steps}
     text = ", ".join(f"{difference:.1e} and {correlation:.5f}" for difference, correlation in found.values())
     if not all(difference < most and correlation > least for difference, correlation in found.values()):
-        raise AssertionError(f"sampler's and learner's probabilities: mean difference and correlation {text}")
-    return f"sampler's and learner's probabilities: mean difference and correlation {text}"
+        raise AssertionError(f"sampler's and actor's probabilities: mean difference and correlation {text}")
+    return f"sampler's and actor's probabilities: mean difference and correlation {text}"
 
 
 def check_teacher(run: Finished) -> str:
@@ -206,12 +206,12 @@ def load_followed(folder: Path, step: int) -> dict[str, Tensor]:
     return products or weights
 
 
-def load_vision_model(task: Path) -> tuple[nn.Module, Vision]:
+def load_vision_model(task: Path) -> tuple[nn.Module, VisionAdapter]:
     """A task's model, with what reads images for it."""
     config = ModelConfig(path=str(task / "model"))
     model, reader = load_model(config, torch.device("cpu")), load_reader(config, PICTURE_SIZE**2)
     assert reader is not None
-    return model, Vision(model, reader)
+    return model, VisionAdapter(model, reader)
 
 
 def load_batch_ahead(folder: Path) -> Any:
@@ -234,11 +234,11 @@ def _read_responses(batch: Any) -> list[list[int]]:
     return [ids[mask].tolist() for ids, mask in zip(batch.batch["responses"], masks, strict=True)]
 
 
-def _build_teacher_prompts(vision: Vision, batch: Any) -> list[TokenPrompt]:
+def _build_teacher_prompts(vision: VisionAdapter, batch: Any) -> list[TokenPrompt]:
     fields = batch.non_tensor_batch
     rollouts = [
         Rollout(
-            group=fields["uid"][i],
+            group_id=fields["uid"][i],
             messages=fields["raw_prompt"][i],
             response_ids=response,
             response_mask=[1] * len(response),
@@ -248,7 +248,9 @@ def _build_teacher_prompts(vision: Vision, batch: Any) -> list[TokenPrompt]:
         )
         for i, response in enumerate(_read_responses(batch))
     ]
-    build = TeacherBatch(SelfDistillationConfig(**DISTILLATION), vision.reader, None, seed=0, max_steps=STEPS).build
+    build = TeacherBatchBuilder(
+        SelfDistillationConfig(**DISTILLATION), vision.reader, None, seed=0, max_steps=STEPS
+    ).build
     made, _ = build(rollouts, STEPS)
     return [
         TokenPrompt(ids[:length].tolist(), collect_images(rollout.messages))
@@ -262,7 +264,7 @@ def _exchange_images(prompts: Sequence[TokenPrompt], order: Sequence[int]) -> li
 
 @torch.no_grad()
 def compute_log_probs(
-    model: nn.Module, vision: Vision, prompts: Sequence[TokenPrompt], batch: Any, forbidden: Sequence[int] = ()
+    model: nn.Module, vision: VisionAdapter, prompts: Sequence[TokenPrompt], batch: Any, forbidden: Sequence[int] = ()
 ) -> Tensor:
     """[N] of the batch's response tokens after these prompts, forbidden tokens left out of the distribution."""
     padded = pad_sequences(prompts, _read_responses(batch), 0, torch.device("cpu"), vision)
@@ -273,7 +275,7 @@ def compute_log_probs(
         padded.position_ids,
         padded.response_mask.shape[1] + 1,
         vision=vision,
-        features=SeenImages(model, vision.reader).select(padded.images),
+        features=ImageFeatureCache(model, vision.reader).select(padded.images),
     )[:, :-1][padded.response_mask]
     logits[:, list(forbidden)] = float("-inf")
     sampled = padded.token_ids[:, -padded.response_mask.shape[1] :][padded.response_mask]

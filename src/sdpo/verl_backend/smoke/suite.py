@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from sdpo.errors import UserError
+from sdpo.errors import ConfigError, SDPOError
 from sdpo.rewards.toy.figures import PICTURE_SIZE, Figures
 from sdpo.rewards.toy.hidden_rule import HiddenRule
 from sdpo.verl_backend.config.to_verl import quote
@@ -75,15 +75,15 @@ def choose_parts(names: Sequence[str], num_gpus: int) -> list[str]:
     """The parts to run; none named: one-step-off where it can run, else images.
 
     Raises:
-        UserError: a name is no part's, or its trainer needs a second GPU.
+        ConfigError: a name is no part's, or its trainer needs a second GPU.
     """
     possible = [name for name, part in PARTS.items() if num_gpus != 1 or part.config_name == "sdpo_sync"]
     chosen = []
     for name in names or (possible[-1],):
         if name != "all" and name not in PARTS:
-            raise UserError(f"{name}: no such part; choose among all, {', '.join(PARTS)}")
+            raise ConfigError(f"{name}: no such part; choose among all, {', '.join(PARTS)}")
         if name != "all" and name not in possible:
-            raise UserError(f"{name}: needs two GPUs, one samples and one trains; leave it out")
+            raise ConfigError(f"{name}: needs two GPUs, one samples and one trains; leave it out")
         chosen += possible if name == "all" else [name]
     return list(dict.fromkeys(chosen))
 
@@ -194,7 +194,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run the parts; 0 if every check passed. Writes to ``SMOKE_DIR``, or to a temporary folder.
 
     Raises:
-        UserError: an unknown part, or that folder is not empty.
+        ConfigError: an unknown part, or that folder is not empty.
     """
     started = time.perf_counter()
     num_gpus = torch.cuda.device_count()
@@ -202,7 +202,7 @@ def run(arguments: Sequence[str]) -> int:
     overrides = [argument for argument in arguments if "=" in argument]
     folder = Path(os.environ.get("SMOKE_DIR") or tempfile.mkdtemp(prefix="sdpo-smoke-")).absolute()
     if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"SMOKE_DIR: {folder}: is not empty; name a new folder")
+        raise ConfigError(f"SMOKE_DIR: {folder}: is not empty; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     devices = f"{num_gpus} GPU{'s' * (num_gpus > 1)}" if num_gpus else "the CPU, transformers in vLLM's place"
     print(f"{', '.join(names)}: in {folder}, on {devices}", flush=True)
@@ -223,6 +223,6 @@ def run(arguments: Sequence[str]) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(run(sys.argv[1:]))
-    except UserError as error:
+    except SDPOError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

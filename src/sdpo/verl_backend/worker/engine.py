@@ -30,9 +30,9 @@ from sdpo.algorithm.loss import Sums, add_sums, compute_token_weights
 from sdpo.algorithm.regularization import Regularization
 from sdpo.algorithm.teacher import Teacher, get_shards
 from sdpo.config.self_distillation import SelfDistillationConfig
-from sdpo.errors import UserError
-from sdpo.kernels.chunked_log_probs import LazyLogits
-from sdpo.kernels.dispatch import compute_fused_loss, score_tokens
+from sdpo.errors import ConfigError
+from sdpo.kernels.chunked_log_probs import LinearHead
+from sdpo.kernels.dispatch import fused_linear_sdpo_loss, score_tokens
 from sdpo.kernels.fused_linear_loss import FusedOutputs
 from sdpo.models.optimizer import UpdateRounding, compile_on_gpus_only
 from sdpo.models.output_head import forbid_tokens
@@ -247,7 +247,7 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
             self.teacher.step(self.module)
 
     @torch.no_grad()
-    def keep_as_best(self) -> None:
+    def snapshot_best(self) -> None:
         """Remember the student as it is, for ``freeze_teacher``."""
         self._best = {name: shard.cpu().clone() for name, shard in self._get_trained_shards().items()}
 
@@ -333,7 +333,7 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         tokens = replace(tokens, inputs=replace(tokens.inputs, regularization=self.regularization))
         teacher = self._read_teacher(tokens, micro_batch)
 
-        def compute(logits: LazyLogits) -> Tensor:
+        def compute(logits: LinearHead) -> Tensor:
             student = self._forbid(logits)
             # Of a teacher that has the student's output layer the weight is gathered again by now.
             parts = [
@@ -341,7 +341,7 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
                 for module, part in teacher
             ]
             temperature = float(micro_batch["temperature"])
-            outputs = compute_fused_loss(student, parts, tokens.inputs, self.config, temperature=temperature)
+            outputs = fused_linear_sdpo_loss(student, parts, tokens.inputs, self.config, temperature=temperature)
             add_sums(self._sums, outputs.sums)
             self._check_samples(tokens, outputs)
             return outputs.loss
@@ -358,13 +358,13 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         """Count an update that verl has left out, since its gradient was not finite.
 
         Raises:
-            UserError: it is one of a row, over all ranks alike.
+            ConfigError: it is one of a row, over all ranks alike.
         """
         skipped = not math.isfinite(norm)
         self.counts[metrics.SKIPPED_UPDATES] += skipped
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
         if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-            raise UserError(
+            raise ConfigError(
                 f"{MAX_SKIPPED_IN_A_ROW} updates in a row were left out because their gradient was not finite "
                 f"({norm}), so nothing is learned any more; lower {ACTOR}.optim.lr, or look for numbers that are not "
                 "finite in the model and its data"
@@ -399,7 +399,7 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         next_ids, temperature = token_ids.values().roll(-1), float(micro_batch["temperature"])
         inputs, _ = self.prepare_model_inputs(micro_batch)
 
-        def compute(logits: LazyLogits) -> tuple[Tensor, Tensor]:
+        def compute(logits: LinearHead) -> tuple[Tensor, Tensor]:
             return score_tokens(self._forbid(logits), next_ids, temperature=temperature)
 
         with self._autocast():
@@ -416,7 +416,7 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         return loss, {"model_output": output, "loss": loss.detach().item(), "metrics": metrics}
 
     @torch.no_grad()
-    def _read_teacher(self, tokens: PackedTokens, micro_batch: TensorDict) -> list[tuple[nn.Module, LazyLogits]]:
+    def _read_teacher(self, tokens: PackedTokens, micro_batch: TensorDict) -> list[tuple[nn.Module, LinearHead]]:
         """What the teacher's logits [M, V] are made of, model by model; nothing if no sample is distilled."""
         if self.teacher is None:
             return []
@@ -435,10 +435,10 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         one, other = (each.get_output_embeddings() for each in (module, self.module))  # type: ignore[operator]
         return one is other
 
-    def _keep(self, logits: LazyLogits, coefficient: float, with_weight: bool) -> LazyLogits:
+    def _keep(self, logits: LinearHead, coefficient: float, with_weight: bool) -> LinearHead:
         return _keep(self._forbid(logits), coefficient, with_weight)
 
-    def _forbid(self, logits: LazyLogits) -> LazyLogits:
+    def _forbid(self, logits: LinearHead) -> LinearHead:
         if self._forbidden_ids is None:
             tokenizer, processor = self.model_config.tokenizer, self.model_config.processor
             self._forbidden_ids = find_forbidden_ids(tokenizer, processor, len(logits.weight))
@@ -519,7 +519,7 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         return {name: total / max(count, 1.0) for name, (total, count) in zip(every, table.tolist(), strict=True)}
 
 
-def _keep(logits: LazyLogits, coefficient: float, with_weight: bool) -> LazyLogits:
+def _keep(logits: LinearHead, coefficient: float, with_weight: bool) -> LinearHead:
     """Logits that outlast the forward pass, after which the weights that were gathered for it are gone."""
     kept = replace(logits, coefficient=coefficient)
     if with_weight:

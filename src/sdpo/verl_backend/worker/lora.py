@@ -31,7 +31,7 @@ def wrap_with_adapters(model: PreTrainedModel, config: LoraConfig) -> nn.Module:
     verl's own function casts them to the data type of W, where updates below half a unit in the last place are lost.
 
     Raises:
-        UserError: a name in ``target_modules`` is that of no layer that can be adapted.
+        ConfigError: a name in ``target_modules`` is that of no layer that can be adapted.
     """
     import peft
 

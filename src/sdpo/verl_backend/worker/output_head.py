@@ -9,15 +9,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sdpo.errors import UserError
-from sdpo.kernels.chunked_log_probs import LazyLogits
+from sdpo.errors import ConfigError
+from sdpo.kernels.chunked_log_probs import LinearHead
 from sdpo.models.output_head import build_lazy_logits
 
 Result = TypeVar("Result")
 
 
 def compute_at_head(
-    module: nn.Module, inputs: dict[str, Any], rows: Tensor | slice, compute: Callable[[LazyLogits], Result]
+    module: nn.Module, inputs: dict[str, Any], rows: Tensor | slice, compute: Callable[[LinearHead], Result]
 ) -> Result:
     """What ``compute`` makes of some rows of a model's logits.
 
@@ -35,12 +35,12 @@ def compute_at_head(
             this function.
 
     Raises:
-        UserError: the output layer is no linear layer, or the model makes something unknown of what it says.
+        ConfigError: the output layer is no linear layer, or the model makes something unknown of what it says.
     """
     transformer: Any = module
     head, mask = transformer.get_output_embeddings(), inputs["attention_mask"]
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        raise UserError(
+        raise ConfigError(
             f"actor_rollout_ref.model.path: the output layer of {_name(module)} is no plain linear layer, which "
             "actor_rollout_ref.actor.policy_loss.loss_mode=sdpo needs; take another model"
         )
@@ -62,7 +62,7 @@ def compute_at_head(
     scale = float(known.hidden)
     one = scale if known.softcap is None else known.softcap * math.tanh(scale / known.softcap)
     if len(results) != 1 or not math.isclose(float(said[0, 0, 0].detach()), one, rel_tol=0.01):
-        raise UserError(
+        raise ConfigError(
             f"actor_rollout_ref.model.path: {_name(module)} makes logits of its hidden states in a way that "
             "actor_rollout_ref.actor.policy_loss.loss_mode=sdpo does not know; take another model"
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from verl.utils.transformers_compat import unpack_visual_output
 
-from sdpo.errors import UserError
+from sdpo.errors import ConfigError, SDPOError
 from sdpo.models.multimodal import vision_tower
 
 
@@ -74,12 +74,12 @@ def freeze_tower(module: nn.Module) -> None:
     """Leave the language model, with its head, alone to be trained.
 
     Raises:
-        UserError: the model reads no images.
+        ConfigError: the model reads no images.
     """
     try:
         vision_tower.freeze_tower(module)
-    except UserError as error:
-        raise UserError(f"actor_rollout_ref.actor.freeze_vision_tower=True: {error}") from error
+    except SDPOError as error:
+        raise ConfigError(f"actor_rollout_ref.actor.freeze_vision_tower=True: {error}") from error
 
 
 def compute_positions(module: nn.Module, token_ids: Tensor, prompt_length: int, grids: Tensor | None) -> Tensor:

@@ -89,6 +89,6 @@ class SelfDistillationActorWorker(DetachActorWorker):  # type: ignore[misc]
         self.actor.engine.freeze_teacher()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator]
-    def keep_as_best(self) -> None:
+    def snapshot_best(self) -> None:
         """See the engine's."""
-        self.actor.engine.keep_as_best()
+        self.actor.engine.snapshot_best()

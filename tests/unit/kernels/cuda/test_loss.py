@@ -23,14 +23,14 @@ pytest.importorskip("triton", reason="has no wheel for this system")
 
 from sdpo import SelfDistillationConfig, fused_self_distillation_loss
 from sdpo.kernels import chunked_log_probs, dispatch, fused_linear_loss
-from sdpo.kernels.chunked_log_probs import LazyLogits
+from sdpo.kernels.chunked_log_probs import LinearHead
 from sdpo.kernels.cuda import chunks, fused_loss
 from sdpo.kernels.cuda.logits import Logits
 from sdpo.kernels.cuda.row_statistics import compute_row_statistics
 from sdpo.kernels.cuda.scaling import scale
 from sdpo.kernels.cuda.top_k import select_top_ids
 from sdpo.kernels.fused_linear_loss import FusedOutputs, TokenInputs
-from sdpo.kernels.loss_inputs import select_top
+from sdpo.kernels.loss_inputs import topk_support
 from sdpo.observability import metrics
 
 REFERENCE = Path(__file__).parents[2] / "algorithm" / "numpy_reference.py"
@@ -87,7 +87,7 @@ class Case:
     ) -> tuple[FusedOutputs, list[Tensor]]:
         """Outputs, and gradients by hidden states, head and bias, of three times the loss."""
         leaves = [x.to(dtype, copy=True).requires_grad_() for x in (self.hidden, self.head, self.bias)]
-        student = LazyLogits(leaves[0], leaves[1], leaves[2] if self.has_bias else None, self.softcap)
+        student = LinearHead(leaves[0], leaves[1], leaves[2] if self.has_bias else None, self.softcap)
         wide = dtype if dtype == torch.float64 else torch.float32
         tokens = replace(
             self.tokens,
@@ -97,14 +97,14 @@ class Case:
                 if isinstance(value, Tensor) and value.is_floating_point()
             },
         )
-        teacher: list[LazyLogits] = []
+        teacher: list[LinearHead] = []
         if tokens.distilled is not None:
             hidden = self.teacher_hidden[tokens.distilled].to(dtype)
             bias = self.teacher_bias.to(dtype) if self.has_bias else None
-            teacher = [LazyLogits(hidden, self.teacher_head.to(dtype), bias, self.softcap)]
+            teacher = [LinearHead(hidden, self.teacher_head.to(dtype), bias, self.softcap)]
             if self.num_teachers == 2:
                 teacher = [replace(teacher[0], coefficient=0.4)]
-                teacher.append(LazyLogits(0.5 * hidden, leaves[1], None, None, coefficient=0.6))
+                teacher.append(LinearHead(0.5 * hidden, leaves[1], None, None, coefficient=0.6))
         outputs = compute(student, teacher, tokens, config, temperature=self.temperature, chunk_size=chunk_size)
         (3.0 * outputs.loss).backward()
         return outputs, [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
@@ -121,7 +121,7 @@ def make_case(num_tokens: int = N, vocab_size: int = V, hidden_size: int = H, di
 
     hidden, head, bias = normal(num_tokens, hidden_size), normal(vocab_size, hidden_size), normal(vocab_size, scale=0.3)
     ids = torch.randint(vocab_size, (num_tokens,), generator=generator).to(DEVICE)
-    own, _ = chunked_log_probs.score_tokens(LazyLogits(hidden, head, bias), ids, temperature=0.7)
+    own, _ = chunked_log_probs.score_tokens(LinearHead(hidden, head, bias), ids, temperature=0.7)
     every = torch.arange(num_tokens, device=DEVICE)
     masks = {"all": every >= 0, "some": every % 3 != 1, "none": None}
     tokens = TokenInputs(
@@ -147,8 +147,8 @@ def make_case(num_tokens: int = N, vocab_size: int = V, hidden_size: int = H, di
 
 def assert_same(case: Case, config: SelfDistillationConfig, chunk_size: int | None = 3) -> None:
     """In float32, what the portable form gives in float64: every output, every gradient, every metric's sum."""
-    wanted, wanted_gradients = case.run(fused_linear_loss.compute_fused_loss, config, torch.float64, chunk_size)
-    result, gradients = case.run(fused_loss.compute_fused_loss, config, torch.float32, chunk_size)
+    wanted, wanted_gradients = case.run(fused_linear_loss.fused_linear_sdpo_loss, config, torch.float64, chunk_size)
+    result, gradients = case.run(fused_loss.fused_linear_sdpo_loss, config, torch.float32, chunk_size)
     for name in ("loss", "token_losses", "student_log_probs", "student_entropies", "teacher_log_probs"):
         torch.testing.assert_close(
             getattr(result, name).double(), getattr(wanted, name), rtol=TOLERANCE, atol=TOLERANCE, msg=name
@@ -188,9 +188,9 @@ def test_value_and_gradient_are_those_of_the_formulas(level: str, clip: str) -> 
         distilled=torch.ones(number, dtype=torch.bool, device=DEVICE),
         distillation_weights=torch.full((number,), 1 / number, device=DEVICE),
     )
-    teacher = LazyLogits(pick(batch.teacher_logits).float(), identity)
-    outputs = fused_loss.compute_fused_loss(
-        LazyLogits(hidden, identity), [teacher], tokens, SelfDistillationConfig(**settings), chunk_size=2
+    teacher = LinearHead(pick(batch.teacher_logits).float(), identity)
+    outputs = fused_loss.fused_linear_sdpo_loss(
+        LinearHead(hidden, identity), [teacher], tokens, SelfDistillationConfig(**settings), chunk_size=2
     )
     outputs.loss.backward()
     assert float(outputs.loss.detach()) == pytest.approx(reference.loss(batch, settings), rel=TOLERANCE)
@@ -251,8 +251,8 @@ def test_logits_of_thousands(level: str) -> None:
     case = make_case()
     case = replace(case, hidden=500 * case.hidden, teacher_hidden=500 * case.teacher_hidden)
     config = SelfDistillationConfig(**LEVELS[level], is_clip=None)
-    wanted, wanted_gradients = case.run(fused_linear_loss.compute_fused_loss, config, torch.float64)
-    result, gradients = case.run(fused_loss.compute_fused_loss, config, torch.float32)
+    wanted, wanted_gradients = case.run(fused_linear_loss.fused_linear_sdpo_loss, config, torch.float64)
+    result, gradients = case.run(fused_loss.fused_linear_sdpo_loss, config, torch.float32)
     assert float(result.loss.detach()) == pytest.approx(float(wanted.loss.detach()), rel=1e-5)
     for one, other, multiplier in zip(gradients, wanted_gradients, (1, 1000, 1), strict=True):
         torch.testing.assert_close(one.double(), other, rtol=2e-3, atol=5e-4 * multiplier)
@@ -266,8 +266,8 @@ def test_bfloat16_is_within_its_rounding_of_float64(level: str) -> None:
     config = SelfDistillationConfig(**LEVELS[level], is_clip=None)
     half = {name: x.bfloat16().double() for name, x in vars(case).items() if isinstance(x, Tensor)}
     case = replace(case, **half, temperature=1.0)
-    wanted, wanted_gradients = case.run(fused_linear_loss.compute_fused_loss, config, torch.float64)
-    result, gradients = case.run(fused_loss.compute_fused_loss, config, torch.bfloat16, chunk_size=8)
+    wanted, wanted_gradients = case.run(fused_linear_loss.fused_linear_sdpo_loss, config, torch.float64)
+    result, gradients = case.run(fused_loss.fused_linear_sdpo_loss, config, torch.bfloat16, chunk_size=8)
     assert float(result.loss.detach()) == pytest.approx(float(wanted.loss.detach()), rel=0.01)
     for one, other in zip(gradients, wanted_gradients, strict=True):
         assert one.dtype == torch.bfloat16
@@ -283,9 +283,9 @@ def test_hidden_states_in_half_precision_under_a_float32_head() -> None:
         head = case.head.bfloat16().to(dtype).requires_grad_()
         hidden = case.hidden.bfloat16().requires_grad_()
         assert tokens.distilled is not None
-        teacher = LazyLogits(case.teacher_hidden[tokens.distilled].bfloat16(), case.teacher_head.to(dtype))
-        fused_loss.compute_fused_loss(
-            LazyLogits(hidden, head), [teacher], tokens, SelfDistillationConfig(alpha=0.5), chunk_size=12
+        teacher = LinearHead(case.teacher_hidden[tokens.distilled].bfloat16(), case.teacher_head.to(dtype))
+        fused_loss.fused_linear_sdpo_loss(
+            LinearHead(hidden, head), [teacher], tokens, SelfDistillationConfig(alpha=0.5), chunk_size=12
         ).loss.backward()
         assert head.grad is not None and head.grad.dtype == dtype
         gradients.append(head.grad.float())
@@ -298,15 +298,15 @@ def test_hidden_states_in_half_precision_under_a_float32_head() -> None:
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_log_probabilities_of_the_sampled_tokens_and_entropies(softcap: float | None) -> None:
     case = make_case()
-    student = LazyLogits(case.hidden, case.head, case.bias, softcap)
+    student = LinearHead(case.hidden, case.head, case.bias, softcap)
     wanted = chunked_log_probs.score_tokens(student, case.tokens.sampled_ids, temperature=0.7)
-    single = LazyLogits(case.hidden.float(), case.head.float(), case.bias.float(), softcap)
+    single = LinearHead(case.hidden.float(), case.head.float(), case.bias.float(), softcap)
     for size in (1, 3, None):
         result = fused_loss.score_tokens(single, case.tokens.sampled_ids, temperature=0.7, chunk_size=size)
         for one, other in zip(result, wanted, strict=True):
             assert one.dtype == torch.float32 and not one.requires_grad
             torch.testing.assert_close(one.double(), other, rtol=TOLERANCE, atol=TOLERANCE)
-    none = fused_loss.score_tokens(LazyLogits(case.hidden[:0].float(), case.head.float()), case.tokens.sampled_ids[:0])
+    none = fused_loss.score_tokens(LinearHead(case.hidden[:0].float(), case.head.float()), case.tokens.sampled_ids[:0])
     assert [x.shape for x in none] == [(0,), (0,)]
 
 
@@ -324,7 +324,7 @@ def test_the_top_k_are_the_largest(k: int) -> None:
     found = select_top_ids(student, maxima, k).cpu()
     assert found.min() >= 0 and found.max() < V
     assert all(len(set(row.tolist())) == k for row in found)
-    wanted, _ = select_top(values, k)
+    wanted, _ = topk_support(values, k)
     assert torch.equal(values.gather(-1, found).sort(descending=True).values, wanted)
 
 
@@ -352,7 +352,7 @@ def test_entries_that_are_ruled_out_cost_nothing() -> None:
         assert_same(both, SelfDistillationConfig(**LEVELS[level], is_clip=None))
     alone = replace(case, teacher_bias=teacher_bias)
     assert_same(alone, SelfDistillationConfig(alpha=0.5, is_clip=None))
-    outputs, _ = alone.run(fused_loss.compute_fused_loss, SelfDistillationConfig(alpha=1.0), torch.float32)
+    outputs, _ = alone.run(fused_loss.fused_linear_sdpo_loss, SelfDistillationConfig(alpha=1.0), torch.float32)
     assert torch.isposinf(outputs.token_losses).all()
 
 
@@ -363,7 +363,7 @@ def test_a_token_that_is_not_finite_stands_in_the_token_losses(place: str, value
     broken = getattr(case, place).clone()
     broken[4] = value
     outputs, _ = replace(case, **{place: broken}).run(
-        fused_loss.compute_fused_loss, SelfDistillationConfig(alpha=0.5), torch.float32
+        fused_loss.fused_linear_sdpo_loss, SelfDistillationConfig(alpha=0.5), torch.float32
     )
     assert torch.isfinite(outputs.token_losses).tolist() == [i != 4 for i in range(N)]
 
@@ -372,8 +372,8 @@ def test_no_token_at_all() -> None:
     case = make_case()
     hidden, head = case.hidden[:0].float().requires_grad_(), case.head.float().requires_grad_()
     none = case.tokens.select(slice(0, 0))
-    teacher = LazyLogits(hidden.detach(), head)
-    outputs = fused_loss.compute_fused_loss(LazyLogits(hidden, head), [teacher], none, SelfDistillationConfig())
+    teacher = LinearHead(hidden.detach(), head)
+    outputs = fused_loss.fused_linear_sdpo_loss(LinearHead(hidden, head), [teacher], none, SelfDistillationConfig())
     outputs.loss.backward()
     assert float(outputs.loss.detach()) == 0.0
     assert head.grad is not None and not head.grad.any()
@@ -382,14 +382,14 @@ def test_no_token_at_all() -> None:
 def test_without_gradients_only_the_loss_is_computed() -> None:
     case = make_case()
     assert case.tokens.distilled is not None
-    student = LazyLogits(case.hidden.float(), case.head.float())
-    teacher = LazyLogits(case.teacher_hidden[case.tokens.distilled].float(), case.teacher_head.float())
+    student = LinearHead(case.hidden.float(), case.head.float())
+    teacher = LinearHead(case.teacher_hidden[case.tokens.distilled].float(), case.teacher_head.float())
     tokens = replace(case.tokens, old_log_probs=None, advantages=None)
     config = SelfDistillationConfig(alpha=0.5)
-    outputs = fused_loss.compute_fused_loss(student, [teacher], tokens, config, temperature=0.7)
+    outputs = fused_loss.fused_linear_sdpo_loss(student, [teacher], tokens, config, temperature=0.7)
     assert not outputs.loss.requires_grad
     of_head = replace(student, weight=student.weight.clone().requires_grad_())
-    other = fused_loss.compute_fused_loss(of_head, [teacher], tokens, config, temperature=0.7)
+    other = fused_loss.fused_linear_sdpo_loss(of_head, [teacher], tokens, config, temperature=0.7)
     other.loss.backward()
     assert torch.equal(other.loss.detach(), outputs.loss)
     assert of_head.weight.grad is not None and of_head.hidden.grad is None
@@ -470,8 +470,8 @@ def test_a_chunk_reads_nothing_of_the_device_and_takes_few_operations(
     counts: dict[int, Counter[str]] = {}
     for number in (8, 12):
         case = make_case(num_tokens=number, distilled="all")
-        student = LazyLogits(case.hidden.float().requires_grad_(), case.head.float().requires_grad_())
-        teacher = LazyLogits(case.teacher_hidden.float(), case.teacher_head.float())
+        student = LinearHead(case.hidden.float().requires_grad_(), case.head.float().requires_grad_())
+        teacher = LinearHead(case.teacher_hidden.float(), case.teacher_head.float())
         floats = {
             name: x.float() for name, x in vars(case.tokens).items() if isinstance(x, Tensor) and x.is_floating_point()
         }
@@ -480,7 +480,9 @@ def test_a_chunk_reads_nothing_of_the_device_and_takes_few_operations(
         tokens = replace(case.tokens, **floats)
         watch.counts.clear()
         with watch:
-            fused_loss.compute_fused_loss(student, [teacher], tokens, SelfDistillationConfig(**settings), chunk_size=4)
+            fused_loss.fused_linear_sdpo_loss(
+                student, [teacher], tokens, SelfDistillationConfig(**settings), chunk_size=4
+            )
         counts[number] = Counter(watch.counts)
     of_chunk = counts[12] - counts[8]
     assert of_chunk.total() <= most, of_chunk
@@ -489,12 +491,12 @@ def test_a_chunk_reads_nothing_of_the_device_and_takes_few_operations(
 def test_tokens_of_which_some_are_distilled_are_sorted_without_reading_the_mask(watch: Watch) -> None:
     case = make_case()
     assert case.tokens.distilled is not None
-    student = LazyLogits(case.hidden.float().requires_grad_(), case.head.float().requires_grad_())
-    teacher = LazyLogits(case.teacher_hidden[case.tokens.distilled].float(), case.teacher_head.float())
+    student = LinearHead(case.hidden.float().requires_grad_(), case.head.float().requires_grad_())
+    teacher = LinearHead(case.teacher_hidden[case.tokens.distilled].float(), case.teacher_head.float())
     for topk in (None, 5):
         config = SelfDistillationConfig(alpha=0.5, policy_loss_weight=0.4, distillation_topk=topk)
         with watch:
-            outputs = fused_loss.compute_fused_loss(student, [teacher], case.tokens, config, chunk_size=3)
+            outputs = fused_loss.fused_linear_sdpo_loss(student, [teacher], case.tokens, config, chunk_size=3)
         assert torch.isfinite(outputs.token_losses).all()
 
 
@@ -504,7 +506,7 @@ def test_no_tensor_is_as_large_as_all_tokens_times_the_vocabulary(level: str, wa
 
     def compute(*args: Any, **kwargs: Any) -> FusedOutputs:
         with watch:
-            return fused_loss.compute_fused_loss(*args, **kwargs)
+            return fused_loss.fused_linear_sdpo_loss(*args, **kwargs)
 
     make_case(num_tokens=20).run(compute, SelfDistillationConfig(**LEVELS[level]), torch.float32, 8)
     assert watch.largest <= 8 * 96
@@ -520,7 +522,7 @@ def test_chunks_are_even_and_of_whole_tiles() -> None:
 
 def test_the_default_chunk_keeps_the_buffers_below_a_gigabyte() -> None:
     def choose(vocab_size: int, dtype: torch.dtype, buffers: float) -> int:
-        head = LazyLogits(torch.empty(0, 1, dtype=dtype), torch.empty(vocab_size, 1))
+        head = LinearHead(torch.empty(0, 1, dtype=dtype), torch.empty(vocab_size, 1))
         return chunks.choose_chunk_size(head, buffers)
 
     assert choose(151_936, torch.bfloat16, 1.5) == 2048  # 1.5 * 2048 * 151,936 * 2 bytes = 933.5 MB
@@ -540,7 +542,8 @@ def test_a_cpu_gets_the_portable_form() -> None:
     case = make_case(distilled="all").run
     config = SelfDistillationConfig(alpha=0.5)
     one, other = (
-        case(f, config, torch.float64)[0] for f in (dispatch.compute_fused_loss, fused_linear_loss.compute_fused_loss)
+        case(f, config, torch.float64)[0]
+        for f in (dispatch.fused_linear_sdpo_loss, fused_linear_loss.fused_linear_sdpo_loss)
     )
     assert torch.equal(one.token_losses, other.token_losses)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sdpo import SelfDistillationConfig
 from sdpo.kernels import dispatch, fused_linear_loss
-from sdpo.kernels.chunked_log_probs import LazyLogits
+from sdpo.kernels.chunked_log_probs import LinearHead
 from sdpo.kernels.fused_linear_loss import TokenInputs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
@@ -30,16 +30,16 @@ def draw(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     return (scale * torch.randn(*shape, device="cuda")).to(dtype)
 
 
-def make(n: int, dtype: torch.dtype, head_dtype: torch.dtype | None = None) -> tuple[LazyLogits, LazyLogits, Tensor]:
+def make(n: int, dtype: torch.dtype, head_dtype: torch.dtype | None = None) -> tuple[LinearHead, LinearHead, Tensor]:
     torch.manual_seed(0)
     hidden, shown = draw(n, H, dtype=dtype), draw(n, H, dtype=dtype)
     heads = [draw(V, H, dtype=dtype, scale=2 * H**-0.5).to(head_dtype or dtype) for _ in range(2)]
-    student = LazyLogits(hidden.requires_grad_(), heads[0].requires_grad_())
-    return student, LazyLogits(shown, heads[1]), torch.randint(V, (n,), device="cuda")
+    student = LinearHead(hidden.requires_grad_(), heads[0].requires_grad_())
+    return student, LinearHead(shown, heads[1]), torch.randint(V, (n,), device="cuda")
 
 
 def run(
-    compute: Callable[..., Any], student: LazyLogits, teacher: LazyLogits, ids: Tensor, settings: dict[str, Any]
+    compute: Callable[..., Any], student: LinearHead, teacher: LinearHead, ids: Tensor, settings: dict[str, Any]
 ) -> Any:
     n = len(ids)
     tokens = TokenInputs(
@@ -50,9 +50,9 @@ def run(
     return compute(student, [teacher], tokens, SelfDistillationConfig(**settings, is_clip=None))
 
 
-def convert(logits: LazyLogits, dtype: torch.dtype, *, leaf: bool) -> LazyLogits:
+def convert(logits: LinearHead, dtype: torch.dtype, *, leaf: bool) -> LinearHead:
     hidden, weight = (x.detach().to(dtype, copy=True).requires_grad_(leaf) for x in (logits.hidden, logits.weight))
-    return LazyLogits(hidden, weight)
+    return LinearHead(hidden, weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -63,10 +63,10 @@ def test_loss_and_gradients_are_those_in_float64(level: str, dtype: torch.dtype)
     assert dispatch.has_cuda_kernels(student.hidden)
     exact = convert(student, torch.float64, leaf=True)
     wanted = run(
-        fused_linear_loss.compute_fused_loss, exact, convert(teacher, torch.float64, leaf=False), ids, LEVELS[level]
+        fused_linear_loss.fused_linear_sdpo_loss, exact, convert(teacher, torch.float64, leaf=False), ids, LEVELS[level]
     )
     wanted.loss.backward()
-    result = run(dispatch.compute_fused_loss, student, teacher, ids, LEVELS[level])
+    result = run(dispatch.fused_linear_sdpo_loss, student, teacher, ids, LEVELS[level])
     result.loss.backward()
     coarse = dtype == torch.bfloat16
     assert float(result.loss.detach()) == pytest.approx(float(wanted.loss.detach()), rel=0.01 if coarse else 1e-5)
@@ -79,10 +79,10 @@ def test_loss_and_gradients_are_those_in_float64(level: str, dtype: torch.dtype)
 @pytest.mark.parametrize("level", LEVELS)
 def test_nothing_waits_for_the_gpu(level: str) -> None:
     student, teacher, ids = make(5000, torch.bfloat16)
-    run(dispatch.compute_fused_loss, student, teacher, ids, LEVELS[level])  # compiles
+    run(dispatch.fused_linear_sdpo_loss, student, teacher, ids, LEVELS[level])  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run(dispatch.compute_fused_loss, student, teacher, ids, LEVELS[level])
+        run(dispatch.fused_linear_sdpo_loss, student, teacher, ids, LEVELS[level])
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -91,11 +91,11 @@ def test_nothing_waits_for_the_gpu(level: str) -> None:
 def test_a_gigabyte_is_enough_for_any_number_of_tokens(level: str) -> None:
     for n in (4096, 16_384):
         student, teacher, ids = make(n, torch.bfloat16)
-        run(dispatch.compute_fused_loss, student, teacher, ids, LEVELS[level])
+        run(dispatch.fused_linear_sdpo_loss, student, teacher, ids, LEVELS[level])
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        run(dispatch.compute_fused_loss, student, teacher, ids, LEVELS[level]).loss.backward()
+        run(dispatch.fused_linear_sdpo_loss, student, teacher, ids, LEVELS[level]).loss.backward()
         gradients = 2 * (student.hidden.numel() + student.weight.numel())
         assert torch.cuda.max_memory_allocated() - before - gradients < 1e9
 
@@ -103,9 +103,9 @@ def test_a_gigabyte_is_enough_for_any_number_of_tokens(level: str) -> None:
 def test_a_float32_head_gets_its_gradient_in_float32() -> None:
     """Six chunks: each product with half-precision factors is added to a float32 sum by the product itself."""
     student, teacher, ids = make(12_000, torch.bfloat16, torch.float32)
-    run(dispatch.compute_fused_loss, student, teacher, ids, LEVELS["Jensen-Shannon"]).loss.backward()
-    half = LazyLogits(student.hidden.detach(), student.weight.detach().bfloat16().requires_grad_())
-    run(dispatch.compute_fused_loss, half, teacher, ids, LEVELS["Jensen-Shannon"]).loss.backward()
+    run(dispatch.fused_linear_sdpo_loss, student, teacher, ids, LEVELS["Jensen-Shannon"]).loss.backward()
+    half = LinearHead(student.hidden.detach(), student.weight.detach().bfloat16().requires_grad_())
+    run(dispatch.fused_linear_sdpo_loss, half, teacher, ids, LEVELS["Jensen-Shannon"]).loss.backward()
     one, other = student.weight.grad, half.weight.grad
     assert one is not None and other is not None and one.dtype == torch.float32
     difference = float((one - other.float()).norm() / one.norm())

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="has no wheel for this system")
 from sdpo import SelfDistillationConfig
 from sdpo.algorithm.regularization import Regularization
 from sdpo.kernels import fused_linear_loss
-from sdpo.kernels.chunked_log_probs import LazyLogits
+from sdpo.kernels.chunked_log_probs import LinearHead
 from sdpo.kernels.cuda import fused_loss
 from sdpo.kernels.fused_linear_loss import FusedOutputs, TokenInputs
 from sdpo.observability import metrics
@@ -54,8 +54,8 @@ def run(
         ref_log_probs=normal(N) - 4.0,
         regularization=terms,
     )
-    teacher = [LazyLogits(teacher_hidden[some], teacher_head, softcap=2.0)] if some is not None else []
-    outputs = compute(LazyLogits(*leaves, softcap=2.0), teacher, tokens, config, temperature=0.7, chunk_size=3)
+    teacher = [LinearHead(teacher_hidden[some], teacher_head, softcap=2.0)] if some is not None else []
+    outputs = compute(LinearHead(*leaves, softcap=2.0), teacher, tokens, config, temperature=0.7, chunk_size=3)
     (3.0 * outputs.loss).backward()
     return outputs, [leaf.grad for leaf in leaves if leaf.grad is not None]
 
@@ -66,8 +66,8 @@ def run(
 def test_the_terms_and_their_gradients_are_the_portable_ones(level: str, name: str, distilled: str) -> None:
     config = SelfDistillationConfig(**LEVELS[level], policy_loss_weight=0.3)
     some = torch.tensor([True, False, True, True, False, True, True], device=DEVICE) if distilled == "some" else None
-    expected, wanted = run(fused_linear_loss.compute_fused_loss, config, TERMS[name], some, torch.float64)
-    outputs, gradients = run(fused_loss.compute_fused_loss, config, TERMS[name], some, torch.float32)
+    expected, wanted = run(fused_linear_loss.fused_linear_sdpo_loss, config, TERMS[name], some, torch.float64)
+    outputs, gradients = run(fused_loss.fused_linear_sdpo_loss, config, TERMS[name], some, torch.float32)
     close = {"rtol": 1e-5, "atol": 1e-5, "check_dtype": False}
     torch.testing.assert_close(outputs.token_losses, expected.token_losses, **close)
     for result, reference in zip(gradients, wanted, strict=True):

@@ -46,8 +46,8 @@ def test_the_kernels_agree(kind: tuple[float, bool, bool], dtype: torch.dtype) -
     ],
 )
 def test_others_are_not_used(wrong: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    compute = fused_loss.compute_fused_loss
-    monkeypatch.setattr(fused_loss, "compute_fused_loss", lambda *args, **how: wrong(compute(*args, **how)))
+    compute = fused_loss.fused_linear_sdpo_loss
+    monkeypatch.setattr(fused_loss, "fused_linear_sdpo_loss", lambda *args, **how: wrong(compute(*args, **how)))
     with pytest.warns(UserWarning, match=f"not used on {DEVICE}, torch.float32: {reason}") as caught:
         assert not kernels_agree(DEVICE, torch.float32, 0.5)
         assert not kernels_agree(DEVICE, torch.float32, 0.5)
@@ -57,13 +57,13 @@ def test_others_are_not_used(wrong: Any, reason: str, monkeypatch: pytest.Monkey
 def test_the_portable_form_steps_in(monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
     monkeypatch.setattr(dispatch, "has_cuda_kernels", lambda hidden: True)
-    monkeypatch.setattr(fused_linear_loss, "compute_fused_loss", lambda *args, **how: used.append("portable"))
-    monkeypatch.setattr(fused_loss, "compute_fused_loss", lambda *args, **how: used.append("kernels"))
+    monkeypatch.setattr(fused_linear_loss, "fused_linear_sdpo_loss", lambda *args, **how: used.append("portable"))
+    monkeypatch.setattr(fused_loss, "fused_linear_sdpo_loss", lambda *args, **how: used.append("kernels"))
     config = self_check.SelfDistillationConfig()
-    student = fused_linear_loss.LazyLogits(torch.zeros(2, 3), torch.zeros(5, 3))
+    student = fused_linear_loss.LinearHead(torch.zeros(2, 3), torch.zeros(5, 3))
     for agree in (True, False):
         monkeypatch.setattr(dispatch, "kernels_agree", lambda *args, agree=agree: agree)
-        dispatch.compute_fused_loss(
+        dispatch.fused_linear_sdpo_loss(
             student, [], fused_linear_loss.TokenInputs(torch.zeros(2, dtype=torch.long)), config
         )
     assert used == ["kernels", "portable"]
