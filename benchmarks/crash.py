@@ -120,12 +120,12 @@ def die_in_hand_over(rng: random.Random) -> None:
 
 def run_child(overrides: list[str], phase: str, seed: int) -> None:
     """One process of a run, which dies in the phase if there is one."""
-    from sdpo import load_config, train
+    from sdpo import SDPOTrainer, load_config
 
     die_in = {"training": die_in_training, "saving": die_in_saving, "hand-over": die_in_hand_over}
     if phase in die_in:
         die_in[phase](random.Random(seed))
-    train(load_config(CONFIG, overrides))
+    SDPOTrainer(load_config(CONFIG, overrides)).train()
 
 
 def start(overrides: list[str], phase: str = "none", seed: int = 0) -> int:

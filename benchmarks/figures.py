@@ -33,20 +33,20 @@ def prepare(folder: str, seed: int) -> None:
 
 def learn(folder: str, config: str, seed: int, name: str) -> dict[str, Any]:
     """Train once, then evaluate the checkpoint on the exchanged images."""
-    from sdpo import load_config, train
+    from sdpo import SDPOTrainer, load_config
     from sdpo.observability.progress import NullCallback
     from sdpo.report import read_run
-    from sdpo.trainer.build import build_parts
+    from sdpo.trainer.build import build_components
 
     settings = [f"seed={seed}", f"data.task_args.seed={seed}", f"data.task_args.dir={folder}/{seed}"]
     run = load_config(CONFIGS / config, [*settings, f"output_dir={folder}/runs/{name}_{seed}"])
     started = time.perf_counter()
-    result = train(run)
+    result = SDPOTrainer(run).train()
     seconds = time.perf_counter() - started
     steps, accuracies = read_run(result.output_dir).series(ACCURACY)
 
     checkpoint = result.output_dir / "checkpoints" / f"step_{run.max_steps}"
-    parts = build_parts(
+    parts = build_components(
         load_config(
             CONFIGS / config,
             [

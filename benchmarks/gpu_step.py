@@ -68,7 +68,7 @@ def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from sdpo.observability.progress import NullCallback
-    from sdpo.trainer.build import build_parts
+    from sdpo.trainer.build import build_components
 
     device = torch.device("cpu" if options.tiny else "cuda")
     if options.tiny:
@@ -82,7 +82,7 @@ def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         workload.write(Path(name))
         run = workload.load(Path(name), overrides)
-        parts = build_parts(run, NullCallback())
+        parts = build_components(run, NullCallback())
     samples = workload.build_samples(parts, run)
     responses = [len(sample.response.token_ids) for sample in samples]
     student = [len(sample.prompt.token_ids) + length for sample, length in zip(samples, responses, strict=True)]

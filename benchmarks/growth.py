@@ -56,13 +56,13 @@ def measure(workload: Workload, repeats: int) -> dict[str, float]:
 
     from sdpo.models.generation.sampling import Completion
     from sdpo.observability.progress import NullCallback
-    from sdpo.trainer.build import build_parts
+    from sdpo.trainer.build import build_components
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         workload.write(Path(name))
         run = workload.load(Path(name), ["actor.num_threads=1"])
-        parts = build_parts(run, NullCallback())
+        parts = build_components(run, NullCallback())
     samples = workload.build_samples(parts, run)
     first = samples[0].response
     least = replace(samples[0], response=Completion(first.token_ids[:1], first.log_probs[:1], finished=False))

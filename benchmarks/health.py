@@ -53,7 +53,7 @@ COLLAPSED = "live teacher"
 
 def learn(folder: str, name: str, seed: int) -> dict[str, Any]:
     """Train once; give the alarms, the held-out score and when it had lost ``LOST`` of its best."""
-    from sdpo import load_config, train
+    from sdpo import SDPOTrainer, load_config
     from sdpo.report import read_run
 
     config, mode, overrides = RUNS[name]
@@ -67,7 +67,7 @@ def learn(folder: str, name: str, seed: int) -> dict[str, Any]:
             *overrides,
         ],
     )
-    record = read_run(train(run).output_dir)
+    record = read_run(SDPOTrainer(run).train().output_dir)
     steps, accuracies = record.series(ACCURACY)
     best = accuracies[0]
     lost_at = None

@@ -35,7 +35,7 @@ def prepare(folder: str, mode: str, seed: int) -> None:
 
 def learn(folder: str, config: str, mode: str, seed: int, name: str, overrides: list[str]) -> dict[str, Any]:
     """Train once; give the accuracy before, best and final, and the seconds it took."""
-    from sdpo import load_config, train
+    from sdpo import SDPOTrainer, load_config
     from sdpo.report import read_run
 
     run = load_config(
@@ -49,7 +49,7 @@ def learn(folder: str, config: str, mode: str, seed: int, name: str, overrides: 
         ],
     )
     started = time.perf_counter()
-    result = train(run)
+    result = SDPOTrainer(run).train()
     _, accuracies = read_run(result.output_dir).series(ACCURACY)
     return {
         "name": name,

@@ -23,7 +23,7 @@ WARM_UP = 3  # steps left out: first calls allocate, and the first batch has not
 
 def measure(folder: str, staleness: int, steps: int, overrides: list[str]) -> list[dict[str, float]]:
     """Rows of metrics of one run."""
-    from sdpo import load_config, train
+    from sdpo import SDPOTrainer, load_config
     from sdpo.report import read_run
 
     run = load_config(
@@ -41,7 +41,7 @@ def measure(folder: str, staleness: int, steps: int, overrides: list[str]) -> li
             *overrides,
         ],
     )
-    return list(read_run(train(run).output_dir).rows)[WARM_UP:]
+    return list(read_run(SDPOTrainer(run).train().output_dir).rows)[WARM_UP:]
 
 
 def main() -> None:

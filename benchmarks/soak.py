@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--folder", default="data/benchmark_soak")
     options = parser.parse_args()
 
-    from sdpo import load_config, train
+    from sdpo import SDPOTrainer, load_config
     from sdpo.kernels.cpu.allocator import keep_freed_memory
     from sdpo.observability.progress import NullCallback
 
@@ -87,7 +87,7 @@ def main() -> None:
             "self_distillation.ema_update_rate=0.01",
         ],
     )
-    train(run, Watch())
+    SDPOTrainer(run, Watch()).train()
     half = [(step, held) for step, held in seen if step > options.steps // 2]
     rows: list[list[Any]] = []
     for name in seen[0][1]:

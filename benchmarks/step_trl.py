@@ -46,7 +46,7 @@ def run_ours(folder: str, workload: Workload, topk: int | None, steps: int, at_o
     """Medians over the steps, tokens a step, bytes; ``at_once`` samples in a forward pass, or as many as by default."""
     import torch
 
-    from sdpo import train
+    from sdpo import SDPOTrainer
     from sdpo.report import read_run
 
     torch.set_num_threads(1)
@@ -58,7 +58,7 @@ def run_ours(folder: str, workload: Workload, topk: int | None, steps: int, at_o
         prompts = 2 * workload.prompt_length + workload.feedback_length + TEMPLATE_LENGTH
         overrides.append(f"actor.max_tokens_per_micro_batch={at_once * (prompts + 2 * workload.response_length)}")
     run = workload.load(Path(folder), overrides)
-    rows = list(read_run(train(run).output_dir).rows)[WARM_UP:]
+    rows = list(read_run(SDPOTrainer(run).train().output_dir).rows)[WARM_UP:]
     peak = read_peak()
     parts = [
         {
@@ -82,9 +82,9 @@ def run_ours(folder: str, workload: Workload, topk: int | None, steps: int, at_o
 
 def _count_teacher_tokens(run: Any, workload: Workload) -> int:
     from sdpo.observability.progress import NullCallback
-    from sdpo.trainer.build import build_parts
+    from sdpo.trainer.build import build_components
 
-    samples = workload.build_samples(build_parts(run, NullCallback()), run)
+    samples = workload.build_samples(build_components(run, NullCallback()), run)
     return sum(len(sample.teacher_prompt.token_ids) for sample in samples)
 
 

@@ -110,11 +110,11 @@ def run_steps(run: Any, num_steps: int, prepare: Any = lambda actor: None) -> An
     import torch
 
     from sdpo.observability.progress import NullCallback
-    from sdpo.trainer.build import build_parts
+    from sdpo.trainer.build import build_components
     from sdpo.trainer.data.samples import build_samples
 
     torch.set_num_threads(1)
-    parts = build_parts(run, NullCallback())
+    parts = build_components(run, NullCallback())
     prepare(parts.actor)
     for step in range(1, num_steps + 1):
         prompts = parts.prompts_of(step)

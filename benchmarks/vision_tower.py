@@ -41,8 +41,8 @@ from sdpo.prompting.demonstrations import PrivilegedContext
 from sdpo.prompting.tokenization import encode_teacher_prompt
 from sdpo.rewards.base import RewardOutput, Row
 from sdpo.rewards.toy import base, figures
-from sdpo.trainer.actor import actor as learner_module
-from sdpo.trainer.actor.actor import Actor
+from sdpo.trainer.actor import forward as forward_module
+from sdpo.trainer.actor.build import build_actor
 from sdpo.trainer.data.prompts import Prompt
 from sdpo.trainer.data.samples import TrainingSample
 
@@ -153,11 +153,11 @@ def measure(folder: Path, options: argparse.Namespace, frozen: bool) -> dict[str
         return sample_responses([(model, 1.0)], asked, replace(decoding, n=n), 0, vision)
 
     samples = build_samples(vision, prompts, sample(naive=False), run)
-    actor = Actor(model, run, 0, vision)
+    actor = build_actor(model, run, 0, vision)
     seconds: dict[str, dict[str, list[float]]] = {way: {"sampling": [], "learning": []} for way in ("ours", "naive")}
     for _ in range(options.repeats):
         for way, kind in (("ours", StepImageFeatures), ("naive", TowerForEachSequence)):
-            learner_module.StepImageFeatures = kind  # type: ignore[misc]
+            forward_module.StepImageFeatures = kind  # type: ignore[misc]
             times = [time.perf_counter()]
             sample(naive=way == "naive")
             times.append(time.perf_counter())

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from sdpo.config.self_distillation import SelfDistillationConfig as SelfDistillationConfig
     from sdpo.errors import SDPOError as SDPOError
     from sdpo.kernels.fused_self_distillation import fused_self_distillation_loss as fused_self_distillation_loss
-    from sdpo.trainer.trainer import Result as Result
-    from sdpo.trainer.trainer import train as train
+    from sdpo.trainer.trainer import SDPOTrainer as SDPOTrainer
+    from sdpo.trainer.trainer import TrainOutput as TrainOutput
 
 __version__ = "0.1.0"
 
@@ -32,8 +32,8 @@ _HOMES = {
     "SDPOConfig": "sdpo.config.root",
     "SelfDistillationConfig": "sdpo.config.self_distillation",
     "load_config": "sdpo.config.loader",
-    "Result": "sdpo.trainer.trainer",
-    "train": "sdpo.trainer.trainer",
+    "TrainOutput": "sdpo.trainer.trainer",
+    "SDPOTrainer": "sdpo.trainer.trainer",
     "SDPOError": "sdpo.errors",
 }
 

@@ -49,19 +49,19 @@ def train(
     from sdpo.kernels.cpu.allocator import keep_freed_memory
     from sdpo.report import read_run
     from sdpo.report.console import ConsoleObserver, print_result_table
-    from sdpo.trainer.trainer import train as run_training
+    from sdpo.trainer.trainer import SDPOTrainer
 
     keep_freed_memory()
     with ConsoleObserver(run.max_steps) as observer:
-        result = run_training(run, observer)
+        result = SDPOTrainer(run, observer).train()
     if result.metrics:  # none if it was stopped before the first
         print_result_table([read_run(result.output_dir)])
     print(f"run folder: {result.output_dir}")
-    if result.stopped_by:
-        print(f"stopped by an alarm: {result.stopped_by}", file=sys.stderr)
-    if result.interrupted:
-        print(f"stopped by {result.interrupted}; add --resume to go on", file=sys.stderr)
-        raise typer.Exit(128 + signal.Signals[result.interrupted])
+    if result.stop_reason:
+        print(f"stopped by an alarm: {result.stop_reason}", file=sys.stderr)
+    if result.interrupt_signal:
+        print(f"stopped by {result.interrupt_signal}; add --resume to go on", file=sys.stderr)
+        raise typer.Exit(128 + signal.Signals[result.interrupt_signal])
 
 
 @app.command()

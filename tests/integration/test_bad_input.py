@@ -33,7 +33,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from sdpo import SDPOError, load_config, train
+from sdpo import SDPOError, SDPOTrainer, load_config
 from sdpo.config.root import iterate_settings
 from sdpo.observability.progress import NullCallback
 from sdpo.rewards.toy.hidden_rule import build_tokenizer
@@ -180,7 +180,7 @@ def attempt(run_file: Path, overrides: Sequence[str] = ()) -> tuple[BaseExceptio
     before = list_files(Path())
     try:
         with watchdog(SECONDS):
-            train(load_config(run_file, overrides), Watch())
+            SDPOTrainer(load_config(run_file, overrides), Watch()).train()
         error: BaseException | None = None
     except (Exception, Hang, SystemExit) as caught:
         error = caught

@@ -131,14 +131,14 @@ def test_operations_of_a_model_are_those_that_it_runs() -> None:
 
 def test_the_workload_is_as_long_as_it_says_and_never_ends_early(tmp_path: Path) -> None:
     from sdpo.observability.progress import NullCallback
-    from sdpo.trainer.build import build_parts
+    from sdpo.trainer.build import build_components
 
     workload_module = importlib.import_module("workload")
     small = dict(vocab_size=512, hidden_size=16, intermediate_size=32, num_layers=1, num_prompts=2, n=3)
     workload = workload_module.Workload(**small, response_length=5)
     workload.write(tmp_path)
     run = workload.load(tmp_path)
-    parts = build_parts(run, NullCallback())
+    parts = build_components(run, NullCallback())
     samples = workload.build_samples(parts, run)
     assert len(samples) == 6
     assert all(len(sample.prompt.token_ids) == workload.prompt_length for sample in samples)

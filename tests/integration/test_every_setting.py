@@ -30,7 +30,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from vision_language import build_vision_model, make_image
 
-from sdpo import SDPOConfig, SDPOError, train
+from sdpo import SDPOConfig, SDPOError, SDPOTrainer
 from sdpo.config.actor import ActorConfig, OptimConfig
 from sdpo.config.data import DataConfig
 from sdpo.config.model import ModelConfig
@@ -41,7 +41,7 @@ from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.models.optimizer import choose_optimizer
 from sdpo.observability import metrics
 from sdpo.observability.progress import NullCallback
-from sdpo.trainer.build import build_parts
+from sdpo.trainer.build import build_components
 
 # ---- what is run ----------------------------------------------------------------------------------------------------
 
@@ -316,7 +316,7 @@ class Runner:
         torch.set_num_threads(1)
         try:
             run = change(BASE, changes)
-            train(run, Watch())
+            SDPOTrainer(run, Watch()).train()
         except SDPOError as error:
             return Ran(str(error))
         finally:
@@ -360,7 +360,7 @@ class Runner:
         with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=self.folder) as place:
             patch.chdir(place)
             patch.setattr("sdpo.trainer.rollout.sampler.sample_responses", sample)
-            parts = build_parts(change(BASE, changes), NullCallback())
+            parts = build_components(change(BASE, changes), NullCallback())
             parts.folder.close()
             parts.sampler.submit([], seed=0)
             parts.sampler.collect()
@@ -386,7 +386,7 @@ class Runner:
             patch.setattr(os, "environ", {**os.environ})
             patch.setitem(sys.modules, "vllm", vllm)
             patch.setitem(sys.modules, "vllm.platforms", platforms)
-            build_parts(change(BASE, changes), NullCallback()).folder.close()
+            build_components(change(BASE, changes), NullCallback()).folder.close()
         return asked
 
     def find_optimizer(self, changes: Mapping[str, Any]) -> Any:
@@ -397,8 +397,8 @@ class Runner:
         """Where the run begins in the folder of one that has had a step."""
         with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=self.folder) as place:
             patch.chdir(place)
-            train(change(BASE, {**changes, "resume_mode": "disable", "max_steps": 1}))
-            parts = build_parts(change(BASE, changes), NullCallback())
+            SDPOTrainer(change(BASE, {**changes, "resume_mode": "disable", "max_steps": 1})).train()
+            parts = build_components(change(BASE, changes), NullCallback())
             parts.folder.close()
             return parts.actor.version + 1
 
@@ -411,16 +411,16 @@ class Runner:
 
         with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=self.folder) as place:
             patch.chdir(place)
-            patch.setattr("sdpo.trainer.trainer._Training.run_to_end", stop)
-            patch.setattr("sdpo.trainer.trainer._Training._emergency_save", lambda _, wait: waits.append(wait))
-            train(change(BASE, changes))
+            patch.setattr("sdpo.trainer.trainer.SDPOTrainer._run_to_end", stop)
+            patch.setattr("sdpo.trainer.trainer.SDPOTrainer._emergency_save", lambda _, wait: waits.append(wait))
+            SDPOTrainer(change(BASE, changes)).train()
         return waits[0]
 
     def find_restarts(self, changes: Mapping[str, Any]) -> int:
         """How often the sampler's process may be started again."""
         with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=self.folder) as place:
             patch.chdir(place)
-            parts = build_parts(change(BASE, changes), NullCallback())
+            parts = build_components(change(BASE, changes), NullCallback())
             parts.folder.close()
             parts.sampler.close()
             return parts.sampler._restarts_left  # type: ignore[attr-defined,no-any-return]

@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdpo import SDPOConfig, SDPOError, load_config, train
+from sdpo import SDPOConfig, SDPOError, SDPOTrainer, load_config
 from sdpo.observability import metrics
 from sdpo.observability.progress import NullCallback
 from sdpo.trainer.actor.actor import Actor
@@ -92,7 +92,7 @@ def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 
 
 def measure_checkpoint(run: SDPOConfig) -> int:
-    train(replace(run, max_steps=1, output_dir=f"{run.output_dir}_measured"))
+    SDPOTrainer(replace(run, max_steps=1, output_dir=f"{run.output_dir}_measured")).train()
     return sum(
         path.stat().st_size for path in Path(f"{run.output_dir}_measured/checkpoints").rglob("*") if path.is_file()
     )
@@ -122,14 +122,14 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(
     with pytest.raises(
         SDPOError, match=r"step_3: cannot be saved \(.*[nN]o space left.*\); what was saved before is int"
     ):
-        train(run)
+        SDPOTrainer(run).train()
     folder = place / "run" / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["step_1", "step_2"]
     assert find_newest(folder, pytest.fail) == folder / "step_2"
 
     subprocess.run(["mount", "-o", f"remount,size={8 * size // 1024}k", place], check=True)
-    train(replace(run, resume_mode="required"))
-    train(whole)
+    SDPOTrainer(replace(run, resume_mode="required")).train()
+    SDPOTrainer(whole).train()
     assert_same_run(run, whole)
 
 
@@ -149,7 +149,7 @@ def test_a_disk_too_full_for_a_row_of_metrics(
     monkeypatch.setattr(Actor, "update_policy", fill)
     run = make_run("save_steps=0", "max_steps=400", place=place)
     with pytest.raises(SDPOError, match=r"run: cannot be written \(No space left on device\); what was saved before"):
-        train(run)
+        SDPOTrainer(run).train()
     lines = (place / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)[metrics.STEP] for line in lines[:2]] == [0, 1]
 
@@ -157,13 +157,13 @@ def test_a_disk_too_full_for_a_row_of_metrics(
 def test_a_folder_that_cannot_be_written(make_run: Callable[..., SDPOConfig], mount: Callable[..., Path]) -> None:
     place = mount("size=1m", "ro")
     with pytest.raises(SDPOError, match=r"^output_dir: .*/run: cannot be written \(Read-only file system\)$"):
-        train(make_run(place=place))
+        SDPOTrainer(make_run(place=place)).train()
 
 
 def test_a_checkpoint_that_is_cut_short_at_any_file(make_run: Callable[..., SDPOConfig]) -> None:
     run, whole = make_run(), make_run("output_dir=${data.task_args.dir}/../whole")
-    train(replace(run, max_steps=3))
-    train(replace(whole, max_steps=3))
+    SDPOTrainer(replace(run, max_steps=3)).train()
+    SDPOTrainer(replace(whole, max_steps=3)).train()
     newest = Path(run.output_dir) / "checkpoints" / "step_3"
     files = [path for path in sorted(newest.rglob("*")) if path.is_file()]
     assert {path.name for path in files} >= {"model.safetensors", "config.json", "tokenizer.json", FILE}
@@ -178,14 +178,14 @@ def test_a_checkpoint_that_is_cut_short_at_any_file(make_run: Callable[..., SDPO
 
     (newest / "model.safetensors").write_bytes(b"")
     rows = rows_of(whole)
-    train(replace(run, max_steps=3, resume_mode="auto", optim=replace(run.optim)))
+    SDPOTrainer(replace(run, max_steps=3, resume_mode="auto", optim=replace(run.optim))).train()
     assert rows_of(run) == rows
 
 
 @FORKS
 def test_a_sampler_that_is_killed(make_run: Callable[..., SDPOConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     whole = make_run("max_staleness=1", "output_dir=${data.task_args.dir}/../whole_1")
-    train(whole)
+    SDPOTrainer(whole).train()
     run = make_run("max_staleness=1")
     submit, asked = ProcessSampler.submit, []
 
@@ -197,7 +197,7 @@ def test_a_sampler_that_is_killed(make_run: Callable[..., SDPOConfig], monkeypat
 
     monkeypatch.setattr(ProcessSampler, "submit", submit_and_kill)
     listening = Listening()
-    train(run, listening)
+    SDPOTrainer(run, listening).train()
     assert [text for text in listening.messages if "killed" in text] == [
         f"the sampler's process was killed by SIGKILL; it is started again, {left} more times at most"
         for left in (2, 1)
@@ -226,7 +226,7 @@ def test_a_gradient_that_is_not_finite(make_run: Callable[..., SDPOConfig], monk
 
     monkeypatch.setattr(Actor, "_accumulate_gradients", spoil)
     run = make_run("save_total_limit=4")
-    train(run)
+    SDPOTrainer(run).train()
     assert [row[metrics.SKIPPED_UPDATES] for row in rows_of(run)[1:]] == [0, 1, 0, 0]
     before, spoiled, after = (weights_of(run, step) for step in (1, 2, 3))
     assert all(torch.equal(before[name], spoiled[name]) for name in before)
@@ -241,7 +241,7 @@ def test_memory_too_small_for_a_micro_batch(make_run: Callable[..., SDPOConfig],
     )
     limited = """
 import resource
-from sdpo import load_config, train
+from sdpo import load_config, SDPOTrainer
 from sdpo.trainer.actor.actor import Actor
 from sdpo.observability.progress import NullCallback
 
@@ -263,7 +263,7 @@ Actor.learn = learn_in_little
 train(load_config("run.yaml", ["actor.max_tokens_per_micro_batch=1000000"]), Listening())
 """
     (tmp_path / "limited.py").write_text(limited)
-    train(replace(run, output_dir=f"{tmp_path}/plain"))
+    SDPOTrainer(replace(run, output_dir=f"{tmp_path}/plain")).train()
     shutil.copy(tmp_path / "plain" / "run.yaml", tmp_path / "run.yaml")
     text = (tmp_path / "run.yaml").read_text().replace(f"{tmp_path}/plain", f"{tmp_path}/run")
     (tmp_path / "run.yaml").write_text(text)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sdpo import load_config, train
+from sdpo import SDPOTrainer, load_config
 from sdpo.config.root import SDPOConfig
 from sdpo.observability import metrics
 from sdpo.rewards.toy import hidden_rule
@@ -33,7 +33,7 @@ def test_sdpo_learns_the_hidden_rule_and_grpo_does_not(tmp_path: Path, monkeypat
     def run_shipped(name: str, *overrides: str) -> list[dict[str, float]]:
         arguments = [f"data.task_args.{key}={value}" for key, value in {"dir": tmp_path / "task", **ARGUMENTS}.items()]
         run = load_config(CONFIGS / name, [*arguments, f"output_dir={tmp_path / name}", "rollout.n=4", *overrides])
-        train(run)
+        SDPOTrainer(run).train()
         return rows_of(run)
 
     sdpo = run_shipped("hidden_rule.yaml", "max_steps=60", "eval_steps=0")

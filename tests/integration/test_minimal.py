@@ -19,7 +19,7 @@ from sdpo.models.generation.sampling import Completion
 from sdpo.observability import metrics
 from sdpo.observability.progress import NullCallback
 from sdpo.rewards.toy.hidden_rule import HiddenRule
-from sdpo.trainer.build import build_parts
+from sdpo.trainer.build import build_components
 from sdpo.trainer.data.samples import build_samples
 
 ROOT = Path(__file__).parents[2]
@@ -72,7 +72,7 @@ def test_losses_and_weights_are_the_trainers(minimal: ModuleType, tmp_path: Path
         "tracking.log_completions_steps=0",
     ]
     run = load_config(ROOT / "configs" / "hidden_rule.yaml", overrides)
-    parts = build_parts(run, NullCallback())
+    parts = build_components(run, NullCallback())
     settings = minimal.Settings(n=2, max_response_length=8, alpha=alpha, lr=1e-3)
     torch.manual_seed(0)
     student = copy.deepcopy(parts.actor.student).eval()

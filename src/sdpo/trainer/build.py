@@ -1,4 +1,4 @@
-"""From a run to the parts that the loop works with. Everything that can be refused is refused here, before training."""
+"""The components of the native trainer from a config."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from sdpo.config.loader import flatten_keys
+from sdpo.config.rollout import RolloutConfig
 from sdpo.config.root import SDPOConfig
 from sdpo.errors import ConfigError
 from sdpo.models.generation.sampling import SamplingParams
@@ -32,6 +33,7 @@ from sdpo.prompting.tokenization import Tokenizer
 from sdpo.rewards.base import load_task, prepare_task
 from sdpo.rewards.manager import RewardManager
 from sdpo.trainer.actor.actor import Actor
+from sdpo.trainer.actor.build import build_actor
 from sdpo.trainer.checkpoint.resume import ResumeState, find_resumption
 from sdpo.trainer.checkpoint.state import (
     compute_fingerprint,
@@ -48,10 +50,15 @@ from sdpo.trainer.rollout.weight_sync import copy_parameters
 
 
 @dataclass(frozen=True)
-class Parts:
-    """The parts of a run, built and checked.
+class TrainerComponents:
+    """The components of a run, built and checked.
 
-    ``tokenizer`` writes chats, images included; ``processing`` is what a checkpoint needs beside the weights.
+    Attributes:
+        tokenizer: applies the chat template, with images.
+        processing: the tokenizer or processor that a checkpoint needs beside the weights.
+        window: maximum sequence length of the model; None if its config does not say.
+        data: fingerprint of the training prompts.
+        num_devices: devices that train or sample.
     """
 
     reward_manager: RewardManager
@@ -65,102 +72,130 @@ class Parts:
     folder: RunDir
     guard: HealthCallback
     window: int | None
-    resumption: ResumeState | None
+    resume_state: ResumeState | None
     data: str
     num_devices: int
-    observer: ProgressCallback
 
     def prompts_of(self, step: int) -> list[Prompt]:
+        """The prompts of a step, in order."""
         return [self.prompts[i] for i in self.order.batch(step)]
 
 
-def build_parts(run: SDPOConfig, observer: ProgressCallback) -> Parts:
-    """Prepare the task's files if it makes its own, load everything, open the run folder.
+def build_components(config: SDPOConfig, progress: ProgressCallback) -> TrainerComponents:
+    """Build everything that a run needs; whatever can be refused is refused here, before training.
 
     Raises:
-        ConfigError: see the functions called here.
+        SDPOError: see the functions called here.
     """
-    if run.verl:
-        observer.message(f"without effect here: verl.{', verl.'.join(flatten_keys(run.verl))}")
-    if run.actor.num_threads is not None:
-        torch.set_num_threads(run.actor.num_threads)
-    torch.manual_seed(run.seed)
-    require_idle(Path(run.output_dir))
-    resumption = find_resumption(run, observer)
-    learner_device = resolve_device(run.actor.device, "actor.device")
-    sampler_device = resolve_device(run.rollout.device, "rollout.device")
-    if run.rollout.engine == "vllm":
+    if config.verl:
+        progress.message(f"ignored by the native trainer: verl.{', verl.'.join(flatten_keys(config.verl))}")
+    if config.actor.num_threads is not None:
+        torch.set_num_threads(config.actor.num_threads)
+    torch.manual_seed(config.seed)
+    require_idle(Path(config.output_dir))
+    resume_state = find_resumption(config, progress)
+    actor_device = resolve_device(config.actor.device, "actor.device")
+    sampler_device = resolve_device(config.rollout.device, "rollout.device")
+    if config.rollout.engine == "vllm":
         require_vllm(sampler_device)
-    if run.lora.rank:
+    if config.lora.rank:
         require_peft()
-    task = load_task(run.data.task, run.data.task_args)
-    prepare_task(task, observer)
-    reward_manager = RewardManager(task, run.reward, observer)
-    text_tokenizer = load_tokenizer(run.model)
-    reader = load_reader(run.model, run.data.max_pixels)
-    tokenizer: Tokenizer = reader or text_tokenizer
-    if reader is not None and run.rollout.engine == "vllm":
+    task = load_task(config.data.task, config.data.task_args)
+    prepare_task(task, progress)
+    reward_manager = RewardManager(task, config.reward, progress)
+    text_tokenizer = load_tokenizer(config.model)
+    reader = load_reader(config.model, config.data.max_pixels)
+    if reader is not None and config.rollout.engine == "vllm":
         raise ConfigError("rollout.engine=vllm does not sample from models that read images yet; use transformers")
-    student = load_student(run, resumption.checkpoint if resumption else None, learner_device)
+    student = load_student(config, resume_state.checkpoint if resume_state else None, actor_device)
     vision = VisionAdapter(student, reader) if reader is not None else None
-    if run.actor.freeze_vision_tower:
-        if vision is None:
-            raise ConfigError("actor.freeze_vision_tower=true, but the model has no image tower; remove it")
-        freeze_tower(student)
-    require_same_vocabulary(student, text_tokenizer, run.model.path)
+    if config.actor.freeze_vision_tower:
+        _freeze_vision_tower(student, vision)
+    require_same_vocabulary(student, text_tokenizer, config.model.path)
+    tokenizer: Tokenizer = reader or text_tokenizer
     window = get_window(student)
-    prompts = load_prompts(run.data.train_files, "data.train_files", run, tokenizer, window, observer)
-    held_out = load_prompts(run.data.val_files, "data.val_files", run, tokenizer, window, observer)
-    _require_known_tokens([*prompts, *held_out], count_embeddings(student))
-    decoding = SamplingParams(
-        n=run.rollout.n,
-        max_new_tokens=run.rollout.max_response_length,
-        temperature=run.rollout.temperature,
-        top_p=run.rollout.top_p,
-        batch_size=run.rollout.max_num_seqs,
-        stop_token_ids=get_stop_token_ids(student, text_tokenizer),
-        pad_token_id=int(text_tokenizer.pad_token_id),
-        suppress_tokens=vision.placeholder_ids if vision is not None else (),
-        dtype=getattr(torch, run.sampling_dtype) if run.sampling_dtype != run.model.dtype else None,
+    prompts = load_prompts(config.data.train_files, "data.train_files", config, tokenizer, window, progress)
+    validation = load_prompts(config.data.val_files, "data.val_files", config, tokenizer, window, progress)
+    _require_known_tokens([*prompts, *validation], count_embeddings(student))
+    sampling = _build_sampling_params(
+        config.rollout,
+        student,
+        text_tokenizer,
+        vision,
+        dtype=config.sampling_dtype if config.sampling_dtype != config.model.dtype else None,
     )
-    actor = Actor(student, run, decoding.pad_token_id, vision, observer.message)
+    actor = build_actor(student, config, sampling.pad_token_id, vision, progress.message)
     data = compute_fingerprint(prompts)
-    if resumption is not None:
-        _restore(actor, run, resumption, data)
-    folder = RunDir(run, observer, resumption.step if resumption else None)
-    guard = HealthCallback(HealthMonitor(run.health), actor, folder.log_health_event, observer)
-    if resumption is not None:
-        guard.load_state_dict(resumption.state.guard)
-    sampler = _build_sampler(run, student, decoding, sampler_device, window, vision, observer)
-    return Parts(
+    if resume_state is not None:
+        _restore(actor, config, resume_state, data)
+    folder = RunDir(config, progress, resume_state.step if resume_state else None)
+    guard = HealthCallback(HealthMonitor(config.health), actor, folder.log_health_event, progress)
+    if resume_state is not None:
+        guard.load_state_dict(resume_state.state.guard)
+    evaluator = Evaluator(
+        config.eval,
+        config.self_distillation,
+        reward_manager,
+        tokenizer,
+        validation[: config.eval.max_prompts],
+        sampling,
+        window,
+        vision,
+    )
+    return TrainerComponents(
         reward_manager=reward_manager,
         tokenizer=tokenizer,
         processing=reader.processor if reader is not None else text_tokenizer,
         prompts=prompts,
-        order=RandomSampler(len(prompts), run.data.train_batch_size, shuffle=run.data.shuffle, seed=run.seed),
+        order=RandomSampler(len(prompts), config.data.train_batch_size, shuffle=config.data.shuffle, seed=config.seed),
         actor=actor,
-        sampler=sampler,
-        evaluator=Evaluator(run, reward_manager, tokenizer, held_out[: run.eval.max_prompts], decoding, window, vision),
+        sampler=_build_sampler(config, student, sampling, sampler_device, window, vision, progress),
+        evaluator=evaluator,
         folder=folder,
         guard=guard,
         window=window,
-        resumption=resumption,
+        resume_state=resume_state,
         data=data,
-        num_devices=len({learner_device, sampler_device}),
-        observer=observer,
+        num_devices=len({actor_device, sampler_device}),
     )
 
 
-def _restore(actor: Actor, run: SDPOConfig, resumption: ResumeState, data: str) -> None:
-    state = resumption.state
+def _freeze_vision_tower(student: PreTrainedModel, vision: VisionAdapter | None) -> None:
+    if vision is None:
+        raise ConfigError("actor.freeze_vision_tower=true, but the model has no image tower; remove it")
+    freeze_tower(student)
+
+
+def _build_sampling_params(
+    config: RolloutConfig,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    vision: VisionAdapter | None,
+    dtype: str | None,
+) -> SamplingParams:
+    return SamplingParams(
+        n=config.n,
+        max_new_tokens=config.max_response_length,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        batch_size=config.max_num_seqs,
+        stop_token_ids=get_stop_token_ids(student, tokenizer),
+        pad_token_id=int(tokenizer.pad_token_id),
+        suppress_tokens=vision.placeholder_ids if vision is not None else (),
+        dtype=getattr(torch, dtype) if dtype is not None else None,
+    )
+
+
+def _restore(actor: Actor, config: SDPOConfig, resume_state: ResumeState, data: str) -> None:
+    state = resume_state.state
     if state.data != data:
         raise ConfigError(
-            "data.train_files: other rows than when the run began; restore them or begin in another output_dir"
+            "data.train_files: the rows differ from those of the checkpoint; restore them or use another output_dir"
         )
-    if actor.initial is not None and not run.lora.rank:  # which was made from the student as it is now
-        copy_parameters(dict(load_model(run.model, actor.device).named_parameters()), actor.initial)
-    is_saved = (resumption.checkpoint / "teacher").is_dir()
-    teacher = load_teacher_module(run, resumption.checkpoint, actor.device) if is_saved else None
+    if actor.initial is not None and not config.lora.rank:  # build_actor copied it from the resumed student
+        copy_parameters(dict(load_model(config.model, actor.device).named_parameters()), actor.initial)
+    is_saved = (resume_state.checkpoint / "teacher").is_dir()
+    teacher = load_teacher_module(config, resume_state.checkpoint, actor.device) if is_saved else None
     actor.load_state_dict(state.actor, teacher)
     set_random_states(state.random)
 
@@ -170,31 +205,31 @@ def _require_known_tokens(prompts: list[Prompt], num_embeddings: int) -> None:
         largest = max(prompt.token_ids, default=0)
         if largest >= num_embeddings:
             raise ConfigError(
-                f"{prompt.row.origin}: its prompt has token {largest}, and the model of model.path embeddings of "
-                f"{num_embeddings}; its tokenizer's files and its weights do not belong together"
+                f"{prompt.row.origin}: its prompt has token {largest}, but the model of model.path has only "
+                f"{num_embeddings} embeddings; its tokenizer's files and its weights do not belong together"
             )
 
 
 def _build_sampler(
-    run: SDPOConfig,
+    config: SDPOConfig,
     student: PreTrainedModel,
-    decoding: SamplingParams,
+    sampling: SamplingParams,
     device: torch.device,
     window: int | None,
     vision: VisionAdapter | None,
-    observer: ProgressCallback,
+    progress: ProgressCallback,
 ) -> Sampler:
-    threads, config = run.rollout.num_threads, replace(run.model, dtype=run.sampling_dtype)
-    if run.rollout.engine == "vllm":
-        needed = run.data.max_prompt_length + run.rollout.max_response_length
+    threads, model = config.rollout.num_threads, replace(config.model, dtype=config.sampling_dtype)
+    if config.rollout.engine == "vllm":
+        needed = config.data.max_prompt_length + config.rollout.max_response_length
         max_length = needed if window is None else min(needed, window)
-        build_vllm = partial(VllmEngine, config, decoding, device, max_length, run.rollout.kv_cache_memory_gib)
-        if run.max_staleness == 1:
-            return ProcessSampler(student, build_vllm, threads, True, run.rollout.max_restarts, observer.message)
+        build_vllm = partial(VllmEngine, model, sampling, device, max_length, config.rollout.kv_cache_memory_gib)
+        if config.max_staleness == 1:
+            return ProcessSampler(student, build_vllm, threads, True, config.rollout.max_restarts, progress.message)
         return LocalSampler(build_vllm(), probes=True)
-    build_engine = partial(TransformersEngine.from_config, config, decoding, device, run.data.max_pixels)
-    if run.max_staleness == 1:
-        return ProcessSampler(student, build_engine, threads, False, run.rollout.max_restarts, observer.message)
+    build_engine = partial(TransformersEngine.from_config, model, sampling, device, config.data.max_pixels)
+    if config.max_staleness == 1:
+        return ProcessSampler(student, build_engine, threads, False, config.rollout.max_restarts, progress.message)
     if device != student.device:
         return LocalSampler(build_engine())
-    return LocalSampler(TransformersEngine(student, decoding, vision, is_student=True))
+    return LocalSampler(TransformersEngine(student, sampling, vision, is_student=True))

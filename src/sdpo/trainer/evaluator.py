@@ -1,4 +1,4 @@
-"""Held-out accuracy of the student, and of the teacher as it is prompted in training."""
+"""Validation accuracy of the student, and of the teacher with its context from training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from sdpo.algorithm.teacher import LogitMixture, Teacher
-from sdpo.config.root import SDPOConfig
+from sdpo.config.monitoring import EvalConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.models.generation.sampling import SamplingParams, sample_responses
 from sdpo.models.multimodal.processor import TokenPrompt
 from sdpo.models.multimodal.vision_tower import VisionAdapter
@@ -28,28 +29,37 @@ from sdpo.rewards.manager import RewardManager
 from sdpo.trainer.data.prompts import Prompt
 from sdpo.trainer.data.samples import grade_responses
 
-# Evaluation draws the same noise every time, so that two of them differ by the weights alone.
+# Evaluations use the same random numbers, so that two of them differ by the weights alone.
 SEED = 20_601_20_802
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Grades greedy and sampled responses to held-out prompts."""
+    """Scores greedy and sampled responses to validation prompts.
 
-    run: SDPOConfig
+    Attributes:
+        config: the section ``eval``.
+        distillation: what the teacher is shown.
+        prompts: of the validation rows.
+        sampling: stop tokens, length and batch size of the responses; n, temperature and top_p are the evaluation's.
+        window: maximum sequence length of the model; None if its config does not say.
+    """
+
+    config: EvalConfig
+    distillation: SelfDistillationConfig
     reward_manager: RewardManager
     tokenizer: Tokenizer
     prompts: Sequence[Prompt]
-    decoding: SamplingParams
+    sampling: SamplingParams
     window: int | None
     vision: VisionAdapter | None = None
 
     def evaluate(self, student: nn.Module, teacher: Teacher | None) -> dict[str, float]:
         """Accuracy by data source: ``mean@1`` greedy, ``mean@n`` and ``best@n/mean`` (pass@n) of ``eval.n`` samples.
 
-        Responses that could not be graded are left out and counted.
+        Responses without a score are left out and counted.
         """
-        config = self.run.eval
+        config = self.config
         failures_before = self.reward_manager.num_failures
         policy: LogitMixture = [(student, 1.0)]
         greedy = self._respond(policy, n=1, temperature=0.0)
@@ -65,46 +75,49 @@ class Evaluator:
         return values | {VAL_REWARD_FAILURES: self.reward_manager.num_failures - failures_before}
 
     def _respond(self, policy: LogitMixture, n: int, temperature: float) -> list[ScoredRollout]:
-        decoding = replace(self.decoding, n=n, temperature=temperature, top_p=self.run.eval.top_p)
-        responses = sample_responses(policy, [p.tokens for p in self.prompts], decoding, SEED, self.vision)
+        sampling = replace(self.sampling, n=n, temperature=temperature, top_p=self.config.top_p)
+        responses = sample_responses(policy, [p.tokens for p in self.prompts], sampling, SEED, self.vision)
         return grade_responses(self.reward_manager, self.tokenizer, self.prompts, responses)
 
     def _evaluate_teacher(
         self, policy: LogitMixture, shown: Sequence[ScoredRollout], greedy: Sequence[ScoredRollout]
     ) -> dict[str, float]:
-        """Greedy accuracy of the teacher, shown what training would show it of the student's responses.
+        """Greedy accuracy of the teacher with the context that training would give it for the student's responses.
 
-        The first response of each prompt that gets a demonstration or feedback speaks for its prompt. Its gain is over
-        the student's greedy responses to the same prompts.
+        Of each prompt, the first response with a demonstration or feedback is used. The difference to the student is
+        over its greedy responses to the same prompts.
         """
-        config = self.run.self_distillation
-        demonstrations = select_demonstrations(shown, config, random.Random(SEED))
-        contexts: dict[int, TokenPrompt] = {}
-        for response, demonstration in zip(shown, demonstrations, strict=True):
-            group = int(response.group_id)
-            if group in contexts or demonstration.is_empty:
-                continue
-            room = None if self.window is None else self.window - self.decoding.max_new_tokens
-            encoded = encode_teacher_prompt(
-                self.tokenizer, self.prompts[group].row.prompt, demonstration, config, max_length=room
-            )
-            if encoded.token_ids is not None:
-                contexts[group] = TokenPrompt(encoded.token_ids, self.prompts[group].images)
+        contexts = self._build_contexts(shown)
         sources = [p.row.data_source for p in self.prompts]
-        prompted = [self.prompts[group] for group in contexts]
         values = {
             teacher_prompted_name(source): sum(sources[group] == source for group in contexts) / sources.count(source)
             for source in dict.fromkeys(sources)
         }
-        if prompted:
-            decoding = replace(self.decoding, n=1, temperature=0.0)
-            responses = sample_responses(policy, list(contexts.values()), decoding, SEED, self.vision)
-            graded = grade_responses(self.reward_manager, self.tokenizer, prompted, responses)
-            values |= _mean_by_source(prompted, graded, lambda source: teacher_val_name(source, "mean@1"))
-            student = {int(g.group_id): g.score for g in greedy}
-            gains = [replace(g, score=g.score - student[group]) for g, group in zip(graded, contexts, strict=True)]
-            values |= _mean_by_source(prompted, gains, teacher_gain_name, is_difference=True)
-        return values
+        if not contexts:
+            return values
+        prompted = [self.prompts[group] for group in contexts]
+        sampling = replace(self.sampling, n=1, temperature=0.0)
+        responses = sample_responses(policy, list(contexts.values()), sampling, SEED, self.vision)
+        scored = grade_responses(self.reward_manager, self.tokenizer, prompted, responses)
+        values |= _mean_by_source(prompted, scored, lambda source: teacher_val_name(source, "mean@1"))
+        student = {int(g.group_id): g.score for g in greedy}
+        gains = [replace(g, score=g.score - student[group]) for g, group in zip(scored, contexts, strict=True)]
+        return values | _mean_by_source(prompted, gains, teacher_gain_name, is_difference=True)
+
+    def _build_contexts(self, shown: Sequence[ScoredRollout]) -> dict[int, TokenPrompt]:
+        """The teacher's prompt of each validation prompt that has one, by the prompt's index."""
+        contexts: dict[int, TokenPrompt] = {}
+        hints = select_demonstrations(shown, self.distillation, random.Random(SEED))
+        room = None if self.window is None else self.window - self.sampling.max_new_tokens
+        for response, hint in zip(shown, hints, strict=True):
+            group = int(response.group_id)
+            if group in contexts or hint.is_empty:
+                continue
+            prompt = self.prompts[group]
+            encoded = encode_teacher_prompt(self.tokenizer, prompt.row.prompt, hint, self.distillation, max_length=room)
+            if encoded.token_ids is not None:
+                contexts[group] = TokenPrompt(encoded.token_ids, prompt.images)
+        return contexts
 
 
 def _mean_by_source(

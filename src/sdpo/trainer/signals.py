@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: at once where the student's weights are those of a whole step, else as soon as they are."""
+"""SIGINT and SIGTERM as ``KeyboardInterrupt``, deferred while the student's weights are inconsistent."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Any
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interruption:
-    """Turns both signals into ``KeyboardInterrupt``, which is held back between ``hold`` and ``release``.
+class SignalHandler:
+    """Raises ``KeyboardInterrupt`` at a signal; between ``defer`` and ``deliver``, only at a second one.
 
-    Use it as a context manager. Only the first signal is held back: a second one means now.
+    Use it as a context manager.
 
     Attributes:
-        is_holding: whether the weights are between two steps.
-        name: of the signal that came; None so far.
+        is_deferring: whether a signal would be deferred.
+        name: of the signal that arrived; None without one.
     """
 
     def __init__(self) -> None:
-        self.is_holding = False
+        self.is_deferring = False
         self.name: str | None = None
         self._handlers: dict[int, Any] = {}
 
-    def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():  # only the main thread may say
+    def __enter__(self) -> SignalHandler:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers in the main thread alone
             self._handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
@@ -34,20 +34,22 @@ class Interruption:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def hold(self) -> None:
-        self.is_holding = True
+    def defer(self) -> None:
+        """Defer the first signal from now on."""
+        self.is_deferring = True
 
-    def release(self) -> None:
-        """
+    def deliver(self) -> None:
+        """Stop deferring.
+
         Raises:
-            KeyboardInterrupt: a signal came in the meantime.
+            KeyboardInterrupt: a signal arrived in the meantime.
         """
-        self.is_holding = False
+        self.is_deferring = False
         if self.name is not None:
             raise KeyboardInterrupt
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         is_first = self.name is None
         self.name = signal.Signals(number).name
-        if not is_first or not self.is_holding:
+        if not is_first or not self.is_deferring:
             raise KeyboardInterrupt

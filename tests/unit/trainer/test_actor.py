@@ -25,6 +25,7 @@ from sdpo.observability import metrics
 from sdpo.rewards.base import RewardOutput
 from sdpo.trainer.actor import actor as learner_module
 from sdpo.trainer.actor.actor import Actor, LogProbs
+from sdpo.trainer.actor.build import build_actor
 from sdpo.trainer.data.samples import TrainingSample
 
 MakeModel = Callable[..., Any]
@@ -212,7 +213,7 @@ def test_gradients_and_loss_are_those_of_the_plain_step(
 ) -> None:
     run = make_run(actor__mini_batch_size=mini_batch_size, actor__max_tokens_per_micro_batch=60, **settings)
     samples = make_samples(undistilled=(1, 5) if run.self_distillation.distills else range(6))
-    actor = Actor(model, run, 0)
+    actor = build_actor(model, run, 0)
     teacher = make_model(seed=0)
     if actor.teacher is not None and actor.teacher.module is not None:
         # A teacher that differs from the student from the start, so that nothing cancels.
@@ -249,12 +250,12 @@ def test_gradients_do_not_depend_on_the_micro_batches(
     for budget in (1, 40, 10**6):
         run = make_run(actor__max_tokens_per_micro_batch=budget, **settings)
         samples = make_samples(undistilled=(1, 5) if run.self_distillation.distills else range(6))
-        actor = Actor(make_model(), run, 0)
+        actor = build_actor(make_model(), run, 0)
         if actor.teacher is not None and actor.teacher.module is not None:
             actor.teacher.module.load_state_dict(make_model(seed=1).state_dict())
         steps = record_steps(actor)
         values = actor.update_policy(samples)
-        results.append((steps[0].gradients, values, len(actor.batcher.split(samples, budget))))
+        results.append((steps[0].gradients, values, len(actor.collator.split(samples, budget))))
     assert results[0][2] == 6 and 1 < results[1][2] < 6 and results[2][2] == 1
     for gradients, values, _ in results[1:]:
         assert_same_gradients(gradients, results[0][0], 2e-6)
@@ -279,7 +280,7 @@ def test_old_log_probs_are_the_student_s_at_the_start_of_the_step(
     captured = capture_inputs(monkeypatch)
     run = make_run(actor__mini_batch_size=1, self_distillation__is_clip=100.0)
     samples = make_samples(undistilled=())
-    actor = Actor(model, run, 0)
+    actor = build_actor(model, run, 0)
     for _ in range(2):
         captured.clear()
         before = copy.deepcopy(model)
@@ -298,7 +299,7 @@ def test_with_one_mini_batch_the_ratio_is_exactly_one(
     model: Any, make_run: MakeRun, make_samples: MakeSamples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captured = capture_inputs(monkeypatch)
-    actor = Actor(model, make_run(), 0)
+    actor = build_actor(model, make_run(), 0)
     for _ in range(2):
         values = actor.update_policy(make_samples())
         assert values[metrics.IS_RATIO_MEAN] == 1.0
@@ -326,7 +327,7 @@ def test_rollout_weights_are_old_over_rollout_truncated(
     )
     samples = make_samples(seed=7, undistilled=())
     old = plain_old_log_probs(model, samples, run)
-    values = Actor(model, run, 0).update_policy(samples)
+    values = build_actor(model, run, 0).update_policy(samples)
     assert len(captured) > 1
     expected = torch.cat([plain_rollout_weights(o, s, run) for o, s in zip(old, samples, strict=True)])
     gap = torch.cat([torch.tensor(s.response.log_probs) - o for o, s in zip(old, samples, strict=True)])
@@ -356,7 +357,7 @@ def test_log_probs_of_the_sampler_and_of_the_learner_agree(
         for prompt, many in zip(prompts, sampled_by_prompt, strict=True)
         for one in many
     ]
-    values = Actor(model, run, 0).update_policy(samples)
+    values = build_actor(model, run, 0).update_policy(samples)
     assert values[metrics.ROLLOUT_IS_MEAN] == pytest.approx(1.0, abs=1e-5)
     assert values[metrics.ROLLOUT_KL] == pytest.approx(0.0, abs=1e-5)
 
@@ -367,7 +368,7 @@ def test_log_probs_of_the_sampler_and_of_the_learner_agree(
 def test_the_teacher_moves_once_a_step_by_the_average_s_formula(
     model: Any, make_run: MakeRun, make_samples: MakeSamples
 ) -> None:
-    actor = Actor(model, make_run(actor__mini_batch_size=1, self_distillation__ema_update_rate=0.2), 0)
+    actor = build_actor(model, make_run(actor__mini_batch_size=1, self_distillation__ema_update_rate=0.2), 0)
     assert actor.teacher is not None and actor.teacher.module is not None
     expected = weights_of(model)
     for _ in range(3):
@@ -396,7 +397,7 @@ def test_updates_are_adamw_s_at_the_schedule_s_rates(
     optimizer = torch.optim.AdamW(by_hand.parameters(), lr=1e-2, weight_decay=0.1, betas=(0.8, 0.95))
     name = "constant_with_warmup" if schedule == "constant" else schedule
     scheduler = get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=10)
-    actor = Actor(model, run, 0)
+    actor = build_actor(model, run, 0)
     steps = record_steps(actor)
     rates = []
     for _ in range(5):
@@ -426,7 +427,7 @@ def test_the_distillation_weight_is_scheduled(model: Any, make_run: MakeRun, mak
         self_distillation__distillation_coef_end=0.5,
         self_distillation__teacher_regularization="frozen",
     )
-    actor = Actor(model, run, 0)
+    actor = build_actor(model, run, 0)
     values = [actor.update_policy(make_samples()) for _ in range(3)]
     assert [v[metrics.DISTILLATION_COEF] for v in values] == [1.0, 0.75, 0.5]
     losses = [v[metrics.LOSS] for v in values]
@@ -448,13 +449,13 @@ def test_logits_that_a_model_scales_are_learned_from_as_they_are(
         return output
 
     by_model.forward = forward
-    results = [Actor(model, make_run(), 0).update_policy(make_samples()) for model in (by_head, by_model)]
+    results = [build_actor(model, make_run(), 0).update_policy(make_samples()) for model in (by_head, by_model)]
     for metric in (metrics.LOSS, metrics.ENTROPY, metrics.ROLLOUT_KL):
         assert results[0][metric] == pytest.approx(results[1][metric], rel=1e-4)
 
 
 def test_plain_grpo_has_no_teacher(model: Any, make_run: MakeRun, make_samples: MakeSamples) -> None:
-    actor = Actor(model, make_run(self_distillation__policy_loss_weight=1.0), 0)
+    actor = build_actor(model, make_run(self_distillation__policy_loss_weight=1.0), 0)
     values = actor.update_policy(make_samples(undistilled=range(6)))
     assert actor.teacher is None
     assert metrics.PG_LOSS in values
@@ -492,7 +493,7 @@ def test_a_sample_that_is_not_finite_is_as_if_it_were_not_there(
         model = make_model()
         with torch.no_grad():
             model.get_input_embeddings().weight[11] = math.nan
-        values = Actor(model, run, 0).update_policy(chosen)
+        values = build_actor(model, run, 0).update_policy(chosen)
         results.append((model, values))
     (with_it, values), (without, expected) = results
     assert values.pop(metrics.NONFINITE_SAMPLES) == 1
@@ -507,7 +508,7 @@ def test_dropped_samples_are_counted_over_mini_batches(
     model: Any, make_run: MakeRun, make_samples: MakeSamples
 ) -> None:
     samples = [broken(s, "rollout") if i in (0, 2, 5) else s for i, s in enumerate(make_samples())]
-    values = Actor(model, make_run(actor__mini_batch_size=1), 0).update_policy(samples)
+    values = build_actor(model, make_run(actor__mini_batch_size=1), 0).update_policy(samples)
     assert values[metrics.NONFINITE_SAMPLES] == 3
     assert all(math.isfinite(v) for v in values.values())
     assert all(torch.isfinite(p).all() for p in model.parameters())
@@ -528,11 +529,11 @@ def test_a_sample_that_was_not_graded_is_as_if_it_were_not_there(
     )
     samples = make_samples(undistilled=(1,))
     failed = [replace(s, reward=RewardOutput(math.nan), advantage=0.0) if i == 1 else s for i, s in enumerate(samples)]
-    with_it, without = Actor(make_model(), run, 0), Actor(make_model(), run, 0)
+    with_it, without = build_actor(make_model(), run, 0), build_actor(make_model(), run, 0)
     steps, expected_steps = record_steps(with_it), record_steps(without)
     values = with_it.update_policy(failed)
     expected = [
-        without._learn_mini_batch(list(mini), LogProbs(list(old) if old else None, None), 1.0, None, lambda: None)
+        without._train_mini_batch(list(mini), LogProbs(list(old) if old else None, None), 1.0, None, lambda: None)
         for mini, old in split_without(without, samples, 1, minis)
     ]
     assert len(steps) == len(expected_steps) == (1 if minis is None else 2)
@@ -554,7 +555,7 @@ def split_without(actor: Actor, samples: list[TrainingSample], left_out: int, mi
 
 def test_a_batch_of_bad_samples_alone_changes_nothing(model: Any, make_run: MakeRun, make_samples: MakeSamples) -> None:
     before = copy.deepcopy(model)
-    values = Actor(model, make_run(), 0).update_policy([broken(s, "rollout") for s in make_samples()])
+    values = build_actor(model, make_run(), 0).update_policy([broken(s, "rollout") for s in make_samples()])
     assert all(math.isfinite(v) for v in values.values())
     assert values[metrics.NONFINITE_SAMPLES] == 6
     assert_same_weights(model, before)
@@ -566,7 +567,7 @@ def test_a_batch_with_nothing_to_distil_changes_nothing(
 ) -> None:
     before = copy.deepcopy(model)
     run = make_run(actor__max_tokens_per_micro_batch=budget, optim__weight_decay=0.0)
-    values = Actor(model, run, 0).update_policy(make_samples(undistilled=range(6)))
+    values = build_actor(model, run, 0).update_policy(make_samples(undistilled=range(6)))
     assert values[metrics.LOSS] == 0
     assert_same_weights(model, before)
 
@@ -574,7 +575,7 @@ def test_a_batch_with_nothing_to_distil_changes_nothing(
 def test_an_update_with_a_gradient_that_is_not_finite_is_left_out(
     model: Any, make_run: MakeRun, make_samples: MakeSamples
 ) -> None:
-    actor = Actor(model, make_run(), 0)
+    actor = build_actor(model, make_run(), 0)
     before = copy.deepcopy(model)
     handle = model.lm_head.weight.register_hook(lambda gradient: gradient * math.inf)
     values = actor.update_policy(make_samples())
@@ -595,7 +596,7 @@ def test_checkpointing_recomputes_and_gives_the_same_gradients(
 ) -> None:
     results = []
     for checkpointing in (False, True):
-        actor = Actor(make_model(), make_run(actor__gradient_checkpointing=checkpointing), 0)
+        actor = build_actor(make_model(), make_run(actor__gradient_checkpointing=checkpointing), 0)
         calls: list[bool] = []
         actor.student.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(True))
         steps = record_steps(actor)
@@ -611,7 +612,7 @@ def test_autocast_computes_in_bfloat16_and_keeps_the_weights(
     compute = learner_module.fused_linear_sdpo_loss
     results = []
     for autocast in (False, True):
-        actor = Actor(make_model(), make_run(actor__autocast=autocast), 0)
+        actor = build_actor(make_model(), make_run(actor__autocast=autocast), 0)
         seen: list[torch.dtype] = []
         actor.student.model.layers[1].mlp.down_proj.register_forward_hook(
             lambda *args, seen=seen: seen.append(args[2].dtype)
@@ -635,7 +636,7 @@ def test_the_teacher_of_a_bfloat16_student_is_averaged_in_float32(
 ) -> None:
     """In bfloat16, an average at this rate would not move at all."""
     model = make_model(dtype=torch.bfloat16)
-    actor = Actor(model, make_run(optim__lr=2e-3, self_distillation__ema_update_rate=0.01), 0)
+    actor = build_actor(model, make_run(optim__lr=2e-3, self_distillation__ema_update_rate=0.01), 0)
     assert actor.teacher is not None and actor.teacher.module is not None
     expected = {name: param.float() for name, param in weights_of(model).items()}
     for _ in range(6):
@@ -648,4 +649,4 @@ def test_the_teacher_of_a_bfloat16_student_is_averaged_in_float32(
 
 def test_top_k_beyond_the_vocabulary_is_refused(model: Any, make_run: MakeRun) -> None:
     with pytest.raises(SDPOError, match=r"distillation_topk=13 .* vocabulary of 12"):
-        Actor(model, make_run(self_distillation__distillation_topk=13), 0)
+        build_actor(model, make_run(self_distillation__distillation_topk=13), 0)

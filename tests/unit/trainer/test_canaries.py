@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sdpo.config.root import SDPOConfig
 from sdpo.observability import metrics
 from sdpo.observability.confidence import ClusteredMean, compute_wilson_interval
-from sdpo.trainer.actor.actor import Actor
+from sdpo.trainer.actor.build import build_actor
 from sdpo.trainer.data.samples import TrainingSample, compute_repetition, summarize_samples
 
 MakeRun = Callable[..., SDPOConfig]
@@ -52,7 +52,7 @@ def test_gap_by_sign(student: Any, make_run: MakeRun, make_samples: MakeSamples)
     run, samples = make_run(), make_samples()
     gaps = torch.cat([gap for _, gap in gaps_of(student, samples, run)])
     assert 0 < int((gaps > 0).sum()) < len(gaps)
-    values = Actor(student, run, 0).update_policy(samples)
+    values = build_actor(student, run, 0).update_policy(samples)
     assert values[metrics.GAP_POSITIVE_FRACTION] == pytest.approx(float((gaps > 0).double().mean()), **PRECISE)
     assert values[metrics.GAP_POSITIVE_PART] == pytest.approx(float(gaps[gaps > 0].sum()) / len(gaps), **PRECISE)
     assert values[metrics.GAP_NEGATIVE_PART] == pytest.approx(float(gaps[gaps < 0].sum()) / len(gaps), **PRECISE)
@@ -72,7 +72,7 @@ def test_intervals_of_entropy_and_gap_are_over_prompts(
     for sample, values in gaps_of(student, samples, run):
         gap.add(id(sample.prompt), float(values.sum()), len(values))
     assert entropy.num_clusters == run.data.train_batch_size
-    values = Actor(student, run, 0).update_policy(samples)
+    values = build_actor(student, run, 0).update_policy(samples)
     for name, expected in ((metrics.ENTROPY, entropy), (metrics.TEACHER_GAP, gap)):
         assert values[name] == pytest.approx(expected.mean, **PRECISE)
         ends = [values[end] for end in metrics.ci95_names(name)]
@@ -86,7 +86,7 @@ def test_kl_to_the_initial_model_is_that_of_the_sampled_tokens(
 ) -> None:
     initial, student = (make_model(dtype=torch.float64) for _ in range(2))
     run = make_run(self_distillation__teacher_regularization=kind, health__ref_kl_interval=2)
-    actor, samples = Actor(student, run, 0), make_samples()
+    actor, samples = build_actor(student, run, 0), make_samples()
     assert (actor.initial is actor.teacher.module) == (kind == "frozen")  # type: ignore[union-attr]
     first = actor.update_policy(samples)
     assert first[metrics.REF_KL] == 0.0
@@ -105,7 +105,7 @@ def test_kl_to_the_initial_model_is_that_of_the_sampled_tokens(
 
 
 def test_no_copy_is_kept_where_it_is_not_compared_with(student: Any, make_run: MakeRun) -> None:
-    assert Actor(student, make_run(), 0).initial is None
+    assert build_actor(student, make_run(), 0).initial is None
 
 
 @pytest.mark.parametrize(

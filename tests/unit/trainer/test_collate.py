@@ -30,7 +30,7 @@ COSTS = {"padded": None, "packed": NEVER_SHARES, "shared": SHARES}
 
 def read_tokens(batcher: Collator, samples: Sequence[TrainingSample]) -> int:
     """Counted on the tensors themselves."""
-    batch = batcher.build(samples)
+    batch = batcher.collate(samples)
     return batch.student.token_ids.numel() + (0 if batch.teacher is None else batch.teacher.token_ids.numel())
 
 
@@ -90,7 +90,7 @@ def test_logits_are_those_of_each_sample_alone(
     if cost is not None:
         assert enable_packing(student) is not None
         assert enable_packing(teacher) is not None
-    batch = Collator(0, CPU, cost=cost).build(samples)
+    batch = Collator(0, CPU, cost=cost).collate(samples)
 
     def compute(model: Any, sequences: PaddedSequences | PackedSequences) -> Tensor:
         return compute_dense_logits(build_lazy_logits(model, compute_hidden(model, sequences)))
@@ -105,7 +105,7 @@ def test_logits_are_those_of_each_sample_alone(
 
 def test_packed_values_stand_beside_their_tokens(make_samples: Callable[..., list[TrainingSample]]) -> None:
     samples = make_samples(undistilled=(1, 4))
-    batch = Collator(0, CPU).build(samples)
+    batch = Collator(0, CPU).collate(samples)
     tokens = [(i, k) for i, s in enumerate(samples) for k in range(len(s.response.token_ids))]
     assert batch.sample_index.tolist() == [i for i, _ in tokens]
     assert batch.sampled_ids.tolist() == [samples[i].response.token_ids[k] for i, k in tokens]
@@ -116,7 +116,7 @@ def test_packed_values_stand_beside_their_tokens(make_samples: Callable[..., lis
 
 
 def test_two_samples_padded_by_hand(make_sample: Callable[..., TrainingSample]) -> None:
-    batch = Collator(0, CPU).build([make_sample([3], [4, 5, 2]), make_sample([6, 7], [8], [9, 9, 9])])
+    batch = Collator(0, CPU).collate([make_sample([3], [4, 5, 2]), make_sample([6, 7], [8], [9, 9, 9])])
     assert isinstance(batch.student, PaddedSequences)
     assert batch.student.token_ids.tolist() == [[0, 3, 4, 5, 2], [6, 7, 8, 0, 0]]
     assert batch.student.attention_mask.tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
@@ -131,7 +131,7 @@ def test_three_samples_packed_by_hand(make_sample: Callable[..., TrainingSample]
     """Two rollouts of one prompt, whose teacher prompts begin with the same two tokens, and one of another."""
     first = make_sample([3, 6], [4, 5, 2], [7, 8, 9])
     samples = [first, make_sample(first.prompt, [5, 2], [7, 8, 3, 3]), make_sample([3, 6], [4])]
-    batch = Collator(0, CPU, cost=SHARES).build(samples)
+    batch = Collator(0, CPU, cost=SHARES).collate(samples)
     assert isinstance(batch.student, PackedSequences) and isinstance(batch.teacher, PackedSequences)
     assert batch.student.token_ids.tolist() == [[3, 6, 4, 5, 2, 5, 2, 3, 6, 4]]
     assert batch.student.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 3, 0, 1, 2]]

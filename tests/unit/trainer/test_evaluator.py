@@ -79,7 +79,9 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Scripted:
 
 def evaluate(run: SDPOConfig, student: nn.Module, teacher: Teacher | None) -> dict[str, float]:
     reward_manager = RewardManager(Reversal(), run.reward, NullCallback())
-    return Evaluator(run, reward_manager, TOKENIZER, PROMPTS, DECODING, None).evaluate(student, teacher)  # type: ignore[arg-type]
+    return Evaluator(run.eval, run.self_distillation, reward_manager, TOKENIZER, PROMPTS, DECODING, None).evaluate(
+        student, teacher
+    )  # type: ignore[arg-type]
 
 
 def copier(text: str, _: int) -> str:
@@ -140,7 +142,15 @@ def test_what_cannot_be_graded_is_left_out_and_counted(make_run: MakeRun, script
     answers = {"123": ["321", "13", "0", "13"], "456": ["13"] * 4, "78": ["13", "87", "87", "0"], "90": ["0"] * 4}
     scripted.answers[student] = lambda text, k: next(a[k] for digits, a in answers.items() if digits in text)
     run = make_run(eval__n=4, reward__max_failure_fraction=0.5)
-    evaluator = Evaluator(run, RewardManager(Fails(), run.reward, NullCallback()), TOKENIZER, PROMPTS, DECODING, None)
+    evaluator = Evaluator(
+        run.eval,
+        run.self_distillation,
+        RewardManager(Fails(), run.reward, NullCallback()),
+        TOKENIZER,
+        PROMPTS,
+        DECODING,
+        None,
+    )
     expected = {
         "val-core/near/acc/mean@1": 1.0,
         "val-core/far/acc/mean@1": 0.0,
@@ -275,5 +285,13 @@ def test_every_evaluation_draws_the_same_noise(make_run: MakeRun, make_model: An
         def compute_score(self, row: Row, response: str) -> float:
             return float(sum(map(ord, response)) % 97)
 
-    evaluator = Evaluator(run, RewardManager(Length(), run.reward, NullCallback()), TOKENIZER, PROMPTS, DECODING, None)
+    evaluator = Evaluator(
+        run.eval,
+        run.self_distillation,
+        RewardManager(Length(), run.reward, NullCallback()),
+        TOKENIZER,
+        PROMPTS,
+        DECODING,
+        None,
+    )
     assert evaluator.evaluate(model, None) == evaluator.evaluate(model, None)

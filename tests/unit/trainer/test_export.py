@@ -16,7 +16,7 @@ from sdpo.errors import SDPOError
 from sdpo.trainer import trainer
 from sdpo.trainer.actor.actor import Actor
 from sdpo.trainer.checkpoint.export import export_model
-from sdpo.trainer.trainer import train
+from sdpo.trainer.trainer import SDPOTrainer
 
 MakeRun = Callable[..., SDPOConfig]
 IDS = torch.tensor([[5, 6, 7, 8, 3]])
@@ -45,7 +45,7 @@ def run_and_keep(run: SDPOConfig, monkeypatch: pytest.MonkeyPatch) -> Actor:
         save(folder, actor, processing)
 
     monkeypatch.setattr(trainer, "save_models", keep)
-    train(run)
+    SDPOTrainer(run).train()
     return kept[-1]
 
 
@@ -100,7 +100,7 @@ def test_a_teacher_that_is_no_model_is_refused(
 ) -> None:
     changes = {f"self_distillation__{name}": value for name, value in settings.items()}
     run = make_task_run(**{**SETTINGS, "max_steps": 1}, **changes)
-    train(run)
+    SDPOTrainer(run).train()
     with pytest.raises(SDPOError, match=said):
         export_model(Path(run.output_dir) / "checkpoints/step_1", tmp_path / "out", teacher=True)
     assert not (tmp_path / "out").exists()
@@ -108,7 +108,7 @@ def test_a_teacher_that_is_no_model_is_refused(
 
 def test_what_cannot_be_exported_leaves_nothing(make_task_run: MakeRun, tmp_path: Path) -> None:
     run = make_task_run(**{**SETTINGS, "max_steps": 1}, **LORA)
-    train(run)
+    SDPOTrainer(run).train()
     checkpoint, out = Path(run.output_dir) / "checkpoints/step_1", tmp_path / "out"
     with pytest.raises(SDPOError, match=r"no checkpoint in a run folder"):
         export_model(tmp_path, out)

@@ -19,8 +19,9 @@ from sdpo.observability.health import HealthMonitor
 from sdpo.observability.health_callback import HealthCallback
 from sdpo.observability.progress import NullCallback
 from sdpo.trainer.actor.actor import Actor
+from sdpo.trainer.actor.build import build_actor
 from sdpo.trainer.data.samples import TrainingSample
-from sdpo.trainer.trainer import train
+from sdpo.trainer.trainer import SDPOTrainer
 
 MakeRun = Callable[..., SDPOConfig]
 MakeSamples = Callable[..., list[TrainingSample]]
@@ -61,7 +62,7 @@ def test_lower_halves_the_weight_down_to_its_floor(
     model: Any, make_run: MakeRun, make_samples: MakeSamples, tmp_path: Path
 ) -> None:
     run = make_run(self_distillation__distillation_coef_start=0.8, self_distillation__distillation_coef_end=0.8)
-    actor = Actor(model, run, 0)
+    actor = build_actor(model, run, 0)
     samples = make_samples()
     assert actor.update_policy(samples)[metrics.DISTILLATION_COEF] == pytest.approx(0.8)
     fall(build_guard(actor, tmp_path, score_collapse="reduce_weight"))
@@ -76,7 +77,7 @@ def test_a_lowered_weight_makes_the_gradient_as_much_smaller(
 ) -> None:
     norms = []
     for lowered in (False, True):
-        actor = Actor(make_model(), make_run(), 0)
+        actor = build_actor(make_model(), make_run(), 0)
         if lowered:
             actor.lower_distillation()
         norms.append(actor.update_policy(make_samples())[metrics.GRAD_NORM])
@@ -92,7 +93,7 @@ def test_a_frozen_teacher_stays_as_it_was(
         self_distillation__teacher_sync_steps=1,
         health__score_collapse="freeze_teacher",
     )
-    actor = Actor(model, run, 0)
+    actor = build_actor(model, run, 0)
     assert actor.teacher is not None and actor.teacher.module is not None
     initial = weights_of(actor.teacher.module)
     actor.update_policy(make_samples())
@@ -107,7 +108,7 @@ def test_a_frozen_teacher_stays_as_it_was(
 
 
 def test_of_the_trust_region_the_initial_model_is_left(model: Any, make_run: MakeRun) -> None:
-    actor = Actor(model, make_run(self_distillation__teacher_regularization="trust-region"), 0)
+    actor = build_actor(model, make_run(self_distillation__teacher_regularization="trust-region"), 0)
     assert actor.teacher is not None
     assert len(actor.teacher.policy(actor.student)) == 2
     actor.freeze_teacher()
@@ -117,7 +118,7 @@ def test_of_the_trust_region_the_initial_model_is_left(model: Any, make_run: Mak
 def test_a_live_teacher_becomes_the_initial_model_and_the_student_goes_back(
     model: Any, make_run: MakeRun, make_samples: MakeSamples, tmp_path: Path
 ) -> None:
-    actor = Actor(
+    actor = build_actor(
         model, make_run(self_distillation__teacher_regularization="live", health__score_collapse="freeze_teacher"), 0
     )
     guard = build_guard(actor, tmp_path, score_collapse="freeze_teacher")
@@ -141,7 +142,7 @@ def test_a_live_teacher_becomes_the_initial_model_and_the_student_goes_back(
 def test_without_an_evaluation_the_student_stays(
     model: Any, make_run: MakeRun, make_samples: MakeSamples, tmp_path: Path
 ) -> None:
-    actor = Actor(
+    actor = build_actor(
         model, make_run(self_distillation__teacher_regularization="live", health__score_collapse="freeze_teacher"), 0
     )
     actor.update_policy(make_samples())
@@ -159,7 +160,7 @@ def test_alarm_is_told_and_written(model: Any, make_run: MakeRun, tmp_path: Path
             told.append(text)
 
     monitor = HealthMonitor(HealthConfig(window=1, min_z_score=0.0, score_collapse="stop"))
-    guard = HealthCallback(monitor, Actor(model, make_run(), 0), record_in(tmp_path), Listener())
+    guard = HealthCallback(monitor, build_actor(model, make_run(), 0), record_in(tmp_path), Listener())
     fall(guard)
     reason = "training score fell from 1 to 0.5 (means of 1 steps)"
     assert told == [f"step 2: score_collapse: {reason}; the run stops here"]
@@ -174,7 +175,7 @@ def test_alarm_is_told_and_written(model: Any, make_run: MakeRun, tmp_path: Path
 
 
 def test_guard_goes_on_from_its_state(model: Any, make_run: MakeRun, tmp_path: Path) -> None:
-    actor = Actor(model, make_run(), 0)
+    actor = build_actor(model, make_run(), 0)
     first, second = (build_guard(actor, tmp_path) for _ in range(2))
     first.watch(1, {metrics.SCORE_MEAN: 1.0, ACCURACY: 0.7})
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
@@ -193,13 +194,13 @@ def test_stop_ends_the_run_like_a_finished_one(make_task_run: MakeRun, monkeypat
 
     monkeypatch.setattr(summarize, lambda *a: summarize_samples(*a) | {metrics.SCORE_MEAN: next(scores)})
     run = make_task_run(max_steps=5, health__window=1, health__min_z_score=0.0, health__score_collapse="stop")
-    result = train(run)
-    assert result.stopped_by == "score_collapse: training score fell from 1 to 0.2 (means of 1 steps)"
+    result = SDPOTrainer(run).train()
+    assert result.stop_reason == "score_collapse: training score fell from 1 to 0.2 (means of 1 steps)"
     rows = rows_of(run)
     assert [row[metrics.STEP] for row in rows] == [0, 1, 2, 3]
     assert any(name.startswith("val-core/") for name in rows[-1])  # evaluated, as after the last step
     assert (Path(run.output_dir) / "checkpoints" / "step_3").is_dir()
-    assert result.metrics[metrics.NUM_WARNINGS] == 1 and not result.interrupted
+    assert result.metrics[metrics.NUM_WARNINGS] == 1 and not result.interrupt_signal
 
 
 @pytest.mark.parametrize(

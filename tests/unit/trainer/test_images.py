@@ -35,10 +35,12 @@ from sdpo.prompting.tokenization import encode_teacher_prompt
 from sdpo.rewards.base import RewardOutput, Row
 from sdpo.rewards.toy.synthetic_geometry import write_drawn_geometry
 from sdpo.trainer.actor.actor import Actor
+from sdpo.trainer.actor.build import build_actor
 from sdpo.trainer.actor.collate import Collator
+from sdpo.trainer.actor.forward import PolicyForward
 from sdpo.trainer.data.prompts import Prompt
 from sdpo.trainer.data.samples import TrainingSample
-from sdpo.trainer.trainer import train
+from sdpo.trainer.trainer import SDPOTrainer
 
 VisionModel = Callable[[str], LoadedModel]
 MakeRun = Callable[..., SDPOConfig]
@@ -96,7 +98,7 @@ def test_logits_of_student_and_teacher_are_those_of_each_sample_alone(
     cost = enable_packing(loaded.model, loaded.vision) if packs else None
     assert (cost is not None) == (packs and family != "gemma3")  # whose images' tokens see each other
     shares = None if cost is None else replace(cost, flops_per_call=0.0)  # on models this small it does not pay
-    batch = Collator(0, CPU, loaded.vision, shares).build(samples)
+    batch = Collator(0, CPU, loaded.vision, shares).collate(samples)
     images = step_images(loaded)
 
     def compute(sequences: PaddedSequences | PackedSequences) -> Tensor:
@@ -171,7 +173,7 @@ def build_learner(loaded: LoadedModel, run: SDPOConfig) -> tuple[Actor, LoadedMo
     if run.lora.rank:
         torch.manual_seed(0)
         add_adapters(loaded.model, run.lora)
-    return Actor(loaded.model, run, 0, loaded.vision), loaded
+    return build_actor(loaded.model, run, 0, loaded.vision), loaded
 
 
 class NaiveImages:
@@ -207,7 +209,7 @@ def test_a_step_is_that_of_a_tower_for_each_sequence(
         actor, loaded = build_learner(vision_model(family), run)
         before = {n: p.detach().clone() for n, p in actor.student.named_parameters()}
         if naive:
-            monkeypatch.setattr(actor, "_step_images", lambda vision=loaded.vision: NaiveImages(vision))
+            monkeypatch.setattr(PolicyForward, "step_images", lambda forward: NaiveImages(forward.vision))
         values = [actor.update_policy(make_samples(loaded, run)) for _ in range(2)]
         outcomes.append((values, dict(actor.student.named_parameters()), before))
     (ours, weights, before), (naive_values, naive_weights, _) = outcomes
@@ -290,7 +292,7 @@ def make_image_run(make_run: MakeRun, vision_dir: Callable[[str], Path], tmp_pat
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("max_staleness", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_run_with_images(make_image_run: MakeRun, family: str, max_staleness: int) -> None:
-    result = train(make_image_run(family, max_staleness=max_staleness))
+    result = SDPOTrainer(make_image_run(family, max_staleness=max_staleness)).train()
     rows = [json.loads(line) for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
     assert all(row[metrics.DISTILLATION_LOSS] > 0 for row in rows[1:])
     assert all(row[metrics.ROLLOUT_KL] == pytest.approx(0, abs=0.05) for row in rows[1:2])
@@ -326,7 +328,7 @@ def test_checkpointing_and_autocast_reach_the_tower(
 
 
 def test_a_frozen_tower_stays(make_image_run: MakeRun, vision_model: VisionModel) -> None:
-    result = train(make_image_run(actor__freeze_vision_tower=True))
+    result = SDPOTrainer(make_image_run(actor__freeze_vision_tower=True)).train()
     from safetensors.torch import load_file
 
     saved = load_file(result.output_dir / "checkpoints" / "step_2" / "model.safetensors")
@@ -344,7 +346,7 @@ def test_a_language_model_has_nothing_to_freeze(make_task_run: MakeRun) -> None:
     with pytest.raises(
         SDPOError, match=r"actor\.freeze_vision_tower=true, but the model has no image tower; remove it"
     ):
-        train(make_task_run(actor__freeze_vision_tower=True))
+        SDPOTrainer(make_task_run(actor__freeze_vision_tower=True)).train()
 
 
 def test_a_language_model_reads_no_images(make_task_run: MakeRun, tmp_path: Path) -> None:
@@ -352,13 +354,13 @@ def test_a_language_model_reads_no_images(make_task_run: MakeRun, tmp_path: Path
     with pytest.raises(
         SDPOError, match=r"images\.parquet: row 1: has images, which model\.path=.* does not read; take a model"
     ):
-        train(make_task_run(data__train_files=[file]))
+        SDPOTrainer(make_task_run(data__train_files=[file])).train()
 
 
 def test_vllm_is_refused(make_image_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sdpo.trainer.build.require_vllm", lambda device: None)
     with pytest.raises(SDPOError, match=r"rollout\.engine=vllm does not sample from models that read images yet"):
-        train(make_image_run(rollout__engine="vllm"))
+        SDPOTrainer(make_image_run(rollout__engine="vllm")).train()
 
 
 @pytest.mark.parametrize(
@@ -383,10 +385,10 @@ def test_rows_that_cannot_be_read_are_refused_or_skipped(
     pq.write_table(pa.Table.from_pylist([*good[:2], *bad, *good[2:]]), file)
     run = make_image_run(data__train_files=[str(file)], max_steps=1)
     if reason is None:
-        train(run)
+        SDPOTrainer(run).train()
         return
     with pytest.raises(SDPOError, match=rf"mixed\.parquet: row 2: .*{reason}"):
-        train(run)
+        SDPOTrainer(run).train()
     assert not (tmp_path / "run").exists(), "half a run was written"
 
     class Listening(NullCallback):
@@ -400,7 +402,7 @@ def test_rows_that_cannot_be_read_are_refused_or_skipped(
     skipping = make_image_run(data__train_files=[str(file)], max_steps=1, data__filter_unreadable_images=True)
     if "nowhere" in reason:  # a path that leads nowhere is a mistake in the file, not in one row
         return
-    train(skipping, listening)
+    SDPOTrainer(skipping, listening).train()
     assert any("data.train_files: skipped 1 of 4 rows; the first:" in text for text in listening.messages)
 
 
@@ -416,7 +418,7 @@ def test_drawn_geometry_by_the_grader_of_geometry3k(make_image_run: MakeRun, tmp
         data__shuffle=False,
         self_distillation__include_environment_feedback=True,
     )
-    result = train(run)
+    result = SDPOTrainer(run).train()
     assert result.metrics[metrics.SOLUTION_FRACTION] == 1.0
     assert result.metrics[metrics.val_name("hiyouga/geometry3k", "mean@1")] == 0.0
     text = (result.output_dir / "rollouts" / "step_1.txt").read_text()

@@ -24,10 +24,11 @@ from sdpo.models.multimodal.processor import TokenPrompt
 from sdpo.models.packing.layout import PackedSequences
 from sdpo.observability import metrics
 from sdpo.trainer.actor.actor import Actor
+from sdpo.trainer.actor.build import build_actor
 from sdpo.trainer.checkpoint.state import FILE
 from sdpo.trainer.data.samples import TrainingSample
 from sdpo.trainer.rollout.sampler import LocalSampler, ProcessSampler, TransformersEngine
-from sdpo.trainer.trainer import train
+from sdpo.trainer.trainer import SDPOTrainer
 
 MakeModel = Callable[..., Any]
 MakeRun = Callable[..., SDPOConfig]
@@ -146,9 +147,9 @@ def test_gradients_are_those_of_the_plain_step(
     )
     student = build_student(make_model, run, attn_implementation="sdpa" if packed else "eager")
     before = adapters_of(student)
-    actor = Actor(student, run, 0)
+    actor = build_actor(student, run, 0)
     samples = make_samples()
-    assert isinstance(actor.batcher.build(samples[:3]).student, PackedSequences) == packed
+    assert isinstance(actor.collator.collate(samples[:3]).student, PackedSequences) == packed
     found = record_gradients(actor)
     values = actor.update_policy(samples)
     # The teacher is the base model still, as it began.
@@ -171,7 +172,7 @@ def test_after_some_steps_the_teacher_is_the_formula_and_the_base_is_untouched(
     run = make_run(**LORA, self_distillation__ema_update_rate=rate, optim__lr=3e-2, actor__mini_batch_size=1)
     student = build_student(make_model, run, trained=False, dtype=dtype)
     start = {name: param.clone() for name, param in MergedParameters(student).items()}
-    actor = Actor(student, run, 0)
+    actor = build_actor(student, run, 0)
     expected = {name: torch.zeros(b.shape[0], a.shape[1]).double() for name, (a, b) in adapters_of(student).items()}
     for seed in range(6):
         actor.update_policy(make_samples(seed=seed))
@@ -256,7 +257,7 @@ def test_a_killed_run_goes_on_to_the_same_end(
 ) -> None:
     settings = {**SETTINGS, "max_staleness": max_staleness, "self_distillation__teacher_regularization": kind}
     whole = make_task_run(**settings, output_dir=str(tmp_path / "whole"))
-    train(whole)
+    SDPOTrainer(whole).train()
     run = make_task_run(**settings, output_dir=str(tmp_path / "killed"))
     update = Actor._update
 
@@ -267,8 +268,8 @@ def test_a_killed_run_goes_on_to_the_same_end(
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Actor, "_update", kill)
-        train(run)
-    train(replace(run, resume_mode="required"))
+        SDPOTrainer(run).train()
+    SDPOTrainer(replace(run, resume_mode="required")).train()
     folders = [Path(each.output_dir) / "checkpoints" / "step_4" for each in (whole, run)]
     one, two = (load_file(folder / "adapter_model.safetensors") for folder in folders)
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
@@ -284,6 +285,6 @@ def test_a_killed_run_goes_on_to_the_same_end(
 
 def test_what_a_resumed_run_may_not_change(make_task_run: MakeRun) -> None:
     run = make_task_run(**{**SETTINGS, "max_steps": 1})
-    train(run)
+    SDPOTrainer(run).train()
     with pytest.raises(SDPOError, match=r"lora\.rank=2 was 4 when the run began"):
-        train(replace(run, max_steps=2, resume_mode="required", lora=replace(run.lora, rank=2)))
+        SDPOTrainer(replace(run, max_steps=2, resume_mode="required", lora=replace(run.lora, rank=2))).train()

@@ -17,7 +17,7 @@ from sdpo.models.lora.adapters import add_adapters
 from sdpo.models.memory_estimate import MemoryEstimate
 from sdpo.models.multimodal.processor import TokenPrompt
 from sdpo.report.dry_run import list_memory
-from sdpo.trainer.actor.actor import Actor
+from sdpo.trainer.actor.build import build_actor
 from sdpo.trainer.memory_estimate import estimate_memory
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "qwen2_5_vl_3b"
@@ -34,7 +34,7 @@ def test_weights_and_moments_are_as_large_as_they_turn_out(
     cost = estimate_memory(run)
     largest = max(p.numel() for p in make_model().parameters())
     assert cost.phases["the update"]["copies of the weights"] == 2 * 4 * largest
-    actor = Actor(make_model(), run, 0)
+    actor = build_actor(make_model(), run, 0)
     actor.update_policy(make_samples())
     size = sum(p.numel() * p.element_size() for p in actor.student.parameters())
     moments = sum(
@@ -145,7 +145,7 @@ def test_adapters_and_what_follows_them_are_as_large_as_they_turn_out(
     cost = estimate_memory(run)
     student = make_model(dtype=getattr(torch, dtype))
     add_adapters(student, run.lora)
-    actor = Actor(student, run, 0)
+    actor = build_actor(student, run, 0)
     actor.update_policy(make_samples())
 
     def size(tensors: Iterable[torch.Tensor]) -> int:
@@ -198,7 +198,7 @@ def test_logits_take_the_same_however_many_tokens_there_are(
         run = make_run(
             rollout__max_response_length=32, model__dtype=dtype, optim__betas=[0.9, 0.95], self_distillation__alpha=0.5
         )
-        actor = Actor(make_model(vocab_size=many, dtype=getattr(torch, dtype)), run, 0)
+        actor = build_actor(make_model(vocab_size=many, dtype=getattr(torch, dtype)), run, 0)
         samples = [make_sample([3, 4], range(3, 35), [3, 4, 5]) for _ in range(num_samples)]
         actor.update_policy(samples)
         with pytest.MonkeyPatch.context() as patch:
@@ -242,7 +242,7 @@ def test_a_step_stays_below_what_was_said_of_it(
     cost = estimate_memory(run)
     if rank:
         add_adapters(model, run.lora)
-    actor = Actor(model, run, 0)
+    actor = build_actor(model, run, 0)
     samples = [make_sample([5] * 64, [3 + i] * 64, [6] * 64) for i in range(12)]
     actor.update_policy(samples)
     bound = sum(cost.phases["a micro-batch"].values()) + cost.learning["gradients"]

@@ -25,7 +25,7 @@ from sdpo.trainer import build
 from sdpo.trainer.actor.actor import Actor
 from sdpo.trainer.checkpoint.state import FILE
 from sdpo.trainer.rollout.sampler import ProcessSampler
-from sdpo.trainer.trainer import train
+from sdpo.trainer.trainer import SDPOTrainer
 
 MakeRun = Callable[..., SDPOConfig]
 SETTINGS: dict[str, Any] = {
@@ -125,14 +125,14 @@ def test_a_killed_run_goes_on_to_the_same_end(
         pytest.importorskip("torchao")
     settings = {**SETTINGS, "max_staleness": max_staleness, "save_steps": 1, **PRECISIONS[precision]}
     whole = make_task_run(**settings, output_dir=str(tmp_path / "whole"))
-    train(whole)
+    SDPOTrainer(whole).train()
     run = make_task_run(**settings, output_dir=str(tmp_path / "killed"))
     with monkeypatch.context() as patch:
         kill_in_step(patch, killed_in)
         with pytest.raises(Killed):
-            train(run)
+            SDPOTrainer(run).train()
     listening = Listening()
-    train(replace(run, resume_mode="required"), listening)
+    SDPOTrainer(replace(run, resume_mode="required"), listening).train()
     assert listening.messages[0].startswith(f"going on after step {killed_in - 1} from ")
     assert_same_end(run, whole)
 
@@ -141,7 +141,7 @@ def test_another_process_knows_the_moments_of_8_bits(make_task_run: MakeRun) -> 
     """``torch.load`` takes them only where torchao is imported, which transformers does."""
     pytest.importorskip("torchao")
     run = make_task_run(**SETTINGS, optim__name="adamw_8bit", max_staleness=0)
-    train(run)
+    SDPOTrainer(run).train()
     folder = Path(run.output_dir) / "checkpoints" / f"step_{run.max_steps}"
     code = (
         "import sys; from pathlib import Path; from sdpo.trainer.checkpoint.state import TrainingState;"
@@ -204,28 +204,28 @@ def test_a_stopped_run_saves_its_last_whole_step_and_goes_on_to_the_same_end(
     number: signal.Signals,
 ) -> None:
     settings = {**SETTINGS, "max_staleness": max_staleness, "save_steps": 0, "eval_steps": 3}
-    train(whole := make_task_run(**settings, output_dir=str(tmp_path / "whole")))
+    SDPOTrainer(whole := make_task_run(**settings, output_dir=str(tmp_path / "whole"))).train()
     run = make_task_run(**settings, output_dir=str(tmp_path / "stopped"))
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
         send_in_step(patch, 3, where, number)
-        assert train(run).interrupted == number.name
+        assert SDPOTrainer(run).train().interrupt_signal == number.name
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert [p.name for p in (Path(run.output_dir) / "checkpoints").iterdir()] == [f"step_{saved}"]
-    assert train(replace(run, resume_mode="auto")).interrupted is None
+    assert SDPOTrainer(replace(run, resume_mode="auto")).train().interrupt_signal is None
     assert_same_end(run, whole)
 
 
 def test_a_second_signal_between_two_updates_stops_at_once_and_saves_nothing_that_is_no_step(
     make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    train(whole := make_task_run(**SETTINGS, output_dir=str(tmp_path / "whole")))
+    SDPOTrainer(whole := make_task_run(**SETTINGS, output_dir=str(tmp_path / "whole"))).train()
     run, listening = make_task_run(**SETTINGS), Listening()
     with monkeypatch.context() as patch:
         send_in_step(patch, 4, "between", signal.SIGINT, times=2)
-        assert train(run, listening).interrupted == "SIGINT"
-    assert listening.messages == ["stopped between two steps: the newest checkpoint is that of step 2"]
-    train(replace(run, resume_mode="auto"))
+        assert SDPOTrainer(run, listening).train().interrupt_signal == "SIGINT"
+    assert listening.messages == ["stopped within an update; the latest checkpoint is that of step 2"]
+    SDPOTrainer(replace(run, resume_mode="auto")).train()
     assert_same_end(run, whole)
 
 
@@ -240,11 +240,11 @@ def test_rollouts_that_take_longer_than_may_be_waited_for_are_left_out_and_that_
     )
     with monkeypatch.context() as patch:
         send_in_step(patch, 3, "after", signal.SIGTERM)
-        train(run, listening)
+        SDPOTrainer(run, listening).train()
     assert listening.messages == [
         "rollouts in flight are left out: resumed, the run will not be that which goes on now to the bit"
     ]
-    train(replace(run, resume_mode="required"))
+    SDPOTrainer(replace(run, resume_mode="required")).train()
     assert [row[metrics.STALENESS] for row in rows_of(run) if metrics.STALENESS in row] == [0, 1, 1, 0, 1]
 
 
@@ -260,7 +260,7 @@ def test_an_error_saves_the_last_whole_step_too(make_task_run: MakeRun, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(Actor, "_accumulate_gradients", fail)
         with pytest.raises(ZeroDivisionError):
-            train(run)
+            SDPOTrainer(run).train()
     assert [p.name for p in (Path(run.output_dir) / "checkpoints").iterdir()] == ["step_2"]
 
 
@@ -274,18 +274,18 @@ def stopped(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> SDPOConf
     with monkeypatch.context() as patch:
         kill_in_step(patch, 5)
         with pytest.raises(Killed):
-            train(run)
+            SDPOTrainer(run).train()
     return run
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     stopped: SDPOConfig, make_task_run: MakeRun, tmp_path: Path
 ) -> None:
-    train(whole := make_task_run(**SETTINGS, output_dir=str(tmp_path / "whole")))
+    SDPOTrainer(whole := make_task_run(**SETTINGS, output_dir=str(tmp_path / "whole"))).train()
     damaged = Path(stopped.output_dir) / "checkpoints" / "step_4"
     (damaged / FILE).write_bytes((damaged / FILE).read_bytes()[:-1])
     listening = Listening()
-    train(replace(stopped, resume_mode="auto"), listening)
+    SDPOTrainer(replace(stopped, resume_mode="auto"), listening).train()
     assert listening.messages[0].startswith(f"{damaged} is damaged ({FILE} has ")
     assert listening.messages[1] == f"going on after step 2 from {damaged.with_name('step_2')}"
     assert_same_end(stopped, whole)
@@ -295,13 +295,13 @@ def test_without_a_whole_checkpoint_auto_begins_and_must_refuses(stopped: SDPOCo
     for path in (Path(stopped.output_dir) / "checkpoints").glob("step_*/manifest.json"):
         path.unlink()
     with pytest.raises(SDPOError, match="holds no whole checkpoint to go on from; start without --resume"):
-        train(replace(stopped, resume_mode="required"))
+        SDPOTrainer(replace(stopped, resume_mode="required")).train()
     listening = Listening()
-    train(replace(stopped, resume_mode="auto"), listening)
+    SDPOTrainer(replace(stopped, resume_mode="auto"), listening).train()
     assert listening.messages[-1] == f"{stopped.output_dir} held an earlier run; moved to {stopped.output_dir}.1"
     fresh = make_task_run(output_dir=f"{stopped.output_dir}/../fresh", resume_mode="required")
     with pytest.raises(SDPOError, match="holds no whole checkpoint"):
-        train(fresh)
+        SDPOTrainer(fresh).train()
     assert not Path(fresh.output_dir).exists()
 
 
@@ -325,7 +325,7 @@ def change(run: SDPOConfig, key: str, value: Any) -> SDPOConfig:
 )
 def test_a_setting_that_would_make_it_another_run_is_refused(stopped: SDPOConfig, key: str, value: Any) -> None:
     with pytest.raises(SDPOError, match=rf"^{key}={value!r} was .* when the run began, and with it"):
-        train(replace(change(stopped, key, value), resume_mode="required"))
+        SDPOTrainer(replace(change(stopped, key, value), resume_mode="required")).train()
 
 
 def test_other_settings_are_said_and_take_effect(stopped: SDPOConfig) -> None:
@@ -333,7 +333,7 @@ def test_other_settings_are_said_and_take_effect(stopped: SDPOConfig) -> None:
         change(replace(stopped, resume_mode="required"), "optim.lr", 1e-4), "tracking.log_completions_steps", 1
     )
     listening = Listening()
-    result = train(run, listening)
+    result = SDPOTrainer(run, listening).train()
     assert listening.messages[:2] == [
         "optim.lr=0.0001 from here on, was 0.003",
         "tracking.log_completions_steps=1 from here on, was 10",
@@ -345,23 +345,23 @@ def test_other_settings_are_said_and_take_effect(stopped: SDPOConfig) -> None:
 
 def test_other_rows_are_refused(stopped: SDPOConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "compute_fingerprint", lambda prompts: "others")
-    with pytest.raises(SDPOError, match=r"^data\.train_files: other rows than when the run began"):
-        train(replace(stopped, resume_mode="required"))
+    with pytest.raises(SDPOError, match=r"^data\.train_files: the rows differ from those of the checkpoint"):
+        SDPOTrainer(replace(stopped, resume_mode="required")).train()
 
 
 def test_a_finished_run_is_finished_again_and_may_be_prolonged(make_task_run: MakeRun, tmp_path: Path) -> None:
-    train(whole := make_task_run(max_steps=4, save_steps=2, output_dir=str(tmp_path / "whole")))
-    train(run := make_task_run(max_steps=2, save_steps=2, output_dir=str(tmp_path / "short")))
+    SDPOTrainer(whole := make_task_run(max_steps=4, save_steps=2, output_dir=str(tmp_path / "whole"))).train()
+    SDPOTrainer(run := make_task_run(max_steps=2, save_steps=2, output_dir=str(tmp_path / "short"))).train()
     rows = rows_of(run)
     with pytest.raises(SDPOError, match=r"its run has had 2 steps, more than max_steps=1$"):
-        train(replace(run, resume_mode="auto", max_steps=1))
+        SDPOTrainer(replace(run, resume_mode="auto", max_steps=1)).train()
     # killed between its last checkpoint and its last row, it has that row to write
     metrics_file = Path(run.output_dir) / "metrics.jsonl"
     metrics_file.write_text("".join(metrics_file.read_text().splitlines(keepends=True)[:-1]))
-    result = train(replace(run, resume_mode="auto"))
+    result = SDPOTrainer(replace(run, resume_mode="auto")).train()
     assert rows_of(run) == rows and result.metrics[metrics.STEP] == 2
     longer = replace(run, max_steps=4, resume_mode="auto")
-    train(longer)
+    SDPOTrainer(longer).train()
     # the evaluation after the last step is part of the shorter run alone
     rows = [{k: v for k, v in row.items() if not k.startswith("val-")} for row in rows_of(longer)]
     assert rows == [{k: v for k, v in row.items() if not k.startswith("val-")} for row in rows_of(whole)]
@@ -375,13 +375,13 @@ def test_two_runs_in_one_folder_are_one_too_many(make_task_run: MakeRun, monkeyp
     def start_another(actor: Actor, *arguments: Any, **how: Any) -> Any:
         for resume_mode in ("disable", "auto", "required"):
             with pytest.raises(SDPOError) as caught:
-                train(replace(run, resume_mode=resume_mode))
+                SDPOTrainer(replace(run, resume_mode=resume_mode)).train()
             refused.append(str(caught.value))
         monkeypatch.undo()
         return learn(actor, *arguments, **how)
 
     monkeypatch.setattr(Actor, "update_policy", start_another)
-    train(run)
+    SDPOTrainer(run).train()
     assert len(refused) == 3
     assert all(
         text.startswith(f"output_dir: {run.output_dir}: another run is writing to it (process {os.getpid()} on ")
@@ -409,7 +409,7 @@ def test_alarms_and_what_they_did_are_resumed(
         "health__ref_kl_interval": 1,
     }
     whole = make_task_run(**settings, output_dir=str(tmp_path / "whole"))
-    train(whole)
+    SDPOTrainer(whole).train()
     alarms = (Path(whole.output_dir) / "health_events.jsonl").read_text()
     frozen_at = min(json.loads(line)["step"] for line in alarms.splitlines() if '"freeze_teacher"' in line)
     assert 1 < frozen_at < 5
@@ -418,7 +418,7 @@ def test_alarms_and_what_they_did_are_resumed(
         with monkeypatch.context() as patch:
             kill_in_step(patch, killed_in)
             with pytest.raises(Killed):
-                train(run)
-        train(replace(run, resume_mode="required"))
+                SDPOTrainer(run).train()
+        SDPOTrainer(replace(run, resume_mode="required")).train()
         assert (Path(run.output_dir) / "health_events.jsonl").read_text() == alarms
         assert_same_end(run, whole)

@@ -17,7 +17,7 @@ from sdpo.errors import SDPOError
 from sdpo.models.generation.sampling import Completion
 from sdpo.rewards.base import Row
 from sdpo.rewards.toy.hidden_rule import build_tokenizer
-from sdpo.trainer.actor.actor import Actor
+from sdpo.trainer.actor.build import build_actor
 from sdpo.trainer.checkpoint.state import (
     FILE,
     TrainingState,
@@ -57,7 +57,7 @@ def test_student_teacher_and_tokenizer_load(
         self_distillation__ema_update_rate=0.5,
         optim__lr=0.1,
     )
-    actor = Actor(make_model(dtype=dtype), run, 0)
+    actor = build_actor(make_model(dtype=dtype), run, 0)
     for _ in range(2):
         actor.update_policy(make_samples())
     save_models(tmp_path, actor, TOKENIZER)
@@ -79,14 +79,14 @@ def test_no_teacher_is_saved_where_there_is_none(
     model: Any, make_run: MakeRun, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     run = make_run(**{f"self_distillation__{name}": value for name, value in settings.items()})
-    save_models(tmp_path, Actor(model, run, 0), TOKENIZER)
+    save_models(tmp_path, build_actor(model, run, 0), TOKENIZER)
     assert not (tmp_path / "teacher").exists()
 
 
 def test_the_state_comes_back_as_it_was(
     model: Any, make_run: MakeRun, make_samples: MakeSamples, tmp_path: Path
 ) -> None:
-    actor = Actor(model, make_run(), 0)
+    actor = build_actor(model, make_run(), 0)
     actor.update_policy(make_samples())
     rollouts = RolloutBatch([[Completion([5, 2], [-0.1, -0.3], True)], [Completion([7], [-2.5], False)]], 4, 0.25)
     random.seed(3), np.random.seed(3), torch.manual_seed(3)

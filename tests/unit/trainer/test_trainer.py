@@ -20,9 +20,10 @@ from sdpo.observability import metrics
 from sdpo.observability.progress import NullCallback
 from sdpo.trainer import build, trainer
 from sdpo.trainer.actor.actor import Actor
+from sdpo.trainer.actor.build import build_actor
 from sdpo.trainer.data.samples import TrainingSample, build_samples
 from sdpo.trainer.rollout.sampler import LocalSampler, ProcessSampler, RolloutBatch
-from sdpo.trainer.trainer import train
+from sdpo.trainer.trainer import SDPOTrainer
 
 MakeRun = Callable[..., SDPOConfig]
 Weights = dict[str, Tensor]
@@ -124,7 +125,7 @@ def test_in_turn_every_batch_is_sampled_with_the_newest_weights(
         )
     recorder = Recorder(monkeypatch)
     run = make_task_run(**STRONG)
-    train(run)
+    SDPOTrainer(run).train()
     check_log_probs(recorder, [0, 1, 2, 3], 0.9)
     rows = rows_of(run.output_dir)
     assert [row[metrics.STALENESS] for row in rows] == [0, 0, 0, 0]
@@ -139,7 +140,7 @@ def test_in_parallel_every_batch_is_sampled_one_update_behind(
 ) -> None:
     recorder = Recorder(monkeypatch)
     run = make_task_run(**STRONG, max_staleness=1, output_dir=str(tmp_path / "parallel"))
-    result = train(run)
+    result = SDPOTrainer(run).train()
     check_log_probs(recorder, [0, 0, 1, 2], 0.9)
     rows = rows_of(run.output_dir)
     assert [row[metrics.STALENESS] for row in rows] == [0, 1, 1, 1]
@@ -147,12 +148,12 @@ def test_in_parallel_every_batch_is_sampled_one_update_behind(
     assert abs(rows[0][metrics.ROLLOUT_KL]) < 1e-5
     assert all(abs(row[metrics.ROLLOUT_KL]) > 1e-5 for row in rows[1:])
     assert all(metrics.TIME_WEIGHTS in row for row in rows[:-1])
-    assert not result.interrupted
+    assert not result.interrupt_signal
 
     # The first step knows nothing of what runs beside it.
     monkeypatch.undo()
     in_turn = make_task_run(**STRONG, output_dir=str(tmp_path / "in_turn"))
-    train(in_turn)
+    SDPOTrainer(in_turn).train()
     first, expected = (without_timings(rows_of(r.output_dir))[0] for r in (run, in_turn))
     assert first == pytest.approx(expected, rel=1e-4, abs=1e-6)
     second, other = (without_timings(rows_of(r.output_dir))[1] for r in (run, in_turn))
@@ -161,7 +162,7 @@ def test_in_parallel_every_batch_is_sampled_one_update_behind(
 
 def learn_one_behind(run: SDPOConfig) -> Actor:
     """The schedule of staleness 1 in one process, step by step: batch k+1 is sampled, then batch k is learned."""
-    parts = build.build_parts(run, NullCallback())
+    parts = build.build_components(run, NullCallback())
     assert isinstance(parts.sampler, LocalSampler), "samples with the student itself, as it is when asked"
 
     def sample(step: int) -> RolloutBatch:
@@ -195,7 +196,7 @@ def test_overlapped_steps_learn_what_the_same_steps_learn_one_after_another(
     overlapped = make_task_run(
         **STRONG, max_staleness=1, rollout__num_threads=1, output_dir=str(tmp_path / "overlapped")
     )
-    train(overlapped)
+    SDPOTrainer(overlapped).train()
     actor = learn_one_behind(make_task_run(**STRONG, output_dir=str(tmp_path / "by_hand")))
     assert actor.teacher is not None
     assert actor.teacher.module is not None
@@ -206,7 +207,7 @@ def test_overlapped_steps_learn_what_the_same_steps_learn_one_after_another(
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
-    train(in_turn := make_task_run(**STRONG, output_dir=str(tmp_path / "in_turn")))
+    SDPOTrainer(in_turn := make_task_run(**STRONG, output_dir=str(tmp_path / "in_turn"))).train()
     assert checkpoint_bytes(in_turn.output_dir) != checkpoint_bytes(overlapped.output_dir), "staleness must matter here"
 
 
@@ -215,7 +216,7 @@ def test_the_same_rollouts_teach_the_same_whatever_the_staleness(
 ) -> None:
     learned = []
     for max_staleness in (0, 1):
-        actor = Actor(make_model(), make_run(max_staleness=max_staleness), 0)
+        actor = build_actor(make_model(), make_run(max_staleness=max_staleness), 0)
         for seed in range(3):
             actor.update_policy(make_samples(seed=seed))
         learned.append(actor.student.state_dict())
@@ -240,7 +241,7 @@ def test_a_batch_that_is_too_old_is_not_learned(
     recorder = Recorder(monkeypatch)
     message = rf"^step {refused_at}: rollouts are {max_staleness + 1} updates old, the bound is {max_staleness}$"
     with pytest.raises(RuntimeError, match=message):
-        train(make_task_run(max_staleness=max_staleness, max_steps=5))
+        SDPOTrainer(make_task_run(max_staleness=max_staleness, max_steps=5)).train()
     assert len(recorder.samples) == refused_at - 1
 
 
@@ -261,7 +262,7 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(make_task_run: MakeRun, tm
     ]
     for run in runs:
         torch.manual_seed(run.seed + len(run.output_dir))  # whatever happened before must not matter
-        train(run)
+        SDPOTrainer(run).train()
     first, same, other = (without_timings(rows_of(run.output_dir)) for run in runs)
     assert first == same
     assert checkpoint_bytes(runs[0].output_dir) == checkpoint_bytes(runs[1].output_dir)
@@ -275,7 +276,7 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(make_task_run: MakeRun, tm
 
 def test_steps_train_on_the_rows_that_the_order_says(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(monkeypatch)
-    train(make_task_run(max_steps=3, data__shuffle=False, data__train_batch_size=16, rollout__n=1))
+    SDPOTrainer(make_task_run(max_steps=3, data__shuffle=False, data__train_batch_size=16, rollout__n=1)).train()
     rows = [[s.prompt.row.extra_info["index"] for s in samples] for samples in recorder.samples]
     assert rows == [list(range(16)), list(range(16, 32)), [*range(32, 40), *range(8)]]
 
@@ -283,7 +284,9 @@ def test_steps_train_on_the_rows_that_the_order_says(make_task_run: MakeRun, mon
 def test_every_step_draws_other_noise(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same prompts with the same weights: other responses."""
     recorder = Recorder(monkeypatch)
-    train(make_task_run(max_steps=2, data__shuffle=False, data__train_batch_size=40, rollout__n=1, optim__lr=1e-12))
+    SDPOTrainer(
+        make_task_run(max_steps=2, data__shuffle=False, data__train_batch_size=40, rollout__n=1, optim__lr=1e-12)
+    ).train()
     first, second = ([s.response.token_ids for s in samples] for samples in recorder.samples)
     assert first != second
 
@@ -293,7 +296,7 @@ def test_every_step_draws_other_noise(make_task_run: MakeRun, monkeypatch: pytes
 
 def test_what_is_written_when(make_task_run: MakeRun) -> None:
     run = make_task_run(max_steps=5, eval_steps=2, save_steps=2, save_total_limit=3, tracking__log_completions_steps=3)
-    result = train(run)
+    result = SDPOTrainer(run).train()
     rows = rows_of(run.output_dir)
     accuracy = "val-core/hidden_rule/acc/mean@1"
     assert [row[metrics.STEP] for row in rows] == [0, 1, 2, 3, 4, 5]
@@ -312,7 +315,7 @@ def test_what_is_written_when(make_task_run: MakeRun) -> None:
     assert sorted(p.name for p in (folder / "rollouts").iterdir()) == ["step_1.txt", "step_3.txt"]
     assert "Expected: " in (folder / "rollouts" / "step_1.txt").read_text().split("--- teacher's prompt")[1]
     assert result.output_dir == folder
-    assert not result.interrupted
+    assert not result.interrupt_signal
     merged: dict[str, float] = {}
     for row in rows:
         merged |= row
@@ -329,7 +332,7 @@ def test_every_metric_has_a_description(make_task_run: MakeRun) -> None:
         eval__n=2,
         health__ref_kl_interval=1,
     )
-    train(run)
+    SDPOTrainer(run).train()
     names = {name for row in rows_of(run.output_dir) for name in row}
     ends = {end for name in metrics.ESTIMATES for end in metrics.ci95_names(name)}
     undescribed = {name for name in names if not name.startswith(("val-core/", "val-teacher/"))}
@@ -341,7 +344,7 @@ def test_every_metric_has_a_description(make_task_run: MakeRun) -> None:
 def test_numbers_of_a_row_fit_together(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(monkeypatch)
     run = make_task_run(eval__val_before_train=False)
-    train(run)
+    SDPOTrainer(run).train()
     for step, (row, samples) in enumerate(zip(rows_of(run.output_dir), recorder.samples, strict=True), start=1):
         responses: list[Completion] = [s.response for s in samples]
         tokens = sum(len(s.prompt.token_ids) + len(s.response.token_ids) for s in samples)
@@ -369,7 +372,7 @@ def test_an_error_in_a_step_is_raised_as_it_is_and_rows_before_it_stay(
     monkeypatch.setattr(LocalSampler, "close", lambda self: closed.append(self))
     run = make_task_run(eval__val_before_train=False)
     with pytest.raises(ZeroDivisionError):
-        train(run)
+        SDPOTrainer(run).train()
     assert [row[metrics.STEP] for row in rows_of(run.output_dir)] == [1]
     assert len(closed) == 1
 
@@ -391,17 +394,17 @@ def test_what_can_be_refused_is_refused_before_there_is_a_run_folder(
 ) -> None:
     run = make_task_run(**settings)
     with pytest.raises(SDPOError, match=complaint):
-        train(run)
+        SDPOTrainer(run).train()
     assert not Path(run.output_dir).exists()
 
 
 def test_only_as_many_held_out_prompts_as_asked_for(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluated = []
     monkeypatch.setattr(
-        trainer._Training, "run_to_end", lambda training: evaluated.append(len(training.parts.evaluator.prompts))
+        trainer.SDPOTrainer, "_run_to_end", lambda training: evaluated.append(len(training.parts.evaluator.prompts))
     )
     for max_prompts in (None, 3):
-        train(make_task_run(eval__max_prompts=max_prompts))
+        SDPOTrainer(make_task_run(eval__max_prompts=max_prompts)).train()
     assert evaluated == [8, 3]
 
 
@@ -421,7 +424,7 @@ def test_a_grader_that_fails_now_and_then_costs_those_responses(make_task_run: M
         def message(self, text: str) -> None:
             messages.append(text)
 
-    train(run, Watch())
+    SDPOTrainer(run, Watch()).train()
     rows = [json.loads(line) for line in (Path(run.output_dir) / "metrics.jsonl").read_text().splitlines()]
     assert [row[metrics.REWARD_FAILURES] for row in rows] == [1, 1, 1]
     assert [row[metrics.SCORE_MEAN] for row in rows] == [1, 1, 1]
@@ -434,7 +437,7 @@ def test_a_grader_that_always_fails_ends_the_run_at_the_first_step(make_task_run
     (tmp_path / "mine.py").write_text("def compute_score(row, response):\n    return row.answer\n")
     run = make_task_run(data__task=str(tmp_path / "mine.py"), data__task_args={}, eval__val_before_train=False)
     with pytest.raises(SDPOError) as caught:
-        train(run)
+        SDPOTrainer(run).train()
     assert str(caught.value).startswith("data.task: grading failed for 1 of the 1 responses")
     assert f"AttributeError: 'Row' object has no attribute 'answer' ({tmp_path}/mine.py:2)" in str(caught.value)
     assert "\n" not in str(caught.value)

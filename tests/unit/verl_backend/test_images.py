@@ -19,7 +19,7 @@ from sdpo.observability import metrics
 from sdpo.prompting.demonstrations import PrivilegedContext
 from sdpo.prompting.tokenization import TeacherPrompt, encode_teacher_prompt
 from sdpo.rewards.base import RewardOutput, Row
-from sdpo.trainer.actor.actor import Actor
+from sdpo.trainer.actor.build import build_actor
 from sdpo.trainer.data.prompts import Prompt
 from sdpo.trainer.data.samples import TrainingSample
 
@@ -89,7 +89,7 @@ def embedded(
             for param in get_adapters(loaded.model).values():
                 param.data = 0.1 * torch.randn(param.shape, generator=generator)
         begun = {weight: param.detach().clone() for weight, param in get_adapters(loaded.model).items()}
-        actor = Actor(loaded.model, run, pad_token_id=0, vision=loaded.vision)
+        actor = build_actor(loaded.model, run, pad_token_id=0, vision=loaded.vision)
         old = actor.compute_log_probs(samples)
         values = actor.update_policy(samples)
         results[name] = {"run": run, "old": old, "metrics": values, "actor": actor, "adapters": begun}

@@ -27,7 +27,7 @@ from sdpo.models.lora.adapters import add_adapters
 from sdpo.observability import metrics
 from sdpo.prompting.tokenization import TeacherPrompt
 from sdpo.rewards.toy.hidden_rule import build_tokenizer
-from sdpo.trainer.actor.actor import Actor
+from sdpo.trainer.actor.build import build_actor
 from sdpo.trainer.data.samples import TrainingSample
 
 PROMPTS, N = 4, 2  # two ranks of four samples each
@@ -193,7 +193,7 @@ def embedded(
         samples = [s if run.self_distillation.distills else replace(s, teacher_prompt=nothing) for s in everything]
         student = build_student(build_model(name), run)
         begun = {name: param.detach().clone() for name, param in get_adapter_weights(student).items()}
-        actor = Actor(student, run, pad_token_id=0)
+        actor = build_actor(student, run, pad_token_id=0)
         old, values = [], []
         for _ in range(2):
             old.append(actor.compute_log_probs(samples))

@@ -75,7 +75,7 @@ class Collator:
                 before = first = 0
         return pieces
 
-    def build(self, samples: Sequence[TrainingSample]) -> MicroBatch:
+    def collate(self, samples: Sequence[TrainingSample]) -> MicroBatch:
         """Tensors of a few samples."""
         lengths = [len(s.response.token_ids) for s in samples]
         distilled = [s for s in samples if s.is_distilled]
@@ -87,8 +87,8 @@ class Collator:
             return torch.tensor([value for values in lists for value in values], device=self.device)
 
         return MicroBatch(
-            student=self._lay_out(samples, [s.prompt.tokens for s in samples]),
-            teacher=self._lay_out(distilled, _get_teacher_prompts(distilled)) if distilled else None,
+            student=self._pack_or_pad(samples, [s.prompt.tokens for s in samples]),
+            teacher=self._pack_or_pad(distilled, _get_teacher_prompts(distilled)) if distilled else None,
             sampled_ids=flatten([s.response.token_ids for s in samples]),
             rollout_log_probs=flatten([s.response.log_probs for s in samples]),
             advantages=repeat_by_token([s.advantage for s in samples]),
@@ -96,7 +96,7 @@ class Collator:
             sample_index=repeat_by_token(range(len(samples))),
         )
 
-    def _lay_out(
+    def _pack_or_pad(
         self, samples: Sequence[TrainingSample], prompts: Sequence[TokenPrompt]
     ) -> PaddedSequences | PackedSequences:
         responses = [s.response.token_ids for s in samples]

@@ -22,7 +22,7 @@ from sdpo.config.root import SDPOConfig
 from sdpo.errors import CheckpointError
 from sdpo.models.generation.sampling import Completion
 from sdpo.models.loading import load_model
-from sdpo.models.lora.adapters import add_adapters, load_adapter, save_adapter
+from sdpo.models.lora.adapters import add_adapters, get_adapted_layers, load_adapter, save_adapter
 from sdpo.trainer.actor.actor import Actor
 from sdpo.trainer.data.prompts import Prompt
 from sdpo.trainer.rollout.sampler import RolloutBatch
@@ -70,7 +70,7 @@ class TrainingState:
 def save_models(folder: Path, actor: Actor, processing: PreTrainedTokenizerBase | ProcessorMixin) -> None:
     """Student and teacher, as ``from_pretrained`` loads them; of a student with adapters these alone, as PEFT does."""
     processing.save_pretrained(folder)
-    if actor.run.lora.rank:
+    if get_adapted_layers(actor.student):
         save_adapter(actor.student, folder)
         return
     actor.student.save_pretrained(folder)

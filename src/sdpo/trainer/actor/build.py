@@ -1,0 +1,100 @@
+"""An actor from a config."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from sdpo.algorithm.teacher import Teacher, build_teacher
+from sdpo.config.root import SDPOConfig
+from sdpo.errors import ConfigError
+from sdpo.models.lora.adapters import copy_without_adapters
+from sdpo.models.lora.teacher import build_lora_teacher
+from sdpo.models.multimodal.vision_tower import VisionAdapter
+from sdpo.models.output_head import measure_logit_scale
+from sdpo.models.packing.support import enable_packing
+from sdpo.trainer.actor.actor import Actor
+from sdpo.trainer.actor.collate import Collator
+from sdpo.trainer.actor.forward import PolicyForward
+from sdpo.trainer.actor.oom import TokenBudget
+from sdpo.trainer.actor.optimization import Optimization
+from sdpo.trainer.actor.schedule import StepSchedule
+
+
+def build_actor(
+    student: PreTrainedModel,
+    config: SDPOConfig,
+    pad_token_id: int,
+    vision: VisionAdapter | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Actor:
+    """Build the actor of a student.
+
+    Args:
+        pad_token_id: fills rows of models that cannot read packed sequences.
+        vision: of a vision-language model.
+        tell: called with messages for the user, such as a halved micro-batch.
+
+    Raises:
+        ConfigError: ``distillation_topk`` is larger than the vocabulary.
+    """
+    _check_topk(student, config.self_distillation.distillation_topk)
+    forward = PolicyForward(
+        student=student,
+        vision=vision,
+        logit_scale=measure_logit_scale(student),
+        temperature=config.rollout.temperature,
+        autocast=config.actor.autocast,
+        gradient_checkpointing=config.actor.gradient_checkpointing,
+        trains_vision=config.trains_vision,
+    )
+    collator = Collator(pad_token_id, student.device, vision, enable_packing(student, vision))
+    if config.actor.gradient_checkpointing:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    build = build_lora_teacher if config.lora.rank else build_teacher
+    teacher = build(student, config.self_distillation) if config.self_distillation.distills else None
+    initial = _keep_initial(student, teacher, config)
+    mini_batch_size = config.actor.mini_batch_size or config.data.train_batch_size
+    num_updates = config.max_steps * (config.data.train_batch_size // mini_batch_size)
+    return Actor(
+        student,
+        teacher,
+        initial,
+        forward=forward,
+        collator=collator,
+        budget=TokenBudget(config.actor.max_tokens_per_micro_batch, collator, tell),
+        optimization=Optimization(student, config.optim, num_updates, config.seed, tell),
+        config=config.actor,
+        loss=config.self_distillation,
+        correction=config.rollout_correction,
+        schedule=StepSchedule(
+            mini_batch_size=mini_batch_size * config.rollout.n,
+            max_steps=config.max_steps,
+            horizon=config.rollout.max_response_length,
+            ref_kl_interval=config.health.ref_kl_interval,
+        ),
+        health=config.health,
+    )
+
+
+def _keep_initial(student: PreTrainedModel, teacher: Teacher | None, config: SDPOConfig) -> nn.Module | None:
+    """The initial model, if it is needed: the teacher's module if that never changes, else a copy."""
+    if not config.needs_initial:
+        return None
+    if config.teacher_stays_initial:
+        assert teacher is not None
+        return teacher.module
+    initial = copy_without_adapters(student) if config.lora.rank else copy.deepcopy(student)
+    return initial.requires_grad_(False).eval()
+
+
+def _check_topk(student: PreTrainedModel, topk: int | None) -> None:
+    vocab_size = student.config.get_text_config().vocab_size
+    if topk is not None and topk > vocab_size:
+        raise ConfigError(
+            f"self_distillation.distillation_topk={topk} is more than the model's vocabulary of {vocab_size}; "
+            "lower it or remove it"
+        )
