@@ -111,7 +111,7 @@ DESCRIPTIONS: dict[str, str] = {
     DIVERGENCE: "Mean divergence of a distilled token in nats, before ratios and weights.",
     DISTILLATION_COEF: "The weight of the distillation part: as scheduled, times what alarms made of it.",
     REPROMPT_FRACTION: "Fraction of samples that were distilled: the teacher was shown a demonstration or feedback.",
-    ROLLOUT_SUCCESS_FRACTION: "Fraction of graded samples with a score of at least success_reward_threshold.",
+    ROLLOUT_SUCCESS_FRACTION: "Fraction of scored samples with a score of at least success_reward_threshold.",
     SUCCESS_GROUP_FRACTION: "Fraction of prompts with at least one such sample.",
     SUCCESS_SAMPLE_FRACTION: "Fraction of samples with a successful rollout as demonstration "
     "(demonstration_source=successful_rollout or successful_rollout_then_ground_truth).",

@@ -26,7 +26,7 @@ from sdpo.prompting.demonstrations import ScoredRollout, select_demonstrations
 from sdpo.prompting.tokenization import Tokenizer, encode_teacher_prompt
 from sdpo.rewards.manager import RewardManager
 from sdpo.trainer.data.prompts import Prompt
-from sdpo.trainer.data.samples import grade_responses
+from sdpo.trainer.data.samples import score_responses
 
 # Evaluation draws the same noise every time, so that two of them differ by the weights alone.
 SEED = 20_601_20_802
@@ -47,7 +47,7 @@ class Evaluator:
     def evaluate(self, student: nn.Module, teacher: Teacher | None) -> dict[str, float]:
         """Accuracy by data source: ``mean@1`` greedy, ``mean@n`` and ``best@n/mean`` (pass@n) of ``eval.n`` samples.
 
-        Responses that could not be graded are left out and counted.
+        Responses that could not be scored are left out and counted.
         """
         config = self.run.eval
         failures_before = self.reward_manager.num_failures
@@ -67,7 +67,7 @@ class Evaluator:
     def _respond(self, policy: LogitMixture, n: int, temperature: float) -> list[ScoredRollout]:
         decoding = replace(self.decoding, n=n, temperature=temperature, top_p=self.run.eval.top_p)
         responses = sample_responses(policy, [p.tokens for p in self.prompts], decoding, SEED, self.vision)
-        return grade_responses(self.reward_manager, self.tokenizer, self.prompts, responses)
+        return score_responses(self.reward_manager, self.tokenizer, self.prompts, responses)
 
     def _evaluate_teacher(
         self, policy: LogitMixture, shown: Sequence[ScoredRollout], greedy: Sequence[ScoredRollout]
@@ -99,25 +99,25 @@ class Evaluator:
         if prompted:
             decoding = replace(self.decoding, n=1, temperature=0.0)
             responses = sample_responses(policy, list(contexts.values()), decoding, SEED, self.vision)
-            graded = grade_responses(self.reward_manager, self.tokenizer, prompted, responses)
-            values |= _mean_by_source(prompted, graded, lambda source: teacher_val_name(source, "mean@1"))
+            scored = score_responses(self.reward_manager, self.tokenizer, prompted, responses)
+            values |= _mean_by_source(prompted, scored, lambda source: teacher_val_name(source, "mean@1"))
             student = {int(g.group_id): g.score for g in greedy}
-            gains = [replace(g, score=g.score - student[group]) for g, group in zip(graded, contexts, strict=True)]
+            gains = [replace(g, score=g.score - student[group]) for g, group in zip(scored, contexts, strict=True)]
             values |= _mean_by_source(prompted, gains, teacher_gain_name, is_difference=True)
         return values
 
 
 def _mean_by_source(
     prompts: Sequence[Prompt],
-    graded: Sequence[ScoredRollout],
+    scored: Sequence[ScoredRollout],
     name: Callable[[str], str],
     *,
     is_difference: bool = False,
 ) -> dict[str, float]:
     """Means and their intervals; a prompt is one observation."""
     scores = defaultdict(list)
-    for response in graded:
-        if response.is_graded:
+    for response in scored:
+        if response.is_scored:
             scores[prompts[int(response.group_id)].row.data_source].append(response)
     values: dict[str, float] = {}
     for source, of_source in scores.items():
@@ -128,6 +128,6 @@ def _mean_by_source(
     return values
 
 
-def _best_of_groups(graded: Sequence[ScoredRollout], n: int) -> list[ScoredRollout]:
-    groups = [[g for g in graded[i : i + n] if g.is_graded] for i in range(0, len(graded), n)]
+def _best_of_groups(scored: Sequence[ScoredRollout], n: int) -> list[ScoredRollout]:
+    groups = [[g for g in scored[i : i + n] if g.is_scored] for i in range(0, len(scored), n)]
     return [max(group, key=lambda g: g.score) for group in groups if group]

@@ -117,11 +117,11 @@ def test_the_run_stops_past_the_share(make_grader: Callable[..., RewardManager],
     with pytest.raises(SDPOError) as caught:
         scores(reward_manager, *["", "1", "", "", *"1234"])
     assert str(caught.value) == (
-        f"data.task: grading failed for 3 of the 4 responses graded so far, of 8 in all, which is "
+        f"data.task: grading failed for 3 of the 4 responses scored so far, of 8 in all, which is "
         "more than reward.max_failure_fraction=0.25; the last: data.train_files: a: row 7: ZeroDivisionError: division "
         f"by zero ({tmp_path}/mine.py:2)"
     )
-    with pytest.raises(SDPOError, match="failed for 1 of the 1 responses graded so far, of 100 in all"):
+    with pytest.raises(SDPOError, match="failed for 1 of the 1 responses scored so far, of 100 in all"):
         scores(make_grader("return 1 / 0", max_failure_fraction=0.0), *["1"] * 100)
 
 

@@ -427,7 +427,7 @@ def test_a_grader_that_fails_now_and_then_costs_those_responses(make_task_run: M
     assert [row[metrics.SCORE_MEAN] for row in rows] == [1, 1, 1]
     assert [row[metrics.REPROMPT_FRACTION] for row in rows] == [7 / 8] * 3
     assert [text for text in messages if "grading failed" in text][1:] == []
-    assert "=== not graded, advantage 0," in (Path(run.output_dir) / "rollouts" / "step_1.txt").read_text()
+    assert "=== not scored, advantage 0," in (Path(run.output_dir) / "rollouts" / "step_1.txt").read_text()
 
 
 def test_a_grader_that_always_fails_ends_the_run_at_the_first_step(make_task_run: MakeRun, tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_padding_and_failed_responses_teach_nothing_and_are_not_counted(source: 
     plain, wanted = build(rollouts, step=1)
     fields, values = build([None, rollouts[0], None, *rollouts[1:], None], step=1)
     assert values == wanted
-    assert values[metrics.ROLLOUT_SUCCESS_FRACTION] == 0.5  # of two graded
+    assert values[metrics.ROLLOUT_SUCCESS_FRACTION] == 0.5  # of two scored
     for name in (TEACHER_PROMPTS, TEACHER_PROMPT_LENGTHS, SAMPLE_WEIGHTS, DISTILLATION_COEF):
         assert torch.equal(fields[name][[1, 3, 4]], plain[name]), name
     lengths = fields[TEACHER_PROMPT_LENGTHS].tolist()

@@ -57,7 +57,7 @@ class LogProbs:
 
 
 class Actor:
-    """Trains the student on graded samples.
+    """Trains the student on scored samples.
 
     Args:
         tell: hears of what a person should know, such as memory that was too small.
@@ -156,7 +156,7 @@ class Actor:
         """One step: every sample once, an optimizer step a mini-batch, then the teacher follows.
 
         Args:
-            samples: ``n`` consecutive ones a prompt; those that were not graded are left out.
+            samples: ``n`` consecutive ones a prompt; those that were not scored are left out.
             before_update: called before weights change; from then until it returns they are of no step.
 
         Returns:
@@ -165,7 +165,7 @@ class Actor:
         step = self.version + 1
         mini_size = (self.run.actor.mini_batch_size or self.run.data.train_batch_size) * self.run.rollout.n
         minis = [
-            [j for j in range(i, min(i + mini_size, len(samples))) if samples[j].is_graded]
+            [j for j in range(i, min(i + mini_size, len(samples))) if samples[j].is_scored]
             for i in range(0, len(samples), mini_size)
         ]
         images = self._step_images()

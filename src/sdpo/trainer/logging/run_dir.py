@@ -181,7 +181,7 @@ def _describe(sample: TrainingSample) -> str:
     def conversation(messages: Sequence[Mapping[str, Any]]) -> str:
         return "\n".join(f"[{message['role']}] {format_content(message['content'])}" for message in messages)
 
-    verdict = f"score {sample.reward.score:g}" if sample.is_graded else "not graded"
+    verdict = f"score {sample.reward.score:g}" if sample.is_scored else "not scored"
     parts = [
         f"=== {verdict}, advantage {sample.advantage:g}, {len(sample.response.token_ids)} tokens",
         "--- prompt",

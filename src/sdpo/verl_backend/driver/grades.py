@@ -47,16 +47,16 @@ def check_failures(extras: Sequence[Mapping[str, Any]], config: DictConfig, what
 
 def replace_scores(values: MutableMapping[str, Any], scores: Sequence[float], config: DictConfig) -> None:
     """Put a step's metrics of its scores (NaN: failed) in the place of verl's, of which failed ones are 0; in place."""
-    graded = [score for score in scores if not math.isnan(score)]
-    values[metrics.REWARD_FAILURES] = len(scores) - len(graded)
-    if len(graded) == len(scores):
+    scored = [score for score in scores if not math.isnan(score)]
+    values[metrics.REWARD_FAILURES] = len(scores) - len(scored)
+    if len(scored) == len(scores):
         return
     own: dict[str, float] = {}
-    if graded:
+    if scored:
         own = {
-            metrics.SCORE_MEAN: sum(graded) / len(graded),
-            metrics.SCORE_MAX: max(graded),
-            metrics.SCORE_MIN: min(graded),
+            metrics.SCORE_MEAN: sum(scored) / len(scored),
+            metrics.SCORE_MAX: max(scored),
+            metrics.SCORE_MIN: min(scored),
         }
     for name in (metrics.SCORE_MEAN, metrics.SCORE_MAX, metrics.SCORE_MIN):
         names = [name] if config.algorithm.use_kl_in_reward else [name, name.replace("/score/", "/rewards/")]

@@ -173,12 +173,12 @@ def summarize_rollouts(scores: Sequence[float], lengths: Sequence[int], longest:
         lengths: of the responses, in tokens.
         longest: at which the sampler cuts them off. (verl's V1 trainers take the longest of the batch for it.)
     """
-    graded = [score for score in scores if not math.isnan(score)]
+    scored = [score for score in scores if not math.isnan(score)]
     values = {
         metrics.RESPONSE_LENGTH_MEAN: sum(lengths) / len(lengths),
         metrics.RESPONSE_LENGTH_CLIP_RATIO: sum(length >= longest for length in lengths) / len(lengths),
     }
-    return values | ({metrics.SCORE_MEAN: sum(graded) / len(graded)} if graded else {})
+    return values | ({metrics.SCORE_MEAN: sum(scored) / len(scored)} if scored else {})
 
 
 class _Learner:
