@@ -37,7 +37,7 @@ class MemoryEstimate:
     Attributes:
         tokens_a_step: prompts and responses of all rollouts.
         num_params: all of the model's; None where the model is only made on first use.
-        num_tower_params: those of its image tower and projector.
+        num_tower_params: those of its vision tower and projector.
         actor: what the actor's device holds all the time.
         learning: what it holds besides while it learns, and frees before it samples.
         phases: what comes on top of both in one phase after the other, by the phase's name.
@@ -126,7 +126,7 @@ class ModelSize:
 
     Attributes:
         language: the language model, its embeddings and output layer included.
-        tower: the image tower with its projector; None for a language model.
+        tower: the vision tower with its projector; None for a language model.
         vocab_size: logits a token.
         cache_values: keys and values of a token, all layers.
         feature_values: what the tower makes of an image for one of its tokens.

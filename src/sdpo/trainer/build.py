@@ -105,7 +105,7 @@ def build_parts(run: SDPOConfig, observer: ProgressCallback) -> Parts:
     vision = VisionAdapter(student, reader) if reader is not None else None
     if run.actor.freeze_vision_tower:
         if vision is None:
-            raise ConfigError("actor.freeze_vision_tower=true, but the model has no image tower; remove it")
+            raise ConfigError("actor.freeze_vision_tower=true, but the model has no vision tower; remove it")
         freeze_tower(student)
     require_same_vocabulary(student, text_tokenizer, run.model.path)
     window = get_window(student)

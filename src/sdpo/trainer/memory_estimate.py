@@ -118,7 +118,7 @@ def _learn_tower(run: SDPOConfig, model: ModelSize) -> dict[str, int]:
     size = 2 if run.actor.autocast else residual
     checkpointing = run.actor.gradient_checkpointing
     return {
-        "activations of the image tower": model.count_tower(
+        "activations of the vision tower": model.count_tower(
             run.data.max_pixels, size, residual, checkpointing=checkpointing
         )
     }

@@ -342,7 +342,7 @@ def test_a_frozen_tower_stays(make_image_run: MakeRun, vision_model: VisionModel
 
 def test_a_language_model_has_nothing_to_freeze(make_task_run: MakeRun) -> None:
     with pytest.raises(
-        SDPOError, match=r"actor\.freeze_vision_tower=true, but the model has no image tower; remove it"
+        SDPOError, match=r"actor\.freeze_vision_tower=true, but the model has no vision tower; remove it"
     ):
         train(make_task_run(actor__freeze_vision_tower=True))
 

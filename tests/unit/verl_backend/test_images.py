@@ -1,4 +1,4 @@
-"""Prompts with images on verl's engine: log-probabilities, a whole step, and what goes through the image tower."""
+"""Prompts with images on verl's engine: log-probabilities, a whole step, and what goes through the vision tower."""
 
 from __future__ import annotations
 

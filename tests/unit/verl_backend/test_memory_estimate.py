@@ -186,5 +186,5 @@ def test_any_token_of_the_student_may_be_an_images(estimate: Callable[..., Any])
         estimate(data__train_batch_size=64, rollout__n=8, actor__max_tokens_per_micro_batch=n).phases["a micro-batch"]
         for n in (16384, 32768)
     )
-    name = "activations of the image tower"
+    name = "activations of the vision tower"
     assert two[name] == 2 * one[name] > 0

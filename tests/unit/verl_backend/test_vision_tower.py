@@ -1,4 +1,4 @@
-"""Image towers by themselves: which images are the same, what verl's own forward pass gets, what is frozen."""
+"""Vision towers by themselves: which images are the same, what verl's own forward pass gets, what is frozen."""
 
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ def _learn(run: SDPOConfig, model: ModelSize, lengths: Lengths) -> dict[str, int
     return {
         "activations": lengths.student * stack.count_learning(size, size, checkpointing=checkpointing)
         + lengths.teacher * stack.count_reading(size),
-        "activations of the image tower": lengths.student * image_token,
+        "activations of the vision tower": lengths.student * image_token,
         # The teacher's output layer outlasts the teacher's pass.
         "logits": loss + head * _has_module(run) + lengths.teacher * hidden_size * size,
     }

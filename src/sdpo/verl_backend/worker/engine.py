@@ -89,7 +89,7 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         freeze_vision_tower: bool = False,
         regularization: Regularization | None = None,
     ) -> None:
-        """Say what to distil, how token losses become one number, whether the image tower learns, and what is added."""
+        """Set what to distil, how token losses are aggregated, whether the vision tower learns, and what is added."""
         self.config = config
         self.loss_agg_mode = loss_agg_mode
         self.horizon = horizon
@@ -529,7 +529,7 @@ def _keep(logits: LinearHead, coefficient: float, with_weight: bool) -> LinearHe
 
 
 def read_images(micro_batch: TensorDict) -> list[dict[str, Tensor]]:
-    """What the image tower reads of each sample, by the names of its arguments; empty for a text."""
+    """What the vision tower reads of each sample, by the names of its arguments; empty for a text."""
     if "multi_modal_inputs" not in micro_batch:
         return [{}] * len(micro_batch)
     entries = (getattr(entry, "data", entry) for entry in micro_batch["multi_modal_inputs"])

@@ -1,4 +1,4 @@
-"""Image towers on verl's engine: each distinct image through the tower once, frozen towers, positions of sequences."""
+"""Vision towers on verl's engine: each distinct image through the tower once, frozen towers, positions of sequences."""
 
 from __future__ import annotations
 
