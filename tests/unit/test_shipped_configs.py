@@ -39,9 +39,9 @@ def dry_run(path: Path, *overrides: str, on_verl: bool = False) -> MemoryEstimat
 
         return estimate_embedded(run)
     from sdpo.verl_backend.config.memory_estimate import estimate_memory
-    from sdpo.verl_backend.config.to_verl import translate
+    from sdpo.verl_backend.config.to_verl import to_verl_overrides
 
-    return estimate_memory(run, translate(run).overrides)
+    return estimate_memory(run, to_verl_overrides(run).overrides)
 
 
 def test_there_is_a_file_for_each_machine() -> None:
@@ -128,7 +128,7 @@ def test_a_peers_solution_fits_as_the_page_says(path: Path) -> None:
 )
 def test_a_run_on_verl_composes(name: str, actors: tuple[int, int], samplers: tuple[int, int], tmp_path: Path) -> None:
     from sdpo.verl_backend.config.schema import read_self_distillation
-    from sdpo.verl_backend.config.to_verl import translate
+    from sdpo.verl_backend.config.to_verl import to_verl_overrides
     from sdpo.verl_backend.entrypoint.main import compose_config
 
     for kind in ("train", "test"):
@@ -136,7 +136,7 @@ def test_a_run_on_verl_composes(name: str, actors: tuple[int, int], samplers: tu
     path = CONFIGS / f"{name}.yaml"
     files = [f"data.train_files=[{tmp_path}/train.parquet]", f"data.val_files=[{tmp_path}/test.parquet]"]
     run = load_config(path, files)
-    translated = translate(run)
+    translated = to_verl_overrides(run)
     config = compose_config(translated.config_name, translated.overrides)
     assert translated.config_name == "sdpo_trainer" and not config.trainer.use_v1, "one step off policy"
     assert (config.trainer.nnodes, config.trainer.n_gpus_per_node) == actors
