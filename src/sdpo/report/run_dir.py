@@ -12,7 +12,7 @@ from typing import Any
 
 from sdpo.errors import ConfigError
 from sdpo.observability.health_callback import ALARMS_FILE
-from sdpo.observability.metrics import STEP, find_accuracies
+from sdpo.observability.metrics import STEP, find_accuracies, replace_old_names
 
 METRICS_FILE = "metrics.jsonl"
 RUN_FILE = "run.yaml"
@@ -114,7 +114,7 @@ def _to_row(content: Any, where: str) -> dict[str, float]:
     row = {name: float(value) for name, value in content.items() if isinstance(value, (int, float))}
     if not math.isfinite(row.get(STEP, math.nan)):
         raise ConfigError(f"{where}: no number under {STEP}; mend or remove the line")
-    return row
+    return replace_old_names(row)
 
 
 def _read_alarms(path: Path, last_step: int) -> list[dict[str, Any]]:
