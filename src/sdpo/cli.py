@@ -58,7 +58,7 @@ def train(
         print_result_table([read_run(result.output_dir)])
     print(f"run folder: {result.output_dir}")
     if result.stopped_by:
-        print(f"stopped by an alarm: {result.stopped_by}", file=sys.stderr)
+        print(f"stopped by a health check: {result.stopped_by}", file=sys.stderr)
     if result.interrupted:
         print(f"stopped by {result.interrupted}; add --resume to go on", file=sys.stderr)
         raise typer.Exit(128 + signal.Signals[result.interrupted])

@@ -325,8 +325,8 @@ class Runner:
                 hook.remove()
         output_dir = Path(run.output_dir)
         rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-        alarms_file = output_dir / "health_events.jsonl"
-        raised = alarms_file.read_text().splitlines() if alarms_file.exists() else []
+        health_events_file = output_dir / "health_events.jsonl"
+        raised = health_events_file.read_text().splitlines() if health_events_file.exists() else []
         return Ran(
             error=None,
             rows=[

@@ -64,7 +64,7 @@ def test_an_alarm_stops_a_run_and_the_best_checkpoint_stays(
     running = start(sys.executable, "-m", "sdpo.cli", "verl", str(tmp_path / "run.yaml"), *overrides)
     assert running.wait() == 0, running.tail()
     reason = "training score fell from 1 to 0 (means of 1 steps)"
-    assert f"stopped by an alarm: score_collapse: {reason}\n" in running.log.read_text(errors="replace")
+    assert f"stopped by a health check: score_collapse: {reason}\n" in running.log.read_text(errors="replace")
     assert f"step 5: score_collapse: {reason}; the run stops here" in running.log.read_text(errors="replace")
     assert [(alarm["step"], alarm["rule"], alarm["action"]) for alarm in read_alarms(output_dir)] == [
         (5, "score_collapse", "stop")

@@ -107,7 +107,7 @@ class HealthMonitor:
 
     def __init__(self, config: HealthConfig) -> None:
         self.config = config
-        self.num_alarms = 0
+        self.num_events = 0
         self._trends = {name: RollingMean(config.window) for name in _WATCHED}
         self._gains: dict[str, tuple[float, float]] = {}  # data source -> teacher's last gain, its upper end
         self._well_since: dict[str, int] = {}  # rule that has held -> steps since it last did
@@ -137,13 +137,13 @@ class HealthMonitor:
             if finding is not None and name not in self._well_since:
                 alarms.append(HealthEvent(step, name, action, finding.reason, finding.values))
             self._note(name, finding is not None)
-        self.num_alarms += len(alarms)
+        self.num_events += len(alarms)
         return alarms
 
     def state_dict(self) -> dict[str, Any]:
         """All that it remembers, in JSON's types."""
         return {
-            "num_alarms": self.num_alarms,
+            "num_events": self.num_events,
             "gains": {source: list(gain) for source, gain in self._gains.items()},
             "well_since": dict(self._well_since),
             "trends": {name: trend.state_dict() for name, trend in self._trends.items()},
@@ -151,7 +151,7 @@ class HealthMonitor:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from where another one, with the same settings, was."""
-        self.num_alarms = state["num_alarms"]
+        self.num_events = state["num_events"]
         self._gains = {source: (gain, high) for source, (gain, high) in state["gains"].items()}
         self._well_since = dict(state["well_since"])
         for name, trend in self._trends.items():

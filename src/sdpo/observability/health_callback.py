@@ -12,7 +12,7 @@ from sdpo.observability.health import HealthEvent, HealthMonitor
 from sdpo.observability.json_lines import read_json_lines, write_json_lines
 from sdpo.observability.progress import ProgressCallback
 
-ALARMS_FILE = "health_events.jsonl"
+HEALTH_EVENTS_FILE = "health_events.jsonl"
 
 
 class Actor(Protocol):
@@ -54,7 +54,7 @@ class HealthCallback:
         observer: ProgressCallback,
     ) -> None:
         self.monitor = monitor
-        self.stopped_by: HealthEvent | None = None
+        self.stop_event: HealthEvent | None = None
         self.best_accuracy: float | None = None
         self._actor = actor
         self._record = record
@@ -62,7 +62,7 @@ class HealthCallback:
 
     def watch(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
         """Look at a step's metrics and act; gives metrics of its own."""
-        self.compare(values)
+        self.track_best(values)
         alarms = self.monitor.check(step, values)
         for alarm in alarms:
             self._observer.message(f"step {step}: {alarm.rule}: {alarm.reason}; {_DONE[alarm.action]}")
@@ -73,7 +73,7 @@ class HealthCallback:
             metrics.TEACHER_FROZEN: float(self._actor.teacher_is_frozen),
         }
 
-    def compare(self, values: Mapping[str, float]) -> None:
+    def track_best(self, values: Mapping[str, float]) -> None:
         """Have the actor remember the student if these are the metrics of its best evaluation so far."""
         accuracy = metrics.find_score(values)
         # Of equals the first: it is furthest from whatever is to come.
@@ -83,7 +83,7 @@ class HealthCallback:
 
     def describe_stop(self) -> str | None:
         """The alarm that ends the run and its reason; None if there is none."""
-        alarm = self.stopped_by
+        alarm = self.stop_event
         return f"{alarm.rule}: {alarm.reason}" if alarm is not None else None
 
     def state_dict(self) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class HealthCallback:
         elif alarm.action == "freeze_teacher":
             self._actor.freeze_teacher()
         elif alarm.action == "stop":
-            self.stopped_by = self.stopped_by or alarm
+            self.stop_event = self.stop_event or alarm
 
 
 _DONE = {
@@ -111,7 +111,7 @@ _DONE = {
 }
 
 
-def forget_alarms_after(path: Path, step: int) -> None:
+def drop_events_after(path: Path, step: int) -> None:
     """Remove from the file of alarms those of later steps, which a resumed run takes anew."""
     if path.exists():
         write_json_lines(path, [alarm for alarm in read_json_lines(path) if alarm["step"] <= step])

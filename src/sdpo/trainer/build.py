@@ -63,7 +63,7 @@ class Parts:
     sampler: Sampler
     evaluator: Evaluator
     folder: RunDir
-    guard: HealthCallback
+    health_callback: HealthCallback
     window: int | None
     resumption: ResumeState | None
     data: str
@@ -128,9 +128,9 @@ def build_parts(run: SDPOConfig, observer: ProgressCallback) -> Parts:
     if resumption is not None:
         _restore(actor, run, resumption, data)
     folder = RunDir(run, observer, resumption.step if resumption else None)
-    guard = HealthCallback(HealthMonitor(run.health), actor, folder.log_health_event, observer)
+    health_callback = HealthCallback(HealthMonitor(run.health), actor, folder.log_health_event, observer)
     if resumption is not None:
-        guard.load_state_dict(resumption.state.guard)
+        health_callback.load_state_dict(resumption.state.health_callback)
     sampler = _build_sampler(run, student, decoding, sampler_device, window, vision, observer)
     return Parts(
         reward_manager=reward_manager,
@@ -142,7 +142,7 @@ def build_parts(run: SDPOConfig, observer: ProgressCallback) -> Parts:
         sampler=sampler,
         evaluator=Evaluator(run, reward_manager, tokenizer, held_out[: run.eval.max_prompts], decoding, window, vision),
         folder=folder,
-        guard=guard,
+        health_callback=health_callback,
         window=window,
         resumption=resumption,
         data=data,

@@ -70,7 +70,7 @@ def train(run: SDPOConfig, observer: ProgressCallback | None = None) -> Result:
         finally:
             parts.sampler.close()
             parts.folder.close()
-    return Result(dict(parts.folder.final), parts.folder.path, interrupted, parts.guard.describe_stop())
+    return Result(dict(parts.folder.final), parts.folder.path, interrupted, parts.health_callback.describe_stop())
 
 
 class _Training:
@@ -96,7 +96,7 @@ class _Training:
         for step in range(self.actor.version + 1, self.run.max_steps + 1):
             self._train_step(step)
             self._after_step()
-            if self.parts.guard.stopped_by is not None:
+            if self.parts.health_callback.stop_event is not None:
                 return
 
     def _train_step(self, step: int) -> None:
@@ -163,10 +163,10 @@ class _Training:
         """Have the step's metrics looked at; gives whether the run is to stop. An alarm may change the weights."""
         if self.actor.version:
             self.interruption.hold()
-            self.row |= self.parts.guard.watch(self.actor.version, self.row)
+            self.row |= self.parts.health_callback.watch(self.actor.version, self.row)
         self.health_checked = True
         self.interruption.release()
-        return self.parts.guard.stopped_by is not None
+        return self.parts.health_callback.stop_event is not None
 
     def _emergency_save(self, wait: float) -> None:
         """Save the last whole step of a run that is stopped.
@@ -192,7 +192,7 @@ class _Training:
         parts.folder.sync()
         state = TrainingState(
             self.actor.state_dict(),
-            parts.guard.state_dict(),
+            parts.health_callback.state_dict(),
             self.row,
             self.health_checked,
             self.rollouts,

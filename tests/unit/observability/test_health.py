@@ -159,4 +159,4 @@ def test_goes_on_from_its_state(name: str) -> None:
                 monitor = HealthMonitor(BRISK)
                 monitor.load_state_dict(state)
         assert found == expected
-        assert monitor.num_alarms == len(expected)
+        assert monitor.num_events == len(expected)

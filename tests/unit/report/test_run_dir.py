@@ -160,3 +160,11 @@ def test_a_run_under_the_names_of_earlier_versions_is_read_under_the_current_one
 def test_a_current_name_stays(write_run):
     row = {"self_distillation/success_sample_fraction": 0.5, "self_distillation/reprompt_sample_fraction": 0.75}
     assert read_run(write_run("a", {1: row})).rows == [{STEP: 1, **row}]
+
+
+@pytest.mark.parametrize("file", ["health_events.jsonl", "alarms.jsonl"])
+def test_failed_health_checks_are_read_up_to_the_last_step(write_run, file):
+    folder = write_run("a", {1: {}, 2: {}})
+    events = [{"step": step, "rule": "score_collapse"} for step in (1, 2, 3)]
+    (folder / file).write_text("".join(json.dumps(event) + "\n" for event in events) + '[1]\n{"step": 2, "ru')
+    assert read_run(folder).health_events == events[:2]

@@ -94,7 +94,7 @@ def test_a_run_says_the_same_on_verl(
     assert asdict(settings) == asdict(run.self_distillation)
     assert read_health(config) == run.health
     assert (config.trainer.max_actor_ckpt_to_keep, config.trainer.save_best_limit) == (3, 2)
-    assert config.trainer.alarms_file == str(Path(run.output_dir).absolute() / "health_events.jsonl")
+    assert config.trainer.health_events_file == str(Path(run.output_dir).absolute() / "health_events.jsonl")
     assert not config.trainer.use_v1
     assert (config.data.seed, config.data.train_batch_size, config.data.val_max_samples) == (5, 4, 5)
     assert (config.data.max_pixels, config.data.filter_unreadable_images, actor.freeze_vision_tower) == (

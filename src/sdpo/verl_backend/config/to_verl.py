@@ -21,7 +21,7 @@ from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.errors import ConfigError
 from sdpo.models.loading import looks_local
 from sdpo.models.optimizer import choose_optimizer
-from sdpo.observability.health_callback import ALARMS_FILE
+from sdpo.observability.health_callback import HEALTH_EVENTS_FILE
 
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
@@ -239,7 +239,7 @@ def _trainer(config: SDPOConfig) -> dict[str, Any]:
         "trainer.save_freq": config.save_steps or config.max_steps,
         "trainer.max_actor_ckpt_to_keep": config.save_total_limit,
         "trainer.save_best_limit": config.save_best_limit,
-        "trainer.alarms_file": str(folder / ALARMS_FILE),
+        "trainer.health_events_file": str(folder / HEALTH_EVENTS_FILE),
         "trainer.resume_mode": "disable" if config.resume_mode == "disable" else "auto",
         "trainer.default_local_dir": str(folder / "checkpoints"),
     }

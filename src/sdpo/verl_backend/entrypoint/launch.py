@@ -13,7 +13,7 @@ import torch
 from sdpo.config.loader import save_config
 from sdpo.config.root import SDPOConfig
 from sdpo.errors import ConfigError
-from sdpo.observability.health_callback import ALARMS_FILE
+from sdpo.observability.health_callback import HEALTH_EVENTS_FILE
 from sdpo.observability.progress import NullCallback, ProgressCallback
 from sdpo.rewards.base import load_task, prepare_task
 from sdpo.verl_backend.config.to_verl import to_verl_overrides
@@ -70,7 +70,7 @@ def launch(config: SDPOConfig, command: Command, observer: ProgressCallback | No
         raise ConfigError(f"output_dir={folder}: cannot be written ({error.strerror}); name another folder") from error
     _move_aside(folder / METRICS)
     if config.resume_mode == "disable":
-        _move_aside(folder / ALARMS_FILE)
+        _move_aside(folder / HEALTH_EVENTS_FILE)
     os.environ.update(command.environment)
     main(command.arguments)
 

@@ -165,7 +165,7 @@ def run(config: DictConfig) -> None:
     except SDPOError as error:  # out of Ray's process, with a traceback in its text
         raise getattr(error, "cause", error) from None
     if stopped_by:
-        print(f"stopped by an alarm: {stopped_by}", file=sys.stderr)
+        print(f"stopped by a health check: {stopped_by}", file=sys.stderr)
 
 
 class _Runner:
