@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from sdpo.algorithm.teacher import ENTRIES_AT_ONCE
+from sdpo.algorithm.ema import ENTRIES_AT_ONCE
 from sdpo.config.model import LoraConfig, ModelConfig
 from sdpo.config.root import SDPOConfig
 from sdpo.kernels import chunked_log_probs

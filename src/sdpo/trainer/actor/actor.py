@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
+from sdpo.algorithm.aggregation import compute_distillation_coef, compute_token_weights
 from sdpo.algorithm.importance_sampling import compute_rollout_ratio
-from sdpo.algorithm.loss import Sums, add_sums, compute_distillation_coef, compute_token_weights, mean_of
 from sdpo.algorithm.regularization import Regularization
+from sdpo.algorithm.sums import Sums, add_sums, mean_of
 from sdpo.algorithm.teacher import build_teacher
 from sdpo.config.root import SDPOConfig
 from sdpo.errors import ConfigError

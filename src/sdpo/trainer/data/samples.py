@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from sdpo.algorithm.advantage import compute_group_advantages
-from sdpo.algorithm.loss import compute_prompt_weights
+from sdpo.algorithm.aggregation import compute_prompt_weights
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.models.generation.sampling import Completion
 from sdpo.observability import metrics

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo.algorithm.loss import compute_distillation_coef, compute_prompt_weights
+from sdpo.algorithm.aggregation import compute_distillation_coef, compute_prompt_weights
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.observability import metrics
 from sdpo.prompting.demonstrations import ScoredRollout, compute_success_rates

@@ -26,9 +26,11 @@ from verl.utils.fsdp_utils import load_fsdp_model_to_gpu, offload_fsdp_model_to_
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from sdpo.algorithm.loss import Sums, add_sums, compute_token_weights
+from sdpo.algorithm.aggregation import compute_token_weights
 from sdpo.algorithm.regularization import Regularization
-from sdpo.algorithm.teacher import Teacher, get_shards
+from sdpo.algorithm.sums import Sums, add_sums
+from sdpo.algorithm.teacher import Teacher
+from sdpo.algorithm.teacher_weights import get_shards
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.errors import ConfigError
 from sdpo.kernels.chunked_log_probs import LinearHead
