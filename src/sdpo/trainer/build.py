@@ -42,7 +42,10 @@ from sdpo.trainer.checkpoint.state import (
 from sdpo.trainer.data.prompts import Prompt, RandomSampler, load_prompts
 from sdpo.trainer.evaluator import Evaluator
 from sdpo.trainer.logging.run_dir import RunDir, require_idle
-from sdpo.trainer.rollout.sampler import LocalSampler, ProcessSampler, Sampler, TransformersEngine
+from sdpo.trainer.rollout.base import Sampler
+from sdpo.trainer.rollout.hf_engine import TransformersEngine
+from sdpo.trainer.rollout.local import LocalSampler
+from sdpo.trainer.rollout.process import ProcessSampler
 from sdpo.trainer.rollout.vllm_engine import VllmEngine, require_vllm
 from sdpo.trainer.rollout.weight_sync import copy_parameters
 
@@ -131,7 +134,7 @@ def build_parts(run: SDPOConfig, observer: ProgressCallback) -> Parts:
     health_callback = HealthCallback(HealthMonitor(run.health), actor, folder.log_health_event, observer)
     if resumption is not None:
         health_callback.load_state_dict(resumption.state.health_callback)
-    sampler = _build_sampler(run, student, decoding, sampler_device, window, vision, observer)
+    sampler = _build_sampler(run, student, decoding, sampler_device, window, vision)
     return Parts(
         reward_manager=reward_manager,
         tokenizer=tokenizer,
@@ -182,7 +185,6 @@ def _build_sampler(
     device: torch.device,
     window: int | None,
     vision: VisionAdapter | None,
-    observer: ProgressCallback,
 ) -> Sampler:
     threads, config = run.rollout.num_threads, replace(run.model, dtype=run.sampling_dtype)
     if run.rollout.engine == "vllm":
@@ -190,11 +192,13 @@ def _build_sampler(
         max_length = needed if window is None else min(needed, window)
         build_vllm = partial(VllmEngine, config, decoding, device, max_length, run.rollout.kv_cache_memory_gib)
         if run.max_staleness == 1:
-            return ProcessSampler(student, build_vllm, threads, True, run.rollout.max_restarts, observer.message)
-        return LocalSampler(build_vllm(), probes=True)
+            return ProcessSampler(
+                student, build_vllm, threads, verify_weights=True, max_restarts=run.rollout.max_restarts
+            )
+        return LocalSampler(build_vllm(), verify_weights=True)
     build_engine = partial(TransformersEngine.from_config, config, decoding, device, run.data.max_pixels)
     if run.max_staleness == 1:
-        return ProcessSampler(student, build_engine, threads, False, run.rollout.max_restarts, observer.message)
+        return ProcessSampler(student, build_engine, threads, max_restarts=run.rollout.max_restarts)
     if device != student.device:
         return LocalSampler(build_engine())
     return LocalSampler(TransformersEngine(student, decoding, vision, is_student=True))

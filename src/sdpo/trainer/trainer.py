@@ -26,7 +26,7 @@ from sdpo.trainer.build import Parts, build_parts
 from sdpo.trainer.checkpoint.manager import prune_checkpoints, save_checkpoint
 from sdpo.trainer.checkpoint.state import TrainingState, save_models
 from sdpo.trainer.data.samples import build_samples, summarize_samples
-from sdpo.trainer.rollout.sampler import RolloutBatch
+from sdpo.trainer.rollout.base import RolloutBatch
 from sdpo.trainer.signals import Interruption
 
 
@@ -112,7 +112,7 @@ class _Training:
         rollouts = self.rollouts
         assert rollouts is not None
         values[metrics.TIME_SAMPLE] = rollouts.seconds
-        staleness = actor.version - rollouts.version
+        staleness = actor.version - rollouts.policy_version
         if staleness > run.max_staleness:
             raise RuntimeError(f"step {step}: rollouts are {staleness} updates old, the bound is {run.max_staleness}")
         if run.max_staleness == 1:

@@ -21,7 +21,9 @@ from sdpo.observability.progress import NullCallback
 from sdpo.trainer import build, trainer
 from sdpo.trainer.actor.actor import Actor
 from sdpo.trainer.data.samples import TrainingSample, build_samples
-from sdpo.trainer.rollout.sampler import LocalSampler, ProcessSampler, RolloutBatch
+from sdpo.trainer.rollout.base import RolloutBatch
+from sdpo.trainer.rollout.local import LocalSampler
+from sdpo.trainer.rollout.process import ProcessSampler
 from sdpo.trainer.trainer import train
 
 MakeRun = Callable[..., SDPOConfig]
@@ -100,7 +102,7 @@ STRONG = {
 
 
 def check_log_probs(recorder: Recorder, versions: list[int], temperature: float) -> None:
-    assert [rollouts.version for rollouts in recorder.rollouts] == versions
+    assert [rollouts.policy_version for rollouts in recorder.rollouts] == versions
     assert len(recorder.old_log_probs) == len(recorder.samples) == len(versions)
     for step, (version, samples) in enumerate(zip(versions, recorder.samples, strict=True)):
         responses = [one for many in recorder.rollouts[step].responses for one in many]
@@ -226,9 +228,9 @@ def test_the_same_rollouts_teach_the_same_whatever_the_staleness(
 class Forgetful(LocalSampler):
     """Never takes new weights."""
 
-    def load_weights(self, student: nn.Module, version: int) -> None:
-        if version == 0:
-            super().load_weights(student, version)
+    def load_weights(self, student: nn.Module, policy_version: int) -> None:
+        if policy_version == 0:
+            super().load_weights(student, policy_version)
 
 
 @pytest.mark.parametrize(("max_staleness", "refused_at"), [(0, 2), (1, 3)])
@@ -236,7 +238,7 @@ def test_a_batch_that_is_too_old_is_not_learned(
     make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch, max_staleness: int, refused_at: int
 ) -> None:
     monkeypatch.setattr(build, "LocalSampler", Forgetful)
-    monkeypatch.setattr(build, "ProcessSampler", lambda student, build_engine, *_: Forgetful(build_engine()))
+    monkeypatch.setattr(build, "ProcessSampler", lambda student, build_engine, *_, **__: Forgetful(build_engine()))
     recorder = Recorder(monkeypatch)
     message = rf"^step {refused_at}: rollouts are {max_staleness + 1} updates old, the bound is {max_staleness}$"
     with pytest.raises(RuntimeError, match=message):

@@ -25,7 +25,7 @@ from sdpo.models.loading import load_model
 from sdpo.models.lora.adapters import add_adapters, load_adapter, save_adapter
 from sdpo.trainer.actor.actor import Actor
 from sdpo.trainer.data.prompts import Prompt
-from sdpo.trainer.rollout.sampler import RolloutBatch
+from sdpo.trainer.rollout.base import RolloutBatch
 
 FILE = "training_state.pt"
 
@@ -130,4 +130,4 @@ def _to_rollouts(content: Mapping[str, Any] | None) -> RolloutBatch | None:
     if content is None:
         return None
     responses = [[Completion(**response) for response in of_prompt] for of_prompt in content["responses"]]
-    return RolloutBatch(responses, content["version"], content["seconds"])
+    return RolloutBatch(responses, content["policy_version"], content["seconds"])
