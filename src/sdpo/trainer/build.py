@@ -24,7 +24,7 @@ from sdpo.models.loading import (
 )
 from sdpo.models.lora.adapters import require_peft
 from sdpo.models.multimodal.processor import load_reader
-from sdpo.models.multimodal.vision_tower import VisionAdapter, freeze_tower
+from sdpo.models.multimodal.vision_tower import VisionAdapter, freeze_vision_tower
 from sdpo.observability.health import HealthMonitor
 from sdpo.observability.health_callback import HealthCallback
 from sdpo.observability.progress import ProgressCallback
@@ -109,7 +109,7 @@ def build_parts(run: SDPOConfig, observer: ProgressCallback) -> Parts:
     if run.actor.freeze_vision_tower:
         if vision is None:
             raise ConfigError("actor.freeze_vision_tower=true, but the model has no vision tower; remove it")
-        freeze_tower(student)
+        freeze_vision_tower(student)
     require_same_vocabulary(student, text_tokenizer, run.model.path)
     window = get_window(student)
     prompts = load_prompts(run.data.train_files, "data.train_files", run, tokenizer, window, observer)

@@ -57,7 +57,7 @@ from sdpo.verl_backend.worker.packing import (
     pad_right,
     repair_position_ids,
 )
-from sdpo.verl_backend.worker.vision_tower import compute_positions, freeze_tower, share_images
+from sdpo.verl_backend.worker.vision_tower import compute_positions, freeze_vision_tower, share_images
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
             self.use_remove_padding = packs_rows
         share_images(module)
         if self.freeze_vision_tower:
-            freeze_tower(module)
+            freeze_vision_tower(module)
         return module
 
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
