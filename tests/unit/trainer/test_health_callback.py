@@ -67,7 +67,7 @@ def test_lower_halves_the_weight_down_to_its_floor(
     fall(build_callback(actor, tmp_path, score_collapse="reduce_weight"))
     assert actor.update_policy(samples)[metrics.DISTILLATION_COEF] == pytest.approx(0.4)
     for _ in range(5):
-        actor.lower_distillation()
+        actor.reduce_distillation()
     assert actor.update_policy(samples)[metrics.DISTILLATION_COEF] == pytest.approx(0.8 * 0.1)
 
 
@@ -78,7 +78,7 @@ def test_a_lowered_weight_makes_the_gradient_as_much_smaller(
     for lowered in (False, True):
         actor = Actor(make_model(), make_run(), 0)
         if lowered:
-            actor.lower_distillation()
+            actor.reduce_distillation()
         norms.append(actor.update_policy(make_samples())[metrics.GRAD_NORM])
     assert norms[1] == pytest.approx(0.5 * norms[0], rel=1e-5)
 
@@ -162,7 +162,7 @@ def test_alarm_is_told_and_written(model: Any, make_run: MakeRun, tmp_path: Path
     health_callback = HealthCallback(monitor, Actor(model, make_run(), 0), record_in(tmp_path), Listener())
     fall(health_callback)
     reason = "training score fell from 1 to 0.5 (means of 1 steps)"
-    assert told == [f"step 2: score_collapse: {reason}; the run stops here"]
+    assert told == [f"step 2: health.score_collapse=stop: {reason}; stopping the run after this step"]
     assert json.loads((tmp_path / "health_events.jsonl").read_text()) == {
         "step": 2,
         "rule": "score_collapse",

@@ -206,7 +206,7 @@ class Actor:
         """Whether ``freeze_teacher`` has been called."""
         return self.teacher is not None and self.teacher.kind != self.config.teacher_regularization
 
-    def lower_distillation(self) -> None:
+    def reduce_distillation(self) -> None:
         """Make the weight of the distillation loss ``health.reduce_factor`` times what it is, not below the floor."""
         self.distillation_factor = self.run.health.reduce(self.distillation_factor)
 

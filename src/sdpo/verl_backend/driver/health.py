@@ -198,7 +198,7 @@ class _Learner:
         self.teacher_is_frozen = False
         self.step = 0
 
-    def lower_distillation(self) -> None:
+    def reduce_distillation(self) -> None:
         assert self._teacher_batch is not None, "refused where nothing is distilled"
         self._teacher_batch.factor = self._config.reduce(self._teacher_batch.factor)
 
