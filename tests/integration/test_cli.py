@@ -259,8 +259,8 @@ def test_a_grader_that_gives_no_score(
     )
     outcome = sdpo("train", file, f"data.task={tmp_path}/task.py")
     assert outcome.code == 2
-    assert outcome.err.startswith(f"error: data.task: {tmp_path}/task.py: grading failed for 1 of the 1 responses")
-    assert outcome.err.endswith("InvalidRewardError: the grader's score must be a finite number, got nan\n")
+    assert outcome.err.startswith(f"error: data.task: {tmp_path}/task.py: scoring failed for 1 of the 1 responses")
+    assert outcome.err.endswith("InvalidRewardError: the score must be a finite number, got nan\n")
     assert outcome.err.count("\n") == 1
 
 

@@ -428,7 +428,7 @@ def test_a_grader_that_fails_now_and_then_costs_those_responses(make_task_run: M
     assert [row[metrics.REWARD_FAILURES] for row in rows] == [1, 1, 1]
     assert [row[metrics.SCORE_MEAN] for row in rows] == [1, 1, 1]
     assert [row[metrics.REPROMPT_FRACTION] for row in rows] == [7 / 8] * 3
-    assert [text for text in messages if "grading failed" in text][1:] == []
+    assert [text for text in messages if "scoring failed" in text][1:] == []
     assert "=== not scored, advantage 0," in (Path(run.output_dir) / "rollouts" / "step_1.txt").read_text()
 
 
@@ -437,6 +437,6 @@ def test_a_grader_that_always_fails_ends_the_run_at_the_first_step(make_task_run
     run = make_task_run(data__task=str(tmp_path / "mine.py"), data__task_args={}, eval__val_before_train=False)
     with pytest.raises(SDPOError) as caught:
         train(run)
-    assert str(caught.value).startswith("data.task: grading failed for 1 of the 1 responses")
+    assert str(caught.value).startswith("data.task: scoring failed for 1 of the 1 responses")
     assert f"AttributeError: 'Row' object has no attribute 'answer' ({tmp_path}/mine.py:2)" in str(caught.value)
     assert "\n" not in str(caught.value)

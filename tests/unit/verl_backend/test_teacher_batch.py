@@ -147,5 +147,5 @@ def test_the_time_of_a_task_is_limited_in_a_thread_too(tmp_path: Path) -> None:
     arguments = {"task": str(tmp_path / "task.py"), "task_args": "{}", "timeout_s": 0.3}
     with ThreadPoolExecutor(1) as thread:
         assert thread.submit(compute_score, "sums", "0", None, **arguments).result()["score"] == 1.0
-        with pytest.raises(RewardFailure, match=r"^sums: no grade within reward\.timeout_s=0\.3 seconds"):
+        with pytest.raises(RewardFailure, match=r"^sums: no score within reward\.timeout_s=0\.3 seconds"):
             thread.submit(compute_score, "sums", "60", None, **arguments).result()

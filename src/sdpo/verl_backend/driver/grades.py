@@ -19,8 +19,8 @@ from sdpo.algorithm.advantage import compute_group_advantages
 from sdpo.errors import DataError
 from sdpo.observability import metrics
 
-FAILURE = "grader_failure"  # why there is no grade; empty if there is one
-REFUSAL = "grader_refusal"  # of these, what the task says of its data, which ends the run
+FAILURE = "reward_failure"  # why there is no grade; empty if there is one
+REFUSAL = "reward_refusal"  # of these, what the task says of its data, which ends the run
 
 
 def check_failures(extras: Sequence[Mapping[str, Any]], config: DictConfig, what: str) -> list[bool]:
@@ -35,7 +35,7 @@ def check_failures(extras: Sequence[Mapping[str, Any]], config: DictConfig, what
             raise DataError(extra[REFUSAL])
     reasons = [reason for reason in failures if reason]
     if reasons:
-        message = f"grading failed for {len(reasons)} of {len(failures)} responses of {what}"
+        message = f"scoring failed for {len(reasons)} of {len(failures)} responses of {what}"
         if len(reasons) > config.data.max_failure_fraction * len(failures):
             raise DataError(
                 f"data.task: {message}, which is more than reward.max_failure_fraction="
