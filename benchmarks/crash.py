@@ -90,7 +90,7 @@ def die_in_saving(rng: random.Random) -> None:
 def die_in_hand_over(rng: random.Random) -> None:
     """With a part of the weights handed over, or just before or after."""
     from sdpo.trainer.rollout import weight_sync
-    from sdpo.trainer.rollout.sampler import LocalSampler
+    from sdpo.trainer.rollout.local import LocalSampler
 
     calls_left, part = rng.randrange(4), rng.random()
 

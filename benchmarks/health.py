@@ -78,7 +78,7 @@ def learn(folder: str, name: str, seed: int) -> dict[str, Any]:
     return {
         "name": name,
         "seed": seed,
-        "alarms": [{key: alarm[key] for key in ("step", "rule", "reason")} for alarm in record.alarms],
+        "alarms": [{key: alarm[key] for key in ("step", "rule", "reason")} for alarm in record.health_events],
         "best": best,
         "lost_at": lost_at,
         "final": accuracies[-1],

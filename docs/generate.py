@@ -31,14 +31,16 @@ wrong type and a value out of range are errors that say so. `null` stands for "n
 METRICS = """\
 # Metrics
 
-Every step appends one line to `metrics.jsonl` in the run folder. Names follow verl where verl has the quantity; what
-is SDPO's own stands under `self_distillation/`, what [Training health](health.md) adds under `health/`.
+Every step appends one line to `metrics.jsonl` in the output folder. Names follow verl where verl has the quantity; the
+metrics of SDPO begin with `self_distillation/`, those of the [health checks](health.md) with `health/`.
 
-Some are estimates, and so have an interval of 95 %: `NAME/ci95_low` and `NAME/ci95_high`. A prompt is one observation
-in it, however many rollouts and tokens it has. That of a mean is the mean -+ 1.96 standard errors; that of a share is
-Wilson's. Those are {estimates}, and all accuracies on held-out prompts. On verl only
+Estimates have a 95 % confidence interval, `NAME/ci95_low` and `NAME/ci95_high`: {estimates}, and all validation
+accuracies. A prompt counts as one observation, however many rollouts and tokens it has. The interval of a mean is the
+mean -+ 1.96 standard errors; the interval of a fraction is Wilson's. On verl only
 `self_distillation/rollout_success_fraction`, `self_distillation/success_group_fraction` and
-`self_distillation/reprompt_sample_fraction` have it.
+`self_distillation/reprompt_sample_fraction` have an interval.
+
+`sdpo report` also reads runs written under earlier names; the last table lists them.
 """
 
 
@@ -80,29 +82,37 @@ def metric_names() -> str:
     for family, members in groupby(metrics.DESCRIPTIONS.items(), key=lambda item: item[0].split("/")[0]):
         rows = ((f"`{name}`", meaning) for name, meaning in members)
         page += f"\n## {family}\n\n" + table(("Name", "Meaning"), rows)
-    statistics = {
-        "mean@1": "Held-out accuracy of the {who}, one greedy response a prompt.",
-        "mean@N": "Mean accuracy over `eval.n` = N sampled responses a prompt; only if N > 0.",
-        "best@N": "Share of prompts that one of them solves (pass@N).",
+    validation = {
+        "val-core": {
+            metrics.val_name("DATA_SOURCE", "mean@1"): "Accuracy of the student, one greedy response per prompt.",
+            metrics.val_name("DATA_SOURCE", "mean@N"): "Mean accuracy over `eval.n` = N sampled responses per prompt; "
+            "only if N > 0.",
+            metrics.val_name("DATA_SOURCE", "best@N/mean"): "Mean over prompts of the best of the N scores (pass@N).",
+        },
+        "val-teacher": {
+            metrics.teacher_val_name("DATA_SOURCE", "mean@1"): "Accuracy of the teacher on the prompts with a "
+            "demonstration or feedback, one greedy response each.",
+            metrics.teacher_prompted_name("DATA_SOURCE"): "Fraction of prompts with a demonstration or feedback.",
+            metrics.teacher_gain_name(
+                "DATA_SOURCE"
+            ): "Teacher minus student on these prompts, one greedy response each.",
+        },
     }
-    for family, who, name in (
-        ("val-core", "student", metrics.val_name),
-        ("val-teacher", "teacher, prompted as in training", metrics.teacher_val_name),
-    ):
-        rows = [(f"`{name('DATA_SOURCE', key)}`", text.format(who=who)) for key, text in statistics.items()]
-        if family == "val-teacher":
-            rows += [
-                (
-                    f"`{metrics.teacher_prompted_name('DATA_SOURCE')}`",
-                    "Share of prompts whose teacher had something to be shown.",
-                ),
-                (
-                    f"`{metrics.teacher_gain_name('DATA_SOURCE')}`",
-                    "Teacher minus student on those prompts, one greedy response each.",
-                ),
-            ]
-        page += f"\n## {family}\n\n" + table(("Name", "Meaning"), rows)
-    return page
+    for family, meanings in validation.items():
+        page += f"\n## {family}\n\n" + table(
+            ("Name", "Meaning"), ((f"`{name}`", meaning) for name, meaning in meanings.items())
+        )
+    renamed = {
+        **metrics.RENAMED_METRICS,
+        "val-teacher/DATA_SOURCE/gain/mean@1": metrics.teacher_gain_name("DATA_SOURCE"),
+    }
+    page += "\n## Earlier names\n\n" + table(
+        ("Earlier", "Now"), ((f"`{old}`", f"`{new}`") for old, new in renamed.items())
+    )
+    return page + (
+        f"\nBeside `self_distillation/distilled_sample_fraction`, `{metrics.SUCCESS_SAMPLE_FRACTION}` had the meaning "
+        f"of `{metrics.ROLLOUT_SUCCESS_FRACTION}`, and is read as such.\n"
+    )
 
 
 HOOKS_PAGE = """\

@@ -13,8 +13,8 @@ for _name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
-    from sdpo.algorithm.loss import compute_self_distillation_loss as compute_self_distillation_loss
-    from sdpo.algorithm.teacher import update_teacher_ema as update_teacher_ema
+    from sdpo.algorithm.ema import update_teacher_ema as update_teacher_ema
+    from sdpo.algorithm.official import compute_self_distillation_loss as compute_self_distillation_loss
     from sdpo.config.loader import load_config as load_config
     from sdpo.config.root import SDPOConfig as SDPOConfig
     from sdpo.config.self_distillation import SelfDistillationConfig as SelfDistillationConfig
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "compute_self_distillation_loss": "sdpo.algorithm.loss",
+    "compute_self_distillation_loss": "sdpo.algorithm.official",
     "fused_self_distillation_loss": "sdpo.kernels.fused_self_distillation",
-    "update_teacher_ema": "sdpo.algorithm.teacher",
+    "update_teacher_ema": "sdpo.algorithm.ema",
     "SDPOConfig": "sdpo.config.root",
     "SelfDistillationConfig": "sdpo.config.self_distillation",
     "load_config": "sdpo.config.loader",

@@ -58,7 +58,7 @@ def train(
         print_result_table([read_run(result.output_dir)])
     print(f"run folder: {result.output_dir}")
     if result.stop_reason:
-        print(f"stopped by an alarm: {result.stop_reason}", file=sys.stderr)
+        print(f"stopped by a health check: {result.stop_reason}", file=sys.stderr)
     if result.interrupt_signal:
         print(f"stopped by {result.interrupt_signal}; add --resume to go on", file=sys.stderr)
         raise typer.Exit(128 + signal.Signals[result.interrupt_signal])

@@ -77,11 +77,11 @@ def test_a_dry_run_prints_the_run_and_writes_nothing(
     file = write_run_file()
     outcome = sdpo("train", file, "optim.lr=0.25", "--dry-run")
     assert outcome.code == 0 and outcome.err == ""
-    resolved, tokens, memory = outcome.out.partition("tokens a step: at most ")
+    resolved, tokens, memory = outcome.out.partition("tokens per step: at most ")
     (tmp_path / "resolved.yaml").write_text(resolved)
     assert load_config(tmp_path / "resolved.yaml") == load_config(file, ["optim.lr=0.25"])
     assert memory.startswith(f"{4 * 2 * (2048 + 8):,} in 8 rollouts; 2 steps")
-    assert "actor and sampler, at once" in tokens + memory
+    assert "actor and sampler, peak" in tokens + memory
     assert sorted(p.name for p in tmp_path.iterdir()) == ["resolved.yaml", "run.yaml"]
 
 
@@ -100,9 +100,9 @@ def test_a_dry_run_on_verl_counts_each_gpus_share(
     arguments = [write_run_file(), "max_staleness=1", "verl.trainer.nnodes=2"]
     outcome = sdpo("verl", *arguments, "rollout.n_gpus_per_node=3", "--dry-run")
     assert outcome.code == 0
-    resolved, _, memory = outcome.out.partition("tokens a step: at most ")
+    resolved, _, memory = outcome.out.partition("tokens per step: at most ")
     assert "verl:\n  trainer.nnodes: 2\n" in resolved
-    assert "actor on each of 2 GPUs, at once" in memory and "sampler on each of 3 GPUs, at once" in memory
+    assert "actor on each of 2 GPUs, peak" in memory and "sampler on each of 3 GPUs, peak" in memory
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run.yaml"]
     printed = sdpo("verl", *arguments, "trainer.nnodes=4", "--print")
     assert printed.code == 0 and printed.out.strip().endswith("trainer.nnodes=2 trainer.nnodes=4")
@@ -259,8 +259,8 @@ def test_a_grader_that_gives_no_score(
     )
     outcome = sdpo("train", file, f"data.task={tmp_path}/task.py")
     assert outcome.code == 2
-    assert outcome.err.startswith(f"error: data.task: {tmp_path}/task.py: grading failed for 1 of the 1 responses")
-    assert outcome.err.endswith("InvalidRewardError: the grader's score must be a finite number, got nan\n")
+    assert outcome.err.startswith(f"error: data.task: {tmp_path}/task.py: scoring failed for 1 of the 1 responses")
+    assert outcome.err.endswith("InvalidRewardError: the score must be a finite number, got nan\n")
     assert outcome.err.count("\n") == 1
 
 

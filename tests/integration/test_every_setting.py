@@ -325,8 +325,8 @@ class Runner:
                 hook.remove()
         output_dir = Path(run.output_dir)
         rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-        alarms_file = output_dir / "health_events.jsonl"
-        raised = alarms_file.read_text().splitlines() if alarms_file.exists() else []
+        health_events_file = output_dir / "health_events.jsonl"
+        raised = health_events_file.read_text().splitlines() if health_events_file.exists() else []
         return Ran(
             error=None,
             rows=[
@@ -359,7 +359,7 @@ class Runner:
 
         with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=self.folder) as place:
             patch.chdir(place)
-            patch.setattr("sdpo.trainer.rollout.sampler.sample_responses", sample)
+            patch.setattr("sdpo.trainer.rollout.hf_engine.sample_responses", sample)
             parts = build_components(change(BASE, changes), NullCallback())
             parts.folder.close()
             parts.sampler.submit([], seed=0)
@@ -417,13 +417,13 @@ class Runner:
         return waits[0]
 
     def find_restarts(self, changes: Mapping[str, Any]) -> int:
-        """How often the sampler's process may be started again."""
+        """How often the sampling process may be restarted."""
         with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=self.folder) as place:
             patch.chdir(place)
             parts = build_components(change(BASE, changes), NullCallback())
             parts.folder.close()
             parts.sampler.close()
-            return parts.sampler._restarts_left  # type: ignore[attr-defined,no-any-return]
+            return parts.sampler._max_restarts  # type: ignore[attr-defined,no-any-return]
 
     def _keep_code_here(self, patch: pytest.MonkeyPatch) -> None:
         # Where transformers copies a model's code: read from the environment when it is imported, so in a new process.

@@ -23,22 +23,13 @@ from safetensors.torch import load_file
 
 from sdpo import SDPOConfig, SDPOError, SDPOTrainer, load_config
 from sdpo.observability import metrics
-from sdpo.observability.progress import NullCallback
 from sdpo.trainer.actor.actor import Actor
 from sdpo.trainer.checkpoint.manager import find_newest
 from sdpo.trainer.checkpoint.state import FILE
-from sdpo.trainer.rollout.sampler import ProcessSampler
+from sdpo.trainer.rollout.process import ProcessSampler
 
 ROOT = Path(__file__).parents[2]
 FORKS = pytest.mark.slow
-
-
-class Listening(NullCallback):
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.messages.append(text)
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +174,9 @@ def test_a_checkpoint_that_is_cut_short_at_any_file(make_run: Callable[..., SDPO
 
 
 @FORKS
-def test_a_sampler_that_is_killed(make_run: Callable[..., SDPOConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sampler_that_is_killed(
+    make_run: Callable[..., SDPOConfig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     whole = make_run("max_staleness=1", "output_dir=${data.task_args.dir}/../whole_1")
     SDPOTrainer(whole).train()
     run = make_run("max_staleness=1")
@@ -196,11 +189,9 @@ def test_a_sampler_that_is_killed(make_run: Callable[..., SDPOConfig], monkeypat
             os.kill(sampler._process.pid or 0, signal.SIGKILL)
 
     monkeypatch.setattr(ProcessSampler, "submit", submit_and_kill)
-    listening = Listening()
-    SDPOTrainer(run, listening).train()
-    assert [text for text in listening.messages if "killed" in text] == [
-        f"the sampler's process was killed by SIGKILL; it is started again, {left} more times at most"
-        for left in (2, 1)
+    SDPOTrainer(run).train()
+    assert [text for text in caplog.messages if "killed" in text] == [
+        f"the sampling process was killed by SIGKILL; restart {number} of at most 3" for number in (1, 2)
     ]
     assert_same_run(run, whole)
 

@@ -39,9 +39,9 @@ def dry_run(path: Path, *overrides: str, on_verl: bool = False) -> MemoryEstimat
 
         return estimate_embedded(run)
     from sdpo.verl_backend.config.memory_estimate import estimate_memory
-    from sdpo.verl_backend.config.to_verl import translate
+    from sdpo.verl_backend.config.to_verl import to_verl_overrides
 
-    return estimate_memory(run, translate(run).overrides)
+    return estimate_memory(run, to_verl_overrides(run).overrides)
 
 
 def test_there_is_a_file_for_each_machine() -> None:
@@ -52,14 +52,14 @@ def test_there_is_a_file_for_each_machine() -> None:
 def test_a_run_on_geometry_fits_into_80_gb(path: Path) -> None:
     cost = dry_run(path)
     assert cost.num_params == 3_754_622_976
-    assert max(cost.learner_peak, cost.sampler_peak) < 72 * 2**30, "of 79.6 GiB; the rest is CUDA's, NCCL's and lost"
+    assert max(cost.actor_peak, cost.sampler_peak) < 72 * 2**30, "of 79.6 GiB; the rest is CUDA's, NCCL's and lost"
 
 
 def test_the_file_for_one_gpu_fits_on_verl_too() -> None:
     cost = dry_run(CONFIGS / "geo3k_1gpu.yaml", on_verl=True)
-    assert cost.colocated and cost.learner_peak < 72 * 2**30
+    assert cost.colocated and cost.actor_peak < 72 * 2**30
     page = (ROOT / "docs" / "geo3k_memory.md").read_text()
-    held, learning = sum(cost.actor.values()), sum(cost.learning.values())
+    held, learning = sum(cost.persistent.values()), sum(cost.training.values())
     for size in (
         held + sum(cost.sampler.values()),
         held + learning + max(sum(p.values()) for p in cost.phases.values()),
@@ -102,14 +102,14 @@ def test_the_full_vocabulary_fits_as_the_page_says() -> None:
         2 * vocabulary * hidden,
         (4096 * 2 + 8192 // 2) * hidden * 4,
     ]
-    assert cost.phases["a micro-batch"]["logits"] == sum(parts)
+    assert cost.phases["micro-batch"]["logits"] == sum(parts)
     for size in (*parts, sum(parts)):
         assert f"| {format_bytes(size)} |" in page
-    assert f"It takes {format_bytes(cost.learner_peak)} now, as with top-k" in page
-    assert f"{format_bytes(sum(cost.actor.values()) + sum(cost.learning.values()))} of it" in page
-    assert cost.learner_peak == dry_run(path).learner_peak < 72 * 2**30
+    assert f"It takes {format_bytes(cost.actor_peak)} now, as with top-k" in page
+    assert f"{format_bytes(sum(cost.persistent.values()) + sum(cost.training.values()))} of it" in page
+    assert cost.actor_peak == dry_run(path).actor_peak < 72 * 2**30
     twice = dry_run(path, full, "actor.max_tokens_per_micro_batch=16384")
-    assert f"At 16384 tokens per micro-batch the actor takes {format_bytes(twice.learner_peak)}" in page
+    assert f"At 16384 tokens per micro-batch the actor takes {format_bytes(twice.actor_peak)}" in page
 
 
 @pytest.mark.parametrize("path", GEO3K, ids=lambda path: path.stem)
@@ -118,8 +118,8 @@ def test_a_peers_solution_fits_as_the_page_says(path: Path) -> None:
         "self_distillation.demonstration_source=successful_rollout_then_ground_truth",
         "self_distillation.max_reprompt_len=4608",
     ]
-    assert dry_run(path, *shown, "eval.evaluate_teacher=false").learner_peak < 72 * 2**30
-    assert (dry_run(path, *shown).learner_peak < 72 * 2**30) == (path in ON_VERL)
+    assert dry_run(path, *shown, "eval.evaluate_teacher=false").actor_peak < 72 * 2**30
+    assert (dry_run(path, *shown).actor_peak < 72 * 2**30) == (path in ON_VERL)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_peers_solution_fits_as_the_page_says(path: Path) -> None:
 )
 def test_a_run_on_verl_composes(name: str, actors: tuple[int, int], samplers: tuple[int, int], tmp_path: Path) -> None:
     from sdpo.verl_backend.config.schema import read_self_distillation
-    from sdpo.verl_backend.config.to_verl import translate
+    from sdpo.verl_backend.config.to_verl import to_verl_overrides
     from sdpo.verl_backend.entrypoint.main import compose_config
 
     for kind in ("train", "test"):
@@ -136,13 +136,13 @@ def test_a_run_on_verl_composes(name: str, actors: tuple[int, int], samplers: tu
     path = CONFIGS / f"{name}.yaml"
     files = [f"data.train_files=[{tmp_path}/train.parquet]", f"data.val_files=[{tmp_path}/test.parquet]"]
     run = load_config(path, files)
-    translated = translate(run)
+    translated = to_verl_overrides(run)
     config = compose_config(translated.config_name, translated.overrides)
     assert translated.config_name == "sdpo_trainer" and not config.trainer.use_v1, "one step off policy"
     assert (config.trainer.nnodes, config.trainer.n_gpus_per_node) == actors
     assert (config.actor_rollout_ref.rollout.nnodes, config.actor_rollout_ref.rollout.n_gpus_per_node) == samplers
     cost = dry_run(path)
-    assert (cost.num_learners, cost.num_samplers) == (actors[0] * actors[1], samplers[0] * samplers[1])
+    assert (cost.num_actor_gpus, cost.num_sampler_gpus) == (actors[0] * actors[1], samplers[0] * samplers[1])
     assert read_self_distillation(config.actor_rollout_ref.actor) == run.self_distillation
     assert config.actor_rollout_ref.model.path == "Qwen/Qwen2.5-VL-3B-Instruct"
     precision = config.actor_rollout_ref.actor.fsdp_config

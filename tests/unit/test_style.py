@@ -11,6 +11,8 @@ ROOT = Path(__file__).parents[2]
 PLACES = [  # those that have been rewritten; the rest follows
     "src/sdpo/algorithm",
     "src/sdpo/kernels",
+    "src/sdpo/observability",
+    "tests/unit/observability",
     "README.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",

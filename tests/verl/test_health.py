@@ -41,7 +41,7 @@ def test_an_alarm_stops_a_run_and_the_best_checkpoint_stays(
     """Sampling and learning in turns. Steps 2 and 4 are saved and evaluated; at step 5 the score has fallen."""
     output_dir = tmp_path / "run"
     (tmp_path / "grader.py").write_text(GRADER.format(checkpoints=str(output_dir / "checkpoints")))
-    (tmp_path / "run.yaml").write_text("output_dir: ???\ntotal_steps: 9\n")
+    (tmp_path / "run.yaml").write_text("output_dir: ???\nmax_steps: 9\n")
     settings = {
         "output_dir": output_dir,
         "model.path": task_dir / "model",
@@ -64,8 +64,9 @@ def test_an_alarm_stops_a_run_and_the_best_checkpoint_stays(
     running = start(sys.executable, "-m", "sdpo.cli", "verl", str(tmp_path / "run.yaml"), *overrides)
     assert running.wait() == 0, running.tail()
     reason = "training score fell from 1 to 0 (means of 1 steps)"
-    assert f"stopped by an alarm: score_collapse: {reason}\n" in running.log.read_text(errors="replace")
-    assert f"step 5: score_collapse: {reason}; the run stops here" in running.log.read_text(errors="replace")
+    assert f"stopped by a health check: score_collapse: {reason}\n" in running.log.read_text(errors="replace")
+    message = f"step 5: health.score_collapse=stop: {reason}; stopping the run after this step"
+    assert message in running.log.read_text(errors="replace")
     assert [(alarm["step"], alarm["rule"], alarm["action"]) for alarm in read_alarms(output_dir)] == [
         (5, "score_collapse", "stop")
     ]
@@ -103,7 +104,7 @@ def test_an_alarm_freezes_the_teacher_and_a_resumed_run_goes_on_with_it(
     running = train_on_verl(output_dir, *settings)
     assert running.wait() == 0, running.tail()
     alarms = read_alarms(output_dir)
-    assert [(alarm["step"], alarm["action"]) for alarm in alarms][:1] == [(2, "freeze")]
+    assert [(alarm["step"], alarm["action"]) for alarm in alarms][:1] == [(2, "freeze_teacher")]
     state = json.loads((output_dir / "checkpoints/global_step_3" / STATE_FILE).read_text())
     assert state["actor"]["teacher_is_frozen"]
 

@@ -248,7 +248,7 @@ def test_images_and_texts_with_a_frozen_tower_on_one_gpu(start: Train, tmp_path:
     """Qwen3-VL on the V1 trainer sync; one step off and Qwen2.5-VL are the smoke test's."""
     model = build_vision_model("qwen3_vl", tmp_path / "model")
     (tmp_path / "grader.py").write_text(GRADER)
-    (tmp_path / "run.yaml").write_text("output_dir: ???\ntotal_steps: 2\n")
+    (tmp_path / "run.yaml").write_text("output_dir: ???\nmax_steps: 2\n")
     settings = {
         "output_dir": tmp_path / "run",
         "save_steps": 1,

@@ -1,4 +1,4 @@
-"""A real vLLM engine samples what transformers would, with the weights that it was handed last. ``make test-vllm``."""
+"""A real vLLM engine samples what transformers would, with the weights of the last sync. ``make test-vllm``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sdpo.models.multimodal.processor import TokenPrompt
 from sdpo.observability import metrics
 from sdpo.rewards.toy import hidden_rule
 from sdpo.trainer.rollout import vllm_engine
-from sdpo.trainer.rollout.sampler import LocalSampler
+from sdpo.trainer.rollout.local import LocalSampler
 from sdpo.trainer.rollout.vllm_engine import VllmEngine
 
 pytestmark = [
@@ -103,15 +103,15 @@ def largest_difference(
 
 
 @pytest.mark.parametrize(("tied", "top_p"), [(False, 1.0), (True, 1.0), (True, 0.8)])
-def test_log_probs_are_the_students_after_every_hand_over(start: Start, tied: bool, top_p: float) -> None:
+def test_log_probs_are_the_students_after_every_weight_sync(start: Start, tied: bool, top_p: float) -> None:
     decoding = replace(DECODING, top_p=top_p)
-    sampler = LocalSampler(start(decoding, tied=tied), probes=True)
+    sampler = LocalSampler(start(decoding, tied=tied), verify_weights=True)
     student, generator = make_model(seed=0, tied=tied), torch.Generator().manual_seed(0)
     for version in range(4):
         sampler.load_weights(student, version)
         sampler.submit(PROMPTS, seed=version)
         rollouts = sampler.collect()
-        assert rollouts.version == version
+        assert rollouts.policy_version == version
         assert largest_difference(student, rollouts.responses, decoding) < 1e-4
         with torch.no_grad():
             for param in student.parameters():
@@ -120,18 +120,18 @@ def test_log_probs_are_the_students_after_every_hand_over(start: Start, tied: bo
 
 
 def test_weights_that_arrive_in_part_are_noticed(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    sampler = LocalSampler(start(tied=True), probes=True)
+    sampler = LocalSampler(start(tied=True), verify_weights=True)
     sampler.load_weights(make_model(seed=0, tied=True), 0)
     monkeypatch.setattr(vllm_engine, "_repack_tied_head", lambda model: None)
     message = (
-        r"^after the hand-over vLLM's log-probs differ from the student's by [\d.]+ nats on average, more than 0.01 "
+        r"^after a weight sync, vLLM's log-probs differ from the student's by [\d.]+ nats on average, more than 0.01 "
     )
     with pytest.raises(RuntimeError, match=message):
         sampler.load_weights(make_model(seed=1, tied=True), 1)
 
 
 def test_the_same_seed_gives_the_same_responses(start: Start) -> None:
-    sampler, student = LocalSampler(start(), probes=True), make_model(seed=0)
+    sampler, student = LocalSampler(start(), verify_weights=True), make_model(seed=0)
 
     def sample(seed: int, prompts: Sequence[TokenPrompt] = PROMPTS) -> list[list[Completion]]:
         sampler.load_weights(student, 0)
@@ -149,7 +149,7 @@ def test_the_same_seed_gives_the_same_responses(start: Start) -> None:
 def test_responses_end_where_those_of_transformers_end(start: Start) -> None:
     nearly_greedy = replace(DECODING, temperature=0.02, n=2)  # so that both draw the same tokens
     student = make_model(seed=0)
-    sampler = LocalSampler(start(nearly_greedy), probes=True)
+    sampler = LocalSampler(start(nearly_greedy), verify_weights=True)
     sampler.load_weights(student, 0)
     sampler.submit(PROMPTS, 0)
     ours = list(chain(*sampler.collect().responses))

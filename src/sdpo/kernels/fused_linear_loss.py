@@ -33,8 +33,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sdpo.algorithm.divergence import differentiate_divergence
-from sdpo.algorithm.loss import LossInputs, LossOutputs, Sums, add_sums, compute_loss
+from sdpo.algorithm.loss import LossInputs, LossOutputs, compute_loss
 from sdpo.algorithm.regularization import Regularization
+from sdpo.algorithm.sums import Sums, add_sums
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.kernels.chunked_log_probs import ChunkedLogProbs, LinearHead, choose_chunk_size, cut_slice
 from sdpo.kernels.head_grad import HeadGradAccumulator, blocked_matmul

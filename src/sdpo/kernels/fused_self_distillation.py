@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sdpo.algorithm.loss import compute_token_weights
+from sdpo.algorithm.aggregation import compute_token_weights
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.kernels.chunked_log_probs import LinearHead, softmax_type
 from sdpo.kernels.dispatch import fused_linear_sdpo_loss

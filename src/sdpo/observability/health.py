@@ -1,9 +1,9 @@
-"""Is the training well? Rules over the metrics of each step, which say when it is not, why, and what is to be done.
+"""Health checks over training metrics: detect a collapse, give the reason and the action to take.
 
-A rule compares the mean of the last ``health.window`` steps with what it was: the best such mean so far, or that of the
-first steps. Two things have to hold: the change is large enough to matter (a setting of the rule), and it is more than
-chance makes of steps that differ as much as these do (``health.min_z_score``). An alarm is raised when a rule begins to
-hold, not again as long as it does, and again only after it has not held for a window.
+A check compares the mean of the last ``health.window`` steps with an earlier mean: the best so far, or that of the
+first window. It fails if the change exceeds the check's own threshold and is significant, larger than
+``health.min_z_score`` standard errors. A failure is reported once, when it begins; a check that has passed for a full
+window may be reported again.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from sdpo.observability import metrics
 
 @dataclass(frozen=True)
 class HealthEvent:
-    """A rule that has begun to hold.
+    """A health check that begins to fail.
 
     Attributes:
-        step: at which.
-        rule: its name, which is that of the setting with its action.
-        action: what is to be done: ``warn``, ``lower``, ``freeze`` or ``stop``.
+        step: training step of the failure.
+        rule: name of the check, which is also the name of the setting with its action.
+        action: ``warn``, ``reduce_weight``, ``freeze_teacher`` or ``stop``.
         reason: one sentence with the numbers.
-        values: those numbers, by metric.
+        values: the numbers in ``reason``, by metric.
     """
 
     step: int
@@ -37,18 +37,18 @@ class HealthEvent:
 
 
 class Violation(NamedTuple):
-    """Why a rule holds."""
+    """Why a check fails."""
 
     reason: str
     values: dict[str, float]
 
 
 class RollingMean:
-    """One metric's mean over the last steps beside what it was.
+    """Mean of a metric over the last steps, with the extremes of this mean so far.
 
     Attributes:
-        first: mean of the first ``window`` steps; None before that.
-        lowest, highest: of the means of ``window`` steps so far.
+        first: mean of the first ``window`` steps; None until then.
+        lowest, highest: extremes of the means of ``window`` steps so far.
     """
 
     def __init__(self, window: int) -> None:
@@ -58,7 +58,7 @@ class RollingMean:
         self.highest = -math.inf
         self._recent: list[float] = []
         self._count = 0
-        self._squares = 0.0  # of the differences between neighbours
+        self._squares = 0.0  # sum of squared differences between consecutive steps
 
     def add(self, value: float) -> None:
         if self._recent:
@@ -73,28 +73,28 @@ class RollingMean:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the last steps and the first ones are different steps."""
+        """Whether the first and the last window are disjoint."""
         return self._count >= 2 * self.window
 
     @property
     def mean(self) -> float:
-        """Of the last steps; NaN before the first."""
+        """Mean of the last steps; NaN before the first step."""
         return sum(self._recent) / len(self._recent) if self._recent else math.nan
 
     @property
-    def noise(self) -> float:
-        """Standard error of the difference between two such means, were there nothing but noise.
+    def standard_error(self) -> float:
+        """Standard error of the difference between two means of ``window`` steps without a trend.
 
-        A step's variance is half the mean square of the difference between neighbours, which a trend hardly changes.
-        Source: von Neumann, Annals of Mathematical Statistics 12 (1941).
+        The variance of a step is estimated as half the mean squared difference between consecutive steps, which a
+        trend hardly changes. Source: von Neumann, Annals of Mathematical Statistics 12 (1941).
         """
         variance = self._squares / (2 * max(1, self._count - 1))
         return math.sqrt(2 * variance / self.window)
 
     def state_dict(self) -> dict[str, Any]:
-        # Infinities are no JSON.
-        ends = {"lowest": self.lowest, "highest": self.highest} if self.first is not None else {}
-        return {"first": self.first, "recent": self._recent, "count": self._count, "squares": self._squares, **ends}
+        # JSON has no infinities.
+        extremes = {"lowest": self.lowest, "highest": self.highest} if self.first is not None else {}
+        return {"first": self.first, "recent": self._recent, "count": self._count, "squares": self._squares, **extremes}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.first, self._recent = state["first"], list(state["recent"])
@@ -103,138 +103,140 @@ class RollingMean:
 
 
 class HealthMonitor:
-    """Reads the metrics of every step, in order, and raises alarms."""
+    """Runs all health checks on the metrics of each step, in order."""
 
     def __init__(self, config: HealthConfig) -> None:
         self.config = config
-        self.num_alarms = 0
-        self._trends = {name: RollingMean(config.window) for name in _WATCHED}
-        self._gains: dict[str, tuple[float, float]] = {}  # data source -> teacher's last gain, its upper end
-        self._well_since: dict[str, int] = {}  # rule that has held -> steps since it last did
-        self._rules: dict[str, Callable[[], Violation | None]] = {
+        self.num_events = 0
+        self._means = {name: RollingMean(config.window) for name in _WATCHED}
+        self._gains: dict[str, tuple[float, float]] = {}  # data source -> teacher's last gain, upper end of interval
+        self._steps_since_violation: dict[str, int] = {}  # by reported check, until it has passed for a window
+        self._checks: dict[str, Callable[[], Violation | None]] = {
             "score_collapse": self._score_collapse,
             "entropy_collapse": self._entropy_collapse,
             "entropy_explosion": self._entropy_explosion,
             "length_collapse": self._length_collapse,
-            "teacher_entropy_increase": self._teacher_unsure,
-            "teacher_underperforms_student": self._teacher_worse,
-            "no_distillation_targets": self._nothing_to_distil,
+            "teacher_entropy_increase": self._teacher_entropy_increase,
+            "teacher_underperforms_student": self._teacher_underperforms_student,
+            "no_distillation_targets": self._no_distillation_targets,
         }
 
     def check(self, step: int, values: Mapping[str, float]) -> list[HealthEvent]:
-        """Take in a step's metrics; give the alarms that they raise.
+        """Add the metrics of a step and return the checks that begin to fail.
 
-        What is missing or not finite is left out: a rule without its metric does not hold.
+        Missing and non-finite values are skipped; a check without its metric passes.
         """
-        for name, trend in self._trends.items():
+        for name, mean in self._means.items():
             if math.isfinite(values.get(name, math.nan)):
-                trend.add(float(values[name]))
+                mean.add(float(values[name]))
         self._gains |= _find_gains(values)
-        alarms = []
-        for name, rule in self._rules.items():
+        events = []
+        for name, check in self._checks.items():
             action = getattr(self.config, name)
-            finding = rule() if action != "ignore" else None
-            if finding is not None and name not in self._well_since:
-                alarms.append(HealthEvent(step, name, action, finding.reason, finding.values))
-            self._note(name, finding is not None)
-        self.num_alarms += len(alarms)
-        return alarms
+            violation = check() if action != "ignore" else None
+            if violation is not None and name not in self._steps_since_violation:
+                events.append(HealthEvent(step, name, action, violation.reason, violation.values))
+            self._update_episode(name, fails=violation is not None)
+        self.num_events += len(events)
+        return events
 
     def state_dict(self) -> dict[str, Any]:
-        """All that it remembers, in JSON's types."""
+        """The complete state, in JSON's types."""
         return {
-            "num_alarms": self.num_alarms,
+            "num_events": self.num_events,
             "gains": {source: list(gain) for source, gain in self._gains.items()},
-            "well_since": dict(self._well_since),
-            "trends": {name: trend.state_dict() for name, trend in self._trends.items()},
+            "steps_since_violation": dict(self._steps_since_violation),
+            "means": {name: mean.state_dict() for name, mean in self._means.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where another one, with the same settings, was."""
-        self.num_alarms = state["num_alarms"]
+        """Resume from the state of a monitor with the same settings."""
+        self.num_events = state["num_events"]
         self._gains = {source: (gain, high) for source, (gain, high) in state["gains"].items()}
-        self._well_since = dict(state["well_since"])
-        for name, trend in self._trends.items():
-            trend.load_state_dict(state["trends"][name])
+        self._steps_since_violation = dict(state["steps_since_violation"])
+        for name, mean in self._means.items():
+            mean.load_state_dict(state["means"][name])
 
-    def _note(self, rule: str, holds: bool) -> None:
-        """An episode ends once the rule has not held for a window."""
-        if holds:
-            self._well_since[rule] = 0
-        elif rule in self._well_since:
-            self._well_since[rule] += 1
-            if self._well_since[rule] >= self.config.window:
-                del self._well_since[rule]
+    def _update_episode(self, check: str, fails: bool) -> None:
+        """Begin or extend an episode of failures; it ends after a window of passes."""
+        if fails:
+            self._steps_since_violation[check] = 0
+        elif check in self._steps_since_violation:
+            self._steps_since_violation[check] += 1
+            if self._steps_since_violation[check] >= self.config.window:
+                del self._steps_since_violation[check]
 
     def _score_collapse(self) -> Violation | None:
-        score = self._trends[metrics.SCORE_MEAN]
+        score = self._means[metrics.SCORE_MEAN]
         drop = score.highest - score.mean
-        if not score.is_ready or drop <= self.config.score_drop * abs(score.highest) or not self._matters(drop, score):
+        if not score.is_ready or drop <= self.config.score_drop * abs(score.highest):
             return None
-        return self._found("training score fell from", score.highest, score.mean, metrics.SCORE_MEAN)
+        if not self._is_significant(drop, score):
+            return None
+        return self._describe("training score fell from", score.highest, score.mean, metrics.SCORE_MEAN)
 
     def _entropy_collapse(self) -> Violation | None:
-        entropy = self._trends[metrics.ENTROPY]
+        entropy = self._means[metrics.ENTROPY]
         if not entropy.is_ready or entropy.first is None or self._score_has_risen():
             return None
         fall = entropy.first - entropy.mean
-        if entropy.mean >= self.config.entropy_fall * entropy.first or not self._matters(fall, entropy):
+        if entropy.mean >= self.config.entropy_fall * entropy.first or not self._is_significant(fall, entropy):
             return None
-        return self._found(
+        return self._describe(
             "entropy fell, and the score did not rise, from", entropy.first, entropy.mean, metrics.ENTROPY
         )
 
     def _entropy_explosion(self) -> Violation | None:
-        return self._rise_of(metrics.ENTROPY, self.config.entropy_rise, "entropy rose from")
+        return self._check_rise(metrics.ENTROPY, self.config.entropy_rise, "entropy rose from")
 
-    def _teacher_unsure(self) -> Violation | None:
-        """It is shown the answer: where it becomes unsure nevertheless, its weights have been spoilt."""
-        return self._rise_of(
+    def _teacher_entropy_increase(self) -> Violation | None:
+        # The teacher sees the answer; if its entropy rises nevertheless, its weights have degraded.
+        return self._check_rise(
             metrics.TEACHER_ENTROPY, self.config.teacher_entropy_rise, "the teacher's entropy rose from"
         )
 
-    def _rise_of(self, metric: str, times: float, what: str) -> Violation | None:
-        trend = self._trends[metric]
-        if not trend.is_ready or trend.mean <= times * trend.lowest:
+    def _check_rise(self, metric: str, max_factor: float, change: str) -> Violation | None:
+        rolling = self._means[metric]
+        if not rolling.is_ready or rolling.mean <= max_factor * rolling.lowest:
             return None
-        if not self._matters(trend.mean - trend.lowest, trend):
+        if not self._is_significant(rolling.mean - rolling.lowest, rolling):
             return None
-        return self._found(what, trend.lowest, trend.mean, metric)
+        return self._describe(change, rolling.lowest, rolling.mean, metric)
 
     def _length_collapse(self) -> Violation | None:
         length, clipped = (
-            self._trends[name] for name in (metrics.RESPONSE_LENGTH_MEAN, metrics.RESPONSE_LENGTH_CLIP_RATIO)
+            self._means[name] for name in (metrics.RESPONSE_LENGTH_MEAN, metrics.RESPONSE_LENGTH_CLIP_RATIO)
         )
         if length.is_ready and length.first is not None and not self._score_has_risen():
             fell = length.mean < self.config.length_fall * length.first
-            if fell and self._matters(length.first - length.mean, length):
-                what = "response length fell, and the score did not rise, from"
-                return self._found(what, length.first, length.mean, metrics.RESPONSE_LENGTH_MEAN)
+            if fell and self._is_significant(length.first - length.mean, length):
+                change = "response length fell, and the score did not rise, from"
+                return self._describe(change, length.first, length.mean, metrics.RESPONSE_LENGTH_MEAN)
         rise = clipped.mean - clipped.lowest if clipped.is_ready else 0.0
-        if rise > self.config.max_clip_ratio_increase and self._matters(rise, clipped):
-            what = "share of responses that are cut off rose from"
-            return self._found(what, clipped.lowest, clipped.mean, metrics.RESPONSE_LENGTH_CLIP_RATIO)
+        if rise > self.config.max_clip_ratio_increase and self._is_significant(rise, clipped):
+            change = "fraction of truncated responses rose from"
+            return self._describe(change, clipped.lowest, clipped.mean, metrics.RESPONSE_LENGTH_CLIP_RATIO)
         return None
 
-    def _teacher_worse(self) -> Violation | None:
+    def _teacher_underperforms_student(self) -> Violation | None:
         for source, (gain, high) in self._gains.items():
             if high < -self.config.min_accuracy_gap:
                 name = metrics.teacher_gain_name(source)
                 reason = (
-                    f"held-out accuracy of the teacher on {source} is {-gain:.3g} below the student's, at least "
+                    f"validation accuracy of the teacher on {source} is {-gain:.3g} below the student's, at least "
                     f"{-high:.3g} with 95 % confidence"
                 )
                 return Violation(reason, {name: gain, metrics.ci95_names(name)[1]: high})
         return None
 
-    def _nothing_to_distil(self) -> Violation | None:
+    def _no_distillation_targets(self) -> Violation | None:
         distilled, succeeded = (
-            self._trends[name] for name in (metrics.REPROMPT_FRACTION, metrics.ROLLOUT_SUCCESS_FRACTION)
+            self._means[name] for name in (metrics.REPROMPT_FRACTION, metrics.ROLLOUT_SUCCESS_FRACTION)
         )
         if not distilled.is_ready or not succeeded.is_ready or distilled.mean > self.config.min_distilled_fraction:
             return None
         if succeeded.mean >= 1 - self.config.min_distilled_fraction:
-            return None  # all is learned, and a teacher that is shown failures only is rightly shown nothing
+            return None  # all rollouts succeed, so a teacher that is shown only failures has no context
         reason = (
             f"{distilled.mean:.3g} of the samples were distilled in the last {self.config.window} steps, though only "
             f"{succeeded.mean:.3g} succeeded"
@@ -244,15 +246,15 @@ class HealthMonitor:
         )
 
     def _score_has_risen(self) -> bool:
-        """A policy may become sure, or brief, because it knows the answer."""
-        score = self._trends[metrics.SCORE_MEAN]
-        return score.is_ready and score.first is not None and self._matters(score.mean - score.first, score)
+        """Whether the score is above its first window, which makes low entropy and short responses healthy."""
+        score = self._means[metrics.SCORE_MEAN]
+        return score.is_ready and score.first is not None and self._is_significant(score.mean - score.first, score)
 
-    def _matters(self, difference: float, trend: RollingMean) -> bool:
-        return difference > self.config.min_z_score * trend.noise
+    def _is_significant(self, difference: float, rolling: RollingMean) -> bool:
+        return difference > self.config.min_z_score * rolling.standard_error
 
-    def _found(self, what: str, before: float, now: float, metric: str) -> Violation:
-        reason = f"{what} {before:.3g} to {now:.3g} (means of {self.config.window} steps)"
+    def _describe(self, change: str, before: float, now: float, metric: str) -> Violation:
+        reason = f"{change} {before:.3g} to {now:.3g} (means of {self.config.window} steps)"
         return Violation(reason, {f"{metric}/before": before, metric: now})
 
 
@@ -268,7 +270,7 @@ _WATCHED = (
 
 
 def _find_gains(values: Mapping[str, float]) -> dict[str, tuple[float, float]]:
-    """By data source, the teacher's gain over the student and the upper end of its interval, where both are known."""
+    """The teacher's gain over the student and the upper end of its interval, by data source, if both are known."""
     before, after = metrics.teacher_gain_name("\n").split("\n")
     gains = {}
     for name, gain in values.items():

@@ -1,4 +1,4 @@
-"""What is done about an alarm: it is told, written down, counted, and acted upon."""
+"""Actions of failed health checks: each failure is printed, recorded, counted and acted upon."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from sdpo.observability.health import HealthEvent, HealthMonitor
 from sdpo.observability.json_lines import read_json_lines, write_json_lines
 from sdpo.observability.progress import ProgressCallback
 
-ALARMS_FILE = "health_events.jsonl"
+HEALTH_EVENTS_FILE = "health_events.jsonl"
 
 
 class Actor(Protocol):
-    """What an action changes: the weight of the distillation loss, the teacher, and with a live one the student."""
+    """Interface of the actions: distillation coefficient, teacher, and with a live teacher the student."""
 
     @property
     def teacher_is_frozen(self) -> bool:
         """Whether ``freeze_teacher`` has been called."""
 
-    def lower_distillation(self) -> None:
-        """Multiply the weight of the distillation loss by ``health.reduce_factor``, not below the floor."""
+    def reduce_distillation(self) -> None:
+        """Multiply the distillation coefficient by ``health.reduce_factor``, down to ``health.min_scale``."""
 
     def snapshot_best(self) -> None:
-        """Remember the student as it is, if it may have to go back there."""
+        """Keep a copy of the student's weights if ``freeze_teacher`` may have to restore them."""
 
     def freeze_teacher(self) -> None:
-        """Let the teacher follow the student no more."""
+        """Stop updating the teacher."""
 
 
 class HealthCallback:
-    """Watches a run and does what ``health`` says.
+    """Runs the health checks after each step and carries out their actions.
 
     Args:
-        monitor: which raises the alarms.
-        actor: whose distillation weight is lowered and whose teacher is frozen.
-        record: writes an alarm down.
-        observer: who is told.
+        monitor: runs the checks.
+        actor: carries out ``reduce_weight`` and ``freeze_teacher``.
+        record: stores a health event.
+        observer: prints a health event.
 
     Attributes:
-        stopped_by: the alarm that ends the run, once there is one.
-        best_accuracy: the best held-out accuracy so far, greedy, mean over data sources; None before an evaluation.
+        stop_event: the event that ends the run; None until then.
+        best_accuracy: best validation accuracy so far (``metrics.find_score``); None before the first validation.
     """
 
     def __init__(
@@ -54,64 +54,65 @@ class HealthCallback:
         observer: ProgressCallback,
     ) -> None:
         self.monitor = monitor
-        self.stopped_by: HealthEvent | None = None
+        self.stop_event: HealthEvent | None = None
         self.best_accuracy: float | None = None
         self._actor = actor
         self._record = record
         self._observer = observer
 
     def watch(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
-        """Look at a step's metrics and act; gives metrics of its own."""
-        self.compare(values)
-        alarms = self.monitor.check(step, values)
-        for alarm in alarms:
-            self._observer.message(f"step {step}: {alarm.rule}: {alarm.reason}; {_DONE[alarm.action]}")
-            self._record(dataclasses.asdict(alarm))
-            self._act(alarm)
+        """Check the metrics of a step, act on failures, and return the metrics to add to the step's."""
+        self.track_best(values)
+        events = self.monitor.check(step, values)
+        for event in events:
+            self._observer.message(
+                f"step {step}: health.{event.rule}={event.action}: {event.reason}; {_DONE[event.action]}"
+            )
+            self._record(dataclasses.asdict(event))
+            self._act(event)
         return {
-            metrics.NUM_WARNINGS: float(len(alarms)),
+            metrics.NUM_WARNINGS: float(len(events)),
             metrics.TEACHER_FROZEN: float(self._actor.teacher_is_frozen),
         }
 
-    def compare(self, values: Mapping[str, float]) -> None:
-        """Have the actor remember the student if these are the metrics of its best evaluation so far."""
+    def track_best(self, values: Mapping[str, float]) -> None:
+        """Have the actor keep the student if these metrics have the best validation accuracy so far."""
         accuracy = metrics.find_score(values)
-        # Of equals the first: it is furthest from whatever is to come.
+        # The first of equal accuracies: it is furthest from a later collapse.
         if accuracy is not None and (self.best_accuracy is None or accuracy > self.best_accuracy):
             self.best_accuracy = accuracy
             self._actor.snapshot_best()
 
     def describe_stop(self) -> str | None:
-        """The alarm that ends the run and its reason; None if there is none."""
-        alarm = self.stopped_by
-        return f"{alarm.rule}: {alarm.reason}" if alarm is not None else None
+        """The check that ends the run and its reason; None if no check does."""
+        return f"{self.stop_event.rule}: {self.stop_event.reason}" if self.stop_event is not None else None
 
     def state_dict(self) -> dict[str, Any]:
-        """All that it remembers, in JSON's types."""
+        """The complete state, in JSON's types."""
         return {"monitor": self.monitor.state_dict(), "best_accuracy": self.best_accuracy}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.monitor.load_state_dict(state["monitor"])
         self.best_accuracy = state["best_accuracy"]
 
-    def _act(self, alarm: HealthEvent) -> None:
-        if alarm.action == "reduce_weight":
-            self._actor.lower_distillation()
-        elif alarm.action == "freeze_teacher":
+    def _act(self, event: HealthEvent) -> None:
+        if event.action == "reduce_weight":
+            self._actor.reduce_distillation()
+        elif event.action == "freeze_teacher":
             self._actor.freeze_teacher()
-        elif alarm.action == "stop":
-            self.stopped_by = self.stopped_by or alarm
+        elif event.action == "stop":
+            self.stop_event = self.stop_event or event
 
 
 _DONE = {
-    "warn": "nothing is done about it (docs/health.md)",
-    "reduce_weight": "the distillation weight is lowered",
-    "freeze_teacher": "the teacher is frozen",
-    "stop": "the run stops here",
+    "warn": "no action taken (docs/health.md)",
+    "reduce_weight": "reducing the distillation coefficient",
+    "freeze_teacher": "freezing the teacher",
+    "stop": "stopping the run after this step",
 }
 
 
-def forget_alarms_after(path: Path, step: int) -> None:
-    """Remove from the file of alarms those of later steps, which a resumed run takes anew."""
+def drop_events_after(path: Path, step: int) -> None:
+    """Remove the events of later steps from a file, because a resumed run repeats these steps."""
     if path.exists():
-        write_json_lines(path, [alarm for alarm in read_json_lines(path) if alarm["step"] <= step])
+        write_json_lines(path, [event for event in read_json_lines(path) if event["step"] <= step])

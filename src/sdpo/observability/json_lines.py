@@ -1,4 +1,4 @@
-"""Files with a JSON object a line, which grow while a run goes on."""
+"""Files with one JSON object per line, to which a run appends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in it, none if it does not exist; a killed run may have left the last line half written."""
+    """Read all objects; incomplete lines, as a killed run may leave, are skipped, and a missing file is empty."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
@@ -19,12 +19,13 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def write_json_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Replace the file, all of it or nothing."""
+    """Replace the file atomically."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     partial.replace(path)
 
 
 def append_json_line(path: Path, row: Mapping[str, Any]) -> None:
+    """Append an object as one line."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")

@@ -1,4 +1,4 @@
-"""How a run tells whoever watches it what happens. Engines call it; the command line's console implements it."""
+"""Interface through which a run reports messages, progress and metrics; the console implements it."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Protocol
 
 
 class ProgressCallback(Protocol):
-    """What a run tells whoever watches it."""
+    """Receives what a run reports."""
 
     def message(self, text: str) -> None:
-        """Something worth a line, such as a checkpoint that was written."""
+        """Receive a line of text, e.g. that a checkpoint was written."""
 
     def progress(self, description: str, done: int, total: int) -> None:
-        """How far preparation is, such as the pretraining of a tiny model; over once ``done`` reaches ``total``."""
+        """Receive the progress of a preparation, e.g. of pretraining; it is complete when ``done`` equals ``total``."""
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """A row as it is appended to ``metrics.jsonl``; step 0 is the evaluation before training."""
+        """Receive a row of ``metrics.jsonl``; step 0 is the validation before training."""
 
 
 class NullCallback:
-    """The observer of a run that nobody watches."""
+    """Discards all reports."""
 
     def message(self, text: str) -> None:
         pass

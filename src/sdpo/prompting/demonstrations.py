@@ -31,7 +31,7 @@ class ScoredRollout:
     ground_truth: str | None = None
 
     @property
-    def is_graded(self) -> bool:
+    def is_scored(self) -> bool:
         """Whether anything is known of the response; if not, nothing is to be learned from it."""
         return not math.isnan(self.score)
 
@@ -64,7 +64,7 @@ def select_demonstrations(
     have text left after the removal of reasoning; the sample itself is among them only if
     ``dont_reprompt_on_self_success`` is false. A missing or blank ground truth is no solution. Reasoning is removed
     from peers and ground truths alike, since both may hold worked solutions; feedback is shown as it is. A response
-    that was not graded is shown nothing and to nobody.
+    that was not scored is shown nothing and to nobody.
 
     The same samples, config and state of ``rng`` give the same choice. Numbers are drawn from ``rng`` for samples with
     a peer to choose only.
@@ -83,13 +83,13 @@ def select_demonstrations(
 
 
 def compute_success_rates(samples: Sequence[ScoredRollout], threshold: float) -> list[float]:
-    """The share of successes (score >= threshold) among the graded samples of each sample's group, in [0, 1].
+    """The share of successes (score >= threshold) among the scored samples of each sample's group, in [0, 1].
 
-    In the order of the samples; 0 where none was graded.
+    In the order of the samples; 0 where none was scored.
     """
-    num_graded = Counter(sample.group_id for sample in samples if sample.is_graded)
+    num_scored = Counter(sample.group_id for sample in samples if sample.is_scored)
     num_successes = Counter(sample.group_id for sample in samples if sample.score >= threshold)
-    return [num_successes[sample.group_id] / max(num_graded[sample.group_id], 1) for sample in samples]
+    return [num_successes[sample.group_id] / max(num_scored[sample.group_id], 1) for sample in samples]
 
 
 def _select(
@@ -99,7 +99,7 @@ def _select(
     config: SelfDistillationConfig,
     rng: random.Random,
 ) -> PrivilegedContext:
-    if not sample.is_graded:
+    if not sample.is_scored:
         return PrivilegedContext()
     if config.distill_only_failed and sample.score >= config.success_reward_threshold:
         return PrivilegedContext()

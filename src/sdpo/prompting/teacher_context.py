@@ -29,12 +29,12 @@ class TeacherContext:
 def build_teacher_contexts(
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[Message]],
-    graded: Sequence[ScoredRollout],
+    scored: Sequence[ScoredRollout],
     max_lengths: Sequence[int | None],
     config: SelfDistillationConfig,
     rng: random.Random,
 ) -> list[TeacherContext]:
-    """A lesson for each graded rollout of a step, in their order; empty ones where nothing is distilled at all.
+    """A lesson for each scored rollout of a step, in their order; empty ones where nothing is distilled at all.
 
     Args:
         prompts: each rollout's student prompt as messages.
@@ -42,8 +42,8 @@ def build_teacher_contexts(
             rollout's response.
         rng: decides among peers.
     """
-    nothing = [PrivilegedContext()] * len(graded)
-    demonstrations = select_demonstrations(graded, config, rng) if config.distills else nothing
+    nothing = [PrivilegedContext()] * len(scored)
+    demonstrations = select_demonstrations(scored, config, rng) if config.distills else nothing
     return [
         TeacherContext(shown, encode_teacher_prompt(tokenizer, prompt, shown, config, max_length=room))
         for prompt, shown, room in zip(prompts, demonstrations, max_lengths, strict=True)
@@ -51,7 +51,7 @@ def build_teacher_contexts(
 
 
 def compute_reprompt_metrics(
-    graded: Sequence[ScoredRollout], contexts: Sequence[TeacherContext], config: SelfDistillationConfig
+    scored: Sequence[ScoredRollout], contexts: Sequence[TeacherContext], config: SelfDistillationConfig
 ) -> dict[str, float]:
     """Fractions of a step's rollouts: that succeeded, that are distilled, and by which kind of demonstration.
 
@@ -65,7 +65,7 @@ def compute_reprompt_metrics(
     def interval(name: str, flags: Sequence[bool], clusters: Sequence[Hashable]) -> dict[str, float]:
         return name_interval(name, ClusteredMean.of(flags, clusters).wilson_interval())
 
-    known = [g for g in graded if g.is_graded]
+    known = [g for g in scored if g.is_scored]
     succeeded = [g.score >= config.success_reward_threshold for g in known]
     values: dict[str, float] = {}
     if known:
@@ -77,14 +77,14 @@ def compute_reprompt_metrics(
     if not config.distills:
         return values
     is_distilled = [x.is_distilled for x in contexts]
-    values |= interval(metrics.REPROMPT_FRACTION, is_distilled, [g.group_id for g in graded])
+    values |= interval(metrics.REPROMPT_FRACTION, is_distilled, [g.group_id for g in scored])
     return values | {
         metrics.REPROMPT_FRACTION: fraction(is_distilled),
         metrics.SUCCESS_SAMPLE_FRACTION: fraction([x.is_distilled and x.demonstration.is_from_peer for x in contexts]),
         metrics.SOLUTION_FRACTION: fraction(
             [x.is_distilled and x.demonstration.solution is not None for x in contexts]
         ),
-        metrics.FEEDBACK_AVAILABLE_FRACTION: fraction([not is_blank(g.feedback) for g in graded]),
+        metrics.FEEDBACK_AVAILABLE_FRACTION: fraction([not is_blank(g.feedback) for g in scored]),
         metrics.FEEDBACK_FRACTION: fraction(
             [x.is_distilled and x.demonstration.feedback is not None for x in contexts]
         ),

@@ -6,6 +6,7 @@ the run.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -40,13 +41,16 @@ class ConsoleObserver:
         # FORCE_COLOR makes rich take a file for a terminal; a bar in a file is of no use to anybody.
         is_terminal = self._console.is_interactive and self._console.file.isatty()
         self._bars = _Bars(self._console, max_steps) if is_terminal else None
+        self._log_handler = _LogHandler(self)
 
     def __enter__(self) -> ConsoleObserver:
         if self._bars:
             self._bars.start()
+        self._log_handler.attach()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._log_handler.detach()
         if self._bars:
             self._bars.stop()
 
@@ -72,6 +76,28 @@ class ConsoleObserver:
     def _print_step(self, step: int, parts: Iterable[str]) -> None:
         width = len(str(self._total_steps))
         self.message("  ".join(filter(None, [f"step {step:>{width}}/{self._total_steps}", *parts])))
+
+
+class _LogHandler(logging.Handler):
+    """Prints the package's log records, from INFO on, like the observer's other messages."""
+
+    def __init__(self, observer: ConsoleObserver) -> None:
+        super().__init__(logging.INFO)
+        self._observer = observer
+        self._logger = logging.getLogger("sdpo")
+        self._level_before = self._logger.level
+
+    def attach(self) -> None:
+        self._level_before = self._logger.level
+        self._logger.setLevel(logging.INFO)
+        self._logger.addHandler(self)
+
+    def detach(self) -> None:
+        self._logger.removeHandler(self)
+        self._logger.setLevel(self._level_before)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._observer.message(self.format(record))
 
 
 def print_result_table(records: Sequence[RunRecord], console: Console | None = None) -> None:

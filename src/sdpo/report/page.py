@@ -107,10 +107,10 @@ def _run_section(index: int, record: RunRecord) -> str:
             _definitions((name, f"{value:.6g}", DESCRIPTIONS.get(name, "")) for name, value in last_row.items()),
         ),
     ]
-    if record.alarms:
+    if record.health_events:
         alarms = [
             (f"step {alarm['step']}, {alarm.get('rule')}", str(alarm.get("action")), str(alarm.get("reason")))
-            for alarm in record.alarms
+            for alarm in record.health_events
         ]
         parts.append(_details(f"Alarms, {len(alarms)}", _definitions(alarms)))
     if record.settings:

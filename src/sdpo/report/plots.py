@@ -153,7 +153,7 @@ def _draw_panel(axes: Axes, panel: Panel, records: Sequence[RunRecord], theme: T
         for metric, style in ((panel.teacher, _DASHED), (panel.student, _SOLID)):
             if metric and record.series(metric)[0]:
                 _draw_curve(axes, record, metric, smooth=panel.smooth and not panel.is_accuracy, color=colour, **style)
-        for alarm in record.alarms:
+        for alarm in record.health_events:
             axes.axvline(alarm["step"], color=colour, **_DOTTED)
     axes.set_xlim(0, max(record.last_step for record in records) or 1)
     _style_axes(axes, panel, theme)
@@ -243,7 +243,7 @@ def _legend_entries(records: Sequence[RunRecord], rows: Sequence[PanelRow], them
     shown = [(record, panel) for record in records for _, panels in rows for panel in panels]
     if any(panel.teacher and record.series(panel.teacher)[0] for record, panel in shown):
         entries.append(Line2D([], [], color=theme.muted, **_DASHED, label="teacher"))
-    if any(record.alarms for record in records):
+    if any(record.health_events for record in records):
         entries.append(Line2D([], [], color=theme.muted, **_DOTTED, label="alarm"))
     if any(
         panel.smooth and not panel.is_accuracy and len(record.series(panel.student)[0]) > _FEW_POINTS

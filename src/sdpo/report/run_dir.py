@@ -11,22 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from sdpo.errors import ConfigError
-from sdpo.observability.health_callback import ALARMS_FILE
-from sdpo.observability.metrics import STEP, find_accuracies
+from sdpo.observability.health_callback import HEALTH_EVENTS_FILE
+from sdpo.observability.json_lines import read_json_lines
+from sdpo.observability.metrics import STEP, find_accuracies, replace_old_names
 
 METRICS_FILE = "metrics.jsonl"
 RUN_FILE = "run.yaml"
+OLD_HEALTH_EVENTS_FILE = "alarms.jsonl"  # of earlier versions
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run: a row of metrics a step, in order, its settings by dotted key, and the alarms that it raised."""
+    """A run: its metrics with one row per step, its settings by dotted key, and its failed health checks."""
 
     name: str
     path: Path
     rows: Sequence[Mapping[str, float]]
     settings: Mapping[str, Any] = field(default_factory=dict)
-    alarms: Sequence[Mapping[str, Any]] = ()
+    health_events: Sequence[Mapping[str, Any]] = ()
 
     @property
     def last_step(self) -> int:
@@ -65,8 +67,9 @@ def read_run(path: str | Path) -> RunRecord:
     if not rows:
         raise ConfigError(f"{metrics_file}: no metrics in it yet; wait for the run's first step")
     settings = _read_settings(path / RUN_FILE)
-    alarms = _read_alarms(path / ALARMS_FILE, last_step=int(rows[-1][STEP]))
-    return RunRecord(str(settings.get("tracking.name") or path.resolve().name), path, rows, settings, alarms)
+    events_file = next(filter(Path.is_file, (path / HEALTH_EVENTS_FILE, path / OLD_HEALTH_EVENTS_FILE)), None)
+    events = _read_events(events_file, last_step=int(rows[-1][STEP])) if events_file else ()
+    return RunRecord(str(settings.get("tracking.name") or path.resolve().name), path, rows, settings, events)
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[RunRecord]:
@@ -114,20 +117,13 @@ def _to_row(content: Any, where: str) -> dict[str, float]:
     row = {name: float(value) for name, value in content.items() if isinstance(value, (int, float))}
     if not math.isfinite(row.get(STEP, math.nan)):
         raise ConfigError(f"{where}: no number under {STEP}; mend or remove the line")
-    return row
+    return replace_old_names(row)
 
 
-def _read_alarms(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """Alarms up to the last step; a line that a killed run left half written is none."""
-    alarms = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            alarm = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(alarm, dict) and isinstance(alarm.get("step"), int) and alarm["step"] <= last_step:
-            alarms.append(alarm)
-    return alarms
+def _read_events(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """Health events up to the last step; incomplete lines of killed runs are skipped."""
+    events = [event for event in read_json_lines(path) if isinstance(event, dict)]
+    return [event for event in events if isinstance(event.get("step"), int) and event["step"] <= last_step]
 
 
 def _append(rows: list[dict[str, float]], row: dict[str, float]) -> None:

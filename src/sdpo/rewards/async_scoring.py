@@ -14,7 +14,7 @@ from sdpo.rewards.base import RewardOutput, Row, Task, parse_reward
 from sdpo.rewards.scoring import RewardFailure, RewardTimeout, describe_timeout, name_failure, name_row
 
 # Seconds beyond the timeout after which the loop itself is taken to be blocked.
-PATIENCE = 2.0
+GRACE_SECONDS = 2.0
 
 
 def is_asynchronous(task: Task) -> bool:
@@ -51,7 +51,7 @@ class AsyncScorer:
         """Start to grade one response; what is returned waits for the grade, and raises as ``grade`` does."""
         loop = self._get_loop()
         future = asyncio.run_coroutine_threadsafe(self._grade(row, response), loop)
-        end = None if self._timeout is None else time.monotonic() + self._timeout + PATIENCE
+        end = None if self._timeout is None else time.monotonic() + self._timeout + GRACE_SECONDS
 
         def finish() -> RewardOutput:
             try:

@@ -43,7 +43,7 @@ class RewardManager:
         """A grade for each response to a row, in their order; the score of a failed one is NaN.
 
         Raises:
-            DataError: more than ``reward.max_failure_fraction`` of them have failed; the rest is not graded.
+            DataError: more than ``reward.max_failure_fraction`` of them have failed; the rest is not scored.
         """
         grades = []
         num_failed = 0
@@ -56,13 +56,13 @@ class RewardManager:
                 self.num_failures += 1
                 if num_failed > self._config.max_failure_fraction * len(responses):
                     raise DataError(
-                        f"data.task: grading failed for {num_failed} of the {len(grades)} "
-                        f"responses graded so far, of {len(responses)} in all, which is more than "
+                        f"data.task: scoring failed for {num_failed} of the {len(grades)} "
+                        f"responses scored so far, of {len(responses)} in all, which is more than "
                         f"reward.max_failure_fraction={self._config.max_failure_fraction:g}; the last: {failure}"
                     ) from failure.__cause__
                 if failure.kind not in self._told:
                     self._told.add(failure.kind)
-                    self._observer.message(f"data.task: grading failed, which costs that response: {failure}")
+                    self._observer.message(f"data.task: scoring failed, which costs that response: {failure}")
         return grades
 
 

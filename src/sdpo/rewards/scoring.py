@@ -12,7 +12,7 @@ from typing import Any
 from sdpo.errors import SDPOError
 from sdpo.rewards.base import RewardOutput, Row, Task, find_place, parse_reward
 
-ALARM_INTERVAL = 1.0  # seconds after which a call that swallowed the alarm gets another
+TIMER_INTERVAL = 1.0  # seconds after which a call that swallowed the alarm gets another
 
 
 class RewardTimeout(BaseException):
@@ -78,7 +78,7 @@ def _call_within(seconds: float | None, function: Callable[..., Any], *arguments
 
     began = time.monotonic()
     handler = signal.signal(signal.SIGALRM, interrupt)
-    delay, interval = signal.setitimer(signal.ITIMER_REAL, seconds, ALARM_INTERVAL)
+    delay, interval = signal.setitimer(signal.ITIMER_REAL, seconds, TIMER_INTERVAL)
     try:
         try:
             return function(*arguments)
@@ -93,7 +93,7 @@ def _call_within(seconds: float | None, function: Callable[..., Any], *arguments
 
 def describe_timeout(timeout: float) -> str:
     """What an error says of a grader that took too long."""
-    return f"no grade within reward.timeout_s={timeout:g} seconds"
+    return f"no score within reward.timeout_s={timeout:g} seconds"
 
 
 def _describe(error: BaseException, timeout: float | None) -> str:

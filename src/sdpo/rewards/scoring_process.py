@@ -15,13 +15,13 @@ import sys
 from sdpo.errors import DataError, SDPOError
 from sdpo.rewards.base import RewardOutput, Row, load_task
 from sdpo.rewards.scoring import RewardFailure, describe_timeout, name_row, score_once
-from sdpo.rewards.worker_process import CutOff, WorkerProcess, take_output
+from sdpo.rewards.worker_process import WorkerProcess, WorkerTimeout, take_output
 
 # Seconds beyond the timeout: the alarm comes first, since it says where; then the process ends itself; then we end it.
-PATIENCE = 2.0
+GRACE_SECONDS = 2.0
 
 
-class GraderProcess:
+class ScoringProcess:
     """Grades by a task that runs in another process; safe in every thread, one response at a time.
 
     Args:
@@ -43,10 +43,10 @@ class GraderProcess:
         """
         packed = base64.b64encode(pickle.dumps((row, response))).decode()
         try:
-            reply = self._worker.ask({"packed": packed}, self._timeout + 2 * PATIENCE)
-        except CutOff:
+            reply = self._worker.ask({"packed": packed}, self._timeout + 2 * GRACE_SECONDS)
+        except WorkerTimeout:
             reason = f"{describe_timeout(self._timeout)}, or its process died"
-            raise RewardFailure(f"{name_row(row)}: {reason}", CutOff.__name__) from None
+            raise RewardFailure(f"{name_row(row)}: {reason}", WorkerTimeout.__name__) from None
         if "refusal" in reply:
             raise DataError(reply["refusal"])
         if "failure" in reply:
@@ -73,7 +73,7 @@ def _serve(task: str, args: str, timeout: str) -> None:
             continue
         row, response = pickle.loads(base64.b64decode(json.loads(line)["packed"]))
         # Ends this process whatever runs, also where nobody would any more since the parent was killed.
-        faulthandler.dump_traceback_later(seconds + PATIENCE, exit=True)
+        faulthandler.dump_traceback_later(seconds + GRACE_SECONDS, exit=True)
         try:
             grade = score_once(reward_manager, row, response, seconds)
             reply = {"score": grade.score, "feedback": grade.feedback}

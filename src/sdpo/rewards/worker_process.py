@@ -20,7 +20,7 @@ from typing import Any
 START_SECONDS = 120.0  # imports, on a busy machine with a cold disk
 
 
-class CutOff(Exception):
+class WorkerTimeout(Exception):
     """The answer took too long, or the process died of the question."""
 
 
@@ -49,7 +49,7 @@ class WorkerProcess:
             seconds: the most that the answer may take, without the start of the process and without waiting for others.
 
         Raises:
-            CutOff: it took longer, or the process died. The next question starts another.
+            WorkerTimeout: it took longer, or the process died. The next question starts another.
             RuntimeError: the process does not start.
         """
         with self._lock:
@@ -81,7 +81,7 @@ class WorkerProcess:
             self._exchange(None, START_SECONDS)
         except BaseException as error:
             self.close()
-            if isinstance(error, CutOff):
+            if isinstance(error, WorkerTimeout):
                 raise RuntimeError(f"the process of {self._serve} did not start; see its error above") from None
             raise
 
@@ -92,10 +92,10 @@ class WorkerProcess:
                 self._process.stdin.write(line + "\n")
                 self._process.stdin.flush()
         except BrokenPipeError as error:
-            raise CutOff from error
+            raise WorkerTimeout from error
         reply = self._process.stdout.readline() if wait([self._process.stdout.fileno()], seconds) else ""
         if not reply:
-            raise CutOff
+            raise WorkerTimeout
         return reply
 
     def close(self) -> None:

@@ -25,7 +25,7 @@ from sdpo.models.loading import (
 )
 from sdpo.models.lora.adapters import require_peft
 from sdpo.models.multimodal.processor import load_reader
-from sdpo.models.multimodal.vision_tower import VisionAdapter, freeze_tower
+from sdpo.models.multimodal.vision_tower import VisionAdapter, freeze_vision_tower
 from sdpo.observability.health import HealthMonitor
 from sdpo.observability.health_callback import HealthCallback
 from sdpo.observability.progress import ProgressCallback
@@ -44,7 +44,10 @@ from sdpo.trainer.checkpoint.state import (
 from sdpo.trainer.data.prompts import Prompt, RandomSampler, load_prompts
 from sdpo.trainer.evaluator import Evaluator
 from sdpo.trainer.logging.run_dir import RunDir, require_idle
-from sdpo.trainer.rollout.sampler import LocalSampler, ProcessSampler, Sampler, TransformersEngine
+from sdpo.trainer.rollout.base import Sampler
+from sdpo.trainer.rollout.hf_engine import TransformersEngine
+from sdpo.trainer.rollout.local import LocalSampler
+from sdpo.trainer.rollout.process import ProcessSampler
 from sdpo.trainer.rollout.vllm_engine import VllmEngine, require_vllm
 from sdpo.trainer.rollout.weight_sync import copy_parameters
 
@@ -70,7 +73,7 @@ class TrainerComponents:
     sampler: Sampler
     evaluator: Evaluator
     folder: RunDir
-    guard: HealthCallback
+    health_callback: HealthCallback
     window: int | None
     resume_state: ResumeState | None
     data: str
@@ -129,9 +132,9 @@ def build_components(config: SDPOConfig, progress: ProgressCallback) -> TrainerC
     if resume_state is not None:
         _restore(actor, config, resume_state, data)
     folder = RunDir(config, progress, resume_state.step if resume_state else None)
-    guard = HealthCallback(HealthMonitor(config.health), actor, folder.log_health_event, progress)
+    health_callback = HealthCallback(HealthMonitor(config.health), actor, folder.log_health_event, progress)
     if resume_state is not None:
-        guard.load_state_dict(resume_state.state.guard)
+        health_callback.load_state_dict(resume_state.state.health_callback)
     evaluator = Evaluator(
         config.eval,
         config.self_distillation,
@@ -149,10 +152,10 @@ def build_components(config: SDPOConfig, progress: ProgressCallback) -> TrainerC
         prompts=prompts,
         order=RandomSampler(len(prompts), config.data.train_batch_size, shuffle=config.data.shuffle, seed=config.seed),
         actor=actor,
-        sampler=_build_sampler(config, student, sampling, sampler_device, window, vision, progress),
+        sampler=_build_sampler(config, student, sampling, sampler_device, window, vision),
         evaluator=evaluator,
         folder=folder,
-        guard=guard,
+        health_callback=health_callback,
         window=window,
         resume_state=resume_state,
         data=data,
@@ -162,8 +165,8 @@ def build_components(config: SDPOConfig, progress: ProgressCallback) -> TrainerC
 
 def _freeze_vision_tower(student: PreTrainedModel, vision: VisionAdapter | None) -> None:
     if vision is None:
-        raise ConfigError("actor.freeze_vision_tower=true, but the model has no image tower; remove it")
-    freeze_tower(student)
+        raise ConfigError("actor.freeze_vision_tower=true, but the model has no vision tower; remove it")
+    freeze_vision_tower(student)
 
 
 def _build_sampling_params(
@@ -217,19 +220,19 @@ def _build_sampler(
     device: torch.device,
     window: int | None,
     vision: VisionAdapter | None,
-    progress: ProgressCallback,
 ) -> Sampler:
-    threads, model = config.rollout.num_threads, replace(config.model, dtype=config.sampling_dtype)
+    threads, max_restarts = config.rollout.num_threads, config.rollout.max_restarts
+    model = replace(config.model, dtype=config.sampling_dtype)
     if config.rollout.engine == "vllm":
         needed = config.data.max_prompt_length + config.rollout.max_response_length
         max_length = needed if window is None else min(needed, window)
         build_vllm = partial(VllmEngine, model, sampling, device, max_length, config.rollout.kv_cache_memory_gib)
         if config.max_staleness == 1:
-            return ProcessSampler(student, build_vllm, threads, True, config.rollout.max_restarts, progress.message)
-        return LocalSampler(build_vllm(), probes=True)
+            return ProcessSampler(student, build_vllm, threads, verify_weights=True, max_restarts=max_restarts)
+        return LocalSampler(build_vllm(), verify_weights=True)
     build_engine = partial(TransformersEngine.from_config, model, sampling, device, config.data.max_pixels)
     if config.max_staleness == 1:
-        return ProcessSampler(student, build_engine, threads, False, config.rollout.max_restarts, progress.message)
+        return ProcessSampler(student, build_engine, threads, max_restarts=max_restarts)
     if device != student.device:
         return LocalSampler(build_engine())
     return LocalSampler(TransformersEngine(student, sampling, vision, is_student=True))

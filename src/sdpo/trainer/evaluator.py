@@ -27,7 +27,7 @@ from sdpo.prompting.demonstrations import ScoredRollout, select_demonstrations
 from sdpo.prompting.tokenization import Tokenizer, encode_teacher_prompt
 from sdpo.rewards.manager import RewardManager
 from sdpo.trainer.data.prompts import Prompt
-from sdpo.trainer.data.samples import grade_responses
+from sdpo.trainer.data.samples import score_responses
 
 # Evaluations use the same random numbers, so that two of them differ by the weights alone.
 SEED = 20_601_20_802
@@ -77,7 +77,7 @@ class Evaluator:
     def _respond(self, policy: LogitMixture, n: int, temperature: float) -> list[ScoredRollout]:
         sampling = replace(self.sampling, n=n, temperature=temperature, top_p=self.config.top_p)
         responses = sample_responses(policy, [p.tokens for p in self.prompts], sampling, SEED, self.vision)
-        return grade_responses(self.reward_manager, self.tokenizer, self.prompts, responses)
+        return score_responses(self.reward_manager, self.tokenizer, self.prompts, responses)
 
     def _evaluate_teacher(
         self, policy: LogitMixture, shown: Sequence[ScoredRollout], greedy: Sequence[ScoredRollout]
@@ -98,7 +98,7 @@ class Evaluator:
         prompted = [self.prompts[group] for group in contexts]
         sampling = replace(self.sampling, n=1, temperature=0.0)
         responses = sample_responses(policy, list(contexts.values()), sampling, SEED, self.vision)
-        scored = grade_responses(self.reward_manager, self.tokenizer, prompted, responses)
+        scored = score_responses(self.reward_manager, self.tokenizer, prompted, responses)
         values |= _mean_by_source(prompted, scored, lambda source: teacher_val_name(source, "mean@1"))
         student = {int(g.group_id): g.score for g in greedy}
         gains = [replace(g, score=g.score - student[group]) for g, group in zip(scored, contexts, strict=True)]
@@ -130,7 +130,7 @@ def _mean_by_source(
     """Means and their intervals; a prompt is one observation."""
     scores = defaultdict(list)
     for response in graded:
-        if response.is_graded:
+        if response.is_scored:
             scores[prompts[int(response.group_id)].row.data_source].append(response)
     values: dict[str, float] = {}
     for source, of_source in scores.items():
@@ -142,5 +142,5 @@ def _mean_by_source(
 
 
 def _best_of_groups(graded: Sequence[ScoredRollout], n: int) -> list[ScoredRollout]:
-    groups = [[g for g in graded[i : i + n] if g.is_graded] for i in range(0, len(graded), n)]
+    groups = [[g for g in graded[i : i + n] if g.is_scored] for i in range(0, len(graded), n)]
     return [max(group, key=lambda g: g.score) for group in groups if group]

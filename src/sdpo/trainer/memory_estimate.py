@@ -1,4 +1,4 @@
-"""What a run on this engine would cost, from its settings and the model's architecture alone."""
+"""Estimate the memory of a run of the native trainer from its settings and the model's architecture."""
 
 from __future__ import annotations
 
@@ -8,145 +8,180 @@ from sdpo.algorithm.teacher import follows
 from sdpo.config.root import SDPOConfig
 from sdpo.models.memory_estimate import (
     BYTES,
-    Lengths,
     MemoryEstimate,
-    ModelSize,
-    Stack,
     bound_lengths,
-    count_fused_loss,
-    count_moments,
-    count_update,
-    measure_model,
+    count_averaged_params,
+    count_trained_params,
+    fused_loss_bytes,
+    moment_bytes,
+    update_bytes,
 )
+from sdpo.models.model_size import ModelSize, measure_model
 
-# Float32 rows of the vocabulary while a token is drawn; with a nucleus they are sorted too.
-DRAWING, DRAWING_FROM_NUCLEUS = 5, 12
+# Float32 vectors of the vocabulary's size per sequence while a token is sampled; top-p also sorts them.
+SAMPLING_VECTORS, TOP_P_SAMPLING_VECTORS = 5, 12
 
 
-def estimate_memory(run: SDPOConfig) -> MemoryEstimate:
-    """Tokens a step, and memory of actor and sampler; no memory where the model is only made on first use."""
-    tokens = run.data.train_batch_size * run.rollout.n * (run.data.max_prompt_length + run.rollout.max_response_length)
-    if run.data.task_args.get("dir") and not Path(run.model.path).exists():
+def estimate_memory(config: SDPOConfig) -> MemoryEstimate:
+    """Bound tokens per step and the memory of actor and sampler; without a model on disk yet, tokens alone."""
+    num_rollouts = config.data.train_batch_size * config.rollout.n
+    tokens = num_rollouts * (config.data.max_prompt_length + config.rollout.max_response_length)
+    if config.data.task_args.get("dir") and not Path(config.model.path).exists():
         return MemoryEstimate(tokens, None)
-    model = measure_model(run.model, run.lora)
-    lengths = bound_lengths(run, model.window)
+    model = measure_model(config.model, config.lora)
+    estimator = MemoryEstimator(config, model)
     return MemoryEstimate(
-        tokens_a_step=tokens,
+        tokens_per_step=tokens,
         num_params=model.num_params,
-        num_tower_params=model.tower.num_params if model.tower else 0,
-        actor=_hold(run, model, lengths),
-        learning={"gradients": _count_trained_bytes(run, model)},
+        num_vision_params=model.num_vision_params,
+        persistent=estimator.persistent(),
+        training={"gradients": estimator.trained_bytes},
         phases={
-            "a micro-batch": _learn(run, model, lengths),
-            "the images' gradients": _learn_tower(run, model),
-            "the update": _update(run, model),
+            "micro-batch": estimator.micro_batch(),
+            "vision tower": estimator.vision_tower(),
+            "optimizer step": estimator.optimizer_step(),
         },
-        sampler=_sample(run, model, lengths),
-        colocated=not run.max_staleness and run.rollout.device == run.actor.device,
+        sampler=estimator.sampler(),
+        colocated=not config.max_staleness and config.rollout.device == config.actor.device,
     )
 
 
-def _count_trained(run: SDPOConfig, model: ModelSize) -> int:
-    if model.adapters is not None:
-        return model.adapters.num_params
-    return model.num_params if run.trains_vision else model.language.num_params
+class MemoryEstimator:
+    """Memory of each part of a run, in bytes by purpose.
 
+    Args:
+        config: the run.
+        model: sizes of its model.
 
-def _count_trained_bytes(run: SDPOConfig, model: ModelSize) -> int:
-    return _count_trained(run, model) * (4 if model.adapters is not None else BYTES[run.model.dtype])
+    Attributes:
+        lengths: maximum lengths of sequences and micro-batches.
+        param_bytes: bytes of a weight, and of a value between layers.
+        value_bytes: bytes of a value in matrix products.
+        num_trained: parameters with gradients.
+        num_averaged: entries of the teacher's float32 average.
+    """
 
+    def __init__(self, config: SDPOConfig, model: ModelSize) -> None:
+        self.config = config
+        self.model = model
+        self.lengths = bound_lengths(config.data, config.rollout, config.actor, config.self_distillation, model.window)
+        self.param_bytes = BYTES[config.model.dtype]
+        self.value_bytes = 2 if config.actor.autocast else self.param_bytes
+        self.num_trained = count_trained_params(model, freeze_vision_tower=config.actor.freeze_vision_tower)
+        self.num_averaged = count_averaged_params(model, config.self_distillation, config.model.dtype)
 
-def _count_averaged(run: SDPOConfig, model: ModelSize) -> int:
-    """Parameters that the teacher holds in float32 beside its module's weights, and makes anew of the student's."""
-    config = run.self_distillation
-    if not config.distills or not follows(config):
-        return 0
-    if model.adapters is not None:
-        return model.adapters.num_adapted
-    return model.num_params if config.teacher_regularization == "ema" and run.model.dtype != "float32" else 0
+    @property
+    def trained_bytes(self) -> int:
+        """Bytes of the trained parameters, and of their gradients; adapters are float32."""
+        return self.num_trained * (4 if self.model.lora is not None else self.param_bytes)
 
+    def persistent(self) -> dict[str, int]:
+        """What the actor's device holds all the time."""
+        config, model = self.config, self.model
+        distillation = config.self_distillation
+        has_teacher = distillation.distills and distillation.teacher_regularization != "live"
+        teacher_params = model.num_params
+        if model.lora is not None:
+            teacher_params = model.lora.num_adapted_params * follows(distillation)
+        has_reference = config.needs_initial and not config.teacher_stays_initial and model.lora is None
+        # If the tower is trained: the student's features, their gradients, and the features of the frozen models.
+        feature_copies = 2 + has_teacher + has_reference if config.trains_vision else 1
+        image_tokens = config.data.train_batch_size * self.lengths.prompt if model.vision_tower else 0
+        return {
+            "student": model.num_params * self.param_bytes + (self.trained_bytes if model.lora is not None else 0),
+            "AdamW's moments": moment_bytes(
+                config.optim.name, self.num_trained, 4 if model.lora is not None else self.param_bytes
+            ),
+            "teacher": teacher_params * self.param_bytes * has_teacher,
+            "teacher's float32 average": self.num_averaged * 4,
+            "reference model": model.num_params * self.param_bytes * has_reference,
+            "image features of a step": image_tokens
+            * model.feature_values_per_token
+            * self.param_bytes
+            * feature_copies,
+        }
 
-def _hold(run: SDPOConfig, model: ModelSize, lengths: Lengths) -> dict[str, int]:
-    config, size = run.self_distillation, BYTES[run.model.dtype]
-    trained = _count_trained_bytes(run, model)
-    has_module = config.distills and config.teacher_regularization != "live"
-    teacher = model.num_params if model.adapters is None else model.adapters.num_adapted * follows(config)
-    has_initial = run.needs_initial and not run.teacher_stays_initial and model.adapters is None
-    # The student's features of all of a step's images, their gradient, and the other towers'.
-    copies = 2 + has_module + has_initial if run.trains_vision else 1
-    image_tokens = run.data.train_batch_size * lengths.prompt if model.tower else 0
-    return {
-        "student": model.num_params * size + (trained if model.adapters is not None else 0),
-        "AdamW's moments": count_moments(run, _count_trained(run, model)),
-        "teacher": teacher * size * has_module,
-        "teacher's float32 average": _count_averaged(run, model) * 4,
-        "initial model": model.num_params * size * has_initial,
-        "features of a step's images": image_tokens * model.feature_values * size * copies,
-    }
-
-
-def _learn(run: SDPOConfig, model: ModelSize, lengths: Lengths) -> dict[str, int]:
-    residual = BYTES[run.model.dtype]
-    size = 2 if run.actor.autocast else residual
-    stack = model.language
-    student = stack.count_learning(size, residual, checkpointing=run.actor.gradient_checkpointing)
-    if model.adapters is not None:  # their inputs are cast to float32
-        student += model.adapters.kept * 4 // (stack.num_layers if run.actor.gradient_checkpointing else 1)
-    # Output layers in the data type of the products: the student's and the teacher's.
-    heads = 0 if size == residual else (1 + (lengths.teacher > 0)) * model.vocab_size * stack.hidden_size * size
-    mask = (lengths.prompt + lengths.response) * (1 + size)  # of one row of attention
-    return {
-        "activations": lengths.student * (student + mask) + lengths.teacher * stack.count_reading(size),
-        "logits": count_fused_loss(
-            model.vocab_size, stack.hidden_size, size, lengths.scored, trains_head=model.adapters is None
+    def micro_batch(self) -> dict[str, int]:
+        """What forward and backward pass of a micro-batch add, without the vision tower."""
+        model, lengths, layers = self.model, self.lengths, self.model.language_model
+        checkpointing = self.config.actor.gradient_checkpointing
+        student = layers.training_bytes_per_token(self.value_bytes, self.param_bytes, checkpointing=checkpointing)
+        if model.lora is not None:  # adapters cast their inputs to float32
+            student += model.lora.saved_values_per_token * 4 // (layers.num_layers if checkpointing else 1)
+        teacher = layers.inference_bytes_per_token(self.value_bytes)
+        attention_mask_row = (lengths.prompt + lengths.response) * (1 + self.value_bytes)
+        # Output layers of student and teacher, cast to the data type of the products.
+        num_heads = 0 if self.value_bytes == self.param_bytes else 1 + (lengths.teacher_batch > 0)
+        heads = num_heads * model.vocab_size * layers.hidden_size * self.value_bytes
+        teacher_hidden = lengths.teacher_batch * layers.hidden_size * self.value_bytes
+        loss = fused_loss_bytes(
+            model.vocab_size,
+            layers.hidden_size,
+            self.value_bytes,
+            lengths.scored_batch,
+            trains_head=model.lora is None,
         )
-        + lengths.teacher * stack.hidden_size * size
-        + heads,
-        "weights in bfloat16": _count_casts(run, stack) if run.actor.autocast else 0,
-    }
+        return {
+            "activations": lengths.student_batch * (student + attention_mask_row) + lengths.teacher_batch * teacher,
+            "logits": loss + teacher_hidden + heads,
+            "weights in bfloat16": self._autocast_weights(),
+        }
 
+    def _autocast_weights(self) -> int:
+        """Casts that autocast keeps for the backward pass: of all layers, or of one with checkpointing."""
+        if not self.config.actor.autocast:
+            return 0
+        layers = self.model.language_model
+        casts = layers.num_params * 2
+        return casts // layers.num_layers if self.config.actor.gradient_checkpointing else casts
 
-def _count_casts(run: SDPOConfig, stack: Stack) -> int:
-    """Autocast keeps its copies of the student's weights for the backward pass, of one layer if that runs it again."""
-    casts = stack.num_params * 2
-    return casts // stack.num_layers if run.actor.gradient_checkpointing else casts
-
-
-def _learn_tower(run: SDPOConfig, model: ModelSize) -> dict[str, int]:
-    """Of a frozen tower it is a forward pass alone, which takes less."""
-    residual = BYTES[run.model.dtype]
-    size = 2 if run.actor.autocast else residual
-    checkpointing = run.actor.gradient_checkpointing
-    return {
-        "activations of the image tower": model.count_tower(
-            run.data.max_pixels, size, residual, checkpointing=checkpointing
+    def vision_tower(self) -> dict[str, int]:
+        """What the vision tower adds; if it is frozen, it runs forward alone and needs less."""
+        activations = self.model.vision_tower_bytes(
+            self.config.data.max_pixels,
+            self.value_bytes,
+            self.param_bytes,
+            checkpointing=self.config.actor.gradient_checkpointing,
         )
-    }
+        return {"activations": activations}
 
+    def optimizer_step(self) -> dict[str, int]:
+        """What the optimizer step and the teacher's update add."""
+        return {"temporary tensors": update_bytes(self.model, self.num_averaged, self.param_bytes)}
 
-def _update(run: SDPOConfig, model: ModelSize) -> dict[str, int]:
-    return {"copies of the weights": count_update(run, model, _count_averaged(run, model))}
+    def sampler(self) -> dict[str, int]:
+        """What sampling needs, for the rollouts of a step or the validation prompts.
 
-
-def _sample(run: SDPOConfig, model: ModelSize, lengths: Lengths) -> dict[str, int]:
-    """Rollouts of a step, or held-out prompts, whose teacher's prompts are the longest that are decoded."""
-    own_weights = run.rollout.engine == "vllm" or run.max_staleness or run.rollout.device != run.actor.device
-    own_weights = own_weights or run.sampling_dtype != run.model.dtype  # a copy, for as long as they sample
-    size, rows = BYTES[run.sampling_dtype], max(run.rollout.max_num_seqs, run.rollout.n)
-    training = min(rows, run.data.train_batch_size * run.rollout.n)
-    held_out = rows if run.eval.max_prompts is None else min(rows, run.eval.max_prompts * max(run.eval.n, 1))
-    shown = max(lengths.prompt, lengths.teacher_prompt) if run.eval.evaluate_teacher else lengths.prompt
-    cached = max(training * (lengths.prompt + lengths.response), held_out * (shown + lengths.response))
-    prompts = max(training // run.rollout.n, 1)
-    read = max(prompts * lengths.prompt, held_out * shown)
-    pictured = max(prompts, held_out) * lengths.prompt * model.feature_values * size if model.tower else 0
-    drawing = DRAWING if run.rollout.top_p == run.eval.top_p == 1.0 else DRAWING_FROM_NUCLEUS
-    if run.rollout.engine == "vllm":
-        return {"weights": model.num_params * size, "key-value cache": int(run.rollout.kv_cache_memory_gib * 2**30)}
-    return {
-        "weights": model.num_params * size if own_weights else 0,
-        "key-value cache": cached * model.cache_values * size,
-        "features of the prompts' images": pictured,
-        "reading prompts": read * model.language.count_reading(size),
-        "drawing tokens": max(training, held_out) * model.vocab_size * 4 * drawing,
-    }
+        The longest prompts that are sampled from are reprompts, in the teacher's validation.
+        """
+        config, model, lengths = self.config, self.model, self.lengths
+        has_copy = config.rollout.engine == "vllm" or config.max_staleness > 0
+        has_copy = has_copy or config.rollout.device != config.actor.device
+        has_copy = has_copy or config.sampling_dtype != config.model.dtype  # made for the time of sampling
+        value_bytes = BYTES[config.sampling_dtype]
+        if config.rollout.engine == "vllm":
+            cache = int(config.rollout.kv_cache_memory_gib * 2**30)
+            return {"weights": model.num_params * value_bytes, "key-value cache": cache}
+        max_sequences = max(config.rollout.max_num_seqs, config.rollout.n)
+        rollouts = min(max_sequences, config.data.train_batch_size * config.rollout.n)
+        validation = max_sequences
+        if config.eval.max_prompts is not None:
+            validation = min(max_sequences, config.eval.max_prompts * max(config.eval.n, 1))
+        validation_prompt = lengths.prompt
+        if config.eval.evaluate_teacher:
+            validation_prompt = max(lengths.prompt, lengths.teacher_prompt)
+        cached_tokens = max(
+            rollouts * (lengths.prompt + lengths.response), validation * (validation_prompt + lengths.response)
+        )
+        num_prompts = max(rollouts // config.rollout.n, 1)
+        prefill_tokens = max(num_prompts * lengths.prompt, validation * validation_prompt)
+        image_tokens = max(num_prompts, validation) * lengths.prompt if model.vision_tower else 0
+        without_top_p = config.rollout.top_p == config.eval.top_p == 1.0
+        vectors = SAMPLING_VECTORS if without_top_p else TOP_P_SAMPLING_VECTORS
+        return {
+            "weights": model.num_params * value_bytes if has_copy else 0,
+            "key-value cache": cached_tokens * model.kv_values_per_token * value_bytes,
+            "image features of the prompts": image_tokens * model.feature_values_per_token * value_bytes,
+            "prefill activations": prefill_tokens * model.language_model.inference_bytes_per_token(value_bytes),
+            "token sampling": max(rollouts, validation) * model.vocab_size * 4 * vectors,
+        }

@@ -35,7 +35,7 @@ from sdpo.trainer.build import build_components
 from sdpo.trainer.checkpoint.manager import prune_checkpoints, save_checkpoint
 from sdpo.trainer.checkpoint.state import TrainingState, save_models
 from sdpo.trainer.data.samples import build_samples, summarize_samples
-from sdpo.trainer.rollout.sampler import RolloutBatch
+from sdpo.trainer.rollout.base import RolloutBatch
 from sdpo.trainer.signals import SignalHandler
 
 
@@ -102,7 +102,9 @@ class SDPOTrainer:
                 self.parts.sampler.close()
                 self.parts.folder.close()
         folder = self.parts.folder
-        return TrainOutput(dict(folder.final), folder.path, interrupt_signal, self.parts.guard.describe_stop())
+        return TrainOutput(
+            dict(folder.final), folder.path, interrupt_signal, self.parts.health_callback.describe_stop()
+        )
 
     def _restore(self) -> None:
         if resumed := self.parts.resume_state:
@@ -114,7 +116,7 @@ class SDPOTrainer:
         for step in range(self.actor.version + 1, self.config.max_steps + 1):
             self._train_step(step)
             self._after_step()
-            if self.parts.guard.stopped_by is not None:
+            if self.parts.health_callback.stop_event is not None:
                 return
 
     def _train_step(self, step: int) -> None:
@@ -130,7 +132,7 @@ class SDPOTrainer:
         rollouts = self._rollouts
         assert rollouts is not None
         values[metrics.TIME_SAMPLE] = rollouts.seconds
-        staleness = actor.version - rollouts.version
+        staleness = actor.version - rollouts.policy_version
         if staleness > config.max_staleness:
             raise RuntimeError(
                 f"step {step}: rollouts are {staleness} updates old, the bound is {config.max_staleness}"
@@ -183,10 +185,10 @@ class SDPOTrainer:
         """Check the step's metrics, which may change the weights; returns whether the run is to stop."""
         if self.actor.version:
             self._signals.defer()
-            self._row |= self.parts.guard.watch(self.actor.version, self._row)
+            self._row |= self.parts.health_callback.watch(self.actor.version, self._row)
         self._health_checked = True
         self._signals.deliver()
-        return self.parts.guard.stopped_by is not None
+        return self.parts.health_callback.stop_event is not None
 
     def _evaluate(self) -> dict[str, float]:
         started = time.perf_counter()
@@ -211,7 +213,7 @@ class SDPOTrainer:
         parts.folder.sync()
         state = TrainingState(
             self.actor.state_dict(),
-            parts.guard.state_dict(),
+            parts.health_callback.state_dict(),
             self._row,
             self._health_checked,
             self._rollouts,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import sdpo
 from sdpo import SelfDistillationConfig
-from sdpo.algorithm.loss import compute_token_weights
+from sdpo.algorithm.aggregation import compute_token_weights
 from sdpo.observability import metrics
 
 MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")

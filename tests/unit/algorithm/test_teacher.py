@@ -83,7 +83,7 @@ def test_slices_and_groups_change_no_bit(dtype: torch.dtype, at_once: int, monke
     students = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     expected = [teacher.clone() for teacher in teachers]
     torch._foreach_lerp_(expected, [student.float() for student in students], 0.05)
-    monkeypatch.setattr("sdpo.algorithm.teacher.ENTRIES_AT_ONCE", at_once)
+    monkeypatch.setattr("sdpo.algorithm.ema.ENTRIES_AT_ONCE", at_once)
     sdpo.update_teacher_ema(teachers, students, 0.05)
     for one, other in zip(teachers, expected, strict=True):
         assert torch.equal(one, other)
@@ -97,7 +97,7 @@ def test_no_more_of_a_student_is_cast_at_once_than_is_said(monkeypatch: pytest.M
         counts.append(sum(student.numel() for student in students))
         lerp(teachers, students, rate)
 
-    monkeypatch.setattr("sdpo.algorithm.teacher.ENTRIES_AT_ONCE", 1000)
+    monkeypatch.setattr("sdpo.algorithm.ema.ENTRIES_AT_ONCE", 1000)
     monkeypatch.setattr(torch, "_foreach_lerp_", count)
     shapes = [(300, 20), (10, 10), (10, 10), (3, 1000)]
     sdpo.update_teacher_ema([torch.zeros(s) for s in shapes], [torch.ones(s).bfloat16() for s in shapes], 0.5)

@@ -91,7 +91,7 @@ def test_a_model_without_linear_layers_is_refused() -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "llava", "gemma3"])
-def test_the_image_tower_gets_none(vision_model: Callable[[str], Any], family: str) -> None:
+def test_the_vision_tower_gets_none(vision_model: Callable[[str], Any], family: str) -> None:
     model = vision_model(family).model
     add_adapters(model, LoraConfig(rank=2))
     assert get_adapted_layers(model)

@@ -28,9 +28,10 @@ from sdpo.kernels import chunked_log_probs
 from sdpo.kernels.chunked_log_probs import LinearHead
 from sdpo.kernels.fused_linear_loss import TokenInputs, fused_linear_sdpo_loss
 from sdpo.models.loading import load_model
-from sdpo.models.memory_estimate import Stack, count_fused_loss, measure_model
+from sdpo.models.memory_estimate import fused_loss_bytes
+from sdpo.models.model_size import LayerStack, measure_model
 from sdpo.models.multimodal.processor import load_reader
-from sdpo.models.multimodal.vision_tower import ImageFeatureCache, get_tower_parameters
+from sdpo.models.multimodal.vision_tower import ImageFeatureCache, get_vision_tower_parameters
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "qwen2_5_vl_3b"
 CountPeak = Callable[[Callable[[], Any]], int]
@@ -42,28 +43,32 @@ def test_qwen_2_5_vl_3b_counted_by_hand() -> None:
     attention = 2 * hidden * hidden + hidden + 2 * (hidden * cache + cache)  # biases but of the output
     layer = attention + 3 * hidden * inner + 2 * hidden
     embeddings = 151936 * hidden  # tied to the output layer
-    assert size.language.num_params == 36 * layer + hidden + embeddings == 3_085_938_688
+    assert size.language_model.num_params == 36 * layer + hidden + embeddings == 3_085_938_688
     width, out = 1280, 3420
     block = 4 * (width * width + width) + 3 * width * out + 2 * out + width + 2 * width
     merger = width + 2 * ((4 * width) * (4 * width)) // 2 + 4 * width + 4 * width * hidden + hidden
     patches = 3 * 2 * 14 * 14 * width
-    assert size.tower is not None
-    assert size.tower.num_params == 32 * block + merger + patches == 668_684_288
+    assert size.vision_tower is not None
+    assert size.vision_tower.num_params == 32 * block + merger + patches == 668_684_288
     assert size.num_params == 3_754_622_976
-    assert size.outside_layers == embeddings + hidden + merger + patches
-    assert (size.language.num_layers, size.tower.num_layers, size.tower.hidden_size) == (36, 32, 1280)
-    assert size.language.width == 36 * (3 * (hidden + inner) + 4 * hidden + 2 * (hidden + cache))
-    assert size.cache_values == 36 * 2 * cache
-    assert (size.patch_values, size.patches_a_token, size.feature_values) == (1176, 4, 2048)
+    assert size.num_params_outside_layers == embeddings + hidden + merger + patches
+    assert (size.language_model.num_layers, size.vision_tower.num_layers, size.vision_tower.hidden_size) == (
+        36,
+        32,
+        1280,
+    )
+    assert size.language_model.matrix_dims == 36 * (3 * (hidden + inner) + 4 * hidden + 2 * (hidden + cache))
+    assert size.kv_values_per_token == 36 * 2 * cache
+    assert (size.values_per_patch, size.patches_per_token, size.feature_values_per_token) == (1176, 4, 2048)
     assert (size.vocab_size, size.window) == (151936, 128000)
 
 
 def test_an_image_as_large_as_allowed_goes_through_the_tower_alone() -> None:
     size = measure_model(ModelConfig(path=str(GOLDEN)))
-    assert size.tower is not None
-    patch = size.tower.count_learning(2, 2, checkpointing=True)
-    assert size.count_tower(1_003_520, 2, 2, checkpointing=True) == 5120 * (1176 * 4 + patch)  # 1280 tokens
-    small = size.count_tower(784, 2, 2, checkpointing=True)
+    assert size.vision_tower is not None
+    patch = size.vision_tower.training_bytes_per_token(2, 2, checkpointing=True)
+    assert size.vision_tower_bytes(1_003_520, 2, 2, checkpointing=True) == 5120 * (1176 * 4 + patch)  # 1280 tokens
+    small = size.vision_tower_bytes(784, 2, 2, checkpointing=True)
     assert small == 2**22 * 4 + 3567 * patch  # as many small images as go together
 
 
@@ -82,7 +87,7 @@ def test_images_through_a_tower_stay_below_their_bound(family: str, count_peak: 
     vision_models = load_vision_models()
     config = ModelConfig(path=str(vision_models.build_vision_model(family, tmp_path)))
     size, model, reader = measure_model(config), load_model(config, torch.device("cpu")), load_reader(config, 1_003_520)
-    assert reader is not None and size.tower is not None
+    assert reader is not None and size.vision_tower is not None
     assert size.num_params == sum(param.numel() for param in model.parameters())
     images = [vision_models.make_image(i, (112, 112)) for i in range(8)]
     numbers = sum(value.numel() for image in images for value in reader.read_pixels(image).values())
@@ -95,9 +100,9 @@ def test_images_through_a_tower_stay_below_their_bound(family: str, count_peak: 
         seen.backward()
 
     learn()
-    patches = -(-numbers // size.patch_values)
-    bound = numbers * 4 + patches * size.tower.count_learning(4, 4, checkpointing=False)
-    bound += sum(param.numel() * 4 for param in get_tower_parameters(model))  # gradients, before they are added
+    patches = -(-numbers // size.values_per_patch)
+    bound = numbers * 4 + patches * size.vision_tower.training_bytes_per_token(4, 4, checkpointing=False)
+    bound += sum(param.numel() * 4 for param in get_vision_tower_parameters(model))  # gradients, before they are added
     assert bound / 5 < count_peak(learn) <= bound
 
 
@@ -139,7 +144,9 @@ def build_tower() -> nn.Module:
     return tower
 
 
-def build_pass(family: str, precision: str, *, checkpointing: bool = False) -> tuple[Stack, int, Callable[[], Any]]:
+def build_pass(
+    family: str, precision: str, *, checkpointing: bool = False
+) -> tuple[LayerStack, int, Callable[[], Any]]:
     """A stack, the bytes of a value in its products, and a forward pass of ``TOKENS`` tokens or patches through it."""
     torch.manual_seed(0)
     is_tower = family == "tower"
@@ -149,7 +156,7 @@ def build_pass(family: str, precision: str, *, checkpointing: bool = False) -> t
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     width = sum(sum(p.shape) for p in model.parameters() if p.dim() == 2 and id(p) not in embeddings)
-    stack = Stack(sum(p.numel() for p in model.parameters()), 3, 80 if is_tower else 64, width)
+    stack = LayerStack(sum(p.numel() for p in model.parameters()), 3, 80 if is_tower else 64, width)
     pixels, grid = torch.randn(TOKENS, 1176).to(model.dtype), torch.tensor([[1, 16, 32]])
     token_ids = torch.randint(0, 64, (2, TOKENS // 2))
     mask = torch.ones_like(token_ids)
@@ -179,10 +186,10 @@ def test_activations_stay_below_their_bound_and_near_it(family: str, precision: 
 
         learn()  # gradients of the weights are there before
         weights = stack.num_params * 2 if precision == "autocast" else 0  # their copies in bfloat16
-        bound = TOKENS * stack.count_learning(size, residual, checkpointing=checkpointing) + weights
+        bound = TOKENS * stack.training_bytes_per_token(size, residual, checkpointing=checkpointing) + weights
         peak = count_peak(learn)
         assert bound / 3 < peak <= bound * workspace
-    bound = TOKENS * stack.count_reading(size) + weights
+    bound = TOKENS * stack.inference_bytes_per_token(size) + weights
     with torch.no_grad():
         peak = count_peak(call)
     assert bound / 3 < peak <= bound * workspace
@@ -231,5 +238,5 @@ def test_the_loss_in_chunks_stays_below_its_bound(
         def learn(student: LinearHead = student, teacher: Any = teacher, tokens: TokenInputs = tokens) -> None:
             fused_linear_sdpo_loss(student, teacher, tokens, config).loss.backward()
 
-        bound = count_fused_loss(vocab_size, hidden_size, dtype.itemsize, n)
+        bound = fused_loss_bytes(vocab_size, hidden_size, dtype.itemsize, n)
         assert bound / 3 < count_peak(learn) <= bound, n

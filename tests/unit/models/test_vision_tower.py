@@ -29,7 +29,7 @@ from sdpo.models.loading import reads_images
 from sdpo.models.multimodal import processor as processing_module
 from sdpo.models.multimodal import vision_tower as vision_module
 from sdpo.models.multimodal.processor import TokenPrompt, load_processor, load_reader
-from sdpo.models.multimodal.vision_tower import ImageFeatureCache, ImageFeatures, get_tower_parameters, showing
+from sdpo.models.multimodal.vision_tower import ImageFeatureCache, ImageFeatures, get_vision_tower_parameters, showing
 
 VisionModel = Callable[[str], LoadedModel]
 NUM_IMAGES = (0, 1, 3)
@@ -273,7 +273,7 @@ def test_gradients_through_shared_features_are_those_of_a_tower_for_each_sequenc
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, atol=2e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
-    tower = {id(p) for p in get_tower_parameters(loaded.model)}
+    tower = {id(p) for p in get_vision_tower_parameters(loaded.model)}
     assert any(id(p) in tower and n in expected for n, p in loaded.model.named_parameters())
 
     seen.backward()
@@ -307,7 +307,7 @@ def test_what_is_shown_is_shown_within_only(vision_model: VisionModel) -> None:
 def test_the_tower_is_all_but_the_language_model(vision_model: VisionModel) -> None:
     for family in FAMILIES:
         model = vision_model(family).model
-        tower = {id(p) for p in get_tower_parameters(model)}
+        tower = {id(p) for p in get_vision_tower_parameters(model)}
         names = {
             n.split(".")[1] if n.startswith("model.") else n.split(".")[0]: id(p) in tower
             for n, p in model.named_parameters()
@@ -320,4 +320,4 @@ def test_the_tower_is_all_but_the_language_model(vision_model: VisionModel) -> N
 
 def test_a_model_without_the_common_interface_is_refused() -> None:
     with pytest.raises(SDPOError, match=r"Linear has no model\.get_image_features; it is not supported"):
-        get_tower_parameters(torch.nn.Linear(1, 1))
+        get_vision_tower_parameters(torch.nn.Linear(1, 1))

@@ -1,4 +1,4 @@
-"""Intervals by hand, and how often they hold what they promise."""
+"""Intervals by hand, and their coverage."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def test_more_of_the_same_makes_no_interval_narrower() -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "observations", "interval"),
+    ("fraction", "observations", "interval"),
     [(0.8, 10, (0.4902, 0.9433)), (0.0, 10, (0.0, 0.2775)), (1.0, 10, (0.7225, 1.0)), (0.5, 0, (0.0, 1.0))],
 )
-def test_wilson(share: float, observations: int, interval: tuple[float, float]) -> None:
-    assert compute_wilson_interval(share, observations) == pytest.approx(interval, abs=1e-4)
+def test_wilson(fraction: float, observations: int, interval: tuple[float, float]) -> None:
+    assert compute_wilson_interval(fraction, observations) == pytest.approx(interval, abs=1e-4)
 
 
 def test_an_interval_that_is_not_known_has_no_name() -> None:

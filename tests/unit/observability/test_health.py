@@ -1,4 +1,4 @@
-"""Each rule fires at the step that was worked out by hand, once an episode, and not on noise."""
+"""Each check fails at the step computed by hand, once per episode, and not on noise."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ Series = Mapping[str, Sequence[float | None]]
 
 
 def rows_of(series: Series) -> list[dict[str, float]]:
-    """A row a step; a shorter series goes on with its last value, None leaves a value out."""
+    """One row per step; a shorter series continues with its last value, None omits a value."""
     length = max(map(len, series.values()))
     padded = {name: [*values, *[values[-1]] * (length - len(values))] for name, values in series.items()}
     return [{name: value for name, values in padded.items() if (value := values[i]) is not None} for i in range(length)]
 
 
-def alarms_of(series: Series, config: HealthConfig = BRISK) -> list[tuple[int, str]]:
+def events_of(series: Series, config: HealthConfig = BRISK) -> list[tuple[int, str]]:
     monitor = HealthMonitor(config)
-    return [(a.step, a.rule) for step, row in enumerate(rows_of(series), 1) for a in monitor.check(step, row)]
+    return [(e.step, e.rule) for step, row in enumerate(rows_of(series), 1) for e in monitor.check(step, row)]
 
 
-# Windows are of two steps. What is worked out stands behind the series.
+# Windows have two steps. Each comment has the means.
 BY_HAND: dict[str, tuple[Series, list[tuple[int, str]]]] = {
     # Means of two: 1 1 1 1 0.9 0.8; 0.9 is not more than a tenth below 1.
     "score falls": ({SCORE: [1, 1, 1, 1, 1, 0.8, 0.8, 0.8, 0.8]}, [(7, "score_collapse")]),
     "score never falls": ({SCORE: [0.1, 0.2, 0.3, 0.4, 0.5, 0.9, 0.9]}, []),
-    # Before the fourth step first and last window are not apart.
+    # Before the fourth step, first and last window overlap.
     "score falls at once": ({SCORE: [1, 0, 0, 0, 0]}, [(4, "score_collapse")]),
     "a score below zero falls": ({SCORE: [-1, -1, -1, -1, -1.5, -1.5]}, [(5, "score_collapse")]),
     # 1 1 0.525 0.05; below a tenth of 1 at the fifth.
@@ -64,7 +64,7 @@ BY_HAND: dict[str, tuple[Series, list[tuple[int, str]]]] = {
         [(2, "teacher_underperforms_student")],
     ),
     "teacher may be as good": ({GAIN: [-0.1], GAIN_HIGH: [-0.01]}, []),
-    # 0.5 0.25 0; the rule holds from the fourth step on, were it not for success.
+    # 0.5 0.25 0; the check would fail from the fourth step on if few rollouts succeeded.
     "nothing is distilled": ({DISTILLED: [0.5, 0.5, 0, 0, 0], SUCCEEDED: [0.3]}, [(4, "no_distillation_targets")]),
     "nothing is left to learn": ({DISTILLED: [0.5, 0.5, 0, 0, 0], SUCCEEDED: [0.3, 0.9, 1, 1, 1]}, []),
     "nothing is known": ({metrics.LOSS: [1.0] * 9}, []),
@@ -73,53 +73,54 @@ BY_HAND: dict[str, tuple[Series, list[tuple[int, str]]]] = {
 
 
 @pytest.mark.parametrize("name", BY_HAND)
-def test_rule_by_hand(name: str) -> None:
+def test_check_by_hand(name: str) -> None:
     series, expected = BY_HAND[name]
-    assert alarms_of(series) == expected
+    assert events_of(series) == expected
 
 
-def test_a_rule_that_is_ignored_says_nothing() -> None:
+def test_an_ignored_check_never_fails() -> None:
     for series, _ in BY_HAND.values():
-        assert alarms_of(series, replace(BRISK, **dict.fromkeys(RULES, "ignore"))) == []
+        assert events_of(series, replace(BRISK, **dict.fromkeys(RULES, "ignore"))) == []
 
 
-def test_alarm_says_what_it_saw() -> None:
+def test_an_event_has_the_numbers() -> None:
     monitor = HealthMonitor(replace(BRISK, score_collapse="stop"))
-    raised = [a for step, row in enumerate(rows_of(BY_HAND["score falls"][0]), 1) for a in monitor.check(step, row)]
-    (alarm,) = raised
-    assert (alarm.step, alarm.action) == (7, "stop")
-    assert alarm.reason == "training score fell from 1 to 0.8 (means of 2 steps)"
-    assert alarm.values == pytest.approx({f"{SCORE}/before": 1.0, SCORE: 0.8})
+    events = [e for step, row in enumerate(rows_of(BY_HAND["score falls"][0]), 1) for e in monitor.check(step, row)]
+    (event,) = events
+    assert (event.step, event.action) == (7, "stop")
+    assert event.reason == "training score fell from 1 to 0.8 (means of 2 steps)"
+    assert event.values == pytest.approx({f"{SCORE}/before": 1.0, SCORE: 0.8})
 
 
-def test_one_alarm_an_episode_and_another_after_recovery() -> None:
-    # Holds at 7; not at 8 (0.9) and 9 (1), which is a window; again at 11.
-    assert alarms_of({SCORE: [1, 1, 1, 1, 1, 0.8, 0.8, 1, 1, 0.8, 0.8, 0.8]}) == [
+def test_one_event_per_episode_and_another_after_recovery() -> None:
+    # Fails at 7, passes at 8 (0.9) and 9 (1), which is a window, and fails again at 11.
+    assert events_of({SCORE: [1, 1, 1, 1, 1, 0.8, 0.8, 1, 1, 0.8, 0.8, 0.8]}) == [
         (7, "score_collapse"),
         (11, "score_collapse"),
     ]
-    # At 8 alone it does not hold: too short to be a recovery.
-    assert alarms_of({SCORE: [1, 1, 1, 1, 1, 0.8, 0.8, 1, 0.7, 0.7, 0.7]}) == [(7, "score_collapse")]
+    # It passes at 8 alone: too short for a recovery.
+    assert events_of({SCORE: [1, 1, 1, 1, 1, 0.8, 0.8, 1, 0.7, 0.7, 0.7]}) == [(7, "score_collapse")]
 
 
 def test_teacher_is_judged_by_its_last_evaluation() -> None:
     gains = [-0.1, None, None, -0.1, None, 0.0, None, None, -0.1]
     highs = [-0.05, None, None, -0.05, None, 0.01, None, None, -0.05]
-    assert alarms_of({GAIN: gains, GAIN_HIGH: highs}) == [
+    assert events_of({GAIN: gains, GAIN_HIGH: highs}) == [
         (1, "teacher_underperforms_student"),
         (9, "teacher_underperforms_student"),
     ]
 
 
 def test_a_change_within_the_noise_does_not_count() -> None:
-    # Neighbours differ by 0.4, at the end by 0: two means of two by sqrt(11 / 12 * 0.4^2 / 2) = 0.27. The drop is 0.2.
+    # Consecutive steps differ by 0.4, the last two by 0. Standard error of the difference between two means of two:
+    # sqrt(11 / 12 * 0.4^2 / 2) = 0.27. The drop is 0.2.
     series = {SCORE: [1, 0.6] * 6 + [0.6]}
-    assert alarms_of(series, replace(BRISK, min_z_score=0.8)) == []
-    assert alarms_of(series, replace(BRISK, min_z_score=0.6)) == [(13, "score_collapse")]
+    assert events_of(series, replace(BRISK, min_z_score=0.8)) == []
+    assert events_of(series, replace(BRISK, min_z_score=0.6)) == [(13, "score_collapse")]
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_noise_alone_raises_no_alarm(seed: int) -> None:
+def test_no_check_fails_on_noise_alone(seed: int) -> None:
     rng = random.Random(seed)
     series = {
         SCORE: [rng.gauss(0.5, 0.12) for _ in range(500)],
@@ -129,7 +130,7 @@ def test_noise_alone_raises_no_alarm(seed: int) -> None:
         DISTILLED: [rng.random() for _ in range(500)],
         SUCCEEDED: [rng.random() for _ in range(500)],
     }
-    assert alarms_of(series, HealthConfig()) == []
+    assert events_of(series, HealthConfig()) == []
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -140,23 +141,23 @@ def test_a_change_in_noise_is_found(seed: int) -> None:
         ENTROPY: [rng.gauss(0.3, 0.03) for _ in range(100)] + [rng.gauss(0.9, 0.03) for _ in range(100)],
         LENGTH: [rng.gauss(100, 10) for _ in range(100)] + [rng.gauss(30, 10) for _ in range(100)],
     }
-    found = alarms_of(noisy, HealthConfig())
+    found = events_of(noisy, HealthConfig())
     assert sorted(rule for _, rule in found) == ["entropy_explosion", "length_collapse", "score_collapse"]
     assert all(100 < step <= 110 for step, _ in found)
 
 
 @pytest.mark.parametrize("name", [name for name, (_, expected) in BY_HAND.items() if expected])
-def test_goes_on_from_its_state(name: str) -> None:
+def test_resumes_from_its_state(name: str) -> None:
     series, expected = BY_HAND[name]
     rows = rows_of(series)
     for resumed_after in range(len(rows)):
         monitor = HealthMonitor(BRISK)
         found: list[Any] = []
         for step, row in enumerate(rows, 1):
-            found += [(a.step, a.rule) for a in monitor.check(step, row)]
+            found += [(e.step, e.rule) for e in monitor.check(step, row)]
             if step == resumed_after:
                 state = json.loads(json.dumps(monitor.state_dict(), allow_nan=False))
                 monitor = HealthMonitor(BRISK)
                 monitor.load_state_dict(state)
         assert found == expected
-        assert monitor.num_alarms == len(expected)
+        assert monitor.num_events == len(expected)

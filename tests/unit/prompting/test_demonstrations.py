@@ -99,7 +99,7 @@ def test_a_peer_is_a_success_of_the_group_and_not_itself(
             for j, peer in enumerate(samples)
             if peer.group_id == sample.group_id and peer.score == 1.0 and not (exclude and j == i)
         }
-        assert (solution in allowed) if allowed and sample.is_graded else (solution is None)
+        assert (solution in allowed) if allowed and sample.is_scored else (solution is None)
 
 
 def test_own_rollout_is_shown_only_if_allowed() -> None:

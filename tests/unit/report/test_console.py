@@ -1,4 +1,7 @@
 import io
+import logging
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -83,6 +86,25 @@ def test_messages_are_printed_as_they_are():
     text = "saved [bold]x[/bold] to " + "long/" * 40
     ConsoleObserver(5, Console(file=file, width=40)).message(text)
     assert file.getvalue() == text + "\n"
+
+
+def test_log_records_are_printed_while_the_observer_is_entered():
+    file, logger = io.StringIO(), logging.getLogger("sdpo.trainer.anything")
+    logger.info("before")
+    with ConsoleObserver(5, Console(file=file)):
+        logger.debug("a detail")
+        logger.info("resuming from step %d", 2)
+        logger.warning("[bold]a warning[/bold]")
+        logging.getLogger("transformers").warning("not ours")
+    logger.info("after")
+    assert file.getvalue() == "resuming from step 2\n[bold]a warning[/bold]\n"
+    assert not logging.getLogger("sdpo").handlers and logging.getLogger("sdpo").level == logging.NOTSET
+
+
+def test_a_library_prints_warnings_alone():
+    code = "import logging; log = logging.getLogger('sdpo.x'); log.info('detail'); log.warning('warning')"
+    done = subprocess.run([sys.executable, "-c", f"import sdpo; {code}"], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "warning\n")
 
 
 def test_a_terminal_gets_bars_the_latest_numbers_and_lines_of_evaluations(clock):

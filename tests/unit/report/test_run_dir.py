@@ -1,9 +1,10 @@
+import json
 import math
 
 import pytest
 
 from sdpo.errors import SDPOError
-from sdpo.observability.metrics import STEP, find_accuracies
+from sdpo.observability.metrics import RENAMED_METRICS, STEP, find_accuracies
 from sdpo.report.run_dir import read_run, read_runs
 
 
@@ -119,3 +120,51 @@ def test_rows_in_verls_own_form_are_read_too(tmp_path):
     )
     run = read_run(tmp_path)
     assert run.rows == [{STEP: 0, "critic/score/mean": 0.25}, {STEP: 2, "actor/lr": 0.5}]
+
+
+def test_a_run_under_the_names_of_earlier_versions_is_read_under_the_current_ones(tmp_path):
+    old = {name: float(i) for i, name in enumerate(RENAMED_METRICS, 1)}
+    old |= {
+        "self_distillation/success_sample_fraction": 0.5,
+        "self_distillation/success_sample_fraction/ci95_low": 0.25,
+        "self_distillation/teacher_student_log_prob_gap/ci95_high": 20.0,
+        "val-teacher/hub/name/gain/mean@1": 0.75,
+        "val-teacher/hub/name/gain/mean@1/ci95_low": 0.5,
+    }
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({STEP: 1, **old, "critic/score/mean": 0.125}) + "\n")
+    (row,) = read_run(tmp_path).rows
+    assert row == {
+        STEP: 1,
+        "reward/num_failures": 1,
+        "val-aux/reward/num_failures": 2,
+        "self_distillation/loss_coef": 3,
+        "self_distillation/reprompt_sample_fraction": 4,
+        "self_distillation/solution_used_fraction": 5,
+        "self_distillation/teacher_student_logprob_diff/mean": 6,
+        "self_distillation/teacher_student_logprob_diff/positive_frac": 7,
+        "self_distillation/teacher_student_logprob_diff/positive_part": 8,
+        "self_distillation/teacher_student_logprob_diff/negative_part": 9,
+        "training/off_policy/trajectory_staleness/mean": 10,
+        "actor/ref_kl": 11,
+        "health/num_warnings": 12,
+        "timing_s/wait_for_enough_samples": 13,
+        "self_distillation/rollout_success_fraction": 0.5,
+        "self_distillation/rollout_success_fraction/ci95_low": 0.25,
+        "self_distillation/teacher_student_logprob_diff/mean/ci95_high": 20.0,
+        "val-teacher/hub/name/acc_minus_student/mean@1": 0.75,
+        "val-teacher/hub/name/acc_minus_student/mean@1/ci95_low": 0.5,
+        "critic/score/mean": 0.125,
+    }
+
+
+def test_a_current_name_stays(write_run):
+    row = {"self_distillation/success_sample_fraction": 0.5, "self_distillation/reprompt_sample_fraction": 0.75}
+    assert read_run(write_run("a", {1: row})).rows == [{STEP: 1, **row}]
+
+
+@pytest.mark.parametrize("file", ["health_events.jsonl", "alarms.jsonl"])
+def test_failed_health_checks_are_read_up_to_the_last_step(write_run, file):
+    folder = write_run("a", {1: {}, 2: {}})
+    events = [{"step": step, "rule": "score_collapse"} for step in (1, 2, 3)]
+    (folder / file).write_text("".join(json.dumps(event) + "\n" for event in events) + '[1]\n{"step": 2, "ru')
+    assert read_run(folder).health_events == events[:2]

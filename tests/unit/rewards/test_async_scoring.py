@@ -52,7 +52,7 @@ async def compute_score(row: Row, response: str) -> Any:
 
 @pytest.fixture
 def reward_manager(monkeypatch: pytest.MonkeyPatch) -> AsyncScorer:
-    monkeypatch.setattr(async_scoring, "PATIENCE", 0.2)
+    monkeypatch.setattr(async_scoring, "GRACE_SECONDS", 0.2)
     return AsyncScorer(SimpleNamespace(compute_score=compute_score), SECONDS)
 
 
@@ -75,10 +75,10 @@ def test_many_wait_side_by_side(reward_manager: AsyncScorer) -> None:
         ("raise", r"sums: ZeroDivisionError: division by zero \(.*test_async_scoring.py:\d+\)"),
         ("leave", r"sums: SystemExit: 3"),
         ("cancel", r"sums: CancelledError"),
-        ("hang", f"sums: no grade within reward.timeout_s={SECONDS} seconds"),
-        ("cling", f"sums: no grade within reward.timeout_s={SECONDS} seconds"),
-        ("block", f"sums: no grade within reward.timeout_s={SECONDS} seconds, and it blocks the event loop"),
-        ("none", "sums: InvalidRewardError: the grader's score must be a finite number, got None"),
+        ("hang", f"sums: no score within reward.timeout_s={SECONDS} seconds"),
+        ("cling", f"sums: no score within reward.timeout_s={SECONDS} seconds"),
+        ("block", f"sums: no score within reward.timeout_s={SECONDS} seconds, and it blocks the event loop"),
+        ("none", "sums: InvalidRewardError: the score must be a finite number, got None"),
     ],
 )
 def test_a_failure_costs_one_response(response: str, message: str, reward_manager: AsyncScorer) -> None:
@@ -102,7 +102,7 @@ def test_the_embedded_engine_awaits_a_step_at_once_and_counts_failures() -> None
     assert time.monotonic() - began < SECONDS + 0.5  # one after the other takes 1.7 seconds
     assert [grade.score for grade in grades[3:]] == [0.0] * 12 and grades[1].score == 1.0
     assert math.isnan(grades[0].score) and math.isnan(grades[2].score) and ours.num_failures == 2
-    with pytest.raises(SDPOError, match=r"grading failed for 2 of the 2 responses .* ZeroDivisionError"):
+    with pytest.raises(SDPOError, match=r"scoring failed for 2 of the 2 responses .* ZeroDivisionError"):
         ours.compute_score([(ROW, "raise")] * 5)
 
 

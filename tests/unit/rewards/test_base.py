@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from sdpo.errors import SDPOError
-from sdpo.rewards.base import InvalidRewardError, RewardOutput, Row, load_rows, load_task, parse_reward
+from sdpo.rewards.base import InvalidRewardError, RewardOutput, Row, load_task, parse_reward
+from sdpo.rewards.rows import load_rows
 from sdpo.rewards.toy.hidden_rule import HiddenRule
 
 QUESTION = [{"role": "user", "content": "1 + 1?"}]
@@ -186,7 +187,7 @@ def test_scores_of_all_kinds_become_floats(value: Any) -> None:
     [None, math.nan, math.inf, "good", RewardOutput(math.nan), {"feedback": "no score"}, {"score": None}, [1, 2]],
 )
 def test_what_is_no_score_is_refused(value: Any) -> None:
-    with pytest.raises(InvalidRewardError, match=r"the grader's score must be a finite number, got"):
+    with pytest.raises(InvalidRewardError, match=r"the score must be a finite number, got"):
         parse_reward(value)
 
 

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from sdpo import cli
-from sdpo.rewards.base import load_rows
 from sdpo.rewards.geo3k.reward import Geo3k
+from sdpo.rewards.rows import load_rows
 from sdpo.rewards.toy.drawing import Picture, draw_circle, draw_polygon, write_rows
 from sdpo.rewards.toy.synthetic_geometry import (
     INSTRUCTION,

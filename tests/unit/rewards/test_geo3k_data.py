@@ -15,9 +15,9 @@ import pytest
 
 from sdpo import cli
 from sdpo.errors import SDPOError
-from sdpo.rewards.base import load_rows
 from sdpo.rewards.geo3k import data
 from sdpo.rewards.geo3k.data import build_row, prepare
+from sdpo.rewards.rows import load_rows
 
 datasets = pytest.importorskip("datasets")
 Image = pytest.importorskip("PIL.Image")

@@ -16,7 +16,8 @@ from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.errors import SDPOError
 from sdpo.prompting.demonstrations import PrivilegedContext
 from sdpo.prompting.tokenization import encode_prompt, encode_teacher_prompt
-from sdpo.rewards.base import RewardOutput, load_rows
+from sdpo.rewards.base import RewardOutput
+from sdpo.rewards.rows import load_rows
 from sdpo.rewards.toy.base import FEEDBACK_TEXT
 from sdpo.rewards.toy.hidden_rule import MODES, HiddenRule, build_rules, build_tokenizer
 

@@ -67,20 +67,20 @@ def scores(reward_manager: RewardManager, *responses: str) -> list[float | None]
         ("return 1 / len(response)", "ZeroDivisionError: division by zero ({file}:2)"),
         (
             "return {'': None}.get(response, 1)",
-            "InvalidRewardError: the grader's score must be a finite number, got None",
+            "InvalidRewardError: the score must be a finite number, got None",
         ),
-        ("return float(response or 'nan')", "InvalidRewardError: the grader's score must be a finite number, got nan"),
+        ("return float(response or 'nan')", "InvalidRewardError: the score must be a finite number, got nan"),
         (
             "return float(response or '-inf')",
-            "InvalidRewardError: the grader's score must be a finite number, got -inf",
+            "InvalidRewardError: the score must be a finite number, got -inf",
         ),
         (
             "return 1 if response else 10**999",
-            "InvalidRewardError: the grader's score must be a finite number, got 1" + "0" * 79,
+            "InvalidRewardError: the score must be a finite number, got 1" + "0" * 79,
         ),
         (
             "return 1 if response else {'score': 1, 'feedback': 3}",
-            "InvalidRewardError: the grader's feedback must be text, got 3",
+            "InvalidRewardError: the feedback must be text, got 3",
         ),
         ("return 1 if response else exit(3)", "SystemExit: 3 ({file}:2)"),
         ("return 1 if response else compute_score(row, response)", None),
@@ -117,11 +117,11 @@ def test_the_run_stops_past_the_share(make_grader: Callable[..., RewardManager],
     with pytest.raises(SDPOError) as caught:
         scores(reward_manager, *["", "1", "", "", *"1234"])
     assert str(caught.value) == (
-        f"data.task: grading failed for 3 of the 4 responses graded so far, of 8 in all, which is "
+        f"data.task: scoring failed for 3 of the 4 responses scored so far, of 8 in all, which is "
         "more than reward.max_failure_fraction=0.25; the last: data.train_files: a: row 7: ZeroDivisionError: division "
         f"by zero ({tmp_path}/mine.py:2)"
     )
-    with pytest.raises(SDPOError, match="failed for 1 of the 1 responses graded so far, of 100 in all"):
+    with pytest.raises(SDPOError, match="failed for 1 of the 1 responses scored so far, of 100 in all"):
         scores(make_grader("return 1 / 0", max_failure_fraction=0.0), *["1"] * 100)
 
 
@@ -145,7 +145,7 @@ def test_a_grader_that_hangs_is_cut_off(hang: str, make_grader: Callable[..., Re
     began = time.monotonic()
     assert scores(reward_manager, "1", "", "1") == [1.0, None, 1.0]
     assert time.monotonic() - began < 5
-    assert told.messages[0].endswith("no grade within reward.timeout_s=0.2 seconds (" + told.messages[0].split("(")[-1])
+    assert told.messages[0].endswith("no score within reward.timeout_s=0.2 seconds (" + told.messages[0].split("(")[-1])
 
 
 def test_a_grader_cannot_swallow_the_alarm(make_grader: Callable[..., RewardManager]) -> None:

@@ -15,7 +15,7 @@ from sdpo.errors import SDPOError
 from sdpo.rewards import scoring_process
 from sdpo.rewards.base import RewardOutput, Row
 from sdpo.rewards.scoring import RewardFailure
-from sdpo.rewards.scoring_process import GraderProcess
+from sdpo.rewards.scoring_process import ScoringProcess
 
 ROW = Row("sums", [], {"ground_truth": "4"}, extra_info={"index": 3})
 SECONDS = 0.5
@@ -48,17 +48,17 @@ def compute_score(row, response):
     return {"score": float(response == row.ground_truth), "feedback": f"{row.data_source} {row.extra_info['index']}"}
 """
 
-Make = Callable[..., GraderProcess]
+Make = Callable[..., ScoringProcess]
 
 
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Make]:
-    made = list[GraderProcess]()
+    made = list[ScoringProcess]()
 
-    def start(body: str = BODY, args: str = "{}") -> GraderProcess:
+    def start(body: str = BODY, args: str = "{}") -> ScoringProcess:
         file = tmp_path / "task.py"
         file.write_text(body)
-        made.append(GraderProcess(str(file), args, SECONDS))
+        made.append(ScoringProcess(str(file), args, SECONDS))
         return made[-1]
 
     yield start
@@ -85,11 +85,11 @@ def test_arguments_reach_the_task(make: Make) -> None:
     [
         ("raise", r"sums: ZeroDivisionError: division by zero \(.*task\.py:8\)"),
         ("leave", r"sums: SystemExit: 3 "),
-        ("none", r"sums: InvalidRewardError: the grader's score must be a finite number, got None"),
-        ("sleep", r"sums: no grade within reward\.timeout_s=0\.5 seconds \(.*task\.py:14\)"),
-        ("loop", r"sums: no grade within reward\.timeout_s=0\.5 seconds, or its process died"),
-        ("lock", r"sums: no grade within reward\.timeout_s=0\.5 seconds"),
-        ("die", r"sums: no grade within .*, or its process died"),
+        ("none", r"sums: InvalidRewardError: the score must be a finite number, got None"),
+        ("sleep", r"sums: no score within reward\.timeout_s=0\.5 seconds \(.*task\.py:14\)"),
+        ("loop", r"sums: no score within reward\.timeout_s=0\.5 seconds, or its process died"),
+        ("lock", r"sums: no score within reward\.timeout_s=0\.5 seconds"),
+        ("die", r"sums: no score within .*, or its process died"),
     ],
 )
 def test_a_failure_costs_that_response_alone(
@@ -100,7 +100,7 @@ def test_a_failure_costs_that_response_alone(
     began = time.monotonic()
     with pytest.raises(RewardFailure, match=reason):
         reward_manager.compute_score(ROW, response)
-    assert time.monotonic() - began < SECONDS + 2 * scoring_process.PATIENCE + 1
+    assert time.monotonic() - began < SECONDS + 2 * scoring_process.GRACE_SECONDS + 1
     assert reward_manager.compute_score(ROW, "4") == RewardOutput(1.0, "sums 3")
 
 
@@ -132,7 +132,7 @@ def test_a_process_whose_owner_died_ends_by_itself(make: Make) -> None:
     assert process is not None and process.stdin is not None
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(reward_manager.compute_score, ROW, "lock")
-        end = time.monotonic() + SECONDS + 2 * scoring_process.PATIENCE + 5
+        end = time.monotonic() + SECONDS + 2 * scoring_process.GRACE_SECONDS + 5
         while process.poll() is None and time.monotonic() < end:
             time.sleep(0.05)
         with pytest.raises(RewardFailure):

@@ -17,7 +17,7 @@ import pytest
 from sdpo.rewards import worker_process
 from sdpo.rewards.geo3k import sympy_worker
 from sdpo.rewards.geo3k.sympy_worker import compare
-from sdpo.rewards.worker_process import CutOff, WorkerProcess
+from sdpo.rewards.worker_process import WorkerProcess, WorkerTimeout
 
 pytest.importorskip("math_verify")
 
@@ -64,7 +64,7 @@ def test_an_expression_that_hangs_is_cut_off_in_any_thread_and_the_next_is_read(
 
     def ask() -> None:
         start = time.monotonic()
-        with pytest.raises(CutOff):
+        with pytest.raises(WorkerTimeout):
             compare(ENDLESS, "5", 0.5)
         caught.append(time.monotonic() - start)
 

@@ -38,15 +38,15 @@ def record_in(folder: Path) -> Callable[[Mapping[str, Any]], None]:
     return record
 
 
-def build_guard(actor: Actor, folder: Path, **actions: str) -> HealthCallback:
+def build_callback(actor: Actor, folder: Path, **actions: str) -> HealthCallback:
     config = HealthConfig(window=1, min_z_score=0.0, **actions)
     return HealthCallback(HealthMonitor(config), actor, record_in(folder), NullCallback())
 
 
-def fall(guard: HealthCallback) -> dict[str, float]:
+def fall(health_callback: HealthCallback) -> dict[str, float]:
     """The score falls, at the second step."""
-    assert guard.watch(1, {metrics.SCORE_MEAN: 1.0})[metrics.NUM_WARNINGS] == 0
-    return guard.watch(2, {metrics.SCORE_MEAN: 0.5})
+    assert health_callback.watch(1, {metrics.SCORE_MEAN: 1.0})[metrics.NUM_WARNINGS] == 0
+    return health_callback.watch(2, {metrics.SCORE_MEAN: 0.5})
 
 
 def weights_of(module: nn.Module) -> list[torch.Tensor]:
@@ -65,10 +65,10 @@ def test_lower_halves_the_weight_down_to_its_floor(
     actor = build_actor(model, run, 0)
     samples = make_samples()
     assert actor.update_policy(samples)[metrics.DISTILLATION_COEF] == pytest.approx(0.8)
-    fall(build_guard(actor, tmp_path, score_collapse="reduce_weight"))
+    fall(build_callback(actor, tmp_path, score_collapse="reduce_weight"))
     assert actor.update_policy(samples)[metrics.DISTILLATION_COEF] == pytest.approx(0.4)
     for _ in range(5):
-        actor.lower_distillation()
+        actor.reduce_distillation()
     assert actor.update_policy(samples)[metrics.DISTILLATION_COEF] == pytest.approx(0.8 * 0.1)
 
 
@@ -79,7 +79,7 @@ def test_a_lowered_weight_makes_the_gradient_as_much_smaller(
     for lowered in (False, True):
         actor = build_actor(make_model(), make_run(), 0)
         if lowered:
-            actor.lower_distillation()
+            actor.reduce_distillation()
         norms.append(actor.update_policy(make_samples())[metrics.GRAD_NORM])
     assert norms[1] == pytest.approx(0.5 * norms[0], rel=1e-5)
 
@@ -99,7 +99,7 @@ def test_a_frozen_teacher_stays_as_it_was(
     actor.update_policy(make_samples())
     moved = weights_of(actor.teacher.module)
     assert not same_weights(initial, moved)
-    values = fall(build_guard(actor, tmp_path, score_collapse="freeze_teacher"))
+    values = fall(build_callback(actor, tmp_path, score_collapse="freeze_teacher"))
     assert (values[metrics.NUM_WARNINGS], values[metrics.TEACHER_FROZEN]) == (1, 1)
     before = weights_of(actor.student)
     actor.update_policy(make_samples())
@@ -121,17 +121,17 @@ def test_a_live_teacher_becomes_the_initial_model_and_the_student_goes_back(
     actor = build_actor(
         model, make_run(self_distillation__teacher_regularization="live", health__score_collapse="freeze_teacher"), 0
     )
-    guard = build_guard(actor, tmp_path, score_collapse="freeze_teacher")
+    health_callback = build_callback(actor, tmp_path, score_collapse="freeze_teacher")
     assert actor.teacher is not None
     initial = weights_of(actor.student)
-    guard.watch(1, {metrics.SCORE_MEAN: 1.0, ACCURACY: 0.8})
+    health_callback.watch(1, {metrics.SCORE_MEAN: 1.0, ACCURACY: 0.8})
     actor.update_policy(make_samples())
-    guard.watch(2, {metrics.SCORE_MEAN: 1.0, ACCURACY: 0.9})
+    health_callback.watch(2, {metrics.SCORE_MEAN: 1.0, ACCURACY: 0.9})
     best = weights_of(actor.student)
     actor.update_policy(make_samples())
-    guard.watch(3, {metrics.SCORE_MEAN: 1.0, ACCURACY: 0.9})  # as good, and later
+    health_callback.watch(3, {metrics.SCORE_MEAN: 1.0, ACCURACY: 0.9})  # as good, and later
     assert actor.teacher.policy(actor.student)[0][0] is actor.student
-    guard.watch(4, {metrics.SCORE_MEAN: 0.5})
+    health_callback.watch(4, {metrics.SCORE_MEAN: 0.5})
     ((module, share),) = actor.teacher.policy(actor.student)
     assert share == 1.0 and same_weights(module, initial) and not same_weights(best, initial)
     assert same_weights(actor.student, best)
@@ -147,7 +147,7 @@ def test_without_an_evaluation_the_student_stays(
     )
     actor.update_policy(make_samples())
     before = weights_of(actor.student)
-    fall(build_guard(actor, tmp_path, score_collapse="freeze_teacher"))
+    fall(build_callback(actor, tmp_path, score_collapse="freeze_teacher"))
     assert same_weights(actor.student, before)
     assert actor.teacher is not None and actor.teacher.module is actor.initial
 
@@ -160,10 +160,10 @@ def test_alarm_is_told_and_written(model: Any, make_run: MakeRun, tmp_path: Path
             told.append(text)
 
     monitor = HealthMonitor(HealthConfig(window=1, min_z_score=0.0, score_collapse="stop"))
-    guard = HealthCallback(monitor, build_actor(model, make_run(), 0), record_in(tmp_path), Listener())
-    fall(guard)
+    health_callback = HealthCallback(monitor, build_actor(model, make_run(), 0), record_in(tmp_path), Listener())
+    fall(health_callback)
     reason = "training score fell from 1 to 0.5 (means of 1 steps)"
-    assert told == [f"step 2: score_collapse: {reason}; the run stops here"]
+    assert told == [f"step 2: health.score_collapse=stop: {reason}; stopping the run after this step"]
     assert json.loads((tmp_path / "health_events.jsonl").read_text()) == {
         "step": 2,
         "rule": "score_collapse",
@@ -171,12 +171,12 @@ def test_alarm_is_told_and_written(model: Any, make_run: MakeRun, tmp_path: Path
         "reason": reason,
         "values": {f"{metrics.SCORE_MEAN}/before": 1.0, metrics.SCORE_MEAN: 0.5},
     }
-    assert guard.stopped_by is not None and guard.stopped_by.rule == "score_collapse"
+    assert health_callback.stop_event is not None and health_callback.stop_event.rule == "score_collapse"
 
 
-def test_guard_goes_on_from_its_state(model: Any, make_run: MakeRun, tmp_path: Path) -> None:
+def test_resumes_from_its_state(model: Any, make_run: MakeRun, tmp_path: Path) -> None:
     actor = build_actor(model, make_run(), 0)
-    first, second = (build_guard(actor, tmp_path) for _ in range(2))
+    first, second = (build_callback(actor, tmp_path) for _ in range(2))
     first.watch(1, {metrics.SCORE_MEAN: 1.0, ACCURACY: 0.7})
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert second.best_accuracy == 0.7

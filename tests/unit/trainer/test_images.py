@@ -23,7 +23,7 @@ from sdpo.models.lora.adapters import add_adapters
 from sdpo.models.multimodal import vision_tower as vision_module
 from sdpo.models.multimodal.feature_cache import StepImageFeatures
 from sdpo.models.multimodal.processor import load_processor
-from sdpo.models.multimodal.vision_tower import freeze_tower, get_tower_parameters
+from sdpo.models.multimodal.vision_tower import freeze_vision_tower, get_vision_tower_parameters
 from sdpo.models.output_head import build_lazy_logits, compute_dense_logits
 from sdpo.models.packing.layout import PackedSequences
 from sdpo.models.packing.support import enable_packing
@@ -169,7 +169,7 @@ def test_every_image_of_a_step_goes_through_a_tower_once(
 
 def build_learner(loaded: LoadedModel, run: SDPOConfig) -> tuple[Actor, LoadedModel]:
     if run.actor.freeze_vision_tower:
-        freeze_tower(loaded.model)
+        freeze_vision_tower(loaded.model)
     if run.lora.rank:
         torch.manual_seed(0)
         add_adapters(loaded.model, run.lora)
@@ -221,7 +221,7 @@ def test_a_step_is_that_of_a_tower_for_each_sequence(
         ):  # shifts all scores of a query alike: its gradient is rounding, made big by AdamW
             continue
         torch.testing.assert_close(weight, naive_weights[name], atol=5e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
-    tower = {id(p) for p in get_tower_parameters(actor.student)}
+    tower = {id(p) for p in get_vision_tower_parameters(actor.student)}
     moved = {
         id(p) in tower
         for n, p in actor.student.named_parameters()
@@ -316,7 +316,9 @@ def test_checkpointing_and_autocast_reach_the_tower(
         found: list[torch.Tensor] = []
 
         def keep(actor: Any = actor, found: list[torch.Tensor] = found) -> None:
-            found += [p.grad.flatten().clone() for p in get_tower_parameters(actor.student) if p.grad is not None]
+            found += [
+                p.grad.flatten().clone() for p in get_vision_tower_parameters(actor.student) if p.grad is not None
+            ]
 
         loss = actor.update_policy(make_samples(loaded, run), before_update=keep)[metrics.LOSS]
         values.append((loss, torch.cat(found)))
@@ -344,7 +346,7 @@ def test_a_frozen_tower_stays(make_image_run: MakeRun, vision_model: VisionModel
 
 def test_a_language_model_has_nothing_to_freeze(make_task_run: MakeRun) -> None:
     with pytest.raises(
-        SDPOError, match=r"actor\.freeze_vision_tower=true, but the model has no image tower; remove it"
+        SDPOError, match=r"actor\.freeze_vision_tower=true, but the model has no vision tower; remove it"
     ):
         SDPOTrainer(make_task_run(actor__freeze_vision_tower=True)).train()
 

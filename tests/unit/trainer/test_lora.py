@@ -27,7 +27,9 @@ from sdpo.trainer.actor.actor import Actor
 from sdpo.trainer.actor.build import build_actor
 from sdpo.trainer.checkpoint.state import FILE
 from sdpo.trainer.data.samples import TrainingSample
-from sdpo.trainer.rollout.sampler import LocalSampler, ProcessSampler, TransformersEngine
+from sdpo.trainer.rollout.hf_engine import TransformersEngine
+from sdpo.trainer.rollout.local import LocalSampler
+from sdpo.trainer.rollout.process import ProcessSampler
 from sdpo.trainer.trainer import SDPOTrainer
 
 MakeModel = Callable[..., Any]
@@ -209,7 +211,7 @@ def test_another_process_samples_with_the_merged_weights(
                 sampler.load_weights(student, version)
             sampler.submit(PROMPTS, 7)
             rollouts = sampler.collect()
-            assert rollouts is not None and rollouts.version == version
+            assert rollouts is not None and rollouts.policy_version == version
             expected = sample_responses([(student, 1.0)], PROMPTS, DECODING, 7)
             for many, others in zip(rollouts.responses, expected, strict=True):
                 for one, two in zip(many, others, strict=True):

@@ -33,7 +33,7 @@ def test_weights_and_moments_are_as_large_as_they_turn_out(
     run = make_run(data__max_prompt_length=24)
     cost = estimate_memory(run)
     largest = max(p.numel() for p in make_model().parameters())
-    assert cost.phases["the update"]["copies of the weights"] == 2 * 4 * largest
+    assert cost.phases["optimizer step"]["temporary tensors"] == 2 * 4 * largest
     actor = build_actor(make_model(), run, 0)
     actor.update_policy(make_samples())
     size = sum(p.numel() * p.element_size() for p in actor.student.parameters())
@@ -41,9 +41,9 @@ def test_weights_and_moments_are_as_large_as_they_turn_out(
         state[name].numel() * 4 for state in actor.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")
     )
     assert cost.num_params == sum(p.numel() for p in actor.student.parameters())
-    assert cost.actor["student"] == cost.actor["teacher"] == cost.learning["gradients"] == size
-    assert cost.actor["AdamW's moments"] == moments
-    assert cost.tokens_a_step == 2 * 3 * (24 + 8)
+    assert cost.persistent["student"] == cost.persistent["teacher"] == cost.training["gradients"] == size
+    assert cost.persistent["AdamW's moments"] == moments
+    assert cost.tokens_per_step == 2 * 3 * (24 + 8)
     assert cost.sampler["weights"] == 0, "it samples with the student itself"
 
 
@@ -51,21 +51,21 @@ def test_weights_and_moments_are_as_large_as_they_turn_out(
     ("settings", "role", "item", "factor"),
     [
         ({"max_staleness": 1}, "sampler", "weights", 1),
-        ({"self_distillation__teacher_regularization": "live"}, "actor", "teacher", 0),
-        ({"self_distillation__policy_loss_weight": 1.0}, "actor", "teacher", 0),
-        ({"model__dtype": "bfloat16", "optim__betas": [0.9, 0.95]}, "actor", "student", 0.5),
-        ({"model__dtype": "bfloat16", "optim__betas": [0.9, 0.95]}, "actor", "teacher's float32 average", 1),
+        ({"self_distillation__teacher_regularization": "live"}, "persistent", "teacher", 0),
+        ({"self_distillation__policy_loss_weight": 1.0}, "persistent", "teacher", 0),
+        ({"model__dtype": "bfloat16", "optim__betas": [0.9, 0.95]}, "persistent", "student", 0.5),
+        ({"model__dtype": "bfloat16", "optim__betas": [0.9, 0.95]}, "persistent", "teacher's float32 average", 1),
         ({"actor__autocast": True}, "sampler", "weights", 0.5),
-        ({"actor__kl_loss_coef": 0.1}, "actor", "initial model", 1),
-        ({"health__ref_kl_interval": 5}, "actor", "initial model", 1),
+        ({"actor__kl_loss_coef": 0.1}, "persistent", "reference model", 1),
+        ({"health__ref_kl_interval": 5}, "persistent", "reference model", 1),
         (
             {"actor__kl_loss_coef": 0.1, "self_distillation__teacher_regularization": "frozen"},
-            "actor",
-            "initial model",
+            "persistent",
+            "reference model",
             0,
         ),
-        ({"actor__kl_loss_coef": 0.1, "lora__rank": 2}, "actor", "initial model", 0),
-        ({"optim__name": "adamw_8bit"}, "actor", "AdamW's moments", 0.5 * (1 + 4 / 256)),
+        ({"actor__kl_loss_coef": 0.1, "lora__rank": 2}, "persistent", "reference model", 0),
+        ({"optim__name": "adamw_8bit"}, "persistent", "AdamW's moments", 0.5 * (1 + 4 / 256)),
     ],
 )
 def test_what_settings_change(
@@ -119,15 +119,15 @@ def test_a_frozen_tower_has_weights_and_nothing_else(make_run: MakeRun, frozen: 
     cost = estimate_memory(make_run(model__path=str(GOLDEN), actor__freeze_vision_tower=frozen, **half))
     language, tower = 3_085_938_688, 668_684_288
     trained = language + tower * (not frozen)
-    assert (cost.num_params, cost.num_tower_params) == (language + tower, tower)
-    assert cost.actor["student"] == cost.actor["teacher"] == 2 * (language + tower)
-    assert cost.learning["gradients"] == 2 * trained
-    assert cost.actor["AdamW's moments"] == 4 * trained
-    assert cost.actor["teacher's float32 average"] == 4 * (language + tower)
+    assert (cost.num_params, cost.num_vision_params) == (language + tower, tower)
+    assert cost.persistent["student"] == cost.persistent["teacher"] == 2 * (language + tower)
+    assert cost.training["gradients"] == 2 * trained
+    assert cost.persistent["AdamW's moments"] == 4 * trained
+    assert cost.persistent["teacher's float32 average"] == 4 * (language + tower)
     # 2 prompts of 2048 tokens, all of them of images, 2048 values each: the student's, their gradient, the teacher's
-    assert cost.actor["features of a step's images"] == 2 * 2048 * 2048 * 2 * (1 if frozen else 3)
+    assert cost.persistent["image features of a step"] == 2 * 2048 * 2048 * 2 * (1 if frozen else 3)
     # AdamW's two tensors for the embeddings; a slice of the student in float32 is smaller.
-    assert cost.phases["the update"] == {"copies of the weights": 2 * 2 * 151_936 * 2048} and 2**26 < 151_936 * 2048
+    assert cost.phases["optimizer step"] == {"temporary tensors": 2 * 2 * 151_936 * 2048} and 2**26 < 151_936 * 2048
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -155,33 +155,35 @@ def test_adapters_and_what_follows_them_are_as_large_as_they_turn_out(
     module, weights = actor.teacher.module, actor.teacher.weights
     shared = {param.data_ptr() for param in student.parameters()}
     own = [param for param in module.parameters() if param.data_ptr() not in shared] if module is not None else []
-    assert cost.actor["student"] == size(student.parameters())
-    assert cost.learning["gradients"] == size(p for p in student.parameters() if p.requires_grad) > 0
+    assert cost.persistent["student"] == size(student.parameters())
+    assert cost.training["gradients"] == size(p for p in student.parameters() if p.requires_grad) > 0
     assert all(p.grad is None for p in student.parameters()), "sampling has their memory"
     moments = [state[name] for state in actor.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    assert cost.actor["AdamW's moments"] == size(moments)
-    assert cost.actor["teacher"] == size(own)
-    assert cost.actor["teacher's float32 average"] == (size(weights.values.values()) if weights is not None else 0)
+    assert cost.persistent["AdamW's moments"] == size(moments)
+    assert cost.persistent["teacher"] == size(own)
+    assert cost.persistent["teacher's float32 average"] == (size(weights.values.values()) if weights is not None else 0)
 
 
 def test_phases_follow_each_other_and_do_not_add_up() -> None:
     phases = {"a": {"x": 5, "y": 1}, "b": {"x": 7}}
-    cost = MemoryEstimate(1, 1, actor={"held": 10, "more": 2}, learning={"g": 1}, phases=phases, sampler={"cache": 9})
-    assert cost.learner_peak == 12 + 9, "sampling is the worst phase of all, without gradients"
-    assert replace(cost, learning={"g": 3}).learner_peak == 12 + 3 + 7
-    assert replace(cost, colocated=False).learner_peak == 12 + 1 + 7
+    cost = MemoryEstimate(
+        1, 1, persistent={"held": 10, "more": 2}, training={"g": 1}, phases=phases, sampler={"cache": 9}
+    )
+    assert cost.actor_peak == 12 + 9, "sampling is the worst phase of all, without gradients"
+    assert replace(cost, training={"g": 3}).actor_peak == 12 + 3 + 7
+    assert replace(cost, colocated=False).actor_peak == 12 + 1 + 7
     assert list_memory(replace(cost, colocated=False)) == [
         ("actor: held", 10),
         ("actor: more", 2),
-        ("actor, learning: g", 1),
+        ("actor, training: g", 1),
         ("actor, a: x", 5),
         ("actor, a: y", 1),
         ("actor, b: x", 7),
-        ("actor, at once", 20),
+        ("actor, peak", 20),
         ("sampler: cache", 9),
-        ("sampler, at once", 9),
+        ("sampler, peak", 9),
     ]
-    assert list_memory(cost)[-2:] == [("sampler: cache", 9), ("actor and sampler, at once", 21)]
+    assert list_memory(cost)[-2:] == [("sampler: cache", 9), ("actor and sampler, peak", 21)]
 
 
 # ---- against what a step allocates ----------------------------------------------------------------------------------
@@ -245,7 +247,7 @@ def test_a_step_stays_below_what_was_said_of_it(
     actor = build_actor(model, run, 0)
     samples = [make_sample([5] * 64, [3 + i] * 64, [6] * 64) for i in range(12)]
     actor.update_policy(samples)
-    bound = sum(cost.phases["a micro-batch"].values()) + cost.learning["gradients"]
+    bound = sum(cost.phases["micro-batch"].values()) + cost.training["gradients"]
     assert bound / (8 if rank else 6) < count_peak(lambda: actor.update_policy(samples)) <= bound
 
 
@@ -253,8 +255,8 @@ def test_a_model_that_is_made_on_first_use_has_no_size_yet(make_run: MakeRun, tm
     cost = estimate_memory(
         make_run(data__task_args={"dir": str(tmp_path / "none")}, model__path=str(tmp_path / "none/m"))
     )
-    assert cost.num_params is None and not cost.actor and not cost.sampler
-    assert cost.tokens_a_step > 0
+    assert cost.num_params is None and not cost.persistent and not cost.sampler
+    assert cost.tokens_per_step > 0
 
 
 @pytest.mark.slow

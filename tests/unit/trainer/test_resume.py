@@ -24,7 +24,7 @@ from sdpo.observability.progress import NullCallback
 from sdpo.trainer import build
 from sdpo.trainer.actor.actor import Actor
 from sdpo.trainer.checkpoint.state import FILE
-from sdpo.trainer.rollout.sampler import ProcessSampler
+from sdpo.trainer.rollout.process import ProcessSampler
 from sdpo.trainer.trainer import SDPOTrainer
 
 MakeRun = Callable[..., SDPOConfig]

@@ -1,7 +1,9 @@
-"""Both samplers give the same rollouts; the one in a process of its own fails loudly and leaves nothing behind."""
+"""Both samplers give the same rollouts; the separate process reports its errors and is always ended."""
 
 from __future__ import annotations
 
+import importlib
+import logging
 import os
 import signal
 import time
@@ -18,7 +20,9 @@ from sdpo.config.model import ModelConfig
 from sdpo.errors import SDPOError
 from sdpo.models.generation.sampling import Completion, SamplingParams, sample_responses
 from sdpo.models.multimodal.processor import TokenPrompt
-from sdpo.trainer.rollout.sampler import LocalSampler, ProcessSampler, TransformersEngine
+from sdpo.trainer.rollout.hf_engine import TransformersEngine
+from sdpo.trainer.rollout.local import LocalSampler
+from sdpo.trainer.rollout.process import ProcessSampler
 
 MakeModel = Callable[..., Any]
 PROMPTS = [TokenPrompt(ids) for ids in ([5, 6, 7], [9, 3], [8, 8, 8, 8])]
@@ -34,7 +38,7 @@ def test_the_local_sampler_samples_with_the_student_itself(make_model: MakeModel
     sampler.submit(PROMPTS, 7)
     rollouts = sampler.collect()
     assert rollouts.responses == sample_responses([(student, 1.0)], PROMPTS, DECODING, 7)
-    assert rollouts.version == 3
+    assert rollouts.policy_version == 3
     assert rollouts.seconds > 0
 
 
@@ -50,7 +54,7 @@ def test_a_local_copy_keeps_the_weights_that_it_was_given(make_model: MakeModel)
     sampler.load_weights(student, 1)
     sampler.submit(PROMPTS, 7)
     rollouts = sampler.collect()
-    assert rollouts.version == 1
+    assert rollouts.policy_version == 1
     assert rollouts.responses == sample_responses([(student, 1.0)], PROMPTS, DECODING, 7) != expected
 
 
@@ -60,7 +64,7 @@ def start(make_model: MakeModel, tmp_path: Path) -> Iterator[Callable[[], Proces
     make_model(seed=1).save_pretrained(tmp_path)
 
     def start(**how: Any) -> ProcessSampler:
-        """With weights on the disk that are not the student's."""
+        """Start a sampler; the weights on the disk are not the student's."""
         config = ModelConfig(path=str(tmp_path))
         build_engine = partial(TransformersEngine.from_config, config, DECODING, torch.device("cpu"), 10**6)
         started.append(ProcessSampler(make_model(), build_engine, 1, **how))
@@ -72,7 +76,7 @@ def start(make_model: MakeModel, tmp_path: Path) -> Iterator[Callable[[], Proces
 
 
 def assert_close(actual: list[list[Completion]], expected: list[list[Completion]]) -> None:
-    """The same tokens; log-probabilities to the precision that another place in memory leaves."""
+    """Compare tokens exactly and log-probs up to rounding, which depends on memory alignment."""
     for one, two in zip(chain(*actual), chain(*expected), strict=True):
         assert (one.token_ids, one.finished) == (two.token_ids, two.finished)
         assert one.log_probs == pytest.approx(two.log_probs, abs=1e-5)
@@ -83,24 +87,24 @@ def test_a_process_samples_with_the_weights_of_its_version_and_tells_its_errors(
     start: Callable[[], ProcessSampler], make_model: MakeModel
 ) -> None:
     sampler = start()
-    # First the weights that it was started with, then others.
+    # First the weights of the start, then synced ones.
     for version, seed in ((0, 0), (1, 2)):
         student = make_model(seed=seed)
         if version:
             sampler.load_weights(student, version)
         sampler.submit(PROMPTS, 7)
         with torch.no_grad():
-            student.lm_head.weight.zero_()  # learning goes on while it samples
+            student.lm_head.weight.zero_()  # training continues while the process samples
         rollouts = sampler.collect()
-        assert rollouts.version == version
+        assert rollouts.policy_version == version
         expected = sample_responses([(make_model(seed=seed), 1.0)], PROMPTS, DECODING, 7)
         assert_close(rollouts.responses, expected)
 
     sampler.submit([TokenPrompt([99])], 7)
     sampler._process.join(60)
-    with pytest.raises(RuntimeError, match=r"the sampler failed:\nTraceback[\s\S]*IndexError: index out of range"):
+    with pytest.raises(RuntimeError, match=r"the sampling process failed:\nTraceback[\s\S]*IndexError: index out"):
         sampler.load_weights(make_model(), 2)
-    with pytest.raises(RuntimeError, match="the sampler's process ended with exit code 0"):
+    with pytest.raises(RuntimeError, match="the sampling process ended with exit code 0"):
         sampler.collect()
     sampler.close()
     assert not sampler._process.is_alive()
@@ -132,21 +136,20 @@ def test_a_process_that_is_killed_is_reported_and_one_that_is_closed_goes_quietl
         lambda: killed.load_weights(make_model(), 1),
     ):
         with pytest.raises(
-            SDPOError, match=r"^sampler: the sampler's process was killed by SIGKILL, and may not be st"
+            SDPOError, match=r"^rollout\.max_restarts=0: the sampling process was killed by SIGKILL and no restart is"
         ):
             ask()
 
 
 @pytest.mark.slow
 def test_a_process_that_is_killed_is_started_again_and_samples_the_same(
-    start: Callable[..., ProcessSampler], make_model: MakeModel
+    start: Callable[..., ProcessSampler], make_model: MakeModel, caplog: pytest.LogCaptureFixture
 ) -> None:
-    told: list[str] = []
-    sampler = start(max_restarts=2, tell=told.append)
+    sampler = start(max_restarts=2)
     student = make_model(seed=2)
     sampler.load_weights(student, 5)
     with torch.no_grad():
-        student.lm_head.weight.zero_()  # what it is started with are the weights handed over, not those of now
+        student.lm_head.weight.zero_()  # a restart uses the weights of the last sync
     expected = sample_responses([(make_model(seed=2), 1.0)], PROMPTS, DECODING, 7)
 
     def kill() -> None:
@@ -158,15 +161,15 @@ def test_a_process_that_is_killed_is_started_again_and_samples_the_same(
     kill()  # working when it was killed
     rollouts = sampler.collect()
     assert rollouts is not None
-    assert rollouts.version == 5
+    assert rollouts.policy_version == 5
     assert_close(rollouts.responses, expected)
-    assert told == [
-        "the sampler's process was killed by SIGKILL; it is started again, 1 more times at most",
-        "the sampler's process was killed by SIGKILL; it is started again, 0 more times at most",
+    assert caplog.messages == [
+        "the sampling process was killed by SIGKILL; restart 1 of at most 2",
+        "the sampling process was killed by SIGKILL; restart 2 of at most 2",
     ]
     kill()
     sampler._process.join()
-    with pytest.raises(SDPOError, match="killed by SIGKILL, and may not be started again"):
+    with pytest.raises(SDPOError, match="killed by SIGKILL and no restart is left"):
         sampler.load_weights(student, 6)
 
 
@@ -178,3 +181,48 @@ def test_a_persons_mistake_that_the_process_finds_stays_one(make_model: MakeMode
     with pytest.raises(SDPOError, match=r"^model\.path: /nowhere: no such folder$"):
         sampler.collect()
     sampler.close()
+
+
+LOGGING_ENGINE = """
+import logging
+
+logger = logging.getLogger("sdpo.engine")
+
+class LoggingEngine:
+    def __init__(self):
+        logger.info("loading %s", "weights")
+
+    def sample(self, prompts, seed):
+        logger.debug("a detail")
+        logger.warning("seed %d", seed)
+        return [[] for _ in prompts]
+
+    def load(self, parameters, checksum):
+        pass
+"""
+
+
+@pytest.mark.slow
+def test_log_records_of_the_process_reach_this_one(
+    make_model: MakeModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "logging_engine.py").write_text(LOGGING_ENGINE)
+    monkeypatch.syspath_prepend(tmp_path)  # also for the new process
+    engine_class = importlib.import_module("logging_engine").LoggingEngine
+    caplog.set_level(logging.INFO, logger="sdpo")
+    sampler = ProcessSampler(make_model(), engine_class, 1)
+    try:
+        sampler.submit(PROMPTS, 7)
+        rollouts = sampler.collect()
+    finally:
+        sampler.close()
+    assert rollouts is not None and rollouts.responses == [[], [], []]
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("INFO", "loading weights"),
+        ("WARNING", "seed 7"),
+    ]
+    assert "seed 7" not in capfd.readouterr().err

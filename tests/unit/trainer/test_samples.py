@@ -194,7 +194,7 @@ def test_a_response_that_was_not_graded_teaches_nothing() -> None:
     }
     samples = build(FailsOn("12"), **settings)
     failed, others = samples[1], [samples[0], samples[2]]
-    assert [s.is_graded for s in samples] == [True, False, True, True, True, True]
+    assert [s.is_scored for s in samples] == [True, False, True, True, True, True]
     assert (failed.is_distilled, failed.advantage, failed.reward.feedback) == (False, 0.0, None)
     assert [s.demonstration.solution for s in others] == ["21", "21"]
     deviation = 0.5**0.5  # of 1 and 0, by n - 1

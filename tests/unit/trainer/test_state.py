@@ -28,7 +28,7 @@ from sdpo.trainer.checkpoint.state import (
 )
 from sdpo.trainer.data.prompts import Prompt
 from sdpo.trainer.data.samples import TrainingSample
-from sdpo.trainer.rollout.sampler import RolloutBatch
+from sdpo.trainer.rollout.base import RolloutBatch
 
 MakeModel = Callable[..., Any]
 MakeRun = Callable[..., SDPOConfig]

@@ -22,7 +22,9 @@ from sdpo.trainer import build, trainer
 from sdpo.trainer.actor.actor import Actor
 from sdpo.trainer.actor.build import build_actor
 from sdpo.trainer.data.samples import TrainingSample, build_samples
-from sdpo.trainer.rollout.sampler import LocalSampler, ProcessSampler, RolloutBatch
+from sdpo.trainer.rollout.base import RolloutBatch
+from sdpo.trainer.rollout.local import LocalSampler
+from sdpo.trainer.rollout.process import ProcessSampler
 from sdpo.trainer.trainer import SDPOTrainer
 
 MakeRun = Callable[..., SDPOConfig]
@@ -101,7 +103,7 @@ STRONG = {
 
 
 def check_log_probs(recorder: Recorder, versions: list[int], temperature: float) -> None:
-    assert [rollouts.version for rollouts in recorder.rollouts] == versions
+    assert [rollouts.policy_version for rollouts in recorder.rollouts] == versions
     assert len(recorder.old_log_probs) == len(recorder.samples) == len(versions)
     for step, (version, samples) in enumerate(zip(versions, recorder.samples, strict=True)):
         responses = [one for many in recorder.rollouts[step].responses for one in many]
@@ -227,9 +229,9 @@ def test_the_same_rollouts_teach_the_same_whatever_the_staleness(
 class Forgetful(LocalSampler):
     """Never takes new weights."""
 
-    def load_weights(self, student: nn.Module, version: int) -> None:
-        if version == 0:
-            super().load_weights(student, version)
+    def load_weights(self, student: nn.Module, policy_version: int) -> None:
+        if policy_version == 0:
+            super().load_weights(student, policy_version)
 
 
 @pytest.mark.parametrize(("max_staleness", "refused_at"), [(0, 2), (1, 3)])
@@ -237,7 +239,7 @@ def test_a_batch_that_is_too_old_is_not_learned(
     make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch, max_staleness: int, refused_at: int
 ) -> None:
     monkeypatch.setattr(build, "LocalSampler", Forgetful)
-    monkeypatch.setattr(build, "ProcessSampler", lambda student, build_engine, *_: Forgetful(build_engine()))
+    monkeypatch.setattr(build, "ProcessSampler", lambda student, build_engine, *_, **__: Forgetful(build_engine()))
     recorder = Recorder(monkeypatch)
     message = rf"^step {refused_at}: rollouts are {max_staleness + 1} updates old, the bound is {max_staleness}$"
     with pytest.raises(RuntimeError, match=message):
@@ -429,8 +431,8 @@ def test_a_grader_that_fails_now_and_then_costs_those_responses(make_task_run: M
     assert [row[metrics.REWARD_FAILURES] for row in rows] == [1, 1, 1]
     assert [row[metrics.SCORE_MEAN] for row in rows] == [1, 1, 1]
     assert [row[metrics.REPROMPT_FRACTION] for row in rows] == [7 / 8] * 3
-    assert [text for text in messages if "grading failed" in text][1:] == []
-    assert "=== not graded, advantage 0," in (Path(run.output_dir) / "rollouts" / "step_1.txt").read_text()
+    assert [text for text in messages if "scoring failed" in text][1:] == []
+    assert "=== not scored, advantage 0," in (Path(run.output_dir) / "rollouts" / "step_1.txt").read_text()
 
 
 def test_a_grader_that_always_fails_ends_the_run_at_the_first_step(make_task_run: MakeRun, tmp_path: Path) -> None:
@@ -438,6 +440,6 @@ def test_a_grader_that_always_fails_ends_the_run_at_the_first_step(make_task_run
     run = make_task_run(data__task=str(tmp_path / "mine.py"), data__task_args={}, eval__val_before_train=False)
     with pytest.raises(SDPOError) as caught:
         SDPOTrainer(run).train()
-    assert str(caught.value).startswith("data.task: grading failed for 1 of the 1 responses")
+    assert str(caught.value).startswith("data.task: scoring failed for 1 of the 1 responses")
     assert f"AttributeError: 'Row' object has no attribute 'answer' ({tmp_path}/mine.py:2)" in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""What is refused before vLLM is ever imported; the engine itself is tested in tests/vllm."""
+"""Checks that run before vLLM is imported; ``tests/vllm`` tests the engine itself."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ def test_without_vllm_the_command_that_installs_it_is_named(
 
 @pytest.mark.parametrize("device", ["cuda:1", "mps"])
 def test_a_device_that_vllm_would_not_sample_on_is_refused(device: str) -> None:
-    with pytest.raises(SDPOError, match=rf"^rollout\.device={device}: .* samples on cpu or on the first visible GPU; "):
+    with pytest.raises(SDPOError, match=rf"^rollout\.device={device}: .* on cpu or on the first visible GPU only; "):
         require_vllm(torch.device(device))

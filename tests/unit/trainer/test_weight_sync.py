@@ -1,4 +1,4 @@
-"""Weights on their way to a sampler arrive bit for bit."""
+"""A weight sync copies parameters bit for bit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_what_is_written_is_read(make_model: MakeModel, dtype: torch.dtype, tied
 
     later = make_model(seed=2, dtype=dtype, tie_word_embeddings=tied)
     shared.write(later)
-    assert_equal(sampler, student)  # until it reads again
+    assert_equal(sampler, student)  # until the next read
     copy_parameters(shared.tensors, sampler)
     assert_equal(sampler, later)
     assert all(p.requires_grad for p in sampler.parameters())
@@ -48,19 +48,19 @@ def test_the_shared_copy_is_a_copy(make_model: MakeModel) -> None:
 
 
 def test_another_architecture_is_refused(make_model: MakeModel) -> None:
-    with pytest.raises(ValueError, match=r"weights of another model: .*layers\.2"):
+    with pytest.raises(ValueError, match=r"parameters of different models: .*layers\.2"):
         copy_parameters(dict(make_model(num_hidden_layers=3).named_parameters()), make_model())
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_a_probe_tells_what_the_student_says_of_its_tokens(make_model: MakeModel, training: bool) -> None:
+def test_a_checksum_has_the_students_log_probs_of_its_tokens(make_model: MakeModel, training: bool) -> None:
     student = make_model(attention_dropout=0.5).train(training)
-    probe = compute_weight_checksum(student)
+    checksum = compute_weight_checksum(student)
     assert student.training == training
-    assert {0, student.config.vocab_size - 1} < set(probe.token_ids)
-    logits = student.eval()(input_ids=torch.tensor([probe.token_ids])).logits[0].log_softmax(-1)
-    expected = [logits[place, token_id].item() for place, token_id in enumerate(probe.token_ids[1:])]
-    assert probe.log_probs == pytest.approx(expected)
+    assert {0, student.config.vocab_size - 1} < set(checksum.token_ids)
+    logits = student.eval()(input_ids=torch.tensor([checksum.token_ids])).logits[0].log_softmax(-1)
+    expected = [logits[place, token_id].item() for place, token_id in enumerate(checksum.token_ids[1:])]
+    assert checksum.log_probs == pytest.approx(expected)
     with torch.no_grad():
         student.lm_head.weight.mul_(1.5)
-    assert compute_weight_checksum(student) != probe
+    assert compute_weight_checksum(student) != checksum

@@ -91,7 +91,7 @@ def test_a_grade_says_that_nothing_failed(worker: OneStepOffWorker, monkeypatch:
 @pytest.mark.parametrize(
     ("error", "failure", "refusal"),
     [
-        (Wrapped(RewardFailure("sums: no grade within 30 seconds")), "sums: no grade within 30 seconds", ""),
+        (Wrapped(RewardFailure("sums: no score within 30 seconds")), "sums: no score within 30 seconds", ""),
         (Wrapped(ZeroDivisionError("division by zero")), "sums: ZeroDivisionError: division by zero", ""),
         (KeyError("a"), "sums: KeyError: 'a'", ""),
         (Wrapped(SDPOError("no such language")), "no such language", "no such language"),
@@ -140,10 +140,10 @@ def test_all_responses_get_the_same_columns(worker: OneStepOffWorker, monkeypatc
 def test_failures_are_found_and_limited(capsys: pytest.CaptureFixture[str]) -> None:
     assert check_failures([{}, GRADED, FAILED, GRADED, FAILED], CONFIG, "step 1") == [False, False, True, False, True]
     assert capsys.readouterr().out == (
-        "data.task: grading failed for 2 of 5 responses of step 1, which costs them; the last: sums: "
+        "data.task: scoring failed for 2 of 5 responses of step 1, which costs them; the last: sums: "
         "ZeroDivisionError: division by zero\n"
     )
-    with pytest.raises(SDPOError, match=r"^data\.task: grading failed for 1 of 2 responses of step 1, which is more"):
+    with pytest.raises(SDPOError, match=r"^data\.task: scoring failed for 1 of 2 responses of step 1, which is more"):
         check_failures([GRADED, FAILED], CONFIG, "step 1")
     with pytest.raises(SDPOError, match=r"^no such language$"):
         check_failures([GRADED] * 9 + [{FAILURE: "no such language", REFUSAL: "no such language"}], CONFIG, "step 1")

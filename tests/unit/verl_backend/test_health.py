@@ -53,7 +53,7 @@ def build_config(
         {
             "trainer": {
                 "default_local_dir": str(folder / "checkpoints"),
-                "alarms_file": str(folder / "health_events.jsonl"),
+                "health_events_file": str(folder / "health_events.jsonl"),
                 "max_actor_ckpt_to_keep": save_total_limit,
                 "save_best_limit": save_best_limit,
             },
@@ -115,11 +115,11 @@ def test_the_same_metrics_raise_the_same_alarms_on_both_engines(
         output_dir=str(tmp_path / "embedded"), **{f"health__{name}": value for name, value in health.items()}
     )
     actor, folder = build_actor(model, run, 0), RunDir(run, NullCallback())
-    guard = HealthCallback(HealthMonitor(run.health), actor, folder.log_health_event, NullCallback())
+    health_callback = HealthCallback(HealthMonitor(run.health), actor, folder.log_health_event, NullCallback())
     batch, workers = build_teacher_batch(), Workers()
     on_verl = RunHealth(build_config(tmp_path / "verl", health=health), batch, workers, None)
     for step, row in enumerate(make_rows(seed), start=1):
-        assert on_verl.check(step, row) == guard.watch(step, row)
+        assert on_verl.check(step, row) == health_callback.watch(step, row)
         assert batch.factor == actor.distillation_scale
         assert ("freeze_teacher" in workers.calls) == actor.teacher_is_frozen
     folder.close()
@@ -128,7 +128,7 @@ def test_the_same_metrics_raise_the_same_alarms_on_both_engines(
     found = {json.loads(line)["rule"] for line in raised.splitlines()}
     assert found >= {"score_collapse", "teacher_entropy_increase", "length_collapse", "no_distillation_targets"}
     assert ("entropy_collapse" if seed else "entropy_explosion") in found
-    assert on_verl.describe_stop() == guard.describe_stop() and on_verl.is_stopped
+    assert on_verl.describe_stop() == health_callback.describe_stop() and on_verl.is_stopped
 
 
 def test_a_lowered_weight_travels_with_the_next_batch(tmp_path: Path) -> None:

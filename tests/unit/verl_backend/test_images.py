@@ -1,4 +1,4 @@
-"""Prompts with images on verl's engine: log-probabilities, a whole step, and what goes through the image tower."""
+"""Prompts with images on verl's engine: log-probabilities, a whole step, and what goes through the vision tower."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vision_language import LoadedModel, load_vision_model, make_messages, plain
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.models.generation.sampling import Completion
 from sdpo.models.lora.adapters import add_adapters
-from sdpo.models.multimodal.vision_tower import freeze_tower
+from sdpo.models.multimodal.vision_tower import freeze_vision_tower
 from sdpo.observability import metrics
 from sdpo.prompting.demonstrations import PrivilegedContext
 from sdpo.prompting.tokenization import TeacherPrompt, encode_teacher_prompt
@@ -82,7 +82,7 @@ def embedded(
             **settings,
         )
         if name == "frozen":
-            freeze_tower(loaded.model)
+            freeze_vision_tower(loaded.model)
         if name == "adapted":
             add_adapters(loaded.model, run.lora)
             generator = torch.Generator().manual_seed(1)

@@ -10,7 +10,7 @@ import pytest
 
 from sdpo.config.root import SDPOConfig
 from sdpo.verl_backend.config.memory_estimate import BUCKET, GPU_OF_80_GB, estimate_memory, read_gpus, read_utilization
-from sdpo.verl_backend.config.to_verl import translate
+from sdpo.verl_backend.config.to_verl import to_verl_overrides
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "qwen2_5_vl_3b"
 PARAMS, TOWER = 3_754_622_976, 668_684_288
@@ -22,7 +22,7 @@ GIB = 2**30
 def estimate(make_run: Callable[..., SDPOConfig]) -> Callable[..., Any]:
     def estimate(*overrides: str, **settings: Any) -> Any:
         run = make_run(**{"model__path": str(GOLDEN), "max_staleness": 1, "optim__betas": [0.9, 0.95], **settings})
-        return estimate_memory(run, [*translate(run).overrides, *overrides])
+        return estimate_memory(run, [*to_verl_overrides(run).overrides, *overrides])
 
     return estimate
 
@@ -54,11 +54,11 @@ def test_what_is_sharded(
         model__dtype=dtype,
         self_distillation__teacher_regularization=teacher,
     )
-    assert (cost.num_params, cost.num_tower_params, cost.num_learners) == (PARAMS, TOWER, 8)
+    assert (cost.num_params, cost.num_vision_params, cost.num_actor_gpus) == (PARAMS, TOWER, 8)
     share = PARAMS // 8
-    assert cost.actor["student"] == cost.learning["gradients"] == share * student_size
-    assert cost.actor["AdamW's moments"] == 2 * share * student_size
-    assert cost.actor["teacher"] == share * teacher_size
+    assert cost.persistent["student"] == cost.training["gradients"] == share * student_size
+    assert cost.persistent["AdamW's moments"] == 2 * share * student_size
+    assert cost.persistent["teacher"] == share * teacher_size
 
 
 @pytest.mark.parametrize(("teacher", "size"), [("ema", 4), ("snapshot", 4), ("frozen", 0), ("live", 0)])
@@ -68,17 +68,17 @@ def test_with_lora_the_teacher_is_its_deltas(estimate: Callable[..., Any], teach
     adapters = 36 * 8 * (2 * (2048 + 2048) + 2 * (2048 + 256) + 3 * (2048 + 11_008))
     settings = {"model__dtype": "bfloat16", "self_distillation__teacher_regularization": teacher}
     cost = estimate("trainer.n_gpus_per_node=4", lora__rank=8, **settings)
-    assert cost.actor["student"] == (PARAMS * 2 + adapters * 4) // 4
-    assert cost.learning["gradients"] == adapters // 4 * 4
-    assert cost.actor["AdamW's moments"] == 2 * adapters // 4 * 4
-    assert cost.actor["teacher"] == adapted // 4 * size
+    assert cost.persistent["student"] == (PARAMS * 2 + adapters * 4) // 4
+    assert cost.training["gradients"] == adapters // 4 * 4
+    assert cost.persistent["AdamW's moments"] == 2 * adapters // 4 * 4
+    assert cost.persistent["teacher"] == adapted // 4 * size
     layer = (PARAMS - TOWER) // 36
-    assert cost.learning["gathered weights and gradients"] == (OUTSIDE + 2 * layer) * 2 + 2 * (adapters // 36) * 6
+    assert cost.training["gathered weights and gradients"] == (OUTSIDE + 2 * layer) * 2 + 2 * (adapters // 36) * 6
     one = estimate(lora__rank=8, **settings)
-    assert one.phases["the update"] == {"copies of the weights": max(2 * adapters * 4, adapted * size)}
+    assert one.phases["optimizer step"] == {"temporary tensors": max(2 * adapters * 4, adapted * size)}
     whole = estimate(**settings)
     head = 151_936 * 2048
-    saved = whole.phases["a micro-batch"]["logits"] - one.phases["a micro-batch"]["logits"]
+    saved = whole.phases["micro-batch"]["logits"] - one.phases["micro-batch"]["logits"]
     assert saved == head * (4 + 2 + 2 * (teacher != "live"))
 
 
@@ -89,35 +89,35 @@ def test_what_is_gathered_is_as_large_on_every_gpu(estimate: Callable[..., Any])
     name = "gathered weights and gradients"
     # The largest layer is the language model's, embeddings counted in; weights bfloat16, gradients float32 as well.
     layer = (PARAMS - TOWER) // 36
-    assert one.learning[name] == (2 * OUTSIDE + 2 * layer) * 2 + (OUTSIDE + 2 * layer) * 6
-    assert one.learning[name] == eight.learning[name]
-    assert one.phases["a micro-batch"] == eight.phases["a micro-batch"]
+    assert one.training[name] == (2 * OUTSIDE + 2 * layer) * 2 + (OUTSIDE + 2 * layer) * 6
+    assert one.training[name] == eight.training[name]
+    assert one.phases["micro-batch"] == eight.phases["micro-batch"]
 
 
 def test_the_update_makes_two_tensors_of_the_largest_parameters_size(estimate: Callable[..., Any]) -> None:
     embeddings = 151_936 * 2048
-    assert estimate().phases["the update"] == {"copies of the weights": 2 * 4 * embeddings}
-    shards = estimate("trainer.n_gpus_per_node=8").phases["the update"]
-    assert shards == {"copies of the weights": embeddings}
+    assert estimate().phases["optimizer step"] == {"temporary tensors": 2 * 4 * embeddings}
+    shards = estimate("trainer.n_gpus_per_node=8").phases["optimizer step"]
+    assert shards == {"temporary tensors": embeddings}
 
 
 def test_weights_on_their_way_take_buckets_on_both_sides(estimate: Callable[..., Any]) -> None:
     cost = estimate()
     assert BUCKET == 2 * GIB
-    assert cost.actor["buffers for the sampler's weights"] == 2 * BUCKET, "cupy's pool keeps them"
-    assert cost.sampler["weights on their way"] == 3 * BUCKET, "NCCL's two, and one to vLLM's process"
+    assert cost.persistent["weight sync buffers"] == 2 * BUCKET, "cupy's pool keeps them"
+    assert cost.sampler["weight sync buffers"] == 3 * BUCKET, "NCCL's two, and one to vLLM's process"
 
 
 def test_a_frozen_tower_has_no_gradients_and_no_moments(estimate: Callable[..., Any]) -> None:
     cost = estimate(actor__freeze_vision_tower=True)
-    assert cost.actor["student"] == cost.actor["teacher"] == 4 * PARAMS
-    assert cost.learning["gradients"] == 4 * (PARAMS - TOWER)
-    assert cost.actor["AdamW's moments"] == 8 * (PARAMS - TOWER)
+    assert cost.persistent["student"] == cost.persistent["teacher"] == 4 * PARAMS
+    assert cost.training["gradients"] == 4 * (PARAMS - TOWER)
+    assert cost.persistent["AdamW's moments"] == 8 * (PARAMS - TOWER)
 
 
 def test_moments_of_8_bits_have_a_scale_for_every_256(estimate: Callable[..., Any]) -> None:
     cost = estimate(optim__name="adamw_8bit")
-    assert cost.actor["AdamW's moments"] == 2 * (PARAMS + 4 * (PARAMS // 256))
+    assert cost.persistent["AdamW's moments"] == 2 * (PARAMS + 4 * (PARAMS // 256))
 
 
 def test_sequences_are_shared_out_and_heads_are_cut(estimate: Callable[..., Any]) -> None:
@@ -125,7 +125,7 @@ def test_sequences_are_shared_out_and_heads_are_cut(estimate: Callable[..., Any]
     cost = estimate("rollout.n_gpus_per_node=4", **settings)
     assert cost.sampler["weights"] == PARAMS * 2
     assert cost.sampler["key-value cache"] == 64 * 32 * 36_864
-    assert not cost.colocated and cost.num_samplers == 4
+    assert not cost.colocated and cost.num_sampler_gpus == 4
     parallel = estimate(
         "rollout.n_gpus_per_node=4", "actor_rollout_ref.rollout.tensor_model_parallel_size=2", **settings
     )
@@ -135,13 +135,13 @@ def test_sequences_are_shared_out_and_heads_are_cut(estimate: Callable[..., Any]
 
 def test_taking_turns_the_gpus_that_train_sample(estimate: Callable[..., Any]) -> None:
     cost = estimate("trainer.n_gpus_per_node=4", max_staleness=0)
-    assert cost.colocated and cost.num_samplers == 4
-    assert cost.sampler == {"vLLM's share of a GPU of 80 GB": int(0.5 * GPU_OF_80_GB), "weights on their way": BUCKET}
-    assert "buffers for the sampler's weights" not in {name for name, size in cost.actor.items() if size}
+    assert cost.colocated and cost.num_sampler_gpus == 4
+    assert cost.sampler == {"vLLM's fraction of an 80 GB GPU": int(0.5 * GPU_OF_80_GB), "weight sync buffers": BUCKET}
+    assert "weight sync buffers" not in {name for name, size in cost.persistent.items() if size}
     one = estimate("actor_rollout_ref.rollout.gpu_memory_utilization=0.25", max_staleness=0)
-    assert one.learner_peak == max(
-        sum(one.actor.values()) + GPU_OF_80_GB // 4 + BUCKET,
-        sum(one.actor.values()) + sum(one.learning.values()) + max(sum(p.values()) for p in one.phases.values()),
+    assert one.actor_peak == max(
+        sum(one.persistent.values()) + GPU_OF_80_GB // 4 + BUCKET,
+        sum(one.persistent.values()) + sum(one.training.values()) + max(sum(p.values()) for p in one.phases.values()),
     ), "vLLM sleeps while it learns, and gradients are gone while it samples"
 
 
@@ -176,15 +176,15 @@ def test_logits_take_chunks_and_the_output_layer(
     # The gradient of the output layer in float32 and once more in bfloat16, and the teacher's.
     chunks = 350_000_000 + 10 * 60_000_000 + 151_936 * 2048 * (4 + 2 + 2 * heads)
     # At most 3072 response tokens of the student and 6144 tokens of the teacher.
-    assert cost.phases["a micro-batch"]["logits"] == chunks + 2048 * (3072 * 4 * 2 + 6144 * 2)
+    assert cost.phases["micro-batch"]["logits"] == chunks + 2048 * (3072 * 4 * 2 + 6144 * 2)
     # Of either form of scoring; the CUDA kernels hold 2,048 rows of the vocabulary, 622 MB.
     assert cost.phases["old log-probabilities"]["logits"] == 280_000_000 + 10 * 60_000_000 > 2048 * 151_936 * 2
 
 
 def test_any_token_of_the_student_may_be_an_images(estimate: Callable[..., Any]) -> None:
     one, two = (
-        estimate(data__train_batch_size=64, rollout__n=8, actor__max_tokens_per_micro_batch=n).phases["a micro-batch"]
+        estimate(data__train_batch_size=64, rollout__n=8, actor__max_tokens_per_micro_batch=n).phases["micro-batch"]
         for n in (16384, 32768)
     )
-    name = "activations of the image tower"
+    name = "activations of the vision tower"
     assert two[name] == 2 * one[name] > 0

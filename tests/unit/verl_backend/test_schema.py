@@ -57,7 +57,7 @@ def test_the_defaults_are_those_of_the_dataclass(name: str, compose: Callable[..
     assert read_self_distillation(config.actor_rollout_ref.actor) == SelfDistillationConfig()
     assert read_health(config) == HealthConfig()
     assert config.trainer.save_best_limit == SDPOConfig(output_dir="x").save_best_limit
-    assert config.trainer.alarms_file == f"{config.trainer.default_local_dir}/health_events.jsonl"
+    assert config.trainer.health_events_file == f"{config.trainer.default_local_dir}/health_events.jsonl"
     assert config.trainer.n_gpus_per_node == config.rollout.n_gpus_per_node == 1
     assert config.actor_rollout_ref.rollout.calculate_log_probs
     assert config.data.max_pixels == DataConfig(task="x").max_pixels
@@ -349,4 +349,4 @@ def test_a_run_that_an_alarm_stopped_says_so_as_on_the_embedded_engine(
     run(config)
     assert got == [(config, reason)] * 2
     said = capsys.readouterr().err
-    assert said == ("stopped by an alarm: score_collapse: it fell\n" if reason else "")
+    assert said == ("stopped by a health check: score_collapse: it fell\n" if reason else "")

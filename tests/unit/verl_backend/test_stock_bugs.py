@@ -196,7 +196,7 @@ def test_a_checkpoint_is_removed_with_its_folder_and_after_a_resume_too(tmp_path
     def begin(resumed: Path | None) -> RunHealth:
         trainer = {
             "default_local_dir": str(tmp_path / "ours"),
-            "alarms_file": str(tmp_path / "health_events.jsonl"),
+            "health_events_file": str(tmp_path / "health_events.jsonl"),
             "max_actor_ckpt_to_keep": 1,
             "save_best_limit": 0,
         }

@@ -117,7 +117,7 @@ def test_padding_and_failed_responses_teach_nothing_and_are_not_counted(source: 
     plain, wanted = build(rollouts, step=1)
     fields, values = build([None, rollouts[0], None, *rollouts[1:], None], step=1)
     assert values == wanted
-    assert values[metrics.ROLLOUT_SUCCESS_FRACTION] == 0.5  # of two graded
+    assert values[metrics.ROLLOUT_SUCCESS_FRACTION] == 0.5  # of two scored
     for name in (TEACHER_PROMPTS, TEACHER_PROMPT_LENGTHS, SAMPLE_WEIGHTS, DISTILLATION_COEF):
         assert torch.equal(fields[name][[1, 3, 4]], plain[name]), name
     lengths = fields[TEACHER_PROMPT_LENGTHS].tolist()
@@ -147,5 +147,5 @@ def test_the_time_of_a_task_is_limited_in_a_thread_too(tmp_path: Path) -> None:
     arguments = {"task": str(tmp_path / "task.py"), "task_args": "{}", "timeout_s": 0.3}
     with ThreadPoolExecutor(1) as thread:
         assert thread.submit(compute_score, "sums", "0", None, **arguments).result()["score"] == 1.0
-        with pytest.raises(RewardFailure, match=r"^sums: no grade within reward\.timeout_s=0\.3 seconds"):
+        with pytest.raises(RewardFailure, match=r"^sums: no score within reward\.timeout_s=0\.3 seconds"):
             thread.submit(compute_score, "sums", "60", None, **arguments).result()

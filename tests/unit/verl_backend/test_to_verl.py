@@ -1,4 +1,4 @@
-"""A run file of ours comes out of Hydra as what it says."""
+"""Translation of config files into Hydra overrides for verl."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sdpo.config.model import LoraConfig
 from sdpo.config.root import SDPOConfig
 from sdpo.errors import SDPOError
 from sdpo.verl_backend.config.schema import read_health, read_lora, read_self_distillation
-from sdpo.verl_backend.config.to_verl import quote, translate
+from sdpo.verl_backend.config.to_verl import quote, to_verl_overrides
 from sdpo.verl_backend.entrypoint.launch import build_command
 from sdpo.verl_backend.entrypoint.main import compose_config, limit_length
 
@@ -43,7 +43,7 @@ def test_values_survive_hydras_grammar(value: Any) -> None:
 @pytest.fixture
 def compose_run(hidden_rule_dir: Path) -> Callable[[SDPOConfig], Any]:
     def compose(run: SDPOConfig) -> Any:
-        translated = translate(run)
+        translated = to_verl_overrides(run)
         return compose_config(translated.config_name, translated.overrides)
 
     return compose
@@ -94,7 +94,7 @@ def test_a_run_says_the_same_on_verl(
     assert asdict(settings) == asdict(run.self_distillation)
     assert read_health(config) == run.health
     assert (config.trainer.max_actor_ckpt_to_keep, config.trainer.save_best_limit) == (3, 2)
-    assert config.trainer.alarms_file == str(Path(run.output_dir).absolute() / "health_events.jsonl")
+    assert config.trainer.health_events_file == str(Path(run.output_dir).absolute() / "health_events.jsonl")
     assert not config.trainer.use_v1
     assert (config.data.seed, config.data.train_batch_size, config.data.val_max_samples) == (5, 4, 5)
     assert (config.data.max_pixels, config.data.filter_unreadable_images, actor.freeze_vision_tower) == (
@@ -192,12 +192,12 @@ def test_staleness_chooses_the_trainer(
 
 
 def test_what_verl_has_not_is_refused_or_named(make_task_run: Callable[..., SDPOConfig]) -> None:
-    with pytest.raises(SDPOError, match="linear does not exist in verl"):
-        translate(make_task_run(optim__lr_scheduler_type="linear"))
+    with pytest.raises(SDPOError, match="verl does not have it"):
+        to_verl_overrides(make_task_run(optim__lr_scheduler_type="linear"))
     run = make_task_run(actor__num_threads=2, eval__evaluate_teacher=False)
-    assert translate(run).unused == ["actor.num_threads", "eval.evaluate_teacher"]
-    assert translate(make_task_run(rollout__engine="vllm")).unused == ["rollout.engine"]
-    unseen = translate(
+    assert to_verl_overrides(run).unused == ["actor.num_threads", "eval.evaluate_teacher"]
+    assert to_verl_overrides(make_task_run(rollout__engine="vllm")).unused == ["rollout.engine"]
+    unseen = to_verl_overrides(
         make_task_run(health__ref_kl_interval=2, health__teacher_underperforms_student="stop", health__window=2)
     )
     assert unseen.unused == ["health.teacher_underperforms_student", "health.ref_kl_interval"]
@@ -223,7 +223,7 @@ def test_what_verl_alone_has_comes_last_in_either_form(
         "actor_rollout_ref.rollout.n": 4,
     }
     run = make_task_run(max_staleness=1, rollout__n=2, verl=alone)
-    assert translate(run).overrides[-8:] == [
+    assert to_verl_overrides(run).overrides[-8:] == [
         "rollout.n_gpus_per_node=4",
         "trainer.n_gpus_per_node=4",
         "trainer.balance_batch=false",

@@ -1,4 +1,4 @@
-"""Image towers by themselves: which images are the same, what verl's own forward pass gets, what is frozen."""
+"""Vision towers by themselves: which images are the same, what verl's own forward pass gets, what is frozen."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from verl.models.transformers import qwen2_vl
 from vision_language import LoadedModel
 
 from sdpo.errors import SDPOError
-from sdpo.verl_backend.worker.vision_tower import compute_positions, find_distinct, freeze_tower, share_images
+from sdpo.verl_backend.worker.vision_tower import compute_positions, find_distinct, freeze_vision_tower, share_images
 
 
 def test_images_are_the_same_only_if_all_of_them_is() -> None:
@@ -69,7 +69,7 @@ def test_other_models_are_left_alone(vision_model: Callable[[str], LoadedModel])
 
 def test_a_language_model_has_nothing_to_freeze(model: Any) -> None:
     with pytest.raises(SDPOError, match=r"freeze_vision_tower=True: .*Qwen2ForCausalLM"):
-        freeze_tower(model)
+        freeze_vision_tower(model)
 
 
 def test_a_response_goes_on_after_the_images_and_has_none(verls_model: LoadedModel) -> None:

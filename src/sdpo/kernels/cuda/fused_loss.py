@@ -24,7 +24,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sdpo.algorithm.loss import LossInputs, TokenValues, compute_token_losses, reduce_values
+from sdpo.algorithm.loss import LossInputs, compute_token_losses
+from sdpo.algorithm.sums import TokenValues, reduce_values
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.kernels.chunked_log_probs import LinearHead
 from sdpo.kernels.cuda.chunks import (

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from sdpo.config.model import LoraConfig
 from sdpo.errors import ConfigError
 from sdpo.kernels.cpu.fast_linear import speed_up_linear_layers
-from sdpo.models.multimodal.vision_tower import get_tower_parameters
+from sdpo.models.multimodal.vision_tower import get_vision_tower_parameters
 
 if TYPE_CHECKING:
     from peft import LoraConfig as PeftSettings
@@ -85,7 +85,7 @@ def find_target_layers(model: PreTrainedModel, config: LoraConfig) -> dict[str, 
     """
     head = model.get_output_embeddings()
     vision = hasattr(model.config, "vision_config")
-    outside = {id(param) for param in get_tower_parameters(model)} if vision else set()
+    outside = {id(param) for param in get_vision_tower_parameters(model)} if vision else set()
     layers = {
         name: module
         for name, module in model.named_modules()

@@ -179,19 +179,19 @@ def get_inner_model(model: nn.Module) -> Any:
     return inner
 
 
-def get_tower_parameters(model: nn.Module) -> list[nn.Parameter]:
+def get_vision_tower_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Parameters that image features depend on: the inner model without its language model."""
     inner = get_inner_model(model)
     return [p for name, p in inner.named_parameters() if not name.startswith("language_model.")]
 
 
-def freeze_tower(model: nn.Module) -> None:
+def freeze_vision_tower(model: nn.Module) -> None:
     """Freeze the vision tower; only the language model and its head are trained.
 
     Raises:
         DataError: as ``get_inner_model`` does.
     """
-    for param in get_tower_parameters(model):
+    for param in get_vision_tower_parameters(model):
         param.requires_grad_(False)
 
 

@@ -10,7 +10,7 @@ from transformers import AttentionInterface
 
 from sdpo.models.forward import compute_hidden, compute_positions
 from sdpo.models.multimodal.processor import TokenPrompt
-from sdpo.models.multimodal.vision_tower import VisionAdapter, get_tower_parameters
+from sdpo.models.multimodal.vision_tower import VisionAdapter, get_vision_tower_parameters
 from sdpo.models.packing.attention import NAME, PackingUnsupportedError, attend
 from sdpo.models.packing.layout import AttentionCostModel, PrefixGroup, pack_sequences
 
@@ -62,7 +62,7 @@ def measure_attention_cost(model: nn.Module, vision: VisionAdapter | None = None
     """Reading cost of a model, from its shape and device."""
     transformer: Any = model
     config = transformer.config.get_text_config()
-    outside = {id(param) for param in get_tower_parameters(model)} if vision is not None else set()
+    outside = {id(param) for param in get_vision_tower_parameters(model)} if vision is not None else set()
     for module in model.modules():
         if isinstance(module, nn.Embedding) or module is transformer.get_output_embeddings():
             outside.add(id(module.weight))

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from sdpo.errors import DataError
 from sdpo.rewards.base import RewardOutput, Row
 from sdpo.rewards.geo3k.sympy_worker import compare
-from sdpo.rewards.worker_process import CutOff
+from sdpo.rewards.worker_process import WorkerTimeout
 
 MAX_LENGTH = 500  # characters of an answer; the longest ground truth has a few dozen
 MAX_DEPTH = 20  # brackets within brackets
@@ -160,7 +160,7 @@ def _judge(answer: str, truth: str, tolerance: Fraction, timeout: float) -> _Ver
     if given is None or expected is None:
         try:
             comparison = compare(answer, truth, timeout)
-        except CutOff:
+        except WorkerTimeout:
             return _Verdict.UNREADABLE
         if given is None and not comparison.is_readable:
             return _Verdict.UNREADABLE

@@ -48,7 +48,7 @@ def compare(answer: str, truth: str, seconds: float) -> Comparison:
         seconds: the most it may take, without the first start of the worker.
 
     Raises:
-        CutOff: it took longer. Not remembered, unlike an answer: the machine may only have been busy.
+        WorkerTimeout: it took longer. Not remembered, unlike an answer: the machine may only have been busy.
     """
     reply = _worker.ask({"answer": answer, "truth": truth, "seconds": seconds}, seconds)
     value, of_truth = (None if text is None else Decimal(text) for text in (reply["value"], reply["truth"]))

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sdpo.algorithm.aggregation import compute_distillation_coef, compute_token_weights
 from sdpo.algorithm.importance_sampling import compute_rollout_ratio
-from sdpo.algorithm.loss import Sums, add_sums, compute_distillation_coef, compute_token_weights, mean_of
 from sdpo.algorithm.regularization import Regularization
+from sdpo.algorithm.sums import Sums, add_sums, mean_of
 from sdpo.algorithm.teacher import Teacher
 from sdpo.config.actor import ActorConfig
 from sdpo.config.monitoring import HealthConfig
@@ -282,7 +283,7 @@ class Actor:
         """Whether ``freeze_teacher`` has been called."""
         return self.teacher is not None and self.teacher.kind != self.loss.teacher_regularization
 
-    def lower_distillation(self) -> None:
+    def reduce_distillation(self) -> None:
         """Reduce the distillation coefficient by the action ``reduce_weight``."""
         self.distillation_scale = self._health.reduce(self.distillation_scale)
 

@@ -28,7 +28,7 @@ class StepSchedule:
         """Indices of each mini-batch's samples that have a score."""
         size = self.mini_batch_size
         return [
-            [j for j in range(i, min(i + size, len(samples))) if samples[j].is_graded]
+            [j for j in range(i, min(i + size, len(samples))) if samples[j].is_scored]
             for i in range(0, len(samples), size)
         ]
 

@@ -25,7 +25,7 @@ from sdpo.models.loading import load_model
 from sdpo.models.lora.adapters import add_adapters, get_adapted_layers, load_adapter, save_adapter
 from sdpo.trainer.actor.actor import Actor
 from sdpo.trainer.data.prompts import Prompt
-from sdpo.trainer.rollout.sampler import RolloutBatch
+from sdpo.trainer.rollout.base import RolloutBatch
 
 FILE = "training_state.pt"
 
@@ -36,7 +36,7 @@ class TrainingState:
 
     Attributes:
         actor: see ``Actor.state_dict``.
-        guard: see ``HealthCallback.state_dict``.
+        health_callback: see ``HealthCallback.state_dict``.
         row: the step's metrics so far.
         health_checked: whether it has been evaluated, if that is due, and the alarms have seen it.
         rollouts: of the next step where they have been sampled already, by older weights; else None.
@@ -45,7 +45,7 @@ class TrainingState:
     """
 
     actor: dict[str, Any]
-    guard: dict[str, Any]
+    health_callback: dict[str, Any]
     row: dict[str, float]
     health_checked: bool
     rollouts: RolloutBatch | None
@@ -53,7 +53,10 @@ class TrainingState:
     random: dict[str, Any] = field(default_factory=lambda: get_random_states())
 
     def save(self, folder: Path) -> None:
-        content = {name: getattr(self, name) for name in ("actor", "guard", "row", "health_checked", "data", "random")}
+        content = {
+            name: getattr(self, name)
+            for name in ("actor", "health_callback", "row", "health_checked", "data", "random")
+        }
         torch.save({**content, "rollouts": asdict(self.rollouts) if self.rollouts else None}, folder / FILE)
 
     @classmethod
@@ -127,4 +130,4 @@ def _to_rollouts(content: Mapping[str, Any] | None) -> RolloutBatch | None:
     if content is None:
         return None
     responses = [[Completion(**response) for response in of_prompt] for of_prompt in content["responses"]]
-    return RolloutBatch(responses, content["version"], content["seconds"])
+    return RolloutBatch(responses, content["policy_version"], content["seconds"])

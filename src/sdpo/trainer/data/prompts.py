@@ -13,7 +13,8 @@ from sdpo.models.multimodal.processor import MultimodalProcessor, TokenPrompt
 from sdpo.observability.progress import ProgressCallback
 from sdpo.prompting.images import collect_images, place_images
 from sdpo.prompting.tokenization import Tokenizer, encode_prompt
-from sdpo.rewards.base import Row, load_rows
+from sdpo.rewards.base import Row
+from sdpo.rewards.rows import load_rows
 
 
 @dataclass(frozen=True)

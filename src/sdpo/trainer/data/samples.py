@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from sdpo.algorithm.advantage import compute_group_advantages
-from sdpo.algorithm.loss import compute_prompt_weights
+from sdpo.algorithm.aggregation import compute_prompt_weights
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.models.generation.sampling import Completion
 from sdpo.observability import metrics
@@ -25,7 +25,7 @@ from sdpo.trainer.data.prompts import Prompt
 
 @dataclass(frozen=True)
 class TrainingSample:
-    """One graded rollout with all that the loss needs of it; the score is NaN where the grader failed."""
+    """One scored rollout with all that the loss needs of it; the score is NaN where the grader failed."""
 
     prompt: Prompt
     response: Completion
@@ -41,11 +41,11 @@ class TrainingSample:
         return self.teacher_prompt.token_ids is not None
 
     @property
-    def is_graded(self) -> bool:
+    def is_scored(self) -> bool:
         return not math.isnan(self.reward.score)
 
 
-def grade_responses(
+def score_responses(
     reward_manager: RewardManager,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
@@ -75,22 +75,22 @@ def build_samples(
     rng: random.Random,
 ) -> list[TrainingSample]:
     """Training samples of one step, prompt by prompt."""
-    graded = grade_responses(reward_manager, tokenizer, prompts, responses)
+    scored = score_responses(reward_manager, tokenizer, prompts, responses)
     flat = [response for of_prompt in responses for response in of_prompt]
     contexts = build_teacher_contexts(
         tokenizer,
-        [prompts[int(g.group_id)].row.prompt for g in graded],
-        graded,
+        [prompts[int(g.group_id)].row.prompt for g in scored],
+        scored,
         [None if window is None else window - len(response.token_ids) for response in flat],
         config,
         rng,
     )
-    scores = torch.tensor([g.score for g in graded])
-    groups = torch.tensor([int(g.group_id) for g in graded])
+    scores = torch.tensor([g.score for g in scored])
+    groups = torch.tensor([int(g.group_id) for g in scored])
     advantages = compute_group_advantages(scores, groups, norm_by_std=config.norm_adv_by_std_in_grpo).tolist()
-    weights = [1.0] * len(graded)
+    weights = [1.0] * len(scored)
     if config.weight_by_prompt_difficulty:
-        rates = compute_success_rates(graded, config.success_reward_threshold)
+        rates = compute_success_rates(scored, config.success_reward_threshold)
         weights = compute_prompt_weights(torch.tensor(rates)).tolist()
     return [
         TrainingSample(
@@ -103,7 +103,7 @@ def build_samples(
             advantage=advantage,
             distillation_weight=weight,
         )
-        for g, response, lesson, advantage, weight in zip(graded, flat, contexts, advantages, weights, strict=True)
+        for g, response, lesson, advantage, weight in zip(scored, flat, contexts, advantages, weights, strict=True)
     ]
 
 
@@ -113,7 +113,7 @@ def summarize_samples(samples: Sequence[TrainingSample], config: SelfDistillatio
     def mean(values: Sequence[float]) -> float:
         return sum(values) / len(values)
 
-    scores = [s.reward.score for s in samples if s.is_graded]
+    scores = [s.reward.score for s in samples if s.is_scored]
     lengths = [len(s.response.token_ids) for s in samples]
     prompt_lengths = [len(s.prompt.token_ids) for s in samples]
     values = {
@@ -132,18 +132,18 @@ def summarize_samples(samples: Sequence[TrainingSample], config: SelfDistillatio
             metrics.SCORE_MIN: min(scores),
         }
     prompts = [id(s.prompt) for s in samples]
-    graded_prompts = [id(s.prompt) for s in samples if s.is_graded]
+    scored_prompts = [id(s.prompt) for s in samples if s.is_scored]
     for name, mean_of in (
-        (metrics.SCORE_MEAN, ClusteredMean.of(scores, graded_prompts)),
+        (metrics.SCORE_MEAN, ClusteredMean.of(scores, scored_prompts)),
         (metrics.RESPONSE_LENGTH_MEAN, ClusteredMean.of(lengths, prompts)),
     ):
         values |= name_interval(name, mean_of.normal_interval())
     cut_off = ClusteredMean.of([not s.response.finished for s in samples], prompts)
     values |= name_interval(metrics.RESPONSE_LENGTH_CLIP_RATIO, cut_off.wilson_interval())
     values |= _summarize_repetition(samples)
-    graded = [ScoredRollout(id(s.prompt), s.text, s.reward.score, s.reward.feedback) for s in samples]
+    scored = [ScoredRollout(id(s.prompt), s.text, s.reward.score, s.reward.feedback) for s in samples]
     contexts = [TeacherContext(s.demonstration, s.teacher_prompt) for s in samples]
-    return values | compute_reprompt_metrics(graded, contexts, config)
+    return values | compute_reprompt_metrics(scored, contexts, config)
 
 
 def compute_repetition(token_ids: Sequence[int], length: int = 4) -> float | None:

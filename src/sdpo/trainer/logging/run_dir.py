@@ -16,7 +16,7 @@ from sdpo.config.loader import save_config
 from sdpo.config.root import SDPOConfig
 from sdpo.errors import ConfigError
 from sdpo.observability import metrics
-from sdpo.observability.health_callback import ALARMS_FILE, forget_alarms_after
+from sdpo.observability.health_callback import HEALTH_EVENTS_FILE, drop_events_after
 from sdpo.observability.json_lines import append_json_line, read_json_lines, write_json_lines
 from sdpo.observability.progress import ProgressCallback
 from sdpo.prompting.images import format_content
@@ -57,7 +57,7 @@ class RunDir:
             kept = _read_rows_before(self.path / METRICS_FILE, resumed_step) if resumed_step is not None else []
             write_json_lines(self.path / METRICS_FILE, kept)
             if resumed_step is not None:
-                forget_alarms_after(self.path / ALARMS_FILE, resumed_step)
+                drop_events_after(self.path / HEALTH_EVENTS_FILE, resumed_step)
             self._metrics = (self.path / METRICS_FILE).open("a", buffering=1, encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"output_dir: {self.path}: cannot be written ({error.strerror})") from error
@@ -83,7 +83,7 @@ class RunDir:
     def log_health_event(self, alarm: Mapping[str, Any]) -> None:
         """Append an alarm to the file of them, which is made when there is one."""
         with self._writing():
-            append_json_line(self.path / ALARMS_FILE, alarm)
+            append_json_line(self.path / HEALTH_EVENTS_FILE, alarm)
 
     def save_rollouts(self, step: int, samples: Sequence[TrainingSample]) -> None:
         """Write some of the step's samples, with the teacher's prompt, for a person to read."""
@@ -181,7 +181,7 @@ def _describe(sample: TrainingSample) -> str:
     def conversation(messages: Sequence[Mapping[str, Any]]) -> str:
         return "\n".join(f"[{message['role']}] {format_content(message['content'])}" for message in messages)
 
-    verdict = f"score {sample.reward.score:g}" if sample.is_graded else "not graded"
+    verdict = f"score {sample.reward.score:g}" if sample.is_scored else "not scored"
     parts = [
         f"=== {verdict}, advantage {sample.advantage:g}, {len(sample.response.token_ids)} tokens",
         "--- prompt",

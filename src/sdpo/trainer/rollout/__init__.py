@@ -1,1 +1,1 @@
-"""Sampling for the trainer, in its process or beside it."""
+"""Sampling of rollouts, in the trainer's process or in a separate one."""

@@ -1,7 +1,7 @@
-"""Rollouts from a vLLM engine in this process, on a GPU or on a CPU.
+"""Generation with vLLM in this process, on a GPU or a CPU.
 
-It loads the model by itself, and from then on gets its weights handed over, without a checkpoint. What it then says of
-a few tokens is compared with what the student says: that its outputs changed does not show that all its weights did.
+vLLM loads the model from its folder; later weights are copied in memory. After each weight sync, log-probs of a fixed
+token sequence are compared with the student's, because a partial sync also changes the outputs.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from sdpo.models.generation.sampling import Completion, SamplingParams
 from sdpo.models.multimodal.processor import TokenPrompt
 from sdpo.trainer.rollout.weight_sync import WeightChecksum
 
-# Mean difference of a probe's log-probs, in nats, that rounding in another order of operations can explain. Weights
-# that were left behind differ more with every step, and so soon by more than this.
+# Largest mean difference of a checksum's log-probs, in nats, that rounding can explain. Parameters that a weight sync
+# missed exceed it after a few steps, because their distance to the student's grows.
 TOLERANCE = {"float32": 1e-2, "bfloat16": 0.3}
 
-# Read when vLLM is imported. Its engine is to run in this process, where the weights are.
+# Environment variables that vLLM reads on import. Its engine must run in this process, where the weights are.
 REQUIRED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-# Compiling needs a C++ compiler and minutes, and wins nothing on a CPU.
+# Compilation needs a C++ compiler, takes minutes and is not faster on a CPU.
 REQUIRED_ON_CPU = {"TORCHDYNAMO_DISABLE": "1"}
-# What a person may want otherwise: no reports on the use of vLLM, and of its log only the errors.
+# Defaults that the environment may override: no usage reports, and only errors in the log.
 PREFERRED = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 
 def require_vllm(device: torch.device) -> None:
-    """Refuse what vLLM cannot do here, without importing it.
+    """Check that vLLM is installed and supports the device, without importing it.
 
     Raises:
-        DataError: it is not installed, or the device is not one that it samples on.
+        DataError: it is not installed, or the device is neither the CPU nor the first visible GPU.
     """
     if device.type not in ("cpu", "cuda") or device.index:
         raise DataError(
-            f"rollout.device={device}: rollout.engine=vllm samples on cpu or on the first visible GPU; "
-            "give the actor another one (actor.device=cuda:1), or choose with CUDA_VISIBLE_DEVICES"
+            f"rollout.device={device}: rollout.engine=vllm samples on cpu or on the first visible GPU only; "
+            "place the actor on another GPU (actor.device=cuda:1), or reorder them with CUDA_VISIBLE_DEVICES"
         )
     if importlib.util.find_spec("vllm") is None:
         command = "pip install vllm" if device.type == "cuda" else "pip install --no-deps -r requirements-vllm.txt"
@@ -52,17 +52,17 @@ def require_vllm(device: torch.device) -> None:
 
 
 class VllmEngine:
-    """An engine of vLLM's with the weights that it was given last.
+    """Samples with a vLLM engine in this process.
 
     Args:
-        config: the model; its weights are read from ``config.path``.
-        decoding: ``batch_size`` sequences are decoded side by side.
+        config: the model; the first weights are read from ``config.path``.
+        decoding: ``batch_size`` is the maximum number of sequences that are decoded at once.
         device: ``cpu`` or the first GPU.
-        max_length: most tokens of a prompt and its response together.
+        max_length: maximum number of tokens of a prompt with its response.
         kv_cache_memory_gib: size of the key-value cache.
 
     Raises:
-        DataError: vLLM cannot start with these.
+        DataError: vLLM cannot start with these arguments.
     """
 
     def __init__(
@@ -78,14 +78,14 @@ class VllmEngine:
         on_cpu = device.type == "cpu"
         os.environ.update(REQUIRED | REQUIRED_ON_CPU if on_cpu else REQUIRED)
         os.environ.update(PREFERRED | os.environ)
-        with _kept_as_it_is():
+        with _preserve_torch_state():
             from vllm import LLM
             from vllm.platforms import current_platform
 
             if current_platform.device_type != device.type:
                 raise DataError(
-                    f"rollout.device={device}: the vLLM that is installed samples on {current_platform.device_type}; "
-                    "change rollout.device or install vLLM for it"
+                    f"rollout.device={device}: the installed vLLM is built for {current_platform.device_type}; "
+                    "change rollout.device or install another build of vLLM"
                 )
             try:
                 self._llm = LLM(
@@ -97,19 +97,20 @@ class VllmEngine:
                     max_model_len=max_length,
                     max_num_seqs=decoding.batch_size,
                     kv_cache_memory_bytes=int(kv_cache_memory_gib * 2**30),
-                    gpu_memory_utilization=0.01,  # only what must be free at the start; the actor may be there too
+                    gpu_memory_utilization=0.01,  # minimum of free memory at start; the actor may use the rest
                     logprobs_mode="processed_logprobs",
                     enforce_eager=on_cpu,
                 )
-                self.compute_log_probs([0, 0])  # some of what its kernels cannot do shows only now
+                self.compute_log_probs([0, 0])  # unsupported kernels may raise only in the first forward pass
             except (ValueError, RuntimeError) as error:
                 raise DataError(
-                    f"rollout.engine=vllm: vLLM cannot sample from {config.path} with rollout.kv_cache_memory_gib="
-                    f"{kv_cache_memory_gib:g} and up to {max_length} tokens a sequence: {' '.join(str(error).split())}"
+                    f"rollout.engine=vllm: vLLM cannot sample from {config.path} with "
+                    f"rollout.kv_cache_memory_gib={kv_cache_memory_gib:g} and up to {max_length} tokens per sequence: "
+                    + " ".join(str(error).split())
                 ) from error
 
     def sample(self, prompts: Sequence[TokenPrompt], seed: int) -> list[list[Completion]]:
-        """``decoding.n`` responses to each prompt; the same seed gives the same ones."""
+        """Sample ``decoding.n`` responses per prompt; deterministic for a seed."""
         from vllm import SamplingParams
 
         rng = random.Random(seed)
@@ -121,7 +122,7 @@ class VllmEngine:
                 top_p=self._decoding.top_p,
                 max_tokens=self._decoding.max_new_tokens,
                 stop_token_ids=stop_token_ids,
-                ignore_eos=True,  # it would be the model's alone; ours are among the stop tokens
+                ignore_eos=True,  # stop_token_ids has all stop tokens, the model's EOS included if it is one
                 seed=rng.getrandbits(62),
                 logprobs=0,
                 detokenize=False,
@@ -129,22 +130,22 @@ class VllmEngine:
             for _ in prompts
         ]
         outputs = self._generate([prompt.token_ids for prompt in prompts], params)
-        return [[_to_response(completion, stop_token_ids) for completion in output.outputs] for output in outputs]
+        return [[_to_completion(completion, stop_token_ids) for completion in output.outputs] for output in outputs]
 
-    def load(self, parameters: Mapping[str, Tensor], probe: WeightChecksum | None) -> None:
-        """Take these weights, and check them by the probe.
+    def load(self, parameters: Mapping[str, Tensor], checksum: WeightChecksum | None) -> None:
+        """Copy these weights into vLLM and verify them by the checksum.
 
         Raises:
-            RuntimeError: vLLM's log-probs are not the student's.
+            RuntimeError: vLLM's log-probs differ from the student's.
         """
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(parameters.items())})
         self._llm.apply_model(_repack_tied_head)
         self._llm.reset_prefix_cache()
-        if probe is not None:
-            self._check(probe)
+        if checksum is not None:
+            self._verify(checksum)
 
     def close(self) -> None:
-        """Stop the engine and leave torch's process group, which another engine would need to open."""
+        """Stop the engine and destroy torch's process group, so that another engine can be started."""
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
         self._llm.llm_engine.engine_core.shutdown()
@@ -152,7 +153,7 @@ class VllmEngine:
         cleanup_dist_env_and_memory()
 
     def compute_log_probs(self, token_ids: Sequence[int]) -> list[float]:
-        """Of every token but the first, given those before it; at temperature 1."""
+        """Compute the log-prob of every token but the first, given the tokens before it; at temperature 1."""
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
@@ -162,25 +163,25 @@ class VllmEngine:
     def _generate(self, prompts: Sequence[Sequence[int]], params: list[Any]) -> list[Any]:
         return self._llm.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts], params, use_tqdm=False)
 
-    def _check(self, probe: WeightChecksum) -> None:
-        ours = self.compute_log_probs(probe.token_ids)
-        difference = fmean(abs(a - b) for a, b in zip(ours, probe.log_probs, strict=True))
+    def _verify(self, checksum: WeightChecksum) -> None:
+        log_probs = self.compute_log_probs(checksum.token_ids)
+        difference = fmean(abs(a - b) for a, b in zip(log_probs, checksum.log_probs, strict=True))
         tolerance = TOLERANCE[self._dtype]
-        if not difference <= tolerance:  # not a number is no agreement either
+        if not difference <= tolerance:  # also true for NaN
             raise RuntimeError(
-                f"after the hand-over vLLM's log-probs differ from the student's by {difference:.3g} nats on average, "
-                f"more than {tolerance:g} for {self._dtype}: it has not got all of the weights"
+                f"after a weight sync, vLLM's log-probs differ from the student's by {difference:.3g} nats on average, "
+                f"more than {tolerance:g} for {self._dtype}: vLLM has not loaded all weights"
             )
 
 
-def _to_response(completion: Any, stop_token_ids: Sequence[int]) -> Completion:
+def _to_completion(completion: Any, stop_token_ids: Sequence[int]) -> Completion:
     token_ids = list(completion.token_ids)
     log_probs = [scored[token_id].logprob for token_id, scored in zip(token_ids, completion.logprobs, strict=True)]
     return Completion(token_ids, log_probs, finished=token_ids[-1] in stop_token_ids)
 
 
 def _repack_tied_head(model: Any) -> None:
-    """On a CPU vLLM multiplies with a packed copy of each weight, and does not renew that of a tied output layer."""
+    """Renew vLLM's packed copy of a tied output layer on a CPU, which ``reload_weights`` leaves unchanged."""
     head = getattr(model, "lm_head", None)
     if hasattr(head, "cpu_linear"):
         from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
@@ -189,8 +190,8 @@ def _repack_tied_head(model: Any) -> None:
 
 
 @contextmanager
-def _kept_as_it_is() -> Iterator[None]:
-    """vLLM on a CPU makes ``torch.set_num_threads`` do nothing, and seeds everything; the actor lives here too."""
+def _preserve_torch_state() -> Iterator[None]:
+    """Restore ``torch.set_num_threads``, which vLLM replaces, and the random states, which it seeds."""
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     python_state = random.getstate()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):

@@ -1,8 +1,8 @@
-"""The student's weights on their way to a sampler.
+"""Weight sync: copying the student's weights to a sampler.
 
-To one in another process they travel through shared memory that both processes map once: nothing is pickled, and a
-hand-over costs one copy on each side. Who writes and who reads is decided by the protocol in ``sampler.py``: the
-actor writes only while the sampler is idle, and the sampler reads before it samples again.
+A sampler in another process receives them through shared memory, which both processes map once: nothing is pickled, and
+a weight sync costs one copy in each process. The messages of ``process.py`` order the accesses: the trainer writes
+only while the sampler is idle, and the sampler reads before it samples again.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from sdpo.kernels.loss_inputs import gather_log_probs
 from sdpo.models.lora.adapters import MergedParameters
 
-PROBE_LENGTH = 16
+# Tokens of a weight checksum.
+CHECKSUM_LENGTH = 16
 
 
 class SharedWeights:
-    """A copy of a student's parameters in shared memory, adapters merged into them."""
+    """A copy of a student's parameters in shared memory, with LoRA adapters merged into them."""
 
     def __init__(self, student: nn.Module) -> None:
         self.tensors: dict[str, Tensor] = {
@@ -29,7 +30,7 @@ class SharedWeights:
 
     @torch.no_grad()
     def write(self, student: nn.Module) -> None:
-        """Copy in what training changes; it has arrived when this returns, from a GPU too."""
+        """Copy the parameters that training changes; copies from a GPU are complete when this returns."""
         params = MergedParameters(student)
         for name, tensor in self.tensors.items():
             if params.changes(name):
@@ -38,11 +39,11 @@ class SharedWeights:
 
 @dataclass(frozen=True)
 class WeightChecksum:
-    """A few tokens, and what the student says of them, by which an engine's weights can be checked.
+    """The student's log-probs of a fixed token sequence, to verify an engine's weights.
 
     Attributes:
-        token_ids: L of them, from all over the vocabulary.
-        log_probs: of the last L-1, each given those before it; at temperature 1.
+        token_ids: [L], spread over the vocabulary.
+        log_probs: [L - 1], of every token but the first, given the tokens before it; at temperature 1.
     """
 
     token_ids: list[int]
@@ -51,9 +52,9 @@ class WeightChecksum:
 
 @torch.no_grad()
 def compute_weight_checksum(student: nn.Module) -> WeightChecksum:
-    """The probe of the student's weights as they are now."""
+    """Compute the checksum of the student's current weights."""
     vocab_size = student.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    token_ids = torch.linspace(0, vocab_size - 1, PROBE_LENGTH).long().flip(0)
+    token_ids = torch.linspace(0, vocab_size - 1, CHECKSUM_LENGTH).long().flip(0)
     was_training = student.training
     student.eval()
     inputs = token_ids[None].to(next(student.parameters()).device)
@@ -67,6 +68,6 @@ def copy_parameters(source: Mapping[str, Tensor], target: nn.Module) -> None:
     """Set every parameter of ``target`` from the tensor of the same name, across devices and data types."""
     params = dict(target.named_parameters())
     if params.keys() != source.keys():
-        raise ValueError(f"weights of another model: {sorted(params.keys() ^ source.keys())[:3]} differ")
+        raise ValueError(f"parameters of different models: {sorted(params.keys() ^ source.keys())[:3]} differ")
     for name, param in params.items():
         param.copy_(source[name])

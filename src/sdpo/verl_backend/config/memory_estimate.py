@@ -1,6 +1,7 @@
-"""What a run on verl would cost: student, teacher and moments in shards over the GPUs that train, the rest on each.
+"""Estimate the memory of a run on verl from its settings and the model's architecture.
 
-With LoRA the teacher is the student's weights and float32 deltas of the adapted layers; adapters alone have gradients.
+Student, teacher and moments are sharded over the GPUs that train; all else is on each GPU. With LoRA the teacher is the
+student's weights and float32 deltas of the adapted layers, and adapters alone have gradients.
 """
 
 from __future__ import annotations
@@ -8,77 +9,75 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 
-from sdpo.algorithm.teacher import follows
 from sdpo.config.root import SDPOConfig
 from sdpo.models.memory_estimate import (
     BYTES,
-    Lengths,
     MemoryEstimate,
-    ModelSize,
     bound_lengths,
-    count_fused_loss,
-    count_log_probs,
-    count_moments,
-    count_update,
-    measure_model,
+    count_averaged_params,
+    count_trained_params,
+    fused_loss_bytes,
+    log_probs_bytes,
+    moment_bytes,
+    update_bytes,
 )
+from sdpo.models.model_size import LayerStack, ModelSize, measure_model
 
-# Settings of verl that say how many GPUs there are, with the defaults of config/sdpo_trainer.yaml.
+TENSOR_PARALLEL = "actor_rollout_ref.rollout.tensor_model_parallel_size"
+# verl's settings of the number of GPUs, with the defaults of config/sdpo_trainer.yaml.
 GPUS = {
     "trainer.nnodes": 1,
     "trainer.n_gpus_per_node": 1,
     "rollout.nnodes": 1,
     "rollout.n_gpus_per_node": 1,
-    "actor_rollout_ref.rollout.tensor_model_parallel_size": 1,
+    TENSOR_PARALLEL: 1,
 }
 # rollout.checkpoint_engine.update_weights_bucket_megabytes
 BUCKET = 2048 * 2**20
 UTILIZATION = "actor_rollout_ref.rollout.gpu_memory_utilization"
-SHARED_UTILIZATION = 0.5  # of config/sdpo_sync.yaml
+COLOCATED_UTILIZATION = 0.5  # of config/sdpo_sync.yaml
 GPU_OF_80_GB = int(79.6 * 2**30)
 
 
-def estimate_memory(run: SDPOConfig, overrides: Sequence[str]) -> MemoryEstimate:
-    """Tokens a step, and memory of a GPU that trains and of one that samples.
+def estimate_memory(config: SDPOConfig, overrides: Sequence[str]) -> MemoryEstimate:
+    """Bound tokens per step, and the memory of a GPU that trains and of a GPU that samples.
 
-    Nothing is taken for offloaded: verl moves what ``param_offload`` and ``optimizer_offload`` name back before a batch
-    is learned. With ``offload_policy=true`` a GPU needs less than is said here.
+    Offloading is not subtracted: verl moves what ``param_offload`` and ``optimizer_offload`` name back to the GPU
+    before it trains a batch. With ``offload_policy=true`` a GPU needs less than this estimate.
 
     Args:
-        run: with ``output_dir`` and so on; its ``verl`` is among the overrides.
-        overrides: as verl gets them (``build_command``); the number of GPUs is read from them.
+        overrides: verl's, from ``build_command``, which includes ``config.verl``; the number of GPUs is read from them.
     """
     gpus = read_gpus(overrides)
-    actors = gpus["trainer.nnodes"] * gpus["trainer.n_gpus_per_node"]
-    samplers = gpus["rollout.nnodes"] * gpus["rollout.n_gpus_per_node"] if run.max_staleness else actors
-    parallel = gpus["actor_rollout_ref.rollout.tensor_model_parallel_size"]
-    model = measure_model(run.model, run.lora)
-    lengths = bound_lengths(run, model.window)
-    sequences = run.data.train_batch_size * run.rollout.n
+    num_actor_gpus = gpus["trainer.nnodes"] * gpus["trainer.n_gpus_per_node"]
+    num_sampler_gpus = num_actor_gpus
+    if config.max_staleness:
+        num_sampler_gpus = gpus["rollout.nnodes"] * gpus["rollout.n_gpus_per_node"]
+    model = measure_model(config.model, config.lora)
+    estimator = MemoryEstimator(config, model, num_actor_gpus)
+    num_rollouts = config.data.train_batch_size * config.rollout.n
     return MemoryEstimate(
-        tokens_a_step=sequences * (run.data.max_prompt_length + run.rollout.max_response_length),
+        tokens_per_step=num_rollouts * (config.data.max_prompt_length + config.rollout.max_response_length),
         num_params=model.num_params,
-        num_tower_params=model.tower.num_params if model.tower else 0,
-        actor=_hold(run, model, actors),
-        learning=_hold_learning(run, model, actors),
+        num_vision_params=model.num_vision_params,
+        persistent=estimator.persistent(),
+        training=estimator.training(),
         phases={
-            "a micro-batch": _learn(run, model, lengths),
-            "old log-probabilities": _score(run, model, lengths),
-            "the update": {
-                "copies of the weights": _share(count_update(run, model, _count_averaged(run, model)), actors)
-            },
+            "micro-batch": estimator.micro_batch(),
+            "old log-probabilities": estimator.old_log_probs(),
+            "optimizer step": estimator.optimizer_step(),
         },
-        sampler=_sample(run, model, lengths, samplers // parallel or 1, parallel)
-        if run.max_staleness
-        else _take_turns(read_utilization(overrides)),
-        colocated=not run.max_staleness,
-        num_learners=actors,
-        num_samplers=samplers,
+        sampler=estimator.sampler(num_sampler_gpus, gpus[TENSOR_PARALLEL])
+        if config.max_staleness
+        else estimator.colocated_sampler(read_utilization(overrides)),
+        colocated=not config.max_staleness,
+        num_actor_gpus=num_actor_gpus,
+        num_sampler_gpus=num_sampler_gpus,
     )
 
 
 def read_gpus(overrides: Sequence[str]) -> dict[str, int]:
-    """``GPUS`` as the overrides have them, the last of each; what is not a number is verl's to refuse."""
+    """Read the settings in ``GPUS`` from the last override of each; verl refuses values that are not numbers."""
     found = dict(GPUS)
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
@@ -88,127 +87,160 @@ def read_gpus(overrides: Sequence[str]) -> dict[str, int]:
 
 
 def read_utilization(overrides: Sequence[str]) -> float:
-    """vLLM's share of a GPU that it has in turns, as the overrides have it."""
-    found = SHARED_UTILIZATION
+    """Read the fraction of a GPU that vLLM takes when it shares the GPU with the actor."""
+    found = COLOCATED_UTILIZATION
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
-        with contextlib.suppress(ValueError):  # verl refuses what is not a number
+        with contextlib.suppress(ValueError):  # verl refuses values that are not numbers
             found = float(value) if key == UTILIZATION else found
     return found
 
 
-def _share(size: int, num_gpus: int) -> int:
-    return -(-size // num_gpus)
+class MemoryEstimator:
+    """Memory of each part of a run on verl, per GPU, in bytes by purpose.
+
+    Args:
+        config: the run.
+        model: sizes of its model.
+        num_gpus: GPUs over which the actor is sharded.
+
+    Attributes:
+        lengths: maximum lengths of sequences and micro-batches.
+        param_bytes: bytes of a weight.
+        value_bytes: bytes of a value in matrix products, and of a weight that FSDP2 gathers.
+        num_trained: parameters with gradients.
+        num_averaged: entries of the teacher that are computed from the student at an update.
+        has_teacher_module: whether the teacher is a second model.
+    """
+
+    def __init__(self, config: SDPOConfig, model: ModelSize, num_gpus: int) -> None:
+        distillation = config.self_distillation
+        self.config = config
+        self.model = model
+        self.num_gpus = num_gpus
+        self.lengths = bound_lengths(config.data, config.rollout, config.actor, distillation, model.window)
+        self.param_bytes = BYTES[config.model.dtype]
+        self.value_bytes = 2 if config.actor.autocast else self.param_bytes
+        self.num_trained = count_trained_params(model, freeze_vision_tower=config.actor.freeze_vision_tower)
+        self.num_averaged = count_averaged_params(model, distillation, config.model.dtype)
+        self.has_teacher_module = (
+            distillation.distills and distillation.teacher_regularization != "live" and model.lora is None
+        )
+
+    def persistent(self) -> dict[str, int]:
+        """What a GPU that trains holds all the time."""
+        model, lora = self.model, self.model.lora
+        adapters = lora.num_params if lora is not None else 0
+        moments = moment_bytes(self.config.optim.name, self.num_trained, self.param_bytes if lora is None else 4)
+        return {
+            "student": self._shard(model.num_params * self.param_bytes + adapters * 4),
+            "AdamW's moments": self._shard(moments),
+            "teacher": self._shard(self._teacher_bytes()),
+            # Two of NCCL's buckets, one being filled and one being sent; cupy's pool keeps both.
+            "weight sync buffers": 2 * BUCKET if self.config.max_staleness else 0,
+        }
+
+    def _teacher_bytes(self) -> int:
+        if self.model.lora is not None:
+            return 4 * self.num_averaged
+        is_averaged = self.config.self_distillation.teacher_regularization == "ema"
+        return self.model.num_params * (4 if is_averaged else self.param_bytes) * self.has_teacher_module
+
+    def training(self) -> dict[str, int]:
+        """What a GPU also holds while it trains.
+
+        FSDP2 keeps parameters outside the layers gathered from forward to backward pass, and of the layers one and the
+        next. Their gradients are gathered too, and cast to float32 before the ranks reduce them.
+        """
+        model = self.model
+        stacks = [stack for stack in (model.language_model, model.vision_tower) if stack is not None]
+        two_layers = 2 * max(stack.num_params // stack.num_layers for stack in stacks)
+        num_gathered = model.num_params_outside_layers * (1 + self.has_teacher_module) + two_layers
+        num_gradients = model.num_params_outside_layers + two_layers
+        gradient_bytes = self.param_bytes
+        if model.lora is not None:
+            num_gradients = 2 * (model.lora.num_params // model.language_model.num_layers)
+            gradient_bytes = 4
+        return {
+            "gradients": self._shard(self.num_trained * gradient_bytes),
+            "gathered weights and gradients": num_gathered * self.value_bytes + num_gradients * (self.value_bytes + 4),
+        }
+
+    def micro_batch(self) -> dict[str, int]:
+        """What forward and backward pass of a micro-batch add.
+
+        Any token may be an image's; its patches go through the vision tower in the same pass.
+        """
+        model, lengths, layers = self.model, self.lengths, self.model.language_model
+        student = self._training_bytes(layers)
+        teacher = layers.inference_bytes_per_token(self.value_bytes)
+        vision = 0
+        if model.vision_tower is not None:
+            per_patch = model.vision_tower.inference_bytes_per_token(self.value_bytes)
+            if model.lora is None:
+                per_patch = self._training_bytes(model.vision_tower)
+            vision = model.patches_per_token * per_patch
+        loss = fused_loss_bytes(
+            model.vocab_size,
+            layers.hidden_size,
+            self.value_bytes,
+            lengths.scored_batch,
+            trains_head=model.lora is None,
+        )
+        # The teacher's output layer stays gathered after the teacher's pass.
+        teacher_head = model.vocab_size * layers.hidden_size * self.value_bytes * self.has_teacher_module
+        teacher_hidden = lengths.teacher_batch * layers.hidden_size * self.value_bytes
+        return {
+            "activations": lengths.student_batch * student + lengths.teacher_batch * teacher,
+            "activations of the vision tower": lengths.student_batch * vision,
+            "logits": loss + teacher_head + teacher_hidden,
+        }
+
+    def _training_bytes(self, stack: LayerStack) -> int:
+        checkpointing = self.config.actor.gradient_checkpointing
+        return stack.training_bytes_per_token(self.value_bytes, self.value_bytes, checkpointing=checkpointing)
+
+    def old_log_probs(self) -> dict[str, int]:
+        """What the forward pass of the old policy adds."""
+        budget = self.config.actor.max_tokens_per_micro_batch
+        tokens = max(budget, self.lengths.prompt + self.lengths.response)
+        return {
+            "activations": tokens * self.model.language_model.inference_bytes_per_token(self.value_bytes),
+            "logits": log_probs_bytes(),
+        }
+
+    def optimizer_step(self) -> dict[str, int]:
+        """What the optimizer step and the teacher's update add."""
+        return {"temporary tensors": self._shard(update_bytes(self.model, self.num_averaged, self.param_bytes))}
+
+    def sampler(self, num_gpus: int, tensor_parallel: int) -> dict[str, int]:
+        """What vLLM needs on a GPU that only samples, with weights in bfloat16.
+
+        The cache is the part that sequences use of the memory that ``gpu_memory_utilization`` reserves.
+        """
+        config = self.config
+        num_replicas = num_gpus // tensor_parallel or 1
+        num_rollouts = config.data.train_batch_size * config.rollout.n
+        sequences = min(config.rollout.max_num_seqs, _divide(num_rollouts, num_replicas))
+        cache = sequences * (self.lengths.prompt + self.lengths.response) * self.model.kv_values_per_token * 2
+        return {
+            "weights": _divide(self.model.num_params * 2, tensor_parallel),
+            "key-value cache": _divide(cache, tensor_parallel),
+            # Two of NCCL's buckets, and one between its process and vLLM's.
+            "weight sync buffers": 3 * BUCKET,
+        }
+
+    def colocated_sampler(self, utilization: float) -> dict[str, int]:
+        """What vLLM takes on the actor's GPU, whatever it needs; it frees this memory while the actor trains."""
+        return {
+            "vLLM's fraction of an 80 GB GPU": int(utilization * GPU_OF_80_GB),
+            "weight sync buffers": BUCKET,
+        }
+
+    def _shard(self, size: int) -> int:
+        return _divide(size, self.num_gpus)
 
 
-def _sizes(run: SDPOConfig) -> tuple[int, int]:
-    """Bytes of a value in weights, and in what FSDP2 gathers of them."""
-    size = BYTES[run.model.dtype]
-    return size, 2 if run.actor.autocast else size
-
-
-def _has_module(run: SDPOConfig) -> bool:
-    """Whether the teacher is a model of its own."""
-    config = run.self_distillation
-    return config.distills and config.teacher_regularization != "live" and run.lora.rank == 0
-
-
-def _averages(run: SDPOConfig) -> bool:
-    return run.self_distillation.distills and run.self_distillation.teacher_regularization == "ema"
-
-
-def _count_averaged(run: SDPOConfig, model: ModelSize) -> int:
-    """Entries that are made of the student for the teacher to follow: casts, or with LoRA all of the deltas."""
-    if model.adapters is not None:
-        follow = run.self_distillation.distills and follows(run.self_distillation)
-        return model.adapters.num_adapted if follow else 0
-    return model.num_params if _averages(run) and run.model.dtype != "float32" else 0
-
-
-def _count_trained(run: SDPOConfig, model: ModelSize) -> int:
-    if model.adapters is not None:
-        return model.adapters.num_params
-    return model.language.num_params if run.actor.freeze_vision_tower else model.num_params
-
-
-def _count_teacher_bytes(run: SDPOConfig, model: ModelSize) -> int:
-    if model.adapters is not None:
-        return 4 * _count_averaged(run, model)
-    return model.num_params * (4 if _averages(run) else BYTES[run.model.dtype]) * _has_module(run)
-
-
-def _hold(run: SDPOConfig, model: ModelSize, num_gpus: int) -> dict[str, int]:
-    size, _ = _sizes(run)
-    adapters = model.adapters.num_params if model.adapters is not None else 0
-    return {
-        "student": _share(model.num_params * size + adapters * 4, num_gpus),
-        "AdamW's moments": _share(count_moments(run, _count_trained(run, model)), num_gpus),
-        "teacher": _share(_count_teacher_bytes(run, model), num_gpus),
-        # Of NCCL's: one is filled while another is on its way, and cupy's pool keeps both.
-        "buffers for the sampler's weights": 2 * BUCKET if run.max_staleness else 0,
-    }
-
-
-def _hold_learning(run: SDPOConfig, model: ModelSize, num_gpus: int) -> dict[str, int]:
-    size, gathered = _sizes(run)
-    layer = max(stack.num_params // stack.num_layers for stack in (model.language, model.tower) if stack is not None)
-    # What is outside the layers stays gathered from forward to backward pass; of layers, one and the next. Their
-    # gradients are gathered too, and cast to float32 before the ranks add them up.
-    weights = (model.outside_layers * (1 + _has_module(run)) + 2 * layer) * gathered
-    learned = model.outside_layers + 2 * layer
-    if model.adapters is not None:
-        size, learned = 4, 2 * (model.adapters.num_params // model.language.num_layers)
-    return {
-        "gradients": _share(_count_trained(run, model) * size, num_gpus),
-        "gathered weights and gradients": weights + learned * (gathered + 4),
-    }
-
-
-def _learn(run: SDPOConfig, model: ModelSize, lengths: Lengths) -> dict[str, int]:
-    """Any token may be an image's, whose patches go through the tower in the same pass."""
-    _, size = _sizes(run)
-    checkpointing = run.actor.gradient_checkpointing
-    stack, image_token = model.language, 0
-    if model.tower is not None:
-        learning = model.tower.count_learning(size, size, checkpointing=checkpointing)
-        image_token = model.patches_a_token * (learning if model.adapters is None else model.tower.count_reading(size))
-    hidden_size, head = stack.hidden_size, model.vocab_size * stack.hidden_size * size
-    trains_head = model.adapters is None
-    loss = count_fused_loss(model.vocab_size, hidden_size, size, lengths.scored, trains_head=trains_head)
-    return {
-        "activations": lengths.student * stack.count_learning(size, size, checkpointing=checkpointing)
-        + lengths.teacher * stack.count_reading(size),
-        "activations of the image tower": lengths.student * image_token,
-        # The teacher's output layer outlasts the teacher's pass.
-        "logits": loss + head * _has_module(run) + lengths.teacher * hidden_size * size,
-    }
-
-
-def _score(run: SDPOConfig, model: ModelSize, lengths: Lengths) -> dict[str, int]:
-    _, size = _sizes(run)
-    tokens = max(run.actor.max_tokens_per_micro_batch, lengths.prompt + lengths.response)
-    return {
-        "activations": tokens * model.language.count_reading(size),
-        "logits": count_log_probs(),
-    }
-
-
-def _sample(run: SDPOConfig, model: ModelSize, lengths: Lengths, replicas: int, parallel: int) -> dict[str, int]:
-    """vLLM's weights are bfloat16; its cache takes what ``gpu_memory_utilization`` leaves and uses this of it."""
-    size = 2
-    sequences = min(run.rollout.max_num_seqs, _share(run.data.train_batch_size * run.rollout.n, replicas))
-    cache = sequences * (lengths.prompt + lengths.response) * model.cache_values * size
-    return {
-        "weights": _share(model.num_params * size, parallel),
-        "key-value cache": _share(cache, parallel),
-        # Two buckets of NCCL's, and one between its process and vLLM's.
-        "weights on their way": 3 * BUCKET,
-    }
-
-
-def _take_turns(utilization: float) -> dict[str, int]:
-    """On the actor's GPU: vLLM takes its share whatever is needed, and gives it back while the actor learns."""
-    return {
-        "vLLM's share of a GPU of 80 GB": int(utilization * GPU_OF_80_GB),
-        "weights on their way": BUCKET,
-    }
+def _divide(size: int, parts: int) -> int:
+    """Divide, rounding up."""
+    return -(-size // parts)

@@ -221,7 +221,7 @@ def _check_lora(actor: DictConfig, model: DictConfig) -> None:
             )
     if actor.freeze_vision_tower:
         raise ConfigError(
-            f"{ACTOR}.freeze_vision_tower=True has no effect with LoRA, which never trains the image tower; remove it"
+            f"{ACTOR}.freeze_vision_tower=True has no effect with LoRA, which never trains the vision tower; remove it"
         )
 
 

@@ -14,7 +14,7 @@ from sdpo.errors import DataError, SDPOError
 from sdpo.models.multimodal.processor import MultimodalProcessor
 from sdpo.prompting.images import collect_images, open_image, place_images
 from sdpo.prompting.tokenization import encode_prompt
-from sdpo.rewards.base import read_image
+from sdpo.rewards.rows import read_image
 from sdpo.verl_backend.config.schema import AGENT_LOOPS, MULTI_TURN, SINGLE_TURN, TOOL_TURNS
 from sdpo.verl_backend.rollout import agent_loop  # noqa: F401  its loops are registered wherever verl imports this class
 

@@ -19,8 +19,8 @@ from sdpo.algorithm.advantage import compute_group_advantages
 from sdpo.errors import DataError
 from sdpo.observability import metrics
 
-FAILURE = "grader_failure"  # why there is no grade; empty if there is one
-REFUSAL = "grader_refusal"  # of these, what the task says of its data, which ends the run
+FAILURE = "reward_failure"  # why there is no grade; empty if there is one
+REFUSAL = "reward_refusal"  # of these, what the task says of its data, which ends the run
 
 
 def check_failures(extras: Sequence[Mapping[str, Any]], config: DictConfig, what: str) -> list[bool]:
@@ -35,7 +35,7 @@ def check_failures(extras: Sequence[Mapping[str, Any]], config: DictConfig, what
             raise DataError(extra[REFUSAL])
     reasons = [reason for reason in failures if reason]
     if reasons:
-        message = f"grading failed for {len(reasons)} of {len(failures)} responses of {what}"
+        message = f"scoring failed for {len(reasons)} of {len(failures)} responses of {what}"
         if len(reasons) > config.data.max_failure_fraction * len(failures):
             raise DataError(
                 f"data.task: {message}, which is more than reward.max_failure_fraction="
@@ -47,16 +47,16 @@ def check_failures(extras: Sequence[Mapping[str, Any]], config: DictConfig, what
 
 def replace_scores(values: MutableMapping[str, Any], scores: Sequence[float], config: DictConfig) -> None:
     """Put a step's metrics of its scores (NaN: failed) in the place of verl's, of which failed ones are 0; in place."""
-    graded = [score for score in scores if not math.isnan(score)]
-    values[metrics.REWARD_FAILURES] = len(scores) - len(graded)
-    if len(graded) == len(scores):
+    scored = [score for score in scores if not math.isnan(score)]
+    values[metrics.REWARD_FAILURES] = len(scores) - len(scored)
+    if len(scored) == len(scores):
         return
     own: dict[str, float] = {}
-    if graded:
+    if scored:
         own = {
-            metrics.SCORE_MEAN: sum(graded) / len(graded),
-            metrics.SCORE_MAX: max(graded),
-            metrics.SCORE_MIN: min(graded),
+            metrics.SCORE_MEAN: sum(scored) / len(scored),
+            metrics.SCORE_MAX: max(scored),
+            metrics.SCORE_MIN: min(scored),
         }
     for name in (metrics.SCORE_MEAN, metrics.SCORE_MAX, metrics.SCORE_MIN):
         names = [name] if config.algorithm.use_kl_in_reward else [name, name.replace("/score/", "/rewards/")]

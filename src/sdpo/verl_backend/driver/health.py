@@ -22,7 +22,7 @@ from omegaconf import DictConfig, open_dict
 from sdpo.config.monitoring import HealthConfig
 from sdpo.observability import metrics
 from sdpo.observability.health import HealthMonitor
-from sdpo.observability.health_callback import HealthCallback, forget_alarms_after
+from sdpo.observability.health_callback import HealthCallback, drop_events_after
 from sdpo.observability.json_lines import append_json_line
 from sdpo.observability.progress import NullCallback
 from sdpo.retention import select_kept
@@ -50,37 +50,37 @@ class RunHealth:
         self._folder = Path(trainer.default_local_dir)
         self._keep_last, self._keep_best = trainer.max_actor_ckpt_to_keep, trainer.save_best_limit
         trainer.max_actor_ckpt_to_keep = None
-        self._alarms = Path(trainer.alarms_file)
+        self._alarms = Path(trainer.health_events_file)
         self._alarms.parent.mkdir(parents=True, exist_ok=True)
         health = read_health(config)
         settings = read_self_distillation(config.actor_rollout_ref.actor)
         is_live = settings is not None and settings.teacher_regularization == "live"
-        self._actor = _Learner(health, teacher_batch, workers, may_go_back=is_live and health.may_freeze)
-        self._guard = HealthCallback(
+        self._actor = _VerlActor(health, teacher_batch, workers, may_go_back=is_live and health.may_freeze)
+        self._health_callback = HealthCallback(
             HealthMonitor(health), self._actor, partial(append_json_line, self._alarms), _Printer()
         )
         self._scores: dict[int, float | None] = {}  # of this run's checkpoints, None without an evaluation
         if resumed is not None:
             self._load(resumed)
-        forget_alarms_after(self._alarms, _read_step(resumed) if resumed is not None else 0)
+        drop_events_after(self._alarms, _read_step(resumed) if resumed is not None else 0)
 
     @property
     def is_stopped(self) -> bool:
         """Whether an alarm ends the run."""
-        return self._guard.stopped_by is not None
+        return self._health_callback.stop_event is not None
 
     def describe_stop(self) -> str | None:
         """That alarm and its reason, None if there is none."""
-        return self._guard.describe_stop()
+        return self._health_callback.describe_stop()
 
     def check(self, step: int, values: Mapping[str, Any]) -> dict[str, float]:
         """Look at a step's metrics after its update, and act; gives metrics of its own."""
-        return self._guard.watch(step, values)
+        return self._health_callback.watch(step, values)
 
     def note_evaluation(self, step: int, values: Mapping[str, Any]) -> None:
         """Take in the held-out accuracy of the weights after a step."""
         self._actor.step = step
-        self._guard.compare(values)
+        self._health_callback.track_best(values)
         if step in self._scores:
             self._scores[step] = metrics.find_score(values)
             self._save(step)
@@ -104,7 +104,7 @@ class RunHealth:
 
     def _save(self, step: int) -> None:
         state = {
-            "guard": self._guard.state_dict(),
+            "health_callback": self._health_callback.state_dict(),
             "actor": self._actor.state_dict(),
             "scores": list(self._scores.items()),
         }
@@ -116,7 +116,7 @@ class RunHealth:
             print(f"{checkpoint}: has no {STATE_FILE}; the health rules begin anew", flush=True)
             return
         state = json.loads(path.read_text(encoding="utf-8"))
-        self._guard.load_state_dict(state["guard"])
+        self._health_callback.load_state_dict(state["health_callback"])
         self._actor.load_state_dict(state["actor"], step)
         self._scores = {step: score for step, score in state["scores"] if self._exists(step)}
 
@@ -173,15 +173,15 @@ def summarize_rollouts(scores: Sequence[float], lengths: Sequence[int], longest:
         lengths: of the responses, in tokens.
         longest: at which the sampler cuts them off. (verl's V1 trainers take the longest of the batch for it.)
     """
-    graded = [score for score in scores if not math.isnan(score)]
+    scored = [score for score in scores if not math.isnan(score)]
     values = {
         metrics.RESPONSE_LENGTH_MEAN: sum(lengths) / len(lengths),
         metrics.RESPONSE_LENGTH_CLIP_RATIO: sum(length >= longest for length in lengths) / len(lengths),
     }
-    return values | ({metrics.SCORE_MEAN: sum(graded) / len(graded)} if graded else {})
+    return values | ({metrics.SCORE_MEAN: sum(scored) / len(scored)} if scored else {})
 
 
-class _Learner:
+class _VerlActor:
     """What actions change (``health_actions.Actor``), through the batch and the workers.
 
     ``step`` is the one whose weights have been evaluated last.
@@ -198,7 +198,7 @@ class _Learner:
         self.teacher_is_frozen = False
         self.step = 0
 
-    def lower_distillation(self) -> None:
+    def reduce_distillation(self) -> None:
         assert self._teacher_batch is not None, "refused where nothing is distilled"
         self._teacher_batch.factor = self._config.reduce(self._teacher_batch.factor)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo.algorithm.loss import compute_distillation_coef, compute_prompt_weights
+from sdpo.algorithm.aggregation import compute_distillation_coef, compute_prompt_weights
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.observability import metrics
 from sdpo.prompting.demonstrations import ScoredRollout, compute_success_rates
@@ -86,7 +86,7 @@ class TeacherBatchBuilder:
             step: from 1.
         """
         rollouts = [row for row in rows if row is not None]
-        graded = [
+        scored = [
             ScoredRollout(
                 group_id=rollout.group_id,
                 response=decode_turns(self.tokenizer, rollout.response_ids, rollout.response_mask),
@@ -99,14 +99,14 @@ class TeacherBatchBuilder:
         contexts = build_teacher_contexts(
             self.tokenizer,
             [rollout.messages for rollout in rollouts],
-            graded,
+            scored,
             [None if self.window is None else self.window - len(rollout.response_ids) for rollout in rollouts],
             self.config,
             random.Random(f"demonstrations {self.seed} {step}"),
         )
-        weights = [1.0] * len(graded)
+        weights = [1.0] * len(scored)
         if self.config.weight_by_prompt_difficulty:
-            rates = compute_success_rates(graded, self.config.success_reward_threshold)
+            rates = compute_success_rates(scored, self.config.success_reward_threshold)
             weights = compute_prompt_weights(torch.tensor(rates)).tolist()
         coef = compute_distillation_coef(self.config, step, self.max_steps) * self.factor
         of_samples = iter(zip(contexts, weights, strict=True))
@@ -126,7 +126,7 @@ class TeacherBatchBuilder:
             SAMPLE_WEIGHTS: torch.tensor(row_weights),
             DISTILLATION_COEF: torch.full((len(rows),), coef),
         }
-        values = compute_reprompt_metrics(graded, contexts, self.config)
+        values = compute_reprompt_metrics(scored, contexts, self.config)
         if self.config.distills:
             values[metrics.DISTILLATION_COEF] = coef
         return fields, values

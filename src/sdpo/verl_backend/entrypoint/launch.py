@@ -1,4 +1,4 @@
-"""``sdpo verl``: make a task's files, prepare the run's folder, start verl with the translated run."""
+"""``sdpo verl``: create the task's files and the run's folder, then start verl with the translated config."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 from sdpo.config.loader import save_config
 from sdpo.config.root import SDPOConfig
 from sdpo.errors import ConfigError
-from sdpo.observability.health_callback import ALARMS_FILE
+from sdpo.observability.health_callback import HEALTH_EVENTS_FILE
 from sdpo.observability.progress import NullCallback, ProgressCallback
 from sdpo.rewards.base import load_task, prepare_task
-from sdpo.verl_backend.config.to_verl import translate
+from sdpo.verl_backend.config.to_verl import to_verl_overrides
 from sdpo.verl_backend.entrypoint.main import CPU, main
 
 METRICS = "metrics.jsonl"
@@ -24,7 +24,7 @@ METRICS = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class Command:
-    """How verl is started; as text, the line for a shell."""
+    """Arguments and environment of a start of verl; ``str`` gives a shell command."""
 
     environment: dict[str, str]
     arguments: list[str]
@@ -37,46 +37,46 @@ class Command:
         )
 
 
-def build_command(run: SDPOConfig, overrides: Sequence[str] = ()) -> Command:
-    """Translate the run; ``overrides`` go to Hydra as they are, after the run's own.
+def build_command(config: SDPOConfig, overrides: Sequence[str] = ()) -> Command:
+    """Translate the config; ``overrides`` go to Hydra unchanged, after the config's own.
 
     Raises:
-        ConfigError: see ``translate``.
+        ConfigError: see ``to_verl_overrides``.
     """
-    translated = translate(run)
+    translated = to_verl_overrides(config)
     arguments = ["--config-name", translated.config_name]
     notes = []
     if not torch.cuda.is_available():
         arguments.append(CPU)
-        notes.append("no CUDA device: Ray's GPUs are made up, transformers samples instead of vLLM")
+        notes.append("no CUDA device: Ray gets placeholder GPUs, and transformers samples instead of vLLM")
     if translated.unused:
-        notes.append(f"without effect on verl: {', '.join(translated.unused)}")
-    environment = {"VERL_FILE_LOGGER_PATH": str(Path(run.output_dir).absolute() / METRICS)}
+        notes.append(f"no effect on verl: {', '.join(translated.unused)}")
+    environment = {"VERL_FILE_LOGGER_PATH": str(Path(config.output_dir).absolute() / METRICS)}
     return Command(environment, [*arguments, *translated.overrides, *overrides], notes)
 
 
-def launch(run: SDPOConfig, command: Command, observer: ProgressCallback | None = None) -> None:
-    """Start the run and wait for its end. A run that has checkpoints goes on from the last one.
+def launch(config: SDPOConfig, command: Command, observer: ProgressCallback | None = None) -> None:
+    """Train until the end. A run with checkpoints resumes from the last one.
 
     Raises:
-        ConfigError: something the person gave us is wrong; Ray has not been started.
+        ConfigError: a setting or file is wrong; Ray has not been started.
     """
-    prepare_task(load_task(run.data.task, run.data.task_args), observer or NullCallback())
-    folder = Path(run.output_dir)
+    prepare_task(load_task(config.data.task, config.data.task_args), observer or NullCallback())
+    folder = Path(config.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_config(run, folder / "run.yaml")
+        save_config(config, folder / "run.yaml")
     except OSError as error:
-        raise ConfigError(f"output_dir: {folder}: cannot be written ({error.strerror})") from error
-    _keep(folder / METRICS)
-    if run.resume_mode == "disable":
-        _keep(folder / ALARMS_FILE)
+        raise ConfigError(f"output_dir={folder}: cannot be written ({error.strerror}); name another folder") from error
+    _move_aside(folder / METRICS)
+    if config.resume_mode == "disable":
+        _move_aside(folder / HEALTH_EVENTS_FILE)
     os.environ.update(command.environment)
     main(command.arguments)
 
 
-def _keep(path: Path) -> None:
-    """The run begins this file anew; what an earlier one wrote stays beside it."""
+def _move_aside(path: Path) -> None:
+    """Rename an earlier run's file to the next free number, since this run starts the file from the beginning."""
     number = 1
     while path.with_suffix(f".{number}.jsonl").exists():
         number += 1

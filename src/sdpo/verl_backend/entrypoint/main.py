@@ -92,7 +92,7 @@ def _check_model(config: DictConfig) -> None:
         if reads_images(ModelConfig(path=path, trust_remote_code=model.trust_remote_code)):
             _check_processor(path, trust_remote_code=model.trust_remote_code)
         elif config.actor_rollout_ref.actor.freeze_vision_tower:
-            raise ConfigError(f"actor.freeze_vision_tower=True: {model.path} has no image tower; set it to false")
+            raise ConfigError(f"actor.freeze_vision_tower=True: {model.path} has no vision tower; set it to false")
         if config.actor_rollout_ref.actor.policy_loss.loss_mode == LOSS_MODE:
             _check_adapters(plain, read_lora(model))
     except SDPOError as error:
@@ -165,7 +165,7 @@ def run(config: DictConfig) -> None:
     except SDPOError as error:  # out of Ray's process, with a traceback in its text
         raise getattr(error, "cause", error) from None
     if stopped_by:
-        print(f"stopped by an alarm: {stopped_by}", file=sys.stderr)
+        print(f"stopped by a health check: {stopped_by}", file=sys.stderr)
 
 
 class _Runner:

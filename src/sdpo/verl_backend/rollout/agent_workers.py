@@ -1,4 +1,4 @@
-"""verl's agent loop workers; a response that cannot be had or graded is a failed grade, not the end of anything.
+"""verl's agent loop workers; a response that cannot be had or scored is a failed grade, not the end of anything.
 
 verl's one-step-off trainer would stop at the first exception. Its V1 trainers would log it, fill the response's place
 with padding and go on without saying so.

@@ -12,7 +12,7 @@ from sdpo.config.data import RewardConfig
 from sdpo.rewards.async_scoring import AsyncScorer, is_asynchronous
 from sdpo.rewards.base import RewardOutput, Row, load_task
 from sdpo.rewards.scoring import score_once
-from sdpo.rewards.scoring_process import GraderProcess
+from sdpo.rewards.scoring_process import ScoringProcess
 
 _loading = threading.Lock()
 
@@ -23,7 +23,7 @@ def _load(task: str, args: str, timeout: float | None) -> Callable[[Row, str], R
     if is_asynchronous(reward_manager):
         return AsyncScorer(reward_manager, timeout).compute_score
     if timeout is not None:
-        return GraderProcess(task, args, timeout).compute_score
+        return ScoringProcess(task, args, timeout).compute_score
     return functools.partial(score_once, reward_manager, timeout=None)
 
 

@@ -26,9 +26,11 @@ from verl.utils.fsdp_utils import load_fsdp_model_to_gpu, offload_fsdp_model_to_
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from sdpo.algorithm.loss import Sums, add_sums, compute_token_weights
+from sdpo.algorithm.aggregation import compute_token_weights
 from sdpo.algorithm.regularization import Regularization
-from sdpo.algorithm.teacher import Teacher, get_shards
+from sdpo.algorithm.sums import Sums, add_sums
+from sdpo.algorithm.teacher import Teacher
+from sdpo.algorithm.teacher_weights import get_shards
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.errors import ConfigError
 from sdpo.kernels.chunked_log_probs import LinearHead
@@ -55,7 +57,7 @@ from sdpo.verl_backend.worker.packing import (
     pad_right,
     repair_position_ids,
 )
-from sdpo.verl_backend.worker.vision_tower import compute_positions, freeze_tower, share_images
+from sdpo.verl_backend.worker.vision_tower import compute_positions, freeze_vision_tower, share_images
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +91,7 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         freeze_vision_tower: bool = False,
         regularization: Regularization | None = None,
     ) -> None:
-        """Say what to distil, how token losses become one number, whether the image tower learns, and what is added."""
+        """Set what to distil, how token losses are aggregated, whether the vision tower learns, and what is added."""
         self.config = config
         self.loss_agg_mode = loss_agg_mode
         self.horizon = horizon
@@ -113,7 +115,7 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
             self.use_remove_padding = packs_rows
         share_images(module)
         if self.freeze_vision_tower:
-            freeze_tower(module)
+            freeze_vision_tower(module)
         return module
 
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
@@ -529,7 +531,7 @@ def _keep(logits: LinearHead, coefficient: float, with_weight: bool) -> LinearHe
 
 
 def read_images(micro_batch: TensorDict) -> list[dict[str, Tensor]]:
-    """What the image tower reads of each sample, by the names of its arguments; empty for a text."""
+    """What the vision tower reads of each sample, by the names of its arguments; empty for a text."""
     if "multi_modal_inputs" not in micro_batch:
         return [{}] * len(micro_batch)
     entries = (getattr(entry, "data", entry) for entry in micro_batch["multi_modal_inputs"])

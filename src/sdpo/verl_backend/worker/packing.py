@@ -100,7 +100,7 @@ def pack_tokens(data: TensorDict) -> PackedTokens:
     samples, positions = mask.nonzero(as_tuple=True)
     rows = (ends - lengths - 1)[samples] + positions
 
-    def flops_per_token(name: str) -> Tensor:
+    def at_tokens(name: str) -> Tensor:
         return pad_right(data[name])[mask].float()
 
     prompt_lengths = data[TEACHER_PROMPT_LENGTHS]
@@ -119,16 +119,14 @@ def pack_tokens(data: TensorDict) -> PackedTokens:
         sample_numbers=data[SAMPLE_NUMBERS][samples],
         inputs=TokenInputs(
             sampled_ids=token_ids[rows + 1],
-            old_log_probs=flops_per_token("old_log_probs"),
+            old_log_probs=at_tokens("old_log_probs"),
             policy_weights=data[POLICY_WEIGHTS][samples],
-            advantages=flops_per_token("advantages"),
-            rollout_is_weights=flops_per_token("rollout_is_weights")
-            if data.get("rollout_is_weights") is not None
-            else None,
+            advantages=at_tokens("advantages"),
+            rollout_is_weights=at_tokens("rollout_is_weights") if data.get("rollout_is_weights") is not None else None,
             distilled=distilled,
             distillation_weights=data[DISTILLATION_WEIGHTS][samples],
             distillation_coef=float(data[DISTILLATION_COEF][0]),
-            ref_log_probs=flops_per_token("ref_log_prob") if data.get("ref_log_prob") is not None else None,
+            ref_log_probs=at_tokens("ref_log_prob") if data.get("ref_log_prob") is not None else None,
         ),
         teacher_samples=samples_distilled,
         teacher_sequences=sequences,

@@ -1,4 +1,4 @@
-"""Image towers on verl's engine: each distinct image through the tower once, frozen towers, positions of sequences."""
+"""Vision towers on verl's engine: each distinct image through the tower once, frozen towers, positions of sequences."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ def _repeat(features: Tensor, lengths: Sequence[int], places: Sequence[int]) -> 
     return torch.cat([parts[place] for place in places])
 
 
-def freeze_tower(module: nn.Module) -> None:
+def freeze_vision_tower(module: nn.Module) -> None:
     """Leave the language model, with its head, alone to be trained.
 
     Raises:
         ConfigError: the model reads no images.
     """
     try:
-        vision_tower.freeze_tower(module)
+        vision_tower.freeze_vision_tower(module)
     except SDPOError as error:
         raise ConfigError(f"actor_rollout_ref.actor.freeze_vision_tower=True: {error}") from error
 

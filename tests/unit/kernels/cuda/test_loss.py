@@ -24,13 +24,13 @@ pytest.importorskip("triton", reason="has no wheel for this system")
 from sdpo import SelfDistillationConfig, fused_self_distillation_loss
 from sdpo.kernels import chunked_log_probs, dispatch, fused_linear_loss
 from sdpo.kernels.chunked_log_probs import LinearHead
+from sdpo.kernels.cpu.grouped_topk import topk_support
 from sdpo.kernels.cuda import chunks, fused_loss
 from sdpo.kernels.cuda.logits import Logits
 from sdpo.kernels.cuda.row_statistics import compute_row_statistics
 from sdpo.kernels.cuda.scaling import scale
 from sdpo.kernels.cuda.top_k import select_top_ids
 from sdpo.kernels.fused_linear_loss import FusedOutputs, TokenInputs
-from sdpo.kernels.loss_inputs import topk_support
 from sdpo.observability import metrics
 
 REFERENCE = Path(__file__).parents[2] / "algorithm" / "numpy_reference.py"

@@ -1,12 +1,12 @@
-"""What the loss reads of distributions: the largest entries against a sort."""
+"""The grouped top-k search against a sort."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from sdpo.kernels import loss_inputs
-from sdpo.kernels.loss_inputs import topk_support
+from sdpo.kernels.cpu import grouped_topk
+from sdpo.kernels.cpu.grouped_topk import topk_support
 
 
 @pytest.mark.parametrize("group", [2, 5, 64])
@@ -14,7 +14,7 @@ from sdpo.kernels.loss_inputs import topk_support
 def test_the_largest_entries_are_those_of_a_sort(
     vocab_size: int, k: int, group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss_inputs, "TOP_GROUP", group)
+    monkeypatch.setattr(grouped_topk, "TOP_GROUP", group)
     generator = torch.Generator().manual_seed(vocab_size + k)
     values = torch.randn(50, vocab_size, generator=generator, dtype=torch.float64)
     values[:20, -k:] += 5.0  # the rest that fills no group

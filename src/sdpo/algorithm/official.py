@@ -1,0 +1,129 @@
+"""The distillation loss of a padded batch, with the signature of the official function (lasgroup/SDPO)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sdpo.algorithm.aggregation import compute_token_weights
+from sdpo.algorithm.loss import LossInputs, compute_distillation_token_losses
+from sdpo.algorithm.sums import reduce_values
+from sdpo.config.self_distillation import SelfDistillationConfig
+from sdpo.observability import metrics
+
+
+def compute_self_distillation_loss(
+    student_log_probs: Tensor,
+    teacher_log_probs: Tensor,
+    response_mask: Tensor,
+    self_distillation_config: SelfDistillationConfig,
+    old_log_probs: Tensor | None = None,
+    student_all_log_probs: Tensor | None = None,
+    teacher_all_log_probs: Tensor | None = None,
+    student_topk_log_probs: Tensor | None = None,
+    teacher_topk_log_probs: Tensor | None = None,
+    self_distillation_mask: Tensor | None = None,
+    loss_agg_mode: str = "token-mean",
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """Distillation loss of a padded batch, with the signature of the official function (lasgroup/SDPO).
+
+    Args:
+        student_log_probs: [B, T], log-probabilities of the sampled tokens, with gradient.
+        teacher_log_probs: [B, T], the teacher's for the same tokens; never receives a gradient.
+        response_mask: [B, T], 1 at response tokens.
+        self_distillation_config: divergence, level and clips. ``policy_loss_weight`` is not applied: the result is the
+            distillation loss alone.
+        old_log_probs: [B, T], required unless ``is_clip`` is None.
+        student_all_log_probs, teacher_all_log_probs: [B, T, V], for the full vocabulary.
+        student_topk_log_probs, teacher_topk_log_probs: [B, T, K], both at the student's top k, for top-k.
+        self_distillation_mask: [B], 1 for samples with teacher context.
+        loss_agg_mode: see ``compute_token_weights``; the horizon of ``seq-mean-token-sum-norm`` is T.
+        rollout_is_weights: [B, T], truncated importance weights old policy / sampler.
+
+    Returns:
+        The scalar loss and its metrics. Without distilled tokens the loss is exactly 0, with a zero gradient.
+
+    Raises:
+        ValueError: a tensor that the settings require is missing.
+
+    Departures from the official function:
+    - Samples with a non-finite value are removed from the batch and counted in
+      ``self_distillation/nonfinite_samples``.
+    - Values at masked positions are ignored, even NaN.
+    - ``seq-mean-token-sum-norm`` also divides by the number of sequences, as current verl does.
+    - The options that this package adds to the config apply.
+    """
+    config = self_distillation_config
+    _require_tensors(config, locals())
+    mask = response_mask.bool()
+    if self_distillation_mask is not None:
+        mask = mask & self_distillation_mask.bool().unsqueeze(-1)
+    student_distribution = teacher_distribution = None
+    if config.full_logit_distillation:
+        student_distribution, teacher_distribution = (
+            (student_topk_log_probs, teacher_topk_log_probs)
+            if config.distillation_topk is not None
+            else (student_all_log_probs, teacher_all_log_probs)
+        )
+    token_values = (student_log_probs, teacher_log_probs, old_log_probs, rollout_is_weights)
+    broken = _find_nonfinite_tokens(mask, token_values, (student_distribution, teacher_distribution))
+    num_dropped = 0
+    while True:
+        nonfinite = (mask & broken).any(-1)
+        num_dropped += int(nonfinite.sum())
+        mask = mask & ~nonfinite.unsqueeze(-1)
+        counts = mask.sum(-1).to(torch.promote_types(student_log_probs.dtype, torch.float32))
+        weights = compute_token_weights(counts, loss_agg_mode, horizon=mask.shape[-1])
+        inputs = LossInputs(
+            student_log_probs=student_log_probs[mask],
+            old_log_probs=(student_log_probs if old_log_probs is None else old_log_probs)[mask].detach(),
+            rollout_is_weights=None if rollout_is_weights is None else rollout_is_weights[mask].detach(),
+            distilled=torch.ones_like(student_log_probs[mask], dtype=torch.bool),
+            distillation_weights=weights.unsqueeze(-1).expand(mask.shape)[mask],
+            teacher_log_probs=teacher_log_probs[mask].detach(),
+            student_distribution=None if student_distribution is None else student_distribution[mask],
+            teacher_distribution=None if teacher_distribution is None else teacher_distribution[mask].detach(),
+        )
+        losses, token_values_by_name = compute_distillation_token_losses(inputs, config)
+        broken = torch.zeros_like(mask).masked_scatter(mask, ~torch.isfinite(losses))
+        if not bool(broken.any()):
+            break
+    # The sum over zero tokens keeps the graph, so that backward works on an empty batch.
+    assert inputs.distillation_weights is not None
+    loss = (losses * inputs.distillation_weights).sum() + 0.0 * student_log_probs[mask].sum()
+    values = {
+        name: float(total / count.clamp(min=1)) for name, (total, count) in reduce_values(token_values_by_name).items()
+    }
+    values |= {metrics.DISTILLATION_LOSS: float(loss.detach()), metrics.NONFINITE_SAMPLES: float(num_dropped)}
+    return loss, values
+
+
+def _find_nonfinite_tokens(
+    mask: Tensor, token_values: Sequence[Tensor | None], distributions: Sequence[Tensor | None]
+) -> Tensor:
+    """Mask [B, T] of tokens with a non-finite value; ``-inf`` in a distribution is valid (probability 0)."""
+    broken = torch.zeros_like(mask)
+    for values in token_values:
+        if values is not None:
+            broken = broken | ~torch.isfinite(values.detach())
+    for log_probs in distributions:
+        if log_probs is not None:
+            broken = broken | ~(log_probs.detach().amax(-1) < torch.inf)  # amax propagates NaN
+    return broken
+
+
+def _require_tensors(config: SelfDistillationConfig, given: Mapping[str, object]) -> None:
+    needed: list[str] = []
+    if config.full_logit_distillation:
+        kept = "topk" if config.distillation_topk is not None else "all"
+        needed = [f"student_{kept}_log_probs", f"teacher_{kept}_log_probs"]
+    if config.is_clip is not None:
+        needed.append("old_log_probs")
+    for name in needed:
+        if given[name] is None:
+            raise ValueError(
+                f"{name} is required by these settings (full_logit_distillation, distillation_topk, is_clip)"
+            )

@@ -1,0 +1,39 @@
+"""Sums from which the metrics of a mini-batch are computed, over any split into micro-batches."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from sdpo.observability import metrics
+
+# metric -> (sum, count), added over micro-batches; a count of 0 marks a total
+Sums: TypeAlias = dict[str, tuple[Tensor, Tensor]]
+# metric -> its values by token, [N] or [M]; the metric is their mean, or their sum if it is in TOTALS
+TokenValues: TypeAlias = dict[str, Tensor]
+# Values that are already weighted: their sum over micro-batches is the metric.
+TOTALS = {metrics.PG_LOSS, metrics.DISTILLATION_LOSS, metrics.KL_LOSS, metrics.LOSS}
+
+
+def add_sums(sums: Sums, more: Sums) -> None:
+    """Add the sums of another micro-batch in place."""
+    for name, (total, count) in more.items():
+        before = sums.get(name)
+        sums[name] = (total, count) if before is None else (before[0] + total, before[1] + count)
+
+
+def mean_of(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and count of a metric's values."""
+    values = values.detach()
+    return values.sum(), torch.full((), values.numel(), device=values.device)
+
+
+def reduce_values(values: TokenValues) -> Sums:
+    """Sums and counts of the metrics."""
+    return {name: _total(each) if name in TOTALS else mean_of(each) for name, each in values.items()}
+
+
+def _total(values: Tensor) -> tuple[Tensor, Tensor]:
+    return values.detach().sum(), torch.zeros((), dtype=torch.long, device=values.device)
