@@ -30,8 +30,9 @@ from sdpo.kernels.fused_linear_loss import TokenInputs, fused_linear_sdpo_loss
 from sdpo.models.loading import load_model
 from sdpo.models.memory_estimate import fused_loss_bytes
 from sdpo.models.model_size import LayerStack, measure_model
+from sdpo.models.multimodal.feature_cache import ImageFeatureCache
 from sdpo.models.multimodal.processor import load_reader
-from sdpo.models.multimodal.vision_tower import ImageFeatureCache, get_vision_tower_parameters
+from sdpo.models.multimodal.vision_tower import get_vision_tower_parameters
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "qwen2_5_vl_3b"
 CountPeak = Callable[[Callable[[], Any]], int]
@@ -91,8 +92,8 @@ def test_images_through_a_tower_stay_below_their_bound(family: str, count_peak: 
     assert size.num_params == sum(param.numel() for param in model.parameters())
     images = [vision_models.make_image(i, (112, 112)) for i in range(8)]
     numbers = sum(value.numel() for image in images for value in reader.read_pixels(image).values())
-    seen = ImageFeatureCache(model, reader, learning=True)
-    features = seen.select(images)
+    seen = ImageFeatureCache(reader, student=model)
+    features = seen.select(model, images)
 
     def learn() -> None:
         for tensor in (tensor for each in features for tensor in each.tensors()):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sdpo.models.forward import PaddedSequences, compute_hidden
-from sdpo.models.output_head import build_lazy_logits, compute_dense_logits
+from sdpo.models.output_head import build_linear_head, compute_dense_logits
 from sdpo.models.packing.layout import AttentionCostModel, PackedSequences
 from sdpo.models.packing.support import enable_packing
 from sdpo.trainer.actor.collate import Collator
@@ -93,7 +93,7 @@ def test_logits_are_those_of_each_sample_alone(
     batch = Collator(0, CPU, cost=cost).build(samples)
 
     def compute(model: Any, sequences: PaddedSequences | PackedSequences) -> Tensor:
-        return compute_dense_logits(build_lazy_logits(model, compute_hidden(model, sequences)))
+        return compute_dense_logits(build_linear_head(model, compute_hidden(model, sequences)))
 
     torch.testing.assert_close(compute(student, batch.student), torch.cat(expected), atol=1e-5, rtol=1e-5)
     if not distilled:

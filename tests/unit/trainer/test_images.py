@@ -20,11 +20,11 @@ from sdpo.errors import SDPOError
 from sdpo.models.forward import PaddedSequences, compute_hidden
 from sdpo.models.generation.sampling import Completion
 from sdpo.models.lora.adapters import add_adapters
-from sdpo.models.multimodal import vision_tower as vision_module
-from sdpo.models.multimodal.feature_cache import StepImageFeatures
+from sdpo.models.multimodal import feature_cache, vision_tower
+from sdpo.models.multimodal.feature_cache import ImageFeatureCache
 from sdpo.models.multimodal.processor import load_processor
 from sdpo.models.multimodal.vision_tower import freeze_vision_tower, get_vision_tower_parameters
-from sdpo.models.output_head import build_lazy_logits, compute_dense_logits
+from sdpo.models.output_head import build_linear_head, compute_dense_logits
 from sdpo.models.packing.layout import PackedSequences
 from sdpo.models.packing.support import enable_packing
 from sdpo.observability import metrics
@@ -73,8 +73,8 @@ def make_samples(
     return samples
 
 
-def step_images(loaded: LoadedModel, frozen: bool = False) -> StepImageFeatures:
-    return StepImageFeatures(loaded.vision, loaded.model, frozen=frozen, precision=torch.no_grad)
+def step_images(loaded: LoadedModel, frozen: bool = False) -> ImageFeatureCache:
+    return ImageFeatureCache(loaded.vision.reader, student=loaded.model, frozen=frozen, precision=torch.no_grad)
 
 
 # --- 1: the same numbers as one sample alone
@@ -103,7 +103,7 @@ def test_logits_of_student_and_teacher_are_those_of_each_sample_alone(
         features = images.select(loaded.model, sequences.images)
         with torch.no_grad():
             hidden = compute_hidden(loaded.model, sequences, vision=loaded.vision, features=features)
-            return compute_dense_logits(build_lazy_logits(loaded.model, hidden))
+            return compute_dense_logits(build_linear_head(loaded.model, hidden))
 
     torch.testing.assert_close(compute(batch.student), torch.cat(expected), atol=1e-4, rtol=1e-4)
     if batch.teacher is not None:
@@ -120,13 +120,13 @@ class Counter:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.passed: list[tuple[nn.Module, int, bool]] = []
-        run = vision_module._run_tower
+        run = feature_cache.run_vision_tower
 
         def count(model: nn.Module, pixels: Sequence[Any]) -> Any:
             self.passed.append((model, len(pixels), torch.is_grad_enabled()))
             return run(model, pixels)
 
-        monkeypatch.setattr(vision_module, "_run_tower", count)
+        monkeypatch.setattr(feature_cache, "run_vision_tower", count)
 
     def of(self, module: nn.Module | None, grad: bool) -> int:
         return sum(number for model, number, had in self.passed if model is module and had == grad)
@@ -181,11 +181,11 @@ class NaiveImages:
         self.vision = vision
 
     def select(self, module: nn.Module, images: Sequence[bytes]) -> list[Any]:
-        return [vision_module._run_tower(module, [self.vision.reader.read_pixels(image)])[0] for image in images]
+        return [vision_tower.run_vision_tower(module, [self.vision.reader.read_pixels(image)])[0] for image in images]
 
     def backward(self) -> None: ...
 
-    forget_gradients = forget_student = backward
+    clear_gradients = clear_student = backward
 
 
 @pytest.mark.parametrize("family", FAMILIES)

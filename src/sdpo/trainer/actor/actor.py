@@ -27,10 +27,10 @@ from sdpo.kernels.fused_linear_loss import FusedOutputs, TokenInputs
 from sdpo.models.forward import PaddedSequences, compute_hidden
 from sdpo.models.lora.adapters import copy_without_adapters
 from sdpo.models.lora.teacher import build_lora_teacher
-from sdpo.models.multimodal.feature_cache import StepImageFeatures
+from sdpo.models.multimodal.feature_cache import ImageFeatureCache
 from sdpo.models.multimodal.vision_tower import VisionAdapter
 from sdpo.models.optimizer import UpdateRounding, build_optimizer, compile_on_gpus_only
-from sdpo.models.output_head import build_lazy_logits, forbid_tokens, measure_logit_scale
+from sdpo.models.output_head import build_linear_head, suppress_tokens, measure_logit_scale
 from sdpo.models.packing.layout import PackedSequences
 from sdpo.models.packing.support import enable_packing
 from sdpo.observability import metrics
@@ -233,7 +233,7 @@ class Actor:
     def compute_log_probs(
         self,
         samples: Sequence[TrainingSample],
-        images: StepImageFeatures | None = None,
+        images: ImageFeatureCache | None = None,
         model: torch.nn.Module | None = None,
     ) -> list[Tensor]:
         """Log-probabilities of each sample's response tokens under the student as it is now, or another model.
@@ -248,7 +248,7 @@ class Actor:
                 self._halve_micro_batch_on_oom(error, samples)
 
     def _compute_log_probs_by_piece(
-        self, samples: Sequence[TrainingSample], images: StepImageFeatures | None, model: torch.nn.Module | None
+        self, samples: Sequence[TrainingSample], images: ImageFeatureCache | None, model: torch.nn.Module | None
     ) -> list[Tensor]:
         result: list[Tensor] = [torch.empty(0)] * len(samples)
         for piece in self.batcher.split(samples, self.max_tokens_per_micro_batch):
@@ -266,14 +266,14 @@ class Actor:
         samples: list[TrainingSample],
         log_probs: LogProbs,
         coef: float,
-        images: StepImageFeatures | None,
+        images: ImageFeatureCache | None,
         before_update: Callable[[], None],
     ) -> dict[str, float]:
         num_dropped = 0
         while True:
             self.optimizer.zero_grad(set_to_none=True)
             if images is not None:
-                images.forget_gradients()
+                images.clear_gradients()
             spreads = {metrics.ENTROPY: ClusteredMean(), metrics.TEACHER_GAP: ClusteredMean()}
             try:
                 sums, nonfinite = self._accumulate_gradients(samples, log_probs, coef, images, spreads)
@@ -294,7 +294,7 @@ class Actor:
         before_update()
         values |= self._update()
         if images is not None:
-            images.forget_student()
+            images.clear_student()
         return values
 
     def _accumulate_gradients(
@@ -302,7 +302,7 @@ class Actor:
         samples: Sequence[TrainingSample],
         log_probs: LogProbs,
         coef: float,
-        images: StepImageFeatures | None,
+        images: ImageFeatureCache | None,
         spreads: dict[str, ClusteredMean],
     ) -> tuple[Sums, set[int]]:
         """Gradients of the mini-batch's loss; stops at the first micro-batch with samples that are not finite."""
@@ -339,7 +339,7 @@ class Actor:
         policy_weights: Tensor,
         distillation_weights: Tensor,
         coef: float,
-        images: StepImageFeatures | None,
+        images: ImageFeatureCache | None,
     ) -> tuple[FusedOutputs, Sums]:
         student = self._read_student(batch, images)
         teacher: list[LinearHead] = []
@@ -378,7 +378,7 @@ class Actor:
         )
         return outputs, self._correct(outputs.student_log_probs if old is None else old, batch)[1]
 
-    def _read_student(self, batch: MicroBatch, images: StepImageFeatures | None) -> LinearHead:
+    def _read_student(self, batch: MicroBatch, images: ImageFeatureCache | None) -> LinearHead:
         # Only this mode lets transformers checkpoint; everything else runs without dropout, as sampling does.
         self.student.train(self.run.actor.gradient_checkpointing and torch.is_grad_enabled())
         return self._read(self.student, batch.student, images)
@@ -387,7 +387,7 @@ class Actor:
         self,
         module: torch.nn.Module,
         sequences: PaddedSequences | PackedSequences,
-        images: StepImageFeatures | None,
+        images: ImageFeatureCache | None,
         coefficient: float = 1.0,
     ) -> LinearHead:
         features = images.select(module, sequences.images) if images is not None else ()
@@ -397,8 +397,8 @@ class Actor:
             hidden = hidden.bfloat16()  # as autocast has it in the output layer's product
         if self.logit_scale != 1.0:
             hidden = hidden * self.logit_scale
-        logits = build_lazy_logits(module, hidden, coefficient)
-        return logits if self.vision is None else forbid_tokens(logits, self.vision.placeholder_ids)
+        logits = build_linear_head(module, hidden, coefficient)
+        return logits if self.vision is None else suppress_tokens(logits, self.vision.placeholder_ids)
 
     def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(name, param) for name, param in self.student.named_parameters() if param.requires_grad]
@@ -429,11 +429,11 @@ class Actor:
         # A weight is needed once a pass: a cache of cast weights would only hold all of the model.
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.actor.autocast, cache_enabled=False)
 
-    def _step_images(self) -> StepImageFeatures | None:
+    def _step_images(self) -> ImageFeatureCache | None:
         if self.vision is None:
             return None
-        return StepImageFeatures(
-            self.vision, self.student, frozen=not self.run.trains_vision, precision=self._precision
+        return ImageFeatureCache(
+            self.vision.reader, student=self.student, frozen=not self.run.trains_vision, precision=self._precision
         )
 
     def _correct(self, old: Tensor, batch: MicroBatch) -> tuple[Tensor | None, Sums]:

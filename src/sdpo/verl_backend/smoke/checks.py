@@ -21,8 +21,9 @@ from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.kernels.loss_inputs import gather_log_probs
 from sdpo.models.forward import compute_logits, pad_sequences
 from sdpo.models.loading import load_model
+from sdpo.models.multimodal.feature_cache import ImageFeatureCache
 from sdpo.models.multimodal.processor import TokenPrompt, load_reader
-from sdpo.models.multimodal.vision_tower import ImageFeatureCache, VisionAdapter
+from sdpo.models.multimodal.vision_tower import VisionAdapter
 from sdpo.observability import metrics
 from sdpo.prompting.images import collect_images
 from sdpo.rewards.toy.figures import PICTURE_SIZE
@@ -275,7 +276,7 @@ def compute_log_probs(
         padded.position_ids,
         padded.response_mask.shape[1] + 1,
         vision=vision,
-        features=ImageFeatureCache(model, vision.reader).select(padded.images),
+        features=ImageFeatureCache(vision.reader).select(model, padded.images),
     )[:, :-1][padded.response_mask]
     logits[:, list(forbidden)] = float("-inf")
     sampled = padded.token_ids[:, -padded.response_mask.shape[1] :][padded.response_mask]

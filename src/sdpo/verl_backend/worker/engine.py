@@ -37,7 +37,7 @@ from sdpo.kernels.chunked_log_probs import LinearHead
 from sdpo.kernels.dispatch import fused_linear_sdpo_loss, score_tokens
 from sdpo.kernels.fused_linear_loss import FusedOutputs
 from sdpo.models.optimizer import UpdateRounding, compile_on_gpus_only
-from sdpo.models.output_head import forbid_tokens
+from sdpo.models.output_head import suppress_tokens
 from sdpo.observability import metrics
 from sdpo.observability.metrics import UPDATE_ROUNDING
 from sdpo.verl_backend.config.schema import ACTOR, read_lora
@@ -444,7 +444,7 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         if self._forbidden_ids is None:
             tokenizer, processor = self.model_config.tokenizer, self.model_config.processor
             self._forbidden_ids = find_forbidden_ids(tokenizer, processor, len(logits.weight))
-        return forbid_tokens(logits, self._forbidden_ids)
+        return suppress_tokens(logits, self._forbidden_ids)
 
     def _build_teacher_inputs(self, tokens: PackedTokens, micro_batch: TensorDict) -> TensorDict:
         """The teacher's sequences as a micro-batch of verl's, with the images of their samples."""
