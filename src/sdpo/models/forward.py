@@ -121,7 +121,7 @@ def compute_hidden(
             **shown,
         ).last_hidden_state
     if isinstance(sequences, PackedSequences):
-        return hidden[0].index_select(0, sequences.scored)
+        return hidden[0].index_select(0, sequences.predictor_index)
     return hidden[:, -sequences.response_mask.shape[1] - 1 : -1][sequences.response_mask]
 
 

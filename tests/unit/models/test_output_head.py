@@ -23,7 +23,7 @@ from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.errors import SDPOError
 from sdpo.kernels.chunked_log_probs import LinearHead, score_tokens
 from sdpo.kernels.fused_linear_loss import TokenInputs, fused_linear_sdpo_loss
-from sdpo.models.output_head import build_linear_head, compute_dense_logits, suppress_tokens, measure_logit_scale
+from sdpo.models.output_head import build_linear_head, compute_dense_logits, measure_logit_scale, suppress_tokens
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 40,

@@ -30,7 +30,7 @@ from sdpo.models.lora.teacher import build_lora_teacher
 from sdpo.models.multimodal.feature_cache import ImageFeatureCache
 from sdpo.models.multimodal.vision_tower import VisionAdapter
 from sdpo.models.optimizer import UpdateRounding, build_optimizer, compile_on_gpus_only
-from sdpo.models.output_head import build_linear_head, suppress_tokens, measure_logit_scale
+from sdpo.models.output_head import build_linear_head, measure_logit_scale, suppress_tokens
 from sdpo.models.packing.layout import PackedSequences
 from sdpo.models.packing.support import enable_packing
 from sdpo.observability import metrics
