@@ -1,4 +1,4 @@
-"""What can go wrong around a run, made to go wrong: docs/embedded.md has the table of these.
+"""What can go wrong around a run, made to go wrong: docs/native_trainer.md has the table of these.
 
 A killed actor is in benchmarks/crash.py, of which a part is run here; signals, two runs in one folder and settings
 that differ are in tests/unit/trainer/test_resume.py, graders in tests/unit/rewards/test_scoring.py.
