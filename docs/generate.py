@@ -25,8 +25,8 @@ CONFIGURATION = """\
 # Configuration
 
 A config file is YAML; `key=value` on the command line overrides it, with the dotted keys below. An unknown key, a wrong
-type and a value out of range are refused with one line. A key of an earlier version is refused with its new name. `null`
-means "not set".
+type and a value out of range are refused with one line. A key of an earlier version is refused with its new name.
+`null` means "not set".
 """
 
 METRICS = """\
@@ -120,8 +120,8 @@ HOOKS_PAGE = """\
 # Hooks into verl
 
 The non-public parts of verl {version} that `src/sdpo/verl_backend` depends on. The extra `sdpo[verl]` installs exactly
-this version. `tests/unit/verl_backend/test_hooks.py` compares the source of each hook with a recorded fingerprint and names
-the hooks that changed.
+this version. `tests/unit/verl_backend/test_hooks.py` compares the source of each hook with a recorded fingerprint and
+names the hooks that changed.
 
 """
 
@@ -135,11 +135,11 @@ PERFORMANCE = """\
 # Performance
 
 Time and memory, compared with a lower bound and with other implementations. `docs/generate.py` makes every table from
-`benchmarks/results/*.json`; the command above a table repeats the measurement. `benchmarks/notes.md` lists what was tried
-and did not help.
+`benchmarks/results/*.json`; the command above a table repeats the measurement. `benchmarks/notes.md` lists what was
+tried and did not help.
 
-Ratios are medians of interleaved measurements, in one process or in alternating processes, each with one thread. TRL and
-Liger come with the extra `bench`, on Python 3.11 or 3.12; lines whose package is missing are left out:
+Ratios are medians of interleaved measurements, in one process or in alternating processes, each with one thread. TRL
+and Liger come with the extra `bench`, on Python 3.11 or 3.12; lines whose package is missing are left out:
 
 ```bash
 pip install torch==2.13.0                # where there is no GPU: --index-url https://download.pytorch.org/whl/cpu
@@ -152,8 +152,8 @@ The loss alone, from hidden states and output layers to the gradients of both. M
 gradients.
 
 - **floor**: the four matrix products that every implementation needs, by torch.
-- **floor, oneDNN**: the same in float32 by oneDNN, which our products use on AMD processors with AVX-512, where torch uses
-  MKL. So there ours is below the floor of all others.
+- **floor, oneDNN**: the same in float32 by oneDNN, which our products use on AMD processors with AVX-512, where torch
+  uses MKL. So there ours is below the floor of all others.
 - **ours**: `sdpo.fused_self_distillation_loss`.
 - **official**: the paper's formula on log-probabilities [1, N, V] of both sides, by autograd.
 - **trl**: the functions of TRL's `SDPOTrainer`.
@@ -172,8 +172,8 @@ Targets: at most 1.25 times the floor for whole distributions, 1.15 for the samp
 1 GB above inputs and gradients at any number of tokens.
 
 Memory traffic of the kernels between the products at 8,192 tokens, computed; a pass is one read or write of a matrix of
-logits, 2.49 GB. For comparison, the four products take 29.2 ms on an H200 (measured), whose memory bandwidth is 4.8 TB/s
-(data sheet).
+logits, 2.49 GB. For comparison, the four products take 29.2 ms on an H200 (measured), whose memory bandwidth is 4.8
+TB/s (data sheet).
 
 | Divergence | First kernel reads | Second reads and writes | GB | ms at 4.8 TB/s |
 | --- | --- | --- | --- | --- |
@@ -184,9 +184,10 @@ logits, 2.49 GB. For comparison, the four products take 29.2 ms on an H200 (meas
 
 STEP_TRL = """\
 A complete step compared with TRL's `SDPOTrainer`: sampling, teacher, student, loss, backward pass, optimizer, teacher
-update. Both train one random Qwen2 of 5.2 million parameters with the same prompts, lengths, divergence and EMA teacher, in
-float32. Peak memory is the highest resident set of the process; its ratio is of the memory above the imports. Each side
-runs forward and backward pass with all rollouts at once (ours: as many as its default allows) and with 8.
+update. Both train one random Qwen2 of 5.2 million parameters with the same prompts, lengths, divergence and EMA
+teacher, in float32. Peak memory is the highest resident set of the process; its ratio is of the memory above the
+imports. Each side runs forward and backward pass with all rollouts at once (ours: as many as its default allows) and
+with 8.
 
 Target: at most 0.5 times TRL's time and 0.4 times its memory.
 """
@@ -218,8 +219,8 @@ float32. The bare forward passes are the lower bound.
 """
 
 PACKING = """\
-Forward and backward pass over the rollouts of one prompt: padded, packed without padding, and packed with a shared prompt.
-"Predicted" is the ratio of shared to packed by the cost model that decides.
+Forward and backward pass over the rollouts of one prompt: padded, packed without padding, and packed with a shared
+prompt. "Predicted" is the ratio of shared to packed by the cost model that decides.
 """
 
 VISION_TOWER = """\
@@ -393,8 +394,8 @@ UPDATES = """\
 Weight changes with each combination of data types, compared with float32 ([Numerical precision](precision.md)).
 SmolLM2-135M-Instruct learns capitals by SDPO: 100 steps of 4 prompts and 2 rollouts at a learning rate of 1e-5, with a
 warm-up of 10 steps. Copies of the layers 0, 15 and 29 get the same clipped gradients and learning rates, each through a
-separate optimizer. Cosine and length compare the total change of the weights with float32's at the same second beta. Bytes
-are of weight, gradient and moments.
+separate optimizer. Cosine and length compare the total change of the weights with float32's at the same second beta.
+Bytes are of weight, gradient and moments.
 """
 
 
