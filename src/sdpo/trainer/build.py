@@ -32,7 +32,7 @@ from sdpo.prompting.tokenization import Tokenizer
 from sdpo.rewards.base import load_task, prepare_task
 from sdpo.rewards.manager import RewardManager
 from sdpo.trainer.actor.actor import Actor
-from sdpo.trainer.checkpoint.resume import ResumeState, find_resumption
+from sdpo.trainer.checkpoint.resume import ResumeState, find_resume_state
 from sdpo.trainer.checkpoint.state import (
     compute_fingerprint,
     load_student,
@@ -89,7 +89,7 @@ def build_parts(run: SDPOConfig, observer: ProgressCallback) -> Parts:
         torch.set_num_threads(run.actor.num_threads)
     torch.manual_seed(run.seed)
     require_idle(Path(run.output_dir))
-    resumption = find_resumption(run, observer)
+    resumption = find_resume_state(run)
     learner_device = resolve_device(run.actor.device, "actor.device")
     sampler_device = resolve_device(run.rollout.device, "rollout.device")
     if run.rollout.engine == "vllm":
@@ -104,7 +104,7 @@ def build_parts(run: SDPOConfig, observer: ProgressCallback) -> Parts:
     tokenizer: Tokenizer = reader or text_tokenizer
     if reader is not None and run.rollout.engine == "vllm":
         raise ConfigError("rollout.engine=vllm does not sample from models that read images yet; use transformers")
-    student = load_student(run, resumption.checkpoint if resumption else None, learner_device)
+    student = load_student(run.model, run.lora, resumption.checkpoint if resumption else None, learner_device)
     vision = VisionAdapter(student, reader) if reader is not None else None
     if run.actor.freeze_vision_tower:
         if vision is None:
@@ -112,8 +112,16 @@ def build_parts(run: SDPOConfig, observer: ProgressCallback) -> Parts:
         freeze_vision_tower(student)
     require_same_vocabulary(student, text_tokenizer, run.model.path)
     window = get_window(student)
-    prompts = load_prompts(run.data.train_files, "data.train_files", run, tokenizer, window, observer)
-    held_out = load_prompts(run.data.val_files, "data.val_files", run, tokenizer, window, observer)
+    load = partial(
+        load_prompts,
+        config=run.data,
+        tokenizer=tokenizer,
+        observer=observer,
+        window=window,
+        max_response_length=run.rollout.max_response_length,
+    )
+    prompts = load(run.data.train_files, "data.train_files")
+    held_out = load(run.data.val_files, "data.val_files")
     _require_known_tokens([*prompts, *held_out], count_embeddings(student))
     decoding = SamplingParams(
         n=run.rollout.n,
@@ -130,7 +138,8 @@ def build_parts(run: SDPOConfig, observer: ProgressCallback) -> Parts:
     data = compute_fingerprint(prompts)
     if resumption is not None:
         _restore(actor, run, resumption, data)
-    folder = RunDir(run, observer, resumption.step if resumption else None)
+    folder = RunDir(Path(run.output_dir), run.tracking, observer, resumption.step if resumption else None)
+    folder.write_config(run)
     health_callback = HealthCallback(HealthMonitor(run.health), actor, folder.log_health_event, observer)
     if resumption is not None:
         health_callback.load_state_dict(resumption.state.health_callback)
@@ -163,7 +172,7 @@ def _restore(actor: Actor, run: SDPOConfig, resumption: ResumeState, data: str) 
     if actor.initial is not None and not run.lora.rank:  # which was made from the student as it is now
         copy_parameters(dict(load_model(run.model, actor.device).named_parameters()), actor.initial)
     is_saved = (resumption.checkpoint / "teacher").is_dir()
-    teacher = load_teacher_module(run, resumption.checkpoint, actor.device) if is_saved else None
+    teacher = load_teacher_module(run.model, resumption.checkpoint, actor.device) if is_saved else None
     actor.load_state_dict(state.actor, teacher)
     set_random_states(state.random)
 
