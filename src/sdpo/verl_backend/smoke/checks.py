@@ -191,11 +191,9 @@ def load_weights(folder: Path, step: int, *, teacher: bool = False) -> dict[str,
 
 def load_teacher(folder: Path, step: int) -> dict[str, Tensor]:
     """The average: the teacher's weights, or with LoRA what it adds to the student's."""
-    deltas = folder / f"checkpoints/global_step_{step}/actor/teacher/deltas_world_size_1_rank_0.pt"
-    if deltas.is_file():
-        weights: dict[str, Tensor] = torch.load(deltas, map_location="cpu", weights_only=True)["weights"]
-        return weights
-    return load_weights(folder, step, teacher=True)
+    state = folder / f"checkpoints/global_step_{step}/actor/teacher/state_world_size_1_rank_0.pt"
+    deltas: dict[str, Tensor] | None = torch.load(state, map_location="cpu", weights_only=True)["weights"]
+    return load_weights(folder, step, teacher=True) if deltas is None else deltas
 
 
 def load_followed(folder: Path, step: int) -> dict[str, Tensor]:
