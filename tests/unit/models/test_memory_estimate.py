@@ -22,11 +22,12 @@ from transformers import (
     Qwen2Model,
 )
 
+from sdpo.algorithm.batch import TokenBatch
 from sdpo.config.model import ModelConfig
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.kernels import chunked_log_probs
 from sdpo.kernels.chunked_log_probs import LinearHead
-from sdpo.kernels.fused_linear_loss import TokenInputs, fused_linear_sdpo_loss
+from sdpo.kernels.fused_linear_loss import fused_linear_sdpo_loss
 from sdpo.models.loading import load_model
 from sdpo.models.memory_estimate import fused_loss_bytes
 from sdpo.models.model_size import LayerStack, measure_model
@@ -227,7 +228,7 @@ def test_the_loss_in_chunks_stays_below_its_bound(
 
     for n in (100, 400):
         student, teacher = make(n), [make(n)] * (2 if loss == "trust region" else config.distills)
-        tokens = TokenInputs(
+        tokens = TokenBatch(
             sampled_ids=torch.randint(0, vocab_size, (n,)),
             old_log_probs=torch.full((n,), -8.0),
             policy_weights=torch.full((n,), 1 / n),
@@ -236,7 +237,7 @@ def test_the_loss_in_chunks_stays_below_its_bound(
             distillation_weights=torch.full((n,), 1 / n),
         )
 
-        def learn(student: LinearHead = student, teacher: Any = teacher, tokens: TokenInputs = tokens) -> None:
+        def learn(student: LinearHead = student, teacher: Any = teacher, tokens: TokenBatch = tokens) -> None:
             fused_linear_sdpo_loss(student, teacher, tokens, config).loss.backward()
 
         bound = fused_loss_bytes(vocab_size, hidden_size, dtype.itemsize, n)

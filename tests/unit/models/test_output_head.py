@@ -19,10 +19,11 @@ from transformers import (
     GraniteForCausalLM,
 )
 
+from sdpo.algorithm.batch import TokenBatch
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.errors import SDPOError
 from sdpo.kernels.chunked_log_probs import LinearHead, score_tokens
-from sdpo.kernels.fused_linear_loss import TokenInputs, fused_linear_sdpo_loss
+from sdpo.kernels.fused_linear_loss import fused_linear_sdpo_loss
 from sdpo.models.output_head import build_linear_head, compute_dense_logits, measure_logit_scale, suppress_tokens
 
 SHAPE: dict[str, Any] = {
@@ -134,7 +135,7 @@ def test_forbidden_tokens_have_no_part_in_the_loss(
             suppress_tokens(LinearHead(each, weight[rows] * 0.9, own, softcap, coefficient), names)
             for each, coefficient in zip(teachers, coefficients, strict=True)
         ]
-        tokens = TokenInputs(
+        tokens = TokenBatch(
             sampled,
             old_log_probs=old,
             policy_weights=torch.full_like(old, 0.1),

@@ -22,10 +22,11 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
 from verl.workers.utils.padding import left_right_2_no_padding
 
+from sdpo.algorithm.batch import TokenBatch
 from sdpo.algorithm.regularization import Regularization
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.kernels import chunked_log_probs
-from sdpo.kernels.fused_linear_loss import FusedOutputs, TokenInputs, fused_linear_sdpo_loss
+from sdpo.kernels.fused_linear_loss import FusedOutputs, fused_linear_sdpo_loss
 from sdpo.verl_backend.worker import engine as engine_module
 from sdpo.verl_backend.worker.engine import EngineSettings
 from sdpo.verl_backend.worker.vision_tower import share_images
@@ -196,7 +197,7 @@ def count_bytes(worker: SelfDistillationTrainingWorker) -> dict[str, int]:
 def record_log_probs(recorded: list[dict[str, Any]]) -> None:
     """Keep what student and teacher say of each sampled token, micro-batch by micro-batch."""
 
-    def compute(student: Any, teacher: Any, tokens: TokenInputs, config: Any, **settings: Any) -> FusedOutputs:
+    def compute(student: Any, teacher: Any, tokens: TokenBatch, config: Any, **settings: Any) -> FusedOutputs:
         outputs = fused_linear_sdpo_loss(student, teacher, tokens, config, **settings)
         recorded.append(
             {

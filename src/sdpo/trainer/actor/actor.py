@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
 from sdpo.algorithm.aggregation import compute_distillation_coef, compute_token_weights
+from sdpo.algorithm.batch import TokenBatch
 from sdpo.algorithm.importance_sampling import compute_rollout_ratio
 from sdpo.algorithm.regularization import Regularization
 from sdpo.algorithm.sums import Sums, add_sums, mean_of
@@ -23,7 +24,7 @@ from sdpo.errors import ConfigError
 from sdpo.kernels.chunked_log_probs import LinearHead
 from sdpo.kernels.cpu.allocator import is_out_of_memory
 from sdpo.kernels.dispatch import fused_linear_sdpo_loss, score_tokens
-from sdpo.kernels.fused_linear_loss import FusedOutputs, TokenInputs
+from sdpo.kernels.fused_linear_loss import FusedOutputs
 from sdpo.models.forward import PaddedSequences, compute_hidden
 from sdpo.models.lora.adapters import copy_without_adapters
 from sdpo.models.lora.teacher import build_lora_teacher
@@ -359,7 +360,7 @@ class Actor:
         outputs = fused_linear_sdpo_loss(
             student,
             teacher,
-            TokenInputs(
+            TokenBatch(
                 sampled_ids=batch.sampled_ids,
                 old_log_probs=old,
                 policy_weights=policy_weights,

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdpo.algorithm.distributions import gather_log_probs
 from sdpo.config.model import ModelConfig
 from sdpo.config.self_distillation import SelfDistillationConfig
-from sdpo.kernels.loss_inputs import gather_log_probs
 from sdpo.models.forward import compute_logits, pad_sequences
 from sdpo.models.loading import load_model
 from sdpo.models.multimodal.feature_cache import ImageFeatureCache

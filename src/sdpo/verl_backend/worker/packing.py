@@ -15,7 +15,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
 
-from sdpo.kernels.fused_linear_loss import TokenInputs
+from sdpo.algorithm.batch import TokenBatch
 
 # Fields that the trainer adds to verl's batch, one entry per sample.
 TEACHER_PROMPTS = "teacher_prompts"  # [B, L] token ids, padded on the right
@@ -38,7 +38,7 @@ class PackedTokens:
 
     rows: Tensor  # [N] rows of the student's packed hidden states
     sample_numbers: Tensor  # [N] sample number of each token
-    inputs: TokenInputs  # of the N tokens, M of them distilled
+    inputs: TokenBatch  # of the N tokens, M of them distilled
     teacher_samples: list[int]  # indices of the distilled samples
     teacher_sequences: list[Tensor]  # token ids of each distilled sample
     teacher_prompt_lengths: list[int]  # of these sequences
@@ -106,7 +106,7 @@ def pack_tokens(data: TensorDict) -> PackedTokens:
     return PackedTokens(
         rows=rows,
         sample_numbers=data[SAMPLE_NUMBERS][samples],
-        inputs=TokenInputs(
+        inputs=TokenBatch(
             sampled_ids=token_ids[rows + 1],
             old_log_probs=read_per_token("old_log_probs"),
             policy_weights=data[POLICY_WEIGHTS][samples],

@@ -24,7 +24,7 @@ def build_teacher_inputs(tokens: PackedTokens, micro_batch: TensorDict, model: n
         micro_batch: the student's.
         model: the student without PEFT's wrapper, whose ``get_rope_index`` positions images.
     """
-    sequences = tokens.teacher_sequences or [tokens.inputs.sampled_ids.new_zeros(1)]
+    sequences = tokens.teacher_sequences or [tokens.rows.new_zeros(1)]
     images = read_images(micro_batch)
     shown = [images[i] for i in tokens.teacher_samples] or [{}]
     batch = TensorDict(
