@@ -39,11 +39,11 @@ def measure(model: Any, cost: Any, prompt_length: int, num_rollouts: int, repeat
     prompts = [prompt] * num_rollouts
     positions = compute_positions(prompts, RESPONSE, None)
     lengths = tuple(prompt_length + len(response) for response in responses)
-    families = {
+    groups = {
         "apart": [PrefixGroup(0, (length,)) for length in lengths],
         "shared": [PrefixGroup(prompt_length, lengths)],
     }
-    rows = {name: pack_sequences(f, prompts, responses, positions, cost, device) for name, f in families.items()}
+    rows = {name: pack_sequences(f, prompts, responses, positions, cost, device) for name, f in groups.items()}
     rows["padded"] = pad_sequences(prompts, responses, 0, device)
 
     def run(name: str) -> None:
@@ -64,7 +64,7 @@ def measure(model: Any, cost: Any, prompt_length: int, num_rollouts: int, repeat
         "seconds": medians,
         "shared_of_padded": medians["shared"] / medians["padded"],
         "shared_of_apart": statistics.median(ratios),
-        "said": count_cost(families["shared"], cost) / count_cost(families["apart"], cost),
+        "said": count_cost(groups["shared"], cost) / count_cost(groups["apart"], cost),
     }
 
 

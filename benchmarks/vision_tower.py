@@ -33,10 +33,10 @@ from sdpo.config.root import SDPOConfig
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.models.generation.sampling import Completion, SamplingParams, sample_responses
 from sdpo.models.loading import load_model
-from sdpo.models.multimodal import vision_tower as vision_module
-from sdpo.models.multimodal.feature_cache import StepImageFeatures
+from sdpo.models.multimodal import vision_tower
+from sdpo.models.multimodal.feature_cache import ImageFeatureCache
 from sdpo.models.multimodal.processor import encode_png, load_reader
-from sdpo.models.multimodal.vision_tower import ImageFeatures, VisionAdapter, freeze_tower
+from sdpo.models.multimodal.vision_tower import ImageFeatures, VisionAdapter, freeze_vision_tower
 from sdpo.prompting.demonstrations import PrivilegedContext
 from sdpo.prompting.tokenization import encode_teacher_prompt
 from sdpo.rewards.base import RewardOutput, Row
@@ -47,12 +47,12 @@ from sdpo.trainer.data.prompts import Prompt
 from sdpo.trainer.data.samples import TrainingSample
 
 
-class TowerForEachSequence(StepImageFeatures):
+class TowerForEachSequence(ImageFeatureCache):
     """The naive way: nothing is remembered, and the student's tower keeps its graph."""
 
-    def select(self, module: nn.Module, images: Sequence[bytes]) -> list[ImageFeatures]:
-        pixels = [self.vision.reader.read_pixels(image) for image in images]
-        return vision_module._run_tower(module, pixels) if pixels else []
+    def select(self, model: nn.Module, images: Sequence[bytes]) -> list[ImageFeatures]:
+        pixels = [self.reader.read_pixels(image) for image in images]
+        return vision_tower.run_vision_tower(model, pixels) if pixels else []
 
     def backward(self) -> None: ...
 
@@ -143,7 +143,7 @@ def measure(folder: Path, options: argparse.Namespace, frozen: bool) -> dict[str
     assert reader is not None
     vision = VisionAdapter(model, reader)
     if frozen:
-        freeze_tower(model)
+        freeze_vision_tower(model)
     prompts = build_prompts(vision, options)
     decoding = SamplingParams(options.n, options.response, 1.0, 1.0, 64, [], 0, vision.placeholder_ids)
 
@@ -156,8 +156,8 @@ def measure(folder: Path, options: argparse.Namespace, frozen: bool) -> dict[str
     actor = build_actor(model, run, 0, vision)
     seconds: dict[str, dict[str, list[float]]] = {way: {"sampling": [], "learning": []} for way in ("ours", "naive")}
     for _ in range(options.repeats):
-        for way, kind in (("ours", StepImageFeatures), ("naive", TowerForEachSequence)):
-            forward_module.StepImageFeatures = kind  # type: ignore[misc]
+        for way, kind in (("ours", ImageFeatureCache), ("naive", TowerForEachSequence)):
+            forward_module.ImageFeatureCache = kind  # type: ignore[misc]
             times = [time.perf_counter()]
             sample(naive=way == "naive")
             times.append(time.perf_counter())

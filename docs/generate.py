@@ -1,4 +1,4 @@
-"""Write the pages that are made from the code: ``python docs/generate.py``; ``--check`` exits 1 where one is stale."""
+"""Write the documentation pages that are generated from the code; ``--check`` exits 1 if a page is stale."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", DOCS.parent / "benchmarks" / 
 CONFIGURATION = """\
 # Configuration
 
-A run is one YAML file; `key=value` on the command line overrides it, with the dotted keys below. An unknown key, a
-wrong type and a value out of range are errors that say so. `null` stands for "not set".
+A config file is YAML; `key=value` on the command line overrides it, with the dotted keys below. An unknown key, a wrong
+type and a value out of range are refused with one line. A key of an earlier version is refused with its new name.
+`null` means "not set".
 """
 
 METRICS = """\
@@ -118,9 +119,9 @@ def metric_names() -> str:
 HOOKS_PAGE = """\
 # Hooks into verl
 
-Everything of verl {version} that is not a public interface and that `src/sdpo/verl_backend` stands on. The extra
-`sdpo[verl]` installs this version and no other. `tests/unit/verl_backend/test_hooks.py` compares the source of each
-with what it was when ours was written, and names the one that changed.
+The non-public parts of verl {version} that `src/sdpo/verl_backend` depends on. The extra `sdpo[verl]` installs exactly
+this version. `tests/unit/verl_backend/test_hooks.py` compares the source of each hook with a recorded fingerprint and
+names the hooks that changed.
 
 """
 
@@ -133,12 +134,12 @@ def verl_hooks() -> str:
 PERFORMANCE = """\
 # Performance
 
-What the code costs, beside what no implementation can do without and beside others that do the same. Every table is
-made from `benchmarks/results/*.json` by `docs/generate.py`; the command above a table measures it again. What was tried
-and did not help stands in `benchmarks/notes.md`.
+Time and memory, compared with a lower bound and with other implementations. `docs/generate.py` makes every table from
+`benchmarks/results/*.json`; the command above a table repeats the measurement. `benchmarks/notes.md` lists what was
+tried and did not help.
 
-Ratios are medians of measurements that take turns, in one process or in processes one after the other, each on one
-thread. TRL and Liger come with the extra `bench`, on Python 3.11 or 3.12; a line whose package is missing is left out:
+Ratios are medians of interleaved measurements, in one process or in alternating processes, each with one thread. TRL
+and Liger come with the extra `bench`, on Python 3.11 or 3.12; lines whose package is missing are left out:
 
 ```bash
 pip install torch==2.13.0                # where there is no GPU: --index-url https://download.pytorch.org/whl/cpu
@@ -147,20 +148,20 @@ pip install -c constraints.txt -e '.[bench]'
 """
 
 LOSS = """\
-The loss alone, from hidden states and output layers to the gradients of both. Memory is what comes on top of inputs and
+The loss alone, from hidden states and output layers to the gradients of both. Memory is in addition to inputs and
 gradients.
 
-- **floor**: the four matrix products that nothing can do without, as torch multiplies.
-- **floor, oneDNN**: the same in float32 by oneDNN, to which our products go on AMD's processors with AVX-512; torch's
-  go to MKL. So there ours is below the floor of all others.
+- **floor**: the four matrix products that every implementation needs, by torch.
+- **floor, oneDNN**: the same in float32 by oneDNN, which our products use on AMD processors with AVX-512, where torch
+  uses MKL. So there ours is below the floor of all others.
 - **ours**: `sdpo.fused_self_distillation_loss`.
 - **official**: the paper's formula on log-probabilities [1, N, V] of both sides, by autograd.
 - **trl**: the functions of TRL's `SDPOTrainer`.
-- **liger**: `LigerFusedLinearJSDLoss` as it comes, compiled; **liger, eager**: without the compiler.
+- **liger**: `LigerFusedLinearJSDLoss` with its defaults, compiled; **liger, eager**: without the compiler.
 
 Target at 1,024 tokens: at most 1.15 times the floor in float32 and 1.3 times in bfloat16, and a twentieth of the
-official formula's memory. In all lines glibc keeps freed memory, as `sdpo train` has it, which is faster and takes
-more: with `--return-memory` ours is at a twentieth, and 1.45 times the floor in bfloat16.
+official formula's memory. In all lines glibc keeps freed memory, as in `sdpo train`, which is faster and takes more
+memory. With `--return-memory` ours is at a twentieth, and 1.45 times the floor in bfloat16.
 """
 
 LOSS_GPU = """\
@@ -170,9 +171,9 @@ is `sdpo.kernels.dispatch.fused_linear_sdpo_loss`, without the masks and means o
 Targets: at most 1.25 times the floor for whole distributions, 1.15 for the sampled token and 1.5 for the top k; at most
 1 GB above inputs and gradients at any number of tokens.
 
-What the kernels between the products move at 8,192 tokens, on paper; a pass is one read or write of a matrix of logits,
-2.49 GB. For comparison, the four products take 29.2 ms on an H200 (measured), whose memory moves 4.8 TB/s (by its data
-sheet).
+Memory traffic of the kernels between the products at 8,192 tokens, computed; a pass is one read or write of a matrix of
+logits, 2.49 GB. For comparison, the four products take 29.2 ms on an H200 (measured), whose memory bandwidth is 4.8
+TB/s (data sheet).
 
 | Divergence | First kernel reads | Second reads and writes | GB | ms at 4.8 TB/s |
 | --- | --- | --- | --- | --- |
@@ -182,48 +183,49 @@ sheet).
 """
 
 STEP_TRL = """\
-A whole step beside TRL's `SDPOTrainer`: sampling, teacher, student, loss, backward pass, optimizer, teacher update. One
-random Qwen2 of 5.2 million parameters, prompts, lengths, divergence and EMA teacher are the same; float32. Peak memory
-is the highest resident set of the process; its ratio is of what comes on top of the imports. Either side goes through
-forward and backward pass with all rollouts at once (ours: as many as its default lets in) and with 8.
+A complete step compared with TRL's `SDPOTrainer`: sampling, teacher, student, loss, backward pass, optimizer, teacher
+update. Both train one random Qwen2 of 5.2 million parameters with the same prompts, lengths, divergence and EMA
+teacher, in float32. Peak memory is the highest resident set of the process; its ratio is of the memory above the
+imports. Each side runs forward and backward pass with all rollouts at once (ours: as many as its default allows) and
+with 8.
 
 Target: at most 0.5 times TRL's time and 0.4 times its memory.
 """
 
 GROWTH = """\
-Time and memory of a step as one size grows and the others stay, over three octaves: exponents over the last two, above
-what does not grow. 1 is linear.
+Time and memory of a step as one size grows over three octaves and the others stay: exponents over the last two octaves,
+after the constant part is subtracted. 1 is linear.
 
-Target: none above 1 in tokens or vocabulary.
+Target: no exponent above 1 in tokens or vocabulary.
 """
 
 STARTUP = """\
-Seconds from the start of the process; model and data are there already.
+Seconds from the start of the process; model and data exist already.
 """
 
 GPU_STEP = """\
-What `Actor.learn` makes of a step's rollouts on one GPU: a random Qwen2.5 in bfloat16, full vocabulary, EMA teacher.
-Utilisation is the model's operations a second, over those of large matrix products on the same GPU in the same run.
+`Actor.update_policy` on a step's rollouts on one GPU: a random Qwen2.5 in bfloat16, full vocabulary, EMA teacher.
+Utilisation is the model's operations per second over those of large matrix products on the same GPU in the same run.
 """
 
 OVERLAP = """\
-A step with sampler and actor in turns (staleness 0) and at the same time (staleness 1), over the longer of the two:
-1.00 is perfect overlap.
+Time of a step over the longer of sampling and training, with both in turn (staleness 0) and at the same time (staleness
+1): 1.00 is perfect overlap.
 """
 
 SAMPLING = """\
-Sampling beside transformers' `generate`: 64 rollouts of 64 tokens of a random Qwen2 of 5.2 million parameters, float32.
-The bare forward passes are what it cannot do without.
+Sampling compared with transformers' `generate`: 64 rollouts of 64 tokens of a random Qwen2 of 5.2 million parameters,
+float32. The bare forward passes are the lower bound.
 """
 
 PACKING = """\
-Reading rollouts of one prompt, forward and backward: every one padded, packed without padding, and with the prompt read
-once. "Said" is the ratio of shared to packed by the cost model that decides.
+Forward and backward pass over the rollouts of one prompt: padded, packed without padding, and packed with a shared
+prompt. "Predicted" is the ratio of shared to packed by the cost model that decides.
 """
 
 VISION_TOWER = """\
-A step of rollouts with an image each, where the image goes through the tower for every sequence, over one where it goes
-through once a step.
+Time of a step with an image per prompt whose vision tower runs once per sequence, over the time of a step where it runs
+once per step.
 """
 
 
@@ -243,7 +245,7 @@ def loss_table(results: Mapping[str, Any]) -> str:
         rows.append((*name, f"{row['seconds']:.3g}", f"{row['of_floor']:.2f}", megabytes(row["peak_bytes"]), *ratios))
     sizes = f"Vocabulary {results['vocab_size']:,}, hidden size {results['hidden_size']:,}.\n\n"
     columns = ("Tokens", "Type", "Divergence", "Line", "Seconds", "Over the floor", "Peak MB")
-    return sizes + table((*columns, "Its time over ours", "Its memory over ours"), rows)
+    return sizes + table((*columns, "Its time / ours", "Its memory / ours"), rows)
 
 
 def loss_gpu_table(results: Mapping[str, Any]) -> str:
@@ -284,12 +286,12 @@ def step_trl_table(results: Mapping[str, Any]) -> str:
                     *((f"{shares['step']:.2f}", f"{shares['bytes_above_imports']:.2f}") if shares else ("", "")),
                 )
             )
-    parts = ("Sampling, s", "Learning, s", "Rest, s", "Step, s", "Peak MB")
+    parts = ("Sampling, s", "Training, s", "Rest, s", "Step, s", "Peak MB")
     sides = results["measured"][0]["sides"].values()
     tokens = " and ".join(sorted({f"{m['teacher_prompt_tokens']:,.0f}" for m in sides}))
     return (
-        table(("Vocabulary, loss", "", *parts, "Our time over its", "Our memory over its"), rows)
-        + f"\nThe teacher's prompts are {tokens} tokens a step on either side.\n"
+        table(("Vocabulary, loss", "", *parts, "Our time / its", "Our memory / its"), rows)
+        + f"\nThe teacher's prompts have {tokens} tokens per step on either side.\n"
     )
 
 
@@ -299,8 +301,8 @@ def growth_table(results: Mapping[str, Any]) -> str:
     for axis in results["measured"]:
         slopes = (axis["exponents"][name] for name in names)
         cells = ("-" if slope is None else f"{slope:.2f}" for slope in slopes)
-        rows.append((axis["axis"], f"{axis['sizes'][0]:,} to {axis['sizes'][-1]:,}", *cells))
-    return table(("Size", "From, to", "Learning, time", "memory", "Sampling, time", "memory"), rows)
+        rows.append((axis["axis"].replace(" a ", " per "), f"{axis['sizes'][0]:,} to {axis['sizes'][-1]:,}", *cells))
+    return table(("Size", "From, to", "Training, time", "memory", "Sampling, time", "memory"), rows)
 
 
 def startup_table(results: Mapping[str, Any]) -> str:
@@ -324,7 +326,7 @@ def gpu_step_table(results: Mapping[str, Any]) -> str:
         )
         for m in results["measured"]
     )
-    columns = ("Model", "Seconds", "Tokens a second", "TFLOP/s", "Products, TFLOP/s", "Utilisation", "Peak GB")
+    columns = ("Model", "Seconds", "Tokens per second", "TFLOP/s", "Products, TFLOP/s", "Utilisation", "Peak GB")
     return table(columns, rows)
 
 
@@ -333,7 +335,7 @@ def overlap_table(results: Mapping[str, Any]) -> str:
         (f"staleness {i}", *(f"{m[part]:.2f}" for part in ("sampling", "learning", "step", "ratio")))
         for i, m in ((i, results[f"staleness_{i}"]) for i in (0, 1))
     )
-    return table(("", "Sampling, s", "Learning, s", "Step, s", "Step over the longer"), rows)
+    return table(("", "Sampling, s", "Training, s", "Step, s", "Step over the longer"), rows)
 
 
 def sampling_table(results: Mapping[str, Any]) -> str:
@@ -343,7 +345,7 @@ def sampling_table(results: Mapping[str, Any]) -> str:
         if vocabulary.isdigit()
         for name, m in ways.items()
     )
-    return table(("Vocabulary", "", "Seconds", "Of generate"), rows)
+    return table(("Vocabulary", "", "Seconds", "Fraction of generate"), rows)
 
 
 def packing_table(results: Mapping[str, Any]) -> str:
@@ -357,11 +359,11 @@ def packing_table(results: Mapping[str, Any]) -> str:
         for m in results["measured"]
     )
     columns = ("Rollouts", "Prompt tokens", "Padded, ms", "Packed, ms", "Shared, ms")
-    return table((*columns, "Shared of padded", "Shared of packed", "Said"), rows)
+    return table((*columns, "Shared / padded", "Shared / packed", "Predicted"), rows)
 
 
 def updates_table(results: Mapping[str, Any]) -> str:
-    header = ("Weights, moments", "beta2", "Cosine", "Length", "Weights that moved", "Update lost", "Bytes a parameter")
+    header = ("Weights, moments", "beta2", "Cosine", "Length", "Weights changed", "Update lost", "Bytes per parameter")
     return table(
         header,
         (
@@ -385,21 +387,21 @@ def vision_tower_table(results: Mapping[str, Any]) -> str:
         (f"tower {tower}", *(f"{results[tower]['ratios'][part]:.2f}" for part in parts))
         for tower in ("trained", "frozen")
     )
-    return table(("", "Sampling", "Learning", "Step"), rows)
+    return table(("", "Sampling", "Training", "Step"), rows)
 
 
 UPDATES = """\
-How much of float32's way each way to hold weights and moments goes ([Updates that count](precision.md)).
-SmolLM2-135M-Instruct learns capitals by SDPO: 100 steps of 4 prompts and 2 rollouts at a learning rate of 1e-5, warmed
-up over 10. Copies of the layers 0, 15 and 29 get the same clipped gradients and learning rates, each through its own
-optimizer. Cosine and length are of what they have moved by, beside float32's with the same `beta2`; bytes are of
-weight, gradient and moments.
+Weight changes with each combination of data types, compared with float32 ([Numerical precision](precision.md)).
+SmolLM2-135M-Instruct learns capitals by SDPO: 100 steps of 4 prompts and 2 rollouts at a learning rate of 1e-5, with a
+warm-up of 10 steps. Copies of the layers 0, 15 and 29 get the same clipped gradients and learning rates, each through a
+separate optimizer. Cosine and length compare the total change of the weights with float32's at the same second beta.
+Bytes are of weight, gradient and moments.
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """A section of the page: the results' file, what was measured, how to repeat it, its table."""
+    """A section of the page: results file, title, text, command, and the function that builds the table."""
 
     name: str
     title: str
@@ -417,14 +419,14 @@ MEASUREMENTS: Sequence[Measurement] = (
         "benchmarks/gpu/loss.py",
         loss_gpu_table,
     ),
-    Measurement("step_trl", "A step beside TRL", STEP_TRL, "benchmarks/step_trl.py", step_trl_table),
+    Measurement("step_trl", "A step compared with TRL", STEP_TRL, "benchmarks/step_trl.py", step_trl_table),
     Measurement("sampling", "Sampling", SAMPLING, "benchmarks/sampling.py", sampling_table),
     Measurement("packing", "Shared prompts", PACKING, "benchmarks/packing.py", packing_table),
-    Measurement("gpu_step", "Learning on a GPU", GPU_STEP, "benchmarks/gpu_step.py", gpu_step_table),
+    Measurement("gpu_step", "Training on a GPU", GPU_STEP, "benchmarks/gpu_step.py", gpu_step_table),
     Measurement("growth", "Growth", GROWTH, "benchmarks/growth.py", growth_table),
     Measurement("startup", "Start-up", STARTUP, "benchmarks/startup.py", startup_table),
-    Measurement("overlap", "Sampling and learning at the same time", OVERLAP, "benchmarks/overlap.py", overlap_table),
-    Measurement("updates", "Updates that count", UPDATES, "benchmarks/updates.py", updates_table),
+    Measurement("overlap", "Overlap of sampling and training", OVERLAP, "benchmarks/overlap.py", overlap_table),
+    Measurement("updates", "Numerical precision", UPDATES, "benchmarks/updates.py", updates_table),
     Measurement("vision_tower", "Images", VISION_TOWER, "benchmarks/vision_tower.py", vision_tower_table),
 )
 
@@ -443,7 +445,7 @@ def performance() -> str:
 
 
 def describe_origin(results: Mapping[str, Any]) -> str:
-    """When, on what and with what a file was measured."""
+    """Date, machine and versions of a measurement."""
     machine = results["machine"]
     where = machine["processor"] if machine["device"] == "cpu" else f"{machine['device']}, {machine['processor']}"
     packages = ("python", "torch", "transformers", "trl", "liger_kernel")

@@ -34,13 +34,13 @@ from loss_lines import COMPUTE, SETTINGS, Case, Inputs, build_inputs, run_floor
 from record import RESULTS, describe_machine
 
 from sdpo import SelfDistillationConfig
+from sdpo.algorithm.batch import TokenBatch
 from sdpo.kernels import dispatch, fused_linear_loss
 from sdpo.kernels.chunked_log_probs import LinearHead
 from sdpo.kernels.cuda.chunks import Buffer
 from sdpo.kernels.cuda.logits_gradient import write_logits_gradient
 from sdpo.kernels.cuda.row_statistics import Launch, compute_row_statistics
 from sdpo.kernels.cuda.top_k import select_top_ids
-from sdpo.kernels.fused_linear_loss import TokenInputs
 
 TRIAL = bool(os.environ.get("TRIAL"))
 DEVICE, HIDDEN, VOCAB = ("cpu", 16, 520) if TRIAL else ("cuda", 2048, 151_936)
@@ -157,7 +157,7 @@ def run_core(
 ) -> Any:
     n = len(inputs.ids)
     weights = torch.full((n,), 1 / n, device=DEVICE, dtype=dtype)
-    tokens = TokenInputs(
+    tokens = TokenBatch(
         inputs.ids, distilled=torch.ones(n, dtype=torch.bool, device=DEVICE), distillation_weights=weights
     )
     teacher = LinearHead(inputs.teacher_hidden, inputs.teacher_head)

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay on the disk."""
+"""Selection of the checkpoints to keep; used by the native trainer and the verl backend."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 
 def select_kept(scores: Mapping[int, float | None], save_total_limit: int, save_best_limit: int) -> set[int]:
-    """Steps of the newest ``save_total_limit`` checkpoints and of the ``save_best_limit`` with the highest scores.
+    """Return the steps of the newest ``save_total_limit`` checkpoints and the ``save_best_limit`` best ones.
 
     Args:
-        scores: held-out accuracy by step, None where it was not evaluated; of two alike the newer counts as better.
+        scores: validation accuracy by step; None if it was not evaluated. The newer of two equal scores is better.
         save_total_limit: at least 1.
         save_best_limit: at least 0.
     """

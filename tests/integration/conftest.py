@@ -1,4 +1,4 @@
-"""The offline task with an untrained model, and a run file on it that takes about a second."""
+"""The offline task with an untrained model, and a config file on it that takes about a second."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def write_run_file(hidden_rule_dir: Path, tmp_path: Path) -> Callable[[], Path]:
             '  train_files: ["${data.task_args.dir}/train.parquet"]\n'
             '  val_files: ["${data.task_args.dir}/test.parquet"]\n'
             "  train_batch_size: 4\n"
-            "sampler:\n"
+            "rollout:\n"
             "  n: 2\n"
             "  max_response_length: 8\n"
             "actor:\n"

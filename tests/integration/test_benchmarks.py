@@ -195,7 +195,7 @@ def test_a_step_beside_trl(run_benchmark: Callable[..., Any]) -> None:
             assert theirs["ours_over_it"]["step"] == pytest.approx(mine["step"] / theirs["step"])
             passes = sum(theirs[part] for part in ("teacher", "student", "loss", "backward"))
             assert 0 < passes <= theirs["learning"] <= theirs["step"]
-    assert len(read_rows(page, "A step beside TRL")) == 2 * 4
+    assert len(read_rows(page, "A step compared with TRL")) == 2 * 4
 
 
 @pytest.mark.slow
@@ -229,7 +229,7 @@ def test_learning_on_a_gpu_also_runs_without(run_benchmark: Callable[..., Any]) 
     assert m["response_tokens"] == 4 * 16
     assert m["utilisation"] == pytest.approx(m["operations_a_second"] / m["product_operations_a_second"])
     assert 0 < m["utilisation"] < 1
-    assert read_rows(page, "Learning on a GPU")[0][5] == f"{m['utilisation']:.2f}"
+    assert read_rows(page, "Training on a GPU")[0][5] == f"{m['utilisation']:.2f}"
 
 
 @pytest.mark.slow
@@ -247,7 +247,7 @@ def test_updates_compares_every_way_with_float32(
     assert rows["float32, 8-bit moments"]["cosine"] > 0.97 > rows["bfloat16"]["cosine"]
     assert abs(rows["bfloat16, rounded at random"]["lost"]) < 0.2 < rows["bfloat16"]["lost"]
     assert rows["bfloat16"]["bytes"] == 8 and rows["float32"]["bytes"] == 16
-    assert len(read_rows(page, "Updates that count")) == len(rows)
+    assert len(read_rows(page, "Numerical precision")) == len(rows)
 
 
 @pytest.mark.slow

@@ -187,7 +187,7 @@ def one_line(outcome: Outcome) -> str:
         (["optim.lr"], ["override 'optim.lr' is not of the form key=value"]),
         (["data.train_files=[x.parquet]"], ["data.train_files: x.parquet: no such file"]),
         (["data.train_files=[]"], ["data.train_files is empty"]),
-        (["data.task=hidden_rules"], ["data.task: no task 'hidden_rules'; built in: figures, geo3k, hidden_rule"]),
+        (["data.task=hidden_rules"], ["data.task=hidden_rules: no such task; use figures, geo3k, hidden_rule"]),
         (["data.task_args.seed=x"], ["data.task_args.seed must be a whole number", "'x'"]),
         (["data.task_args.colour=red"], ["data.task_args: hidden_rule", "colour"]),
         (["model.path=./nowhere"], ["model.path: ./nowhere: no such folder"]),

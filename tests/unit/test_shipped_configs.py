@@ -129,7 +129,7 @@ def test_a_peers_solution_fits_as_the_page_says(path: Path) -> None:
 def test_a_run_on_verl_composes(name: str, actors: tuple[int, int], samplers: tuple[int, int], tmp_path: Path) -> None:
     from sdpo.verl_backend.config.schema import read_self_distillation
     from sdpo.verl_backend.config.to_verl import to_verl_overrides
-    from sdpo.verl_backend.entrypoint.main import compose_config
+    from sdpo.verl_backend.entrypoint.compose import compose_config
 
     for kind in ("train", "test"):
         (tmp_path / f"{kind}.parquet").touch()

@@ -16,10 +16,7 @@ PLACES = [  # those that have been rewritten; the rest follows
     "README.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
-    *(
-        f"docs/{name}.md"
-        for name in ("algorithm", "architecture", "embedded", "figures", "health", "index", "lora", "verl")
-    ),
+    "docs",
 ]
 SUFFIXES = {".py", ".md", ".yaml", ".sh"}
 BANNED = [

@@ -11,7 +11,8 @@ from typing import Any
 
 from tensordict import NonTensorData, NonTensorStack
 
-from sdpo.verl_backend.worker.engine import SelfDistillationEngine, read_images
+from sdpo.verl_backend.worker.engine import SelfDistillationEngine
+from sdpo.verl_backend.worker.teacher_inputs import read_images
 
 FAULT = os.environ["FAULT"]
 

@@ -75,14 +75,14 @@ def test_failed_grades_are_counted_and_too_many_end_the_run(
     log = running.log.read_text(errors="replace")
     last = [line for line in log.splitlines() if line.startswith("error: ")]
     assert len(last) == 1 and re.fullmatch(
-        r"error: data\.task: scoring failed for \d of 8 responses of step \d, which is more than "
+        r"error: data\.task: scoring failed for \d of 8 responses of step \d, more than "
         r"reward\.max_failure_fraction=0\.3; the last: hidden_rule: .*",
         last[0],
     ), last
     if name == "sdpo_separate_async":  # which prompts are ready first, and so learned first, is chance
         return
     assert "4 of 8 responses of step 2" in last[0] or "8 of 8 responses of step 2" in last[0]
-    assert "scoring failed for 2 of 8 responses of step 1, which costs them; the last: hidden_rule: " in log
+    assert "scoring failed for 2 of 8 responses of step 1, which are left out; the last: " in log
     rows = metrics_of(tmp_path / "run")
     assert sorted(rows) == [0, 1]
     assert rows[1][metrics.REWARD_FAILURES] == 2

@@ -181,7 +181,7 @@ def test_with_lora_the_sampler_has_the_merged_model_of_each_step(
                 products[name] = scale * b @ a
         models[step] = {name: (value + products.get(name, 0)).bfloat16().float() for name, value in base.items()}
 
-        saved = output_dir / f"checkpoints/global_step_{step}/actor/teacher/deltas_world_size_1_rank_0.pt"
+        saved = output_dir / f"checkpoints/global_step_{step}/actor/teacher/state_world_size_1_rank_0.pt"
         teacher = torch.load(saved, weights_only=True)["weights"]
         deltas = {name: (1 - rate) * deltas.get(name, 0) + rate * product for name, product in products.items()}
         assert teacher.keys() == deltas.keys()

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from sdpo.algorithm.aggregation import compute_token_weights
-from sdpo.algorithm.loss import LossInputs, compute_distillation_token_losses
+from sdpo.algorithm.batch import TokenBatch
+from sdpo.algorithm.distillation import compute_distillation_token_losses
+from sdpo.algorithm.distributions import TokenDistributions
 from sdpo.algorithm.sums import reduce_values
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.observability import metrics
@@ -77,25 +79,24 @@ def compute_self_distillation_loss(
         mask = mask & ~nonfinite.unsqueeze(-1)
         counts = mask.sum(-1).to(torch.promote_types(student_log_probs.dtype, torch.float32))
         weights = compute_token_weights(counts, loss_agg_mode, horizon=mask.shape[-1])
-        inputs = LossInputs(
-            student_log_probs=student_log_probs[mask],
+        batch = TokenBatch(
             old_log_probs=(student_log_probs if old_log_probs is None else old_log_probs)[mask].detach(),
             rollout_is_weights=None if rollout_is_weights is None else rollout_is_weights[mask].detach(),
-            distilled=torch.ones_like(student_log_probs[mask], dtype=torch.bool),
-            distillation_weights=weights.unsqueeze(-1).expand(mask.shape)[mask],
+        )
+        tokens = TokenDistributions(
+            student_log_probs=student_log_probs[mask],
             teacher_log_probs=teacher_log_probs[mask].detach(),
             student_distribution=None if student_distribution is None else student_distribution[mask],
             teacher_distribution=None if teacher_distribution is None else teacher_distribution[mask].detach(),
         )
-        losses, token_values_by_name = compute_distillation_token_losses(inputs, config)
+        losses, values_by_token = compute_distillation_token_losses(batch, tokens, config)
         broken = torch.zeros_like(mask).masked_scatter(mask, ~torch.isfinite(losses))
         if not bool(broken.any()):
             break
     # The sum over zero tokens keeps the graph, so that backward works on an empty batch.
-    assert inputs.distillation_weights is not None
-    loss = (losses * inputs.distillation_weights).sum() + 0.0 * student_log_probs[mask].sum()
+    loss = (losses * weights.unsqueeze(-1).expand(mask.shape)[mask]).sum() + 0.0 * student_log_probs[mask].sum()
     values = {
-        name: float(total / count.clamp(min=1)) for name, (total, count) in reduce_values(token_values_by_name).items()
+        name: float(total / count.clamp(min=1)) for name, (total, count) in reduce_values(values_by_token).items()
     }
     values |= {metrics.DISTILLATION_LOSS: float(loss.detach()), metrics.NONFINITE_SAMPLES: float(num_dropped)}
     return loss, values

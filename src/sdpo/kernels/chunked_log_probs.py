@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sdpo.algorithm.distributions import gather_log_probs
 from sdpo.algorithm.divergence import compute_entropy, exponentiate
 from sdpo.kernels.cpu.onednn import find_round_length, multiply_into
-from sdpo.kernels.loss_inputs import gather_log_probs
 
 # Size limit of a chunk's logits, for student and teacher each. Larger chunks read and write the head's gradient less
 # often and make faster matrix products.

@@ -9,17 +9,18 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from sdpo.algorithm.batch import TokenBatch
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.kernels import chunked_log_probs, fused_linear_loss
 from sdpo.kernels.chunked_log_probs import LinearHead
-from sdpo.kernels.fused_linear_loss import FusedOutputs, TokenInputs
+from sdpo.kernels.fused_linear_loss import FusedOutputs
 from sdpo.kernels.self_check import kernels_agree
 
 
 def fused_linear_sdpo_loss(
     student: LinearHead,
     teacher: Sequence[LinearHead],
-    tokens: TokenInputs,
+    batch: TokenBatch,
     config: SelfDistillationConfig,
     *,
     temperature: float = 1.0,
@@ -30,7 +31,7 @@ def fused_linear_sdpo_loss(
     kind = (config.alpha, config.full_logit_distillation, config.distillation_topk is not None)
     if has_cuda_kernels(student.hidden) and kernels_agree(student.hidden.device, student.hidden.dtype, *kind):
         from sdpo.kernels.cuda.fused_loss import fused_linear_sdpo_loss as compute
-    return compute(student, teacher, tokens, config, temperature=temperature, chunk_size=chunk_size)
+    return compute(student, teacher, batch, config, temperature=temperature, chunk_size=chunk_size)
 
 
 def score_tokens(

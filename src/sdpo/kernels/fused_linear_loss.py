@@ -23,54 +23,25 @@ A soft-cap c tanh(u / c) between head and softmax multiplies G by 1 - tanh(u / c
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from sdpo.algorithm.divergence import differentiate_divergence
-from sdpo.algorithm.loss import LossInputs, LossOutputs, compute_loss
-from sdpo.algorithm.regularization import Regularization
+from sdpo.algorithm.batch import TokenBatch
+from sdpo.algorithm.distributions import TokenDistributions, gather_log_probs
+from sdpo.algorithm.divergence import compute_entropy, differentiate_divergence
+from sdpo.algorithm.loss import LossOutputs, compute_loss
 from sdpo.algorithm.sums import Sums, add_sums
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.kernels.chunked_log_probs import ChunkedLogProbs, LinearHead, choose_chunk_size, cut_slice
+from sdpo.kernels.cpu.grouped_topk import topk_support
 from sdpo.kernels.head_grad import HeadGradAccumulator, blocked_matmul
-from sdpo.kernels.loss_inputs import build_loss_inputs
+from sdpo.kernels.precomputed_grad import attach_gradients, differentiate
 
 # In half precision the head's gradient takes a float32 buffer, so the teacher's buffer holds 1 / 4 of a chunk's rows.
 HALF_PRECISION_TEACHER_DIVISOR = 4
-
-
-@dataclass(frozen=True)
-class TokenInputs:
-    """Inputs of the loss for N packed tokens, except their distributions; see ``LossInputs``."""
-
-    sampled_ids: Tensor  # [N]
-    old_log_probs: Tensor | None = None  # [N]; the student's if None
-    policy_weights: Tensor | None = None  # [N]
-    advantages: Tensor | None = None  # [N]
-    rollout_is_weights: Tensor | None = None  # [N]
-    rollout_log_probs: Tensor | None = None  # [N]; used to compute rollout_is_weights if these are None
-    rollout_is_threshold: float = math.inf  # upper bound of the weights computed from rollout_log_probs
-    distilled: Tensor | None = None  # [N] bool, M of them set
-    distillation_weights: Tensor | None = None  # [N], read at distilled tokens
-    distillation_coef: float = 1.0
-    ref_log_probs: Tensor | None = None  # [N]
-    regularization: Regularization | None = None
-
-    @property
-    def has_entropy_term(self) -> bool:
-        """Whether the loss depends on the student's entropies."""
-        return self.regularization is not None and self.regularization.entropy_coeff != 0.0
-
-    def select(self, rows: Tensor | slice) -> TokenInputs:
-        """Inputs of these rows."""
-        chosen: dict[str, Any] = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **chosen)
 
 
 @dataclass(frozen=True)
@@ -85,19 +56,19 @@ class FusedOutputs(LossOutputs):
 def fused_linear_sdpo_loss(
     student: LinearHead,
     teacher: Sequence[LinearHead],
-    tokens: TokenInputs,
+    batch: TokenBatch,
     config: SelfDistillationConfig,
     *,
     temperature: float = 1.0,
     chunk_size: int | None = None,
 ) -> FusedOutputs:
-    """Compute from hidden states what ``build_loss_inputs`` and ``compute_loss`` compute from distributions.
+    """Compute from hidden states what ``read_distributions`` and ``compute_loss`` compute from distributions.
 
     Args:
         student: [N, H]; its hidden states, weight and bias get gradients if they require them.
         teacher: [M, H] each, the distilled tokens' rows in order; several models' logits are added (trust region).
             Empty if no token is distilled. Never receives a gradient, not even for a head shared with the student.
-        tokens: the N tokens.
+        batch: the N tokens, with ``sampled_ids``.
         temperature: of the sampler, > 0; divides the logits of student and teacher.
         chunk_size: tokens per chunk, >= 1; by default ``choose_chunk_size``. Affects only rounding.
 
@@ -113,52 +84,12 @@ def fused_linear_sdpo_loss(
             student.detach(), [part.detach() for part in teacher], config, temperature, needed, size
         )
         every_row = torch.arange(len(student.hidden), device=student.hidden.device)
-        for rows, teacher_rows in _cut(tokens.distilled if teacher else None, every_row, size):
-            run.add(tokens.select(rows), rows, teacher_rows)
+        for rows, teacher_rows in _cut(batch.distilled if teacher else None, every_row, size):
+            run.add(batch.select(rows), rows, teacher_rows)
         outputs, gradients = run.finish([None if leaf is None else leaf.dtype for leaf in leaves])
     if not any(needed):
         return outputs
     return replace(outputs, loss=attach_gradients(outputs.loss, gradients, leaves))
-
-
-def differentiate(values: Tensor, leaves: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Gradients of the sum of the values by each leaf that is not None."""
-    present = [leaf for leaf in leaves if leaf is not None]
-    ones = torch.ones_like(values)
-    gradients = iter(torch.autograd.grad(values, present, ones, allow_unused=True, materialize_grads=True))
-    return [None if leaf is None else next(gradients) for leaf in leaves]
-
-
-def attach_gradients(
-    value: Tensor,
-    gradients: Sequence[Tensor | None],
-    leaves: Sequence[Tensor | None],
-    scale: Callable[[Tensor, Tensor], Tensor] = torch.mul,
-) -> Tensor:
-    """Give a scalar known gradients, each of its leaf's shape; ``scale(gradient, scalar)`` multiplies in backward."""
-    attached: Tensor = _PrecomputedGrad.apply(value, gradients, scale, *leaves)  # type: ignore[no-untyped-call]
-    return attached
-
-
-class _PrecomputedGrad(torch.autograd.Function):
-    """A scalar with known gradients; the backward pass only scales them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        value: Tensor,
-        gradients: Sequence[Tensor | None],
-        scale: Callable[[Tensor, Tensor], Tensor],
-        *leaves: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(*gradients)
-        ctx.scale = scale
-        return value.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, *(None if known is None else ctx.scale(known, factor) for known in ctx.saved_tensors)
 
 
 class _ChunkedForwardBackward:
@@ -190,7 +121,7 @@ class _ChunkedForwardBackward:
         self.grad_weight = HeadGradAccumulator(student.weight, self.student.type) if needed[1] else None
         self.grad_bias = self.token_losses.new_zeros(len(student.weight)) if needed[2] else None
 
-    def add(self, tokens: TokenInputs, rows: Tensor, teacher_rows: Tensor | None) -> None:
+    def add(self, batch: TokenBatch, rows: Tensor, teacher_rows: Tensor | None) -> None:
         """Add the tokens at ``rows``: all distilled, by ``teacher_rows``, or none."""
         grad_logits = self.student.multiply(rows)
         for part in cut_slice(len(rows), len(rows) if teacher_rows is None else self.teacher_size):
@@ -200,7 +131,7 @@ class _ChunkedForwardBackward:
             for block in cut_slice(part.stop - part.start, self.student.block_size):
                 shifted = slice(part.start + block.start, part.start + block.stop)
                 self._add_block(
-                    tokens.select(shifted),
+                    batch.select(shifted),
                     rows[shifted],
                     None if teacher_rows is None else teacher_rows[shifted],
                     shifted,
@@ -216,7 +147,7 @@ class _ChunkedForwardBackward:
 
     def _add_block(
         self,
-        tokens: TokenInputs,
+        batch: TokenBatch,
         rows: Tensor,
         teacher_rows: Tensor | None,
         block: slice,
@@ -229,36 +160,29 @@ class _ChunkedForwardBackward:
         if teacher_rows is not None:
             assert self.teacher is not None
             teacher, teacher_probs = self.teacher.normalise(teacher_block)
-        inputs, sums = build_loss_inputs(
-            student,
-            config=self.config,
-            teacher=teacher,
-            student_probs=student_probs,
-            teacher_probs=teacher_probs,
-            **vars(tokens),
-        )
-        inputs, compared, derivative = self._make_autograd_leaves(inputs, student_probs, teacher_probs)
+        tokens, topk_ids = self._read(batch, student, student_probs, teacher, teacher_probs)
+        tokens, compared, derivative = self._make_autograd_leaves(batch, tokens, student_probs, teacher_probs)
         with torch.enable_grad():
-            outputs = compute_loss(inputs, self.config)
-        add_sums(self.sums, sums | outputs.sums)
+            outputs = compute_loss(batch, tokens, self.config)
+        assert tokens.student_entropies is not None and batch.sampled_ids is not None
+        add_sums(self.sums, outputs.sums)
         self.token_losses[rows] = outputs.token_losses.detach().to(self.student.type)
-        self.student_log_probs[rows] = inputs.student_log_probs.detach()
-        assert inputs.student_entropies is not None
-        self.student_entropies[rows] = inputs.student_entropies
-        if inputs.teacher_log_probs is not None:
-            self.teacher_log_probs[teacher_rows] = inputs.teacher_log_probs
+        self.student_log_probs[rows] = tokens.student_log_probs.detach()
+        self.student_entropies[rows] = tokens.student_entropies.detach()
+        if tokens.teacher_log_probs is not None:
+            self.teacher_log_probs[teacher_rows] = tokens.teacher_log_probs
         if not self.differentiates:
             return
-        entropies = inputs.student_entropies if tokens.has_entropy_term else None
+        entropies = tokens.student_entropies if batch.has_entropy_term else None
         by_sampled, by_compared, by_entropy = differentiate(
-            outputs.loss, (inputs.student_log_probs, compared, entropies)
+            outputs.loss, (tokens.student_log_probs, compared, entropies)
         )
         assert by_sampled is not None
         by_entropies = None
         if entropies is not None and by_entropy is not None:
             by_entropies = self._differentiate_entropies(student_probs, entropies.detach(), by_entropy)
         gradient = student_probs  # overwrites them
-        self._differentiate(gradient, tokens.sampled_ids, inputs.topk_ids, derivative, by_sampled, by_compared)
+        self._differentiate(gradient, batch.sampled_ids, topk_ids, derivative, by_sampled, by_compared)
         if by_entropies is not None:
             gradient.add_(by_entropies)
         if self.head.softcap is not None:
@@ -283,28 +207,56 @@ class _ChunkedForwardBackward:
         )
         return outputs, [grad_hidden, grad_weight, grad_bias]
 
+    def _read(
+        self,
+        batch: TokenBatch,
+        student: Tensor,
+        student_probs: Tensor,
+        teacher: Tensor | None,
+        teacher_probs: Tensor | None,
+    ) -> tuple[TokenDistributions, Tensor | None]:
+        """As ``read_distributions``, of tokens that are all distilled or none, and the kept entries' ids [m, K]."""
+        assert batch.sampled_ids is not None
+        tokens = TokenDistributions(
+            gather_log_probs(student, batch.sampled_ids), student_entropies=compute_entropy(student, student_probs)
+        )
+        if teacher is None:
+            return tokens, None
+        topk_ids, compared = None, teacher
+        if self.config.distillation_topk is not None:
+            student, topk_ids = topk_support(student, self.config.distillation_topk)
+            compared = teacher.gather(-1, topk_ids)
+        tokens = replace(
+            tokens,
+            teacher_log_probs=gather_log_probs(teacher, batch.sampled_ids),
+            teacher_entropies=compute_entropy(teacher, teacher_probs),
+            student_distribution=student,
+            teacher_distribution=compared,
+        )
+        return tokens, topk_ids
+
     def _make_autograd_leaves(
-        self, inputs: LossInputs, student_probs: Tensor, teacher_probs: Tensor | None
-    ) -> tuple[LossInputs, Tensor | None, Tensor | None]:
-        """Inputs with leaves, the compared leaf, and the divergence's derivative by the student's log-probabilities.
+        self, batch: TokenBatch, tokens: TokenDistributions, student_probs: Tensor, teacher_probs: Tensor | None
+    ) -> tuple[TokenDistributions, Tensor | None, Tensor | None]:
+        """Values with leaves, the compared leaf, and the divergence's derivative by the student's log-probabilities.
 
         Leaves are the sampled token's log-probability and, if the loss has an entropy term, the entropy. If whole
         distributions are compared, the compared leaf is the divergence [m], with its derivative [m, V]. With top-k it
         is the kept log-probabilities [m, K], which need no derivative.
         """
-        inputs = replace(inputs, student_log_probs=inputs.student_log_probs.requires_grad_())
-        if inputs.regularization is not None and inputs.regularization.entropy_coeff:
-            assert inputs.student_entropies is not None
-            inputs.student_entropies.requires_grad_()
-        student, teacher = inputs.student_distribution, inputs.teacher_distribution
+        tokens.student_log_probs.requires_grad_()
+        if batch.has_entropy_term:
+            assert tokens.student_entropies is not None
+            tokens.student_entropies.requires_grad_()
+        student, teacher = tokens.student_distribution, tokens.teacher_distribution
         if student is None or teacher is None or not self.config.full_logit_distillation:
-            return inputs, None, None
+            return tokens, None, None
         if self.config.distillation_topk is not None:
-            return inputs, student.requires_grad_(), None
+            return tokens, student.requires_grad_(), None
         value, derivative = differentiate_divergence(
             student, teacher, self.config.alpha, student=student_probs, teacher=teacher_probs, overwrite=True
         )
-        return replace(inputs, divergence=value), value.requires_grad_(), derivative
+        return replace(tokens, divergence=value), value.requires_grad_(), derivative
 
     def _differentiate_entropies(self, student: Tensor, entropies: Tensor, by_entropy: Tensor) -> Tensor:
         """dL / dH dH / dz, [n, V], with ``student`` its probabilities."""

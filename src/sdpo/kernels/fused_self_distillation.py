@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from sdpo.algorithm.aggregation import compute_token_weights
+from sdpo.algorithm.batch import TokenBatch
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.kernels.chunked_log_probs import LinearHead, softmax_type
 from sdpo.kernels.dispatch import fused_linear_sdpo_loss
-from sdpo.kernels.fused_linear_loss import TokenInputs
 from sdpo.observability import metrics
 
 
@@ -85,7 +85,7 @@ def fused_self_distillation_loss(
         outputs = fused_linear_sdpo_loss(
             LinearHead(_take(student_hidden, rows), student_head, student_bias, softcap),
             [LinearHead(_take(teacher_hidden, shown), teacher_head, teacher_bias, softcap)],
-            TokenInputs(
+            TokenBatch(
                 sampled_ids=_take(sampled_ids, rows),
                 old_log_probs=None if old_log_probs is None else _take(old_log_probs, rows).detach(),
                 policy_weights=_average(counted, student_hidden).expand(len(rows)),

@@ -13,10 +13,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from sdpo.algorithm.batch import TokenBatch
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.kernels import chunked_log_probs, fused_linear_loss
 from sdpo.kernels.chunked_log_probs import LinearHead
-from sdpo.kernels.fused_linear_loss import TokenInputs
 
 NUM_TOKENS, VOCAB_SIZE, HIDDEN_SIZE = 6, 1030, 32
 TOLERANCE = 0.05  # relative; bfloat16 leaves 0.01
@@ -59,9 +59,7 @@ def _compare(device: torch.device, dtype: torch.dtype, config: SelfDistillationC
     ids = torch.randint(VOCAB_SIZE, (NUM_TOKENS,), generator=generator).to(device)
     distilled = torch.tensor([True, False, True, True, False, True], device=device)
     ones = torch.ones(NUM_TOKENS, device=device)
-    tokens = TokenInputs(
-        ids, policy_weights=ones, advantages=ones - 0.5, distilled=distilled, distillation_weights=ones
-    )
+    tokens = TokenBatch(ids, policy_weights=ones, advantages=ones - 0.5, distilled=distilled, distillation_weights=ones)
     found = []
     for module, wide in ((fused_loss, dtype), (fused_linear_loss, torch.float32)):
         leaves = [x.detach().to(wide).requires_grad_() for x in (hidden, head)]

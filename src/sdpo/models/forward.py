@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sdpo.models.multimodal.processor import TokenPrompt
-from sdpo.models.multimodal.vision_tower import ImageFeatures, VisionAdapter, showing
+from sdpo.models.multimodal.vision_tower import ImageFeatures, VisionAdapter, inject_image_features
 from sdpo.models.packing.attention import NO_MASK
 from sdpo.models.packing.layout import PackedSequences
 
@@ -112,7 +112,7 @@ def compute_hidden(
         inputs |= {"layout": sequences.layout, "attention_mask": NO_MASK.to(sequences.token_ids.device)}
     else:
         inputs["attention_mask"] = sequences.attention_mask
-    with showing(model, features) as shown:
+    with inject_image_features(model, features) as shown:
         hidden: Tensor = transformer.base_model(
             input_ids=sequences.token_ids,
             position_ids=sequences.position_ids,
@@ -121,7 +121,7 @@ def compute_hidden(
             **shown,
         ).last_hidden_state
     if isinstance(sequences, PackedSequences):
-        return hidden[0].index_select(0, sequences.scored)
+        return hidden[0].index_select(0, sequences.predictor_index)
     return hidden[:, -sequences.response_mask.shape[1] - 1 : -1][sequences.response_mask]
 
 
@@ -145,7 +145,7 @@ def compute_logits(
         features: of the images in ``token_ids``, row by row.
     """
     marks = vision.image_token_mask(token_ids) if vision is not None else {}
-    with showing(model, features) as shown:
+    with inject_image_features(model, features) as shown:
         output = model(
             input_ids=token_ids,
             attention_mask=attention_mask,

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from sdpo.config.model import LoraConfig, ModelConfig
 from sdpo.models.loading import build_meta_model, get_window, reads_images
 from sdpo.models.lora.adapters import find_target_layers
-from sdpo.models.multimodal.vision_tower import CHUNK_SIZE, get_vision_tower_parameters
+from sdpo.models.multimodal.feature_cache import CHUNK_SIZE
+from sdpo.models.multimodal.vision_tower import get_vision_tower_parameters
 
 # Values that a layer saves for its backward pass, per token and per row and column of its matrices. Attention matrices
 # are not counted, since flash and SDPA kernels never store them. Both factors are measured on tiny models of several

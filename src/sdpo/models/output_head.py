@@ -15,10 +15,10 @@ from sdpo.kernels.chunked_log_probs import LinearHead
 PROBE_LENGTH = 4
 # Added to the logit of a forbidden token: probability 0 in float32, but finite, because a divergence with -inf on both
 # sides is NaN. With a soft-cap c a probability of exp(-c - the largest logit) is left, 1e-20 for Gemma's c = 30.
-FORBIDDEN = -1e4
+SUPPRESSED = -1e4
 
 
-def build_lazy_logits(model: nn.Module, hidden: Tensor, coefficient: float = 1.0) -> LinearHead:
+def build_linear_head(model: nn.Module, hidden: Tensor, coefficient: float = 1.0) -> LinearHead:
     """Logits of a transformers model for hidden states [N, H], before they are computed.
 
     Args:
@@ -37,34 +37,34 @@ def build_lazy_logits(model: nn.Module, hidden: Tensor, coefficient: float = 1.0
     )
 
 
-def forbid_tokens(lazy: LinearHead, token_ids: Sequence[int]) -> LinearHead:
+def suppress_tokens(head: LinearHead, token_ids: Sequence[int]) -> LinearHead:
     """Set the probability of some tokens to 0, as a sampler that never draws them does.
 
     Args:
         token_ids: of the forbidden tokens; may be empty.
     """
     if not token_ids:
-        return lazy
-    bias = torch.zeros(len(lazy.weight), device=lazy.hidden.device)
-    bias[list(token_ids)] = FORBIDDEN
-    return replace(lazy, bias=bias if lazy.bias is None else lazy.bias + bias)
+        return head
+    bias = torch.zeros(len(head.weight), device=head.hidden.device)
+    bias[list(token_ids)] = SUPPRESSED
+    return replace(head, bias=bias if head.bias is None else head.bias + bias)
 
 
-def compute_dense_logits(lazy: LinearHead) -> Tensor:
+def compute_dense_logits(head: LinearHead) -> Tensor:
     """Compute all logits [N, V] at once; for few tokens."""
-    logits = lazy.hidden @ lazy.weight.to(lazy.hidden.dtype).T
-    if lazy.bias is not None:
-        logits = logits + lazy.bias
-    if lazy.softcap is not None:
-        logits = lazy.softcap * torch.tanh(logits / lazy.softcap)
-    return logits * lazy.coefficient
+    logits = head.hidden @ head.weight.to(head.hidden.dtype).T
+    if head.bias is not None:
+        logits = logits + head.bias
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return logits * head.coefficient
 
 
 @torch.no_grad()
 def measure_logit_scale(model: nn.Module) -> float:
-    """Measure a model's factor of hidden states that ``build_lazy_logits`` lacks: 1 for nearly all models.
+    """Measure a model's factor of hidden states that ``build_linear_head`` lacks: 1 for nearly all models.
 
-    It compares the model's logits of a few tokens with those of ``build_lazy_logits``.
+    It compares the model's logits of a few tokens with those of ``build_linear_head``.
 
     Raises:
         ConfigError: the logits are not proportional, so the model computes them in an unsupported way.
@@ -79,12 +79,12 @@ def measure_logit_scale(model: nn.Module) -> float:
     hidden = transformer.base_model(input_ids=token_ids, use_cache=False).last_hidden_state[0]
     logits = transformer(input_ids=token_ids, use_cache=False).logits[0].float()
     model.train(was_training)
-    plain = compute_dense_logits(build_lazy_logits(model, hidden)).float()
+    plain = compute_dense_logits(build_linear_head(model, hidden)).float()
     scale = float((logits * plain).sum() / plain.square().sum())
     tolerance = 1e-3 if hidden.dtype == torch.float32 else 0.05
     if abs(scale - 1.0) < tolerance:
         scale = 1.0
-    difference = (compute_dense_logits(build_lazy_logits(model, hidden * scale)).float() - logits).abs().max()
+    difference = (compute_dense_logits(build_linear_head(model, hidden * scale)).float() - logits).abs().max()
     if not float(difference) <= tolerance * float(logits.abs().max()):
         raise ConfigError(
             f"model.path: {type(model).__name__} computes logits from hidden states in an unsupported way "

@@ -1,1 +1,1 @@
-"""Data sets and graders: one file a task. ``interface.py`` says what a task is and finds it by name."""
+"""Tasks: reward functions and data sets. ``base.py`` defines and loads a task, ``manager.py`` calls it."""

@@ -1,4 +1,4 @@
-"""Graders that are coroutine functions: many wait side by side, on an event loop in a thread of its own."""
+"""Reward functions that are coroutine functions: run concurrently, on an event loop in a separate thread."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from sdpo.errors import SDPOError
 from sdpo.rewards.base import RewardOutput, Row, Task, parse_reward
 from sdpo.rewards.scoring import RewardFailure, RewardTimeout, describe_timeout, name_failure, name_row
 
-# Seconds beyond the timeout after which the loop itself is taken to be blocked.
+# Seconds beyond the timeout after which the event loop counts as blocked.
 GRACE_SECONDS = 2.0
 
 
 def is_asynchronous(task: Task) -> bool:
-    """Whether the task's ``grade`` must be awaited."""
+    """Whether the task's ``compute_score`` must be awaited."""
     return inspect.iscoroutinefunction(task.compute_score)
 
 
 class AsyncScorer:
-    """Grades by a task whose ``grade`` is a coroutine function; safe in every thread, any number at once.
+    """Scores responses with a coroutine function, any number concurrently; thread-safe.
 
-    A coroutine that takes too long is cancelled. One that blocks cannot be; then the loop is left behind with all that
-    waits on it, and the next response gets another one.
+    A coroutine that takes too long is cancelled. A coroutine that blocks its event loop cannot be
+    cancelled: the loop is abandoned with all its coroutines, and the next response starts a new loop.
 
     Args:
-        task: what grades.
-        timeout: seconds that one response may take; None for no limit.
+        task: the reward function.
+        timeout: seconds per response; None for no limit.
     """
 
     def __init__(self, task: Task, timeout: float | None) -> None:
@@ -40,17 +40,17 @@ class AsyncScorer:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def compute_score(self, row: Row, response: str) -> RewardOutput:
-        """Grade one response.
+        """Score one response.
 
         Raises:
-            RewardFailure, DataError: as ``score_once`` does.
+            RewardFailure, SDPOError: see ``score_once``.
         """
         return self.begin(row, response)()
 
     def begin(self, row: Row, response: str) -> Callable[[], RewardOutput]:
-        """Start to grade one response; what is returned waits for the grade, and raises as ``grade`` does."""
+        """Start to score one response; the returned function waits for the result or raises."""
         loop = self._get_loop()
-        future = asyncio.run_coroutine_threadsafe(self._grade(row, response), loop)
+        future = asyncio.run_coroutine_threadsafe(self._score(row, response), loop)
         end = None if self._timeout is None else time.monotonic() + self._timeout + GRACE_SECONDS
 
         def finish() -> RewardOutput:
@@ -58,13 +58,13 @@ class AsyncScorer:
                 return future.result(None if end is None else max(0.0, end - time.monotonic()))
             except concurrent.futures.TimeoutError:
                 assert self._timeout is not None
-                self._leave(loop)
+                self._abandon(loop)
                 reason = f"{describe_timeout(self._timeout)}, and it blocks the event loop"
                 raise RewardFailure(f"{name_row(row)}: {reason}", RewardTimeout.__name__) from None
 
         return finish
 
-    async def _grade(self, row: Row, response: str) -> RewardOutput:
+    async def _score(self, row: Row, response: str) -> RewardOutput:
         async def attempt() -> RewardOutput | BaseException:
             try:
                 return parse_reward(await self._task.compute_score(row, response))
@@ -88,10 +88,10 @@ class AsyncScorer:
         with self._starting:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
-                threading.Thread(target=self._loop.run_forever, name="graders", daemon=True).start()
+                threading.Thread(target=self._loop.run_forever, name="async-scoring", daemon=True).start()
             return self._loop
 
-    def _leave(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _abandon(self, loop: asyncio.AbstractEventLoop) -> None:
         with self._starting:
             if self._loop is loop:
                 self._loop = None

@@ -1,8 +1,8 @@
-"""What a task is: rows in verl's parquet schema, and something that grades a response to one.
+"""Definition of a task: a reward function for rows in verl's parquet schema.
 
-A task of your own is a Python file or module with ``compute_score(row, response)``, a function or a coroutine function;
-it is named by ``data.task``. With arguments, define ``build_task(**task_args)`` that returns an object with that
-method.
+A custom task is a Python file or module that defines ``compute_score(row, response)``, as a function or a coroutine
+function; ``data.task`` names it. A task with arguments defines ``build_task(**task_args)`` instead, which returns an
+object with the method ``compute_score``.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ BUILT_IN = {
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt with what is needed to grade its responses, as in verl's parquet files."""
+    """A prompt and the data that scoring its responses needs, as in verl's parquet files."""
 
     data_source: str
     prompt: list[dict[str, Any]]  # chat messages
     reward_model: Mapping[str, Any]  # {"style": "rule", "ground_truth": ...}
     ability: str = ""
     extra_info: Mapping[str, Any] = field(default_factory=dict)
-    images: tuple[bytes, ...] = ()  # image files, as the prompt's <image> tags name them
-    origin: str = field(default="", compare=False)  # setting, file and number, for errors
+    images: tuple[bytes, ...] = ()  # contents of image files, in the order of the prompt's <image> tags
+    origin: str = field(default="", compare=False)  # setting, file and number of the row, for error messages
 
     @property
     def ground_truth(self) -> str | None:
@@ -48,9 +48,9 @@ class Row:
 
 @dataclass(frozen=True)
 class RewardOutput:
-    """What a grader says of one response: a score, and in words what was wrong, if it can tell.
+    """Score of a response, with optional feedback in words.
 
-    A score of NaN stands for a grader that failed; no grader may return one.
+    A score of NaN means that the reward function failed; a reward function must not return NaN.
     """
 
     score: float
@@ -58,13 +58,12 @@ class RewardOutput:
 
 
 class Task(Protocol):
-    """Grades responses; a built-in task may also make its own files (``prepare``)."""
+    """A reward function; a built-in task may also create its data and model (``prepare``)."""
 
     def compute_score(self, row: Row, response: str) -> Any:
-        """A ``RewardOutput``, a number, or a mapping with ``score`` and on request ``feedback`` (as verl's scorers
-        return).
+        """Return a ``RewardOutput``, a number, or a mapping with ``score`` and optionally ``feedback`` (as in verl).
 
-        May be a coroutine function (``async def``), for graders that wait for others: many then wait side by side.
+        May be a coroutine function (``async def``); calls then run concurrently, for example to query a service.
         """
 
 
@@ -72,8 +71,8 @@ def load_task(name: str, args: Mapping[str, Any]) -> Task:
     """Find a task by built-in name, Python file or module, and build it with its arguments.
 
     Raises:
-        DataError: there is no such task, it cannot be imported, it has neither ``build_task`` nor ``grade``, or does
-            not take the arguments.
+        DataError: the task does not exist, cannot be imported, defines neither ``build_task`` nor ``compute_score``,
+            or refuses the arguments.
     """
     module = _import_task(name)
     if hasattr(module, "build_task"):
@@ -83,17 +82,19 @@ def load_task(name: str, args: Mapping[str, Any]) -> Task:
             raise
         except TypeError as error:
             raise DataError(f"data.task_args: {name}: {' '.join(str(error).split())}") from error
-        except Exception as error:  # a task of one's own may raise anything
+        except Exception as error:  # a custom task may raise anything
             raise DataError(f"data.task_args: {name}: {_explain(error, name)}") from error
     if not hasattr(module, "compute_score"):
-        raise DataError(f"data.task: {name} defines neither compute_score(row, response) nor build_task(**task_args)")
+        raise DataError(
+            f"data.task={name}: defines neither compute_score(row, response) nor build_task(**task_args); add one"
+        )
     if args:
-        raise DataError(f"data.task_args: {name} takes no arguments; define build_task(**task_args) in it")
+        raise DataError(f"data.task_args: {name} takes no arguments; remove them, or define build_task(**task_args)")
     return module
 
 
 def prepare_task(task: Task, observer: ProgressCallback) -> None:
-    """Let a task that makes its own files make them."""
+    """Let a task create its own files, if it has any."""
     prepare = getattr(task, "prepare", None)
     if prepare is not None:
         prepare(observer)
@@ -104,18 +105,18 @@ def _import_task(name: str) -> ModuleType:
         return importlib.import_module(BUILT_IN[name])
     if name.endswith(".py"):
         if not Path(name).is_file():
-            raise DataError(f"data.task: {name}: no such file")
+            raise DataError(f"data.task={name}: no such file")
         spec = importlib.util.spec_from_file_location(f"sdpo_task_{Path(name).stem}", name)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses look their module up there
+        sys.modules[spec.name] = module  # dataclasses look up their module there
         try:
             spec.loader.exec_module(module)
-        except Exception as error:  # a file of one's own may raise anything
+        except Exception as error:  # a custom file may raise anything
             del sys.modules[spec.name]
-            raise DataError(f"data.task: {name}: cannot be imported ({_explain(error, name)})") from error
+            raise DataError(f"data.task={name}: cannot be imported ({_explain(error, name)})") from error
         return module
-    unknown = DataError(f"data.task: no task {name!r}; built in: {', '.join(BUILT_IN)}; or a Python file or module")
+    unknown = DataError(f"data.task={name}: no such task; use {', '.join(BUILT_IN)}, a file or a module")
     if not all(part.isidentifier() for part in name.split(".")):
         raise unknown
     try:
@@ -123,30 +124,30 @@ def _import_task(name: str) -> ModuleType:
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
             raise unknown from error
-        raise DataError(f"data.task: {name}: cannot be imported ({_explain(error)})") from error
+        raise DataError(f"data.task={name}: cannot be imported ({_explain(error)})") from error
 
 
 def _explain(error: Exception, file: str = "") -> str:
-    """Type and message in one line, with the last line of ``file`` that led to it."""
-    place = find_place(error, file)  # a SyntaxError says its line itself
+    """Type and message of an error in one line, with the last line of ``file`` in its traceback."""
+    place = find_place(error, file)  # empty for a SyntaxError, which names its line in the message
     return f"{type(error).__name__}: {' '.join(str(error).split()):.300}{place and f', {place}'}"
 
 
 def find_place(error: BaseException, file: str | None) -> str:
-    """``FILE:LINE`` at which a failed call was last in a file; empty if it never got there."""
+    """Return ``FILE:LINE`` of the last frame of a traceback in ``file``; empty without such a frame."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     return f"{file}:{lines[-1]}" if lines else ""
 
 
 class InvalidRewardError(ValueError):
-    """What a grader returned is no grade."""
+    """The return value of a reward function is not a score."""
 
 
 def parse_reward(value: Any) -> RewardOutput:
-    """The grade in what a grader returned.
+    """Convert the return value of a reward function.
 
     Raises:
-        InvalidRewardError: the score is no finite number, or the feedback no text.
+        InvalidRewardError: the score is not a finite number, or the feedback is not text.
     """
     if isinstance(value, Mapping):
         value = RewardOutput(value.get("score"), value.get("feedback"))  # type: ignore[arg-type]

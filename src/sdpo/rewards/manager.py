@@ -1,4 +1,4 @@
-"""Graders go wrong: one that raises, hangs or returns no score costs that response its grade, and is counted."""
+"""Reward manager: calls the reward function; failed calls are counted and leave their response without a score."""
 
 from __future__ import annotations
 
@@ -17,57 +17,60 @@ FAILED = RewardOutput(math.nan)
 
 
 class RewardManager:
-    """A task's ``grade``, whose failures are survived, told and counted.
+    """Scores responses with a task's reward function.
 
-    Coroutine functions grade all responses of a step side by side, others one after the other. A failure is an
-    exception (``SystemExit`` too), a call longer than ``reward.timeout_s``, or a return value that
-    ``parse_reward`` refuses. An ``SDPOError`` is none: it is the task's way to refuse its data, and ends the run.
+    Coroutine functions score all responses of a step concurrently, other functions one response at a time. A call fails
+    by an exception (``SystemExit`` included), by exceeding ``reward.timeout_s``, or by a return value that
+    ``parse_reward`` refuses. An ``SDPOError`` is not a failure: it is how a task refuses its data, and ends the run.
 
     Args:
-        task: what grades.
-        config: its timeout, and the fraction of failures above which the run is aborted.
-        observer: told of the first failure of each kind; a kind is a type of exception at a line of the grader.
+        task: the reward function.
+        config: timeout, and the fraction of failures above which the run is aborted.
+        observer: receives a message at the first failure of each kind: an exception type at a line of the task.
 
     Attributes:
-        num_failures: so far.
+        num_failures: number of failed calls so far.
     """
 
     def __init__(self, task: Task, config: RewardConfig, observer: ProgressCallback) -> None:
         self._begin = _choose_begin(task, config.timeout_s)
         self._config = config
         self._observer = observer
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self.num_failures = 0
 
     def compute_score(self, responses: Sequence[tuple[Row, str]]) -> list[RewardOutput]:
-        """A grade for each response to a row, in their order; the score of a failed one is NaN.
+        """Score responses to rows, in order; the score of a failed call is NaN.
 
         Raises:
-            DataError: more than ``reward.max_failure_fraction`` of them have failed; the rest is not scored.
+            DataError: more than ``reward.max_failure_fraction`` of the calls failed; the rest is not scored.
         """
-        grades = []
+        outputs = []
         num_failed = 0
         for finish in [self._begin(row, response) for row, response in responses]:
             try:
-                grades.append(finish())
+                outputs.append(finish())
             except RewardFailure as failure:
-                grades.append(FAILED)
+                outputs.append(FAILED)
                 num_failed += 1
                 self.num_failures += 1
                 if num_failed > self._config.max_failure_fraction * len(responses):
                     raise DataError(
-                        f"data.task: scoring failed for {num_failed} of the {len(grades)} "
+                        f"data.task: scoring failed for {num_failed} of the {len(outputs)} "
                         f"responses scored so far, of {len(responses)} in all, which is more than "
                         f"reward.max_failure_fraction={self._config.max_failure_fraction:g}; the last: {failure}"
                     ) from failure.__cause__
-                if failure.kind not in self._told:
-                    self._told.add(failure.kind)
-                    self._observer.message(f"data.task: scoring failed, which costs that response: {failure}")
-        return grades
+                if failure.kind not in self._reported:
+                    self._reported.add(failure.kind)
+                    self._observer.message(f"data.task: scoring failed, response not used: {failure}")
+        return outputs
 
 
 def _choose_begin(task: Task, timeout: float | None) -> Callable[[Row, str], Callable[[], RewardOutput]]:
-    """What begins to grade a response, and gives what ends it: the whole call, where ``grade`` is no coroutine."""
+    """Return a function that begins to score a response and returns the function that completes it.
+
+    If ``compute_score`` is not a coroutine function, the second function makes the complete call.
+    """
     if is_asynchronous(task):
         return AsyncScorer(task, timeout).begin
     return lambda row, response: functools.partial(score_once, task, row, response, timeout)

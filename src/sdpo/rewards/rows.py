@@ -17,8 +17,8 @@ def load_rows(files: Sequence[str], setting: str) -> list[Row]:
     """Read parquet files in verl's schema.
 
     Raises:
-        DataError: no file given, a file that is missing, unreadable or empty, a column that is missing, or a row whose
-            prompt is not a list of messages or whose images are no files; names the file, and the row or the column.
+        DataError: no files; a missing, unreadable or empty file; a missing column; a prompt that is not a list of
+            messages; or an image that is not a file. Names the file, and the row or the column.
     """
     import pyarrow.parquet as pq
 
@@ -31,7 +31,7 @@ def load_rows(files: Sequence[str], setting: str) -> list[Row]:
         try:
             table = pq.read_table(name)
             records = table.to_pylist()
-        except Exception as error:  # readers raise whatever a broken file makes them raise
+        except Exception as error:  # a broken file may cause any error
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise DataError(f"{setting}: {name}: not a readable parquet file ({reason})") from error
         missing = [column for column in REQUIRED_COLUMNS if column not in table.column_names]
@@ -91,10 +91,10 @@ def _check_message(message: Any, where: str) -> None:
 
 
 def read_image(image: Any, where: str) -> bytes:
-    """The file's content; the column holds it, or {"bytes": ..., "path": ...} as ``datasets`` does, or a path.
+    """Read an image cell: bytes, a path, or {"bytes": ..., "path": ...} as ``datasets`` writes it.
 
     Raises:
-        DataError: it is none of these, or there is no such file; begins with ``where``.
+        DataError: the cell is none of these, or the file cannot be read; begins with ``where``.
     """
     data, path = (image.get("bytes"), image.get("path")) if isinstance(image, Mapping) else (image, image)
     if isinstance(data, bytes):

@@ -1,4 +1,4 @@
-"""One call of a grader: an exception, a hang and a return value that is no score are told apart from a grade."""
+"""A single call of a reward function, with its timeout; failures become ``RewardFailure``."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any
 from sdpo.errors import SDPOError
 from sdpo.rewards.base import RewardOutput, Row, Task, find_place, parse_reward
 
-TIMER_INTERVAL = 1.0  # seconds after which a call that swallowed the alarm gets another
+TIMER_INTERVAL = 1.0  # seconds between further timeouts for a call that caught the first one
 
 
 class RewardTimeout(BaseException):
-    """A grader took too long. No ``Exception``: graders catch those, and would go on."""
+    """A reward function took too long. Not an ``Exception``, which reward functions often catch."""
 
 
 class RewardFailure(Exception):
-    """A grader gave no grade; the text says for which row and why.
+    """A reward function returned no score; the message names the row and the reason.
 
     Attributes:
-        kind: the type of the error and the line of the grader.
+        kind: the error's type and line in the task, to recognise repeated failures.
     """
 
     def __init__(self, reason: str, kind: str = "") -> None:
@@ -32,12 +32,12 @@ class RewardFailure(Exception):
 
 
 def score_once(task: Task, row: Row, response: str, timeout: float | None) -> RewardOutput:
-    """Grade one response.
+    """Score one response.
 
     Raises:
-        RewardFailure: an exception of the grader (``SystemExit`` too), a call longer than ``timeout`` seconds, or a
-            return value that ``parse_reward`` refuses.
-        DataError: the task's way to refuse its data.
+        RewardFailure: an exception in the reward function (``SystemExit`` included), a call longer than ``timeout``
+            seconds, or a return value that ``parse_reward`` refuses.
+        SDPOError: the task refuses its data.
     """
     try:
         return parse_reward(_call_within(timeout, task.compute_score, row, response))
@@ -48,25 +48,25 @@ def score_once(task: Task, row: Row, response: str, timeout: float | None) -> Re
 
 
 def name_failure(error: BaseException, task: Task, row: Row, timeout: float | None) -> RewardFailure:
-    """What a grader raised, or that it took too long, for which row and where."""
+    """Describe an exception or a timeout, with the row and the line of the task."""
     where = find_place(error, getattr(getattr(task.compute_score, "__code__", None), "co_filename", None))
     reason = f"{_describe(error, timeout)}{where and f' ({where})'}"
     return RewardFailure(f"{name_row(row)}: {reason}", f"{type(error).__name__} {where}")
 
 
 def name_row(row: Row) -> str:
-    """How an error names a row."""
+    """Name a row in an error message."""
     return row.origin or row.data_source
 
 
 def _call_within(seconds: float | None, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function and interrupt it after so many seconds.
+    """Call a function and interrupt it after this many seconds.
 
-    Only Python's main thread on a system with SIGALRM can be interrupted, and not within a single call of C code;
-    elsewhere the function takes as long as it takes. One that sets an alarm of its own replaces this one.
+    Requires SIGALRM and Python's main thread; elsewhere the call has no time limit. A single call of C code is not
+    interrupted. A function that sets SIGALRM itself replaces this timer.
 
     Raises:
-        RewardTimeout: it took longer.
+        RewardTimeout: the call took longer.
     """
     if seconds is None or not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
         return function(*arguments)
@@ -83,7 +83,7 @@ def _call_within(seconds: float | None, function: Callable[..., Any], *arguments
         try:
             return function(*arguments)
         finally:
-            armed = False  # an alarm that comes while the earlier one is put back would leave it half done
+            armed = False  # a signal while the earlier timer is restored would leave it incomplete
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler if handler is not None else signal.SIG_DFL)
@@ -92,7 +92,7 @@ def _call_within(seconds: float | None, function: Callable[..., Any], *arguments
 
 
 def describe_timeout(timeout: float) -> str:
-    """What an error says of a grader that took too long."""
+    """Describe a timeout."""
     return f"no score within reward.timeout_s={timeout:g} seconds"
 
 

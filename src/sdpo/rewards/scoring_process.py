@@ -1,7 +1,7 @@
-"""A grader in a process of its own, where a call that takes too long can be ended from any thread.
+"""Scoring in a separate process, where a call can be ended from any thread.
 
-An alarm (``grading.py``) interrupts Python's main thread only, and no single call of C code, as a regular expression
-may be: those are ended with the process.
+The timer of ``scoring.py`` interrupts Python's main thread only, and no single call of C code, such as a long regular
+expression. Such calls are ended with their process.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from sdpo.rewards.base import RewardOutput, Row, load_task
 from sdpo.rewards.scoring import RewardFailure, describe_timeout, name_row, score_once
 from sdpo.rewards.worker_process import WorkerProcess, WorkerTimeout, take_output
 
-# Seconds beyond the timeout: the alarm comes first, since it says where; then the process ends itself; then we end it.
+# Seconds between the three limits of a call: the timer, which names the line; the process ends itself; we kill it.
 GRACE_SECONDS = 2.0
 
 
 class ScoringProcess:
-    """Grades by a task that runs in another process; safe in every thread, one response at a time.
+    """Scores responses in another process, one at a time; thread-safe.
 
     Args:
         task: name, module or file.
-        args: of the task, as JSON.
-        timeout: seconds that one response may take.
+        args: arguments of the task, as JSON.
+        timeout: seconds per response.
     """
 
     def __init__(self, task: str, args: str, timeout: float) -> None:
@@ -35,15 +35,15 @@ class ScoringProcess:
         self._worker = WorkerProcess("sdpo.rewards.scoring_process:_serve", [task, args, str(timeout)])
 
     def compute_score(self, row: Row, response: str) -> RewardOutput:
-        """Grade one response.
+        """Score one response.
 
         Raises:
-            RewardFailure: see ``score_once``; or the process died.
+            RewardFailure: see ``score_once``; also if the process died.
             DataError: the task cannot be loaded, or refuses its data.
         """
         packed = base64.b64encode(pickle.dumps((row, response))).decode()
         try:
-            reply = self._worker.ask({"packed": packed}, self._timeout + 2 * GRACE_SECONDS)
+            reply = self._worker.request({"packed": packed}, self._timeout + 2 * GRACE_SECONDS)
         except WorkerTimeout:
             reason = f"{describe_timeout(self._timeout)}, or its process died"
             raise RewardFailure(f"{name_row(row)}: {reason}", WorkerTimeout.__name__) from None
@@ -54,7 +54,7 @@ class ScoringProcess:
         return RewardOutput(reply["score"], reply["feedback"])
 
     def close(self) -> None:
-        """End the process; the next response starts another."""
+        """End the process; the next response starts a new one."""
         self._worker.close()
 
 
@@ -63,7 +63,7 @@ def _serve(task: str, args: str, timeout: str) -> None:
     seconds = float(timeout)
     refusal = ""
     try:
-        reward_manager = load_task(task, json.loads(args))
+        scored_task = load_task(task, json.loads(args))
     except SDPOError as error:
         refusal = str(error)
     print("ready", file=replies)
@@ -72,11 +72,11 @@ def _serve(task: str, args: str, timeout: str) -> None:
             print(json.dumps({"refusal": refusal}), file=replies)
             continue
         row, response = pickle.loads(base64.b64decode(json.loads(line)["packed"]))
-        # Ends this process whatever runs, also where nobody would any more since the parent was killed.
+        # Ends this process even if its parent was killed and the interpreter is in a call of C code.
         faulthandler.dump_traceback_later(seconds + GRACE_SECONDS, exit=True)
         try:
-            grade = score_once(reward_manager, row, response, seconds)
-            reply = {"score": grade.score, "feedback": grade.feedback}
+            output = score_once(scored_task, row, response, seconds)
+            reply = {"score": output.score, "feedback": output.feedback}
         except SDPOError as error:
             reply = {"refusal": str(error)}
         except RewardFailure as failure:

@@ -1,7 +1,7 @@
-"""A Python process that answers questions, and is killed when an answer takes too long.
+"""A Python process that answers requests, and is killed when an answer takes too long.
 
-It is a plain subprocess: processes that may have no children of ``multiprocessing`` (daemons) can ask too, and nobody's
-``__main__`` is imported again.
+It is a plain subprocess, because daemonic processes cannot have children of ``multiprocessing``, and because no
+``__main__`` module is imported again.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ START_SECONDS = 120.0  # imports, on a busy machine with a cold disk
 
 
 class WorkerTimeout(Exception):
-    """The answer took too long, or the process died of the question."""
+    """The answer took too long, or the process died."""
 
 
 class WorkerProcess:
-    """Started when first asked, and again after it was killed.
+    """Starts its process at the first request, and again after the process was killed.
 
     Args:
-        serve: ``module:function`` that runs in the process: it prints a line when it is ready, and then answers every
-            line of JSON in its input by a line of JSON.
-        arguments: of that function.
+        serve: ``module:function`` that runs in the process. It prints a line when it is ready, and then answers each
+            line of JSON on its input with a line of JSON.
+        arguments: arguments of the function.
     """
 
     def __init__(self, serve: str, arguments: Sequence[str] = ()) -> None:
@@ -41,15 +41,15 @@ class WorkerProcess:
         atexit.register(self.close)
         os.register_at_fork(after_in_child=self._forget)
 
-    def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """Ask one question; safe in every thread, one question at a time.
+    def request(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """Send a request and return the answer; thread-safe, one request at a time.
 
         Args:
-            request: as JSON.
-            seconds: the most that the answer may take, without the start of the process and without waiting for others.
+            request: converted to JSON.
+            seconds: time limit of the answer, without the start of the process and without waiting for other threads.
 
         Raises:
-            WorkerTimeout: it took longer, or the process died. The next question starts another.
+            WorkerTimeout: the answer took longer, or the process died. The next request starts a new process.
             RuntimeError: the process does not start.
         """
         with self._lock:
@@ -57,7 +57,7 @@ class WorkerProcess:
                 self._start()
             try:
                 reply = self._exchange(json.dumps(request), seconds)
-            except BaseException:  # also Ctrl-C: the next question must not get this one's answer
+            except BaseException:  # also Ctrl-C: the next request must not get this answer
                 self.close()
                 raise
         answer: dict[str, Any] = json.loads(reply)
@@ -75,7 +75,7 @@ class WorkerProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # Ctrl-C in the terminal is for us; the worker ends with its input
+            start_new_session=True,  # so that Ctrl-C does not reach the worker, which ends with its input
         )
         try:
             self._exchange(None, START_SECONDS)
@@ -99,7 +99,7 @@ class WorkerProcess:
         return reply
 
     def close(self) -> None:
-        """End the process, if there is one."""
+        """End the process, if it runs."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -108,15 +108,15 @@ class WorkerProcess:
         _close_pipes(process)
 
     def _forget(self) -> None:
-        """In a forked child: the process is the parent's, and the lock may be held by a thread that is not here."""
+        """In a forked child: leave the process to the parent, and replace a lock that a missing thread may hold."""
         process, self._process, self._lock = self._process, None, threading.Lock()
         if process is not None:
             _close_pipes(process)
-            process.returncode = 0  # not ours to wait for
+            process.returncode = 0  # the parent waits for it
 
 
 def take_output() -> Any:
-    """In the process: its output as a stream for the answers alone; what else is printed goes to the errors."""
+    """In the process: reserve stdout for the answers and redirect all other output to stderr."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     return replies
@@ -125,5 +125,5 @@ def take_output() -> Any:
 def _close_pipes(process: subprocess.Popen[str]) -> None:
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
-            with contextlib.suppress(OSError):  # what could not be written is of no use to a dead process
+            with contextlib.suppress(OSError):  # buffered data for a dead process is discarded
                 pipe.close()

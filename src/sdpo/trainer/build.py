@@ -34,7 +34,7 @@ from sdpo.rewards.base import load_task, prepare_task
 from sdpo.rewards.manager import RewardManager
 from sdpo.trainer.actor.actor import Actor
 from sdpo.trainer.actor.build import build_actor
-from sdpo.trainer.checkpoint.resume import ResumeState, find_resumption
+from sdpo.trainer.checkpoint.resume import ResumeState, find_resume_state
 from sdpo.trainer.checkpoint.state import (
     compute_fingerprint,
     load_student,
@@ -96,7 +96,7 @@ def build_components(config: SDPOConfig, progress: ProgressCallback) -> TrainerC
         torch.set_num_threads(config.actor.num_threads)
     torch.manual_seed(config.seed)
     require_idle(Path(config.output_dir))
-    resume_state = find_resumption(config, progress)
+    resume_state = find_resume_state(config)
     actor_device = resolve_device(config.actor.device, "actor.device")
     sampler_device = resolve_device(config.rollout.device, "rollout.device")
     if config.rollout.engine == "vllm":
@@ -110,15 +110,26 @@ def build_components(config: SDPOConfig, progress: ProgressCallback) -> TrainerC
     reader = load_reader(config.model, config.data.max_pixels)
     if reader is not None and config.rollout.engine == "vllm":
         raise ConfigError("rollout.engine=vllm does not sample from models that read images yet; use transformers")
-    student = load_student(config, resume_state.checkpoint if resume_state else None, actor_device)
+    checkpoint = resume_state.checkpoint if resume_state else None
+    student = load_student(config.model, config.lora, checkpoint, actor_device)
     vision = VisionAdapter(student, reader) if reader is not None else None
     if config.actor.freeze_vision_tower:
         _freeze_vision_tower(student, vision)
     require_same_vocabulary(student, text_tokenizer, config.model.path)
     tokenizer: Tokenizer = reader or text_tokenizer
     window = get_window(student)
-    prompts = load_prompts(config.data.train_files, "data.train_files", config, tokenizer, window, progress)
-    validation = load_prompts(config.data.val_files, "data.val_files", config, tokenizer, window, progress)
+    load = partial(
+        load_prompts,
+        config=config.data,
+        tokenizer=tokenizer,
+        observer=progress,
+        window=window,
+        max_response_length=config.rollout.max_response_length,
+    )
+    prompts, validation = (
+        load(config.data.train_files, "data.train_files"),
+        load(config.data.val_files, "data.val_files"),
+    )
     _require_known_tokens([*prompts, *validation], count_embeddings(student))
     sampling = _build_sampling_params(
         config.rollout,
@@ -131,7 +142,8 @@ def build_components(config: SDPOConfig, progress: ProgressCallback) -> TrainerC
     data = compute_fingerprint(prompts)
     if resume_state is not None:
         _restore(actor, config, resume_state, data)
-    folder = RunDir(config, progress, resume_state.step if resume_state else None)
+    folder = RunDir(Path(config.output_dir), config.tracking, progress, resume_state.step if resume_state else None)
+    folder.write_config(config)
     health_callback = HealthCallback(HealthMonitor(config.health), actor, folder.log_health_event, progress)
     if resume_state is not None:
         health_callback.load_state_dict(resume_state.state.health_callback)
@@ -198,7 +210,7 @@ def _restore(actor: Actor, config: SDPOConfig, resume_state: ResumeState, data: 
     if actor.initial is not None and not config.lora.rank:  # build_actor copied it from the resumed student
         copy_parameters(dict(load_model(config.model, actor.device).named_parameters()), actor.initial)
     is_saved = (resume_state.checkpoint / "teacher").is_dir()
-    teacher = load_teacher_module(config, resume_state.checkpoint, actor.device) if is_saved else None
+    teacher = load_teacher_module(config.model, resume_state.checkpoint, actor.device) if is_saved else None
     actor.load_state_dict(state.actor, teacher)
     set_random_states(state.random)
 

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from sdpo import SelfDistillationConfig
 from sdpo.algorithm.aggregation import compute_token_weights
-from sdpo.algorithm.loss import LossInputs, LossOutputs, compute_loss, compute_policy_token_losses
+from sdpo.algorithm.batch import TokenBatch
+from sdpo.algorithm.distributions import TokenDistributions
+from sdpo.algorithm.loss import LossOutputs, compute_loss, compute_policy_token_losses
 from sdpo.observability import metrics
 
 PROPERTY = settings(max_examples=25, deadline=None, derandomize=True)
@@ -86,7 +88,7 @@ def inputs_of(
     config: SelfDistillationConfig,
     logits: Tensor,
     part: np.ndarray[Any, Any] | None = None,
-) -> LossInputs:
+) -> tuple[TokenBatch, TokenDistributions]:
     """Loss inputs of some of the tokens."""
     part = np.arange(N) if part is None else part
     data = {name: torch.from_numpy(values[part]) for name, values in given.items()}
@@ -99,18 +101,20 @@ def inputs_of(
     if config.distillation_topk is not None:
         kept_rows, indices = rows.topk(config.distillation_topk, dim=-1)
         kept_teacher = teacher.gather(-1, indices)
-    return LossInputs(
-        student_log_probs=student.gather(-1, tokens)[:, 0],
+    batch = TokenBatch(
         old_log_probs=data["old"],
         policy_weights=data["policy_weights"],
         advantages=data["advantages"],
         rollout_is_weights=data["rollout"],
         distilled=distilled,
-        distillation_weights=data["distillation_weights"][distilled],
+        distillation_weights=data["distillation_weights"],
+        distillation_coef=COEF,
+    )
+    return batch, TokenDistributions(
+        student_log_probs=student.gather(-1, tokens)[:, 0],
         teacher_log_probs=teacher.gather(-1, tokens[distilled])[:, 0],
         student_distribution=kept_rows,
         teacher_distribution=kept_teacher,
-        distillation_coef=COEF,
     )
 
 
@@ -122,7 +126,7 @@ def run(
     given: Mapping[str, np.ndarray[Any, Any]], chosen: Mapping[str, Any]
 ) -> tuple[LossOutputs, np.ndarray[Any, Any]]:
     config, logits = SelfDistillationConfig(**chosen), logits_of(given)
-    outputs = compute_loss(inputs_of(given, config, logits), config)
+    outputs = compute_loss(*inputs_of(given, config, logits), config)
     outputs.loss.backward()
     assert logits.grad is not None
     return outputs, logits.grad.numpy()
@@ -153,16 +157,9 @@ def test_the_blend_lies_between_its_parts(name: str) -> None:
 
 def test_plain_grpo_needs_nothing_of_a_teacher() -> None:
     config, logits = SelfDistillationConfig(policy_loss_weight=1.0), logits_of(numbers())
-    whole = inputs_of(numbers(), config, logits)
-    bare = replace(
-        whole,
-        distilled=None,
-        distillation_weights=None,
-        teacher_log_probs=None,
-        student_distribution=None,
-        teacher_distribution=None,
-    )
-    one, other = compute_loss(whole, config), compute_loss(bare, config)
+    batch, tokens = inputs_of(numbers(), config, logits)
+    bare = replace(batch, distilled=None, distillation_weights=None), TokenDistributions(tokens.student_log_probs)
+    one, other = compute_loss(batch, tokens, config), compute_loss(*bare, config)
     assert torch.equal(one.token_losses, other.token_losses)
     assert metrics.DISTILLATION_LOSS not in one.sums
 
@@ -170,8 +167,9 @@ def test_plain_grpo_needs_nothing_of_a_teacher() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_plain_sdpo_needs_nothing_of_grpo(name: str) -> None:
     config, logits = SelfDistillationConfig(**LEVELS[name]), logits_of(numbers())
-    whole = inputs_of(numbers(), config, logits)
-    one, other = compute_loss(whole, config), compute_loss(replace(whole, advantages=None, policy_weights=None), config)
+    batch, tokens = inputs_of(numbers(), config, logits)
+    bare = replace(batch, advantages=None, policy_weights=None)
+    one, other = compute_loss(batch, tokens, config), compute_loss(bare, tokens, config)
     assert torch.equal(one.token_losses, other.token_losses)
     assert metrics.PG_LOSS not in one.sums
 
@@ -180,9 +178,10 @@ def test_the_distillation_weight_scales_the_distillation_part_alone() -> None:
     chosen = LEVELS["full vocabulary, alpha=0.5"] | {"policy_loss_weight": 0.3}
     config = SelfDistillationConfig(**chosen)
     for coef in (0.0, 0.25, 2.0):
-        inputs = replace(inputs_of(numbers(), config, logits_of(numbers())), distillation_coef=coef)
+        batch, tokens = inputs_of(numbers(), config, logits_of(numbers()))
+        losses = compute_loss(replace(batch, distillation_coef=coef), tokens, config).token_losses
         expected = np.real(expected_token_losses(numbers(), chosen, coef))
-        np.testing.assert_allclose(compute_loss(inputs, config).token_losses.detach().numpy(), expected, atol=1e-14)
+        np.testing.assert_allclose(losses.detach().numpy(), expected, atol=1e-14)
 
 
 @pytest.mark.parametrize("policy_loss_weight", [0.0, 0.3])
@@ -191,8 +190,8 @@ def test_tokens_of_which_none_is_distilled_can_be_differentiated(policy_loss_wei
     """A micro-batch may hold only samples whose teacher was shown nothing."""
     config, logits = SelfDistillationConfig(policy_loss_weight=policy_loss_weight), logits_of(numbers())
     given = numbers() | {"distilled": np.zeros(N, dtype=bool)}
-    inputs = inputs_of(given, config, logits)
-    outputs = compute_loss(replace(inputs, distilled=None) if absent else inputs, config)
+    batch, tokens = inputs_of(given, config, logits)
+    outputs = compute_loss(replace(batch, distilled=None) if absent else batch, tokens, config)
     outputs.loss.backward()
     expected = expected_token_losses(given, {"policy_loss_weight": policy_loss_weight})
     np.testing.assert_allclose(outputs.token_losses.detach().numpy(), np.real(expected), atol=1e-14)
@@ -208,11 +207,13 @@ def test_gradients_reach_the_student_alone() -> None:
         SelfDistillationConfig(policy_loss_weight=0.3, alpha=0.5, teacher_entropy_beta=0.1),
         logits_of(numbers()),
     )
-    inputs = inputs_of(numbers(), config, logits)
-    names = ("old_log_probs", "teacher_log_probs", "teacher_distribution")
-    leaves = {name: getattr(inputs, name).detach().requires_grad_() for name in names}
-    compute_loss(replace(inputs, **leaves), config).loss.backward()
+    batch, tokens = inputs_of(numbers(), config, logits)
+    old = batch.old_log_probs.detach().requires_grad_()
+    names = ("teacher_log_probs", "teacher_distribution")
+    leaves = {name: getattr(tokens, name).detach().requires_grad_() for name in names}
+    compute_loss(replace(batch, old_log_probs=old), replace(tokens, **leaves), config).loss.backward()
     assert logits.grad is not None
+    assert old.grad is None
     assert {name: leaf.grad for name, leaf in leaves.items()} == dict.fromkeys(names)
 
 
@@ -220,11 +221,12 @@ def test_gradients_reach_the_student_alone() -> None:
 @pytest.mark.parametrize("policy_loss_weight", [0.0, 0.3, 1.0])
 def test_a_token_that_is_not_finite_is_seen_in_the_token_losses(value: float, policy_loss_weight: float) -> None:
     config = SelfDistillationConfig(policy_loss_weight=policy_loss_weight)
-    inputs = inputs_of(numbers(), config, logits_of(numbers()))
-    clean = compute_loss(inputs, config).token_losses.detach()
-    student_log_probs = inputs.student_log_probs.detach().clone()
+    batch, tokens = inputs_of(numbers(), config, logits_of(numbers()))
+    clean = compute_loss(batch, tokens, config).token_losses.detach()
+    student_log_probs = tokens.student_log_probs.detach().clone()
     student_log_probs[2] = value
-    token_losses = compute_loss(replace(inputs, student_log_probs=student_log_probs), config).token_losses.detach()
+    broken = replace(tokens, student_log_probs=student_log_probs)
+    token_losses = compute_loss(batch, broken, config).token_losses.detach()
     assert not torch.isfinite(token_losses[2])
     others = torch.arange(N) != 2
     assert torch.equal(token_losses[others], clean[others])
@@ -255,15 +257,16 @@ def test_ppo_clip_by_hand() -> None:
     ratios, advantages, losses, gradients = (torch.tensor(x, dtype=torch.float64) for x in zip(*CLIPPED, strict=True))
     student = torch.full((len(CLIPPED),), -1.5, dtype=torch.float64, requires_grad=True)
     config = SelfDistillationConfig(policy_loss_weight=1.0, clip_ratio_low=0.2, clip_ratio_high=0.3)
-    inputs = LossInputs(student, student.detach() - ratios.log(), advantages=advantages)
-    result, values = compute_policy_token_losses(inputs, config)
+    batch = TokenBatch(old_log_probs=student.detach() - ratios.log(), advantages=advantages)
+    result, values = compute_policy_token_losses(batch, student, config)
     torch.testing.assert_close(result, losses, rtol=1e-13, atol=1e-15)
     result.sum().backward()
     torch.testing.assert_close(student.grad, gradients, rtol=1e-13, atol=1e-15)
     # Taken away by the clip: 5 of them (the exponent's own bounds are not PPO's).
     assert (float(values[metrics.PG_CLIPFRAC].sum()), len(values[metrics.PG_CLIPFRAC])) == (5.0, len(CLIPPED))
     assert values[metrics.ADVANTAGES_MEAN].tolist() == advantages.tolist()
-    weighted, _ = compute_policy_token_losses(replace(inputs, rollout_is_weights=torch.full_like(ratios, 0.5)), config)
+    halved = replace(batch, rollout_is_weights=torch.full_like(ratios, 0.5))
+    weighted, _ = compute_policy_token_losses(halved, student, config)
     torch.testing.assert_close(weighted, losses * 0.5, rtol=1e-13, atol=1e-15)
 
 
@@ -272,8 +275,9 @@ def test_on_policy_the_gradient_is_the_policy_gradient() -> None:
     for bounds in ({}, {"clip_ratio_low": 0.0, "clip_ratio_high": 0.0}):
         student = torch.tensor([-0.3, -2.0], dtype=torch.float64, requires_grad=True)
         advantages = torch.tensor([0.7, -1.1], dtype=torch.float64)
-        inputs = LossInputs(student, student.detach(), advantages=advantages)
-        losses, _ = compute_policy_token_losses(inputs, SelfDistillationConfig(policy_loss_weight=1.0, **bounds))
+        batch = TokenBatch(old_log_probs=student.detach(), advantages=advantages)
+        config = SelfDistillationConfig(policy_loss_weight=1.0, **bounds)
+        losses, _ = compute_policy_token_losses(batch, student, config)
         losses.sum().backward()
         assert student.grad is not None
         assert student.grad.tolist() == pytest.approx([-0.7, 1.1])
@@ -296,7 +300,7 @@ def test_any_cut_into_micro_batches_gives_the_same(parts: list[int], name: str, 
     sums: dict[str, tuple[float, int]] = {}
     for number in sorted(set(parts)):
         part = np.nonzero(np.array(parts) == number)[0]
-        outputs = compute_loss(inputs_of(given_numbers, config, logits, part), config)
+        outputs = compute_loss(*inputs_of(given_numbers, config, logits, part), config)
         outputs.loss.backward()
         loss += float(outputs.loss.detach())
         for key, (total, count) in outputs.sums.items():
@@ -319,7 +323,7 @@ def test_weights_of_the_mini_batch_make_micro_batches_add_up(mode: str) -> None:
     given_numbers = numbers() | {"distilled": np.ones(N, dtype=bool), "distillation_weights": weights}
     config = SelfDistillationConfig(**chosen)
     parts = [
-        float(compute_loss(inputs_of(given_numbers, config, logits_of(given_numbers), part), config).loss.detach())
+        float(compute_loss(*inputs_of(given_numbers, config, logits_of(given_numbers), part), config).loss.detach())
         for part in (np.arange(3), np.arange(3, 7))
     ]
     unit = given_numbers | {"distillation_weights": np.ones(N)}

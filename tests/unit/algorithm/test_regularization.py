@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from sdpo import SelfDistillationConfig
-from sdpo.algorithm.loss import LossInputs, compute_loss
+from sdpo.algorithm.batch import TokenBatch
+from sdpo.algorithm.distributions import TokenDistributions
+from sdpo.algorithm.loss import compute_loss
 from sdpo.algorithm.regularization import Regularization, estimate_kl
 from sdpo.config.actor import KL_LOSS_TYPES
 from sdpo.kernels.chunked_log_probs import LinearHead
-from sdpo.kernels.fused_linear_loss import TokenInputs, fused_linear_sdpo_loss
+from sdpo.kernels.fused_linear_loss import fused_linear_sdpo_loss
 from sdpo.observability import metrics
 
 # Log-probabilities of student and reference: twice as likely, three times less likely, equal.
@@ -69,15 +71,13 @@ def test_the_terms_are_weighted_sums_over_all_response_tokens() -> None:
     student = double(LOG_PROBS).requires_grad_()
     entropies = double([0.9, 0.2, 1.5]).requires_grad_()
     weights = double([0.5, 0.25, 0.25])
-    inputs = LossInputs(
-        student,
-        student.detach(),
+    batch = TokenBatch(
         policy_weights=weights,
-        student_entropies=entropies,
         ref_log_probs=double(REF_LOG_PROBS),
         regularization=Regularization(0.4, "mse", 0.3),
     )
-    outputs = compute_loss(inputs, SelfDistillationConfig())
+    tokens = TokenDistributions(student, student_entropies=entropies)
+    outputs = compute_loss(batch, tokens, SelfDistillationConfig())
     kl = 0.5 * LOG_2**2 / 2 + 0.25 * LOG_3**2 / 2
     entropy = 0.5 * 0.9 + 0.25 * 0.2 + 0.25 * 1.5
     assert float(outputs.loss.detach()) == pytest.approx(0.4 * kl - 0.3 * entropy, abs=1e-14)
@@ -89,7 +89,8 @@ def test_the_terms_are_weighted_sums_over_all_response_tokens() -> None:
     assert student.grad.tolist() == pytest.approx([0.4 * 0.5 * LOG_2, -0.4 * 0.25 * LOG_3, 0.0], abs=1e-14)
     assert entropies.grad.tolist() == pytest.approx([-0.15, -0.075, -0.075], abs=1e-14)
     # A weight of 0 measures the KL and leaves the loss alone.
-    measured = compute_loss(replace(inputs, regularization=Regularization(0.0, "mse", 0.0)), SelfDistillationConfig())
+    batch = replace(batch, regularization=Regularization(0.0, "mse", 0.0))
+    measured = compute_loss(batch, tokens, SelfDistillationConfig())
     assert float(measured.loss.detach()) == 0.0
     assert float(measured.sums[metrics.KL_LOSS][0]) == pytest.approx(kl, abs=1e-14)
 
@@ -99,9 +100,7 @@ def test_the_entropy_s_gradient_by_logits_by_hand() -> None:
     head = torch.eye(4, dtype=torch.float64)
     bias = double([0.0, 0.0, 0.0, -math.inf])
     hidden = double([[LOG_2, 0.0, 0.0, 0.0]]).requires_grad_()
-    tokens = TokenInputs(
-        torch.tensor([1]), policy_weights=double([1.0]), regularization=Regularization(None, "kl", 1.0)
-    )
+    tokens = TokenBatch(torch.tensor([1]), policy_weights=double([1.0]), regularization=Regularization(None, "kl", 1.0))
     outputs = fused_linear_sdpo_loss(LinearHead(hidden, head, bias), [], tokens, SelfDistillationConfig())
     assert float(outputs.loss.detach()) == pytest.approx(-1.5 * LOG_2, abs=1e-14)
     outputs.loss.backward()
@@ -117,7 +116,7 @@ def test_the_gradients_by_finite_differences(softcap: float | None) -> None:
         torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
         for shape in ((5, 3), (9, 3), (9,))
     )
-    tokens = TokenInputs(
+    tokens = TokenBatch(
         torch.tensor([0, 8, 3, 3, 1]),
         policy_weights=double([0.1, 0.3, 0.2, 0.4, 0.5]),
         ref_log_probs=double([-1.0, -2.5, -0.5, -3.0, -2.0]),

@@ -13,11 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sdpo import SelfDistillationConfig, compute_self_distillation_loss, fused_self_distillation_loss
+from sdpo.algorithm.batch import TokenBatch
+from sdpo.algorithm.distributions import read_distributions
 from sdpo.algorithm.loss import compute_loss
 from sdpo.algorithm.regularization import Regularization
 from sdpo.kernels.chunked_log_probs import LinearHead, choose_chunk_size, cut_slice, score_tokens
-from sdpo.kernels.fused_linear_loss import TokenInputs, fused_linear_sdpo_loss
-from sdpo.kernels.loss_inputs import build_loss_inputs
+from sdpo.kernels.fused_linear_loss import fused_linear_sdpo_loss
 from sdpo.observability import metrics
 
 N, V, H = 7, 11, 4
@@ -303,7 +304,7 @@ def run_engine_form(
         name: torch.rand(N, generator=generator, dtype=torch.float64)
         for name in ("policy_weights", "distillation_weights")
     }
-    tokens = TokenInputs(
+    tokens = TokenBatch(
         sampled_ids=case.ids,
         old_log_probs=case.old,
         advantages=case.advantages,
@@ -321,9 +322,8 @@ def run_engine_form(
         policy = [replace(first, coefficient=1.0 - trust), replace(second, coefficient=trust)] if trust else [first]
         logits = sum(part.coefficient * (part.hidden @ part.weight.T + part.bias) for part in policy)
         teacher = (logits / case.temperature).log_softmax(-1).detach()
-    given = {name: value for name, value in vars(tokens).items() if name != "sampled_ids"}
-    inputs, sums = build_loss_inputs(case.student(), case.ids, config, teacher=teacher, **given)
-    expected = compute_loss(inputs, config)
+    read = read_distributions(case.student(), teacher, tokens, config)
+    expected = compute_loss(tokens, read, config)
     expected.loss.backward()
     gradients = case.gradients()
     student = LinearHead(case.hidden, case.head, case.bias)
@@ -332,14 +332,13 @@ def run_engine_form(
     close = {"rtol": 0.0, "atol": 1e-10}
     torch.testing.assert_close(outputs.loss, expected.loss, **close)
     torch.testing.assert_close(outputs.token_losses, expected.token_losses.detach(), **close)
-    torch.testing.assert_close(outputs.student_log_probs, inputs.student_log_probs.detach(), **close)
-    if inputs.teacher_log_probs is not None:
-        torch.testing.assert_close(outputs.teacher_log_probs, inputs.teacher_log_probs, **close)
+    torch.testing.assert_close(outputs.student_log_probs, read.student_log_probs.detach(), **close)
+    if read.teacher_log_probs is not None:
+        torch.testing.assert_close(outputs.teacher_log_probs, read.teacher_log_probs, **close)
     for result, wanted in zip(case.gradients(), gradients, strict=True):
         torch.testing.assert_close(result, wanted, **close)
-    wanted_sums = sums | expected.sums
-    assert outputs.sums.keys() == wanted_sums.keys()
-    for name, (total, count) in wanted_sums.items():
+    assert outputs.sums.keys() == expected.sums.keys()
+    for name, (total, count) in expected.sums.items():
         assert float(outputs.sums[name][0]) == pytest.approx(float(total), abs=1e-10), name
         assert int(outputs.sums[name][1]) == int(count), name
 
@@ -409,7 +408,7 @@ def test_rollout_weights_made_in_the_pass_are_the_truncated_ratios_by_token(leve
         results = []
         # Weights that are given win over those that could be made.
         for changes in (made, {"rollout_is_weights": weights}, made | {"rollout_is_weights": weights}):
-            tokens = TokenInputs(
+            tokens = TokenBatch(
                 case.ids,
                 old_log_probs=old,
                 policy_weights=torch.ones(N),
@@ -510,7 +509,7 @@ def test_a_token_that_is_not_finite_stands_in_the_token_losses() -> None:
     case = make_case()
     hidden = case.hidden.detach().clone()
     hidden[4] = float("nan")
-    tokens = TokenInputs(case.ids, distilled=torch.ones(N, dtype=torch.bool), distillation_weights=torch.ones(N))
+    tokens = TokenBatch(case.ids, distilled=torch.ones(N, dtype=torch.bool), distillation_weights=torch.ones(N))
     teacher = [LinearHead(case.teacher_hidden, case.teacher_head)]
     outputs = fused_linear_sdpo_loss(
         LinearHead(hidden, case.head), teacher, tokens, SelfDistillationConfig(is_clip=None), chunk_size=3

@@ -22,16 +22,18 @@ from transformers import (
     Qwen2Model,
 )
 
+from sdpo.algorithm.batch import TokenBatch
 from sdpo.config.model import ModelConfig
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.kernels import chunked_log_probs
 from sdpo.kernels.chunked_log_probs import LinearHead
-from sdpo.kernels.fused_linear_loss import TokenInputs, fused_linear_sdpo_loss
+from sdpo.kernels.fused_linear_loss import fused_linear_sdpo_loss
 from sdpo.models.loading import load_model
 from sdpo.models.memory_estimate import fused_loss_bytes
 from sdpo.models.model_size import LayerStack, measure_model
+from sdpo.models.multimodal.feature_cache import ImageFeatureCache
 from sdpo.models.multimodal.processor import load_reader
-from sdpo.models.multimodal.vision_tower import ImageFeatureCache, get_vision_tower_parameters
+from sdpo.models.multimodal.vision_tower import get_vision_tower_parameters
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "qwen2_5_vl_3b"
 CountPeak = Callable[[Callable[[], Any]], int]
@@ -91,8 +93,8 @@ def test_images_through_a_tower_stay_below_their_bound(family: str, count_peak: 
     assert size.num_params == sum(param.numel() for param in model.parameters())
     images = [vision_models.make_image(i, (112, 112)) for i in range(8)]
     numbers = sum(value.numel() for image in images for value in reader.read_pixels(image).values())
-    seen = ImageFeatureCache(model, reader, learning=True)
-    features = seen.select(images)
+    seen = ImageFeatureCache(reader, student=model)
+    features = seen.select(model, images)
 
     def learn() -> None:
         for tensor in (tensor for each in features for tensor in each.tensors()):
@@ -226,7 +228,7 @@ def test_the_loss_in_chunks_stays_below_its_bound(
 
     for n in (100, 400):
         student, teacher = make(n), [make(n)] * (2 if loss == "trust region" else config.distills)
-        tokens = TokenInputs(
+        tokens = TokenBatch(
             sampled_ids=torch.randint(0, vocab_size, (n,)),
             old_log_probs=torch.full((n,), -8.0),
             policy_weights=torch.full((n,), 1 / n),
@@ -235,7 +237,7 @@ def test_the_loss_in_chunks_stays_below_its_bound(
             distillation_weights=torch.full((n,), 1 / n),
         )
 
-        def learn(student: LinearHead = student, teacher: Any = teacher, tokens: TokenInputs = tokens) -> None:
+        def learn(student: LinearHead = student, teacher: Any = teacher, tokens: TokenBatch = tokens) -> None:
             fused_linear_sdpo_loss(student, teacher, tokens, config).loss.backward()
 
         bound = fused_loss_bytes(vocab_size, hidden_size, dtype.itemsize, n)

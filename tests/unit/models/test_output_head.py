@@ -19,11 +19,12 @@ from transformers import (
     GraniteForCausalLM,
 )
 
+from sdpo.algorithm.batch import TokenBatch
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.errors import SDPOError
 from sdpo.kernels.chunked_log_probs import LinearHead, score_tokens
-from sdpo.kernels.fused_linear_loss import TokenInputs, fused_linear_sdpo_loss
-from sdpo.models.output_head import build_lazy_logits, compute_dense_logits, forbid_tokens, measure_logit_scale
+from sdpo.kernels.fused_linear_loss import fused_linear_sdpo_loss
+from sdpo.models.output_head import build_linear_head, compute_dense_logits, measure_logit_scale, suppress_tokens
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 40,
@@ -62,8 +63,8 @@ def test_logits_are_the_model_s_own(name: str) -> None:
         hidden = model.base_model(input_ids=ids).last_hidden_state[0]
         expected = model(input_ids=ids).logits[0]
     assert measure_logit_scale(model) == 1.0
-    torch.testing.assert_close(compute_dense_logits(build_lazy_logits(model, hidden)), expected, atol=1e-5, rtol=1e-5)
-    half = compute_dense_logits(build_lazy_logits(model, hidden, 0.5))
+    torch.testing.assert_close(compute_dense_logits(build_linear_head(model, hidden)), expected, atol=1e-5, rtol=1e-5)
+    half = compute_dense_logits(build_linear_head(model, hidden, 0.5))
     torch.testing.assert_close(half, 0.5 * expected, atol=1e-5, rtol=1e-5)
 
 
@@ -129,12 +130,12 @@ def test_forbidden_tokens_have_no_part_in_the_loss(
     def compute(rows: list[int], sampled: Tensor, names: Sequence[int]) -> tuple[Any, ...]:
         leaves = [hidden.clone().requires_grad_(), weight[rows].clone().requires_grad_()]
         own = bias[rows] if own_bias else None
-        student = forbid_tokens(LinearHead(leaves[0], leaves[1], own, softcap), names)
+        student = suppress_tokens(LinearHead(leaves[0], leaves[1], own, softcap), names)
         teacher = [
-            forbid_tokens(LinearHead(each, weight[rows] * 0.9, own, softcap, coefficient), names)
+            suppress_tokens(LinearHead(each, weight[rows] * 0.9, own, softcap, coefficient), names)
             for each, coefficient in zip(teachers, coefficients, strict=True)
         ]
-        tokens = TokenInputs(
+        tokens = TokenBatch(
             sampled,
             old_log_probs=old,
             policy_weights=torch.full_like(old, 0.1),

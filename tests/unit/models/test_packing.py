@@ -105,10 +105,10 @@ def make_sequences() -> tuple[list[TokenPrompt], list[list[int]], list[int]]:
 
 
 def pack(cost: AttentionCostModel) -> tuple[PackedSequences, list[PrefixGroup]]:
-    prompts, responses, groups = make_sequences()
-    families = group_by_prefix(prompts, [len(r) for r in responses], groups, cost)
+    prompts, responses, group_ids = make_sequences()
+    groups = group_by_prefix(prompts, [len(r) for r in responses], group_ids, cost)
     positions = compute_positions(prompts, max(map(len, responses)), None)
-    return pack_sequences(families, prompts, responses, positions, cost, CPU), families
+    return pack_sequences(groups, prompts, responses, positions, cost, CPU), groups
 
 
 def differentiate(model: nn.Module, hidden: Tensor) -> list[Tensor]:
@@ -221,9 +221,9 @@ def test_what_prompts_begin_with() -> None:
 @pytest.mark.parametrize(("prefix", "num_images"), [(3, 1), (1, 2), (0, 2)])
 def test_images_stand_in_a_row_as_often_as_their_tokens(prefix: int, num_images: int) -> None:
     prompts = [TokenPrompt([1, 99, 99, 5], (b"image",)), TokenPrompt([1, 99, 99, 6], (b"image",))]
-    families = [PrefixGroup(prefix, (5, 6))] if prefix else [PrefixGroup(0, (5,)), PrefixGroup(0, (6,))]
+    groups = [PrefixGroup(prefix, (5, 6))] if prefix else [PrefixGroup(0, (5,)), PrefixGroup(0, (6,))]
     positions = [torch.arange(5), torch.arange(6)]
-    row = pack_sequences(families, prompts, [[2], [3, 4]], positions, ALWAYS, CPU, [99])
+    row = pack_sequences(groups, prompts, [[2], [3, 4]], positions, ALWAYS, CPU, [99])
     assert row.images == (b"image",) * num_images
     assert row.token_ids.tolist()[0].count(99) == 2 * num_images
 
@@ -232,13 +232,13 @@ def test_sharing_pays_where_it_saves_more_than_its_calls_cost() -> None:
     """Two rollouts: sharing saves a prompt's tokens and takes a call more."""
     prompts, lengths = [TokenPrompt([1] * 10)] * 2, [5, 5]
     for flops_per_call, shares in ((9.9, True), (10.1, False)):
-        families = group_by_prefix(
+        groups = group_by_prefix(
             prompts,
             lengths,
             [0, 0],
             AttentionCostModel(flops_per_token=1.0, flops_per_pair=0.0, flops_per_call=flops_per_call),
         )
-        assert families == ([PrefixGroup(10, (15, 15))] if shares else [PrefixGroup(0, (15,)), PrefixGroup(0, (15,))])
+        assert groups == ([PrefixGroup(10, (15, 15))] if shares else [PrefixGroup(0, (15,)), PrefixGroup(0, (15,))])
     assert group_by_prefix(prompts, lengths, [0, 1], ALWAYS) == [PrefixGroup(0, (15,)), PrefixGroup(0, (15,))]
     one = group_by_prefix(prompts[:1], lengths[:1], [0], ALWAYS)
     assert one == [PrefixGroup(0, (15,))]
@@ -263,22 +263,22 @@ def test_the_cost_is_what_torch_counts(family: str, rotary: int, cost: Attention
     model = PACKABLE[family]().eval()
     measured = enable_packing(model)
     assert measured is not None
-    row, families = pack(cost)
+    row, groups = pack(cost)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         compute_hidden(model, row)
     pairs = sum(call.queries.numel() * call.keys.shape[1] for call in row.layout.calls)
     num_read = row.token_ids.numel()
     assert counter.get_total_flops() == num_read * (measured.flops_per_token + rotary) + pairs * measured.flops_per_pair
-    assert count_cost(families, cost) == pytest.approx(
+    assert count_cost(groups, cost) == pytest.approx(
         num_read * cost.flops_per_token + pairs * cost.flops_per_pair + len(row.layout.calls) * cost.flops_per_call
     )
 
 
-def test_every_token_is_answered_once_and_by_its_own_query() -> None:
+def test_every_token_is_one_query_and_gets_its_output() -> None:
     for cost in (ALWAYS, NO_PADDING, ONE_CALL):
         row, _ = pack(cost)
         queries = torch.cat([call.queries.flatten() for call in row.layout.calls])
-        assert queries[row.layout.answers].equal(torch.arange(row.token_ids.numel()))
+        assert queries[row.layout.output_index].equal(torch.arange(row.token_ids.numel()))
 
 
 @pytest.mark.parametrize("num_rollouts", [2, 8])
@@ -289,5 +289,5 @@ def test_rollouts_of_a_long_prompt_share_it_on_a_real_shape(num_rollouts: int) -
     assert cost is not None
     for length, shares in ((300, True), (1, False)):
         prompts = [TokenPrompt([1] * length)] * num_rollouts
-        families = group_by_prefix(prompts, [50] * num_rollouts, [0] * num_rollouts, cost)
-        assert (families[0].prefix == length) is shares
+        groups = group_by_prefix(prompts, [50] * num_rollouts, [0] * num_rollouts, cost)
+        assert (groups[0].prefix == length) is shares

@@ -26,10 +26,11 @@ from sdpo.errors import SDPOError
 from sdpo.models.forward import compute_logits, compute_positions, pad_sequences
 from sdpo.models.generation.sampling import Completion, SamplingParams, sample_responses
 from sdpo.models.loading import reads_images
+from sdpo.models.multimodal import feature_cache
 from sdpo.models.multimodal import processor as processing_module
-from sdpo.models.multimodal import vision_tower as vision_module
+from sdpo.models.multimodal.feature_cache import ImageFeatureCache
 from sdpo.models.multimodal.processor import TokenPrompt, load_processor, load_reader
-from sdpo.models.multimodal.vision_tower import ImageFeatureCache, ImageFeatures, get_vision_tower_parameters, showing
+from sdpo.models.multimodal.vision_tower import ImageFeatures, get_vision_tower_parameters, inject_image_features
 
 VisionModel = Callable[[str], LoadedModel]
 NUM_IMAGES = (0, 1, 3)
@@ -233,7 +234,7 @@ def test_gradients_through_shared_features_are_those_of_a_tower_for_each_sequenc
     vision_model: VisionModel, family: str, chunk_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two micro-batches, in which images come five times and twice: value and every gradient, chunk by chunk."""
-    monkeypatch.setattr(vision_module, "CHUNK_SIZE", chunk_size)
+    monkeypatch.setattr(feature_cache, "CHUNK_SIZE", chunk_size)
     loaded = vision_model(family)
     first, second = loaded.encode(make_messages(3)), loaded.encode(make_messages(1))
     micro_batches = [[first, second, first], [second, loaded.encode(make_messages(0))]]
@@ -261,9 +262,11 @@ def test_gradients_through_shared_features_are_those_of_a_tower_for_each_sequenc
             (naive_logits[-1] * weights[:, 0]).sum().backward()
     expected = gradients()
 
-    seen = ImageFeatureCache(loaded.model, loaded.reader, learning=True)
+    seen = ImageFeatureCache(loaded.reader, student=loaded.model)
     for prompts in micro_batches:
-        logits = batch_logits(loaded, prompts, seen.select([image for p in prompts for image in p.images]))
+        logits = batch_logits(
+            loaded, prompts, seen.select(loaded.model, [image for p in prompts for image in p.images])
+        )
         ours_logits.extend(logits)
         (logits * weights[:, 0]).sum().backward()
     seen.backward()
@@ -284,21 +287,21 @@ def test_gradients_through_shared_features_are_those_of_a_tower_for_each_sequenc
 def test_every_distinct_image_goes_through_the_tower_once(vision_model: VisionModel, family: str) -> None:
     loaded = vision_model(family)
     images = [make_image(i) for i in range(3)]
-    seen = ImageFeatureCache(loaded.model, loaded.reader)
+    seen = ImageFeatureCache(loaded.reader)
     passed = []
     inner = loaded.model.model
     make = inner.get_image_features
     inner.get_image_features = lambda *a, **k: (passed.append(len((o := make(*a, **k)).pooler_output)), o)[1]
-    seen.select([images[0], images[1], images[0]])
-    seen.select([images[2], images[1]])
+    seen.select(loaded.model, [images[0], images[1], images[0]])
+    seen.select(loaded.model, [images[2], images[1]])
     assert passed == [2, 1]
 
 
 def test_what_is_shown_is_shown_within_only(vision_model: VisionModel) -> None:
     loaded = vision_model("qwen3_vl")
-    [features] = ImageFeatureCache(loaded.model, loaded.reader).select([make_image(0)])
+    [features] = ImageFeatureCache(loaded.reader).select(loaded.model, [make_image(0)])
     assert len(features.by_layer) == 2, "Qwen3-VL's deepstack"
-    with pytest.raises(ZeroDivisionError), showing(loaded.model, [features]):
+    with pytest.raises(ZeroDivisionError), inject_image_features(loaded.model, [features]):
         assert "get_image_features" in vars(loaded.model.model)
         _ = 1 / 0
     assert "get_image_features" not in vars(loaded.model.model)

@@ -1,4 +1,4 @@
-"""Graders that are coroutine functions: side by side, within the time, on both engines."""
+"""Reward functions that are coroutine functions: concurrent and within the timeout, in both backends."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def compute_score(row: Row, response: str) -> Any:
 
 
 @pytest.fixture
-def reward_manager(monkeypatch: pytest.MonkeyPatch) -> AsyncScorer:
+def scorer(monkeypatch: pytest.MonkeyPatch) -> AsyncScorer:
     monkeypatch.setattr(async_scoring, "GRACE_SECONDS", 0.2)
     return AsyncScorer(SimpleNamespace(compute_score=compute_score), SECONDS)
 
@@ -61,11 +61,11 @@ def test_what_is_a_coroutine_function() -> None:
     assert not is_asynchronous(SimpleNamespace(compute_score=lambda row, response: 1.0))
 
 
-def test_many_wait_side_by_side(reward_manager: AsyncScorer) -> None:
+def test_many_wait_side_by_side(scorer: AsyncScorer) -> None:
     began = time.monotonic()
     with ThreadPoolExecutor(30) as pool:  # as verl calls it
-        grades = list(pool.map(lambda number: reward_manager.compute_score(ROW, str(number)), range(30)))
-    assert grades == [RewardOutput(float(number == 4), f"not {number}") for number in range(30)]
+        outputs = list(pool.map(lambda number: scorer.compute_score(ROW, str(number)), range(30)))
+    assert outputs == [RewardOutput(float(number == 4), f"not {number}") for number in range(30)]
     assert time.monotonic() - began < 30 * 0.1 / 3
 
 
@@ -81,27 +81,27 @@ def test_many_wait_side_by_side(reward_manager: AsyncScorer) -> None:
         ("none", "sums: InvalidRewardError: the score must be a finite number, got None"),
     ],
 )
-def test_a_failure_costs_one_response(response: str, message: str, reward_manager: AsyncScorer) -> None:
+def test_a_failure_costs_one_response(response: str, message: str, scorer: AsyncScorer) -> None:
     began = time.monotonic()
     with pytest.raises(RewardFailure, match=message):
-        reward_manager.compute_score(ROW, response)
+        scorer.compute_score(ROW, response)
     assert time.monotonic() - began < SECONDS + 0.2 + 1.0
-    assert reward_manager.compute_score(ROW, "4") == RewardOutput(1.0, "not 4")
+    assert scorer.compute_score(ROW, "4") == RewardOutput(1.0, "not 4")
 
 
-def test_a_task_may_refuse_its_data(reward_manager: AsyncScorer) -> None:
+def test_a_task_may_refuse_its_data(scorer: AsyncScorer) -> None:
     with pytest.raises(SDPOError, match="no such language"):
-        reward_manager.compute_score(ROW, "refuse")
+        scorer.compute_score(ROW, "refuse")
 
 
-def test_the_embedded_engine_awaits_a_step_at_once_and_counts_failures() -> None:
+def test_the_reward_manager_awaits_a_step_at_once_and_counts_failures() -> None:
     config = RewardConfig(timeout_s=SECONDS, max_failure_fraction=0.2)
     ours = RewardManager(SimpleNamespace(compute_score=compute_score), config, NullCallback())
     began = time.monotonic()
-    grades = ours.compute_score([(ROW, response) for response in ["raise", "4", "hang", *map(str, range(5, 17))]])
+    outputs = ours.compute_score([(ROW, response) for response in ["raise", "4", "hang", *map(str, range(5, 17))]])
     assert time.monotonic() - began < SECONDS + 0.5  # one after the other takes 1.7 seconds
-    assert [grade.score for grade in grades[3:]] == [0.0] * 12 and grades[1].score == 1.0
-    assert math.isnan(grades[0].score) and math.isnan(grades[2].score) and ours.num_failures == 2
+    assert [output.score for output in outputs[3:]] == [0.0] * 12 and outputs[1].score == 1.0
+    assert math.isnan(outputs[0].score) and math.isnan(outputs[2].score) and ours.num_failures == 2
     with pytest.raises(SDPOError, match=r"scoring failed for 2 of the 2 responses .* ZeroDivisionError"):
         ours.compute_score([(ROW, "raise")] * 5)
 

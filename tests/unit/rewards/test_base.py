@@ -1,4 +1,4 @@
-"""Rows, tasks and grades: what is read, and the one line that a person gets for what cannot be."""
+"""Rows, tasks and outputs: what is read, and the one line that a person gets for what cannot be."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_built_in_task(tmp_path: Path) -> None:
 GRADERS = {
     "float": "def compute_score(row, response):\n    return 0.5 if response == row.ground_truth else 0",
     "mapping": "def compute_score(row, response):\n    return {'score': 0.5 * (response == '2'), 'feedback': 'almost'}",
-    "grade": "from sdpo.rewards.base import RewardOutput\ndef compute_score(row, response):\n"
+    "output": "from sdpo.rewards.base import RewardOutput\ndef compute_score(row, response):\n"
     "    return RewardOutput(0.5 * (response == '2'), 'almost')",
     # A dataclass with postponed annotations looks its module up in sys.modules.
     "dataclass": "from __future__ import annotations\nfrom dataclasses import dataclass\n"
@@ -120,7 +120,7 @@ def test_a_task_of_one_s_own_as_a_file(tmp_path: Path, kind: str) -> None:
     (tmp_path / "json.py").write_text(GRADERS[kind])  # a name that a module of Python has, too
     task = load_task(f"{tmp_path}/json.py", {})
     row = Row(**ROW)
-    feedback = "almost" if kind in ("mapping", "grade") else None
+    feedback = "almost" if kind in ("mapping", "output") else None
     assert parse_reward(task.compute_score(row, "2")) == RewardOutput(0.5, feedback)
     assert parse_reward(task.compute_score(row, "3")) == RewardOutput(0.0, feedback)
     import json
@@ -161,7 +161,9 @@ def test_a_task_that_cannot_be_had(tmp_path: Path, source: str | None, args: Any
 
 @pytest.mark.parametrize("name", ["hiden_rule", "no.such.task", "", ".task", "a b", "json.nothing", "folder/task"])
 def test_a_task_that_there_is_not(name: str) -> None:
-    with pytest.raises(SDPOError, match=rf"no task '{re.escape(name)}'; built in: figures, geo3k, hidden_rule"):
+    with pytest.raises(
+        SDPOError, match=rf"data\.task={re.escape(name)}: no such task; use figures, geo3k, hidden_rule"
+    ):
         load_task(name, {})
 
 
@@ -172,14 +174,14 @@ def test_a_library_that_the_task_lacks_is_not_a_missing_task(tmp_path: Path, mon
         load_task("task_that_needs_more", {})
 
 
-# --- grades
+# --- scores
 
 
 @pytest.mark.parametrize("value", [1, True, 1.0, "1", RewardOutput(1), {"score": 1}])
 def test_scores_of_all_kinds_become_floats(value: Any) -> None:
-    grade = parse_reward(value)
-    assert grade == RewardOutput(1.0, None)
-    assert type(grade.score) is float
+    output = parse_reward(value)
+    assert output == RewardOutput(1.0, None)
+    assert type(output.score) is float
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Graders that raise, hang and return nonsense: what it costs, what is said, and when it ends the run."""
+"""Reward functions that raise, hang or return nonsense: effect, message, and when the run is aborted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sdpo.rewards.manager import RewardManager
 ROW = Row("sums", [{"role": "user", "content": "1 + 1?"}], {"ground_truth": "2"}, origin="data.train_files: a: row 7")
 
 
-class Told(NullCallback):
+class Messages(NullCallback):
     def __init__(self) -> None:
         self.messages: list[str] = []
 
@@ -31,25 +31,25 @@ class Told(NullCallback):
 
 
 @pytest.fixture
-def told() -> Told:
-    return Told()
+def recorded() -> Messages:
+    return Messages()
 
 
 @pytest.fixture
-def make_grader(tmp_path: Path, told: Told) -> Callable[..., RewardManager]:
-    """A grader from the body of its function in a file of its own."""
+def make_manager(tmp_path: Path, recorded: Messages) -> Callable[..., RewardManager]:
+    """A reward manager of a task file with this function body."""
 
     def make(body: str, **settings: Any) -> RewardManager:
         name = tmp_path / "mine.py"
         name.write_text(f"def compute_score(row, response):\n    {body}\n")
         config = RewardConfig(**{"max_failure_fraction": 1.0, **settings})
-        return RewardManager(load_task(str(name), {}), config, told)
+        return RewardManager(load_task(str(name), {}), config, recorded)
 
     return make
 
 
 @pytest.fixture(autouse=True)
-def _alarms_are_put_back() -> Iterator[None]:
+def _signals_are_restored() -> Iterator[None]:
     before = signal.getsignal(signal.SIGALRM)
     yield
     assert signal.getsignal(signal.SIGALRM) is before
@@ -57,8 +57,8 @@ def _alarms_are_put_back() -> Iterator[None]:
 
 
 def scores(reward_manager: RewardManager, *responses: str) -> list[float | None]:
-    grades = reward_manager.compute_score([(ROW, response) for response in responses])
-    return [grade.score if grade.score == grade.score else None for grade in grades]
+    outputs = reward_manager.compute_score([(ROW, response) for response in responses])
+    return [output.score if output.score == output.score else None for output in outputs]
 
 
 @pytest.mark.parametrize(
@@ -89,30 +89,30 @@ def scores(reward_manager: RewardManager, *responses: str) -> list[float | None]
     ],
 )
 def test_a_failure_costs_its_response_alone(
-    body: str, reason: str | None, make_grader: Callable[..., RewardManager], told: Told, tmp_path: Path
+    body: str, reason: str | None, make_manager: Callable[..., RewardManager], recorded: Messages, tmp_path: Path
 ) -> None:
-    reward_manager = make_grader(body)
+    reward_manager = make_manager(body)
     assert scores(reward_manager, "1", "", "1", "", "1") == [1.0, None, 1.0, None, 1.0]
     assert reward_manager.num_failures == 2
-    [message] = told.messages  # told once
+    [message] = recorded.messages  # one message per kind
     assert "\n" not in message and "data.train_files: a: row 7: " in message
     if reason is not None:
         assert message.endswith(reason.replace("{file}", str(tmp_path / "mine.py")))
 
 
-def test_each_kind_of_failure_is_told_once(
-    make_grader: Callable[..., RewardManager], told: Told, tmp_path: Path
+def test_each_kind_of_failure_is_reported_once(
+    make_manager: Callable[..., RewardManager], recorded: Messages, tmp_path: Path
 ) -> None:
-    reward_manager = make_grader("if not response: raise ValueError('two\\nlines')\n    raise TypeError")
+    reward_manager = make_manager("if not response: raise ValueError('two\\nlines')\n    raise TypeError")
     assert scores(reward_manager, "", "1", "", "1", "") == [None] * 5
-    assert [message.split("row 7: ")[1] for message in told.messages] == [
+    assert [message.split("row 7: ")[1] for message in recorded.messages] == [
         f"ValueError: two lines ({tmp_path}/mine.py:2)",
         f"TypeError ({tmp_path}/mine.py:3)",
     ]
 
 
-def test_the_run_stops_past_the_share(make_grader: Callable[..., RewardManager], tmp_path: Path) -> None:
-    reward_manager = make_grader("return 1 / len(response)", max_failure_fraction=0.25)
+def test_the_run_is_aborted_above_the_limit(make_manager: Callable[..., RewardManager], tmp_path: Path) -> None:
+    reward_manager = make_manager("return 1 / len(response)", max_failure_fraction=0.25)
     assert scores(reward_manager, *["", "", *"123456"]) == [None, None, *[1.0] * 6]
     with pytest.raises(SDPOError) as caught:
         scores(reward_manager, *["", "1", "", "", *"1234"])
@@ -122,7 +122,7 @@ def test_the_run_stops_past_the_share(make_grader: Callable[..., RewardManager],
         f"by zero ({tmp_path}/mine.py:2)"
     )
     with pytest.raises(SDPOError, match="failed for 1 of the 1 responses scored so far, of 100 in all"):
-        scores(make_grader("return 1 / 0", max_failure_fraction=0.0), *["1"] * 100)
+        scores(make_manager("return 1 / 0", max_failure_fraction=0.0), *["1"] * 100)
 
 
 def test_what_the_task_refuses_itself_ends_the_run() -> None:
@@ -140,35 +140,37 @@ def test_what_the_task_refuses_itself_ends_the_run() -> None:
         "__import__('re').match('(a+)+$', 'a' * 40 + 'b')",
     ],
 )
-def test_a_grader_that_hangs_is_cut_off(hang: str, make_grader: Callable[..., RewardManager], told: Told) -> None:
-    reward_manager = make_grader(f"return {hang} if not response else 1", timeout_s=0.2)
+def test_a_hanging_call_times_out(hang: str, make_manager: Callable[..., RewardManager], recorded: Messages) -> None:
+    reward_manager = make_manager(f"return {hang} if not response else 1", timeout_s=0.2)
     began = time.monotonic()
     assert scores(reward_manager, "1", "", "1") == [1.0, None, 1.0]
     assert time.monotonic() - began < 5
-    assert told.messages[0].endswith("no score within reward.timeout_s=0.2 seconds (" + told.messages[0].split("(")[-1])
+    assert recorded.messages[0].endswith(
+        "no score within reward.timeout_s=0.2 seconds (" + recorded.messages[0].split("(")[-1]
+    )
 
 
-def test_a_grader_cannot_swallow_the_alarm(make_grader: Callable[..., RewardManager]) -> None:
+def test_the_timeout_cannot_be_caught(make_manager: Callable[..., RewardManager]) -> None:
     swallow_all = "for _ in range(100):\n        try: __import__('time').sleep(0.1)\n        except Exception: pass"
     began = time.monotonic()
-    assert scores(make_grader(swallow_all, timeout_s=0.2), "") == [None]
+    assert scores(make_manager(swallow_all, timeout_s=0.2), "") == [None]
     once = "try: __import__('time').sleep(60)\n    except BaseException: __import__('time').sleep(60)"
-    assert scores(make_grader(once, timeout_s=0.2), "") == [None]
+    assert scores(make_manager(once, timeout_s=0.2), "") == [None]
     assert time.monotonic() - began < 8
 
 
-def test_no_timeout_is_set_where_it_cannot_be_kept_or_is_not_wanted(make_grader: Callable[..., RewardManager]) -> None:
+def test_no_timeout_is_set_where_it_cannot_be_kept_or_is_not_wanted(make_manager: Callable[..., RewardManager]) -> None:
     slow = "__import__('time').sleep(0.3) or 1.0"
-    assert scores(make_grader(f"return {slow}", timeout_s=None), "") == [1.0]
+    assert scores(make_manager(f"return {slow}", timeout_s=None), "") == [1.0]
     results: list[Any] = []
-    reward_manager = make_grader(f"return {slow}", timeout_s=0.1)
+    reward_manager = make_manager(f"return {slow}", timeout_s=0.1)
     thread = threading.Thread(target=lambda: results.extend(scores(reward_manager, "")))
     thread.start()
     thread.join()
     assert results == [1.0]
 
 
-def test_an_earlier_alarm_is_put_back(make_grader: Callable[..., RewardManager]) -> None:
+def test_an_earlier_timer_is_restored(make_manager: Callable[..., RewardManager]) -> None:
     rung: list[int] = []
 
     def ring(number: int, frame: FrameType | None) -> None:
@@ -177,7 +179,7 @@ def test_an_earlier_alarm_is_put_back(make_grader: Callable[..., RewardManager])
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, 0.4)
     try:
-        assert scores(make_grader("__import__('time').sleep(60)", timeout_s=0.1), "") == [None]
+        assert scores(make_manager("__import__('time').sleep(60)", timeout_s=0.1), "") == [None]
         assert signal.getsignal(signal.SIGALRM) is ring
         assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] < 0.35
         time.sleep(0.5)
@@ -187,30 +189,30 @@ def test_an_earlier_alarm_is_put_back(make_grader: Callable[..., RewardManager])
         signal.signal(signal.SIGALRM, before)
 
 
-def test_a_grader_with_an_alarm_of_its_own(told: Told) -> None:
-    """math-verify in the grader's own thread, as many graders call it: it sets and clears the same alarm."""
+def test_a_task_that_sets_the_timer_itself(recorded: Messages) -> None:
+    """math-verify in the main thread, as many reward functions call it: it sets and clears the same timer."""
     from math_verify import parse, verify
 
     class Own:
         def compute_score(self, row: Row, response: str) -> float:
             return float(verify(parse(row.ground_truth or ""), parse(response)))
 
-    reward_manager = RewardManager(Own(), RewardConfig(timeout_s=10.0), told)
+    reward_manager = RewardManager(Own(), RewardConfig(timeout_s=10.0), recorded)
     assert scores(reward_manager, "2", "$\\frac{4}{2}$", "3") == [1.0, 1.0, 0.0]
 
 
-def test_geometry_is_graded_under_the_timeout() -> None:
-    """Its own process and its own limit, within ours: an expression that never ends is wrong, not a failure."""
+def test_geometry_is_scored_within_the_timeout() -> None:
+    """Its process has a shorter limit: an endless expression is a wrong answer, not a failure."""
     reward_manager = RewardManager(
         Geo3k(format_weight=0.0, timeout=1.0), RewardConfig(max_failure_fraction=0.0), NullCallback()
     )
     row = Row("geometry3k", [], {"ground_truth": "3 \\sqrt{2}"})
     texts = ["\\boxed{\\sqrt{18}}", "\\boxed{9^{9^{9^{9^9}}}}", "\\boxed{\\sqrt{18}}"]
-    grades = reward_manager.compute_score([(row, text) for text in texts])
-    assert [grade.score for grade in grades] == [1.0, 0.0, 1.0]
-    assert all(isinstance(grade, RewardOutput) for grade in grades)
+    outputs = reward_manager.compute_score([(row, text) for text in texts])
+    assert [output.score for output in outputs] == [1.0, 0.0, 1.0]
+    assert all(isinstance(output, RewardOutput) for output in outputs)
 
 
-def test_ctrl_c_is_no_failure(make_grader: Callable[..., RewardManager]) -> None:
+def test_ctrl_c_is_no_failure(make_manager: Callable[..., RewardManager]) -> None:
     with pytest.raises(KeyboardInterrupt):
-        scores(make_grader("raise KeyboardInterrupt"), "")
+        scores(make_manager("raise KeyboardInterrupt"), "")

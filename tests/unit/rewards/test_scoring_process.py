@@ -1,4 +1,4 @@
-"""Grading in a process of its own: the same grades, and an end to every kind of hang."""
+"""Scoring in a separate process: the same scores, and an end to every kind of hang."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import os, re, time
 from sdpo.errors import SDPOError
 
 def compute_score(row, response):
-    print("a grader may print")
+    print("a reward function may print")
     if response == "raise":
         return 1 / 0
     if response == "leave":
@@ -66,18 +66,16 @@ def make(tmp_path: Path) -> Iterator[Make]:
         each.close()
 
 
-def test_a_grade_is_the_task_s(make: Make) -> None:
-    reward_manager = make()
-    assert reward_manager.compute_score(ROW, "4") == RewardOutput(1.0, "sums 3")
-    assert reward_manager.compute_score(ROW, "5") == RewardOutput(0.0, "sums 3")
+def test_a_score_is_the_task_s(make: Make) -> None:
+    scorer = make()
+    assert scorer.compute_score(ROW, "4") == RewardOutput(1.0, "sums 3")
+    assert scorer.compute_score(ROW, "5") == RewardOutput(0.0, "sums 3")
 
 
 def test_arguments_reach_the_task(make: Make) -> None:
     body = "class build_task:\n    def __init__(self, value): self.value = value\n"
-    reward_manager = make(
-        body + "    def compute_score(self, row, response): return self.value", json.dumps({"value": 0.25})
-    )
-    assert reward_manager.compute_score(ROW, "") == RewardOutput(0.25)
+    scorer = make(body + "    def compute_score(self, row, response): return self.value", json.dumps({"value": 0.25}))
+    assert scorer.compute_score(ROW, "") == RewardOutput(0.25)
 
 
 @pytest.mark.parametrize(
@@ -95,47 +93,47 @@ def test_arguments_reach_the_task(make: Make) -> None:
 def test_a_failure_costs_that_response_alone(
     make: Make, monkeypatch: pytest.MonkeyPatch, response: str, reason: str
 ) -> None:
-    reward_manager = make()
-    reward_manager.compute_score(ROW, "4")  # what follows is without the start of the process
+    scorer = make()
+    scorer.compute_score(ROW, "4")  # what follows is without the start of the process
     began = time.monotonic()
     with pytest.raises(RewardFailure, match=reason):
-        reward_manager.compute_score(ROW, response)
+        scorer.compute_score(ROW, response)
     assert time.monotonic() - began < SECONDS + 2 * scoring_process.GRACE_SECONDS + 1
-    assert reward_manager.compute_score(ROW, "4") == RewardOutput(1.0, "sums 3")
+    assert scorer.compute_score(ROW, "4") == RewardOutput(1.0, "sums 3")
 
 
 def test_a_task_that_refuses_its_data_is_no_failure(make: Make) -> None:
-    reward_manager = make()
+    scorer = make()
     with pytest.raises(SDPOError, match=r"^data\.task: no such language$"):
-        reward_manager.compute_score(ROW, "refuse")
+        scorer.compute_score(ROW, "refuse")
 
 
 def test_a_task_that_cannot_be_loaded_is_refused(make: Make) -> None:
-    reward_manager = make("x = 1")
+    scorer = make("x = 1")
     for _ in range(2):
         with pytest.raises(SDPOError, match="defines neither compute_score"):
-            reward_manager.compute_score(ROW, "4")
+            scorer.compute_score(ROW, "4")
 
 
-def test_threads_get_their_own_grades(make: Make) -> None:
-    reward_manager = make()
+def test_threads_get_their_own_scores(make: Make) -> None:
+    scorer = make()
     with ThreadPoolExecutor(8) as pool:
-        grades = list(pool.map(lambda i: reward_manager.compute_score(ROW, str(i % 5)).score, range(50)))
-    assert grades == [float(i % 5 == 4) for i in range(50)]
+        outputs = list(pool.map(lambda i: scorer.compute_score(ROW, str(i % 5)).score, range(50)))
+    assert outputs == [float(i % 5 == 4) for i in range(50)]
 
 
 def test_a_process_whose_owner_died_ends_by_itself(make: Make) -> None:
-    """Nobody else would end one that hangs where no alarm reaches it."""
-    reward_manager = make()
-    reward_manager.compute_score(ROW, "4")
-    process = reward_manager._worker._process
+    """The parent cannot end a hanging call that no timer interrupts after the parent was killed."""
+    scorer = make()
+    scorer.compute_score(ROW, "4")
+    process = scorer._worker._process
     assert process is not None and process.stdin is not None
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(reward_manager.compute_score, ROW, "lock")
+        asked = pool.submit(scorer.compute_score, ROW, "lock")
         end = time.monotonic() + SECONDS + 2 * scoring_process.GRACE_SECONDS + 5
         while process.poll() is None and time.monotonic() < end:
             time.sleep(0.05)
         with pytest.raises(RewardFailure):
             asked.result()
-    assert process.returncode == 1  # its own end; killed by us it would be -9
+    assert process.returncode == 1  # it exited; killed by the parent it would be -9
     assert os.getpid() != process.pid

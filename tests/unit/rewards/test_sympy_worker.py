@@ -159,4 +159,4 @@ def test_a_worker_that_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch) -> 
     fresh = WorkerProcess("sdpo.rewards.geo3k.sympy_worker:_serve")
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="did not start"):
-        fresh.ask({}, 1)
+        fresh.request({}, 1)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from sdpo import compute_self_distillation_loss
-from sdpo.algorithm.loss import LossInputs
+from sdpo.algorithm.batch import TokenBatch
+from sdpo.algorithm.distributions import TokenDistributions
 from sdpo.config.root import SDPOConfig
 from sdpo.errors import SDPOError
 from sdpo.kernels import fused_linear_loss
@@ -265,12 +266,16 @@ def test_gradients_do_not_depend_on_the_micro_batches(
 # --- old and rollout log-probs
 
 
-def capture_inputs(monkeypatch: pytest.MonkeyPatch) -> list[LossInputs]:
-    captured: list[LossInputs] = []
+def capture_inputs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[TokenBatch, Tensor]]:
+    """Each micro-batch as the loss completes it, and the student's log-probabilities."""
+    captured: list[tuple[TokenBatch, Tensor]] = []
     compute = fused_linear_loss.compute_loss
-    monkeypatch.setattr(
-        fused_linear_loss, "compute_loss", lambda inputs, config: (captured.append(inputs), compute(inputs, config))[1]
-    )
+
+    def capture(batch: TokenBatch, tokens: TokenDistributions, config: Any) -> Any:
+        captured.append((batch.complete(tokens.student_log_probs), tokens.student_log_probs))
+        return compute(batch, tokens, config)
+
+    monkeypatch.setattr(fused_linear_loss, "compute_loss", capture)
     return captured
 
 
@@ -287,10 +292,10 @@ def test_old_log_probs_are_the_student_s_at_the_start_of_the_step(
         actor.update_policy(samples)
         minis = [samples[:3], samples[3:]]
         assert len(captured) == 2
-        for inputs, mini in zip(captured, minis, strict=True):
+        for (batch, _), mini in zip(captured, minis, strict=True):
             expected = torch.cat(plain_old_log_probs(before, mini, run))
-            torch.testing.assert_close(inputs.old_log_probs, expected, atol=1e-5, rtol=1e-5)
-        first, second = ((i.student_log_probs - i.old_log_probs).exp() for i in captured)
+            torch.testing.assert_close(batch.old_log_probs, expected, atol=1e-5, rtol=1e-5)
+        first, second = ((own - batch.old_log_probs).exp() for batch, own in captured)
         torch.testing.assert_close(first, torch.ones_like(first), atol=1e-5, rtol=0)
         assert (second - 1).abs().max() > 1e-2
 
@@ -304,9 +309,10 @@ def test_with_one_mini_batch_the_ratio_is_exactly_one(
         values = actor.update_policy(make_samples())
         assert values[metrics.IS_RATIO_MEAN] == 1.0
         assert values[metrics.PPO_KL] == 0.0
-    for inputs in captured:
-        assert torch.equal(inputs.student_log_probs, inputs.old_log_probs)
-        assert not inputs.old_log_probs.requires_grad
+    for batch, own in captured:
+        assert batch.old_log_probs is not None
+        assert torch.equal(own, batch.old_log_probs)
+        assert not batch.old_log_probs.requires_grad
 
 
 @pytest.mark.parametrize("level", ["token", "sequence", "none"])
@@ -333,10 +339,10 @@ def test_rollout_weights_are_old_over_rollout_truncated(
     gap = torch.cat([torch.tensor(s.response.log_probs) - o for o, s in zip(old, samples, strict=True)])
     assert values[metrics.ROLLOUT_KL] == pytest.approx(float(gap.mean()), rel=1e-4)
     if level == "none":
-        assert all(inputs.rollout_is_weights is None for inputs in captured)
+        assert all(batch.rollout_is_weights is None for batch, _ in captured)
         assert metrics.ROLLOUT_IS_MEAN not in values
         return
-    actual = torch.cat([inputs.rollout_is_weights for inputs in captured if inputs.rollout_is_weights is not None])
+    actual = torch.cat([batch.rollout_is_weights for batch, _ in captured if batch.rollout_is_weights is not None])
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
     assert values[metrics.ROLLOUT_IS_MEAN] == pytest.approx(float(expected.mean()), rel=1e-4)
     truncated = (expected >= threshold).float().mean()

@@ -1,4 +1,4 @@
-"""Checkpoint folders are whole or not there; what is damaged is found; old ones go, the best stays."""
+"""Checkpoints are complete or absent, damage is found, and old ones are pruned except the best."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_failure_at_any_moment_leaves_what_was_saved_before(
             patch.setattr(manager, fails, fail)
         save_checkpoint(tmp_path, 4, None, fail if fails == "write" else write_other)
     assert names(tmp_path) == [".step_4.partial", "step_3"]
-    assert find_newest(tmp_path, print) == tmp_path / "step_3"
+    assert find_newest(tmp_path) == tmp_path / "step_3"
     save_checkpoint(tmp_path, 4, None, write_other)
     assert names(tmp_path) == ["step_3", "step_4"]
 
@@ -81,7 +81,7 @@ def flip(path: Path) -> None:
     ("name", "damage", "fault"),
     [
         ("weights", truncate, "weights has 9 bytes, not 10"),
-        ("teacher/weights", flip, "teacher/weights has other content than was written"),
+        ("teacher/weights", flip, "teacher/weights has another checksum"),
         ("teacher/weights", Path.unlink, "teacher/weights is missing"),
         ("manifest.json", truncate, None),
         ("manifest.json", flip, "manifest.json: JSONDecodeError"),
@@ -89,31 +89,29 @@ def flip(path: Path) -> None:
     ],
 )
 def test_damage_is_named_and_the_one_before_is_taken(
-    tmp_path: Path, name: str, damage: Callable[[Path], None], fault: str | None
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: Callable[[Path], None], fault: str | None
 ) -> None:
     for step in (9, 10):
         save_checkpoint(tmp_path, step, None, write)
     damage(tmp_path / "step_10" / name)
-    told: list[str] = []
-    if fault is None:  # the newline at its end
-        assert find_newest(tmp_path, told.append) == tmp_path / "step_10"
+    if fault is None:  # only the newline at the end is missing
+        assert find_newest(tmp_path) == tmp_path / "step_10"
         return
-    assert find_newest(tmp_path, told.append) == tmp_path / "step_9"
-    [message] = told
+    assert find_newest(tmp_path) == tmp_path / "step_9"
+    [message] = caplog.messages
     assert message.startswith(f"{tmp_path / 'step_10'} is damaged ({fault}")
-    assert message.endswith("the one before it is taken")
+    assert message.endswith("; trying the checkpoint before it")
     save_checkpoint(tmp_path, 10, None, write_other)
-    assert find_newest(tmp_path, told.append) == tmp_path / "step_10"
+    assert find_newest(tmp_path) == tmp_path / "step_10"
     assert names(tmp_path) == ["step_10", "step_9"]
 
 
-def test_none_is_found_where_all_are_damaged_or_there_is_none(tmp_path: Path) -> None:
-    assert find_newest(tmp_path / "nowhere", print) is None
+def test_none_is_found_where_all_are_damaged_or_there_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert find_newest(tmp_path / "nowhere") is None
     save_checkpoint(tmp_path, 1, None, write)
     (tmp_path / "step_1" / "weights").unlink()
-    told: list[str] = []
-    assert find_newest(tmp_path, told.append) is None
-    assert len(told) == 1
+    assert find_newest(tmp_path) is None
+    assert len(caplog.messages) == 1
 
 
 @pytest.mark.parametrize(
@@ -121,7 +119,7 @@ def test_none_is_found_where_all_are_damaged_or_there_is_none(tmp_path: Path) ->
     [
         (1, 0, [6]),
         (2, 0, [5, 6]),
-        (1, 1, [4, 6]),  # of 2 and 4, which are alike, the newer
+        (1, 1, [4, 6]),  # steps 2 and 4 have equal scores; the newer is kept
         (1, 2, [2, 4, 6]),
         (1, 3, [1, 2, 4, 6]),
         (9, 0, [1, 2, 3, 4, 5, 6]),
@@ -139,7 +137,7 @@ def test_the_newest_and_the_best_are_kept(
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("no folder")
     with pytest.raises(
-        SDPOError, match=r"step_1: cannot be saved \(.*Not a directory.*\); what was saved before is intact"
+        SDPOError, match=r"step_1: cannot be saved \(.*Not a directory.*\); earlier checkpoints are intact"
     ):
         save_checkpoint(tmp_path / "checkpoints", 1, None, write)
 

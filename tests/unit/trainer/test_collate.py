@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sdpo.models.forward import PaddedSequences, compute_hidden
-from sdpo.models.output_head import build_lazy_logits, compute_dense_logits
+from sdpo.models.output_head import build_linear_head, compute_dense_logits
 from sdpo.models.packing.layout import AttentionCostModel, PackedSequences
 from sdpo.models.packing.support import enable_packing
 from sdpo.trainer.actor.collate import Collator
@@ -93,7 +93,7 @@ def test_logits_are_those_of_each_sample_alone(
     batch = Collator(0, CPU, cost=cost).collate(samples)
 
     def compute(model: Any, sequences: PaddedSequences | PackedSequences) -> Tensor:
-        return compute_dense_logits(build_lazy_logits(model, compute_hidden(model, sequences)))
+        return compute_dense_logits(build_linear_head(model, compute_hidden(model, sequences)))
 
     torch.testing.assert_close(compute(student, batch.student), torch.cat(expected), atol=1e-5, rtol=1e-5)
     if not distilled:
@@ -135,7 +135,7 @@ def test_three_samples_packed_by_hand(make_sample: Callable[..., TrainingSample]
     assert isinstance(batch.student, PackedSequences) and isinstance(batch.teacher, PackedSequences)
     assert batch.student.token_ids.tolist() == [[3, 6, 4, 5, 2, 5, 2, 3, 6, 4]]
     assert batch.student.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 3, 0, 1, 2]]
-    assert batch.student.scored.tolist() == [1, 2, 3, 1, 5, 8]
+    assert batch.student.predictor_index.tolist() == [1, 2, 3, 1, 5, 8]
     assert batch.teacher.token_ids.tolist() == [[7, 8, 9, 4, 5, 2, 3, 3, 5, 2]]
     assert batch.teacher.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 2, 3, 4, 5]]
-    assert batch.teacher.scored.tolist() == [2, 3, 4, 7, 8]
+    assert batch.teacher.predictor_index.tolist() == [2, 3, 4, 7, 8]

@@ -1,4 +1,4 @@
-"""What is exported computes what the run's student or teacher computed."""
+"""An exported model computes the same logits as the run's student or teacher."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def logits_of(model: nn.Module) -> Tensor:
 
 
 def run_and_keep(run: SDPOConfig, monkeypatch: pytest.MonkeyPatch) -> Actor:
-    """Train, and give the actor as it was at the end."""
+    """Train and return the actor at the end."""
     kept: list[Actor] = []
     save = trainer.save_models
 
@@ -56,7 +56,7 @@ def run_and_keep(run: SDPOConfig, monkeypatch: pytest.MonkeyPatch) -> Actor:
         ({}, 1e-5),
         (LORA, 1e-5),
         ({**LORA, "lora__target_modules": ["v_proj"]}, 1e-5),
-        # Merged weights are rounded: 2^-9 of each, through two layers.
+        # Merged weights are rounded to 2^-9, through two layers.
         ({**LORA, "model__dtype": "bfloat16"}, 0.05),
     ],
     ids=["full", "lora", "some", "bfloat16"],
@@ -82,7 +82,7 @@ def test_the_export_computes_the_same(
         torch.testing.assert_close(logits_of(models[name]), logits_of(module), rtol=tolerance, atol=tolerance)
         assert AutoTokenizer.from_pretrained(tmp_path / name).vocab_size == actor.student.config.vocab_size
     assert (logits_of(models["s"]) - logits_of(models["t"])).abs().max() > 10 * tolerance or "model__dtype" in settings
-    if "model__dtype" in settings:  # a teacher's module is made of the same numbers
+    if "model__dtype" in settings:  # the teacher's module has the same merged weights
         for name, param in actor.teacher.module.named_parameters():
             assert torch.equal(param, models["t"].get_parameter(name))
 
@@ -90,9 +90,9 @@ def test_the_export_computes_the_same(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"teacher_regularization": "live"}, "is the student itself; export that"),
-        ({"teacher_regularization": "trust-region"}, "is a mixture of two models' logits"),
-        ({"policy_loss_weight": 1.0}, "does not exist with policy_loss_weight=1"),
+        ({"teacher_regularization": "live"}, "is the student; export it without --teacher"),
+        ({"teacher_regularization": "trust-region"}, "mixes the logits of two models"),
+        ({"policy_loss_weight": 1.0}, "does not exist with self_distillation.policy_loss_weight=1"),
     ],
 )
 def test_a_teacher_that_is_no_model_is_refused(
@@ -110,7 +110,7 @@ def test_what_cannot_be_exported_leaves_nothing(make_task_run: MakeRun, tmp_path
     run = make_task_run(**{**SETTINGS, "max_steps": 1}, **LORA)
     SDPOTrainer(run).train()
     checkpoint, out = Path(run.output_dir) / "checkpoints/step_1", tmp_path / "out"
-    with pytest.raises(SDPOError, match=r"no checkpoint in a run folder"):
+    with pytest.raises(SDPOError, match=r"is no checkpoint of a run"):
         export_model(tmp_path, out)
     with pytest.raises(SDPOError, match=r"is damaged \(manifest\.json"):
         export_model(checkpoint.with_name("step_7"), out)

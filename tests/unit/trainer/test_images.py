@@ -20,15 +20,14 @@ from sdpo.errors import SDPOError
 from sdpo.models.forward import PaddedSequences, compute_hidden
 from sdpo.models.generation.sampling import Completion
 from sdpo.models.lora.adapters import add_adapters
-from sdpo.models.multimodal import vision_tower as vision_module
-from sdpo.models.multimodal.feature_cache import StepImageFeatures
+from sdpo.models.multimodal import feature_cache, vision_tower
+from sdpo.models.multimodal.feature_cache import ImageFeatureCache
 from sdpo.models.multimodal.processor import load_processor
 from sdpo.models.multimodal.vision_tower import freeze_vision_tower, get_vision_tower_parameters
-from sdpo.models.output_head import build_lazy_logits, compute_dense_logits
+from sdpo.models.output_head import build_linear_head, compute_dense_logits
 from sdpo.models.packing.layout import PackedSequences
 from sdpo.models.packing.support import enable_packing
 from sdpo.observability import metrics
-from sdpo.observability.progress import NullCallback
 from sdpo.prompting.demonstrations import PrivilegedContext
 from sdpo.prompting.images import collect_images
 from sdpo.prompting.tokenization import encode_teacher_prompt
@@ -75,8 +74,8 @@ def make_samples(
     return samples
 
 
-def step_images(loaded: LoadedModel, frozen: bool = False) -> StepImageFeatures:
-    return StepImageFeatures(loaded.vision, loaded.model, frozen=frozen, precision=torch.no_grad)
+def step_images(loaded: LoadedModel, frozen: bool = False) -> ImageFeatureCache:
+    return ImageFeatureCache(loaded.vision.reader, student=loaded.model, frozen=frozen, precision=torch.no_grad)
 
 
 # --- 1: the same numbers as one sample alone
@@ -105,7 +104,7 @@ def test_logits_of_student_and_teacher_are_those_of_each_sample_alone(
         features = images.select(loaded.model, sequences.images)
         with torch.no_grad():
             hidden = compute_hidden(loaded.model, sequences, vision=loaded.vision, features=features)
-            return compute_dense_logits(build_lazy_logits(loaded.model, hidden))
+            return compute_dense_logits(build_linear_head(loaded.model, hidden))
 
     torch.testing.assert_close(compute(batch.student), torch.cat(expected), atol=1e-4, rtol=1e-4)
     if batch.teacher is not None:
@@ -122,13 +121,13 @@ class Counter:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.passed: list[tuple[nn.Module, int, bool]] = []
-        run = vision_module._run_tower
+        run = feature_cache.run_vision_tower
 
         def count(model: nn.Module, pixels: Sequence[Any]) -> Any:
             self.passed.append((model, len(pixels), torch.is_grad_enabled()))
             return run(model, pixels)
 
-        monkeypatch.setattr(vision_module, "_run_tower", count)
+        monkeypatch.setattr(feature_cache, "run_vision_tower", count)
 
     def of(self, module: nn.Module | None, grad: bool) -> int:
         return sum(number for model, number, had in self.passed if model is module and had == grad)
@@ -183,11 +182,11 @@ class NaiveImages:
         self.vision = vision
 
     def select(self, module: nn.Module, images: Sequence[bytes]) -> list[Any]:
-        return [vision_module._run_tower(module, [self.vision.reader.read_pixels(image)])[0] for image in images]
+        return [vision_tower.run_vision_tower(module, [self.vision.reader.read_pixels(image)])[0] for image in images]
 
     def backward(self) -> None: ...
 
-    forget_gradients = forget_student = backward
+    clear_gradients = clear_student = backward
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -354,7 +353,7 @@ def test_a_language_model_has_nothing_to_freeze(make_task_run: MakeRun) -> None:
 def test_a_language_model_reads_no_images(make_task_run: MakeRun, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "images.parquet", (0, 1))
     with pytest.raises(
-        SDPOError, match=r"images\.parquet: row 1: has images, which model\.path=.* does not read; take a model"
+        SDPOError, match=r"images\.parquet: row 1: has images, but the model of model\.path has no vision tower"
     ):
         SDPOTrainer(make_task_run(data__train_files=[file])).train()
 
@@ -379,7 +378,11 @@ def test_vllm_is_refused(make_image_run: MakeRun, monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_rows_that_cannot_be_read_are_refused_or_skipped(
-    make_image_run: MakeRun, tmp_path: Path, change: dict[str, Any], reason: str | None
+    make_image_run: MakeRun,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    change: dict[str, Any],
+    reason: str | None,
 ) -> None:
     good = pq.read_table(write_rows(tmp_path / "good.parquet", (1, 1, 1))).to_pylist()
     bad = pq.read_table(write_rows(tmp_path / "bad.parquet", (1,), **change)).to_pylist()
@@ -393,19 +396,11 @@ def test_rows_that_cannot_be_read_are_refused_or_skipped(
         SDPOTrainer(run).train()
     assert not (tmp_path / "run").exists(), "half a run was written"
 
-    class Listening(NullCallback):
-        def __init__(self) -> None:
-            self.messages: list[str] = []
-
-        def message(self, text: str) -> None:
-            self.messages.append(text)
-
-    listening = Listening()
     skipping = make_image_run(data__train_files=[str(file)], max_steps=1, data__filter_unreadable_images=True)
     if "nowhere" in reason:  # a path that leads nowhere is a mistake in the file, not in one row
         return
-    SDPOTrainer(skipping, listening).train()
-    assert any("data.train_files: skipped 1 of 4 rows; the first:" in text for text in listening.messages)
+    SDPOTrainer(skipping).train()
+    assert any("data.train_files: skipped 1 of 4 rows; the first:" in text for text in caplog.messages)
 
 
 def test_drawn_geometry_by_the_grader_of_geometry3k(make_image_run: MakeRun, tmp_path: Path) -> None:

@@ -15,12 +15,13 @@ import pytest
 from PIL import Image
 from vision_language import make_image
 
+from sdpo.config.data import DataConfig
 from sdpo.config.model import ModelConfig
 from sdpo.config.root import SDPOConfig
 from sdpo.errors import SDPOError
 from sdpo.models.multimodal.processor import MultimodalProcessor, load_reader
 from sdpo.observability.progress import NullCallback
-from sdpo.trainer.data.prompts import load_prompts
+from sdpo.trainer.data.prompts import Prompt, load_prompts
 
 MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F", "LAB"]
 SIZES = [(1, 1), (1, 2), (2, 1), (3, 500), (199, 1), (200, 1), (27, 29), (640, 480)]
@@ -88,6 +89,10 @@ def write(path: Path, files: list[bytes]) -> str:
     return str(path)
 
 
+def load(file: str, reader: MultimodalProcessor, config: DataConfig) -> list[Prompt]:
+    return load_prompts([file], "data.train_files", config, reader, NullCallback(), window=None, max_response_length=8)
+
+
 @pytest.mark.parametrize(("name", "data", "readable"), CASES, ids=[name for name, _, _ in CASES])
 def test_read_or_named_in_one_line(
     reader: MultimodalProcessor,
@@ -101,7 +106,7 @@ def test_read_or_named_in_one_line(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            prompts = load_prompts([file], "data.train_files", make_run(), reader, None, NullCallback())
+            prompts = load(file, reader, make_run().data)
     except SDPOError as error:
         assert not readable, error
         assert str(error).startswith(f"data.train_files: {file}: row 1: ")
@@ -115,19 +120,16 @@ def test_read_or_named_in_one_line(
 
 
 def test_all_at_once_are_skipped_and_counted(
-    reader: MultimodalProcessor, make_run: Callable[..., SDPOConfig], tmp_path: Path
+    reader: MultimodalProcessor,
+    make_run: Callable[..., SDPOConfig],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     sure = [(data, readable) for _, data, readable in CASES if readable is not None]
     num_bad = sum(not readable for _, readable in sure)
-    messages = []
-
-    class Listening(NullCallback):
-        def message(self, text: str) -> None:
-            messages.append(text)
-
     file = write(tmp_path / "rows.parquet", [data for data, _ in sure])
     run = make_run(data__filter_unreadable_images=True)
-    prompts = load_prompts([file], "data.train_files", run, reader, None, Listening())
+    prompts = load(file, reader, run.data)
     assert [p.images[0] for p in prompts] == [data for data, readable in sure if readable]
-    assert len(messages) == 1
-    assert messages[0].startswith(f"data.train_files: skipped {num_bad} of {len(sure)} rows; the first: ")
+    [message] = caplog.messages
+    assert message.startswith(f"data.train_files: skipped {num_bad} of {len(sure)} rows; the first: ")

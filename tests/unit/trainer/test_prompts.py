@@ -1,4 +1,4 @@
-"""Prompts within their limits, and the order in which steps take them."""
+"""Prompts, their maximum length, and the order in which steps use them."""
 
 from __future__ import annotations
 
@@ -75,16 +75,17 @@ def write(tmp_path: Path) -> Callable[[list[str]], str]:
     return write
 
 
-class Listening(NullCallback):
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.messages.append(text)
-
-
-def load(run: SDPOConfig, file: str, window: int | None = None, observer: Any = None) -> list[Any]:
-    return load_prompts([file], "data.train_files", run, build_tokenizer(), window, observer or NullCallback())
+def load(run: SDPOConfig, file: str, window: int | None = None) -> list[Any]:
+    length = run.rollout.max_response_length
+    return load_prompts(
+        [file],
+        "data.train_files",
+        run.data,
+        build_tokenizer(),
+        NullCallback(),
+        window=window,
+        max_response_length=length,
+    )
 
 
 def test_prompts_are_encoded_with_the_header_of_the_answer(make_run: MakeRun, write: Any) -> None:
@@ -111,7 +112,7 @@ def test_the_length_of_the_tests_prompts(make_run: MakeRun, write: Any) -> None:
     ],
 )
 def test_a_prompt_that_is_too_long_is_refused_or_skipped(
-    make_run: MakeRun, write: Any, window: int | None, reason: str
+    make_run: MakeRun, write: Any, caplog: pytest.LogCaptureFixture, window: int | None, reason: str
 ) -> None:
     limit = OVERHEAD + 4
     settings = {"data__max_prompt_length": limit if reason == "data.max_prompt_length" else limit + 2}
@@ -122,10 +123,9 @@ def test_a_prompt_that_is_too_long_is_refused_or_skipped(
         f"data.train_files: {file}: row 3 has {OVERHEAD + 6} prompt tokens, more than {limit} ({reason}); set "
         "data.filter_overlong_prompts=true to skip such rows"
     )
-    listening = Listening()
-    kept = load(make_run(**settings, data__filter_overlong_prompts=True), file, window, listening)
+    kept = load(make_run(**settings, data__filter_overlong_prompts=True), file, window)
     assert [p.row.prompt[0]["content"] for p in kept] == ["1234", "1", "12"]
-    assert listening.messages == ["data.train_files: skipped 2 of 5 rows with overlong prompts"]
+    assert caplog.messages == ["data.train_files: skipped 2 of 5 rows with overlong prompts"]
 
 
 def test_no_prompt_is_left(make_run: MakeRun, write: Any) -> None:
@@ -137,5 +137,5 @@ def test_no_prompt_is_left(make_run: MakeRun, write: Any) -> None:
 
 
 def test_a_window_without_room_for_a_prompt(make_run: MakeRun, write: Any) -> None:
-    with pytest.raises(SDPOError, match=r"rollout\.max_response_length leaves no room .* window of 8 tokens"):
+    with pytest.raises(SDPOError, match=r"rollout\.max_response_length=8: leaves no room .* window of 8 tokens"):
         load(make_run(), write(["1"]), window=8)

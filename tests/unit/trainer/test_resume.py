@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import signal
@@ -110,6 +111,11 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def log_infos(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+
 @pytest.mark.parametrize("max_staleness", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("killed_in", [2, 4])
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -117,6 +123,7 @@ def test_a_killed_run_goes_on_to_the_same_end(
     make_task_run: MakeRun,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
     max_staleness: int,
     killed_in: int,
     precision: str,
@@ -131,9 +138,8 @@ def test_a_killed_run_goes_on_to_the_same_end(
         kill_in_step(patch, killed_in)
         with pytest.raises(Killed):
             SDPOTrainer(run).train()
-    listening = Listening()
-    SDPOTrainer(replace(run, resume_mode="required"), listening).train()
-    assert listening.messages[0].startswith(f"going on after step {killed_in - 1} from ")
+    SDPOTrainer(replace(run, resume_mode="required")).train()
+    assert caplog.messages[-1].startswith(f"resuming after step {killed_in - 1} from ")
     assert_same_end(run, whole)
 
 
@@ -279,28 +285,29 @@ def stopped(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> SDPOConf
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
-    stopped: SDPOConfig, make_task_run: MakeRun, tmp_path: Path
+    stopped: SDPOConfig, make_task_run: MakeRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     SDPOTrainer(whole := make_task_run(**SETTINGS, output_dir=str(tmp_path / "whole"))).train()
     damaged = Path(stopped.output_dir) / "checkpoints" / "step_4"
     (damaged / FILE).write_bytes((damaged / FILE).read_bytes()[:-1])
-    listening = Listening()
-    SDPOTrainer(replace(stopped, resume_mode="auto"), listening).train()
-    assert listening.messages[0].startswith(f"{damaged} is damaged ({FILE} has ")
-    assert listening.messages[1] == f"going on after step 2 from {damaged.with_name('step_2')}"
+    caplog.clear()
+    SDPOTrainer(replace(stopped, resume_mode="auto")).train()
+    assert caplog.messages[0].startswith(f"{damaged} is damaged ({FILE} has ")
+    assert caplog.messages[1] == f"resuming after step 2 from {damaged.with_name('step_2')}"
     assert_same_end(stopped, whole)
 
 
-def test_without_a_whole_checkpoint_auto_begins_and_must_refuses(stopped: SDPOConfig, make_task_run: MakeRun) -> None:
+def test_without_a_complete_checkpoint_auto_begins_and_required_refuses(
+    stopped: SDPOConfig, make_task_run: MakeRun, caplog: pytest.LogCaptureFixture
+) -> None:
     for path in (Path(stopped.output_dir) / "checkpoints").glob("step_*/manifest.json"):
         path.unlink()
-    with pytest.raises(SDPOError, match="holds no whole checkpoint to go on from; start without --resume"):
+    with pytest.raises(SDPOError, match="has no complete checkpoint to resume from; start without --resume"):
         SDPOTrainer(replace(stopped, resume_mode="required")).train()
-    listening = Listening()
-    SDPOTrainer(replace(stopped, resume_mode="auto"), listening).train()
-    assert listening.messages[-1] == f"{stopped.output_dir} held an earlier run; moved to {stopped.output_dir}.1"
+    SDPOTrainer(replace(stopped, resume_mode="auto")).train()
+    assert caplog.messages[-1] == f"output_dir={stopped.output_dir}: moved the earlier run to {stopped.output_dir}.1"
     fresh = make_task_run(output_dir=f"{stopped.output_dir}/../fresh", resume_mode="required")
-    with pytest.raises(SDPOError, match="holds no whole checkpoint"):
+    with pytest.raises(SDPOError, match="has no complete checkpoint"):
         SDPOTrainer(fresh).train()
     assert not Path(fresh.output_dir).exists()
 
@@ -324,19 +331,19 @@ def change(run: SDPOConfig, key: str, value: Any) -> SDPOConfig:
     ],
 )
 def test_a_setting_that_would_make_it_another_run_is_refused(stopped: SDPOConfig, key: str, value: Any) -> None:
-    with pytest.raises(SDPOError, match=rf"^{key}={value!r} was .* when the run began, and with it"):
+    with pytest.raises(SDPOError, match=rf"^{key}={value!r}: was .* when the run started and must not"):
         SDPOTrainer(replace(change(stopped, key, value), resume_mode="required")).train()
 
 
-def test_other_settings_are_said_and_take_effect(stopped: SDPOConfig) -> None:
+def test_other_settings_are_said_and_take_effect(stopped: SDPOConfig, caplog: pytest.LogCaptureFixture) -> None:
     run = change(
         change(replace(stopped, resume_mode="required"), "optim.lr", 1e-4), "tracking.log_completions_steps", 1
     )
-    listening = Listening()
-    result = SDPOTrainer(run, listening).train()
-    assert listening.messages[:2] == [
-        "optim.lr=0.0001 from here on, was 0.003",
-        "tracking.log_completions_steps=1 from here on, was 10",
+    caplog.clear()
+    result = SDPOTrainer(run).train()
+    assert caplog.messages[:2] == [
+        "optim.lr=0.0001 from now on; was 0.003",
+        "tracking.log_completions_steps=1 from now on; was 10",
     ]
     # one of ten cosine steps' updates is left
     assert result.metrics[metrics.LR] == pytest.approx(1e-4 * (1 + math.cos(math.pi * 0.9)) / 2)
@@ -353,7 +360,9 @@ def test_a_finished_run_is_finished_again_and_may_be_prolonged(make_task_run: Ma
     SDPOTrainer(whole := make_task_run(max_steps=4, save_steps=2, output_dir=str(tmp_path / "whole"))).train()
     SDPOTrainer(run := make_task_run(max_steps=2, save_steps=2, output_dir=str(tmp_path / "short"))).train()
     rows = rows_of(run)
-    with pytest.raises(SDPOError, match=r"its run has had 2 steps, more than max_steps=1$"):
+    with pytest.raises(
+        SDPOError, match=r"^max_steps=1: the run in output_dir=.* has trained 2 steps already; raise it$"
+    ):
         SDPOTrainer(replace(run, resume_mode="auto", max_steps=1)).train()
     # killed between its last checkpoint and its last row, it has that row to write
     metrics_file = Path(run.output_dir) / "metrics.jsonl"
@@ -384,7 +393,7 @@ def test_two_runs_in_one_folder_are_one_too_many(make_task_run: MakeRun, monkeyp
     SDPOTrainer(run).train()
     assert len(refused) == 3
     assert all(
-        text.startswith(f"output_dir: {run.output_dir}: another run is writing to it (process {os.getpid()} on ")
+        text.startswith(f"output_dir={run.output_dir}: another run is writing to it (process {os.getpid()} on ")
         for text in refused
     )
     assert [row[metrics.STEP] for row in rows_of(run)] == [0, 1, 2, 3, 4, 5]

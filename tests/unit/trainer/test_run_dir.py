@@ -1,8 +1,9 @@
-"""What a run leaves behind, and that it never destroys what was there before."""
+"""The output folder of a run: its files, and that earlier files are never destroyed."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
@@ -15,7 +16,7 @@ from sdpo.config.loader import load_config
 from sdpo.config.root import SDPOConfig
 from sdpo.errors import SDPOError
 from sdpo.observability import metrics
-from sdpo.observability.progress import NullCallback
+from sdpo.observability.progress import NullCallback, ProgressCallback
 from sdpo.prompting.tokenization import TeacherPrompt
 from sdpo.rewards.base import RewardOutput
 from sdpo.trainer.data.samples import TrainingSample
@@ -28,14 +29,16 @@ MakeSample = Callable[..., TrainingSample]
 
 class Listening(NullCallback):
     def __init__(self) -> None:
-        self.messages: list[str] = []
         self.rows: list[tuple[int, dict[str, float]]] = []
-
-    def message(self, text: str) -> None:
-        self.messages.append(text)
 
     def metrics(self, step: int, values: Any) -> None:
         self.rows.append((step, dict(values)))
+
+
+def open_run_dir(run: SDPOConfig, observer: ProgressCallback | None = None, resumed_step: int | None = None) -> RunDir:
+    folder = RunDir(Path(run.output_dir), run.tracking, observer or NullCallback(), resumed_step)
+    folder.write_config(run)
+    return folder
 
 
 def test_the_resolved_run_reloads_to_an_equal_one(make_run: MakeRun) -> None:
@@ -46,14 +49,14 @@ def test_the_resolved_run_reloads_to_an_equal_one(make_run: MakeRun) -> None:
         self_distillation__reprompt_template="{prompt}: {solution}\n'{feedback}'\n",
         tracking__name="ünïcode",
     )
-    folder = RunDir(run, NullCallback())
+    folder = open_run_dir(run)
     folder.close()
     assert load_config(Path(run.output_dir) / "run.yaml") == run
     assert folder.path == Path(run.output_dir)
 
 
 def test_versions_are_those_installed(make_run: MakeRun) -> None:
-    folder = RunDir(make_run(), NullCallback())
+    folder = open_run_dir(make_run())
     folder.close()
     versions = json.loads((folder.path / "versions.json").read_text())
     assert {name: versions[name] for name in ("torch", "transformers")} == {
@@ -64,7 +67,7 @@ def test_versions_are_those_installed(make_run: MakeRun) -> None:
 
 def test_rows_reach_the_file_at_once_and_everybody_who_listens(make_run: MakeRun) -> None:
     listening = Listening()
-    folder = RunDir(make_run(), listening)
+    folder = open_run_dir(make_run(), listening)
     folder.log(0, {metrics.LOSS: 1, "a": 2.5})
     folder.log(1, {metrics.LOSS: 0.5})
     rows = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
@@ -74,10 +77,11 @@ def test_rows_reach_the_file_at_once_and_everybody_who_listens(make_run: MakeRun
     folder.close()
 
 
-def test_an_earlier_run_is_moved_aside(make_run: MakeRun) -> None:
-    listening, contents = Listening(), []
+def test_an_earlier_run_is_moved_aside(make_run: MakeRun, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    contents = []
     for number in range(3):
-        folder = RunDir(make_run(seed=number), listening)
+        folder = open_run_dir(make_run(seed=number))
         folder.log(0, {metrics.LOSS: number})
         folder.close()
         contents.append((folder.path / "metrics.jsonl").read_text())
@@ -85,13 +89,13 @@ def test_an_earlier_run_is_moved_aside(make_run: MakeRun) -> None:
     assert (path / "metrics.jsonl").read_text() == contents[2]
     assert (path.with_name("run.1") / "metrics.jsonl").read_text() == contents[0]
     assert (path.with_name("run.2") / "metrics.jsonl").read_text() == contents[1]
-    assert listening.messages == [f"{path} held an earlier run; moved to {path}.{k}" for k in (1, 2)]
+    assert caplog.messages == [f"output_dir={path}: moved the earlier run to {path}.{k}" for k in (1, 2)]
 
 
 def test_an_empty_folder_is_used(make_run: MakeRun) -> None:
     run = make_run()
     Path(run.output_dir).mkdir()
-    RunDir(run, NullCallback()).close()
+    open_run_dir(run).close()
     assert [p.name for p in Path(run.output_dir).parent.iterdir()] == ["run"]
 
 
@@ -104,16 +108,16 @@ def test_what_is_no_run_folder_is_refused_and_left(make_run: MakeRun, as_file: b
     else:
         path.mkdir()
         (path / "thesis.txt").write_text("years of work")
-    with pytest.raises(SDPOError, match=rf"^output_dir: {path}: exists and is no run folder; name another one$"):
-        RunDir(run, NullCallback())
+    with pytest.raises(SDPOError, match=rf"^output_dir={path}: exists and is no run folder; name another folder$"):
+        open_run_dir(run)
     assert (path if as_file else path / "thesis.txt").read_text() == "years of work"
     assert as_file or [p.name for p in path.iterdir()] == ["thesis.txt"]
 
 
 def test_a_folder_that_cannot_be_made_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(SDPOError, match=r"^output_dir: .*/file/run: cannot be written \(Not a directory\)$"):
-        RunDir(make_run(output_dir=str(tmp_path / "file" / "run")), NullCallback())
+    with pytest.raises(SDPOError, match=r"^output_dir=.*/file/run: cannot be written \(Not a directory\)$"):
+        open_run_dir(make_run(output_dir=str(tmp_path / "file" / "run")))
 
 
 # --- rollouts
@@ -130,10 +134,10 @@ def described(sample: TrainingSample, number: int) -> TrainingSample:
 
 
 def test_rollouts_show_all_that_made_them(make_run: MakeRun, make_sample: MakeSample) -> None:
-    folder = RunDir(make_run(tracking__log_completions_steps=2, tracking__num_completions=8), NullCallback())
+    folder = open_run_dir(make_run(tracking__log_completions_steps=2, tracking__num_completions=8))
     samples = [described(make_sample([3], [4, 2], advantage=-0.5), k) for k in range(3)]
-    cut_off = replace(samples[0].response, finished=False)
-    samples.append(replace(make_sample([3], [4]), text="no teacher", response=cut_off))
+    truncated = replace(samples[0].response, finished=False)
+    samples.append(replace(make_sample([3], [4]), text="no teacher", response=truncated))
     folder.save_rollouts(1, samples)
     folder.close()
     text = (folder.path / "rollouts" / "step_1.txt").read_text()
@@ -143,8 +147,8 @@ def test_rollouts_show_all_that_made_them(make_run: MakeRun, make_sample: MakeSa
         "score 0.25, advantage -0.5, 2 tokens\n--- prompt\n[user] ?\n--- response\nanswer 1\n--- ground truth\n!\n"
         "--- feedback\nfeedback 1\n--- teacher's prompt\n[system] Be brief.\n[user] Solution: 1?\n\n"
     )
-    assert "--- teacher's prompt (trimmed)\n" in blocks[2]
-    assert "--- response (cut off)\nno teacher\n" in blocks[3]
+    assert "--- teacher's prompt (truncated)\n" in blocks[2]
+    assert "--- response (truncated)\nno teacher\n" in blocks[3]
     assert blocks[3].endswith("--- feedback\n(none)\n--- teacher's prompt\n(not distilled)\n")
 
 
@@ -152,7 +156,7 @@ def test_rollouts_show_all_that_made_them(make_run: MakeRun, make_sample: MakeSa
 def test_rollouts_are_written_every_so_many_steps(
     make_run: MakeRun, make_sample: MakeSample, every: int, expected: list[int]
 ) -> None:
-    folder = RunDir(make_run(tracking__log_completions_steps=every), NullCallback())
+    folder = open_run_dir(make_run(tracking__log_completions_steps=every))
     for step in range(1, 6):
         folder.save_rollouts(step, [make_sample([3], [4])])
     folder.close()
@@ -165,7 +169,7 @@ def test_rollouts_are_written_every_so_many_steps(
 def test_rollouts_come_from_the_whole_batch(
     make_run: MakeRun, make_sample: MakeSample, num_samples: int, expected: list[int]
 ) -> None:
-    folder = RunDir(make_run(tracking__num_completions=3), NullCallback())
+    folder = open_run_dir(make_run(tracking__num_completions=3))
     folder.save_rollouts(1, [described(make_sample([3], [4]), k) for k in range(num_samples)])
     folder.close()
     text = (folder.path / "rollouts" / "step_1.txt").read_text()
@@ -178,20 +182,20 @@ def test_rollouts_come_from_the_whole_batch(
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_touched(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    RunDir(make_run(), NullCallback()).close()
+    open_run_dir(make_run()).close()
 
     def missing(name: str) -> Any:
         raise ModuleNotFoundError(f"No module named {name!r}")
 
     monkeypatch.setattr(trackers.importlib, "import_module", missing)
     run = make_run(tracking__report_to=["wandb"])
-    with pytest.raises(SDPOError, match=r"^tracking\.report_to: wandb is not installed; pip install 'sdpo\[wandb\]'$"):
-        RunDir(run, NullCallback())
+    with pytest.raises(SDPOError, match=r"^tracking\.report_to=wandb: is not installed; pip install 'sdpo\[wandb\]'$"):
+        open_run_dir(run)
     assert [p.name for p in Path(run.output_dir).parent.iterdir()] == ["run"]
 
 
 class FakeTracker:
-    """Has the calls of wandb and trackio."""
+    """Records the calls of wandb and trackio."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, Any]] = []
@@ -214,7 +218,7 @@ def test_rows_reach_wandb_and_trackio(
     fake = FakeTracker()
     monkeypatch.setattr(trackers.importlib, "import_module", {backend: fake}.__getitem__)
     run = make_run(tracking__report_to=[backend], tracking__project="p", tracking__name=name)
-    folder = RunDir(run, NullCallback())
+    folder = open_run_dir(run)
     folder.log(3, {metrics.LOSS: 0.5})
     folder.close()
     [(_, arguments), (_, row), _] = fake.calls
@@ -228,7 +232,7 @@ def test_rows_reach_tensorboard(make_run: MakeRun) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    folder = RunDir(make_run(tracking__report_to=["tensorboard"]), NullCallback())
+    folder = open_run_dir(make_run(tracking__report_to=["tensorboard"]))
     for step in range(3):
         folder.log(step, {metrics.LOSS: 0.5 * step})
     folder.close()
@@ -238,7 +242,7 @@ def test_rows_reach_tensorboard(make_run: MakeRun) -> None:
 
 
 def test_a_line_that_a_killed_run_left_half_written_is_left_out(make_run: MakeRun) -> None:
-    folder = RunDir(run := make_run(), NullCallback())
+    folder = open_run_dir(run := make_run())
     for step in (1, 2, 3):
         folder.log(step, {metrics.LOSS: step})
         folder.log_health_event({"step": step})
@@ -246,6 +250,6 @@ def test_a_line_that_a_killed_run_left_half_written_is_left_out(make_run: MakeRu
     for name in ("metrics.jsonl", "health_events.jsonl"):
         with (folder.path / name).open("a") as file:
             file.write('{"step": 4, "tr')
-    RunDir(run, NullCallback(), resumed_step=2).close()
+    open_run_dir(run, resumed_step=2).close()
     kept = [(folder.path / name).read_text() for name in ("metrics.jsonl", "health_events.jsonl")]
     assert kept == [json.dumps({metrics.STEP: 1, metrics.LOSS: 1.0}) + "\n", '{"step": 1}\n{"step": 2}\n']

@@ -1,4 +1,4 @@
-"""Checkpoints are models of transformers, student and teacher, with all that training needs to go on."""
+"""Checkpoints load with transformers and have everything that a resumed run needs."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_student_teacher_and_tokenizer_load(
     )
     with torch.no_grad():
         difference = (actor.student(IDS).logits - actor.teacher.module(IDS).logits).abs().max()
-    assert difference > 1e-2, "teacher and student must differ for this to tell them apart"
+    assert difference > 1e-2, "the test needs a teacher that differs from the student"
 
 
 @pytest.mark.parametrize("settings", [{"teacher_regularization": "live"}, {"policy_loss_weight": 1.0}])
@@ -105,7 +105,7 @@ def test_the_state_comes_back_as_it_was(
 
 def test_a_state_of_another_version_is_refused(tmp_path: Path) -> None:
     torch.save({"actor": {}}, tmp_path / FILE)
-    with pytest.raises(SDPOError, match=r"training_state\.pt: was written by another version \(KeyError\)"):
+    with pytest.raises(SDPOError, match=r"training_state\.pt: cannot be read by this version \(KeyError\)"):
         TrainingState.load(tmp_path)
 
 

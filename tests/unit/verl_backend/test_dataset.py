@@ -22,7 +22,7 @@ from sdpo.errors import SDPOError
 from sdpo.models.loading import load_tokenizer
 from sdpo.models.multimodal.processor import MultimodalProcessor, load_reader
 from sdpo.verl_backend.cpu import processor as cpu_processor
-from sdpo.verl_backend.entrypoint.main import compose_config
+from sdpo.verl_backend.entrypoint.compose import compose_config
 
 IN_PROCESS = ["data.filter_overlong_prompts_workers=null"]
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")

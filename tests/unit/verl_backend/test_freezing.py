@@ -140,4 +140,7 @@ def test_the_checkpoint_has_the_files_of_every_rank(results: dict[str, Any], tmp
     folder = Path(tmp_path_factory.getbasetemp())
     (later,) = folder.glob("freezing[0-9]*/later/teacher")
     names = {path.name for path in later.iterdir()}
-    assert names == {"teacher.json", "best_world_size_2_rank_0.pt", "best_world_size_2_rank_1.pt"}
+    assert names == {
+        "teacher.json",
+        *(f"{content}_world_size_2_rank_{rank}.pt" for content in ("best", "state") for rank in range(2)),
+    }

@@ -15,7 +15,8 @@ from transformers import Qwen2Config, Qwen3Config
 from sdpo.errors import SDPOError
 from sdpo.rewards.toy import figures, hidden_rule
 from sdpo.verl_backend.entrypoint import requirements
-from sdpo.verl_backend.entrypoint.main import compose_config
+from sdpo.verl_backend.entrypoint.compose import compose_config
+from sdpo.verl_backend.entrypoint.model_checks import check_head_size
 
 MODEL, ROLLOUT, OPTIM = "actor_rollout_ref.model", "actor_rollout_ref.rollout", "actor_rollout_ref.actor.optim"
 EVERYTHING = {"vllm", "cupy", "torchao", "torch"}
@@ -111,10 +112,10 @@ def test_the_cpu_needs_nothing(check: Callable[..., None]) -> None:
 def test_a_model_whose_heads_vllm_mistakes_is_named() -> None:
     heads = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32}
     with pytest.raises(SDPOError, match=r"head_dim=32 is not hidden_size / num_attention_heads = 64 / 4"):
-        requirements.check_sampler_reads(Qwen2Config(**heads), "model")
-    requirements.check_sampler_reads(Qwen2Config(**{**heads, "head_dim": 16}), "model")
-    requirements.check_sampler_reads(Qwen2Config(hidden_size=64, num_attention_heads=4), "model")
-    requirements.check_sampler_reads(Qwen3Config(**heads), "model")  # reads head_dim
+        check_head_size(Qwen2Config(**heads), "model")
+    check_head_size(Qwen2Config(**{**heads, "head_dim": 16}), "model")
+    check_head_size(Qwen2Config(hidden_size=64, num_attention_heads=4), "model")
+    check_head_size(Qwen3Config(**heads), "model")  # reads head_dim
 
 
 def test_vllm_reads_the_models_of_the_offline_tasks() -> None:
@@ -122,7 +123,7 @@ def test_vllm_reads_the_models_of_the_offline_tasks() -> None:
         hidden_rule.build_model(len(hidden_rule.build_tokenizer())),
         figures.build_model(figures.build_tokenizer()),
     ):
-        requirements.check_sampler_reads(model.config, "model")
+        check_head_size(model.config, "model")
         text = model.config.get_text_config()
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         assert size % 32 == 0, "vLLM has no smaller heads on a CPU"

@@ -28,7 +28,8 @@ from sdpo.errors import SDPOError
 from sdpo.models.multimodal.processor import load_without_videos
 from sdpo.verl_backend.config.schema import read_health, read_regularization, read_self_distillation
 from sdpo.verl_backend.driver.tools import load_tool_schemas
-from sdpo.verl_backend.entrypoint.main import compose_config, main, run
+from sdpo.verl_backend.entrypoint.compose import compose_config
+from sdpo.verl_backend.entrypoint.main import main, train
 
 ACTOR = "actor_rollout_ref.actor"
 MODEL = "actor_rollout_ref.model"
@@ -235,8 +236,8 @@ def test_tools_that_cannot_be_used_are_one_line(
     ("family", "override", "message"),
     [
         # verl knows no processor of LLaVA's, and without torchvision transformers makes none for Qwen's.
-        ("llava", "", "verl cannot load its processor of images (Failed to create processor: Unsupported processor"),
-        ("qwen2_5_vl", "", "verl cannot load its processor of images (Failed to create processor: "),
+        ("llava", "", "verl cannot load its image processor (Failed to create processor: Unsupported processor"),
+        ("qwen2_5_vl", "", "verl cannot load its image processor (Failed to create processor: "),
         ("text", f"{ACTOR}.freeze_vision_tower=true", "actor.freeze_vision_tower=True: "),
         ("text", f"{LORA} {MODEL}.target_modules=[lm_head]", "model.target_modules: 'lm_head' is no linear layer of"),
     ],
@@ -257,7 +258,7 @@ def test_a_model_that_cannot_be_trained_is_refused_before_ray(
     path = hidden_rule_dir / "model" if family == "text" else vision_dir(family)
     config = compose(f"actor_rollout_ref.model.path={path}", *override.split())
     with pytest.raises(SDPOError) as caught:
-        run(config)
+        train(config)
     assert str(caught.value).startswith("actor_rollout_ref.") and message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -342,11 +343,11 @@ def test_a_run_that_an_alarm_stopped_says_so_as_on_the_embedded_engine(
     got = []
     monkeypatch.setattr("ray.is_initialized", lambda: True)
     monkeypatch.setattr("ray.get", lambda reference: got.append(reference) or reference[1])
-    monkeypatch.setattr("sdpo.verl_backend.entrypoint.main._build_one_step_off_runner", lambda: Driver)
-    monkeypatch.setattr("sdpo.verl_backend.entrypoint.main._check_model", lambda _: None)
+    monkeypatch.setattr("sdpo.verl_backend.entrypoint.runners.build_one_step_off_runner", lambda: Driver)
+    monkeypatch.setattr("sdpo.verl_backend.entrypoint.main.check_model", lambda _: None)
     monkeypatch.setattr("sdpo.verl_backend.entrypoint.requirements.check_machine", lambda _: None)
     config = compose()
-    run(config)
+    train(config)
     assert got == [(config, reason)] * 2
     said = capsys.readouterr().err
     assert said == ("stopped by a health check: score_collapse: it fell\n" if reason else "")

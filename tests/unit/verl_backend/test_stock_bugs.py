@@ -23,11 +23,11 @@ from verl.utils.import_utils import is_trl_available
 from verl.workers.utils.padding import left_right_2_no_padding
 
 from sdpo.observability import metrics
+from sdpo.verl_backend.compat.workarounds import FlushIgnoringLogger, repair_position_ids, skip_trl_value_head
 from sdpo.verl_backend.driver import v1_trainers
 from sdpo.verl_backend.driver.health import RunHealth
 from sdpo.verl_backend.driver.one_step_off_trainer import SelfDistillationOneStepOffTrainer
 from sdpo.verl_backend.worker import engine
-from sdpo.verl_backend.worker.packing import repair_position_ids
 
 
 class BrokenLoader:
@@ -125,19 +125,18 @@ def test_the_logger_of_separate_async_takes_flush() -> None:
     stock = trainer_separate_async.logger
     with pytest.raises(TypeError, match="flush"):
         stock.info("as verl calls it", flush=True)
-    v1_trainers._AcceptsFlush(stock, {}).info("the same", flush=True)
+    FlushIgnoringLogger(stock, {}).info("the same", flush=True)
 
 
 def test_an_installed_trl_without_the_value_head_does_no_harm(
     monkeypatch: pytest.MonkeyPatch, make_model: Callable[..., PreTrainedModel]
 ) -> None:
     monkeypatch.setitem(sys.modules, "trl", ModuleType("trl"))
-    replaced = engine.monkey_patch.is_trl_available
-    monkeypatch.setattr(monkey_patch, "is_trl_available", lambda: True)  # what verl finds beside TRL 1.16
+    assert engine.workarounds and monkey_patch.is_trl_available is not is_trl_available, "importing the engine patches"
+    monkeypatch.setattr(monkey_patch, "is_trl_available", lambda: True)  # with TRL 1.16 installed
     with pytest.raises(ImportError, match="AutoModelForCausalLMWithValueHead"):
         monkey_patch.apply_monkey_patch(make_model())
-    assert replaced is not is_trl_available
-    monkeypatch.setattr(monkey_patch, "is_trl_available", replaced)
+    skip_trl_value_head()
     monkey_patch.apply_monkey_patch(make_model())
 
 

@@ -18,8 +18,9 @@ from sdpo.config.root import SDPOConfig
 from sdpo.errors import SDPOError
 from sdpo.verl_backend.config.schema import read_health, read_lora, read_self_distillation
 from sdpo.verl_backend.config.to_verl import quote, to_verl_overrides
+from sdpo.verl_backend.entrypoint.compose import compose_config
 from sdpo.verl_backend.entrypoint.launch import build_command
-from sdpo.verl_backend.entrypoint.main import compose_config, limit_length
+from sdpo.verl_backend.entrypoint.model_checks import limit_length
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 PARSER = OverridesParser.create()

@@ -22,11 +22,13 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
 from verl.workers.utils.padding import left_right_2_no_padding
 
+from sdpo.algorithm.batch import TokenBatch
 from sdpo.algorithm.regularization import Regularization
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.kernels import chunked_log_probs
-from sdpo.kernels.fused_linear_loss import FusedOutputs, TokenInputs, fused_linear_sdpo_loss
+from sdpo.kernels.fused_linear_loss import FusedOutputs, fused_linear_sdpo_loss
 from sdpo.verl_backend.worker import engine as engine_module
+from sdpo.verl_backend.worker.engine import EngineSettings
 from sdpo.verl_backend.worker.vision_tower import share_images
 from sdpo.verl_backend.worker.worker import SelfDistillationTrainingWorker
 
@@ -56,11 +58,13 @@ def build_worker(case: dict[str, Any]) -> SelfDistillationTrainingWorker:
             optimizer_config=FSDPOptimizerConfig(lr=case["lr"], total_training_steps=10, **case.get("optim", {})),
             checkpoint_config=CheckpointConfig(),
         ),
-        SelfDistillationConfig(**case["settings"]),
-        case["loss_agg_mode"],
-        case["horizon"],
-        case.get("freeze_vision_tower", False),
-        Regularization(*case["regularization"]) if "regularization" in case else None,
+        EngineSettings(
+            SelfDistillationConfig(**case["settings"]),
+            case["loss_agg_mode"],
+            case["horizon"],
+            case.get("freeze_vision_tower", False),
+            Regularization(*case["regularization"]) if "regularization" in case else None,
+        ),
     )
     worker.reset()
     worker.set_loss_fn(lambda **_: None)  # the engine brings its own
@@ -157,10 +161,12 @@ def full_weights(module: torch.nn.Module | None) -> dict[str, torch.Tensor]:
 
 def teacher_weights(worker: SelfDistillationTrainingWorker) -> dict[str, torch.Tensor]:
     """All of the teacher's, or with LoRA its deltas; nothing where it holds none for itself."""
-    engine = worker.engine
-    if engine._teacher_deltas is not None:
-        return {name: delta.full_tensor().clone() for name, delta in engine._teacher_deltas.full.items()}
-    return full_weights(engine._teacher_module)
+    teacher = worker.engine.teacher_engine
+    if teacher is None:
+        return {}
+    if teacher.deltas is not None:
+        return {name: delta.full_tensor().clone() for name, delta in teacher.deltas.full.items()}
+    return full_weights(teacher.module)
 
 
 def sent_weights(worker: SelfDistillationTrainingWorker) -> dict[str, torch.Tensor]:
@@ -172,9 +178,10 @@ def sent_weights(worker: SelfDistillationTrainingWorker) -> dict[str, torch.Tens
 def count_bytes(worker: SelfDistillationTrainingWorker) -> dict[str, int]:
     """Of what this rank holds: weights of all modules, each once, and the teacher's deltas."""
     engine = worker.engine
-    modules = [engine.module, *([engine.teacher.module] if engine.teacher.module is not None else [])]
+    teacher = engine.teacher_engine
+    modules = [engine.module, *([teacher.teacher.module] if teacher.teacher.module is not None else [])]
     params = {id(p): p for module in modules for p in module.parameters()}
-    deltas = engine._teacher_deltas.full if engine._teacher_deltas is not None else {}
+    deltas = teacher.deltas.full if teacher.deltas is not None else {}
     return {
         "weights": sum(p.to_local().nbytes for p in params.values()),
         "deltas": sum(delta.to_local().nbytes for delta in deltas.values()),
@@ -190,7 +197,7 @@ def count_bytes(worker: SelfDistillationTrainingWorker) -> dict[str, int]:
 def record_log_probs(recorded: list[dict[str, Any]]) -> None:
     """Keep what student and teacher say of each sampled token, micro-batch by micro-batch."""
 
-    def compute(student: Any, teacher: Any, tokens: TokenInputs, config: Any, **settings: Any) -> FusedOutputs:
+    def compute(student: Any, teacher: Any, tokens: TokenBatch, config: Any, **settings: Any) -> FusedOutputs:
         outputs = fused_linear_sdpo_loss(student, teacher, tokens, config, **settings)
         recorded.append(
             {
@@ -261,7 +268,9 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     num_patches = [0]
     if case.get("record"):
         record_log_probs(recorded)
-        count_patches(worker.engine._model.model.visual, num_patches)
+        module = worker.engine.module
+        model = module.get_base_model() if hasattr(module, "get_base_model") else module
+        count_patches(model.model.visual, num_patches)
     else:
         engine_module.fused_linear_sdpo_loss = fused_linear_sdpo_loss
     before = teacher_weights(worker)
@@ -307,7 +316,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         again = build_worker({**case, "settings": {**case["settings"], **case.get("changed", {})}})
         again.engine.load_checkpoint(case["checkpoint"])
         result["loaded_teacher"] = teacher_weights(again)
-        result["loaded_steps"] = again.engine.teacher.num_steps
+        result["loaded_steps"] = again.engine.teacher_engine.teacher.num_steps
         for action in case.get("actions_after_loading", []):
             getattr(worker.engine, action)()
             getattr(again.engine, action)()

@@ -24,7 +24,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sdpo.algorithm.loss import LossInputs, compute_token_losses
+from sdpo.algorithm.batch import TokenBatch
+from sdpo.algorithm.distributions import TokenDistributions
+from sdpo.algorithm.loss import compute_token_losses
 from sdpo.algorithm.sums import TokenValues, reduce_values
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.kernels.chunked_log_probs import LinearHead
@@ -43,8 +45,8 @@ from sdpo.kernels.cuda.row_statistics import RowStatistics, compute_row_statisti
 from sdpo.kernels.cuda.scaling import scale
 from sdpo.kernels.cuda.top_k import select_top_ids
 from sdpo.kernels.cuda.weight_gradient import WeightGradient
-from sdpo.kernels.fused_linear_loss import FusedOutputs, TokenInputs, attach_gradients, differentiate
-from sdpo.kernels.loss_inputs import build_policy_inputs
+from sdpo.kernels.fused_linear_loss import FusedOutputs
+from sdpo.kernels.precomputed_grad import attach_gradients, differentiate
 from sdpo.observability import metrics
 
 # Rows of the teacher's buffer as a fraction of the chunk's. A smaller buffer leaves memory for larger chunks, which
@@ -64,7 +66,7 @@ class _Kept:
 def fused_linear_sdpo_loss(
     student: LinearHead,
     teacher: Sequence[LinearHead],
-    tokens: TokenInputs,
+    batch: TokenBatch,
     config: SelfDistillationConfig,
     *,
     temperature: float = 1.0,
@@ -75,8 +77,8 @@ def fused_linear_sdpo_loss(
     needed = [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
     with torch.no_grad(), _on_device_of(student):
         dtypes = [None if leaf is None or not need else leaf.dtype for leaf, need in zip(leaves, needed, strict=True)]
-        parts = detach_all([student, *(teacher if tokens.distilled is not None else ())])
-        run = _ChunkedForwardBackward(parts[0], parts[1:], tokens, config, temperature, dtypes, chunk_size)
+        parts = detach_all([student, *(teacher if batch.distilled is not None else ())])
+        run = _ChunkedForwardBackward(parts[0], parts[1:], batch, config, temperature, dtypes, chunk_size)
         for rows, teacher_rows in run.cut():
             run.add(rows, teacher_rows)
         outputs, gradients = run.finish()
@@ -119,14 +121,14 @@ class _ChunkedForwardBackward:
         self,
         student: LinearHead,
         teacher: Sequence[LinearHead],
-        tokens: TokenInputs,
+        batch: TokenBatch,
         config: SelfDistillationConfig,
         temperature: float,
         gradient_types: Sequence[torch.dtype | None],
         chunk_size: int | None,
     ) -> None:
         self.student = student
-        self.tokens = tokens
+        self.batch = batch
         self.config = config
         self.differentiates = any(gradient_types)
         self.num_tokens = len(student.hidden)
@@ -134,8 +136,8 @@ class _ChunkedForwardBackward:
         self.size = chunk_size or choose_chunk_size(student, buffers=1 + TEACHER_FRACTION if teacher else 1)
         self.order: Tensor | None = None  # distilled tokens first; None: unchanged order
         if 0 < self.num_distilled < self.num_tokens:
-            assert tokens.distilled is not None
-            self.order = torch.argsort(tokens.distilled.logical_not().to(torch.uint8), stable=True)
+            assert batch.distilled is not None
+            self.order = torch.argsort(batch.distilled.logical_not().to(torch.uint8), stable=True)
         rows = min(self.size, self.num_tokens)
         self.student_buffer: Buffer | None = Buffer(student, rows, temperature)
         self.teacher_buffer: MixedBuffer | None = None
@@ -170,30 +172,30 @@ class _ChunkedForwardBackward:
         assert self.student_buffer is not None
         student = self.student_buffer.multiply(self.student, rows)
         if teacher_rows is None:
-            self._add_part(student, None, self.tokens.select(rows))
+            self._add_part(student, None, self.batch.select(rows))
         else:
             assert self.teacher_buffer is not None
             for part in cut_evenly(0, len(student.products), self.teacher_buffer.rows):
                 teacher = self.teacher_buffer.multiply(select_rows(teacher_rows, part))
-                self._add_part(student.select(part), teacher, self.tokens.select(select_rows(rows, part)))
+                self._add_part(student.select(part), teacher, self.batch.select(select_rows(rows, part)))
         if self.differentiates:
             self._multiply(rows, student.products)
 
-    def _add_part(self, student: Logits, teacher: Logits | None, tokens: TokenInputs) -> None:
+    def _add_part(self, student: Logits, teacher: Logits | None, batch: TokenBatch) -> None:
         """Compute the losses of these rows and overwrite the student's products with dL / d products."""
+        sampled_ids = batch.sampled_ids
+        assert sampled_ids is not None
         alpha = self.alpha if teacher is not None else None
         topk = self.topk if teacher is not None else None
-        statistics = compute_row_statistics(
-            student, teacher, tokens.sampled_ids, alpha=alpha, group_maxima=topk is not None
-        )
-        inputs, kept = self._build_inputs(student, teacher, tokens, statistics, topk)
-        compared = inputs.divergence if topk is None else inputs.student_distribution
-        entropies = inputs.student_entropies if tokens.has_entropy_term else None
+        statistics = compute_row_statistics(student, teacher, sampled_ids, alpha=alpha, group_maxima=topk is not None)
+        tokens, kept = self._read(student, teacher, statistics, topk)
+        compared = tokens.divergence if topk is None else tokens.student_distribution
+        entropies = tokens.student_entropies if batch.has_entropy_term else None
         leaves = [
-            leaf if leaf is None else leaf.requires_grad_() for leaf in (inputs.student_log_probs, compared, entropies)
+            leaf if leaf is None else leaf.requires_grad_() for leaf in (tokens.student_log_probs, compared, entropies)
         ]
         with torch.enable_grad():
-            token_losses, values = compute_token_losses(inputs, self.config)
+            token_losses, values = compute_token_losses(batch, tokens, self.config)
         self._keep(token_losses, statistics, values, is_taught=teacher is not None)
         if not self.differentiates:
             return
@@ -203,48 +205,26 @@ class _ChunkedForwardBackward:
             coefficients = _stack(
                 by_sampled if by_compared is None else by_compared, by_sampled, by_sampled, by_entropy
             )
-            write_logits_gradient(student, teacher, tokens.sampled_ids, statistics, coefficients, alpha=alpha)
+            write_logits_gradient(student, teacher, sampled_ids, statistics, coefficients, alpha=alpha)
         else:
             assert kept is not None
-            self._write_kept(student, tokens.sampled_ids, statistics, kept, by_sampled, by_compared, by_entropy)
+            self._write_kept(student, sampled_ids, statistics, kept, by_sampled, by_compared, by_entropy)
 
-    def _build_inputs(
-        self,
-        student: Logits,
-        teacher: Logits | None,
-        tokens: TokenInputs,
-        statistics: RowStatistics,
-        topk: int | None,
-    ) -> tuple[LossInputs, _Kept | None]:
-        """Inputs of the loss from each token's statistics, and the kept entries with top-k."""
-        inputs = build_policy_inputs(
-            statistics.student_log_probs.detach(),
-            statistics.student_entropies.detach(),
-            old_log_probs=tokens.old_log_probs,
-            policy_weights=tokens.policy_weights,
-            advantages=tokens.advantages,
-            rollout_is_weights=tokens.rollout_is_weights,
-            rollout_log_probs=tokens.rollout_log_probs,
-            rollout_is_threshold=tokens.rollout_is_threshold,
-            distillation_coef=tokens.distillation_coef,
-            ref_log_probs=tokens.ref_log_probs,
-            regularization=tokens.regularization,
+    def _read(
+        self, student: Logits, teacher: Logits | None, statistics: RowStatistics, topk: int | None
+    ) -> tuple[TokenDistributions, _Kept | None]:
+        """The loss's values from each token's statistics, and the kept entries with top-k."""
+        tokens = TokenDistributions(
+            statistics.student_log_probs.detach(), student_entropies=statistics.student_entropies.detach()
         )
         if teacher is None:
-            return inputs, None
-        inputs = replace(
-            inputs,
-            distilled=tokens.distilled,
-            distillation_weights=tokens.distillation_weights,
-            teacher_log_probs=statistics.teacher_log_probs,
+            return tokens, None
+        tokens = replace(
+            tokens, teacher_log_probs=statistics.teacher_log_probs, teacher_entropies=statistics.teacher_entropies
         )
         if topk is None:
-            whole = self.alpha is not None
-            return replace(
-                inputs,
-                divergence=statistics.divergences.detach() if whole else None,
-                teacher_entropy=statistics.teacher_entropies,
-            ), None
+            is_whole = self.alpha is not None
+            return replace(tokens, divergence=statistics.divergences.detach() if is_whole else None), None
         assert statistics.group_maxima is not None
         ids = select_top_ids(student, statistics.group_maxima, topk)
         logits, slope = student.gather(ids)
@@ -252,9 +232,7 @@ class _ChunkedForwardBackward:
         kept = _Kept(ids, logits - statistics.student_log_sum_exp_2[:, None] / LOG2_E, slope)
         of_teacher = teacher_logits - statistics.teacher_log_sum_exp_2[:, None] / LOG2_E
         # The leaf is a separate tensor, because ``kept`` is read without a graph.
-        return replace(
-            inputs, student_distribution=kept.log_probs.detach(), teacher_distribution=of_teacher, topk_ids=ids
-        ), kept
+        return replace(tokens, student_distribution=kept.log_probs.detach(), teacher_distribution=of_teacher), kept
 
     def _write_kept(
         self,
@@ -284,10 +262,8 @@ class _ChunkedForwardBackward:
     def _keep(self, token_losses: Tensor, statistics: RowStatistics, values: TokenValues, *, is_taught: bool) -> None:
         self.token_losses.append(token_losses.detach())
         self.student_log_probs.append(statistics.student_log_probs)
-        values = values | {metrics.ENTROPY: statistics.student_entropies}
         if is_taught:
             self.teacher_log_probs.append(statistics.teacher_log_probs)
-            values[metrics.TEACHER_ENTROPY] = statistics.teacher_entropies
         for name, value in values.items():
             self.values.setdefault(name, []).append(value.detach())
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from sdpo.algorithm.teacher import LogitMixture
 from sdpo.models.forward import PaddedSequences, compute_logits, pad_sequences
 from sdpo.models.generation.kv_cache import build_cache
+from sdpo.models.multimodal.feature_cache import ImageFeatureCache
 from sdpo.models.multimodal.processor import TokenPrompt
-from sdpo.models.multimodal.vision_tower import ImageFeatureCache, VisionAdapter
+from sdpo.models.multimodal.vision_tower import VisionAdapter
 
 # Vocabulary entries per partial sum when a token is drawn.
 BLOCK = 128
@@ -203,7 +204,7 @@ class _DecodingState:
                 position_ids,
                 1,
                 vision=vision,
-                features=ImageFeatureCache(module, vision.reader).select(images)
+                features=ImageFeatureCache(vision.reader).select(module, images)
                 if vision is not None and images
                 else (),
                 cache=cache,

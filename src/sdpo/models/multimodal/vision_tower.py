@@ -1,29 +1,24 @@
-"""Image features of a vision-language model: the vision tower runs once per distinct image of a batch.
+"""Run the vision tower of a vision-language model separately from its language model.
 
 The tower is all layers before the language model: patches, blocks, projector. transformers' models call
-``get_image_features`` in every forward pass; here this call returns precomputed features. The model itself still
-inserts them among the tokens or feeds them to several layers (Qwen3-VL).
+``get_image_features`` in every forward pass; ``inject_image_features`` makes this call return precomputed features. The
+model itself still inserts them among the tokens or feeds them to several layers (Qwen3-VL).
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sdpo.errors import DataError
 from sdpo.models.multimodal.processor import MultimodalProcessor, TokenPrompt
-
-Precision: TypeAlias = Callable[[], AbstractContextManager[Any]]
-
-# Pixel values per run of the tower; bounds the activations of its backward pass.
-CHUNK_SIZE = 2**22
 
 
 @dataclass(frozen=True)
@@ -54,87 +49,8 @@ def combine_features(features: Sequence[ImageFeatures]) -> Any:
     )
 
 
-class ImageFeatureCache:
-    """Cache of one model's features of distinct images, computed on first use without a graph.
-
-    With ``learning``, the features collect gradients until ``backward`` runs the tower again with a graph, chunk by
-    chunk. So memory holds the activations of one chunk, for any number of sequences and micro-batches with an image.
-
-    Args:
-        model: with the vision tower.
-        reader: of the model's processor.
-        learning: whether the tower is trained.
-        precision: the context of the tower's forward pass, such as autocast.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        reader: MultimodalProcessor,
-        *,
-        learning: bool = False,
-        precision: Precision = nullcontext,
-    ) -> None:
-        self._model = model
-        self._reader = reader
-        self._learning = learning
-        self._precision = precision
-        self._features: dict[bytes, ImageFeatures] = {}
-
-    def select(self, images: Sequence[bytes]) -> list[ImageFeatures]:
-        """Features of these images, in this order."""
-        new = dict.fromkeys(image for image in images if image not in self._features)
-        for chunk in _cut(self._reader, new):
-            with torch.no_grad(), self._precision():
-                made = _run_tower(self._model, list(chunk.values()))
-            for features in made if self._learning else ():
-                for tensor in features.tensors():
-                    tensor.requires_grad_()
-            self._features.update(zip(chunk, made, strict=True))
-        return [self._features[image] for image in images]
-
-    def backward(self) -> None:
-        """Propagate the collected gradients through the tower, then clear them."""
-        reached = [
-            image
-            for image, features in self._features.items()
-            if any(tensor.grad is not None for tensor in features.tensors())
-        ]
-        for chunk in _cut(self._reader, reached):
-            with torch.enable_grad(), self._precision():
-                made = _run_tower(self._model, list(chunk.values()))
-            pairs = [
-                (tensor, leaf.grad)
-                for image, features in zip(chunk, made, strict=True)
-                for tensor, leaf in zip(features.tensors(), self._features[image].tensors(), strict=True)
-                if leaf.grad is not None and tensor.requires_grad
-            ]
-            if pairs:
-                torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])
-        self.forget_gradients()
-
-    def forget_gradients(self) -> None:
-        for features in self._features.values():
-            for tensor in features.tensors():
-                tensor.grad = None
-
-
-def _cut(reader: MultimodalProcessor, images: Iterable[bytes]) -> list[dict[bytes, Mapping[str, Tensor]]]:
-    chunks: list[dict[bytes, Mapping[str, Tensor]]] = []
-    size = CHUNK_SIZE
-    for image in images:
-        pixels = reader.read_pixels(image)
-        more = sum(tensor.numel() for tensor in pixels.values())
-        if size + more > CHUNK_SIZE:
-            chunks.append({})
-            size = 0
-        chunks[-1][image] = pixels
-        size += more
-    return chunks
-
-
-def _run_tower(model: nn.Module, pixels: Sequence[Mapping[str, Tensor]]) -> list[ImageFeatures]:
-    """Features of each image, from one run of the tower if its output can be split by image."""
+def run_vision_tower(model: nn.Module, pixels: Sequence[Mapping[str, Tensor]]) -> list[ImageFeatures]:
+    """Compute the features of each image, in one run of the tower if its output can be split by image."""
     inner = get_inner_model(model)
     device = next(model.parameters()).device
     inputs = {name: _stack([each[name] for each in pixels]).to(device) for name in pixels[0]}
@@ -152,7 +68,7 @@ def _run_tower(model: nn.Module, pixels: Sequence[Mapping[str, Tensor]]) -> list
         by_layer = list(zip(*(layer.split(lengths) for layer in layers), strict=True)) or [()] * len(parts)
         return [ImageFeatures(part, own, in_list) for part, own in zip(parts, by_layer, strict=True)]
     if len(pixels) > 1:
-        return [_run_tower(model, [each])[0] for each in pixels]
+        return [run_vision_tower(model, [each])[0] for each in pixels]
     return [ImageFeatures(torch.cat(list(tokens)) if in_list else tokens, tuple(layers), in_list)]
 
 
@@ -189,7 +105,7 @@ def freeze_vision_tower(model: nn.Module) -> None:
     """Freeze the vision tower; only the language model and its head are trained.
 
     Raises:
-        DataError: as ``get_inner_model`` does.
+        DataError: from ``get_inner_model``.
     """
     for param in get_vision_tower_parameters(model):
         param.requires_grad_(False)
@@ -230,7 +146,7 @@ class VisionAdapter:
 
 
 @contextmanager
-def showing(model: nn.Module, features: Sequence[ImageFeatures]) -> Iterator[dict[str, Any]]:
+def inject_image_features(model: nn.Module, features: Sequence[ImageFeatures]) -> Iterator[dict[str, Any]]:
     """Make the model's forward passes use these image features; yields extra inputs for them."""
     if not features:
         yield {}

@@ -53,12 +53,12 @@ def attend(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **settings
         )
-    asked = [name for name, default in UNSUPPORTED.items() if settings.get(name, default) is not default]
-    if asked:
-        raise PackingUnsupportedError(f"{type(module).__name__} needs {asked[0]}")
+    unsupported = [name for name, default in UNSUPPORTED.items() if settings.get(name, default) is not default]
+    if unsupported:
+        raise PackingUnsupportedError(f"{type(module).__name__} needs {unsupported[0]}")
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
     outputs = [_call(call, query, key, value, scaling, dropout) for call in layout.calls]
-    return torch.cat(outputs).index_select(0, layout.answers)[None], None
+    return torch.cat(outputs).index_select(0, layout.output_index)[None], None
 
 
 def _call(
@@ -67,8 +67,8 @@ def _call(
     """Output [rows * Q, heads, head size] of one call; states are [L, heads, head size]."""
     num_queries, num_keys = call.queries.shape[1], call.keys.shape[1]
 
-    def gather(states: Tensor, places: Tensor) -> Tensor:
-        return states.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
+    def gather(states: Tensor, index: Tensor) -> Tensor:
+        return states.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
 
     output = scaled_dot_product_attention(
         gather(query, call.queries),

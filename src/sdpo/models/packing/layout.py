@@ -1,11 +1,11 @@
 """Pack sequences into one row without padding; a shared prefix is read once.
 
-    family of three                prefix | rest 1 | rest 2 | rest 3
+    prefix group of three          prefix | suffix 1 | suffix 2 | suffix 3
     single sequence                sequence
 
-Each rest attends only to its prefix and itself. So the n rollouts of a prompt cost one prompt and n responses, and n
-teacher prompts with different feedback cost one question. Token-wise layers need no change; attention is computed call
-by call (``AttentionCall``), see ``attention.py``.
+Each suffix attends only to its prefix and itself. So the n rollouts of a prompt cost one prompt and n responses, and n
+teacher prompts with different feedback cost one question. Token-wise layers need no change; attention is computed in
+several calls (``AttentionCall``), see ``attention.py``.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class PrefixGroup:
     """Consecutive sequences with a shared prefix.
 
     Attributes:
-        prefix: tokens that are read once for all members; 0 for a single sequence.
-        lengths: tokens of each member, prefix included.
+        prefix: number of tokens that are read once for all sequences; 0 for a single sequence.
+        lengths: number of tokens of each sequence, prefix included.
     """
 
     prefix: int
@@ -34,7 +34,7 @@ class PrefixGroup:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in the packed row."""
+        """Number of tokens in the packed row."""
         return sum(self.lengths) - (len(self.lengths) - 1) * self.prefix
 
 
@@ -63,9 +63,9 @@ class AttentionCall:
     In each row the last query attends to all keys, the previous query to all but the last key, and so on.
 
     Attributes:
-        queries: [rows, Q] places in the packed row. Queries past the end of a sequence are padding; their outputs are
+        queries: [rows, Q] indices into the packed row. Queries past the end of a segment are padding; their outputs are
             discarded.
-        keys: [rows, K], K >= Q.
+        keys: [rows, K] indices into the packed row, K >= Q.
     """
 
     queries: Tensor
@@ -74,15 +74,15 @@ class AttentionCall:
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """How a packed row's attention is computed.
+    """Attention calls of a packed row.
 
     Attributes:
-        calls: attention calls that together contain every place of the row as a query.
-        answers: [L] for each place, the index of its query in the concatenation of all calls' queries.
+        calls: attention calls that together contain every token of the row as a query.
+        output_index: [L] for each token, the index of its query in the concatenation of all calls' queries.
     """
 
     calls: tuple[AttentionCall, ...]
-    answers: Tensor
+    output_index: Tensor
 
 
 @dataclass(frozen=True)
@@ -92,14 +92,14 @@ class PackedSequences:
     Attributes:
         token_ids: [1, L].
         position_ids: [1, L], or [3, 1, L] in models with multimodal rotary positions.
-        scored: [N] places that predict the response tokens, response by response.
+        predictor_index: [N] indices of the tokens that predict the response tokens, response by response.
         layout: of the row's attention.
         images: of the prompts, in the order of their tokens in the row.
     """
 
     token_ids: Tensor
     position_ids: Tensor
-    scored: Tensor
+    predictor_index: Tensor
     layout: PackedLayout
     images: tuple[bytes, ...]
 
@@ -112,9 +112,9 @@ def count_shared_tokens(prompts: Sequence[TokenPrompt], image_token_ids: Sequenc
         other = prompt.token_ids
         if first[:shared] != other[:shared]:
             shared = next(i for i in range(shared) if first[i] != other[i])
-    places = [i for i, token in enumerate(first) if token in image_token_ids] if prompts[0].images else []
-    if places and places[-1] >= shared:
-        shared = min(shared, places[0])
+    image_index = [i for i, token in enumerate(first) if token in image_token_ids] if prompts[0].images else []
+    if image_index and image_index[-1] >= shared:
+        shared = min(shared, image_index[0])
     return shared
 
 
@@ -125,33 +125,34 @@ def group_by_prefix(
     cost: AttentionCostModel,
     image_token_ids: Sequence[int] = (),
 ) -> list[PrefixGroup]:
-    """Make a family of consecutive sequences of a group if that is cheaper, else single sequences.
+    """Split sequences into prefix groups: a prefix is shared if that is cheaper than single sequences.
 
     Args:
-        prompts: of the sequences; prompts of a group have the same images.
+        prompts: of the sequences; prompts with equal ``groups`` have the same images.
         response_lengths: tokens of the response after each prompt.
-        groups: sequences with equal values may share a prefix: rollouts of one prompt, for student and teacher.
+        groups: consecutive sequences with equal values may share a prefix: rollouts of one prompt, for student and
+            teacher.
     """
-    families: list[PrefixGroup] = []
-    for _, places in groupby(range(len(prompts)), key=lambda i: groups[i]):
-        members = list(places)
-        lengths = tuple(len(prompts[i].token_ids) + response_lengths[i] for i in members)
-        shared = count_shared_tokens([prompts[i] for i in members], image_token_ids) if len(members) > 1 else 0
-        family, apart = PrefixGroup(shared, lengths), [PrefixGroup(0, (length,)) for length in lengths]
-        families += [family] if shared and count_cost([family], cost) < count_cost(apart, cost) else apart
-    return families
+    prefix_groups: list[PrefixGroup] = []
+    for _, indices in groupby(range(len(prompts)), key=lambda i: groups[i]):
+        own = list(indices)
+        lengths = tuple(len(prompts[i].token_ids) + response_lengths[i] for i in own)
+        shared = count_shared_tokens([prompts[i] for i in own], image_token_ids) if len(own) > 1 else 0
+        together, single = [PrefixGroup(shared, lengths)], [PrefixGroup(0, (length,)) for length in lengths]
+        prefix_groups += together if shared and count_cost(together, cost) < count_cost(single, cost) else single
+    return prefix_groups
 
 
-def count_cost(families: Sequence[PrefixGroup], cost: AttentionCostModel) -> float:
+def count_cost(groups: Sequence[PrefixGroup], cost: AttentionCostModel) -> float:
     """Cost of these sequences as one packed row, in FLOPs."""
-    shapes = [shape for _, shape in _plan_calls(families, cost)]
-    tokens = sum(family.num_tokens for family in families)
+    shapes = [shape for _, shape in _plan_calls(groups, cost)]
+    tokens = sum(group.num_tokens for group in groups)
     pairs = sum(rows * queries * keys for rows, queries, keys in shapes)
     return tokens * cost.flops_per_token + pairs * cost.flops_per_pair + len(shapes) * cost.flops_per_call
 
 
 def pack_sequences(
-    families: Sequence[PrefixGroup],
+    groups: Sequence[PrefixGroup],
     prompts: Sequence[TokenPrompt],
     responses: Sequence[Sequence[int]],
     positions: Sequence[Tensor],
@@ -162,36 +163,38 @@ def pack_sequences(
     """Pack sequences into one row.
 
     Args:
-        families: of the sequences, in order.
+        groups: of the sequences, in order.
         positions: position ids [..., L] of each sequence, for at least all of its tokens.
     """
     token_ids: list[int] = []
-    places: list[Tensor] = []
-    scored: list[Tensor] = []
+    position_ids: list[Tensor] = []
+    predictor_index: list[Tensor] = []
     images: list[bytes] = []
-    starts: list[tuple[int, list[int]]] = []  # of each family's prefix, and of its members' rests
-    member = 0
-    for family in families:
-        start = len(token_ids)
-        rests = []
-        for i in range(member, member + len(family.lengths)):
-            whole = [*prompts[i].token_ids, *responses[i]]
-            skipped = 0 if i == member else family.prefix
-            rests.append(len(token_ids) + family.prefix - skipped)
-            if i == member or not _has_image(whole[: family.prefix], image_token_ids):
+    starts: list[tuple[int, list[int]]] = []  # of each group's prefix, and of its suffixes
+    first = 0
+    for group in groups:
+        prefix_start = len(token_ids)
+        suffix_starts = []
+        for i in range(first, first + len(group.lengths)):
+            sequence = [*prompts[i].token_ids, *responses[i]]
+            num_skipped = 0 if i == first else group.prefix
+            suffix_start = len(token_ids) + group.prefix - num_skipped
+            suffix_starts.append(suffix_start)
+            if i == first or not _has_image(sequence[: group.prefix], image_token_ids):
                 images += prompts[i].images
-            # Places that predict the response's tokens; the prefix's last token may predict the first of them.
-            before = torch.arange(len(prompts[i].token_ids) - 1, len(whole) - 1)
-            scored.append(torch.where(before < family.prefix, before + start, before - family.prefix + rests[-1]))
-            token_ids += whole[skipped:]
-            places.append(positions[i][..., skipped : len(whole)])
-        starts.append((start, rests))
-        member += len(family.lengths)
+            # The prefix's last token may predict the first response token.
+            index = torch.arange(len(prompts[i].token_ids) - 1, len(sequence) - 1)
+            in_prefix, in_suffix = index + prefix_start, index - group.prefix + suffix_start
+            predictor_index.append(torch.where(index < group.prefix, in_prefix, in_suffix))
+            token_ids += sequence[num_skipped:]
+            position_ids.append(positions[i][..., num_skipped : len(sequence)])
+        starts.append((prefix_start, suffix_starts))
+        first += len(group.lengths)
     return PackedSequences(
         token_ids=torch.tensor([token_ids], device=device),
-        position_ids=torch.cat(places, dim=-1).unsqueeze(-2).to(device),
-        scored=torch.cat(scored).to(device),
-        layout=_lay_out(families, starts, len(token_ids), cost, device),
+        position_ids=torch.cat(position_ids, dim=-1).unsqueeze(-2).to(device),
+        predictor_index=torch.cat(predictor_index).to(device),
+        layout=_build_layout(groups, starts, len(token_ids), cost, device),
         images=tuple(images),
     )
 
@@ -200,72 +203,72 @@ def _has_image(token_ids: Sequence[int], image_token_ids: Sequence[int]) -> bool
     return any(token in image_token_ids for token in token_ids)
 
 
-# A prefix or a rest in the row: (family, member), with member -1 for the prefix. A piece attends to itself; a rest also
-# attends to its family's prefix.
-_Piece = tuple[int, int]
+# A prefix or a suffix in the row: index of its group, and of its sequence in the group, or -1 for the prefix. A segment
+# attends to itself; a suffix also attends to its prefix.
+_Segment = tuple[int, int]
 
 
 def _plan_calls(
-    families: Sequence[PrefixGroup], cost: AttentionCostModel
-) -> list[tuple[list[_Piece], tuple[int, int, int]]]:
-    """Pieces of each attention call, and its numbers of rows, queries and keys."""
-    alone: list[tuple[int, _Piece]] = []
-    groups: list[tuple[int, list[tuple[int, _Piece]]]] = [(0, alone)]
-    for f, family in enumerate(families):
-        if not family.prefix:
-            alone += [(length, (f, i)) for i, length in enumerate(family.lengths)]
+    groups: Sequence[PrefixGroup], cost: AttentionCostModel
+) -> list[tuple[list[_Segment], tuple[int, int, int]]]:
+    """Segments of each attention call, and its numbers of rows, queries and keys."""
+    without_prefix: list[tuple[int, _Segment]] = []
+    by_prefix: list[tuple[int, list[tuple[int, _Segment]]]] = [(0, without_prefix)]
+    for g, group in enumerate(groups):
+        if not group.prefix:
+            without_prefix += [(length, (g, i)) for i, length in enumerate(group.lengths)]
             continue
-        alone.append((family.prefix, (f, -1)))
-        rests = [(length - family.prefix, (f, i)) for i, length in enumerate(family.lengths)]
-        groups.append((family.prefix, [rest for rest in rests if rest[0]]))
+        without_prefix.append((group.prefix, (g, -1)))
+        suffixes = [(length - group.prefix, (g, i)) for i, length in enumerate(group.lengths)]
+        by_prefix.append((group.prefix, [suffix for suffix in suffixes if suffix[0]]))
     calls = []
-    for prefix, pieces in groups:
-        for length, chosen in _share_calls(prefix, sorted(pieces, reverse=True), cost):
+    for prefix, segments in by_prefix:
+        for length, chosen in _split_into_calls(prefix, sorted(segments, reverse=True), cost):
             calls.append((chosen, (len(chosen), length, prefix + length)))
     return calls
 
 
-def _share_calls(
-    prefix: int, pieces: Sequence[tuple[int, _Piece]], cost: AttentionCostModel
-) -> list[tuple[int, list[_Piece]]]:
-    """Group pieces, longest first, into calls; start a new call if padding would cost more."""
-    calls: list[tuple[int, list[_Piece]]] = []
-    wasted = 0.0
-    for length, piece in pieces:
+def _split_into_calls(
+    prefix: int, segments: Sequence[tuple[int, _Segment]], cost: AttentionCostModel
+) -> list[tuple[int, list[_Segment]]]:
+    """Split segments, longest first, into calls; a new call begins if padding would cost more."""
+    calls: list[tuple[int, list[_Segment]]] = []
+    padding_cost = 0.0
+    for length, segment in segments:
         if calls:
             longest = calls[-1][0]
-            wasted += (longest * (prefix + longest) - length * (prefix + length)) * cost.flops_per_pair
-        if not calls or wasted > cost.flops_per_call:
+            padding_cost += (longest * (prefix + longest) - length * (prefix + length)) * cost.flops_per_pair
+        if not calls or padding_cost > cost.flops_per_call:
             calls.append((length, []))
-            wasted = 0.0
-        calls[-1][1].append(piece)
+            padding_cost = 0.0
+        calls[-1][1].append(segment)
     return calls
 
 
-def _lay_out(
-    families: Sequence[PrefixGroup],
+def _build_layout(
+    groups: Sequence[PrefixGroup],
     starts: Sequence[tuple[int, list[int]]],
     num_tokens: int,
     cost: AttentionCostModel,
     device: torch.device,
 ) -> PackedLayout:
     calls: list[AttentionCall] = []
-    answers = torch.empty(num_tokens, dtype=torch.long)
-    answered = 0
-    for pieces, (_, num_queries, num_keys) in _plan_calls(families, cost):
+    output_index = torch.empty(num_tokens, dtype=torch.long)
+    num_outputs = 0
+    for segments, (_, num_queries, num_keys) in _plan_calls(groups, cost):
         queries, keys = [], []
-        for f, member in pieces:
-            family, (start, rests) = families[f], starts[f]
-            if member < 0:
-                first, length = start, family.prefix
+        for g, i in segments:
+            group, (prefix_start, suffix_starts) = groups[g], starts[g]
+            if i < 0:
+                start, length = prefix_start, group.prefix
             else:
-                first, length = rests[member], family.lengths[member] - family.prefix
-            # Padding repeats the piece's last token. Another sequence's token could pass on NaN, which a mask does not
-            # stop.
-            own = first + torch.arange(num_queries).clamp(max=length - 1)
+                start, length = suffix_starts[i], group.lengths[i] - group.prefix
+            # Padding repeats the segment's last token. A token of another sequence could pass on NaN, which a mask
+            # does not stop.
+            own = start + torch.arange(num_queries).clamp(max=length - 1)
             queries.append(own)
-            keys.append(torch.cat([start + torch.arange(num_keys - num_queries), own]))
-            answers[first : first + length] = answered + torch.arange(length)
-            answered += num_queries
+            keys.append(torch.cat([prefix_start + torch.arange(num_keys - num_queries), own]))
+            output_index[start : start + length] = num_outputs + torch.arange(length)
+            num_outputs += num_queries
         calls.append(AttentionCall(torch.stack(queries).to(device), torch.stack(keys).to(device)))
-    return PackedLayout(tuple(calls), answers.to(device))
+    return PackedLayout(tuple(calls), output_index.to(device))

@@ -21,7 +21,7 @@ PROBE = f"{NAME}_probe"
 
 
 def enable_packing(model: nn.Module, vision: VisionAdapter | None = None) -> AttentionCostModel | None:
-    """Enable packed rows in a transformers model; returns its reading cost, or None if unsupported.
+    """Enable packed rows in a transformers model; returns the cost of its forward pass, or None if unsupported.
 
     Supported models use full causal attention in every layer and pass the layout on to it, as most models do. Sliding
     windows, recurrent layers and bidirectional attention among image tokens are not supported. Models with another
@@ -35,8 +35,8 @@ def enable_packing(model: nn.Module, vision: VisionAdapter | None = None) -> Att
         return None
     cost = measure_attention_cost(model, vision)
     device = next(model.parameters()).device
-    family, prompts = PrefixGroup(2, (3, 4)), [TokenPrompt([0, 1]), TokenPrompt([0, 1])]
-    row = pack_sequences([family], prompts, [[1], [0, 1]], compute_positions(prompts, 2, vision), cost, device)
+    group, prompts = PrefixGroup(2, (3, 4)), [TokenPrompt([0, 1]), TokenPrompt([0, 1])]
+    row = pack_sequences([group], prompts, [[1], [0, 1]], compute_positions(prompts, 2, vision), cost, device)
     layers: list[nn.Module] = []
 
     def probe(module: nn.Module, *states: Any, **settings: Any) -> Any:
@@ -59,7 +59,7 @@ def enable_packing(model: nn.Module, vision: VisionAdapter | None = None) -> Att
 
 
 def measure_attention_cost(model: nn.Module, vision: VisionAdapter | None = None) -> AttentionCostModel:
-    """Reading cost of a model, from its shape and device."""
+    """Estimate the cost of a model's forward pass from its shape and device."""
     transformer: Any = model
     config = transformer.config.get_text_config()
     outside = {id(param) for param in get_vision_tower_parameters(model)} if vision is not None else set()

@@ -50,7 +50,7 @@ def compare(answer: str, truth: str, seconds: float) -> Comparison:
     Raises:
         WorkerTimeout: it took longer. Not remembered, unlike an answer: the machine may only have been busy.
     """
-    reply = _worker.ask({"answer": answer, "truth": truth, "seconds": seconds}, seconds)
+    reply = _worker.request({"answer": answer, "truth": truth, "seconds": seconds}, seconds)
     value, of_truth = (None if text is None else Decimal(text) for text in (reply["value"], reply["truth"]))
     return Comparison(reply["is_readable"], reply["is_equal"], value, of_truth)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sdpo.algorithm.aggregation import compute_distillation_coef, compute_token_weights
+from sdpo.algorithm.batch import TokenBatch
 from sdpo.algorithm.importance_sampling import compute_rollout_ratio
 from sdpo.algorithm.regularization import Regularization
 from sdpo.algorithm.sums import Sums, add_sums, mean_of
@@ -20,8 +21,8 @@ from sdpo.config.rollout import RolloutCorrectionConfig
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.kernels.chunked_log_probs import LinearHead
 from sdpo.kernels.dispatch import fused_linear_sdpo_loss
-from sdpo.kernels.fused_linear_loss import FusedOutputs, TokenInputs
-from sdpo.models.multimodal.feature_cache import StepImageFeatures
+from sdpo.kernels.fused_linear_loss import FusedOutputs
+from sdpo.models.multimodal.feature_cache import ImageFeatureCache
 from sdpo.observability import metrics
 from sdpo.observability.confidence import ClusteredMean, name_interval
 from sdpo.trainer.actor.collate import Collator, MicroBatch
@@ -135,7 +136,7 @@ class Actor:
     def compute_log_probs(
         self,
         samples: Sequence[TrainingSample],
-        images: StepImageFeatures | None = None,
+        images: ImageFeatureCache | None = None,
         model: nn.Module | None = None,
     ) -> list[Tensor]:
         """Log-probabilities of each sample's response tokens under the present student, or under ``model``."""
@@ -147,14 +148,14 @@ class Actor:
         samples: list[TrainingSample],
         log_probs: LogProbs,
         coef: float,
-        images: StepImageFeatures | None,
+        images: ImageFeatureCache | None,
         before_update: Callable[[], None],
     ) -> dict[str, float]:
         num_dropped = 0
         while True:
             self.optimizer.zero_grad(set_to_none=True)
             if images is not None:
-                images.forget_gradients()
+                images.clear_gradients()
             spreads = {metrics.ENTROPY: ClusteredMean(), metrics.TEACHER_GAP: ClusteredMean()}
             try:
                 sums, nonfinite = self._accumulate_gradients(samples, log_probs, coef, images, spreads)
@@ -175,7 +176,7 @@ class Actor:
         before_update()
         values |= self._update()
         if images is not None:
-            images.forget_student()
+            images.clear_student()
         return values
 
     def _accumulate_gradients(
@@ -183,7 +184,7 @@ class Actor:
         samples: Sequence[TrainingSample],
         log_probs: LogProbs,
         coef: float,
-        images: StepImageFeatures | None,
+        images: ImageFeatureCache | None,
         spreads: dict[str, ClusteredMean],
     ) -> tuple[Sums, set[int]]:
         """Add up the gradients of a mini-batch; stops at the first micro-batch with non-finite samples, returned."""
@@ -220,7 +221,7 @@ class Actor:
         policy_weights: Tensor,
         distillation_weights: Tensor,
         coef: float,
-        images: StepImageFeatures | None,
+        images: ImageFeatureCache | None,
     ) -> tuple[FusedOutputs, Sums]:
         student = self.forward.read_student(batch, images)
         teacher = self._read_teacher(batch, images)
@@ -233,7 +234,7 @@ class Actor:
         outputs = fused_linear_sdpo_loss(
             student,
             teacher,
-            TokenInputs(
+            TokenBatch(
                 sampled_ids=batch.sampled_ids,
                 old_log_probs=old,
                 policy_weights=policy_weights,
@@ -254,7 +255,7 @@ class Actor:
         return outputs, self._compute_rollout_is_weights(known, batch)[1]
 
     @torch.no_grad()
-    def _read_teacher(self, batch: MicroBatch, images: StepImageFeatures | None) -> list[LinearHead]:
+    def _read_teacher(self, batch: MicroBatch, images: ImageFeatureCache | None) -> list[LinearHead]:
         if batch.teacher is None:
             return []
         assert self.teacher is not None

@@ -103,7 +103,7 @@ class Collator:
         if self.cost is None:
             return pad_sequences(prompts, responses, self.pad_token_id, self.device, self.vision)
         return pack_sequences(
-            self._find_families(samples, prompts),
+            self._group_by_prefix(samples, prompts),
             prompts,
             responses,
             compute_positions(prompts, max(map(len, responses)), self.vision),
@@ -112,7 +112,7 @@ class Collator:
             self._image_token_ids(),
         )
 
-    def _find_families(self, samples: Sequence[TrainingSample], prompts: Sequence[TokenPrompt]) -> list[PrefixGroup]:
+    def _group_by_prefix(self, samples: Sequence[TrainingSample], prompts: Sequence[TokenPrompt]) -> list[PrefixGroup]:
         assert self.cost is not None
         lengths, groups = [len(s.response.token_ids) for s in samples], [id(s.prompt) for s in samples]
         return group_by_prefix(prompts, lengths, groups, self.cost, self._image_token_ids())
@@ -120,9 +120,9 @@ class Collator:
     def _count_tokens(self, samples: Sequence[TrainingSample]) -> int:
         """What student and teacher read of these samples, packed."""
         distilled = [s for s in samples if s.is_distilled]
-        families = self._find_families(samples, [s.prompt.tokens for s in samples])
-        families += self._find_families(distilled, _get_teacher_prompts(distilled))
-        return sum(family.num_tokens for family in families)
+        groups = self._group_by_prefix(samples, [s.prompt.tokens for s in samples])
+        groups += self._group_by_prefix(distilled, _get_teacher_prompts(distilled))
+        return sum(group.num_tokens for group in groups)
 
     def _image_token_ids(self) -> Sequence[int]:
         return (self.vision.image_token_id,) if self.vision is not None else ()

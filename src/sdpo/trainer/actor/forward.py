@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from sdpo.kernels.chunked_log_probs import LinearHead
 from sdpo.kernels.dispatch import score_tokens
 from sdpo.models.forward import PaddedSequences, compute_hidden
-from sdpo.models.multimodal.feature_cache import StepImageFeatures
+from sdpo.models.multimodal.feature_cache import ImageFeatureCache
 from sdpo.models.multimodal.vision_tower import VisionAdapter
-from sdpo.models.output_head import build_lazy_logits, forbid_tokens
+from sdpo.models.output_head import build_linear_head, suppress_tokens
 from sdpo.models.packing.layout import PackedSequences
 from sdpo.trainer.actor.collate import MicroBatch
 
@@ -40,13 +40,15 @@ class PolicyForward:
     gradient_checkpointing: bool
     trains_vision: bool
 
-    def step_images(self) -> StepImageFeatures | None:
+    def step_images(self) -> ImageFeatureCache | None:
         """A new cache of image features for one step; None for a language model."""
         if self.vision is None:
             return None
-        return StepImageFeatures(self.vision, self.student, frozen=not self.trains_vision, precision=self._precision)
+        return ImageFeatureCache(
+            self.vision.reader, student=self.student, frozen=not self.trains_vision, precision=self._precision
+        )
 
-    def read_student(self, batch: MicroBatch, images: StepImageFeatures | None) -> LinearHead:
+    def read_student(self, batch: MicroBatch, images: ImageFeatureCache | None) -> LinearHead:
         """The student's hidden states of the response tokens [N, H], with gradient where it is enabled."""
         # transformers checkpoints in training mode alone; all other passes run without dropout, as sampling does.
         self.student.train(self.gradient_checkpointing and torch.is_grad_enabled())
@@ -56,7 +58,7 @@ class PolicyForward:
         self,
         module: nn.Module,
         sequences: PaddedSequences | PackedSequences,
-        images: StepImageFeatures | None,
+        images: ImageFeatureCache | None,
         coefficient: float = 1.0,
     ) -> LinearHead:
         """A model's hidden states of the response tokens [N, H]; its logits are multiplied by ``coefficient``."""
@@ -67,8 +69,8 @@ class PolicyForward:
             hidden = hidden.bfloat16()  # as autocast converts it for the output layer's product
         if self.logit_scale != 1.0:
             hidden = hidden * self.logit_scale
-        logits = build_lazy_logits(module, hidden, coefficient)
-        return logits if self.vision is None else forbid_tokens(logits, self.vision.placeholder_ids)
+        logits = build_linear_head(module, hidden, coefficient)
+        return logits if self.vision is None else suppress_tokens(logits, self.vision.placeholder_ids)
 
     def score(self, head: LinearHead, batch: MicroBatch) -> Tensor:
         """Log-probabilities [N] of the sampled tokens."""

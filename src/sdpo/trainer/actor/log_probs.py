@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sdpo.models.multimodal.feature_cache import StepImageFeatures
+from sdpo.models.multimodal.feature_cache import ImageFeatureCache
 from sdpo.observability import metrics
 from sdpo.observability.confidence import ClusteredMean, name_interval
 from sdpo.trainer.actor.collate import Collator
@@ -45,7 +45,7 @@ def compute_log_probs(
     collator: Collator,
     budget: TokenBudget,
     samples: Sequence[TrainingSample],
-    images: StepImageFeatures | None,
+    images: ImageFeatureCache | None,
     model: nn.Module | None = None,
 ) -> list[Tensor]:
     """Log-probabilities of each sample's response tokens under the student, or under another model.
@@ -66,7 +66,7 @@ def _compute_once(
     collator: Collator,
     budget: TokenBudget,
     samples: Sequence[TrainingSample],
-    images: StepImageFeatures | None,
+    images: ImageFeatureCache | None,
     model: nn.Module | None,
 ) -> list[Tensor]:
     result: list[Tensor] = [torch.empty(0)] * len(samples)

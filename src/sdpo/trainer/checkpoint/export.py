@@ -1,4 +1,4 @@
-"""From a checkpoint to a plain model folder, of the student or of its teacher."""
+"""Export of a checkpoint's student or teacher as a plain model folder."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from sdpo.config.loader import load_config
 from sdpo.config.root import SDPOConfig
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.errors import CheckpointError
 from sdpo.models.loading import load_model, load_tokenizer
 from sdpo.models.lora.adapters import merge_adapters
@@ -22,33 +23,33 @@ CPU = torch.device("cpu")
 
 
 def export_model(checkpoint: Path, out: Path, *, teacher: bool = False) -> None:
-    """Write a model that ``from_pretrained`` loads, adapters merged into it, with its tokenizer or processor.
+    """Write a model for ``from_pretrained``, with LoRA adapters merged and its tokenizer or processor.
 
     Args:
-        checkpoint: ``step_K`` in a run folder, whose ``run.yaml`` says what it is of.
-        out: a folder that does not exist yet.
-        teacher: the teacher as it was after that step, and not the student.
+        checkpoint: ``step_K`` in the output folder of a run; the ``run.yaml`` there is its config.
+        out: folder to create.
+        teacher: export the teacher instead of the student.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or not in a run folder, there is no such teacher, or ``out`` exists.
+        CheckpointError: the checkpoint is damaged or not in a run folder, its teacher is no model, or ``out`` exists.
     """
-    run_file = checkpoint.absolute().parents[1] / "run.yaml"
-    if not run_file.is_file():
+    config_file = checkpoint.absolute().parents[1] / "run.yaml"
+    if not config_file.is_file():
         raise CheckpointError(
-            f"{checkpoint}: no checkpoint in a run folder (RUN_DIR/checkpoints/step_K with RUN_DIR/run.yaml)"
+            f"{checkpoint}: is no checkpoint of a run; expected OUTPUT_DIR/checkpoints/step_K with OUTPUT_DIR/run.yaml"
         )
     fault = verify_checkpoint(checkpoint)
     if fault is not None:
-        raise CheckpointError(f"{checkpoint}: is damaged ({fault}); take another one")
+        raise CheckpointError(f"{checkpoint}: is damaged ({fault}); choose another checkpoint")
     if out.exists():
         raise CheckpointError(f"{out}: exists already; name another folder")
-    run = load_config(run_file)
+    config = load_config(config_file)
     if teacher:
-        _require_teacher(run)
+        _require_teacher(config.self_distillation)
     with torch.no_grad():
-        model = _load_teacher(run, checkpoint) if teacher else _load_student(run, checkpoint)
-    saved = run.model if run.lora.rank else replace(run.model, path=str(checkpoint))
-    reader = load_reader(saved, run.data.max_pixels)
+        model = _load_teacher(config, checkpoint) if teacher else _load_student(config, checkpoint)
+    saved = config.model if config.lora.rank else replace(config.model, path=str(checkpoint))
+    reader = load_reader(saved, config.data.max_pixels)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -61,29 +62,28 @@ def export_model(checkpoint: Path, out: Path, *, teacher: bool = False) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _require_teacher(run: SDPOConfig) -> None:
-    config = run.self_distillation
+def _require_teacher(config: SelfDistillationConfig) -> None:
     reason = {
-        "live": "is the student itself; export that",
-        "trust-region": "is a mixture of two models' logits, the initial one's and the student's; no one model is it",
+        "live": "is the student; export it without --teacher",
+        "trust-region": "mixes the logits of two models, the reference model and the student, and is no single model",
     }.get(config.teacher_regularization)
     if not config.distills:
-        reason = "does not exist with policy_loss_weight=1"
+        reason = "does not exist with self_distillation.policy_loss_weight=1"
     if reason is not None:
-        raise CheckpointError(f"--teacher: the teacher of this run (self_distillation.teacher_regularization) {reason}")
+        raise CheckpointError(f"--teacher: the teacher of this run {reason}")
 
 
-def _load_student(run: SDPOConfig, checkpoint: Path) -> PreTrainedModel:
-    model = load_student(run, checkpoint, CPU)
-    if run.lora.rank:
+def _load_student(config: SDPOConfig, checkpoint: Path) -> PreTrainedModel:
+    model = load_student(config.model, config.lora, checkpoint, CPU)
+    if config.lora.rank:
         merge_adapters(model)
     return model
 
 
-def _load_teacher(run: SDPOConfig, checkpoint: Path) -> PreTrainedModel:
-    if not run.lora.rank:
-        return load_teacher_module(run, checkpoint, CPU)
-    model = load_model(run.model, CPU)
+def _load_teacher(config: SDPOConfig, checkpoint: Path) -> PreTrainedModel:
+    if not config.lora.rank:
+        return load_teacher_module(config.model, checkpoint, CPU)
+    model = load_model(config.model, CPU)
     deltas = TrainingState.load(checkpoint).actor["teacher"]["weights"] or {}
     for name, delta in deltas.items():
         model.get_parameter(name).add_(delta)

@@ -1,13 +1,13 @@
-"""Checkpoint folders: whole, or not there.
+"""Atomic checkpoints: written to a temporary folder, fsynced, then renamed.
 
-One is written beside its place, told to the disk file by file, and renamed. ``manifest.json`` in it has the size and
-the checksum of every file, so that damage done later is found before anything is loaded.
+``manifest.json`` has the size and the checksum of every file, so that later damage is found before anything is loaded.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -19,18 +19,20 @@ from typing import Any
 from sdpo.errors import CheckpointError
 from sdpo.retention import select_kept
 
+logger = logging.getLogger(__name__)
+
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step_(\d+)")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says of itself.
+    """Content of ``manifest.json``.
 
     Attributes:
-        step: the step after which it was written.
-        score: the held-out accuracy at that step; None if it was not evaluated.
-        files: [size in bytes, SHA-256] by path within the folder.
+        step: number of training steps before the checkpoint.
+        score: validation accuracy at that step; None if it was not evaluated.
+        files: (size in bytes, SHA-256) by path within the folder.
     """
 
     step: int
@@ -39,10 +41,10 @@ class Manifest:
 
 
 def save_checkpoint(folder: Path, step: int, score: float | None, write: Callable[[Path], None]) -> Path:
-    """``folder/step_K`` with what ``write`` puts into the folder that it is given.
+    """Create ``folder/step_K`` with the files that ``write`` writes into the folder it is called with.
 
     Raises:
-        CheckpointError: the disk is full or does not let itself be written; what was saved before is as it was.
+        CheckpointError: the disk is full or not writable; earlier checkpoints are unchanged.
     """
     target, partial = folder / f"step_{step}", folder / f".step_{step}.partial"
     try:
@@ -55,7 +57,7 @@ def save_checkpoint(folder: Path, step: int, score: float | None, write: Callabl
         _sync(manifest)
         for path in [p for p in partial.rglob("*") if p.is_dir()] + [partial]:
             _sync(path)
-        if target.exists():  # damaged, or a run would not have come by here again
+        if target.exists():  # a damaged one; a run resumes after a complete one
             target.rename(folder / f".step_{step}.old.partial")
         partial.rename(target)
         _sync(folder)
@@ -65,24 +67,24 @@ def save_checkpoint(folder: Path, step: int, score: float | None, write: Callabl
         if reason is None:
             raise
         raise CheckpointError(
-            f"{target}: cannot be saved ({reason}); what was saved before is intact: make room and resume"
+            f"{target}: cannot be saved ({reason}); earlier checkpoints are intact: free disk space and resume"
         ) from error
     _remove_partial(folder)
     return target
 
 
-def find_newest(folder: Path, tell: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that is whole; ``tell`` hears of each newer one that is not, and why."""
+def find_newest(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint; log a warning for each newer one that is damaged."""
     for path in reversed(_list_checkpoints(folder)):
         fault = verify_checkpoint(path)
         if fault is None:
             return path
-        tell(f"{path} is damaged ({fault}); the one before it is taken")
+        logger.warning(f"{path} is damaged ({fault}); trying the checkpoint before it")
     return None
 
 
 def verify_checkpoint(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None if nothing is."""
+    """Compare a checkpoint's files with its manifest; return the first difference, or None."""
     try:
         manifest = read_manifest(checkpoint)
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -95,7 +97,7 @@ def verify_checkpoint(checkpoint: Path) -> str | None:
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size} bytes, not {size}"
             if _compute_checksum(path) != checksum:
-                return f"{name} has other content than was written"
+                return f"{name} has another checksum"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
     return None
@@ -111,21 +113,21 @@ def read_manifest(checkpoint: Path) -> Manifest:
 
 
 def prune_checkpoints(folder: Path, save_total_limit: int, save_best_limit: int) -> None:
-    """Remove all but the newest ``save_total_limit`` and the best ``save_best_limit``; of equal scores the newer."""
+    """Remove all but the newest ``save_total_limit`` and the best ``save_best_limit``; the newer wins a tie."""
     scores: dict[int, float | None] = {}
     for path in _list_checkpoints(folder):
         try:
             scores[_read_step(path)] = read_manifest(path).score
         except (OSError, ValueError, TypeError, KeyError):
-            continue  # a damaged one is not ours to judge
+            continue  # keep damaged checkpoints
     for step in scores.keys() - select_kept(scores, save_total_limit, save_best_limit):
-        # At no time does half a one stand under its name.
+        # Rename first, so that no incomplete folder has a checkpoint's name.
         (folder / f"step_{step}").rename(folder / f".step_{step}.partial")
     _remove_partial(folder)
 
 
 def _list_checkpoints(folder: Path) -> list[Path]:
-    """Oldest first."""
+    """List checkpoints, complete or not, oldest first."""
     return sorted((path for path in folder.glob("step_*") if _STEP.fullmatch(path.name)), key=_read_step)
 
 
@@ -151,7 +153,7 @@ def _compute_checksum(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Have the disk itself hold a file, or the names in a folder."""
+    """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -165,7 +167,7 @@ def _remove_partial(folder: Path) -> None:
 
 
 def _find_disk_fault(error: Exception, folder: Path) -> str | None:
-    """What failed if it was the disk; safetensors and torch wrap the system's error in errors of their own."""
+    """Return the reason if the disk caused the error; safetensors and torch wrap the ``OSError`` in other types."""
     text = " ".join(str(error).split())
     if not (isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or "inline_container" in text):
         return None

@@ -1,7 +1,8 @@
-"""Whether a run goes on from an earlier one in its folder, and from which checkpoint."""
+"""Resuming: find the checkpoint in the output folder and compare its config with the new one."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,18 @@ from typing import Any
 from sdpo.config.loader import load_config
 from sdpo.config.root import SDPOConfig, get_setting, iterate_settings
 from sdpo.errors import CheckpointError
-from sdpo.observability.progress import ProgressCallback
 from sdpo.trainer.checkpoint.manager import find_newest
 from sdpo.trainer.checkpoint.state import TrainingState
 
-# What concerns this call, and not the run.
+logger = logging.getLogger(__name__)
+
+# Settings that may differ from the resumed run's, since they have no effect on training.
 NON_FINGERPRINT_KEYS = ("resume_mode", "output_dir", "verl")
 
 
 @dataclass(frozen=True)
 class ResumeState:
-    """A whole checkpoint, and what is in it beside the models."""
+    """A complete checkpoint and its training state."""
 
     checkpoint: Path
     state: TrainingState
@@ -29,53 +31,54 @@ class ResumeState:
         return int(self.state.actor["version"])
 
 
-def find_resumption(run: SDPOConfig, observer: ProgressCallback) -> ResumeState | None:
-    """The newest whole checkpoint in ``output_dir``, as ``run.resume_mode`` has it; None if the run begins anew.
+def find_resume_state(config: SDPOConfig) -> ResumeState | None:
+    """Load the state of the newest complete checkpoint in ``output_dir``; None if ``resume_mode`` starts a new run.
 
     Raises:
-        CheckpointError: there is none and ``resume_mode=required``; a fixed setting differs; or it has had more steps
-            than ``max_steps``.
+        CheckpointError: ``resume_mode=required`` and there is no checkpoint; a fixed setting differs; or the checkpoint
+            is beyond ``max_steps``.
     """
-    folder = Path(run.output_dir)
-    if run.resume_mode == "disable":
+    folder = Path(config.output_dir)
+    if config.resume_mode == "disable":
         return None
-    checkpoint = find_newest(folder / "checkpoints", observer.message)
+    checkpoint = find_newest(folder / "checkpoints")
     if checkpoint is None:
-        if run.resume_mode == "required":
+        if config.resume_mode == "required":
             raise CheckpointError(
-                f"output_dir: {folder}: holds no whole checkpoint to go on from; start without --resume"
+                f"output_dir={folder}: has no complete checkpoint to resume from; start without --resume"
             )
         return None
     state = TrainingState.load(checkpoint)
     step = int(state.actor["version"])
-    if step > run.max_steps:
+    if step > config.max_steps:
         raise CheckpointError(
-            f"output_dir: {folder}: its run has had {step} steps, more than max_steps={run.max_steps}"
+            f"max_steps={config.max_steps}: the run in output_dir={folder} has trained {step} steps already; raise it"
         )
-    _compare(load_config(folder / "run.yaml"), run, observer)
-    observer.message(f"going on after step {step} from {checkpoint}")
+    _compare(load_config(folder / "run.yaml"), config)
+    logger.info(f"resuming after step {step} from {checkpoint}")
     return ResumeState(checkpoint, state)
 
 
-def _compare(earlier: SDPOConfig, run: SDPOConfig, observer: ProgressCallback) -> None:
-    changed = {key: (old, new) for key, old, new in _find_changes(earlier, run) if key not in NON_FINGERPRINT_KEYS}
+def _compare(earlier: SDPOConfig, config: SDPOConfig) -> None:
+    """Log the settings that differ; raise if the run would not be the same run with them."""
+    changed = {key: (old, new) for key, old, new in _find_changes(earlier, config) if key not in NON_FINGERPRINT_KEYS}
     fixed = {key for key, field in iterate_settings() if field.metadata["fixed"]}
-    config = run.self_distillation
-    if run.optim.lr_scheduler_type != "constant" or config.distillation_coef_start != config.distillation_coef_end:
-        fixed.add("max_steps")  # by which the learning rate or the weight is scheduled
+    loss = config.self_distillation
+    if config.optim.lr_scheduler_type != "constant" or loss.distillation_coef_start != loss.distillation_coef_end:
+        fixed.add("max_steps")  # the schedules of learning rate and distillation weight depend on it
     for key in sorted(changed.keys() & fixed):
         old, new = changed[key]
         raise CheckpointError(
-            f"{key}={new!r} was {old!r} when the run began, and with it the run would be another one; "
-            "restore it or begin in another output_dir"
+            f"{key}={new!r}: was {old!r} when the run started and must not change; "
+            "restore it or start a new run in another output_dir"
         )
     for key, (old, new) in changed.items():
-        observer.message(f"{key}={new!r} from here on, was {old!r}")
+        logger.info(f"{key}={new!r} from now on; was {old!r}")
 
 
-def _find_changes(earlier: SDPOConfig, run: SDPOConfig) -> list[tuple[str, Any, Any]]:
+def _find_changes(earlier: SDPOConfig, config: SDPOConfig) -> list[tuple[str, Any, Any]]:
     return [
         (key, old, new)
         for key, _ in iterate_settings()
-        if (old := get_setting(earlier, key)) != (new := get_setting(run, key))
+        if (old := get_setting(earlier, key)) != (new := get_setting(config, key))
     ]

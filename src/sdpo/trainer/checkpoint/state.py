@@ -1,8 +1,8 @@
-"""What a checkpoint holds so that training goes on as if it had never stopped, and how it gets there and back.
+"""Content of a checkpoint: models and training state, so that a resumed run is bit-for-bit identical.
 
-step_K/                     the student in the Hugging Face format, or its adapters in PEFT's; tokenizer or processor
-step_K/teacher/             the teacher, where it has weights of its own; with adapters it is among everything else
-step_K/training_state.pt    everything else, below
+step_K/                     student in the Hugging Face format, or its LoRA adapters in PEFT's; tokenizer or processor
+step_K/teacher/             teacher, if its weights are stored as a model; with LoRA they are in the training state
+step_K/training_state.pt    ``TrainingState``
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from sdpo.config.root import SDPOConfig
+from sdpo.config.model import LoraConfig, ModelConfig
 from sdpo.errors import CheckpointError
 from sdpo.models.generation.sampling import Completion
 from sdpo.models.loading import load_model
@@ -32,16 +32,16 @@ FILE = "training_state.pt"
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where a run stands after step ``actor["version"]``.
+    """State of a run after step ``actor["version"]``.
 
     Attributes:
         actor: see ``Actor.state_dict``.
         health_callback: see ``HealthCallback.state_dict``.
-        row: the step's metrics so far.
+        row: metrics of the step so far.
         health_checked: whether it has been evaluated, if that is due, and the alarms have seen it.
-        rollouts: of the next step where they have been sampled already, by older weights; else None.
-        data: what the training rows come to (``compute_fingerprint``).
-        random: states of the generators of torch, numpy and Python, of which a task may draw.
+        rollouts: of the next step, if they are sampled before this step's update; else None.
+        data: fingerprint of the training rows (``compute_fingerprint``).
+        random: states of the generators of torch, numpy and Python; tasks may use them.
     """
 
     actor: dict[str, Any]
@@ -64,14 +64,15 @@ class TrainingState:
         try:
             content: dict[str, Any] = torch.load(folder / FILE, map_location="cpu", weights_only=True)
             return cls(**{**content, "rollouts": _to_rollouts(content["rollouts"])})
-        except Exception as error:  # unpickling raises whatever it meets
+        except Exception as error:  # unpickling may raise anything
             raise CheckpointError(
-                f"{folder / FILE}: was written by another version ({type(error).__name__})"
+                f"{folder / FILE}: cannot be read by this version ({type(error).__name__}); "
+                "resume with the version that wrote it"
             ) from error
 
 
 def save_models(folder: Path, actor: Actor, processing: PreTrainedTokenizerBase | ProcessorMixin) -> None:
-    """Student and teacher, as ``from_pretrained`` loads them; of a student with adapters these alone, as PEFT does."""
+    """Save student and teacher for ``from_pretrained``; of a student with LoRA, the adapters only, for PEFT."""
     processing.save_pretrained(folder)
     if get_adapted_layers(actor.student):
         save_adapter(actor.student, folder)
@@ -81,24 +82,26 @@ def save_models(folder: Path, actor: Actor, processing: PreTrainedTokenizerBase 
         actor.teacher.module.save_pretrained(folder / "teacher")  # type: ignore[operator]
 
 
-def load_student(run: SDPOConfig, checkpoint: Path | None, device: torch.device) -> PreTrainedModel:
-    """The run's student as a checkpoint has it, or as it begins; with its adapters, if the run has any."""
-    if not run.lora.rank:
-        return load_model(run.model if checkpoint is None else replace(run.model, path=str(checkpoint)), device)
-    student = load_model(run.model, device)
-    add_adapters(student, run.lora)
+def load_student(
+    config: ModelConfig, lora: LoraConfig, checkpoint: Path | None, device: torch.device
+) -> PreTrainedModel:
+    """Load the student of a checkpoint, or the initial one if it is None; with LoRA adapters if ``lora.rank`` > 0."""
+    if not lora.rank:
+        return load_model(config if checkpoint is None else replace(config, path=str(checkpoint)), device)
+    student = load_model(config, device)
+    add_adapters(student, lora)
     if checkpoint is not None:
         load_adapter(student, checkpoint)
     return student
 
 
-def load_teacher_module(run: SDPOConfig, checkpoint: Path, device: torch.device) -> PreTrainedModel:
-    """The teacher's weights where the checkpoint has a model of them."""
-    return load_model(replace(run.model, path=str(checkpoint / "teacher")), device)
+def load_teacher_module(config: ModelConfig, checkpoint: Path, device: torch.device) -> PreTrainedModel:
+    """Load the teacher of a checkpoint that stores it as a model."""
+    return load_model(replace(config, path=str(checkpoint / "teacher")), device)
 
 
 def compute_fingerprint(prompts: Sequence[Prompt]) -> str:
-    """The same for the same token ids in the same order, and practically never else."""
+    """Hash the token ids and ground truths of the prompts, in their order."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(repr((prompt.token_ids, prompt.row.ground_truth)).encode())
@@ -106,6 +109,7 @@ def compute_fingerprint(prompts: Sequence[Prompt]) -> str:
 
 
 def get_random_states() -> dict[str, Any]:
+    """Return the states of all global random generators, as ``torch.save`` stores them."""
     version, internal, gauss = random.getstate()
     name, keys, *rest = np.random.get_state(legacy=True)
     return {
@@ -129,5 +133,5 @@ def set_random_states(states: Mapping[str, Any]) -> None:
 def _to_rollouts(content: Mapping[str, Any] | None) -> RolloutBatch | None:
     if content is None:
         return None
-    responses = [[Completion(**response) for response in of_prompt] for of_prompt in content["responses"]]
+    responses = [[Completion(**response) for response in group] for group in content["responses"]]
     return RolloutBatch(responses, content["policy_version"], content["seconds"])

@@ -1,1 +1,1 @@
-"""Prompts in, training samples out."""
+"""Encoded prompts and training samples."""

@@ -1,4 +1,4 @@
-"""From rollouts to training samples: grade, choose what the teacher is shown, encode it, compare within the group."""
+"""Training samples: rollouts with score, teacher context and advantage."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sdpo.trainer.data.prompts import Prompt
 
 @dataclass(frozen=True)
 class TrainingSample:
-    """One scored rollout with all that the loss needs of it; the score is NaN where the grader failed."""
+    """One rollout with everything the loss needs; the score is NaN if the reward function failed."""
 
     prompt: Prompt
     response: Completion
@@ -74,7 +74,7 @@ def build_samples(
     window: int | None,
     rng: random.Random,
 ) -> list[TrainingSample]:
-    """Training samples of one step, prompt by prompt."""
+    """Score the rollouts of a step and build their samples, prompt by prompt."""
     scored = score_responses(reward_manager, tokenizer, prompts, responses)
     flat = [response for of_prompt in responses for response in of_prompt]
     contexts = build_teacher_contexts(
@@ -98,17 +98,17 @@ def build_samples(
             response=response,
             text=g.response,
             reward=RewardOutput(g.score, g.feedback),
-            demonstration=lesson.demonstration,
-            teacher_prompt=lesson.prompt,
+            demonstration=context.demonstration,
+            teacher_prompt=context.prompt,
             advantage=advantage,
             distillation_weight=weight,
         )
-        for g, response, lesson, advantage, weight in zip(scored, flat, contexts, advantages, weights, strict=True)
+        for g, response, context, advantage, weight in zip(scored, flat, contexts, advantages, weights, strict=True)
     ]
 
 
 def summarize_samples(samples: Sequence[TrainingSample], config: SelfDistillationConfig) -> dict[str, float]:
-    """The metrics of a step that the rollouts alone determine."""
+    """Compute the metrics of a step that depend on the rollouts only."""
 
     def mean(values: Sequence[float]) -> float:
         return sum(values) / len(values)
@@ -138,8 +138,8 @@ def summarize_samples(samples: Sequence[TrainingSample], config: SelfDistillatio
         (metrics.RESPONSE_LENGTH_MEAN, ClusteredMean.of(lengths, prompts)),
     ):
         values |= name_interval(name, mean_of.normal_interval())
-    cut_off = ClusteredMean.of([not s.response.finished for s in samples], prompts)
-    values |= name_interval(metrics.RESPONSE_LENGTH_CLIP_RATIO, cut_off.wilson_interval())
+    truncated = ClusteredMean.of([not s.response.finished for s in samples], prompts)
+    values |= name_interval(metrics.RESPONSE_LENGTH_CLIP_RATIO, truncated.wilson_interval())
     values |= _summarize_repetition(samples)
     scored = [ScoredRollout(id(s.prompt), s.text, s.reward.score, s.reward.feedback) for s in samples]
     contexts = [TeacherContext(s.demonstration, s.teacher_prompt) for s in samples]
@@ -147,7 +147,7 @@ def summarize_samples(samples: Sequence[TrainingSample], config: SelfDistillatio
 
 
 def compute_repetition(token_ids: Sequence[int], length: int = 4) -> float | None:
-    """Share of the n-grams of that length that have been there before, in [0, 1); None where there is no n-gram."""
+    """Return the fraction of n-grams that repeat an earlier one, in [0, 1); None if there is no n-gram."""
     ngrams = [tuple(token_ids[i : i + length]) for i in range(len(token_ids) - length + 1)]
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else None
 
@@ -155,9 +155,9 @@ def compute_repetition(token_ids: Sequence[int], length: int = 4) -> float | Non
 def _summarize_repetition(samples: Sequence[TrainingSample]) -> dict[str, float]:
     repeated = ClusteredMean()
     for sample in samples:
-        share = compute_repetition(sample.response.token_ids)
-        if share is not None:
-            repeated.add(id(sample.prompt), share, 1)
+        fraction = compute_repetition(sample.response.token_ids)
+        if fraction is not None:
+            repeated.add(id(sample.prompt), fraction, 1)
     if repeated.num_clusters == 0:
         return {}
     return {metrics.REPEATED_4GRAMS: repeated.mean} | name_interval(metrics.REPEATED_4GRAMS, repeated.wilson_interval())

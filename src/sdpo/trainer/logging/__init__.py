@@ -1,1 +1,1 @@
-"""The run folder and experiment trackers."""
+"""The output folder of a run, and experiment trackers."""

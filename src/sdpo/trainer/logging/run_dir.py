@@ -1,18 +1,21 @@
-"""What a run leaves behind: the resolved run, versions, metrics, rollouts as text, checkpoints."""
+"""The output folder of a run: config, package versions, metrics, health events, rollouts as text, checkpoints."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
 from sdpo.config.loader import save_config
+from sdpo.config.monitoring import TrackingConfig
 from sdpo.config.root import SDPOConfig
 from sdpo.errors import ConfigError
 from sdpo.observability import metrics
@@ -23,36 +26,44 @@ from sdpo.prompting.images import format_content
 from sdpo.trainer.data.samples import TrainingSample
 from sdpo.trainer.logging.trackers import Tracker, build_trackers, require_trackers
 
+logger = logging.getLogger(__name__)
+
 METRICS_FILE = "metrics.jsonl"
+CONFIG_FILE = "run.yaml"
 LOCK_FILE = ".lock"
 PACKAGES = ("sdpo", "torch", "transformers", "omegaconf", "pyarrow", "numpy")
 
 
 class RunDir:
-    """The folder of one run, open for writing; everything stands directly under it.
+    """The output folder of a run, locked against other runs while it is open.
 
     Args:
-        run: whose folder it is.
-        observer: is told what becomes of an earlier run in it, and every row of metrics.
-        resumed_step: the step of the checkpoint that the run goes on from; its row and all later ones are written anew.
-            None if it begins.
+        config: how rollouts are written, and the trackers.
+        observer: receives every row of metrics.
+        resumed_step: step of the checkpoint that the run resumes from; the rows from it on are dropped, since the run
+            writes them again. None: the run is new, and an earlier run in the folder is moved aside.
 
     Raises:
-        ConfigError: the folder cannot be written, holds something else than a run, or another run is writing to it.
+        ConfigError: a tracker is not installed, the folder cannot be written or is no run folder, or another run is
+            writing to it.
     """
 
-    def __init__(self, run: SDPOConfig, observer: ProgressCallback, resumed_step: int | None = None) -> None:
-        self.path = Path(run.output_dir)
-        self._run = run
+    def __init__(
+        self, path: Path, config: TrackingConfig, observer: ProgressCallback, resumed_step: int | None = None
+    ) -> None:
+        self.path = path
+        self.final: dict[str, float] = {}
+        self._config = config
         self._observer = observer
-        require_trackers(run)
+        self._resumed_step = resumed_step
+        self._trackers: list[Tracker] = []
+        require_trackers(config)
         try:
             require_idle(self.path)
             if resumed_step is None:
-                _make_room(self.path, observer)
+                _move_earlier_run(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.path)
-            save_config(run, self.path / "run.yaml")
             (self.path / "versions.json").write_text(json.dumps(_collect_versions(), indent=2) + "\n", encoding="utf-8")
             kept = _read_rows_before(self.path / METRICS_FILE, resumed_step) if resumed_step is not None else []
             write_json_lines(self.path / METRICS_FILE, kept)
@@ -60,9 +71,7 @@ class RunDir:
                 drop_events_after(self.path / HEALTH_EVENTS_FILE, resumed_step)
             self._metrics = (self.path / METRICS_FILE).open("a", buffering=1, encoding="utf-8")
         except OSError as error:
-            raise ConfigError(f"output_dir: {self.path}: cannot be written ({error.strerror})") from error
-        self._trackers: list[Tracker] = build_trackers(run, resumed_step)
-        self.final: dict[str, float] = {}
+            raise ConfigError(f"output_dir={self.path}: cannot be written ({error.strerror})") from error
         for row in kept:
             self.final |= row
 
@@ -70,8 +79,14 @@ class RunDir:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    def write_config(self, config: SDPOConfig) -> None:
+        """Write the config file and start the trackers, which record the config too."""
+        with self._writing():
+            save_config(config, self.path / CONFIG_FILE)
+        self._trackers = build_trackers(self._config, self.path, asdict(config), self._resumed_step)
+
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one row of metrics, and tell the trackers and whoever watches."""
+        """Append a row of metrics, and send it to the trackers and the observer."""
         row = {metrics.STEP: step, **{name: float(value) for name, value in values.items()}}
         with self._writing():
             self._metrics.write(json.dumps(row) + "\n")
@@ -80,14 +95,14 @@ class RunDir:
             tracker.log(step, row)
         self._observer.metrics(step, row)
 
-    def log_health_event(self, alarm: Mapping[str, Any]) -> None:
-        """Append an alarm to the file of them, which is made when there is one."""
+    def log_health_event(self, event: Mapping[str, Any]) -> None:
+        """Append a health event to its file; the first event creates the file."""
         with self._writing():
-            append_json_line(self.path / HEALTH_EVENTS_FILE, alarm)
+            append_json_line(self.path / HEALTH_EVENTS_FILE, event)
 
     def save_rollouts(self, step: int, samples: Sequence[TrainingSample]) -> None:
-        """Write some of the step's samples, with the teacher's prompt, for a person to read."""
-        every, count = self._run.tracking.log_completions_steps, self._run.tracking.num_completions
+        """Write some of the step's samples with the teacher's prompts as readable text, if that is due."""
+        every, count = self._config.log_completions_steps, self._config.num_completions
         if every == 0 or (step % every and step != 1):
             return
         stride = max(1, len(samples) // count)
@@ -98,12 +113,12 @@ class RunDir:
             (folder / f"step_{step}.txt").write_text(text, encoding="utf-8")
 
     def sync(self) -> None:
-        """Have the disk itself hold the rows so far."""
+        """Flush the metrics to the disk with fsync."""
         with self._writing():
             os.fsync(self._metrics.fileno())
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # what could not be written has been said
+        with contextlib.suppress(OSError):  # ``log`` has raised it before
             self._metrics.close()
         for tracker in self._trackers:
             tracker.close()
@@ -115,33 +130,33 @@ class RunDir:
             yield
         except OSError as error:
             raise ConfigError(
-                f"output_dir: {self.path}: cannot be written ({error.strerror}); what was saved before is intact: "
-                "make room and resume"
+                f"output_dir={self.path}: cannot be written ({error.strerror}); files saved before are intact: free "
+                "disk space and resume"
             ) from error
 
 
 def require_idle(path: Path) -> None:
-    """Refuse a folder that another run is writing to.
+    """Check that no other run is writing to the folder.
 
     Raises:
-        ConfigError: there is such a run; names its process.
+        ConfigError: another run is writing to it; the message names its process.
     """
     if (path / LOCK_FILE).is_file():
-        with contextlib.suppress(OSError):  # a folder that cannot be written is refused elsewhere
+        with contextlib.suppress(OSError):  # opening the run folder reports it
             _lock(path).close()
 
 
 def _lock(path: Path) -> IO[str]:
-    """The file whose lock says that a run is writing here; the system lets go of it when the process ends."""
+    """Lock the folder until the returned file is closed or the process ends."""
     file = (path / LOCK_FILE).open("a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        who = file.read().strip()
+        owner = file.read().strip()
         file.close()
         raise ConfigError(
-            f"output_dir: {path}: another run is writing to it ({who}); wait for it, stop it, or name another folder"
+            f"output_dir={path}: another run is writing to it ({owner}); wait for it, stop it, or name another folder"
         ) from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}\n")
@@ -153,18 +168,18 @@ def _read_rows_before(path: Path, step: int) -> list[dict[str, float]]:
     return [row for row in read_json_lines(path) if row[metrics.STEP] < step]
 
 
-def _make_room(path: Path, observer: ProgressCallback) -> None:
-    """An earlier run in the folder is moved aside; a folder that holds something else is refused."""
+def _move_earlier_run(path: Path) -> None:
+    """Move an earlier run in the folder aside; raise if the folder contains anything else."""
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
-    if not (path / "run.yaml").is_file():
-        raise ConfigError(f"output_dir: {path}: exists and is no run folder; name another one")
+    if not (path / CONFIG_FILE).is_file():
+        raise ConfigError(f"output_dir={path}: exists and is no run folder; name another folder")
     number = 1
     while path.with_name(f"{path.name}.{number}").exists():
         number += 1
     moved = path.with_name(f"{path.name}.{number}")
     path.rename(moved)
-    observer.message(f"{path} held an earlier run; moved to {moved}")
+    logger.info(f"output_dir={path}: moved the earlier run to {moved}")
 
 
 def _collect_versions() -> dict[str, str]:
@@ -186,13 +201,13 @@ def _describe(sample: TrainingSample) -> str:
         f"=== {verdict}, advantage {sample.advantage:g}, {len(sample.response.token_ids)} tokens",
         "--- prompt",
         conversation(sample.prompt.row.prompt),
-        "--- response" + ("" if sample.response.finished else " (cut off)"),
+        "--- response" + ("" if sample.response.finished else " (truncated)"),
         sample.text,
         "--- ground truth",
         sample.prompt.row.ground_truth or "(none)",
         "--- feedback",
         sample.reward.feedback or "(none)",
-        "--- teacher's prompt" + (" (trimmed)" if sample.teacher_prompt.truncated else ""),
+        "--- teacher's prompt" + (" (truncated)" if sample.teacher_prompt.truncated else ""),
         conversation(sample.teacher_prompt.messages) if sample.is_distilled else "(not distilled)",
     ]
     return "\n".join(parts) + "\n"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sdpo.kernels.loss_inputs import gather_log_probs
+from sdpo.algorithm.distributions import gather_log_probs
 from sdpo.models.lora.adapters import MergedParameters
 
 # Tokens of a weight checksum.

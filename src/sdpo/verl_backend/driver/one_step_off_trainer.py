@@ -25,7 +25,7 @@ from verl.experimental.one_step_off_policy.ray_trainer import OneStepOffRayTrain
 from sdpo.models.multimodal.processor import MultimodalProcessor
 from sdpo.observability import metrics
 from sdpo.verl_backend.config.schema import read_self_distillation
-from sdpo.verl_backend.driver.grades import (
+from sdpo.verl_backend.driver.failed_rewards import (
     FAILURE,
     REFUSAL,
     FailedRewardsMixin,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +16,13 @@ from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-from sdpo.verl_backend.driver.grades import FailedRewardsMixin, check_failures, correct_advantages, replace_scores
+from sdpo.verl_backend.compat.workarounds import FlushIgnoringLogger
+from sdpo.verl_backend.driver.failed_rewards import (
+    FailedRewardsMixin,
+    check_failures,
+    correct_advantages,
+    replace_scores,
+)
 from sdpo.verl_backend.driver.health import HealthChecksMixin, RunHealth, summarize_rollouts
 from sdpo.verl_backend.driver.one_step_off_trainer import build_teacher_batch, find_resumed, rename_metrics
 from sdpo.verl_backend.driver.teacher_batch import Rollout, read_ground_truth
@@ -91,10 +96,10 @@ class TeacherBatchMixin(FailedRewardsMixin, HealthChecksMixin):
             [i if rollout is None else rollout.group_id for i, rollout in enumerate(rollouts)],
             self.config,
         )
-        flops_per_token = torch.nested.as_nested_tensor(
+        per_token = torch.nested.as_nested_tensor(
             [value * mask for value, mask in zip(own, masks, strict=True)], layout=torch.jagged
         )
-        fields = TensorDict({"advantages": flops_per_token, "returns": flops_per_token.clone()}, batch_size=len(batch))
+        fields = TensorDict({"advantages": per_token, "returns": per_token.clone()}, batch_size=len(batch))
         tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
 
     def _read_rollouts(self, batch: Any) -> list[Rollout | None]:
@@ -172,15 +177,8 @@ class SelfDistillationSeparateAsyncTrainer(TeacherBatchMixin, PPOTrainerSeparate
     """Sampling and learning each have GPUs of their own; verl's maintained successor of one-step-off."""
 
 
-class _AcceptsFlush(logging.LoggerAdapter):  # type: ignore[type-arg]
-    def process(self, msg: Any, kwargs: Any) -> Any:
-        kwargs.pop("flush", None)
-        return msg, kwargs
-
-
 def register() -> None:
-    """Put these in the places of verl's own, which its runner looks up by the same names."""
-    # verl 0.9.1 calls its logger with print's flush where hybrid_engine is false, which raises.
-    trainer_separate_async.logger = _AcceptsFlush(trainer_separate_async.logger, {})
+    """Replace verl's trainers in its registry, where its runner finds them by name."""
+    trainer_separate_async.logger = FlushIgnoringLogger(trainer_separate_async.logger, {})
     TRAINER_REGISTRY["sync"] = SelfDistillationSyncTrainer
     TRAINER_REGISTRY["separate_async"] = SelfDistillationSeparateAsyncTrainer

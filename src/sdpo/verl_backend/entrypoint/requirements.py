@@ -1,4 +1,4 @@
-"""What a run on GPUs needs, checked before Ray starts: devices, packages, a model that vLLM can load."""
+"""Checks of devices and packages for a run on GPUs, before Ray starts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import importlib.util
 import os
 import socket
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -18,12 +17,13 @@ ROLLOUT, MODEL, OPTIM = "actor_rollout_ref.rollout", "actor_rollout_ref.model", 
 
 
 def check_machine(config: DictConfig) -> None:
-    """Refuse a run that would stop, minutes after its start, for want of a device or a package.
+    """Refuse a run that would stop minutes after its start because a device or package is missing.
 
-    Only a run on this machine alone is checked for devices: of a Ray cluster, the other nodes are unknown here.
+    Devices are counted only for a run on this machine alone; the other nodes of a Ray cluster are not visible from
+    here.
 
     Raises:
-        ConfigError: the first thing that is missing, with the command or setting that mends it.
+        ConfigError: the first missing device or package, with the command or setting that fixes it.
     """
     if config.trainer.device != "cuda":
         return
@@ -45,7 +45,7 @@ def _find_problems(config: DictConfig) -> Iterator[str]:
     if attention == "flash_attention_2" and not _is_installed("flash_attn"):
         yield (
             f"{MODEL}.override_config.attn_implementation=flash_attention_2: flash-attn is not installed; "
-            "pip install flash-attn --no-build-isolation, or set it to sdpa (model.attn_implementation in a run file)"
+            "pip install flash-attn --no-build-isolation, or use sdpa (in a config file: model.attn_implementation)"
         )
     package = str(optim.get("optimizer_impl") or "torch").partition(".")[0]
     if not _is_installed(package):
@@ -53,11 +53,10 @@ def _find_problems(config: DictConfig) -> Iterator[str]:
 
 
 def joins_cluster(config: DictConfig) -> bool:
-    """Whether ``ray.init`` will connect to a cluster that runs already.
+    """Return whether ``ray.init`` will connect to a running cluster.
 
     Raises:
-        ConfigError: Ray has noted one, as ``ray start`` does, that no longer answers; Ray would wait for it for
-            minutes.
+        ConfigError: the cluster that ``ray start`` recorded does not answer; Ray would wait minutes for it.
     """
     address = config.ray_kwargs.ray_init.get("address") or os.environ.get("RAY_ADDRESS")
     if address:
@@ -66,7 +65,7 @@ def joins_cluster(config: DictConfig) -> bool:
     if noted and not _answers(noted):
         raise ConfigError(
             f"{get_ray_address_file(None)} names a Ray cluster at {noted} that does not answer; run ray stop, or start "
-            "the cluster again, or set RAY_ADDRESS=local for one of this run's own"
+            "the cluster again, or set RAY_ADDRESS=local to start a separate Ray"
         )
     return bool(noted)
 
@@ -96,26 +95,6 @@ def _find_missing_devices(config: DictConfig) -> Iterator[str]:
         yield (
             f"trainer.n_gpus_per_node: this run needs {needed} GPUs ({kinds}), and this machine has "
             f"{torch.cuda.device_count()}; {hint}"
-        )
-
-
-def check_sampler_reads(architecture: Any, path: str) -> None:
-    """Refuse a model that vLLM would build with heads of another size than transformers does.
-
-    Args:
-        architecture: the model's configuration (transformers).
-        path: of the model, for the message.
-
-    Raises:
-        ConfigError: its ``head_dim`` is not ``hidden_size / num_attention_heads``, which vLLM's Qwen2 takes for it
-            (https://github.com/vllm-project/vllm, model_executor/models/qwen2.py of 0.24).
-    """
-    text = architecture.get_text_config()
-    size = getattr(text, "head_dim", None)
-    if text.model_type.startswith("qwen2") and size and size * text.num_attention_heads != text.hidden_size:
-        raise ConfigError(
-            f"{MODEL}.path: {path}: vLLM cannot sample from it: its head_dim={size} is not hidden_size / "
-            f"num_attention_heads = {text.hidden_size} / {text.num_attention_heads}; take another model"
         )
 
 

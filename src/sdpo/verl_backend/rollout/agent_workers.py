@@ -1,7 +1,7 @@
-"""verl's agent loop workers; a response that cannot be had or scored is a failed grade, not the end of anything.
+"""verl's agent loop workers; an exception in the agent loop or the reward function becomes a failed reward.
 
-verl's one-step-off trainer would stop at the first exception. Its V1 trainers would log it, fill the response's place
-with padding and go on without saying so.
+verl's one-step-off trainer would stop at the first exception. Its V1 trainers would log it and train on padding in
+place of the response (https://github.com/verl-project/verl/issues/6437).
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorke
 
 from sdpo.errors import SDPOError
 from sdpo.rewards.scoring import RewardFailure
-from sdpo.verl_backend.driver.grades import FAILURE, REFUSAL
+from sdpo.verl_backend.driver.failed_rewards import FAILURE, REFUSAL
 
 EXTRA = "reward_extra_info"
 
 
-class KeepsFailures:
-    """The hooks of both kinds of workers: the agent loop, the grader, and what verl makes of their results."""
+class FailedRewardsWorkerMixin:
+    """Hooks of both kinds of workers into the agent loop, the reward function and the batch's columns."""
 
     tokenizer: Any
     rollout_config: Any
-    _columns: tuple[str, ...] = ("score", "acc", "feedback")  # of the last grade, ours at first
+    _columns: tuple[str, ...] = ("score", "acc", "feedback")  # of the last reward; sdpo's before the first
 
     async def _run_agent_loop(self, sampling_params: dict[str, Any], trajectory: dict[str, Any], **kwargs: Any) -> Any:
         try:
@@ -51,7 +51,7 @@ class KeepsFailures:
             return
         try:
             await super()._compute_score(outputs, kwargs)  # type: ignore[misc]
-            if final.reward_score is None:  # a reward model grades the batch later
+            if final.reward_score is None:  # a reward model scores the batch later
                 return
             if not math.isfinite(final.reward_score):
                 raise RewardFailure(
@@ -65,7 +65,7 @@ class KeepsFailures:
         extra.update({FAILURE: "", REFUSAL: ""})
 
     def _postprocess(self, inputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
-        """One-step-off: verl makes columns of the first response's extra values, so all must have the same."""
+        """One-step-off: give all responses the same extra values; verl makes the first response's into columns."""
         extras = [each.extra_fields.setdefault(EXTRA, {}) for each in inputs]
         names = dict.fromkeys(name for extra in extras for name in extra)
         for extra in extras:
@@ -74,7 +74,7 @@ class KeepsFailures:
         return super()._postprocess(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def _build_empty_output(self, step: int) -> AgentLoopOutput:
-        """One token that does not count, in the place of a prompt and of a response."""
+        """Return one masked token as prompt and as response."""
         token = self.tokenizer.eos_token_id
         return AgentLoopOutput(
             prompt_ids=[token],
@@ -88,7 +88,7 @@ class KeepsFailures:
         )
 
     def _mark_failed(self, output: AgentLoopOutput, error: Exception, row: dict[str, Any]) -> None:
-        cause = getattr(error, "cause", None) or error  # of an error out of another process of Ray's
+        cause = getattr(error, "cause", None) or error  # Ray wraps errors of other processes
         reason = " ".join(str(cause).split())[:500]
         if not isinstance(cause, (RewardFailure, SDPOError)):
             reason = f"{row.get('data_source')}: {type(cause).__name__}: {reason}"
@@ -100,16 +100,16 @@ class KeepsFailures:
         }
 
 
-class OneStepOffWorker(KeepsFailures, AgentLoopWorker):  # type: ignore[misc]
-    """Of the one-step-off trainer."""
+class OneStepOffWorker(FailedRewardsWorkerMixin, AgentLoopWorker):  # type: ignore[misc]
+    """Worker of the one-step-off trainer."""
 
 
-class QueueWorker(KeepsFailures, AgentLoopWorkerTQ.__ray_metadata__.modified_class):  # type: ignore[misc]
-    """Of the V1 trainers."""
+class QueueWorker(FailedRewardsWorkerMixin, AgentLoopWorkerTQ.__ray_metadata__.modified_class):  # type: ignore[misc]
+    """Worker of the V1 trainers."""
 
 
 class OneStepOffManager(AgentLoopManager):  # type: ignore[misc]
-    """Named by ``actor_rollout_ref.rollout.agent.agent_loop_manager_class``."""
+    """Manager of the one-step-off trainer, set by ``actor_rollout_ref.rollout.agent.agent_loop_manager_class``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.agent_loop_workers_class = ray.remote(OneStepOffWorker)
@@ -117,7 +117,7 @@ class OneStepOffManager(AgentLoopManager):  # type: ignore[misc]
 
 
 class QueueManager(AgentLoopManagerTQ):  # type: ignore[misc]
-    """The same for the V1 trainers."""
+    """Manager of the V1 trainers."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

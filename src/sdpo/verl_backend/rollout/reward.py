@@ -1,4 +1,4 @@
-"""verl's reward function that asks a task of ours."""
+"""Reward function for verl that calls one of sdpo's tasks."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _loading = threading.Lock()
 
 @functools.cache
 def _load(task: str, args: str, timeout: float | None) -> Callable[[Row, str], RewardOutput]:
-    reward_manager = load_task(task, json.loads(args))
-    if is_asynchronous(reward_manager):
-        return AsyncScorer(reward_manager, timeout).compute_score
+    loaded = load_task(task, json.loads(args))
+    if is_asynchronous(loaded):
+        return AsyncScorer(loaded, timeout).compute_score
     if timeout is not None:
         return ScoringProcess(task, args, timeout).compute_score
-    return functools.partial(score_once, reward_manager, timeout=None)
+    return functools.partial(score_once, loaded, timeout=None)
 
 
 def compute_score(
@@ -38,27 +38,28 @@ def compute_score(
     timeout_s: float | None = RewardConfig.timeout_s,
     **_: Any,
 ) -> dict[str, Any]:
-    """Grade a response for ``reward.custom_reward_function``; what follows ``*`` by ``reward_kwargs``.
+    """Score a response, as verl's ``reward.custom_reward_function``; keyword arguments come from ``reward_kwargs``.
 
-    verl does not hand over the prompt: ``row.prompt`` is empty here, and what a grader needs of it must stand in
-    ``extra_info``. verl calls this in a thread, where nothing can be interrupted; so the task runs in a process of its
-    own, one response at a time (``reward.num_workers`` at once), or on an event loop if its ``grade`` is a coroutine
+    verl does not pass the prompt: ``row.prompt`` is empty, and a task that needs it must read it from ``extra_info``.
+    verl calls this function in a thread, which cannot be interrupted. So the task runs in a separate process for each
+    of ``reward.num_workers``, one response at a time, or on an event loop if its ``compute_score`` is a coroutine
     function.
 
     Args:
+        data_source: of the row, as the other arguments before ``*``.
         task: name, module or file of a task.
         task_args: of the task, as JSON.
-        timeout_s: seconds that one response may take; without one the task runs in verl's threads.
+        timeout_s: limit for one response, in seconds; None runs the task in verl's threads.
 
     Returns:
-        ``score``, ``acc`` (the same, which verl reports by that name) and ``feedback`` (empty if there is none).
+        ``score``, ``acc`` (equal, since verl reports accuracy under this name) and ``feedback`` (may be empty).
 
     Raises:
-        RewardFailure: there is no grade; ``agent_workers.py`` makes a failed one of it.
+        RewardFailure: there is no score; ``agent_workers.py`` records a failed reward.
         DataError: the task cannot be loaded, or refuses its data.
     """
     row = Row(data_source, [], {"ground_truth": ground_truth}, extra_info=extra_info or {})
     with _loading:
         score_row = _load(task, task_args, timeout_s)
-    grade = score_row(row, solution_str)
-    return {"score": grade.score, "acc": grade.score, "feedback": grade.feedback or ""}
+    output = score_row(row, solution_str)
+    return {"score": output.score, "acc": output.score, "feedback": output.feedback or ""}

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdpo.algorithm.distributions import gather_log_probs
 from sdpo.config.model import ModelConfig
 from sdpo.config.self_distillation import SelfDistillationConfig
-from sdpo.kernels.loss_inputs import gather_log_probs
 from sdpo.models.forward import compute_logits, pad_sequences
 from sdpo.models.loading import load_model
+from sdpo.models.multimodal.feature_cache import ImageFeatureCache
 from sdpo.models.multimodal.processor import TokenPrompt, load_reader
-from sdpo.models.multimodal.vision_tower import ImageFeatureCache, VisionAdapter
+from sdpo.models.multimodal.vision_tower import VisionAdapter
 from sdpo.observability import metrics
 from sdpo.prompting.images import collect_images
 from sdpo.rewards.toy.figures import PICTURE_SIZE
@@ -190,11 +191,9 @@ def load_weights(folder: Path, step: int, *, teacher: bool = False) -> dict[str,
 
 def load_teacher(folder: Path, step: int) -> dict[str, Tensor]:
     """The average: the teacher's weights, or with LoRA what it adds to the student's."""
-    deltas = folder / f"checkpoints/global_step_{step}/actor/teacher/deltas_world_size_1_rank_0.pt"
-    if deltas.is_file():
-        weights: dict[str, Tensor] = torch.load(deltas, map_location="cpu", weights_only=True)["weights"]
-        return weights
-    return load_weights(folder, step, teacher=True)
+    state = folder / f"checkpoints/global_step_{step}/actor/teacher/state_world_size_1_rank_0.pt"
+    deltas: dict[str, Tensor] | None = torch.load(state, map_location="cpu", weights_only=True)["weights"]
+    return load_weights(folder, step, teacher=True) if deltas is None else deltas
 
 
 def load_followed(folder: Path, step: int) -> dict[str, Tensor]:
@@ -275,7 +274,7 @@ def compute_log_probs(
         padded.position_ids,
         padded.response_mask.shape[1] + 1,
         vision=vision,
-        features=ImageFeatureCache(model, vision.reader).select(padded.images),
+        features=ImageFeatureCache(vision.reader).select(model, padded.images),
     )[:, :-1][padded.response_mask]
     logits[:, list(forbidden)] = float("-inf")
     sampled = padded.token_ids[:, -padded.response_mask.shape[1] :][padded.response_mask]

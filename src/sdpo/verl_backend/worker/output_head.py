@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sdpo.errors import ConfigError
 from sdpo.kernels.chunked_log_probs import LinearHead
-from sdpo.models.output_head import build_lazy_logits
+from sdpo.models.output_head import build_linear_head
 
 Result = TypeVar("Result")
 
@@ -23,7 +23,7 @@ def compute_at_head(
 
     It runs inside the output layer, the one place where FSDP2 is sure to have that layer's weight gathered. For the
     model the layer says two numbers a pass instead of V a token: a 1, which comes out as this model's scaling or
-    soft-cap would leave it and is compared with what ``build_lazy_logits`` knows of them; and a 0, to which the graph
+    soft-cap would leave it and is compared with what ``build_linear_head`` knows of them; and a 0, to which the graph
     of the result is tied, for the backward pass has to enter where FSDP2 waits for it: at the model's output.
 
     Args:
@@ -48,7 +48,7 @@ def compute_at_head(
 
     def answer(hidden: Tensor) -> Tensor:
         packed = hidden[0] if mask is None else hidden[mask.bool()]
-        results.append(compute(build_lazy_logits(module, packed[rows].to(head.weight.dtype))))
+        results.append(compute(build_linear_head(module, packed[rows].to(head.weight.dtype))))
         graph = _get_graph(results[-1])
         one = torch.ones(1, 1, device=hidden.device)
         return torch.stack([one, 0.0 * one if graph is None else (graph - graph.detach()).expand(1, 1)], dim=-1)
@@ -58,7 +58,7 @@ def compute_at_head(
         said = module(**inputs, use_cache=False).logits
     finally:
         del head.forward
-    known = build_lazy_logits(module, torch.ones(1, 1))
+    known = build_linear_head(module, torch.ones(1, 1))
     scale = float(known.hidden)
     one = scale if known.softcap is None else known.softcap * math.tanh(scale / known.softcap)
     if len(results) != 1 or not math.isclose(float(said[0, 0, 0].detach()), one, rel_tol=0.01):

@@ -1,8 +1,8 @@
 """verl's micro-batch as packed response tokens, the form that the loss reads.
 
-verl hands the engine sequences without padding (nested), and what belongs to response tokens either padded on the right
-(one-step-off) or nested (V1 trainers). A row predicts the token after it, so the response token ``t`` of a
-sequence that ends at ``end`` with ``length`` response tokens is predicted by row ``end - length - 1 + t``.
+verl passes sequences without padding (nested). Values of response tokens are padded on the right (one-step-off) or
+nested (V1 trainers). A row predicts the next token: response token ``t`` of a sequence that ends at ``end`` with
+``length`` response tokens is predicted by row ``end - length - 1 + t``.
 """
 
 from __future__ import annotations
@@ -15,68 +15,54 @@ from tensordict import TensorDict
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
 
-from sdpo.kernels.fused_linear_loss import TokenInputs
+from sdpo.algorithm.batch import TokenBatch
 
-# Fields that the trainer adds to verl's batch, one entry a sample.
+# Fields that the trainer adds to verl's batch, one entry per sample.
 TEACHER_PROMPTS = "teacher_prompts"  # [B, L] token ids, padded on the right
 TEACHER_PROMPT_LENGTHS = "teacher_prompt_lengths"  # [B]; 0: the sample is not distilled
 SAMPLE_WEIGHTS = "distillation_sample_weights"  # [B]
 DISTILLATION_COEF = "distillation_coef"  # [B], the same for all
-# Fields that the engine adds to a mini-batch: what one response token of the sample counts.
+# Fields that the engine adds to a mini-batch: the weight of one response token of each sample.
 POLICY_WEIGHTS = "policy_token_weights"  # [B]
 DISTILLATION_WEIGHTS = "distillation_token_weights"  # [B]
-SAMPLE_NUMBERS = "sample_numbers"  # [B] places in the mini-batch, by which samples of micro-batches are known again
+SAMPLE_NUMBERS = "sample_numbers"  # [B] indices in the mini-batch, which identify the samples of micro-batches
 
 
 @dataclass(frozen=True)
 class PackedTokens:
     """The N counted response tokens of a micro-batch, and the teacher's sequences of its distilled samples.
 
-    A token inside a response that verl's ``response_mask`` leaves out (a tool's output, a rejected sample) is none of
-    the N, but stays in the sequences.
+    Tokens that verl's ``response_mask`` excludes (a tool's output, a rejected sample) are in the sequences, but not
+    among the N.
     """
 
     rows: Tensor  # [N] rows of the student's packed hidden states
-    sample_numbers: Tensor  # [N] of the tokens' samples
-    inputs: TokenInputs  # N of them, M distilled
-    teacher_samples: list[int]  # which of the samples are distilled
-    teacher_sequences: list[Tensor]  # token ids, one each distilled sample
+    sample_numbers: Tensor  # [N] sample number of each token
+    inputs: TokenBatch  # of the N tokens, M of them distilled
+    teacher_samples: list[int]  # indices of the distilled samples
+    teacher_sequences: list[Tensor]  # token ids of each distilled sample
     teacher_prompt_lengths: list[int]  # of these sequences
     teacher_rows: Tensor  # [M] rows of the teacher's packed hidden states
 
 
 def pad_right(values: Tensor) -> Tensor:
-    """[B, T] of values by response token, whichever way verl stores them."""
+    """Return values per response token as [B, T], from either of verl's layouts."""
     return values.to_padded_tensor(0) if values.is_nested else values
 
 
 def count_response_tokens(data: TensorDict) -> Tensor:
-    """[B] tokens of each response, those that do not count included."""
+    """Return [B], the tokens of each response, including masked tokens."""
     responses = data["responses"]
     if responses.is_nested:
         return responses.offsets().diff()
     return data["attention_mask"][:, data["prompts"].shape[1] :].sum(1)
 
 
-def repair_position_ids(data: TensorDict) -> None:
-    """Cut 3-D (M-RoPE) position ids into sequences again, which verl does wrongly when all of these are as long."""
-    positions = data.get("position_ids")
-    if positions is None or not positions.is_nested or positions.dim() != 3:
-        return
-    values, offsets = positions.values(), data["input_ids"].offsets()
-    if values.shape == (4, offsets[-1]) and torch.equal(positions.offsets(), offsets):
-        positions._ragged_idx = 2
-        return
-    # [sequences * 4, length], whatever verl has marked it as since
-    parts = list(values.unflatten(0, (len(data), 4)).unbind())
-    data["position_ids"] = tu.nested_tensor_from_tensor_list(parts, ragged_idx=2)
-
-
 def drop_samples(data: TensorDict, numbers: Sequence[int]) -> TensorDict:
-    """The mini-batch without the samples at these places, with as many rows as before: every rank needs its share.
+    """Replace the samples with these numbers by masked copies of a sample that is kept.
 
-    In their places stand copies of a sample that is kept, without a token that counts; what is not finite comes back
-    through the backward pass wherever it is only masked.
+    The number of rows stays the same on every rank. Masking the samples alone is not enough, since NaN times 0 is NaN
+    in the backward pass.
     """
     kept = next(i for i in range(len(data)) if i not in set(numbers))
     rows = [kept if i in set(numbers) else i for i in range(len(data))]
@@ -93,15 +79,18 @@ def drop_samples(data: TensorDict, numbers: Sequence[int]) -> TensorDict:
 
 
 def pack_tokens(data: TensorDict) -> PackedTokens:
-    """Gather what the loss needs of a micro-batch that has been through ``token weights``."""
+    """Gather the loss's inputs from a micro-batch to which ``add_token_weights`` has been applied."""
     token_ids, ends = data["input_ids"].values(), data["input_ids"].offsets()[1:]
     lengths = count_response_tokens(data)
     mask = pad_right(data["response_mask"]).bool()
     samples, positions = mask.nonzero(as_tuple=True)
     rows = (ends - lengths - 1)[samples] + positions
 
-    def at_tokens(name: str) -> Tensor:
+    def read_per_token(name: str) -> Tensor:
         return pad_right(data[name])[mask].float()
+
+    def read_if_present(name: str) -> Tensor | None:
+        return None if data.get(name) is None else read_per_token(name)
 
     prompt_lengths = data[TEACHER_PROMPT_LENGTHS]
     is_distilled = (prompt_lengths > 0) & mask.any(1)
@@ -117,16 +106,16 @@ def pack_tokens(data: TensorDict) -> PackedTokens:
     return PackedTokens(
         rows=rows,
         sample_numbers=data[SAMPLE_NUMBERS][samples],
-        inputs=TokenInputs(
+        inputs=TokenBatch(
             sampled_ids=token_ids[rows + 1],
-            old_log_probs=at_tokens("old_log_probs"),
+            old_log_probs=read_per_token("old_log_probs"),
             policy_weights=data[POLICY_WEIGHTS][samples],
-            advantages=at_tokens("advantages"),
-            rollout_is_weights=at_tokens("rollout_is_weights") if data.get("rollout_is_weights") is not None else None,
+            advantages=read_per_token("advantages"),
+            rollout_is_weights=read_if_present("rollout_is_weights"),
             distilled=distilled,
             distillation_weights=data[DISTILLATION_WEIGHTS][samples],
             distillation_coef=float(data[DISTILLATION_COEF][0]),
-            ref_log_probs=at_tokens("ref_log_prob") if data.get("ref_log_prob") is not None else None,
+            ref_log_probs=read_if_present("ref_log_prob"),
         ),
         teacher_samples=samples_distilled,
         teacher_sequences=sequences,

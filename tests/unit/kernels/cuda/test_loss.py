@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 pytest.importorskip("triton", reason="has no wheel for this system")
 
 from sdpo import SelfDistillationConfig, fused_self_distillation_loss
+from sdpo.algorithm.batch import TokenBatch
 from sdpo.kernels import chunked_log_probs, dispatch, fused_linear_loss
 from sdpo.kernels.chunked_log_probs import LinearHead
 from sdpo.kernels.cpu.grouped_topk import topk_support
@@ -30,7 +31,7 @@ from sdpo.kernels.cuda.logits import Logits
 from sdpo.kernels.cuda.row_statistics import compute_row_statistics
 from sdpo.kernels.cuda.scaling import scale
 from sdpo.kernels.cuda.top_k import select_top_ids
-from sdpo.kernels.fused_linear_loss import FusedOutputs, TokenInputs
+from sdpo.kernels.fused_linear_loss import FusedOutputs
 from sdpo.observability import metrics
 
 REFERENCE = Path(__file__).parents[2] / "algorithm" / "numpy_reference.py"
@@ -72,7 +73,7 @@ class Case:
     teacher_hidden: Tensor
     teacher_head: Tensor
     teacher_bias: Tensor
-    tokens: TokenInputs
+    tokens: TokenBatch
     temperature: float = 0.7
     softcap: float | None = None
     num_teachers: int = 1
@@ -124,7 +125,7 @@ def make_case(num_tokens: int = N, vocab_size: int = V, hidden_size: int = H, di
     own, _ = chunked_log_probs.score_tokens(LinearHead(hidden, head, bias), ids, temperature=0.7)
     every = torch.arange(num_tokens, device=DEVICE)
     masks = {"all": every >= 0, "some": every % 3 != 1, "none": None}
-    tokens = TokenInputs(
+    tokens = TokenBatch(
         sampled_ids=ids,
         old_log_probs=own - normal(num_tokens, scale=0.4),
         policy_weights=uniform() / num_tokens,
@@ -181,7 +182,7 @@ def test_value_and_gradient_are_those_of_the_formulas(level: str, clip: str) -> 
     identity = torch.eye(40, device=DEVICE)
     hidden = pick(batch.student_logits).float().requires_grad_()
     number = int(mask.sum())
-    tokens = TokenInputs(
+    tokens = TokenBatch(
         sampled_ids=pick(batch.tokens),
         old_log_probs=pick(batch.old_log_probs).float(),
         rollout_is_weights=pick(batch.rollout_is_weights).float(),

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sdpo import SelfDistillationConfig
+from sdpo.algorithm.batch import TokenBatch
 from sdpo.kernels import dispatch, fused_linear_loss
 from sdpo.kernels.chunked_log_probs import LinearHead
-from sdpo.kernels.fused_linear_loss import TokenInputs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -42,7 +42,7 @@ def run(
     compute: Callable[..., Any], student: LinearHead, teacher: LinearHead, ids: Tensor, settings: dict[str, Any]
 ) -> Any:
     n = len(ids)
-    tokens = TokenInputs(
+    tokens = TokenBatch(
         ids,
         distilled=torch.ones(n, dtype=torch.bool, device="cuda"),
         distillation_weights=torch.full((n,), 1 / n, device="cuda"),

@@ -11,11 +11,12 @@ from torch import Tensor
 pytest.importorskip("triton", reason="has no wheel for this system")
 
 from sdpo import SelfDistillationConfig
+from sdpo.algorithm.batch import TokenBatch
 from sdpo.algorithm.regularization import Regularization
 from sdpo.kernels import fused_linear_loss
 from sdpo.kernels.chunked_log_probs import LinearHead
 from sdpo.kernels.cuda import fused_loss
-from sdpo.kernels.fused_linear_loss import FusedOutputs, TokenInputs
+from sdpo.kernels.fused_linear_loss import FusedOutputs
 from sdpo.observability import metrics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,7 +45,7 @@ def run(
 
     leaves = [normal(N, H).requires_grad_(), normal(V, H).requires_grad_(), normal(V).requires_grad_()]
     teacher_hidden, teacher_head = normal(N, H), normal(V, H)
-    tokens = TokenInputs(
+    tokens = TokenBatch(
         torch.randint(V, (N,), generator=generator).to(DEVICE),
         old_log_probs=normal(N) - 4.0,
         policy_weights=normal(N).abs(),

@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("triton", reason="has no wheel for this system")
 
+from sdpo.algorithm.batch import TokenBatch
 from sdpo.kernels import dispatch, fused_linear_loss, self_check
 from sdpo.kernels.cuda import fused_loss
 from sdpo.kernels.self_check import kernels_agree
@@ -63,7 +64,5 @@ def test_the_portable_form_steps_in(monkeypatch: pytest.MonkeyPatch) -> None:
     student = fused_linear_loss.LinearHead(torch.zeros(2, 3), torch.zeros(5, 3))
     for agree in (True, False):
         monkeypatch.setattr(dispatch, "kernels_agree", lambda *args, agree=agree: agree)
-        dispatch.fused_linear_sdpo_loss(
-            student, [], fused_linear_loss.TokenInputs(torch.zeros(2, dtype=torch.long)), config
-        )
+        dispatch.fused_linear_sdpo_loss(student, [], TokenBatch(torch.zeros(2, dtype=torch.long)), config)
     assert used == ["kernels", "portable"]

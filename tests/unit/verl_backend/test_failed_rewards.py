@@ -1,4 +1,4 @@
-"""Responses without a grade: what the workers make of failures, and what the trainers make of those."""
+"""Failed rewards: how workers record them and trainers exclude them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sdpo.algorithm.advantage import compute_group_advantages
 from sdpo.errors import SDPOError
 from sdpo.observability import metrics
 from sdpo.rewards.scoring import RewardFailure
-from sdpo.verl_backend.driver.grades import (
+from sdpo.verl_backend.driver.failed_rewards import (
     FAILURE,
     REFUSAL,
     FailedRewardsMixin,
@@ -37,14 +37,14 @@ CONFIG = OmegaConf.create(
     }
 )
 FAILED = {FAILURE: "sums: ZeroDivisionError: division by zero", REFUSAL: ""}
-GRADED = {FAILURE: "", REFUSAL: ""}
+SCORED = {FAILURE: "", REFUSAL: ""}
 
 
 # The workers
 
 
 class Wrapped(Exception):
-    """An error as Ray hands it over."""
+    """An error as Ray raises it in another process."""
 
     def __init__(self, cause: Exception) -> None:
         super().__init__("a page of traceback")
@@ -57,16 +57,16 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> OneStepOffWorker:
     made.tokenizer = SimpleNamespace(eos_token_id=7)
     made.rollout_config = SimpleNamespace(calculate_log_probs=True)
 
-    async def hand_on(output: AgentLoopOutput, validate: bool, **kwargs: Any) -> AgentLoopOutput:
+    async def postprocess(output: AgentLoopOutput, validate: bool, **kwargs: Any) -> AgentLoopOutput:
         assert "agent_name" not in kwargs and kwargs["raw_prompt"] == "the prompt"
         return output
 
-    monkeypatch.setattr(made, "_agent_loop_postprocess", hand_on)
+    monkeypatch.setattr(made, "_agent_loop_postprocess", postprocess)
     return made
 
 
 def compute_score(worker: OneStepOffWorker, monkeypatch: pytest.MonkeyPatch, result: Any) -> AgentLoopOutput:
-    """A response that verl's worker has this grade for, or this error."""
+    """Return a response for which verl's worker computes this result or raises this error."""
 
     async def compute(self: Any, outputs: list[AgentLoopOutput], kwargs: Any) -> None:
         if isinstance(result, Exception):
@@ -82,10 +82,10 @@ def compute_score(worker: OneStepOffWorker, monkeypatch: pytest.MonkeyPatch, res
     return output
 
 
-def test_a_grade_says_that_nothing_failed(worker: OneStepOffWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_score_has_an_empty_reason(worker: OneStepOffWorker, monkeypatch: pytest.MonkeyPatch) -> None:
     output = compute_score(worker, monkeypatch, {"score": 0.5, "acc": 0.5, "feedback": "almost"})
     assert output.reward_score == 0.5
-    assert output.extra_fields[EXTRA] == {"score": 0.5, "acc": 0.5, "feedback": "almost", **GRADED}
+    assert output.extra_fields[EXTRA] == {"score": 0.5, "acc": 0.5, "feedback": "almost", **SCORED}
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_a_grade_says_that_nothing_failed(worker: OneStepOffWorker, monkeypatch:
         ({"score": math.nan}, "sums: the reward must be a finite number, got nan", ""),
     ],
 )
-def test_an_exception_of_the_grader_is_a_failed_grade(
+def test_an_exception_of_the_reward_function_is_a_failed_reward(
     worker: OneStepOffWorker, monkeypatch: pytest.MonkeyPatch, error: Any, failure: str, refusal: str
 ) -> None:
     compute_score(worker, monkeypatch, {"score": 1.0, "acc": 1.0, "pred": "3"})
@@ -108,7 +108,7 @@ def test_an_exception_of_the_grader_is_a_failed_grade(
     assert output.extra_fields[EXTRA] == {"score": None, "acc": None, "pred": None, FAILURE: failure, REFUSAL: refusal}
 
 
-def test_an_exception_of_the_agent_loop_is_a_failed_grade(
+def test_an_exception_of_the_agent_loop_is_a_failed_reward(
     worker: OneStepOffWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def run(self: Any, *_: Any, **__: Any) -> None:
@@ -138,19 +138,19 @@ def test_all_responses_get_the_same_columns(worker: OneStepOffWorker, monkeypatc
 
 
 def test_failures_are_found_and_limited(capsys: pytest.CaptureFixture[str]) -> None:
-    assert check_failures([{}, GRADED, FAILED, GRADED, FAILED], CONFIG, "step 1") == [False, False, True, False, True]
+    assert check_failures([{}, SCORED, FAILED, SCORED, FAILED], CONFIG, "step 1") == [False, False, True, False, True]
     assert capsys.readouterr().out == (
-        "data.task: scoring failed for 2 of 5 responses of step 1, which costs them; the last: sums: "
+        "data.task: scoring failed for 2 of 5 responses of step 1, which are left out; the last: sums: "
         "ZeroDivisionError: division by zero\n"
     )
-    with pytest.raises(SDPOError, match=r"^data\.task: scoring failed for 1 of 2 responses of step 1, which is more"):
-        check_failures([GRADED, FAILED], CONFIG, "step 1")
+    with pytest.raises(SDPOError, match=r"^data\.task: scoring failed for 1 of 2 responses of step 1, more than"):
+        check_failures([SCORED, FAILED], CONFIG, "step 1")
     with pytest.raises(SDPOError, match=r"^no such language$"):
-        check_failures([GRADED] * 9 + [{FAILURE: "no such language", REFUSAL: "no such language"}], CONFIG, "step 1")
+        check_failures([SCORED] * 9 + [{FAILURE: "no such language", REFUSAL: "no such language"}], CONFIG, "step 1")
 
 
 def test_failed_responses_are_compared_with_nothing() -> None:
-    """The embedded engine's advantages where one failed, verl's where none did."""
+    """In a group with a failure the native trainer's advantages, in the others verl's."""
     rewards = torch.tensor([1.0, 0.0, 0.0, 0.3, 1.0, 0.0, 0.4])
     failed = [False, False, True, False, False, False, False]
     groups = ["a", "a", "a", "a", "b", "b", "c"]
@@ -162,7 +162,7 @@ def test_failed_responses_are_compared_with_nothing() -> None:
     assert own[[0, 1, 3]].sum().abs() < 1e-6
 
 
-def test_means_are_of_graded_responses() -> None:
+def test_means_are_of_scored_responses() -> None:
     values: dict[str, Any] = {"critic/score/mean": 0.1, "critic/rewards/mean": 0.1, "critic/score/min": 0.0}
     replace_scores(values, [0.5, math.nan, 1.0], CONFIG)
     assert values == {
@@ -179,7 +179,7 @@ def test_means_are_of_graded_responses() -> None:
 
 
 @pytest.mark.parametrize("base", [RayPPOTrainer, PPOTrainer])
-def test_an_evaluation_leaves_failed_responses_out(base: type) -> None:
+def test_validation_excludes_failed_rewards(base: type) -> None:
     hooks = dict.fromkeys(("on_sample_end", "on_step_end"))  # abstract in V1
     trainer = object.__new__(type("Trainer", (FailedRewardsMixin, base), hooks))
     trainer.config, trainer.global_steps = CONFIG, 3
@@ -198,5 +198,5 @@ def test_an_evaluation_leaves_failed_responses_out(base: type) -> None:
     )
     assert values["val-core/sums/acc/mean@1"] == 0.5 and values["val-aux/sums/reward/mean@1"] == 0.5
     assert values[metrics.VAL_REWARD_FAILURES] == 1
-    with pytest.raises(SDPOError, match=r"3 of 3 responses of the evaluation at step 3"):
+    with pytest.raises(SDPOError, match=r"3 of 3 responses of the validation at step 3"):
         trainer._val_metrics_update(["sums"] * 3, list("abc"), {FAILURE: ["why"] * 3}, [])

@@ -1,7 +1,7 @@
-"""Responses without a grade, on verl: counted, limited, compared with nothing and part of no mean.
+"""Failed rewards on verl: counted, limited, and excluded from baselines and means.
 
-verl carries a score for each response and a dictionary beside it. A failed grade is a score of 0 there, and says so in
-the dictionary (``agent_workers.py``).
+verl carries a score and a dictionary for each response. A failed reward has score 0 and its reason in the dictionary
+(``rollout/agent_workers.py``).
 """
 
 from __future__ import annotations
@@ -19,15 +19,20 @@ from sdpo.algorithm.advantage import compute_group_advantages
 from sdpo.errors import DataError
 from sdpo.observability import metrics
 
-FAILURE = "reward_failure"  # why there is no grade; empty if there is one
-REFUSAL = "reward_refusal"  # of these, what the task says of its data, which ends the run
+FAILURE = "reward_failure"  # the reason; empty for a scored response
+REFUSAL = "reward_refusal"  # the task's error about its data, which ends the run; empty for other failures
 
 
-def check_failures(extras: Sequence[Mapping[str, Any]], config: DictConfig, what: str) -> list[bool]:
-    """Which responses have no grade, from their dictionaries; tells how many.
+def check_failures(extras: Sequence[Mapping[str, Any]], config: DictConfig, batch: str) -> list[bool]:
+    """Return for each response whether its reward failed, and print how many did.
+
+    Args:
+        extras: the responses' dictionaries.
+        config: verl's.
+        batch: name of the batch, for messages.
 
     Raises:
-        DataError: the task refuses its data; or more than ``reward.max_failure_fraction`` of the responses failed.
+        DataError: the task refuses its data, or more than ``reward.max_failure_fraction`` of the rewards failed.
     """
     failures = [extra.get(FAILURE) or "" for extra in extras]
     for extra in extras:
@@ -35,18 +40,24 @@ def check_failures(extras: Sequence[Mapping[str, Any]], config: DictConfig, what
             raise DataError(extra[REFUSAL])
     reasons = [reason for reason in failures if reason]
     if reasons:
-        message = f"scoring failed for {len(reasons)} of {len(failures)} responses of {what}"
+        message = f"scoring failed for {len(reasons)} of {len(failures)} responses of {batch}"
         if len(reasons) > config.data.max_failure_fraction * len(failures):
             raise DataError(
-                f"data.task: {message}, which is more than reward.max_failure_fraction="
-                f"{config.data.max_failure_fraction:g}; the last: {reasons[-1]}"
+                f"data.task: {message}, more than reward.max_failure_fraction={config.data.max_failure_fraction:g}; "
+                f"the last: {reasons[-1]}"
             )
-        print(f"data.task: {message}, which costs them; the last: {reasons[-1]}")
+        print(f"data.task: {message}, which are left out; the last: {reasons[-1]}")
     return [bool(reason) for reason in failures]
 
 
 def replace_scores(values: MutableMapping[str, Any], scores: Sequence[float], config: DictConfig) -> None:
-    """Put a step's metrics of its scores (NaN: failed) in the place of verl's, of which failed ones are 0; in place."""
+    """Replace verl's score metrics, which count a failed reward as 0, in place.
+
+    Args:
+        values: metrics of a step.
+        scores: of the step's responses; NaN for a failed reward.
+        config: verl's.
+    """
     scored = [score for score in scores if not math.isnan(score)]
     values[metrics.REWARD_FAILURES] = len(scores) - len(scored)
     if len(scored) == len(scores):
@@ -69,13 +80,14 @@ def replace_scores(values: MutableMapping[str, Any], scores: Sequence[float], co
 def correct_advantages(
     advantages: Tensor, rewards: Tensor, failed: Sequence[bool], groups: Sequence[Hashable], config: DictConfig
 ) -> Tensor:
-    """[B] advantages of each response with the failed ones left out of their groups.
+    """Return [B] advantages with failed rewards excluded from their groups.
 
     Args:
-        advantages: [B], as verl computes them from a reward of 0 for each failed response.
+        advantages: [B], computed by verl with 0 for each failed reward.
         rewards: [B].
-        failed: [B].
-        groups: [B], the same for all responses to a prompt.
+        failed: [B], whether the reward failed.
+        groups: [B], equal for all responses to a prompt.
+        config: verl's.
     """
     mask = torch.tensor(failed, dtype=torch.bool)
     corrected = advantages.masked_fill(mask, 0.0)
@@ -91,7 +103,7 @@ def correct_advantages(
 
 
 class FailedRewardsMixin:
-    """The hook of all trainers: an evaluation leaves out responses without a grade, and counts them."""
+    """Validation hook of all trainers: exclude failed rewards and count them."""
 
     config: DictConfig
     global_steps: int
@@ -106,12 +118,12 @@ class FailedRewardsMixin:
     ) -> dict[str, Any]:
         infos = dict(reward_extra_infos_dict)
         none = [""] * len(sample_uids)
-        told = {name: infos.pop(name, none) for name in (FAILURE, REFUSAL)}
-        extras = [dict(zip(told, each, strict=True)) for each in zip(*told.values(), strict=True)]
-        failed = check_failures(extras, self.config, f"the evaluation at step {self.global_steps}")
+        reasons = {name: infos.pop(name, none) for name in (FAILURE, REFUSAL)}
+        extras = [dict(zip(reasons, each, strict=True)) for each in zip(*reasons.values(), strict=True)]
+        failed = check_failures(extras, self.config, f"the validation at step {self.global_steps}")
         kept = [number for number, is_failed in enumerate(failed) if not is_failed]
         expected = kwargs.get("expected_acc_counts")
-        if expected:  # V1 takes a response that it misses for a wrong one
+        if expected:  # V1 counts a missing response as wrong
             lost = Counter((str(data_sources[i]), str(sample_uids[i])) for i, each in enumerate(failed) if each)
             kwargs["expected_acc_counts"] = {key: count - lost[key] for key, count in expected.items()}
         values: dict[str, Any] = super()._val_metrics_update(  # type: ignore[misc]

@@ -1,0 +1,94 @@
+"""The distillation loss of each token: divergence between student and teacher, its clips and weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sdpo.algorithm.batch import TokenBatch
+from sdpo.algorithm.distributions import TokenDistributions
+from sdpo.algorithm.divergence import (
+    add_tail,
+    compute_divergence,
+    compute_entropy,
+    compute_sampled_token_surrogate,
+    renormalize,
+)
+from sdpo.algorithm.importance_sampling import compute_ratio
+from sdpo.algorithm.sums import TokenValues
+from sdpo.config.self_distillation import SelfDistillationConfig
+from sdpo.observability import metrics
+
+
+def _normalize_support(tokens: TokenDistributions, config: SelfDistillationConfig) -> TokenDistributions:
+    """Make distributions of the top k entries [M, K]: [M, K + 1] with a tail entry, or [M, K] renormalised."""
+    if config.distillation_topk is None or not config.full_logit_distillation:
+        return tokens
+    student, teacher = tokens.student_distribution, tokens.teacher_distribution
+    assert student is not None and teacher is not None
+    complete = add_tail if config.distillation_add_tail else renormalize
+    return replace(tokens, student_distribution=complete(student), teacher_distribution=complete(teacher.detach()))
+
+
+def _compute_clip_factor(divergence: Tensor, limit: float) -> Tensor:
+    # Scaled, not clamped: a clamp would zero the gradient of the tokens with the largest divergence.
+    return limit / divergence.detach().abs().clamp(min=limit)
+
+
+def _compute_teacher_entropies(tokens: TokenDistributions, config: SelfDistillationConfig) -> Tensor:
+    """Entropies of the teacher's compared distributions, [M]."""
+    if tokens.teacher_entropies is not None and config.distillation_topk is None:
+        return tokens.teacher_entropies
+    assert tokens.teacher_distribution is not None
+    return compute_entropy(tokens.teacher_distribution.detach())
+
+
+def _compare(
+    tokens: TokenDistributions, student_log_probs: Tensor, config: SelfDistillationConfig
+) -> tuple[Tensor, Tensor]:
+    """Loss and divergence in nats of each distilled token, [M] each, from the sampled tokens' log-probabilities [M]."""
+    if not config.full_logit_distillation:
+        # The surrogate's value is not a divergence; the log-ratio, of either sign, estimates the divergence.
+        assert tokens.teacher_log_probs is not None
+        surrogate = compute_sampled_token_surrogate(student_log_probs, tokens.teacher_log_probs)
+        return surrogate, student_log_probs - tokens.teacher_log_probs
+    divergence = tokens.divergence
+    if divergence is None:
+        assert tokens.student_distribution is not None and tokens.teacher_distribution is not None
+        divergence = compute_divergence(tokens.student_distribution, tokens.teacher_distribution.detach(), config.alpha)
+    return divergence, divergence
+
+
+def compute_distillation_token_losses(
+    batch: TokenBatch, tokens: TokenDistributions, config: SelfDistillationConfig
+) -> tuple[Tensor, TokenValues]:
+    """Loss of each distilled token [M] before aggregation, and the values of its metrics."""
+    tokens = _normalize_support(tokens, config)
+    assert tokens.teacher_log_probs is not None
+    num_distilled = len(tokens.teacher_log_probs)
+    student_log_probs = batch.at_distilled(tokens.student_log_probs, num_distilled)
+    losses, divergence = _compare(tokens, student_log_probs, config)
+    if config.divergence_clip is not None:
+        losses = losses * _compute_clip_factor(divergence, config.divergence_clip)
+    gap = (tokens.teacher_log_probs - student_log_probs).detach()
+    values = {
+        metrics.DIVERGENCE: divergence,
+        metrics.TEACHER_GAP: gap,
+        metrics.GAP_POSITIVE_FRACTION: (gap > 0).to(gap.dtype),
+        metrics.GAP_POSITIVE_PART: gap.clamp(min=0),
+        metrics.GAP_NEGATIVE_PART: gap.clamp(max=0),
+    }
+    if config.teacher_entropy_beta:
+        losses = losses * torch.exp(-config.teacher_entropy_beta * _compute_teacher_entropies(tokens, config))
+    if config.is_clip is not None:
+        assert batch.old_log_probs is not None
+        ratio = compute_ratio(student_log_probs.detach(), batch.at_distilled(batch.old_log_probs, num_distilled))
+        values[metrics.IS_CLIP_FRACTION] = (ratio > config.is_clip).to(losses.dtype)
+        ratio = ratio.clamp(max=config.is_clip)
+        values[metrics.IS_RATIO_MEAN] = ratio
+        losses = losses * ratio
+    if batch.rollout_is_weights is not None:
+        losses = losses * batch.at_distilled(batch.rollout_is_weights, num_distilled)
+    return losses, values
