@@ -11,6 +11,14 @@ ROOT = Path(__file__).parents[2]
 PLACES = [  # those that have been rewritten; the rest follows
     "src/sdpo/algorithm",
     "src/sdpo/kernels",
+    "src/sdpo/retention.py",
+    *(f"src/sdpo/trainer/{name}" for name in ("checkpoint", "data", "logging", "rollout")),
+    *(
+        f"tests/unit/trainer/test_{name}.py"
+        for name in ("checkpoint", "export", "prompts", "run_dir", "sampler", "samples", "state")
+    ),
+    "tests/unit/trainer/test_vllm_engine.py",
+    "tests/unit/trainer/test_weight_sync.py",
     "src/sdpo/observability",
     "tests/unit/observability",
     "README.md",

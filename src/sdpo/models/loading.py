@@ -85,7 +85,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def build_meta_model(config: ModelConfig) -> PreTrainedModel:
-    """The model's architecture without weights, to count parameters and FLOPs."""
+    """Build the model's architecture without weights, to count parameters and FLOPs."""
     architecture = _load_architecture(config)
     try:
         with torch.device("meta"):
@@ -95,7 +95,7 @@ def build_meta_model(config: ModelConfig) -> PreTrainedModel:
 
 
 def reads_images(config: ModelConfig) -> bool:
-    """Whether transformers lists the model as one for images and text."""
+    """Whether transformers lists the model as an image-text-to-text model."""
     return type(_load_architecture(config)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 

@@ -78,14 +78,14 @@ class UpdateRounding:
 
     Args:
         optimizer: torch's or torchao's AdamW, before the scheduler changes its peak learning rate.
-        tell: called with a log message: an estimate before the first update, and a warning the first time that more
-            than ``MAX_LOST`` is lost. Not called if all trained weights are float32: then nothing is measured.
+        log: called with a message: an estimate before the first update, and a warning the first time that more than
+            ``MAX_LOST`` is lost. Not called if all trained weights are float32, which are not measured.
         seed: of the drawn entries.
     """
 
-    def __init__(self, optimizer: Optimizer, tell: Callable[[str], None], seed: int = 0) -> None:
+    def __init__(self, optimizer: Optimizer, log: Callable[[str], None], seed: int = 0) -> None:
         self._optimizer = optimizer
-        self._tell = tell
+        self._log = log
         self._at_random = bool(getattr(optimizer, "bf16_stochastic_round", False))
         half = [
             (param, number)  # of its group; the group object changes when a state is loaded
@@ -103,7 +103,7 @@ class UpdateRounding:
         self._measured: Tensor | None = None
         self._has_warned = False
         if self._entries:
-            tell(self._describe(float(optimizer.param_groups[0]["lr"])))
+            log(self._describe(float(optimizer.param_groups[0]["lr"])))
             optimizer.register_step_pre_hook(lambda *_: self._remember())
             optimizer.register_step_post_hook(lambda *_: self._compare())
 
@@ -118,7 +118,7 @@ class UpdateRounding:
         lost = 1.0 - kept / asked
         if lost > MAX_LOST and not self._at_random and not self._has_warned:
             self._has_warned = True
-            self._tell(f"{lost:.0%} of the optimizer's update was lost to rounding; {REMEDY}")
+            self._log(f"{lost:.0%} of the optimizer's update was lost to rounding; {REMEDY}")
         return lost
 
     def _describe(self, lr: float) -> str:

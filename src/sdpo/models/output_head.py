@@ -13,13 +13,13 @@ from sdpo.errors import ConfigError
 from sdpo.kernels.chunked_log_probs import LinearHead
 
 PROBE_LENGTH = 4
-# Added to the logit of a forbidden token: probability 0 in float32, but finite, because a divergence with -inf on both
+# Added to the logit of a suppressed token: probability 0 in float32, but finite, because a divergence with -inf on both
 # sides is NaN. With a soft-cap c a probability of exp(-c - the largest logit) is left, 1e-20 for Gemma's c = 30.
 SUPPRESSED = -1e4
 
 
 def build_linear_head(model: nn.Module, hidden: Tensor, coefficient: float = 1.0) -> LinearHead:
-    """Logits of a transformers model for hidden states [N, H], before they are computed.
+    """Build the output layer of a transformers model with its input: hidden states [N, H].
 
     Args:
         coefficient: of the logits in a policy that adds several models' logits.
@@ -38,10 +38,10 @@ def build_linear_head(model: nn.Module, hidden: Tensor, coefficient: float = 1.0
 
 
 def suppress_tokens(head: LinearHead, token_ids: Sequence[int]) -> LinearHead:
-    """Set the probability of some tokens to 0, as a sampler that never draws them does.
+    """Set the probability of these tokens to 0, as a sampler with ``suppress_tokens`` does.
 
     Args:
-        token_ids: of the forbidden tokens; may be empty.
+        token_ids: may be empty.
     """
     if not token_ids:
         return head

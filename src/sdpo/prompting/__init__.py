@@ -1,4 +1,6 @@
-"""What the teacher is shown: which ground truth, peer response or feedback a sample gets (``demonstration``), freed of
-its reasoning (``thinking``), written into the prompt (``reprompt``), and turned into token ids that fit (``encode``).
-Texts and ids only: nothing here imports torch or transformers.
+"""Build the teacher's prompts.
+
+``demonstrations`` selects a ground truth, a successful rollout or feedback, ``reasoning`` removes its reasoning,
+``templates`` inserts it into the prompt, and ``tokenization`` encodes and truncates the prompt. ``teacher_context``
+does all this for the rollouts of a step. The package handles texts and token ids, without torch or transformers.
 """

@@ -1,4 +1,4 @@
-"""Which ground truth, successful peer response or feedback the teacher of a sample is shown."""
+"""Select the ground truth, successful rollout or feedback for each sample's teacher."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from sdpo.prompting.reasoning import remove_thinking
 
 @dataclass(frozen=True)
 class ScoredRollout:
-    """One rollout and what is known about it.
+    """A rollout with its score and feedback.
 
     Attributes:
-        group: the same for all rollouts of one prompt.
+        group_id: equal for all rollouts of a prompt.
         response: the decoded response.
-        score: the grader's score; NaN where the grader failed.
-        feedback: what the grader says about this response, if anything.
-        ground_truth: the solution in the data row, if it has one.
+        score: NaN if the reward function failed.
+        feedback: the reward function's text about this response, if any.
+        ground_truth: the solution in the data row, if any.
     """
 
     group_id: int | str
@@ -32,46 +32,44 @@ class ScoredRollout:
 
     @property
     def is_scored(self) -> bool:
-        """Whether anything is known of the response; if not, nothing is to be learned from it."""
+        """Whether the reward function returned a score; if not, the sample is not trained on."""
         return not math.isnan(self.score)
 
 
 @dataclass(frozen=True)
 class PrivilegedContext:
-    """What the teacher of one sample is shown besides the prompt; a blank text counts as none."""
+    """What a sample's teacher is shown in addition to the prompt; a blank text counts as none."""
 
     solution: str | None = None
     feedback: str | None = None
-    is_from_peer: bool = False  # the solution is another rollout
+    is_from_peer: bool = False  # whether the solution is a rollout of the group
 
     @property
     def is_empty(self) -> bool:
-        """Whether the teacher knows no more than the student, so that the sample is not distilled."""
+        """Whether the teacher sees no more than the student, so that the sample is not distilled."""
         return is_blank(self.solution) and is_blank(self.feedback)
 
 
 def is_blank(text: str | None) -> bool:
-    """Whether there is nothing to show: no text, or white space only."""
+    """Whether a text is missing or only white space."""
     return text is None or not text.strip()
 
 
 def select_demonstrations(
     samples: Sequence[ScoredRollout], config: SelfDistillationConfig, rng: random.Random
 ) -> list[PrivilegedContext]:
-    """Choose what each sample's teacher is shown, in the order of the samples.
+    """Select the privileged context of each sample's teacher, in the order of the samples.
 
-    A peer is drawn uniformly from the successes (score >= ``success_reward_threshold``) of the sample's group that
-    have text left after the removal of reasoning; the sample itself is among them only if
-    ``dont_reprompt_on_self_success`` is false. A missing or blank ground truth is no solution. Reasoning is removed
-    from peers and ground truths alike, since both may hold worked solutions; feedback is shown as it is. A response
-    that was not scored is shown nothing and to nobody.
+    A peer is drawn uniformly from the group's successful rollouts (score >= ``success_reward_threshold``) whose text is
+    not blank after the removal of reasoning. The sample itself may be drawn only if ``dont_reprompt_on_self_success``
+    is false. Reasoning is removed from peers and ground truths, since both may contain worked solutions; feedback is
+    not changed. Responses without a score get no teacher context and are never used as demonstrations.
 
-    The same samples, config and state of ``rng`` give the same choice. Numbers are drawn from ``rng`` for samples with
-    a peer to choose only.
+    The selection is deterministic for the same samples, config and state of ``rng``. ``rng`` is used only for samples
+    with at least one peer.
 
-    After the official code (lasgroup/SDPO), which departs in this: it shows the first success of the group rather than
-    a random one, so that all rollouts of a prompt are pulled towards one response, and it lets a success be its own
-    demonstration unless told otherwise.
+    Source: the official code (lasgroup/SDPO), with two differences. It always shows the group's first success, so that
+    all rollouts of a prompt are pulled towards one response. And by default a success is its own demonstration there.
     """
     peers: dict[int | str, list[tuple[int, str]]] = defaultdict(list)
     if config.demonstration_source in ("successful_rollout", "successful_rollout_then_ground_truth"):
@@ -83,9 +81,9 @@ def select_demonstrations(
 
 
 def compute_success_rates(samples: Sequence[ScoredRollout], threshold: float) -> list[float]:
-    """The share of successes (score >= threshold) among the scored samples of each sample's group, in [0, 1].
+    """Compute the fraction of successes (score >= threshold) in each sample's group, in the order of the samples.
 
-    In the order of the samples; 0 where none was scored.
+    Samples without a score do not count; without any score the fraction is 0.
     """
     num_scored = Counter(sample.group_id for sample in samples if sample.is_scored)
     num_successes = Counter(sample.group_id for sample in samples if sample.score >= threshold)

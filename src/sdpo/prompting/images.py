@@ -1,4 +1,4 @@
-"""Images in chat messages: which there are, and opening them, whatever their mode and size."""
+"""Place images in chat messages, and decode image files of any mode and size."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 TAG = "<image>"
-# Beyond this no image processor makes patches of it.
+# Image processors reject narrower images.
 MAX_ASPECT_RATIO = 200
 
 
 def place_images(prompt: Sequence[Mapping[str, Any]], images: Sequence[bytes]) -> list[dict[str, Any]]:
-    """Chat messages with each ``<image>`` of their texts replaced by a content part ``{"type": "image", ...}``.
+    """Replace each ``<image>`` in chat messages by a content part ``{"type": "image", ...}``.
 
-    The texts of a row without images are left as they are, tags included, as verl leaves them. Content that is in parts
-    already gets its images in the order of the parts of type image.
+    In a row without images, texts stay unchanged, tags included, as in verl. If content is already in parts, its parts
+    of type image get the images in order.
 
     Raises:
-        DataError: there are not as many tags, or parts of type image, as images.
+        DataError: the number of tags, or of parts of type image, differs from the number of images.
     """
     if not images and all(isinstance(message["content"], str) for message in prompt):
         return [dict(message) for message in prompt]
@@ -33,7 +33,7 @@ def place_images(prompt: Sequence[Mapping[str, Any]], images: Sequence[bytes]) -
     messages = []
     for message in prompt:
         content = message["content"]
-        # A text without an image stays a text: some chat templates know nothing else in system messages.
+        # A text without an image stays a string: some chat templates support only strings in system messages.
         if not isinstance(content, str) or (images and TAG in content):
             parts = _split(content) if isinstance(content, str) else content
             content = []
@@ -44,7 +44,7 @@ def place_images(prompt: Sequence[Mapping[str, Any]], images: Sequence[bytes]) -
                 content.append(part)
         messages.append({**message, "content": content})
     if num_tags != len(images):
-        raise DataError(f"the prompt has {num_tags} {TAG} and the row has {len(images)} images")
+        raise DataError(f"the prompt has {num_tags} {TAG} and the row has {len(images)} images; use one tag per image")
     return messages
 
 
@@ -54,7 +54,7 @@ def _split(text: str) -> list[dict[str, Any]]:
 
 
 def collect_images(messages: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
-    """What the content parts of type image hold, in their order."""
+    """The images of all content parts of type image, in order."""
     return tuple(
         part["image"]
         for message in messages
@@ -65,19 +65,19 @@ def collect_images(messages: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
 
 
 def format_content(content: Any) -> str:
-    """A message's content for a person to read: images as the tag that stands for them."""
+    """Format a message's content as readable text, with a tag for each image."""
     if isinstance(content, str):
         return content
     return "".join(TAG if part["type"] == "image" else part.get("text", "") for part in content)
 
 
 def open_image(data: bytes, max_pixels: int) -> Image:
-    """Decode an image file to RGB, made smaller to at most ``max_pixels`` with its proportions kept.
+    """Decode an image file to RGB, downscaled to at most ``max_pixels`` with its aspect ratio.
 
-    Turned upright by its EXIF orientation; what is transparent becomes white, as on paper.
+    The EXIF orientation is applied; transparent pixels become white.
 
     Raises:
-        DataError: the data is no image, cut off, or of a size that no model reads.
+        DataError: the file is no image, is truncated, or is too narrow.
     """
     import warnings
 
@@ -85,25 +85,25 @@ def open_image(data: bytes, max_pixels: int) -> Image:
 
     try:
         with warnings.catch_warnings():
-            # From twice that number of pixels on PIL refuses by itself; the others are made smaller.
+            # PIL raises an error at twice the number of pixels of this warning; other images are downscaled.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             file = Image.open(BytesIO(data))
             width, height = file.size
             if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
                 raise DataError(f"an image of {width} x {height} pixels is too narrow; at most {MAX_ASPECT_RATIO} to 1")
-            file.draft(None, _fit(file.size, max_pixels))  # a JPEG need not be decoded to more
+            file.draft(None, _fit(file.size, max_pixels))  # decode a JPEG at a lower resolution
             image = ImageOps.exif_transpose(_to_rgb(file))
     except SDPOError:
         raise
     except UnidentifiedImageError:
         raise DataError("not an image file that can be read") from None
-    except Exception as error:  # decoders raise whatever a broken file makes them raise
+    except Exception as error:  # decoders raise any exception for a broken file
         raise DataError(f"not a readable image ({' '.join(str(error).split()) or type(error).__name__})") from error
     return image.resize(_fit(image.size, max_pixels), Image.Resampling.BICUBIC, reducing_gap=2.0)
 
 
 def _fit(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
-    """The size itself, or the largest one of the same proportions with at most ``max_pixels``."""
+    """The size, or the largest size of the same aspect ratio with at most ``max_pixels``."""
     width, height = size
     scale = min(1.0, (max_pixels / (width * height)) ** 0.5)
     return max(1, int(width * scale)), max(1, int(height * scale))
@@ -122,7 +122,7 @@ def _to_rgb(image: Image) -> Image:
 
 
 def _to_eight_bits(image: Image) -> Image:
-    """Grey values of more than 8 bits, spread from their lowest to their highest: ``convert`` would cut them off."""
+    """Scale grey values of more than 8 bits to the range 0 to 255, since ``convert`` would clip them."""
     import numpy as np
     from PIL import Image as images
 

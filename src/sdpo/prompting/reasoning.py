@@ -1,4 +1,4 @@
-"""Removal of reasoning from a text, so that a demonstration shows the answer and not the way to it."""
+"""Remove reasoning from a text, so that a demonstration contains the answer without the derivation."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ _TAG = re.compile(r"<(/?)(think|thinking|thought|reasoning)\s*>", re.IGNORECASE 
 
 
 def remove_thinking(text: str) -> str:
-    """The text without its reasoning, and without white space at its two ends.
+    """Remove the reasoning from a text, and white space at both ends.
 
-    Reasoning stands between ``<think>`` and ``</think>``; ``thinking``, ``thought`` and ``reasoning`` are tags too, in
-    any letter case. Blocks may be several, and nested; what stands between the kept parts is joined as it is. A text
-    without tags is only stripped at its ends. Where tags do not match, nothing that may be reasoning is kept:
+    Reasoning is the text between ``<think>`` and ``</think>``, or between tags ``thinking``, ``thought`` or
+    ``reasoning``, in any letter case. A text may have several blocks, and nested blocks; the remaining parts are joined
+    without a separator. If tags do not match, all text that may be reasoning is removed:
 
-    - a closing tag without its opening one (which then stood in the generation prompt): all before it is reasoning;
-    - an opening tag without its closing one (the response was cut off): all after it is reasoning. So a block that
-      mentions its own opening tag loses the answer behind it, too;
-    - an opening tag inside a block ends with the block.
+    - a closing tag without an opening tag (which was in the generation prompt): all text before it is reasoning;
+    - an opening tag without a closing tag (the response was truncated): all text after it is reasoning. So if a block
+      mentions its own opening tag, the answer after it is removed too;
+    - an unclosed opening tag inside a block ends with the block.
 
-    Time is linear in the length of the text. The official code (lasgroup/SDPO) removes well-formed ``<think>`` blocks
-    only, and leaves prefilled and unclosed reasoning in the demonstration.
+    Time is linear in the length of the text. The official code (lasgroup/SDPO) removes only well-formed ``<think>``
+    blocks, and leaves prefilled and unclosed reasoning in the demonstration.
     """
     kept: list[str] = []
     open_tags: list[str] = []

@@ -1,4 +1,4 @@
-"""The teacher prompts of a step: chosen, encoded, counted. What both engines do between grading and learning."""
+"""Build the teacher contexts of a step, and compute metrics of them; shared by both backends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sdpo.prompting.tokenization import TeacherPrompt, Tokenizer, encode_teacher
 
 @dataclass(frozen=True)
 class TeacherContext:
-    """What one rollout's teacher is shown, and the prompt that shows it."""
+    """The privileged context of a rollout's teacher, and the prompt that contains it."""
 
     demonstration: PrivilegedContext
     prompt: TeacherPrompt
@@ -29,34 +29,36 @@ class TeacherContext:
 def build_teacher_contexts(
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[Message]],
-    scored: Sequence[ScoredRollout],
+    rollouts: Sequence[ScoredRollout],
     max_lengths: Sequence[int | None],
     config: SelfDistillationConfig,
     rng: random.Random,
 ) -> list[TeacherContext]:
-    """A lesson for each scored rollout of a step, in their order; empty ones where nothing is distilled at all.
+    """Build the teacher context of each rollout of a step; all are empty if the config does not distill.
 
     Args:
-        prompts: each rollout's student prompt as messages.
-        max_lengths: most tokens each teacher prompt may have besides ``max_reprompt_len``: the model's window minus the
-            rollout's response.
-        rng: decides among peers.
+        prompts: the student's prompt of each rollout, as messages.
+        max_lengths: a second limit of each teacher prompt besides ``max_reprompt_len``: the model's window minus the
+            rollout's response; None for no limit.
+        rng: selects among peers.
     """
-    nothing = [PrivilegedContext()] * len(scored)
-    demonstrations = select_demonstrations(scored, config, rng) if config.distills else nothing
+    empty = [PrivilegedContext()] * len(rollouts)
+    demonstrations = select_demonstrations(rollouts, config, rng) if config.distills else empty
     return [
-        TeacherContext(shown, encode_teacher_prompt(tokenizer, prompt, shown, config, max_length=room))
-        for prompt, shown, room in zip(prompts, demonstrations, max_lengths, strict=True)
+        TeacherContext(
+            demonstration, encode_teacher_prompt(tokenizer, prompt, demonstration, config, max_length=max_length)
+        )
+        for prompt, demonstration, max_length in zip(prompts, demonstrations, max_lengths, strict=True)
     ]
 
 
 def compute_reprompt_metrics(
-    scored: Sequence[ScoredRollout], contexts: Sequence[TeacherContext], config: SelfDistillationConfig
+    rollouts: Sequence[ScoredRollout], contexts: Sequence[TeacherContext], config: SelfDistillationConfig
 ) -> dict[str, float]:
-    """Fractions of a step's rollouts: that succeeded, that are distilled, and by which kind of demonstration.
+    """Compute the fractions of a step's rollouts that succeeded and that are distilled, by kind of demonstration.
 
-    Names and quantities of the official implementation, except ``rollout_success_fraction`` and
-    ``solution_used_fraction``, which it does not have.
+    Names and quantities are those of the official implementation, which lacks ``rollout_success_fraction`` and
+    ``solution_used_fraction``.
     """
 
     def fraction(flags: Sequence[bool]) -> float:
@@ -65,26 +67,26 @@ def compute_reprompt_metrics(
     def interval(name: str, flags: Sequence[bool], clusters: Sequence[Hashable]) -> dict[str, float]:
         return name_interval(name, ClusteredMean.of(flags, clusters).wilson_interval())
 
-    known = [g for g in scored if g.is_scored]
-    succeeded = [g.score >= config.success_reward_threshold for g in known]
+    scored = [rollout for rollout in rollouts if rollout.is_scored]
+    succeeded = [rollout.score >= config.success_reward_threshold for rollout in scored]
     values: dict[str, float] = {}
-    if known:
-        groups = {g.group_id for g in known}
-        solved = len({g.group_id for g, ok in zip(known, succeeded, strict=True) if ok}) / len(groups)
+    if scored:
+        groups = {rollout.group_id for rollout in scored}
+        solved = len({rollout.group_id for rollout, ok in zip(scored, succeeded, strict=True) if ok}) / len(groups)
         values = {metrics.ROLLOUT_SUCCESS_FRACTION: fraction(succeeded), metrics.SUCCESS_GROUP_FRACTION: solved}
-        values |= interval(metrics.ROLLOUT_SUCCESS_FRACTION, succeeded, [g.group_id for g in known])
+        values |= interval(metrics.ROLLOUT_SUCCESS_FRACTION, succeeded, [rollout.group_id for rollout in scored])
         values |= name_interval(metrics.SUCCESS_GROUP_FRACTION, compute_wilson_interval(solved, len(groups)))
     if not config.distills:
         return values
     is_distilled = [x.is_distilled for x in contexts]
-    values |= interval(metrics.REPROMPT_FRACTION, is_distilled, [g.group_id for g in scored])
+    values |= interval(metrics.REPROMPT_FRACTION, is_distilled, [rollout.group_id for rollout in rollouts])
     return values | {
         metrics.REPROMPT_FRACTION: fraction(is_distilled),
         metrics.SUCCESS_SAMPLE_FRACTION: fraction([x.is_distilled and x.demonstration.is_from_peer for x in contexts]),
         metrics.SOLUTION_FRACTION: fraction(
             [x.is_distilled and x.demonstration.solution is not None for x in contexts]
         ),
-        metrics.FEEDBACK_AVAILABLE_FRACTION: fraction([not is_blank(g.feedback) for g in scored]),
+        metrics.FEEDBACK_AVAILABLE_FRACTION: fraction([not is_blank(rollout.feedback) for rollout in rollouts]),
         metrics.FEEDBACK_FRACTION: fraction(
             [x.is_distilled and x.demonstration.feedback is not None for x in contexts]
         ),

@@ -1,4 +1,4 @@
-"""The teacher's prompt as messages: the student's prompt with the demonstration and the feedback written into it."""
+"""Build the teacher's messages: the student's prompt with the demonstration and the feedback inserted."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ Message: TypeAlias = dict[str, Any]
 def build_teacher_messages(
     prompt: Sequence[Message], demonstration: PrivilegedContext, config: SelfDistillationConfig
 ) -> list[Message]:
-    """The messages of the teacher's prompt.
+    """Build the messages of the teacher's prompt.
 
-    The last user message is rewritten by ``reprompt_template``, where ``{prompt}`` stands for its whole original
-    content; all other messages stay as they are. Content in parts stays in parts: the template's text before
-    ``{prompt}``, the original parts in their order, images included, and the text after. A missing or blank solution
-    or feedback takes its section with it; an empty demonstration leaves the messages unchanged.
+    The last user message is replaced by ``reprompt_template``, in which ``{prompt}`` is the message's original content;
+    all other messages stay the same. Content in parts stays in parts: the template's text before ``{prompt}``, the
+    original parts in order, images included, and the text after. A section is left out if its solution or feedback is
+    missing or blank. An empty demonstration leaves the messages unchanged.
 
-    Placeholders are replaced in a single pass over the template, so that braces in a prompt, a solution or a feedback
-    mean nothing, and so do a template's braces around anything but its placeholders (``{{`` is two braces).
+    Placeholders are replaced in a single pass over the template, so braces in a prompt, a solution or feedback have no
+    meaning. Other braces of a template have none either (``{{`` is two braces).
 
-    The messages passed in are not modified. The same messages as in the official code (lasgroup/SDPO), which keeps the
-    system messages only, formats with ``str.format`` and rejects content in parts.
+    The arguments are not modified. The messages equal those of the official code (lasgroup/SDPO), except that it keeps
+    no other messages than system messages, formats with ``str.format`` and rejects content in parts.
 
     Raises:
         DataError: there is no user message, or its content is neither a string nor a list, or the template repeats
-            ``{prompt}`` although the content is in parts, whose images must not be repeated.
+            ``{prompt}`` for content in parts, whose images must not be repeated.
     """
     messages = list(prompt)
     if demonstration.is_empty:
@@ -41,7 +41,7 @@ def build_teacher_messages(
     last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
     if last_user is None:
         raise DataError(
-            "prompt: has no user message for the teacher's demonstration to stand in; add one with role 'user'"
+            "prompt: has no user message that could contain the teacher's demonstration; add one with role 'user'"
         )
     content = _rewrite(messages[last_user]["content"], demonstration, config)
     messages[last_user] = {**messages[last_user], "content": content}
@@ -71,6 +71,6 @@ def _section(template: str, placeholder: str, text: str | None) -> str:
 
 
 def _substitute(template: str, values: Mapping[str, str]) -> str:
-    # One pass: a value that contains a placeholder of another must reach the teacher as it is.
+    # One pass: a value that contains another placeholder is inserted unchanged.
     names = "|".join(map(re.escape, values))
     return re.sub(rf"\{{({names})\}}", lambda match: values[match.group(1)], template)

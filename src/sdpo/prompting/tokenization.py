@@ -1,4 +1,4 @@
-"""Token ids of the student's and the teacher's prompt; the teacher's is trimmed to fit."""
+"""Encode the student's and the teacher's prompts; the teacher's is truncated to a maximum length."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from sdpo.prompting.templates import Message, build_teacher_messages
 
 
 class Tokenizer(Protocol):
-    """What is needed of a tokenizer of transformers.
+    """The interface of a transformers tokenizer that this module uses.
 
-    Anything that has these will do. For messages with images, one whose ``apply_chat_template`` writes as many tokens
-    for an image as the model makes features of it: ``MultimodalProcessor`` in ``models/multimodal/processor.py``.
+    For messages with images, ``apply_chat_template`` must return one token per image feature of the model, as
+    ``MultimodalProcessor`` in ``models/multimodal/processor.py`` does.
     """
 
     chat_template: Any
@@ -30,13 +30,13 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class TeacherPrompt:
-    """One sample's teacher prompt.
+    """A sample's teacher prompt.
 
     Attributes:
-        token_ids: the prompt with the generation header, or None if the sample is not distilled: there is nothing to
-            show, or it does not fit.
-        messages: the messages that the ids encode; the student's where there are no ids.
-        truncated: whether the texts shown had to be cut; to nothing, if there are no ids.
+        token_ids: the prompt with the generation header; None if the sample is not distilled, because its demonstration
+            is empty or does not fit.
+        messages: the encoded messages; the student's if ``token_ids`` is None.
+        truncated: whether the demonstration or the feedback was truncated, or left out for lack of room.
     """
 
     token_ids: list[int] | None
@@ -45,12 +45,12 @@ class TeacherPrompt:
 
     @property
     def overlong(self) -> bool:
-        """Whether there was something to show, but no room for any of it."""
+        """Whether a demonstration exists, but no part of it fits."""
         return self.token_ids is None and self.truncated
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Token ids of the messages by the tokenizer's chat template, with the header that starts the model's answer.
+    """Encode messages with the tokenizer's chat template, with the header that starts the model's answer.
 
     Raises:
         DataError: the tokenizer has no chat template.
@@ -58,7 +58,7 @@ def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
     if not tokenizer.chat_template:
         raise DataError(
             "model.path: its tokenizer has no chat template; use an instruction-tuned model, or put a "
-            "chat_template.jinja beside the tokenizer's files"
+            "chat_template.jinja into its folder"
         )
     return _token_ids(
         tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=False)
@@ -73,23 +73,25 @@ def encode_teacher_prompt(
     *,
     max_length: int | None = None,
 ) -> TeacherPrompt:
-    """Token ids of the teacher's prompt, in at most ``max_reprompt_len`` tokens and at most ``max_length``.
+    """Encode the teacher's prompt in at most ``max_reprompt_len`` and at most ``max_length`` tokens.
 
-    ``max_length`` is the model's window minus the response. The caller appends the ids of the student's response
-    unchanged: decoded and tokenised again, they could come out as other tokens than the student sampled.
+    The caller appends the token ids of the student's response unchanged, since decoding and encoding the response again
+    could give other tokens than the student sampled.
 
-    A prompt that is too long loses the ends of the demonstration and of the feedback, and nothing else: question,
-    instruction, other messages and generation header stay whole. The two texts share the room equally; what a short
-    one does not need goes to the other. If even their first tokens do not fit together, the feedback is left out. If
-    the solution's (or the only text's) first token does not fit either, the sample has no teacher prompt. A cut text
-    is always a verbatim beginning of the original; every result is measured whole, after the cut. It may stay a few
-    tokens below the limit, and takes a few encodings.
+    If a prompt is too long, only the demonstration and the feedback are truncated, at their ends; question,
+    instruction, other messages and generation header stay complete. Both texts get equal room, and a short text's
+    unused room goes to the other text. If not even the first token of both fits, the feedback is left out. If the first
+    token of the solution, or of the only text, does not fit either, the sample has no teacher prompt. A truncated text
+    is a verbatim prefix of the original. The result may be a few tokens shorter than the limit.
 
-    The official code (lasgroup/SDPO) truncates the encoded prompt as a whole instead, which loses the instruction and
-    the generation header.
+    The official code (lasgroup/SDPO) truncates the encoded prompt instead, which loses the instruction and the
+    generation header.
+
+    Args:
+        max_length: the model's window minus the response; None for no limit.
 
     Raises:
-        DataError: as ``build_teacher_messages`` and ``encode_prompt`` do.
+        DataError: from ``build_teacher_messages`` or ``encode_prompt``.
     """
     if demonstration.is_empty:
         return TeacherPrompt(None, list(prompt_messages), truncated=False)
@@ -116,43 +118,43 @@ def _fit(
     solution_ids = _encode_text(tokenizer, demonstration.solution)
     feedback_ids = _encode_text(tokenizer, demonstration.feedback)
 
-    def cut(num_kept: int) -> tuple[PrivilegedContext, list[Message]]:
-        num_solution, num_feedback = _share(num_kept, len(solution_ids), len(feedback_ids))
+    def truncate(num_kept: int) -> tuple[PrivilegedContext, list[Message]]:
+        num_solution, num_feedback = _split_room(num_kept, len(solution_ids), len(feedback_ids))
         shown = PrivilegedContext(
             _head(tokenizer, demonstration.solution, solution_ids, num_solution),
             _head(tokenizer, demonstration.feedback, feedback_ids, num_feedback),
         )
         return shown, build_teacher_messages(prompt_messages, shown, config)
 
-    least = bool(solution_ids) + bool(feedback_ids)
-    shown, messages = cut(least)
+    minimum = bool(solution_ids) + bool(feedback_ids)
+    shown, messages = truncate(minimum)
     shortest = len(encode_prompt(tokenizer, messages))
     if shortest > limit:
         return None
     num_kept, margin = len(solution_ids) + len(feedback_ids), 0
     while len(token_ids) > limit:
-        # Interpolated, because a template may show a text twice, and a text's tokens alone and in its place differ by
-        # a few. The margin's doubling bounds the number of encodings by a logarithm, whatever the tokenizer.
-        room = (num_kept - least) * (limit - shortest) // (len(token_ids) - shortest)
-        num_kept = least + max(0, room - margin)
+        # Interpolate: a template may contain a text twice, and a text has slightly other tokens inside the prompt.
+        # Doubling the margin bounds the number of encodings by a logarithm for every tokenizer.
+        room = (num_kept - minimum) * (limit - shortest) // (len(token_ids) - shortest)
+        num_kept = minimum + max(0, room - margin)
         margin = 2 * margin or 1
-        shown, messages = cut(num_kept)
+        shown, messages = truncate(num_kept)
         token_ids = encode_prompt(tokenizer, messages)
     return None if shown.is_empty else TeacherPrompt(token_ids, messages, truncated=True)
 
 
-def _share(num_kept: int, num_first: int, num_second: int) -> tuple[int, int]:
-    """Equal shares of ``num_kept`` tokens; what a short text does not need goes to the other."""
+def _split_room(num_kept: int, num_first: int, num_second: int) -> tuple[int, int]:
+    """Split ``num_kept`` tokens equally; the unused part of a short text goes to the other text."""
     kept_first = min(num_first, max(num_kept - num_second, (num_kept + 1) // 2))
     return kept_first, num_kept - kept_first
 
 
 def _head(tokenizer: Tokenizer, text: str | None, token_ids: Sequence[int], num_tokens: int) -> str | None:
-    """About the first ``num_tokens`` tokens of a text, as a verbatim beginning of it."""
+    """The verbatim prefix of a text of about ``num_tokens`` tokens."""
     if text is None or num_tokens >= len(token_ids):
         return text
     decoded = tokenizer.decode(token_ids[:num_tokens], clean_up_tokenization_spaces=False)
-    # Half a character decodes to U+FFFD. Only the length is taken, since decoding may not give back the same text.
+    # Half a character decodes to U+FFFD. Only the length is used, since decoding may not return the same text.
     return text[: len(decoded.rstrip("\ufffd"))]
 
 
@@ -161,6 +163,6 @@ def _encode_text(tokenizer: Tokenizer, text: str | None) -> list[int]:
 
 
 def _token_ids(encoding: Any) -> list[int]:
-    # Tokenizers return ids or a mapping by version, and processors a batch of one.
+    # Depending on the version, tokenizers return ids or a mapping; processors return a batch of one.
     token_ids = encoding["input_ids"] if isinstance(encoding, Mapping) else encoding
     return list(token_ids[0] if token_ids and isinstance(token_ids[0], Sequence) else token_ids)

@@ -39,7 +39,7 @@ def log_probs_of(logits: Tensor, token_ids: list[int], temperature: float) -> Te
     return (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(token_ids)[:, None])[:, 0]
 
 
-def test_a_model_of_another_data_type_samples_as_a_copy_in_that(make_model: Any) -> None:
+def test_a_model_of_another_data_type_samples_as_a_cast_that(make_model: Any) -> None:
     model = make_model().train()
     half = replace(DECODING, dtype=torch.bfloat16)
     before = {name: param.clone() for name, param in model.named_parameters()}
@@ -51,10 +51,10 @@ def test_a_model_of_another_data_type_samples_as_a_copy_in_that(make_model: Any)
     assert sample_responses([(model, 1.0)], PROMPTS, DECODING, seed=1) != expected
     assert model.training and all(param.requires_grad for param in model.parameters())
     assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
-    copied = decoding_module._copy_in(model, torch.bfloat16)
+    copied = decoding_module._cast(model, torch.bfloat16)
     assert copied.lm_head.weight.dtype == torch.bfloat16
     assert (copied.lm_head.weight is copied.model.embed_tokens.weight) == model.config.tie_word_embeddings
-    assert decoding_module._copy_in(copied, torch.bfloat16) is copied
+    assert decoding_module._cast(copied, torch.bfloat16) is copied
 
 
 @pytest.mark.parametrize("batch_size", [1, 12, 1000])
@@ -226,7 +226,7 @@ def test_a_response_is_the_same_whenever_others_leave_the_batch(
     model: Any, monkeypatch: pytest.MonkeyPatch, keep_full: float, check_every: int
 ) -> None:
     expected = sample_responses([(model, 1.0)], PROMPTS, DECODING, seed=1)
-    monkeypatch.setattr(decoding_module, "KEEP_FULL", keep_full)
+    monkeypatch.setattr(decoding_module, "COMPACT_BELOW", keep_full)
     monkeypatch.setattr(decoding_module, "CHECK_EVERY", {"cpu": check_every})
     found = sample_responses([(model, 1.0)], PROMPTS, DECODING, seed=1)
     for (_, one), (_, other) in zip(pairs(found), pairs(expected), strict=True):

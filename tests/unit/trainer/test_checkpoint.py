@@ -38,7 +38,7 @@ def test_the_manifest_has_every_file(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step_3"]
     manifest = read_manifest(folder)
     assert (manifest.step, manifest.score) == (3, 0.5)
-    # by sha256sum
+    # computed by sha256sum
     assert manifest.files == {
         "weights": (10, "84d89877f0d4041efb6bf91a16f0248f2fd573e6af05c19f96bedb9f882f7882"),
         "teacher/weights": (3, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"),

@@ -35,7 +35,7 @@ def logits_of(model: nn.Module) -> Tensor:
     return model.eval()(input_ids=IDS).logits.float()
 
 
-def run_and_keep(run: SDPOConfig, monkeypatch: pytest.MonkeyPatch) -> Actor:
+def run_and_keep(config: SDPOConfig, monkeypatch: pytest.MonkeyPatch) -> Actor:
     """Train and return the actor at the end."""
     kept: list[Actor] = []
     save = trainer.save_models
@@ -45,7 +45,7 @@ def run_and_keep(run: SDPOConfig, monkeypatch: pytest.MonkeyPatch) -> Actor:
         save(folder, actor, processing)
 
     monkeypatch.setattr(trainer, "save_models", keep)
-    SDPOTrainer(run).train()
+    SDPOTrainer(config).train()
     return kept[-1]
 
 
@@ -69,10 +69,10 @@ def test_the_export_computes_the_same(
     settings: dict[str, Any],
     tolerance: float,
 ) -> None:
-    run = make_task_run(**SETTINGS, **settings, self_distillation__teacher_regularization=kind)
-    actor = run_and_keep(run, monkeypatch)
+    config = make_task_run(**SETTINGS, **settings, self_distillation__teacher_regularization=kind)
+    actor = run_and_keep(config, monkeypatch)
     assert actor.teacher is not None and actor.teacher.module is not None
-    checkpoint = Path(run.output_dir) / CHECKPOINT
+    checkpoint = Path(config.output_dir) / CHECKPOINT
     models = {}
     for name, teacher, module in (("s", False, actor.student), ("t", True, actor.teacher.module)):
         export_model(checkpoint, tmp_path / name, teacher=teacher)
@@ -99,17 +99,17 @@ def test_a_teacher_that_is_no_model_is_refused(
     make_task_run: MakeRun, tmp_path: Path, settings: dict[str, Any], said: str
 ) -> None:
     changes = {f"self_distillation__{name}": value for name, value in settings.items()}
-    run = make_task_run(**{**SETTINGS, "max_steps": 1}, **changes)
-    SDPOTrainer(run).train()
+    config = make_task_run(**{**SETTINGS, "max_steps": 1}, **changes)
+    SDPOTrainer(config).train()
     with pytest.raises(SDPOError, match=said):
-        export_model(Path(run.output_dir) / "checkpoints/step_1", tmp_path / "out", teacher=True)
+        export_model(Path(config.output_dir) / "checkpoints/step_1", tmp_path / "out", teacher=True)
     assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_exported_leaves_nothing(make_task_run: MakeRun, tmp_path: Path) -> None:
-    run = make_task_run(**{**SETTINGS, "max_steps": 1}, **LORA)
-    SDPOTrainer(run).train()
-    checkpoint, out = Path(run.output_dir) / "checkpoints/step_1", tmp_path / "out"
+    config = make_task_run(**{**SETTINGS, "max_steps": 1}, **LORA)
+    SDPOTrainer(config).train()
+    checkpoint, out = Path(config.output_dir) / "checkpoints/step_1", tmp_path / "out"
     with pytest.raises(SDPOError, match=r"is no checkpoint of a run"):
         export_model(tmp_path, out)
     with pytest.raises(SDPOError, match=r"is damaged \(manifest\.json"):

@@ -55,7 +55,7 @@ def test_the_seed_and_the_epoch_decide_the_order() -> None:
 def test_no_row_leads_every_epoch() -> None:
     order = RandomSampler(5, 5, shuffle=True, seed=0)
     leaders = Counter(order.batch(step)[0] for step in range(1, 1001))
-    # Uniform would be 200 each; 60 is 4.7 standard deviations.
+    # The expected count is 200; 60 is 4.7 standard deviations.
     assert all(abs(leaders[row] - 200) < 60 for row in range(5))
 
 
@@ -75,12 +75,12 @@ def write(tmp_path: Path) -> Callable[[list[str]], str]:
     return write
 
 
-def load(run: SDPOConfig, file: str, window: int | None = None) -> list[Any]:
-    length = run.rollout.max_response_length
+def load(config: SDPOConfig, file: str, window: int | None = None) -> list[Any]:
+    length = config.rollout.max_response_length
     return load_prompts(
         [file],
         "data.train_files",
-        run.data,
+        config.data,
         build_tokenizer(),
         NullCallback(),
         window=window,
@@ -129,11 +129,11 @@ def test_a_prompt_that_is_too_long_is_refused_or_skipped(
 
 
 def test_no_prompt_is_left(make_run: MakeRun, write: Any) -> None:
-    run = make_run(data__max_prompt_length=3, data__filter_overlong_prompts=True)
+    config = make_run(data__max_prompt_length=3, data__filter_overlong_prompts=True)
     with pytest.raises(
         SDPOError, match=rf"no row is left: .*rows\.parquet: row 0 has {OVERHEAD + 1} prompt tokens, more than 3"
     ):
-        load(run, write(["1"]))
+        load(config, write(["1"]))
 
 
 def test_a_window_without_room_for_a_prompt(make_run: MakeRun, write: Any) -> None:

@@ -1,4 +1,4 @@
-"""A run that is cut short and goes on ends as the run that was never cut short, to the bit."""
+"""A run that is stopped and resumed ends bit-for-bit like the uninterrupted run."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ class Listening(NullCallback):
 
 
 class Killed(BaseException):
-    """What nothing in the program catches, as nothing catches SIGKILL."""
+    """An exception that the program does not catch; it replaces SIGKILL."""
 
 
 def kill_in_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """After the step's first optimizer step, so that the weights in memory are of no step."""
+    """Raise after the first optimizer step of a training step, while the weights belong to no complete step."""
     update = Actor._update
 
     def killed(actor: Actor) -> Any:
@@ -66,15 +66,15 @@ def kill_in_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(Actor, "_update", killed)
 
 
-def rows_of(run: SDPOConfig) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in (Path(run.output_dir) / "metrics.jsonl").read_text().splitlines()]
+def rows_of(config: SDPOConfig) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith("timing_s/") and k != metrics.THROUGHPUT} for row in rows]
 
 
 def assert_same_end(resumed: SDPOConfig, whole: SDPOConfig) -> None:
-    """Student, teacher, optimizer's moments, rollouts in flight and metrics."""
+    """Compare student, teacher, optimizer state, rollouts in flight and metrics."""
     assert rows_of(resumed) == rows_of(whole)
-    folders = [Path(run.output_dir) / "checkpoints" / f"step_{whole.max_steps}" for run in (resumed, whole)]
+    folders = [Path(config.output_dir) / "checkpoints" / f"step_{whole.max_steps}" for config in (resumed, whole)]
     for name in ("model.safetensors", "teacher/model.safetensors"):
         one, two = (load_file(folder / name) for folder in folders)
         assert one.keys() == two.keys()
@@ -93,7 +93,7 @@ def assert_equal(one: Any, two: Any) -> None:
         assert len(one) == len(two)
         for pair in zip(one, two, strict=True):
             assert_equal(*pair)
-    elif hasattr(one, "codes"):  # a moment of 8 bits
+    elif hasattr(one, "codes"):  # an optimizer state in 8 bits
         assert torch.equal(one.codes, two.codes) and torch.equal(one.scale, two.scale)
     elif isinstance(one, torch.Tensor):
         assert torch.equal(one, two)
@@ -133,22 +133,22 @@ def test_a_killed_run_goes_on_to_the_same_end(
     settings = {**SETTINGS, "max_staleness": max_staleness, "save_steps": 1, **PRECISIONS[precision]}
     whole = make_task_run(**settings, output_dir=str(tmp_path / "whole"))
     SDPOTrainer(whole).train()
-    run = make_task_run(**settings, output_dir=str(tmp_path / "killed"))
+    config = make_task_run(**settings, output_dir=str(tmp_path / "killed"))
     with monkeypatch.context() as patch:
         kill_in_step(patch, killed_in)
         with pytest.raises(Killed):
-            SDPOTrainer(run).train()
-    SDPOTrainer(replace(run, resume_mode="required")).train()
+            SDPOTrainer(config).train()
+    SDPOTrainer(replace(config, resume_mode="required")).train()
     assert caplog.messages[-1].startswith(f"resuming after step {killed_in - 1} from ")
-    assert_same_end(run, whole)
+    assert_same_end(config, whole)
 
 
 def test_another_process_knows_the_moments_of_8_bits(make_task_run: MakeRun) -> None:
-    """``torch.load`` takes them only where torchao is imported, which transformers does."""
+    """``torch.load`` needs torchao's types; importing transformers imports them."""
     pytest.importorskip("torchao")
-    run = make_task_run(**SETTINGS, optim__name="adamw_8bit", max_staleness=0)
-    SDPOTrainer(run).train()
-    folder = Path(run.output_dir) / "checkpoints" / f"step_{run.max_steps}"
+    config = make_task_run(**SETTINGS, optim__name="adamw_8bit", max_staleness=0)
+    SDPOTrainer(config).train()
+    folder = Path(config.output_dir) / "checkpoints" / f"step_{config.max_steps}"
     code = (
         "import sys; from pathlib import Path; from sdpo.trainer.checkpoint.state import TrainingState;"
         "state = TrainingState.load(Path(sys.argv[1]));"
@@ -165,7 +165,7 @@ def test_another_process_knows_the_moments_of_8_bits(make_task_run: MakeRun) -> 
 def send_in_step(
     monkeypatch: pytest.MonkeyPatch, step: int, where: str, number: signal.Signals, times: int = 1
 ) -> None:
-    """A signal in the learning of a step: before the first of its two updates, after it, or when both are done."""
+    """Send a signal in a training step: before, after the first, or after the second of its two updates."""
     update, accumulate, learn = Actor._update, Actor._accumulate_gradients, Actor.update_policy
     sent: list[int] = []
 
@@ -211,51 +211,51 @@ def test_a_stopped_run_saves_its_last_whole_step_and_goes_on_to_the_same_end(
 ) -> None:
     settings = {**SETTINGS, "max_staleness": max_staleness, "save_steps": 0, "eval_steps": 3}
     SDPOTrainer(whole := make_task_run(**settings, output_dir=str(tmp_path / "whole"))).train()
-    run = make_task_run(**settings, output_dir=str(tmp_path / "stopped"))
+    config = make_task_run(**settings, output_dir=str(tmp_path / "stopped"))
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
         send_in_step(patch, 3, where, number)
-        assert SDPOTrainer(run).train().interrupt_signal == number.name
+        assert SDPOTrainer(config).train().interrupt_signal == number.name
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert [p.name for p in (Path(run.output_dir) / "checkpoints").iterdir()] == [f"step_{saved}"]
-    assert SDPOTrainer(replace(run, resume_mode="auto")).train().interrupt_signal is None
-    assert_same_end(run, whole)
+    assert [p.name for p in (Path(config.output_dir) / "checkpoints").iterdir()] == [f"step_{saved}"]
+    assert SDPOTrainer(replace(config, resume_mode="auto")).train().interrupt_signal is None
+    assert_same_end(config, whole)
 
 
 def test_a_second_signal_between_two_updates_stops_at_once_and_saves_nothing_that_is_no_step(
     make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     SDPOTrainer(whole := make_task_run(**SETTINGS, output_dir=str(tmp_path / "whole"))).train()
-    run, listening = make_task_run(**SETTINGS), Listening()
+    config, listening = make_task_run(**SETTINGS), Listening()
     with monkeypatch.context() as patch:
         send_in_step(patch, 4, "between", signal.SIGINT, times=2)
-        assert SDPOTrainer(run, listening).train().interrupt_signal == "SIGINT"
+        assert SDPOTrainer(config, listening).train().interrupt_signal == "SIGINT"
     assert listening.messages == ["stopped within an update; the latest checkpoint is that of step 2"]
-    SDPOTrainer(replace(run, resume_mode="auto")).train()
-    assert_same_end(run, whole)
+    SDPOTrainer(replace(config, resume_mode="auto")).train()
+    assert_same_end(config, whole)
 
 
 @pytest.mark.slow
 def test_rollouts_that_take_longer_than_may_be_waited_for_are_left_out_and_that_is_said(
     make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, listening = make_task_run(**SETTINGS, max_staleness=1, shutdown_timeout=0.0), Listening()
+    config, listening = make_task_run(**SETTINGS, max_staleness=1, shutdown_timeout=0.0), Listening()
     collect = ProcessSampler.collect
     monkeypatch.setattr(
         ProcessSampler, "collect", lambda self, timeout=None: None if timeout == 0 else collect(self, timeout)
     )
     with monkeypatch.context() as patch:
         send_in_step(patch, 3, "after", signal.SIGTERM)
-        SDPOTrainer(run, listening).train()
+        SDPOTrainer(config, listening).train()
     assert listening.messages == [
         "rollouts in flight are left out: resumed, the run will not be that which goes on now to the bit"
     ]
-    SDPOTrainer(replace(run, resume_mode="required")).train()
-    assert [row[metrics.STALENESS] for row in rows_of(run) if metrics.STALENESS in row] == [0, 1, 1, 0, 1]
+    SDPOTrainer(replace(config, resume_mode="required")).train()
+    assert [row[metrics.STALENESS] for row in rows_of(config) if metrics.STALENESS in row] == [0, 1, 1, 0, 1]
 
 
 def test_an_error_saves_the_last_whole_step_too(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = make_task_run(**{**SETTINGS, "save_steps": 0})
+    config = make_task_run(**{**SETTINGS, "save_steps": 0})
 
     def fail(actor: Actor, *arguments: Any) -> Any:
         if actor.version == 2:
@@ -266,22 +266,22 @@ def test_an_error_saves_the_last_whole_step_too(make_task_run: MakeRun, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(Actor, "_accumulate_gradients", fail)
         with pytest.raises(ZeroDivisionError):
-            SDPOTrainer(run).train()
-    assert [p.name for p in (Path(run.output_dir) / "checkpoints").iterdir()] == ["step_2"]
+            SDPOTrainer(config).train()
+    assert [p.name for p in (Path(config.output_dir) / "checkpoints").iterdir()] == ["step_2"]
 
 
-# --- what is resumed
+# --- checkpoints and settings
 
 
 @pytest.fixture
 def stopped(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> SDPOConfig:
-    """A run of five steps with a checkpoint after the second and the fourth."""
-    run = make_task_run(**SETTINGS)
+    """A run killed in step 5, with checkpoints after steps 2 and 4."""
+    config = make_task_run(**SETTINGS)
     with monkeypatch.context() as patch:
         kill_in_step(patch, 5)
         with pytest.raises(Killed):
-            SDPOTrainer(run).train()
-    return run
+            SDPOTrainer(config).train()
+    return config
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
@@ -312,18 +312,18 @@ def test_without_a_complete_checkpoint_auto_begins_and_required_refuses(
     assert not Path(fresh.output_dir).exists()
 
 
-def change(run: SDPOConfig, key: str, value: Any) -> SDPOConfig:
+def change(config: SDPOConfig, key: str, value: Any) -> SDPOConfig:
     section, _, name = key.rpartition(".")
     if not section:
-        return replace(run, **{name: value})
-    return replace(run, **{section: replace(getattr(run, section), **{name: value})})
+        return replace(config, **{name: value})
+    return replace(config, **{section: replace(getattr(config, section), **{name: value})})
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         ("seed", 1),
-        ("max_steps", 6),  # by which this run's learning rate is scheduled
+        ("max_steps", 6),  # this run's learning rate schedule depends on it
         ("max_staleness", 1),
         ("data.train_batch_size", 8),
         ("rollout.n", 3),
@@ -336,18 +336,18 @@ def test_a_setting_that_would_make_it_another_run_is_refused(stopped: SDPOConfig
 
 
 def test_other_settings_are_said_and_take_effect(stopped: SDPOConfig, caplog: pytest.LogCaptureFixture) -> None:
-    run = change(
+    config = change(
         change(replace(stopped, resume_mode="required"), "optim.lr", 1e-4), "tracking.log_completions_steps", 1
     )
     caplog.clear()
-    result = SDPOTrainer(run).train()
+    result = SDPOTrainer(config).train()
     assert caplog.messages[:2] == [
         "optim.lr=0.0001 from now on; was 0.003",
         "tracking.log_completions_steps=1 from now on; was 10",
     ]
-    # one of ten cosine steps' updates is left
+    # the last of ten optimizer steps of a cosine schedule
     assert result.metrics[metrics.LR] == pytest.approx(1e-4 * (1 + math.cos(math.pi * 0.9)) / 2)
-    assert (Path(run.output_dir) / "rollouts" / "step_5.txt").exists()
+    assert (Path(config.output_dir) / "rollouts" / "step_5.txt").exists()
 
 
 def test_other_rows_are_refused(stopped: SDPOConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,51 +358,51 @@ def test_other_rows_are_refused(stopped: SDPOConfig, monkeypatch: pytest.MonkeyP
 
 def test_a_finished_run_is_finished_again_and_may_be_prolonged(make_task_run: MakeRun, tmp_path: Path) -> None:
     SDPOTrainer(whole := make_task_run(max_steps=4, save_steps=2, output_dir=str(tmp_path / "whole"))).train()
-    SDPOTrainer(run := make_task_run(max_steps=2, save_steps=2, output_dir=str(tmp_path / "short"))).train()
-    rows = rows_of(run)
+    SDPOTrainer(config := make_task_run(max_steps=2, save_steps=2, output_dir=str(tmp_path / "short"))).train()
+    rows = rows_of(config)
     with pytest.raises(
         SDPOError, match=r"^max_steps=1: the run in output_dir=.* has trained 2 steps already; raise it$"
     ):
-        SDPOTrainer(replace(run, resume_mode="auto", max_steps=1)).train()
-    # killed between its last checkpoint and its last row, it has that row to write
-    metrics_file = Path(run.output_dir) / "metrics.jsonl"
+        SDPOTrainer(replace(config, resume_mode="auto", max_steps=1)).train()
+    # a run killed after its last checkpoint writes the missing last row
+    metrics_file = Path(config.output_dir) / "metrics.jsonl"
     metrics_file.write_text("".join(metrics_file.read_text().splitlines(keepends=True)[:-1]))
-    result = SDPOTrainer(replace(run, resume_mode="auto")).train()
-    assert rows_of(run) == rows and result.metrics[metrics.STEP] == 2
-    longer = replace(run, max_steps=4, resume_mode="auto")
+    result = SDPOTrainer(replace(config, resume_mode="auto")).train()
+    assert rows_of(config) == rows and result.metrics[metrics.STEP] == 2
+    longer = replace(config, max_steps=4, resume_mode="auto")
     SDPOTrainer(longer).train()
-    # the evaluation after the last step is part of the shorter run alone
+    # only the shorter run is evaluated after step 2
     rows = [{k: v for k, v in row.items() if not k.startswith("val-")} for row in rows_of(longer)]
     assert rows == [{k: v for k, v in row.items() if not k.startswith("val-")} for row in rows_of(whole)]
 
 
 def test_two_runs_in_one_folder_are_one_too_many(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = make_task_run(**SETTINGS)
+    config = make_task_run(**SETTINGS)
     refused: list[str] = []
     learn = Actor.update_policy
 
     def start_another(actor: Actor, *arguments: Any, **how: Any) -> Any:
         for resume_mode in ("disable", "auto", "required"):
             with pytest.raises(SDPOError) as caught:
-                SDPOTrainer(replace(run, resume_mode=resume_mode)).train()
+                SDPOTrainer(replace(config, resume_mode=resume_mode)).train()
             refused.append(str(caught.value))
         monkeypatch.undo()
         return learn(actor, *arguments, **how)
 
     monkeypatch.setattr(Actor, "update_policy", start_another)
-    SDPOTrainer(run).train()
+    SDPOTrainer(config).train()
     assert len(refused) == 3
     assert all(
-        text.startswith(f"output_dir={run.output_dir}: another run is writing to it (process {os.getpid()} on ")
+        text.startswith(f"output_dir={config.output_dir}: another run is writing to it (process {os.getpid()} on ")
         for text in refused
     )
-    assert [row[metrics.STEP] for row in rows_of(run)] == [0, 1, 2, 3, 4, 5]
+    assert [row[metrics.STEP] for row in rows_of(config)] == [0, 1, 2, 3, 4, 5]
 
 
-def test_alarms_and_what_they_did_are_resumed(
+def test_health_events_and_their_actions_are_resumed(
     make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A live teacher that an alarm freezes at step 2: the run is killed before the alarm, and after it."""
+    """A health check freezes a live teacher; the run is killed before and after that."""
     settings: dict[str, Any] = {
         "max_steps": 5,
         "save_steps": 1,
@@ -419,15 +419,15 @@ def test_alarms_and_what_they_did_are_resumed(
     }
     whole = make_task_run(**settings, output_dir=str(tmp_path / "whole"))
     SDPOTrainer(whole).train()
-    alarms = (Path(whole.output_dir) / "health_events.jsonl").read_text()
-    frozen_at = min(json.loads(line)["step"] for line in alarms.splitlines() if '"freeze_teacher"' in line)
+    events = (Path(whole.output_dir) / "health_events.jsonl").read_text()
+    frozen_at = min(json.loads(line)["step"] for line in events.splitlines() if '"freeze_teacher"' in line)
     assert 1 < frozen_at < 5
     for killed_in in {frozen_at, frozen_at + 1}:
-        run = make_task_run(**settings, output_dir=str(tmp_path / f"killed_in_{killed_in}"))
+        config = make_task_run(**settings, output_dir=str(tmp_path / f"killed_in_{killed_in}"))
         with monkeypatch.context() as patch:
             kill_in_step(patch, killed_in)
             with pytest.raises(Killed):
-                SDPOTrainer(run).train()
-        SDPOTrainer(replace(run, resume_mode="required")).train()
-        assert (Path(run.output_dir) / "health_events.jsonl").read_text() == alarms
-        assert_same_end(run, whole)
+                SDPOTrainer(config).train()
+        SDPOTrainer(replace(config, resume_mode="required")).train()
+        assert (Path(config.output_dir) / "health_events.jsonl").read_text() == events
+        assert_same_end(config, whole)

@@ -35,24 +35,26 @@ class Listening(NullCallback):
         self.rows.append((step, dict(values)))
 
 
-def open_run_dir(run: SDPOConfig, observer: ProgressCallback | None = None, resumed_step: int | None = None) -> RunDir:
-    folder = RunDir(Path(run.output_dir), run.tracking, observer or NullCallback(), resumed_step)
-    folder.write_config(run)
+def open_run_dir(
+    config: SDPOConfig, observer: ProgressCallback | None = None, resumed_step: int | None = None
+) -> RunDir:
+    folder = RunDir(Path(config.output_dir), config.tracking, observer or NullCallback(), resumed_step)
+    folder.write_config(config)
     return folder
 
 
 def test_the_resolved_run_reloads_to_an_equal_one(make_run: MakeRun) -> None:
-    run = make_run(
+    config = make_run(
         data__task_args={"dir": "x", "num_train": 3},
         data__train_files=["a.parquet", "b.parquet"],
         self_distillation__is_clip=None,
         self_distillation__reprompt_template="{prompt}: {solution}\n'{feedback}'\n",
         tracking__name="ünïcode",
     )
-    folder = open_run_dir(run)
+    folder = open_run_dir(config)
     folder.close()
-    assert load_config(Path(run.output_dir) / "run.yaml") == run
-    assert folder.path == Path(run.output_dir)
+    assert load_config(Path(config.output_dir) / "run.yaml") == config
+    assert folder.path == Path(config.output_dir)
 
 
 def test_versions_are_those_installed(make_run: MakeRun) -> None:
@@ -93,23 +95,23 @@ def test_an_earlier_run_is_moved_aside(make_run: MakeRun, caplog: pytest.LogCapt
 
 
 def test_an_empty_folder_is_used(make_run: MakeRun) -> None:
-    run = make_run()
-    Path(run.output_dir).mkdir()
-    open_run_dir(run).close()
-    assert [p.name for p in Path(run.output_dir).parent.iterdir()] == ["run"]
+    config = make_run()
+    Path(config.output_dir).mkdir()
+    open_run_dir(config).close()
+    assert [p.name for p in Path(config.output_dir).parent.iterdir()] == ["run"]
 
 
 @pytest.mark.parametrize("as_file", [False, True])
 def test_what_is_no_run_folder_is_refused_and_left(make_run: MakeRun, as_file: bool) -> None:
-    run = make_run()
-    path = Path(run.output_dir)
+    config = make_run()
+    path = Path(config.output_dir)
     if as_file:
         path.write_text("years of work")
     else:
         path.mkdir()
         (path / "thesis.txt").write_text("years of work")
     with pytest.raises(SDPOError, match=rf"^output_dir={path}: exists and is no run folder; name another folder$"):
-        open_run_dir(run)
+        open_run_dir(config)
     assert (path if as_file else path / "thesis.txt").read_text() == "years of work"
     assert as_file or [p.name for p in path.iterdir()] == ["thesis.txt"]
 
@@ -188,10 +190,10 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_touched(
         raise ModuleNotFoundError(f"No module named {name!r}")
 
     monkeypatch.setattr(trackers.importlib, "import_module", missing)
-    run = make_run(tracking__report_to=["wandb"])
+    config = make_run(tracking__report_to=["wandb"])
     with pytest.raises(SDPOError, match=r"^tracking\.report_to=wandb: is not installed; pip install 'sdpo\[wandb\]'$"):
-        open_run_dir(run)
-    assert [p.name for p in Path(run.output_dir).parent.iterdir()] == ["run"]
+        open_run_dir(config)
+    assert [p.name for p in Path(config.output_dir).parent.iterdir()] == ["run"]
 
 
 class FakeTracker:
@@ -217,14 +219,14 @@ def test_rows_reach_wandb_and_trackio(
 ) -> None:
     fake = FakeTracker()
     monkeypatch.setattr(trackers.importlib, "import_module", {backend: fake}.__getitem__)
-    run = make_run(tracking__report_to=[backend], tracking__project="p", tracking__name=name)
-    folder = open_run_dir(run)
+    config = make_run(tracking__report_to=[backend], tracking__project="p", tracking__name=name)
+    folder = open_run_dir(config)
     folder.log(3, {metrics.LOSS: 0.5})
     folder.close()
     [(_, arguments), (_, row), _] = fake.calls
     assert [call for call, _ in fake.calls] == ["init", "log", "finish"]
     assert (arguments["project"], arguments["name"]) == ("p", shown)
-    assert arguments["config"]["optim"]["lr"] == run.optim.lr
+    assert arguments["config"]["optim"]["lr"] == config.optim.lr
     assert row == (3, {metrics.STEP: 3, metrics.LOSS: 0.5})
 
 
@@ -242,7 +244,7 @@ def test_rows_reach_tensorboard(make_run: MakeRun) -> None:
 
 
 def test_a_line_that_a_killed_run_left_half_written_is_left_out(make_run: MakeRun) -> None:
-    folder = open_run_dir(run := make_run())
+    folder = open_run_dir(config := make_run())
     for step in (1, 2, 3):
         folder.log(step, {metrics.LOSS: step})
         folder.log_health_event({"step": step})
@@ -250,6 +252,6 @@ def test_a_line_that_a_killed_run_left_half_written_is_left_out(make_run: MakeRu
     for name in ("metrics.jsonl", "health_events.jsonl"):
         with (folder.path / name).open("a") as file:
             file.write('{"step": 4, "tr')
-    open_run_dir(run, resumed_step=2).close()
+    open_run_dir(config, resumed_step=2).close()
     kept = [(folder.path / name).read_text() for name in ("metrics.jsonl", "health_events.jsonl")]
     assert kept == [json.dumps({metrics.STEP: 1, metrics.LOSS: 1.0}) + "\n", '{"step": 1}\n{"step": 2}\n']

@@ -1,4 +1,4 @@
-"""From rollouts to samples, with a task, a tokenizer and responses made by hand."""
+"""Training samples of hand-written responses, with a real tokenizer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EOS = TOKENIZER.eos_token_id
 
 
 class Exact:
-    """1 for the ground truth; else 0, and 0.5 if it has the right length; feedback on request."""
+    """Score 1 for the ground truth, 0.5 for its length, else 0; with feedback if requested."""
 
     def __init__(self, feedback: bool = False) -> None:
         self.feedback = feedback
@@ -63,7 +63,7 @@ def build(task: Any = None, window: int | None = 128, seed: int = 0, **settings:
     )
 
 
-def test_samples_come_prompt_by_prompt_with_their_grades() -> None:
+def test_samples_come_prompt_by_prompt_with_their_scores() -> None:
     samples = build()
     assert [s.text for s in samples] == ["21", "12", "7", "543543", "1", "345"]
     assert [s.reward.score for s in samples] == [1, 0.5, 0, 0, 0, 0.5]
@@ -75,7 +75,7 @@ def test_advantages_are_relative_to_the_group() -> None:
     plain = [s.advantage for s in build(norm_adv_by_std_in_grpo=False)]
     assert plain == pytest.approx([0.5, 0, -0.5, -1 / 6, -1 / 6, 1 / 3])
     normed = [s.advantage for s in build()]
-    deviation = 0.5  # of 1, 0.5, 0, by n - 1
+    deviation = 0.5  # sample standard deviation of 1, 0.5, 0
     assert normed[:3] == pytest.approx([0.5 / deviation, 0, -0.5 / deviation], rel=1e-4)
 
 
@@ -109,14 +109,14 @@ def test_plain_grpo_prepares_nothing_for_a_teacher() -> None:
 
 
 def test_the_window_leaves_room_for_each_response() -> None:
-    """A window of just the teacher's prompt and a response of 3 tokens: the response of 6 gets one token less of it."""
+    """A window that fits the teacher's prompt with a response of 4 tokens truncates it for one of 6 tokens."""
     whole = build(demonstration_source="ground_truth", window=None)
     size = len(whole[5].teacher_prompt.token_ids or []) + len(whole[5].response.token_ids)
-    cut = build(demonstration_source="ground_truth", window=size)
-    assert cut[5].teacher_prompt == whole[5].teacher_prompt
+    truncated = build(demonstration_source="ground_truth", window=size)
+    assert truncated[5].teacher_prompt == whole[5].teacher_prompt
     assert len(whole[3].response.token_ids) == 6 and len(whole[5].response.token_ids) == 4
-    assert cut[3].teacher_prompt.truncated
-    for sample in cut:
+    assert truncated[3].teacher_prompt.truncated
+    for sample in truncated:
         if sample.teacher_prompt.token_ids is not None:
             assert len(sample.teacher_prompt.token_ids) + len(sample.response.token_ids) <= size
 
@@ -163,7 +163,7 @@ def test_the_summary_counts_what_did_not_fit() -> None:
 
 
 def test_a_prompt_that_is_twice_in_a_batch_is_two_groups() -> None:
-    """Steps of more prompts than there are rows: each appearance has rollouts of its own."""
+    """If a step has more prompts than the data has rows, each appearance of a row is a separate group."""
     config = SelfDistillationConfig()
     twice = [PROMPTS[0], PROMPTS[0]]
     samples = build_samples(reward_manager(Exact()), TOKENIZER, twice, RESPONSES, config, None, random.Random(0))
@@ -172,7 +172,7 @@ def test_a_prompt_that_is_twice_in_a_batch_is_two_groups() -> None:
 
 
 class FailsOn:
-    """As ``Exact``, but raises on one response."""
+    """Like ``Exact``, but raises on one response."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -184,7 +184,7 @@ class FailsOn:
 
 
 def test_a_response_that_was_not_graded_teaches_nothing() -> None:
-    """The others' advantages, weights and demonstrations are those of a group that never had it."""
+    """Advantages, weights and demonstrations of the group are computed without it."""
     settings: dict[str, Any] = {
         "demonstration_source": "successful_rollout_then_ground_truth",
         "include_environment_feedback": True,
@@ -197,9 +197,9 @@ def test_a_response_that_was_not_graded_teaches_nothing() -> None:
     assert [s.is_scored for s in samples] == [True, False, True, True, True, True]
     assert (failed.is_distilled, failed.advantage, failed.reward.feedback) == (False, 0.0, None)
     assert [s.demonstration.solution for s in others] == ["21", "21"]
-    deviation = 0.5**0.5  # of 1 and 0, by n - 1
+    deviation = 0.5**0.5  # sample standard deviation of 1 and 0
     assert [s.advantage for s in others] == pytest.approx([0.5 / deviation, -0.5 / deviation], rel=1e-4)
-    assert [s.distillation_weight for s in others] == [0.5, 0.5]  # one of two succeeded
+    assert [s.distillation_weight for s in others] == [0.5, 0.5]  # success rate 1/2
     values = summarize_samples(samples, SelfDistillationConfig(**settings))
     assert values[metrics.REWARD_FAILURES] == 1
     assert values[metrics.SCORE_MEAN] == pytest.approx((1 + 0 + 0 + 0 + 0.5) / 5)

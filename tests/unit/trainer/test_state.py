@@ -52,12 +52,12 @@ def assert_same_model(folder: Path, model: torch.nn.Module, dtype: torch.dtype) 
 def test_student_teacher_and_tokenizer_load(
     make_model: MakeModel, make_run: MakeRun, make_samples: MakeSamples, tmp_path: Path, dtype: torch.dtype, kind: str
 ) -> None:
-    run = make_run(
+    config = make_run(
         self_distillation__teacher_regularization=kind,
         self_distillation__ema_update_rate=0.5,
         optim__lr=0.1,
     )
-    actor = build_actor(make_model(dtype=dtype), run, 0)
+    actor = build_actor(make_model(dtype=dtype), config, 0)
     for _ in range(2):
         actor.update_policy(make_samples())
     save_models(tmp_path, actor, TOKENIZER)
@@ -78,8 +78,8 @@ def test_student_teacher_and_tokenizer_load(
 def test_no_teacher_is_saved_where_there_is_none(
     model: Any, make_run: MakeRun, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
-    run = make_run(**{f"self_distillation__{name}": value for name, value in settings.items()})
-    save_models(tmp_path, build_actor(model, run, 0), TOKENIZER)
+    config = make_run(**{f"self_distillation__{name}": value for name, value in settings.items()})
+    save_models(tmp_path, build_actor(model, config, 0), TOKENIZER)
     assert not (tmp_path / "teacher").exists()
 
 

@@ -1,1 +1,1 @@
-"""Sampling with a model of transformers."""
+"""Sample from transformers models."""

@@ -17,20 +17,29 @@ from sdpo.models.multimodal.feature_cache import ImageFeatureCache
 from sdpo.models.multimodal.processor import TokenPrompt
 from sdpo.models.multimodal.vision_tower import VisionAdapter
 
-# Vocabulary entries per partial sum when a token is drawn.
+# Vocabulary entries per partial sum when a token is sampled.
 BLOCK = 128
 # Decoding steps between checks for finished rows; each check synchronizes with the GPU.
 CHECK_EVERY = {"cpu": 1}
 CHECK_EVERY_ELSE = 8
-# Finished rows leave the batch once at most this fraction of it is running.
-KEEP_FULL = 0.9
+# Finished rows are removed from the batch when at most this fraction of its rows is running.
+COMPACT_BELOW = 0.9
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to decode. ``temperature=0`` is greedy; forbidden tokens are never drawn.
+    """Sampling settings.
 
-    With a ``dtype``, sampling uses copies of the models in this type.
+    Attributes:
+        n: responses per prompt.
+        max_new_tokens: maximum length of a response.
+        temperature: 0 is greedy decoding.
+        top_p: mass of the nucleus; 1 samples from all tokens.
+        batch_size: maximum number of sequences that are decoded together.
+        stop_token_ids: a response ends with the first of these tokens.
+        pad_token_id: fills up shorter prompts; masked.
+        suppress_tokens: tokens that are never sampled.
+        dtype: sampling uses copies of the models in this type; None for the models themselves.
     """
 
     n: int
@@ -50,8 +59,8 @@ class Completion:
 
     Attributes:
         token_ids: with the stop token at the end if it was reached.
-        log_probs: of each token under the sampling distribution: after temperature and top-p, without forbidden tokens
-            (0 with greedy decoding).
+        log_probs: of each token under the sampling distribution: after temperature and top-p, without suppressed
+            tokens (0 with greedy decoding).
         finished: whether it ended with a stop token instead of at ``max_new_tokens``.
     """
 
@@ -64,11 +73,11 @@ class Completion:
 def sample_responses(
     policy: LogitMixture,
     prompts: Sequence[TokenPrompt],
-    decoding: SamplingParams,
+    params: SamplingParams,
     seed: int,
     vision: VisionAdapter | None = None,
 ) -> list[list[Completion]]:
-    """Sample ``decoding.n`` responses per prompt, in the prompts' order; deterministic for a seed.
+    """Sample ``params.n`` responses per prompt, in the prompts' order; deterministic for a seed.
 
     Prompts of similar length are decoded together. A prompt, images included, is read once for all of its responses.
     Finished responses leave the batch. ``vision`` is needed if the policy's models read images.
@@ -76,59 +85,59 @@ def sample_responses(
     Raises:
         FloatingPointError: the models' logits are non-finite.
     """
-    if decoding.dtype is not None:
-        policy = [(_copy_in(module, decoding.dtype), coefficient) for module, coefficient in policy]
+    if params.dtype is not None:
+        policy = [(_cast(module, params.dtype), coefficient) for module, coefficient in policy]
     device = next(policy[0][0].parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
-    prompts_at_once = max(1, decoding.batch_size // decoding.n)
+    prompts_at_once = max(1, params.batch_size // params.n)
     responses: list[list[Completion]] = [[] for _ in prompts]
     training = [module.training for module, _ in policy]
     for module, _ in policy:
         module.eval()
     for start in range(0, len(by_length), prompts_at_once):
         chosen = by_length[start : start + prompts_at_once]
-        sampled = _sample_batch(policy, [prompts[i] for i in chosen], decoding, generator, vision)
+        sampled = _sample_batch(policy, [prompts[i] for i in chosen], params, generator, vision)
         for place, i in enumerate(chosen):
-            responses[i] = sampled[place * decoding.n : (place + 1) * decoding.n]
+            responses[i] = sampled[place * params.n : (place + 1) * params.n]
     for (module, _), was_training in zip(policy, training, strict=True):
         module.train(was_training)
     return responses
 
 
-def _copy_in(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of the module in this type; the module itself if all parameters have it."""
-    params = list(module.parameters())
-    if all(param.dtype == dtype for param in params):
+def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Copy the module in this data type; returns the module itself if all parameters have it."""
+    own = list(module.parameters())
+    if all(param.dtype == dtype for param in own):
         return module
-    return copy.deepcopy(module, {id(p): nn.Parameter(p.to(dtype), requires_grad=False) for p in params})
+    return copy.deepcopy(module, {id(p): nn.Parameter(p.to(dtype), requires_grad=False) for p in own})
 
 
 def _sample_batch(
     policy: LogitMixture,
     prompts: Sequence[TokenPrompt],
-    decoding: SamplingParams,
+    params: SamplingParams,
     generator: torch.Generator,
     vision: VisionAdapter | None,
 ) -> list[Completion]:
-    device, limit = generator.device, decoding.max_new_tokens
+    device, limit = generator.device, params.max_new_tokens
     check_every = CHECK_EVERY.get(device.type, CHECK_EVERY_ELSE)
-    num_responses = len(prompts) * decoding.n
+    num_responses = len(prompts) * params.n
     # Random numbers are per response, so that a response does not depend on which other rows are running.
     uniform = torch.rand((limit, num_responses), dtype=torch.float64, generator=generator, device=device)
-    batch = pad_sequences(prompts, [[]] * len(prompts), decoding.pad_token_id, device, vision)
+    batch = pad_sequences(prompts, [[]] * len(prompts), params.pad_token_id, device, vision)
     state = _DecodingState(policy, batch.token_ids.shape[1] + limit)
-    logits = state.read_prompts(batch, vision).repeat_interleave(decoding.n, dim=0)
-    state.repeat(decoding.n)
+    logits = state.prefill(batch, vision).repeat_interleave(params.n, dim=0)
+    state.repeat(params.n)
 
-    draw = _TokenSampler(decoding, logits)
-    stop = torch.tensor(list(decoding.stop_token_ids), device=device)
-    tokens = torch.full((limit, num_responses), decoding.pad_token_id, device=device)
+    sample_next = _TokenSampler(params, logits)
+    stop = torch.tensor(list(params.stop_token_ids), device=device)
+    tokens = torch.full((limit, num_responses), params.pad_token_id, device=device)
     log_probs = torch.zeros((limit, num_responses), device=device)
     rows = torch.arange(num_responses, device=device)  # response index of each row in the batch
     running = torch.ones_like(rows, dtype=torch.bool)
     for place in range(limit):
-        token, log_prob = draw(logits, uniform[place, rows])
+        token, log_prob = sample_next(logits, uniform[place, rows])
         tokens[place, rows], log_probs[place, rows] = token, log_prob  # ignored in finished rows
         if place + 1 == limit:
             break
@@ -137,12 +146,12 @@ def _sample_batch(
             num_running = int(running.sum())
             if num_running == 0:
                 break
-            if num_running <= KEEP_FULL * len(rows):
+            if num_running <= COMPACT_BELOW * len(rows):
                 kept = _fill_gaps(running, num_running)
                 state.select(kept)
                 rows, token, running = rows[kept], token[kept], running[kept]
-        logits = state.read(token)
-    return _cut_at_stop(tokens, log_probs, stop)
+        logits = state.decode(token)
+    return _truncate_at_stop(tokens, log_probs, stop)
 
 
 def _fill_gaps(running: Tensor, num_running: int) -> Tensor:
@@ -152,16 +161,16 @@ def _fill_gaps(running: Tensor, num_running: int) -> Tensor:
     return kept
 
 
-def _cut_at_stop(tokens: Tensor, log_probs: Tensor, stop: Tensor) -> list[Completion]:
-    """Make responses of drawn tokens [T, responses], each up to its first stop token."""
+def _truncate_at_stop(tokens: Tensor, log_probs: Tensor, stop: Tensor) -> list[Completion]:
+    """Build completions from sampled tokens [T, responses], each up to its first stop token."""
     if not log_probs.isfinite().all():
         raise FloatingPointError("cannot sample: the logits are non-finite")
     stops = torch.isin(tokens, stop)
     finished = stops.any(0)
     lengths = torch.where(finished, stops.int().argmax(0) + 1, len(tokens))
     return [
-        Completion(drawn[:length], their_log_probs[:length], ended)
-        for drawn, their_log_probs, length, ended in zip(
+        Completion(token_ids[:length], token_log_probs[:length], ended)
+        for token_ids, token_log_probs, length, ended in zip(
             tokens.T.tolist(), log_probs.T.tolist(), lengths.tolist(), finished.tolist(), strict=True
         )
     ]
@@ -175,8 +184,8 @@ class _DecodingState:
         self.capacity = capacity
         self.caches: list[Any] = [build_cache(module.config, capacity) for module, _ in policy]
 
-    def read_prompts(self, prompts: PaddedSequences, vision: VisionAdapter | None) -> Tensor:
-        """Logits [rows, V] after each prompt."""
+    def prefill(self, prompts: PaddedSequences, vision: VisionAdapter | None) -> Tensor:
+        """Read the prompts; returns logits [rows, V] after each prompt."""
         mask = prompts.attention_mask
         self.length = mask.shape[1]
         self.mask: Tensor | None = None  # [rows, capacity]; None without padding
@@ -186,8 +195,8 @@ class _DecodingState:
         self.last_position = prompts.position_ids.amax(-1).reshape(-1, len(mask)).amax(0)
         return self._forward(prompts.token_ids, prompts.position_ids, prompts.images, vision)
 
-    def read(self, token: Tensor) -> Tensor:
-        """Read one more token [rows]; logits [rows, V] after it."""
+    def decode(self, token: Tensor) -> Tensor:
+        """Read one token per row [rows]; returns logits [rows, V] after it."""
         self.length += 1
         self.last_position = self.last_position + 1
         return self._forward(token[:, None], self.last_position[:, None].expand(*self.axes, -1, 1), (), None)
@@ -232,21 +241,21 @@ class _DecodingState:
 
 
 class _TokenSampler:
-    """Draws the next token of each row."""
+    """Sample the next token of each row."""
 
-    def __init__(self, decoding: SamplingParams, logits: Tensor) -> None:
-        self.decoding = decoding
-        self.forbidden = torch.tensor(list(decoding.suppress_tokens), dtype=torch.long, device=logits.device)
-        self.buffer = torch.empty_like(logits) if decoding.temperature > 0 and decoding.top_p >= 1 else None
+    def __init__(self, params: SamplingParams, logits: Tensor) -> None:
+        self.params = params
+        self.suppressed = torch.tensor(list(params.suppress_tokens), dtype=torch.long, device=logits.device)
+        self.buffer = torch.empty_like(logits) if params.temperature > 0 and params.top_p >= 1 else None
 
     def __call__(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [rows] and their log-probabilities, from logits [rows, V], which are overwritten.
 
         ``uniform`` [rows] are the random numbers in [0, 1), float64.
         """
-        temperature, top_p = self.decoding.temperature, self.decoding.top_p
-        if len(self.forbidden):
-            logits.index_fill_(-1, self.forbidden, float("-inf"))
+        temperature, top_p = self.params.temperature, self.params.top_p
+        if len(self.suppressed):
+            logits.index_fill_(-1, self.suppressed, float("-inf"))
         if temperature == 0.0:
             return logits.argmax(dim=-1), torch.zeros(len(logits), device=logits.device)
         if self.buffer is None:
@@ -257,17 +266,17 @@ class _TokenSampler:
 
 
 def sample_tokens(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens [rows] drawn in proportion to ``weights`` [rows, V] by inverse transform, and their log-probabilities.
+    """Sample tokens [rows] in proportion to ``weights`` [rows, V]; returns their log-probabilities too.
 
-    It finds a block of tokens, then a token in the block. Cumulative sums are short and float64, so large vocabularies
-    cause no bias and tokens of weight 0 are never drawn. NaN weights give NaN log-probabilities.
+    Inverse transform: it finds a block of tokens, then a token in the block. Cumulative sums are short and float64, so
+    large vocabularies cause no bias and tokens of weight 0 are never sampled. NaN weights give NaN log-probabilities.
 
     Args:
         uniform: [rows] in [0, 1), float64.
     """
-    whole = weights.shape[-1] // BLOCK * BLOCK
-    blocks = weights[:, :whole].unflatten(-1, (-1, BLOCK))
-    mass = torch.cat([blocks.sum(-1), weights[:, whole:].sum(-1, keepdim=True)], dim=-1).double()
+    full = weights.shape[-1] // BLOCK * BLOCK
+    blocks = weights[:, :full].unflatten(-1, (-1, BLOCK))
+    mass = torch.cat([blocks.sum(-1), weights[:, full:].sum(-1, keepdim=True)], dim=-1).double()
     total = mass.sum(-1, keepdim=True)
     block, rest = _find(mass, uniform[:, None] * total)
     places = block * BLOCK + torch.arange(BLOCK, device=weights.device)
@@ -292,7 +301,7 @@ def _find(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def compute_sampling_log_probs(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Log-probabilities [..., V] of the sampling distribution: temperature, then the nucleus, renormalised.
+    """Log-probabilities [..., V] of the sampling distribution: temperature, then the nucleus, renormalized.
 
     The nucleus is the smallest set of most probable tokens with a mass of at least ``top_p``; it is never empty.
     """

@@ -1,1 +1,1 @@
-"""Low-rank adapters, and a teacher made of them."""
+"""Low-rank adapters (LoRA), and the teacher of a student with adapters."""

@@ -154,7 +154,7 @@ class MergedParameters(Mapping[str, Tensor]):
 
 
 def copy_without_adapters(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without adapters, as a second module that shares all base weights."""
+    """Build the model without adapters, as a second module that shares all base weights."""
     shared = {id(param): param for param in model.parameters()}
     base = copy.deepcopy(model, shared)
     _remove_adapters(base)

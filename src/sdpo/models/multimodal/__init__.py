@@ -1,1 +1,1 @@
-"""Processors, the vision tower, its features."""
+"""Image processors, the vision tower and its features."""

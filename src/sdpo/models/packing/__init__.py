@@ -1,1 +1,1 @@
-"""Several sequences in one row, a shared prompt computed once."""
+"""Pack sequences into one row, with shared prompts computed once."""

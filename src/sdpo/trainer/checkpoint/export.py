@@ -18,6 +18,7 @@ from sdpo.models.lora.adapters import merge_adapters
 from sdpo.models.multimodal.processor import load_reader
 from sdpo.trainer.checkpoint.manager import verify_checkpoint
 from sdpo.trainer.checkpoint.state import TrainingState, load_student, load_teacher_module
+from sdpo.trainer.logging.run_dir import CONFIG_FILE
 
 CPU = torch.device("cpu")
 
@@ -33,7 +34,7 @@ def export_model(checkpoint: Path, out: Path, *, teacher: bool = False) -> None:
     Raises:
         CheckpointError: the checkpoint is damaged or not in a run folder, its teacher is no model, or ``out`` exists.
     """
-    config_file = checkpoint.absolute().parents[1] / "run.yaml"
+    config_file = checkpoint.absolute().parents[1] / CONFIG_FILE
     if not config_file.is_file():
         raise CheckpointError(
             f"{checkpoint}: is no checkpoint of a run; expected OUTPUT_DIR/checkpoints/step_K with OUTPUT_DIR/run.yaml"

@@ -12,6 +12,7 @@ from sdpo.config.root import SDPOConfig, get_setting, iterate_settings
 from sdpo.errors import CheckpointError
 from sdpo.trainer.checkpoint.manager import find_newest
 from sdpo.trainer.checkpoint.state import TrainingState
+from sdpo.trainer.logging.run_dir import CONFIG_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def find_resume_state(config: SDPOConfig) -> ResumeState | None:
         raise CheckpointError(
             f"max_steps={config.max_steps}: the run in output_dir={folder} has trained {step} steps already; raise it"
         )
-    _compare(load_config(folder / "run.yaml"), config)
+    _compare(load_config(folder / CONFIG_FILE), config)
     logger.info(f"resuming after step {step} from {checkpoint}")
     return ResumeState(checkpoint, state)
 

@@ -38,7 +38,7 @@ class TrainingState:
         actor: see ``Actor.state_dict``.
         health_callback: see ``HealthCallback.state_dict``.
         row: metrics of the step so far.
-        health_checked: whether it has been evaluated, if that is due, and the alarms have seen it.
+        health_checked: whether the validation, if due, and the health checks of the step are done.
         rollouts: of the next step, if they are sampled before this step's update; else None.
         data: fingerprint of the training rows (``compute_fingerprint``).
         random: states of the generators of torch, numpy and Python; tasks may use them.

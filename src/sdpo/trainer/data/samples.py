@@ -51,17 +51,17 @@ def score_responses(
     prompts: Sequence[Prompt],
     responses: Sequence[Sequence[Completion]],
 ) -> list[ScoredRollout]:
-    """Grade every response, in the order prompt by prompt; a response's group is its prompt's place in the batch."""
+    """Score every response, prompt by prompt; a rollout's group is the index of its prompt in the batch."""
     texts = [
         (group, tokenizer.decode(response.token_ids, skip_special_tokens=True))
-        for group, of_prompt in enumerate(responses)
-        for response in of_prompt
+        for group, group_responses in enumerate(responses)
+        for response in group_responses
     ]
     rows = [prompt.row for prompt in prompts]
-    grades = reward_manager.compute_score([(rows[group], text) for group, text in texts])
+    outputs = reward_manager.compute_score([(rows[group], text) for group, text in texts])
     return [
-        ScoredRollout(group, text, grade.score, grade.feedback, rows[group].ground_truth)
-        for (group, text), grade in zip(texts, grades, strict=True)
+        ScoredRollout(group, text, output.score, output.feedback, rows[group].ground_truth)
+        for (group, text), output in zip(texts, outputs, strict=True)
     ]
 
 
@@ -76,7 +76,7 @@ def build_samples(
 ) -> list[TrainingSample]:
     """Score the rollouts of a step and build their samples, prompt by prompt."""
     scored = score_responses(reward_manager, tokenizer, prompts, responses)
-    flat = [response for of_prompt in responses for response in of_prompt]
+    flat = [response for group_responses in responses for response in group_responses]
     contexts = build_teacher_contexts(
         tokenizer,
         [prompts[int(g.group_id)].row.prompt for g in scored],

@@ -64,7 +64,6 @@ class RunDir:
                 _move_earlier_run(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.path)
-            (self.path / "versions.json").write_text(json.dumps(_collect_versions(), indent=2) + "\n", encoding="utf-8")
             kept = _read_rows_before(self.path / METRICS_FILE, resumed_step) if resumed_step is not None else []
             write_json_lines(self.path / METRICS_FILE, kept)
             if resumed_step is not None:
@@ -80,9 +79,13 @@ class RunDir:
         return self.path / "checkpoints"
 
     def write_config(self, config: SDPOConfig) -> None:
-        """Write the config file and start the trackers, which record the config too."""
+        """Write the config file and the package versions, and start the trackers, which record the config too.
+
+        Call it once, directly after the constructor: the config file marks the folder as one of a run.
+        """
         with self._writing():
             save_config(config, self.path / CONFIG_FILE)
+            (self.path / "versions.json").write_text(json.dumps(_collect_versions(), indent=2) + "\n", encoding="utf-8")
         self._trackers = build_trackers(self._config, self.path, asdict(config), self._resumed_step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""The sampler in a separate process, which samples a batch while the trainer trains on the one before.
+"""The sampler in a separate process, which samples while the trainer trains on the previous batch.
 
 The trainer sends ``SyncWeights`` and ``Generate`` through a pipe and receives a ``RolloutBatch`` per ``Generate``, or a
 ``Failure`` before the process ends. Weights go through shared memory. Log records of the process are sent through the
