@@ -288,5 +288,5 @@ def test_a_killed_run_goes_on_to_the_same_end(
 def test_what_a_resumed_run_may_not_change(make_task_run: MakeRun) -> None:
     run = make_task_run(**{**SETTINGS, "max_steps": 1})
     SDPOTrainer(run).train()
-    with pytest.raises(SDPOError, match=r"lora\.rank=2 was 4 when the run began"):
+    with pytest.raises(SDPOError, match=r"lora\.rank=2: was 4 when the run started"):
         SDPOTrainer(replace(run, max_steps=2, resume_mode="required", lora=replace(run.lora, rank=2))).train()
