@@ -1,4 +1,4 @@
-"""Geometry3k's grader: its rules, its agreement with verl's scorer, and answers that nobody can read."""
+"""Geometry3k's reward function: its rules, its agreement with verl's, and unreadable answers."""
 
 from __future__ import annotations
 
