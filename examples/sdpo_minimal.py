@@ -2,14 +2,14 @@
 
     python examples/sdpo_minimal.py --model HuggingFaceTB/SmolLM2-135M-Instruct
 
-Self-Distillation Policy Optimization (arXiv 2601.20802). The policy answers a prompt n times. The same model, shown the
-solution as well, is the teacher: it reads the policy's own response and gives a next-token distribution at each of the
-response's tokens. The loss is the divergence of the policy's distribution from the teacher's there. The teacher's
+Self-Distillation Policy Optimization (arXiv 2601.20802). The policy answers a prompt n times. The teacher is the same
+model with the solution in its prompt: it reads the policy's response and predicts a next-token distribution at each of
+its tokens. The loss is the divergence between the two distributions, averaged over the response tokens. The teacher's
 weights are a moving average of the policy's.
 
-What ``sdpo train`` has and this file leaves out: packed rows and shared prefixes, a fused loss without the logits of
+Omitted parts of ``sdpo train``: packed rows and shared prefixes, a fused loss without the logits of
 all tokens, a decoder, validation, checkpoints, overlapped sampling with importance correction, GRPO blend, images,
-LoRA, health checks. The losses are the same: tests/integration/test_minimal.py compares both on the same rollouts.
+LoRA, health checks. tests/integration/test_minimal.py checks that both losses are equal on the same rollouts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-# 1. Settings: the names and defaults of ``sdpo train``.
+# 1. Settings, with the names and defaults of ``sdpo train``.
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A response's tokens, read after two prompts: the student's and the teacher's."""
+    """A response with the student's and the teacher's prompt."""
 
     problem: Problem
     prompt_ids: list[int]
@@ -72,7 +72,7 @@ class Rollout:
 
 @torch.no_grad()
 def sample(model: Any, tokenizer: Any, prompt_ids: list[int], settings: Settings) -> list[list[int]]:
-    """n responses to a prompt, as token ids that include the end token."""
+    """Sample n responses to a prompt; their token ids include the end token."""
     prompt = torch.tensor([prompt_ids] * settings.n, device=model.device)
     rows = model.generate(
         input_ids=prompt,
@@ -92,14 +92,14 @@ def truncate_after(ids: list[int], end: int) -> list[int]:
     return ids[: ids.index(end) + 1] if end in ids else ids
 
 
-# 3. Score. SDPO with the ground truth needs no score to learn; it shows whether the policy gets better.
+# 3. Score. SDPO with the ground truth does not use the score; it measures progress.
 
 
 def score(response: str, answer: str) -> float:
     return float(answer in response)
 
 
-# 4. Reprompt: the solution goes into the last user message.
+# 4. Reprompt: insert the solution into the last user message.
 
 
 def reprompt(messages: list[Message], answer: str) -> list[Message]:
@@ -129,17 +129,17 @@ def roll_out(model: Any, tokenizer: Any, problem: Problem, settings: Settings) -
 
 
 def compute_log_probs(model: Any, prompt_ids: list[int], response_ids: list[int], temperature: float) -> Tensor:
-    """[T, V] log-probabilities of the next token at each of the response's T tokens."""
+    """Compute next-token log-probabilities [T, V] at the T response tokens."""
     ids = torch.tensor([prompt_ids + response_ids], device=model.device)
     logits = model(input_ids=ids).logits[0, len(prompt_ids) - 1 : -1]
     return (logits.float() / temperature).log_softmax(-1)
 
 
 def compute_divergence(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
-    """[T] nats, of log-probabilities [T, V].
+    """Compute the divergence [T] in nats of log-probabilities [T, V].
 
-    alpha 0: KL(teacher || student); 1: KL(student || teacher); between, with m = (1 - alpha) student + alpha teacher:
-    alpha KL(teacher || m) + (1 - alpha) KL(student || m).
+    alpha = 0: KL(teacher || student); alpha = 1: KL(student || teacher); between: alpha KL(teacher || m) +
+    (1 - alpha) KL(student || m) with m = (1 - alpha) student + alpha teacher.
     """
 
     def kl(p: Tensor, q: Tensor) -> Tensor:
@@ -155,9 +155,9 @@ def compute_divergence(student: Tensor, teacher: Tensor, alpha: float) -> Tensor
 
 
 def compute_loss(student: Any, teacher: Any, rollout: Rollout, settings: Settings) -> Tensor:
-    """Sum of the token losses of one rollout.
+    """Compute the sum of the token losses of one rollout.
 
-    The importance ratio student / old policy is left out: with one optimizer step per batch it is 1.
+    The importance ratio student / old policy is omitted, because it is 1 with one optimizer step per batch.
     """
     student_log_probs = compute_log_probs(student, rollout.prompt_ids, rollout.response_ids, settings.temperature)
     with torch.no_grad():
@@ -173,7 +173,7 @@ def compute_loss(student: Any, teacher: Any, rollout: Rollout, settings: Setting
 def update(
     student: Any, teacher: Any, optimizer: torch.optim.Optimizer, rollouts: list[Rollout], settings: Settings
 ) -> tuple[float, float]:
-    """One optimizer step on the mean over all response tokens, then the teacher's. Returns loss and gradient norm."""
+    """Update the student on the mean over response tokens, then the teacher; return loss and gradient norm."""
     num_tokens = sum(len(rollout.response_ids) for rollout in rollouts)
     total = 0.0
     for rollout in rollouts:
@@ -194,7 +194,7 @@ def build_optimizer(student: Any, settings: Settings) -> torch.optim.Optimizer:
 
 
 def load_problems(path: Path | None) -> list[Problem]:
-    """Rows {"question": ..., "answer": ...} of a file of JSON lines; without a file, small sums."""
+    """Load {"question": ..., "answer": ...} from a file of JSON lines; without a file, create small sums."""
     if path is not None:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     else:

@@ -1,8 +1,8 @@
-"""A task with a tool that a laptop learns offline, on verl: multiply two numbers, which the model cannot do by itself.
+"""A toy task with a tool, on verl: multiply two numbers, which the model cannot do without a calculator.
 
-A tiny model is made that knows how to write a call of the calculator, but seldom does: as a rule it guesses. After a
-tool's output it answers with that, and with a solution in its context it does as the solution does. Of the n responses
-to a prompt one may call the calculator and be right; then it is shown to the teachers of the others.
+The tiny model is pretrained to call the calculator in 10 % of its responses and to guess in the others, to answer with
+the tool's output, and to imitate a solution in its context. If one of the n responses to a prompt calls the calculator
+and is right, it becomes the demonstration for the others.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from sdpo.rewards.toy import base
 from sdpo.rewards.toy.hidden_rule import build_model
 
 DATA_SOURCE = "calculator"
-SMALLEST, LARGEST = 32, 99  # of two digits, and their products of four
-CALL_RATE = 0.1  # of the pretrained model
+MIN_FACTOR, MAX_FACTOR = 32, 99  # two digits each, so that products have four
+CALL_RATE = 0.1  # fraction of the pretrained model's responses that call the calculator
 QUESTION = "{a} times {b}"
 CALL = '<tool_call>{{"name": "multiply", "arguments": {{"a": {a}, "b": {b}}}}}</tool_call>'
 TOOL_TURN = "\n<|im_start|>tool\n{product}<|im_end|>\n<|im_start|>assistant\n"
@@ -37,13 +37,13 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Calculator(base.OfflineTask):
-    """The task, and the maker of its files.
+    """The task; creates its own files.
 
     Args:
-        dir: folder that holds, or will hold, ``model/``, ``train.parquet`` and ``test.parquet``.
-        seed: of the rows and the pretraining.
-        pretrain_steps: of the tiny model.
-        num_train, num_test: rows; no question is in both files.
+        dir: folder of ``model/``, ``train.parquet`` and ``test.parquet``.
+        seed: random seed of the rows and the pretraining.
+        pretrain_steps: steps of the pretraining.
+        num_train, num_test: number of rows; no question is in both files.
     """
 
     what: ClassVar[str] = "calculator data"
@@ -58,7 +58,7 @@ class Calculator(base.OfflineTask):
         base.check_arguments(self.dir, self.seed, self.pretrain_steps, self.num_train, self.num_test)
 
     def compute_score(self, row: Row, response: str) -> RewardOutput:
-        """1 if the last turn is the product. verl hands over the whole response, the tool's output included."""
+        """Score 1 if the last turn is the product; verl passes the complete response, including the tool's output."""
         answer = response.rpartition("assistant\n")[2].strip()
         return RewardOutput(float(answer == row.ground_truth))
 
@@ -75,7 +75,7 @@ class Calculator(base.OfflineTask):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        numbers = range(SMALLEST, LARGEST + 1)
+        numbers = range(MIN_FACTOR, MAX_FACTOR + 1)
         pairs = [(a, b) for a in numbers for b in numbers]
         random.Random(f"rows {self.seed}").shuffle(pairs)
         splits = {"train": pairs[: self.num_train], "test": pairs[self.num_train :][: self.num_test]}
@@ -97,13 +97,13 @@ build_task = Calculator
 
 
 def build_tokenizer() -> Any:
-    """A byte-level Qwen2 tokenizer whose digits are a token each, and which knows the words of question and call."""
+    """Build a byte-level Qwen2 tokenizer with the words of question and call, and one token per digit."""
     texts = [QUESTION.format(a=0, b=0), CALL.format(a=0, b=0), "multiply\n", "tool\n"]
     return base.build_tokenizer(texts, CHAT_TEMPLATE)
 
 
 class _WithTools:
-    """The chat template is told of the calculator, as verl tells it."""
+    """A tokenizer that passes the calculator to the chat template, as verl does."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -117,18 +117,18 @@ class _WithTools:
 
 
 def _pretrain(model: Any, tokenizer: Any, steps: int, observer: ProgressCallback, *, batch_size: int = 32) -> None:
-    """A call or a guess after a bare question; the call where a solution is shown; the tool's output after it."""
+    """Train a call or a guess after the question, the call after a solution, the tool's output after a call."""
     import torch
     from torch.nn.functional import cross_entropy
 
-    # Placeholders for the digits of both numbers, of their product and of a guess.
+    # Digits 0 to 3 are placeholders: first number, second number, product, guess.
     question, product = QUESTION.format(a="00", b="11"), "2222"
     messages = [{"role": "user", "content": question}]
     call = CALL.format(a="00", b="11")
-    told = _WithTools(tokenizer)
-    bare = encode_prompt(told, messages)
+    with_tools = _WithTools(tokenizer)
+    bare = encode_prompt(with_tools, messages)
     shown = encode_teacher_prompt(
-        told, messages, PrivilegedContext(solution=f"{call}\n{product}"), SelfDistillationConfig()
+        with_tools, messages, PrivilegedContext(solution=f"{call}\n{product}"), SelfDistillationConfig()
     ).token_ids
     assert shown is not None
 
@@ -141,7 +141,7 @@ def _pretrain(model: Any, tokenizer: Any, steps: int, observer: ProgressCallback
     learned = [1.0] * len(call_ids) + [0.0] * len(tool_ids) + [1.0] * len(answer_ids)
     guesses = [*ids("3333"), *end]
     cases = (
-        # tokens, weights of the last ones
+        # tokens, loss weights of the last tokens
         (bare + turns, [CALL_RATE, *learned[1:]]),
         (bare + guesses, [1.0 - CALL_RATE] + [1.0] * len(guesses[1:])),
         (shown + turns, learned),
@@ -149,7 +149,7 @@ def _pretrain(model: Any, tokenizer: Any, steps: int, observer: ProgressCallback
     digits = torch.tensor(tokenizer.convert_tokens_to_ids([str(digit) for digit in range(10)]))
 
     def compute_loss() -> Any:
-        pairs = torch.randint(SMALLEST, LARGEST + 1, (batch_size, 2))
+        pairs = torch.randint(MIN_FACTOR, MAX_FACTOR + 1, (batch_size, 2))
         values = [pairs[:, 0], pairs[:, 1], pairs.prod(1), torch.randint(10_000, (batch_size,))]
         loss = torch.zeros(())
         for token_ids, weights in cases:
@@ -165,7 +165,7 @@ def _pretrain(model: Any, tokenizer: Any, steps: int, observer: ProgressCallback
 
 
 def _fill(token_ids: Any, values: Sequence[Any], digits: Any) -> Any:
-    """[batch, tokens]: the tokens with the k-th value's digits wherever the digit k stands."""
+    """Replace each placeholder digit k by digits of the k-th value; returns [batch, tokens]."""
     batch = token_ids.expand(len(values[0]), -1).clone()
     for place, value in enumerate(values):
         is_here = token_ids == digits[place]

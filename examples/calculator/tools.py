@@ -1,4 +1,4 @@
-"""The tool of the calculator task; verl loads this file by ``multi_turn.function_tool_path``."""
+"""The tool of the calculator task, which verl loads from ``multi_turn.function_tool_path``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Make Geometry3k's files where verl's own example makes them; ``sdpo data geo3k`` is the same."""
+"""Write Geometry3k's files to the default folder of verl's example; otherwise the same as ``sdpo data geo3k``."""
 
 from __future__ import annotations
 

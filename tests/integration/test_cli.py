@@ -188,7 +188,7 @@ def one_line(outcome: Outcome) -> str:
         (["data.train_files=[x.parquet]"], ["data.train_files: x.parquet: no such file"]),
         (["data.train_files=[]"], ["data.train_files is empty"]),
         (["data.task=hidden_rules"], ["data.task=hidden_rules: no such task; use figures, geo3k, hidden_rule"]),
-        (["data.task_args.seed=x"], ["data.task_args.seed must be a whole number", "'x'"]),
+        (["data.task_args.seed=x"], ["data.task_args.seed='x': must be an integer of at least 0"]),
         (["data.task_args.colour=red"], ["data.task_args: hidden_rule", "colour"]),
         (["model.path=./nowhere"], ["model.path: ./nowhere: no such folder"]),
         (["rollout.device=abacus"], ["rollout.device: no device 'abacus'"]),

@@ -531,7 +531,7 @@ CASES = {
     "save_steps": Case([1], observe=lambda ran: set(ran.checkpoints)),
     "save_total_limit": Case([1, 4], SAVING, observe=lambda ran: set(ran.checkpoints), keeps=Ran.outcome),
     "save_best_limit": Case([4], SAVING, observe=lambda ran: set(ran.checkpoints), keeps=Ran.outcome),
-    "resume": Case(["auto"], look=Runner.find_first_step, observe=itself),
+    "resume_mode": Case(["auto"], look=Runner.find_first_step, observe=itself),
     "shutdown_timeout": Case([0.0], look=Runner.find_wait, observe=itself),
     "max_staleness": Case([1], WITH_CODE),
     # What verl makes of them is seen in tests/unit/verl_backend/test_to_verl.py.

@@ -21,7 +21,7 @@ EVERYTHING = BELOW_TRAINERS | TRAINERS | {"doctor", "report", "cli"}
 
 MAY_IMPORT = {
     **dict.fromkeys(GROUND, GROUND),
-    "algorithm": GROUND,
+    "algorithm": {"config"},
     "kernels": GROUND | {"algorithm"},
     "prompting": GROUND,
     "models": GROUND | {"algorithm", "kernels", "prompting"},
@@ -129,6 +129,21 @@ def test_the_ground_and_prompting_import_no_engine_library() -> None:
 
 def test_the_algorithm_imports_torch_alone() -> None:
     assert [found for found, root in libraries(IMPORTS) if found.floor == "algorithm" and root != "torch"] == []
+
+
+def test_the_algorithm_loads_torch_and_the_settings_of_the_loss_alone() -> None:
+    modules = [
+        f"sdpo.algorithm.{path.stem}" for path in (PACKAGE / "algorithm").glob("*.py") if path.stem != "__init__"
+    ]
+    assert modules
+    code = f"import sys, {', '.join(modules)}; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    loaded = set(result.stdout.split())
+    assert "torch" in loaded, result.stderr
+    of_sdpo = {name for name in loaded if name.split(".")[0] == "sdpo"}
+    settings = {"sdpo", "sdpo.errors", "sdpo.config", "sdpo.config.field", "sdpo.config.self_distillation"}
+    assert of_sdpo - settings == {"sdpo.algorithm", *modules}
+    assert loaded & {"omegaconf", "yaml", "transformers"} == set()
 
 
 def test_the_core_imports_only_what_its_installation_brings() -> None:

@@ -15,11 +15,14 @@ PLACES = [  # those that have been rewritten; the rest follows
     *(f"src/sdpo/trainer/{name}" for name in ("checkpoint", "data", "logging", "rollout")),
     *(
         f"tests/unit/trainer/test_{name}.py"
-        for name in ("checkpoint", "export", "prompts", "run_dir", "sampler", "samples", "state")
+        for name in ("checkpoint", "export", "prompts", "resume", "run_dir", "sampler", "samples", "state")
     ),
     "tests/unit/trainer/test_vllm_engine.py",
     "tests/unit/trainer/test_weight_sync.py",
     "src/sdpo/observability",
+    "src/sdpo/rewards",
+    "examples",
+    "tests/unit/rewards",
     "tests/unit/observability",
     "README.md",
     "CONTRIBUTING.md",

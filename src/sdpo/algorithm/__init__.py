@@ -1,6 +1,6 @@
 """SDPO as functions of tensors: losses, gradients, and the teacher's weights.
 
-Imports torch and, of this package, only ``sdpo.config`` and ``sdpo.observability.metrics``.
+Imports torch and, of this package, only ``sdpo.config.self_distillation``. ``sdpo.kernels`` has faster forms.
 
 Axes in every docstring of this folder:
 

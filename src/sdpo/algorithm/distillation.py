@@ -19,7 +19,6 @@ from sdpo.algorithm.divergence import (
 from sdpo.algorithm.importance_sampling import compute_ratio
 from sdpo.algorithm.sums import TokenValues
 from sdpo.config.self_distillation import SelfDistillationConfig
-from sdpo.observability import metrics
 
 
 def _normalize_support(tokens: TokenDistributions, config: SelfDistillationConfig) -> TokenDistributions:
@@ -74,20 +73,20 @@ def compute_distillation_token_losses(
         losses = losses * _compute_clip_factor(divergence, config.divergence_clip)
     gap = (tokens.teacher_log_probs - student_log_probs).detach()
     values = {
-        metrics.DIVERGENCE: divergence,
-        metrics.TEACHER_GAP: gap,
-        metrics.GAP_POSITIVE_FRACTION: (gap > 0).to(gap.dtype),
-        metrics.GAP_POSITIVE_PART: gap.clamp(min=0),
-        metrics.GAP_NEGATIVE_PART: gap.clamp(max=0),
+        "divergence": divergence,
+        "teacher_gap": gap,
+        "gap_positive_fraction": (gap > 0).to(gap.dtype),
+        "gap_positive_part": gap.clamp(min=0),
+        "gap_negative_part": gap.clamp(max=0),
     }
     if config.teacher_entropy_beta:
         losses = losses * torch.exp(-config.teacher_entropy_beta * _compute_teacher_entropies(tokens, config))
     if config.is_clip is not None:
         assert batch.old_log_probs is not None
         ratio = compute_ratio(student_log_probs.detach(), batch.at_distilled(batch.old_log_probs, num_distilled))
-        values[metrics.IS_CLIP_FRACTION] = (ratio > config.is_clip).to(losses.dtype)
+        values["is_clip_fraction"] = (ratio > config.is_clip).to(losses.dtype)
         ratio = ratio.clamp(max=config.is_clip)
-        values[metrics.IS_RATIO_MEAN] = ratio
+        values["is_ratio"] = ratio
         losses = losses * ratio
     if batch.rollout_is_weights is not None:
         losses = losses * batch.at_distilled(batch.rollout_is_weights, num_distilled)

@@ -24,7 +24,6 @@ from sdpo.algorithm.importance_sampling import compute_ratio
 from sdpo.algorithm.regularization import Regularization, estimate_kl
 from sdpo.algorithm.sums import Sums, TokenValues, reduce_values
 from sdpo.config.self_distillation import SelfDistillationConfig
-from sdpo.observability import metrics
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def compute_policy_token_losses(
     clipped = ratio.clamp(1.0 - config.clip_ratio_low, 1.0 + config.clip_ratio_high)
     losses = torch.maximum(-batch.advantages * ratio, -batch.advantages * clipped)
     clip_active = (-batch.advantages * clipped > -batch.advantages * ratio).to(losses.dtype)
-    values = {metrics.PG_CLIPFRAC: clip_active, metrics.ADVANTAGES_MEAN: batch.advantages}
+    values = {"policy_clip_fraction": clip_active, "advantage": batch.advantages}
     if batch.rollout_is_weights is not None:
         losses = losses * batch.rollout_is_weights
     return losses, values
@@ -64,8 +63,8 @@ def compute_regularization_token_losses(
     if regularization.kl_loss_coef is not None:
         assert batch.ref_log_probs is not None
         kl = estimate_kl(tokens.student_log_probs, batch.ref_log_probs, regularization.kl_loss_type)
-        values[metrics.KL_LOSS] = kl * batch.policy_weights
-        losses = losses + regularization.kl_loss_coef * values[metrics.KL_LOSS]
+        values["kl_loss"] = kl * batch.policy_weights
+        losses = losses + regularization.kl_loss_coef * values["kl_loss"]
     if regularization.entropy_coeff:
         assert tokens.student_entropies is not None
         losses = losses - regularization.entropy_coeff * tokens.student_entropies * batch.policy_weights
@@ -82,16 +81,16 @@ def compute_token_losses(
     contributions = 0.0 * tokens.student_log_probs
     values: TokenValues = {}
     if tokens.student_entropies is not None:
-        values[metrics.ENTROPY] = tokens.student_entropies
+        values["entropy"] = tokens.student_entropies
     if tokens.teacher_entropies is not None:
-        values[metrics.TEACHER_ENTROPY] = tokens.teacher_entropies
-    values[metrics.PPO_KL] = batch.old_log_probs - tokens.student_log_probs
+        values["teacher_entropy"] = tokens.teacher_entropies
+    values["ppo_kl"] = batch.old_log_probs - tokens.student_log_probs
     if config.policy_loss_weight > 0.0:
         assert batch.policy_weights is not None
         losses, policy_values = compute_policy_token_losses(batch, tokens.student_log_probs, config)
         losses = losses * batch.policy_weights
         contributions = contributions + config.policy_loss_weight * losses
-        values |= policy_values | {metrics.PG_LOSS: losses}
+        values |= policy_values | {"policy_loss": losses}
     num_distilled = 0 if tokens.teacher_log_probs is None else len(tokens.teacher_log_probs)
     if config.distills and batch.distilled is not None and num_distilled > 0:
         assert batch.distillation_weights is not None
@@ -102,12 +101,12 @@ def compute_token_losses(
             contributions = contributions + scaled
         else:
             contributions = contributions.masked_scatter(batch.distilled, contributions[batch.distilled] + scaled)
-        values |= distillation_values | {metrics.DISTILLATION_LOSS: losses}
+        values |= distillation_values | {"distillation_loss": losses}
     if batch.regularization is not None:
         losses, regularization_values = compute_regularization_token_losses(batch, tokens, batch.regularization)
         contributions = contributions + losses
         values |= regularization_values
-    return contributions, values | {metrics.LOSS: contributions}
+    return contributions, values | {"loss": contributions}
 
 
 def compute_loss(batch: TokenBatch, tokens: TokenDistributions, config: SelfDistillationConfig) -> LossOutputs:

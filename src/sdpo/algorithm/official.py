@@ -13,7 +13,17 @@ from sdpo.algorithm.distillation import compute_distillation_token_losses
 from sdpo.algorithm.distributions import TokenDistributions
 from sdpo.algorithm.sums import reduce_values
 from sdpo.config.self_distillation import SelfDistillationConfig
-from sdpo.observability import metrics
+
+# Names of the returned metrics, by the names of the sums.
+METRIC_NAMES = {
+    "divergence": "self_distillation/divergence",
+    "teacher_gap": "self_distillation/teacher_student_logprob_diff/mean",
+    "gap_positive_fraction": "self_distillation/teacher_student_logprob_diff/positive_frac",
+    "gap_positive_part": "self_distillation/teacher_student_logprob_diff/positive_part",
+    "gap_negative_part": "self_distillation/teacher_student_logprob_diff/negative_part",
+    "is_ratio": "self_distillation/is_ratio_mean",
+    "is_clip_fraction": "self_distillation/is_clip_fraction",
+}
 
 
 def compute_self_distillation_loss(
@@ -95,10 +105,10 @@ def compute_self_distillation_loss(
             break
     # The sum over zero tokens keeps the graph, so that backward works on an empty batch.
     loss = (losses * weights.unsqueeze(-1).expand(mask.shape)[mask]).sum() + 0.0 * student_log_probs[mask].sum()
-    values = {
-        name: float(total / count.clamp(min=1)) for name, (total, count) in reduce_values(values_by_token).items()
-    }
-    values |= {metrics.DISTILLATION_LOSS: float(loss.detach()), metrics.NONFINITE_SAMPLES: float(num_dropped)}
+    sums = reduce_values(values_by_token)
+    values = {METRIC_NAMES[name]: float(total / count.clamp(min=1)) for name, (total, count) in sums.items()}
+    values["self_distillation/loss"] = float(loss.detach())
+    values["self_distillation/nonfinite_samples"] = float(num_dropped)
     return loss, values
 
 

@@ -25,7 +25,7 @@ class Regularization:
 
     Attributes:
         kl_loss_coef: weight of the KL divergence, >= 0; None: no reference model, no KL.
-        kl_loss_type: estimator, one of ``sdpo.config.KL_LOSS_TYPES``.
+        kl_loss_type: estimator, one of ``sdpo.config.actor.KL_LOSS_TYPES``.
         entropy_coeff: weight of the entropy, which is subtracted; 0: no term.
     """
 

@@ -1,4 +1,7 @@
-"""Sums from which the metrics of a mini-batch are computed, over any split into micro-batches."""
+"""Named sums from which metrics are computed, for any split of a mini-batch into micro-batches.
+
+``sdpo.observability.metrics.LOSS_METRICS`` maps the names to metrics.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from sdpo.observability import metrics
-
-# metric -> (sum, count), added over micro-batches; a count of 0 marks a total
+# name -> (sum, count), added over micro-batches; a count of 0 marks a total
 Sums: TypeAlias = dict[str, tuple[Tensor, Tensor]]
-# metric -> its values by token, [N] or [M]; the metric is their mean, or their sum if it is in TOTALS
+# name -> values by token, [N] or [M]; the metric is their mean, or their sum if the name is in TOTALS
 TokenValues: TypeAlias = dict[str, Tensor]
 # Values that are already weighted: their sum over micro-batches is the metric.
-TOTALS = {metrics.PG_LOSS, metrics.DISTILLATION_LOSS, metrics.KL_LOSS, metrics.LOSS}
+TOTALS = {"policy_loss", "distillation_loss", "kl_loss", "loss"}
 
 
 def add_sums(sums: Sums, more: Sums) -> None:

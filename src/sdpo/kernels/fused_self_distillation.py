@@ -107,7 +107,8 @@ def fused_self_distillation_loss(
         means = [total / count.clamp(min=1) for total, count in outputs.sums.values()]
         *read, dropped, all_finite = torch.stack([*means, *checks]).tolist()
         if all_finite:
-            return outputs.loss, dict(zip(outputs.sums, read, strict=True)) | {metrics.NONFINITE_SAMPLES: dropped}
+            values = metrics.name_loss_sums(dict(zip(outputs.sums, read, strict=True)))
+            return outputs.loss, values | {metrics.NONFINITE_SAMPLES: dropped}
 
 
 def _find(mask: Tensor) -> Tensor:

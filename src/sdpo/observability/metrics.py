@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
 
 STEP = "training/global_step"
 EPOCH = "training/epoch"
@@ -76,6 +79,26 @@ TIME_SAVE = "timing_s/save_checkpoint"
 TIME_STEP = "timing_s/step"
 TOKENS = "perf/total_num_tokens"
 THROUGHPUT = "perf/throughput"
+
+# Metrics by the names of the loss's sums (``sdpo.algorithm.sums``).
+LOSS_METRICS = {
+    "loss": LOSS,
+    "policy_loss": PG_LOSS,
+    "policy_clip_fraction": PG_CLIPFRAC,
+    "ppo_kl": PPO_KL,
+    "advantage": ADVANTAGES_MEAN,
+    "kl_loss": KL_LOSS,
+    "entropy": ENTROPY,
+    "teacher_entropy": TEACHER_ENTROPY,
+    "distillation_loss": DISTILLATION_LOSS,
+    "divergence": DIVERGENCE,
+    "teacher_gap": TEACHER_GAP,
+    "gap_positive_fraction": GAP_POSITIVE_FRACTION,
+    "gap_positive_part": GAP_POSITIVE_PART,
+    "gap_negative_part": GAP_NEGATIVE_PART,
+    "is_clip_fraction": IS_CLIP_FRACTION,
+    "is_ratio": IS_RATIO_MEAN,
+}
 
 DESCRIPTIONS: dict[str, str] = {  # in the order of docs/metrics.md: each family of names in one block
     STEP: "Number of the training step, from 1; 0 is the validation before training.",
@@ -244,3 +267,8 @@ def teacher_val_name(data_source: str, statistic: str) -> str:
 def teacher_gain_name(data_source: str) -> str:
     """Name of the teacher's minus the student's score on prompts with teacher context, one greedy response each."""
     return f"val-teacher/{data_source}/acc_minus_student/mean@1"
+
+
+def name_loss_sums(sums: Mapping[str, T]) -> dict[str, T]:
+    """The loss's sums by the names of their metrics."""
+    return {LOSS_METRICS[name]: value for name, value in sums.items()}

@@ -21,6 +21,8 @@ from sdpo.algorithm.aggregation import compute_token_weights
 from sdpo.algorithm.batch import TokenBatch
 from sdpo.algorithm.distributions import TokenDistributions
 from sdpo.algorithm.loss import LossOutputs, compute_loss, compute_policy_token_losses
+from sdpo.algorithm.official import METRIC_NAMES
+from sdpo.algorithm.regularization import Regularization
 from sdpo.observability import metrics
 
 PROPERTY = settings(max_examples=25, deadline=None, derandomize=True)
@@ -161,7 +163,7 @@ def test_plain_grpo_needs_nothing_of_a_teacher() -> None:
     bare = replace(batch, distilled=None, distillation_weights=None), TokenDistributions(tokens.student_log_probs)
     one, other = compute_loss(batch, tokens, config), compute_loss(*bare, config)
     assert torch.equal(one.token_losses, other.token_losses)
-    assert metrics.DISTILLATION_LOSS not in one.sums
+    assert "distillation_loss" not in one.sums
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -171,7 +173,7 @@ def test_plain_sdpo_needs_nothing_of_grpo(name: str) -> None:
     bare = replace(batch, advantages=None, policy_weights=None)
     one, other = compute_loss(batch, tokens, config), compute_loss(bare, tokens, config)
     assert torch.equal(one.token_losses, other.token_losses)
-    assert metrics.PG_LOSS not in one.sums
+    assert "policy_loss" not in one.sums
 
 
 def test_the_distillation_weight_scales_the_distillation_part_alone() -> None:
@@ -263,8 +265,8 @@ def test_ppo_clip_by_hand() -> None:
     result.sum().backward()
     torch.testing.assert_close(student.grad, gradients, rtol=1e-13, atol=1e-15)
     # Taken away by the clip: 5 of them (the exponent's own bounds are not PPO's).
-    assert (float(values[metrics.PG_CLIPFRAC].sum()), len(values[metrics.PG_CLIPFRAC])) == (5.0, len(CLIPPED))
-    assert values[metrics.ADVANTAGES_MEAN].tolist() == advantages.tolist()
+    assert (float(values["policy_clip_fraction"].sum()), len(values["policy_clip_fraction"])) == (5.0, len(CLIPPED))
+    assert values["advantage"].tolist() == advantages.tolist()
     halved = replace(batch, rollout_is_weights=torch.full_like(ratios, 0.5))
     weighted, _ = compute_policy_token_losses(halved, student, config)
     torch.testing.assert_close(weighted, losses * 0.5, rtol=1e-13, atol=1e-15)
@@ -353,29 +355,42 @@ def test_sums(policy_loss_weight: float, name: str) -> None:
         for coef in (0, 1)
     }
     expected: dict[str, tuple[float, int]] = {
-        metrics.LOSS: (sum(np.real(expected_token_losses(given_numbers, chosen))), 0),
-        metrics.PPO_KL: (float((given_numbers["old"] - taken).sum()), N),
+        "loss": (sum(np.real(expected_token_losses(given_numbers, chosen))), 0),
+        "ppo_kl": (float((given_numbers["old"] - taken).sum()), N),
     }
     if policy_loss_weight > 0:
         # Ratios 0.5 1.05 2.5 0.6 3 0.95 1.5, advantages + - + - - 0 +: away at 2.5 with +, 0.6 with -, 1.5 with +.
         expected |= {
-            metrics.PG_LOSS: (apart[1], 0),
-            metrics.PG_CLIPFRAC: (3.0, N),
-            metrics.ADVANTAGES_MEAN: (float(given_numbers["advantages"].sum()), N),
+            "policy_loss": (apart[1], 0),
+            "policy_clip_fraction": (3.0, N),
+            "advantage": (float(given_numbers["advantages"].sum()), N),
         }
     if policy_loss_weight < 1:
         expected |= {
-            metrics.DISTILLATION_LOSS: (apart[0], 0),
-            metrics.DIVERGENCE: (divergences[distilled].sum(), 5),
-            metrics.TEACHER_GAP: (gaps[distilled].sum(), 5),
-            metrics.GAP_POSITIVE_FRACTION: (float((gaps[distilled] > 0).sum()), 5),
-            metrics.GAP_POSITIVE_PART: (np.maximum(gaps, 0)[distilled].sum(), 5),
-            metrics.GAP_NEGATIVE_PART: (np.minimum(gaps, 0)[distilled].sum(), 5),
-            metrics.IS_RATIO_MEAN: (np.minimum(ratios, 1.4)[distilled].sum(), 5),
-            metrics.IS_CLIP_FRACTION: (2.0, 5),  # distilled are 0, 2, 3, 5, 6, of which 2.5 and 1.5 are above 1.4
+            "distillation_loss": (apart[0], 0),
+            "divergence": (divergences[distilled].sum(), 5),
+            "teacher_gap": (gaps[distilled].sum(), 5),
+            "gap_positive_fraction": (float((gaps[distilled] > 0).sum()), 5),
+            "gap_positive_part": (np.maximum(gaps, 0)[distilled].sum(), 5),
+            "gap_negative_part": (np.minimum(gaps, 0)[distilled].sum(), 5),
+            "is_ratio": (np.minimum(ratios, 1.4)[distilled].sum(), 5),
+            "is_clip_fraction": (2.0, 5),  # distilled are 0, 2, 3, 5, 6, of which 2.5 and 1.5 are above 1.4
         }
     assert outputs.sums.keys() == expected.keys()
     for key, (total, count) in expected.items():
         assert float(outputs.sums[key][0]) == pytest.approx(total, abs=1e-13), key
         assert int(outputs.sums[key][1]) == count, key
         assert not outputs.sums[key][0].requires_grad, key
+
+
+def test_every_sum_has_a_metric() -> None:
+    """The algorithm does not import the metrics' names, so nothing else holds the two together."""
+    config = SelfDistillationConfig(policy_loss_weight=0.3)
+    batch, tokens = inputs_of(numbers(), config, logits_of(numbers()))
+    batch = replace(batch, ref_log_probs=batch.old_log_probs, regularization=Regularization(0.1, "kl", 0.1))
+    entropies = torch.ones_like(tokens.student_log_probs)
+    tokens = replace(tokens, student_entropies=entropies, teacher_entropies=entropies[batch.distilled])
+    sums = compute_loss(batch, tokens, config).sums
+    assert sums.keys() == metrics.LOSS_METRICS.keys()
+    assert METRIC_NAMES.items() <= metrics.LOSS_METRICS.items()
+    assert metrics.name_loss_sums({"loss": 1.0, "is_ratio": 2.0}) == {metrics.LOSS: 1.0, metrics.IS_RATIO_MEAN: 2.0}

@@ -18,7 +18,6 @@ from sdpo.algorithm.regularization import Regularization, estimate_kl
 from sdpo.config.actor import KL_LOSS_TYPES
 from sdpo.kernels.chunked_log_probs import LinearHead
 from sdpo.kernels.fused_linear_loss import fused_linear_sdpo_loss
-from sdpo.observability import metrics
 
 # Log-probabilities of student and reference: twice as likely, three times less likely, equal.
 LOG_PROBS = [math.log(0.6), math.log(0.1), math.log(0.5)]
@@ -82,7 +81,7 @@ def test_the_terms_are_weighted_sums_over_all_response_tokens() -> None:
     entropy = 0.5 * 0.9 + 0.25 * 0.2 + 0.25 * 1.5
     assert float(outputs.loss.detach()) == pytest.approx(0.4 * kl - 0.3 * entropy, abs=1e-14)
     # A total, as it is weighted already.
-    total, count = outputs.sums[metrics.KL_LOSS]
+    total, count = outputs.sums["kl_loss"]
     assert (float(total), int(count)) == (pytest.approx(kl, abs=1e-14), 0)
     outputs.loss.backward()
     assert student.grad is not None and entropies.grad is not None
@@ -92,7 +91,7 @@ def test_the_terms_are_weighted_sums_over_all_response_tokens() -> None:
     batch = replace(batch, regularization=Regularization(0.0, "mse", 0.0))
     measured = compute_loss(batch, tokens, SelfDistillationConfig())
     assert float(measured.loss.detach()) == 0.0
-    assert float(measured.sums[metrics.KL_LOSS][0]) == pytest.approx(kl, abs=1e-14)
+    assert float(measured.sums["kl_loss"][0]) == pytest.approx(kl, abs=1e-14)
 
 
 def test_the_entropy_s_gradient_by_logits_by_hand() -> None:

@@ -1,4 +1,4 @@
-"""Rows, tasks and outputs: what is read, and the one line that a person gets for what cannot be."""
+"""Rows, tasks and scores: valid ones are read, and each error is one line."""
 
 from __future__ import annotations
 

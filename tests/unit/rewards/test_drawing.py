@@ -251,6 +251,4 @@ def test_files_are_not_overwritten(tmp_path: Path, monkeypatch: Any, capsys: Any
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
-    assert (
-        capsys.readouterr().err == f"error: {tmp_path}/train.parquet: exists; name another folder for drawn problems\n"
-    )
+    assert capsys.readouterr().err == f"error: --out: {tmp_path}/train.parquet exists; name another folder\n"

@@ -131,7 +131,7 @@ def test_shuffled_images_are_another_row_s(made: Path) -> None:
         assert before["images"] != after["images"]
         assert {**before, "images": None} == {**after, "images": None}
     assert sorted(row["images"][0]["bytes"] for row in rows) == sorted(row["images"][0]["bytes"] for row in shuffled)
-    with pytest.raises(SDPOError, match="two rows or more, got 1"):
+    with pytest.raises(SDPOError, match="needs at least two rows, got 1"):
         shuffle_images(rows[:1], seed=0)
 
 
@@ -192,7 +192,9 @@ def test_model_tokenizer_and_image_processor_load_as_any_other(made: Path) -> No
         mm_token_type_ids=(ids == model.config.image_token_id).int(),
         attention_mask=torch.ones_like(ids),
     ).logits[:, -5:]
-    torch.testing.assert_close(bare.read(model, drawn.look(model, torch.tensor([0])), written, written), whole)
+    torch.testing.assert_close(
+        bare.compute_logits(model, drawn.encode(model, torch.tensor([0])), written, written), whole
+    )
 
 
 # --- making
@@ -218,25 +220,25 @@ def test_another_seed_makes_others(made: Path, tmp_path: Path) -> None:
 def test_a_folder_made_with_other_arguments_is_refused(made: Path) -> None:
     before = contents(made)
     Figures(str(made), **SMALL).prepare()
-    with pytest.raises(SDPOError, match="was made with"):
+    with pytest.raises(SDPOError, match="was created with"):
         Figures(str(made), **{**SMALL, "seed": 1}).prepare()
     assert contents(made) == before
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(SDPOError, match="holds no figures data"):
+    with pytest.raises(SDPOError, match="exists without figures data"):
         Figures(str(tmp_path), **SMALL).prepare()
 
 
 @pytest.mark.parametrize(
     ("args", "complaint"),
     [
-        ({"num_test": 0}, "num_test must be a whole number of at least 1, got 0"),
-        ({"seed": 1.5}, "seed must be a whole number of at least 0, got 1.5"),
-        ({"pretrain_steps": -1}, "pretrain_steps must be a whole number of at least 0, got -1"),
-        ({"num_train": 5000}, "exceeds the 5040 figures"),
-        ({"dir": ""}, "dir must be a folder's name, got ''"),
+        ({"num_test": 0}, "num_test=0: must be an integer of at least 1"),
+        ({"seed": 1.5}, "seed=1.5: must be an integer of at least 0"),
+        ({"pretrain_steps": -1}, "pretrain_steps=-1: must be an integer of at least 0"),
+        ({"num_train": 5000}, "exceeds the 5040 possible figures"),
+        ({"dir": ""}, "dir='': must be the name of a folder"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(args: dict[str, Any], complaint: str) -> None:
@@ -260,11 +262,11 @@ def test_pretraining_teaches_to_read_clockwise_and_to_copy(monkeypatch: pytest.M
     digit_ids = torch.tensor(figures._digit_ids(tokenizer))
     target = digit_ids[drawn.digits[which][:, list(TARGET_ORDER)]]
     with torch.no_grad():
-        seen = drawn.look(model, which)
+        seen = drawn.encode(model, which)
         clockwise = digit_ids[drawn.digits[which]]
         copied = shown.read(model, seen, target, clockwise)[:, :-1].argmax(-1)
-        chances = bare.read(model, seen, target, target)[:, :-1].softmax(-1).gather(2, target[..., None])
-        first = bare.read(model, seen, target, target)[:, 0].softmax(-1)
+        chances = bare.compute_logits(model, seen, target, target)[:, :-1].softmax(-1).gather(2, target[..., None])
+        first = bare.compute_logits(model, seen, target, target)[:, 0].softmax(-1)
     assert (copied == target).float().mean() > 0.95, "what it is shown, though it wrote something else"
     assert chances.prod(dim=1).mean() < 0.02, "unprompted, rarely what the task wants"
     read = sum(first.gather(1, digit_ids[drawn.digits[which][:, [side]]]) for side in (1, 3))

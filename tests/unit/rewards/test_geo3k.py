@@ -1,4 +1,4 @@
-"""Geometry3k's grader: its rules, its agreement with verl's scorer, and answers that nobody can read."""
+"""Geometry3k's reward function: its rules, its agreement with verl's, and unreadable answers."""
 
 from __future__ import annotations
 
@@ -294,7 +294,7 @@ def test_the_format_is_that_of_verl() -> None:
 def test_a_row_without_a_ground_truth(truth: str | None) -> None:
     row = Row("hiyouga/geometry3k", [], {"ground_truth": truth}, extra_info={"index": 7})
     with pytest.raises(
-        SDPOError, match=r"^data: row 7 of hiyouga/geometry3k has no reward_model.ground_truth to grade"
+        SDPOError, match=r"^data: row 7 of hiyouga/geometry3k has no reward_model.ground_truth; add it$"
     ):
         Geo3k().compute_score(row, r"\boxed{5}")
 
@@ -302,13 +302,13 @@ def test_a_row_without_a_ground_truth(truth: str | None) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"format_weight": 1.5}, "data.task_args.format_weight must be a number from 0 to 1, got 1.5"),
-        ({"format_weight": "a"}, "data.task_args.format_weight must be a number from 0 to 1, got 'a'"),
-        ({"format_weight": True}, "data.task_args.format_weight must be a number from 0 to 1, got True"),
-        ({"format_weight": float("nan")}, "data.task_args.format_weight must be a number from 0 to 1, got nan"),
-        ({"tolerance": -1}, "data.task_args.tolerance must be a number from 0 to 0.1, got -1"),
-        ({"timeout": 0}, "data.task_args.timeout must be a number from 0.001 to 600, got 0"),
-        ({"timeout": None}, "data.task_args.timeout must be a number from 0.001 to 600, got None"),
+        ({"format_weight": 1.5}, "data.task_args.format_weight=1.5: must be a number from 0 to 1"),
+        ({"format_weight": "a"}, "data.task_args.format_weight='a': must be a number from 0 to 1"),
+        ({"format_weight": True}, "data.task_args.format_weight=True: must be a number from 0 to 1"),
+        ({"format_weight": float("nan")}, "data.task_args.format_weight=nan: must be a number from 0 to 1"),
+        ({"tolerance": -1}, "data.task_args.tolerance=-1: must be a number from 0 to 0.1"),
+        ({"timeout": 0}, "data.task_args.timeout=0: must be a number from 0.001 to 600"),
+        ({"timeout": None}, "data.task_args.timeout=None: must be a number from 0.001 to 600"),
         ({"colour": 1}, "data.task_args: geo3k: Geo3k.__init__() got an unexpected keyword argument 'colour'"),
     ],
 )

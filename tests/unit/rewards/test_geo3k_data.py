@@ -1,4 +1,4 @@
-"""Geometry3k's files: what is written, which rows are left out, and what a source must have."""
+"""Geometry3k's files: their content, skipped rows, and requirements of a source."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ GIF = picture(kind="GIF")
         ),
     ],
 )
-def test_a_row_that_cannot_be_used_is_named_and_left_out(tmp_path: Path, changes: Any, reason: str) -> None:
+def test_a_row_that_cannot_be_used_is_named_and_skipped(tmp_path: Path, changes: Any, reason: str) -> None:
     observer = Recorder()
     source = tmp_path / "source"
     source.mkdir()
@@ -238,9 +238,9 @@ def test_a_row_that_cannot_be_used_is_named_and_left_out(tmp_path: Path, changes
     for split, rows in (("train", [source_row(0), source_row(1, **changes), source_row(2)]), ("test", [source_row()])):
         pq.write_table(pa.Table.from_pylist(rows, schema=features().arrow_schema), source / f"{split}.parquet")
     assert prepare(tmp_path / "out", source, observer) == {"train": 2, "test": 1}
-    left_out, train, test = observer.messages
-    assert left_out.startswith("train row 1 is left out: ") and reason in left_out
-    assert (train, test) == ("train: 2 rows, 1 left out", "test: 1 rows")
+    skipped, train, test = observer.messages
+    assert skipped.startswith("train row 1: ") and reason in skipped and skipped.endswith("; skipped")
+    assert (train, test) == ("train: 2 rows, 1 skipped", "test: 1 rows")
     rows = load_rows([str(tmp_path / "out" / "train.parquet")], "x")
     assert [row.extra_info["index"] for row in rows] == [0, 2]
 
@@ -277,7 +277,7 @@ def test_the_hub_is_out_of_reach(tmp_path: Path, name: str, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     message = refusal(tmp_path / "out", name or "-")
     assert message.startswith(f"--source {name or '-'}: cannot be loaded (")
-    assert message.endswith("; without a connection name a local copy by --source")
+    assert message.endswith("; without a connection, name a local copy")
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_rows_that_turn_out_damaged(save: Any, tmp_path: Path, monkeypatch: pyte
     source = save(train=[source_row()], test=[source_row()])
     monkeypatch.setattr(datasets.Dataset, "iter", iterate)
     message = refusal(tmp_path / "out", source)
-    assert message == "split 'train' is damaged (bad block); make it again, or name another by --source"
+    assert message == "split 'train' is damaged (bad block); create it again or name another --source"
 
 
 @pytest.mark.parametrize("missing", ["train", "test"])
@@ -357,13 +357,13 @@ def test_a_column_that_holds_no_images(tmp_path: Path, images: Any, stored: str)
 
 
 def test_the_source_is_not_overwritten(source: Path) -> None:
-    assert refusal(source, source) == f"{source}: is the source itself; name another folder for the files"
+    assert refusal(source, source) == f"--out {source}: is the source folder; name another folder"
 
 
 def test_a_target_that_is_no_folder(save: Any, tmp_path: Path) -> None:
     source = save(train=[source_row()], test=[source_row()])
     (tmp_path / "file").write_text("x")
-    assert refusal(tmp_path / "file", source) == f"{tmp_path}/file: is no folder; name another"
+    assert refusal(tmp_path / "file", source) == f"--out {tmp_path}/file: not a folder; name another"
     assert "cannot be written (Not a directory)" in refusal(tmp_path / "file" / "out", source)
 
 

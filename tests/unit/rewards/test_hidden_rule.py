@@ -201,7 +201,7 @@ def test_what_is_there_is_not_made_again(made: Path) -> None:
 @pytest.mark.parametrize("change", [{"seed": 1}, {"mode": "peers"}, {"num_train": 41}, {"pretrain_steps": 4}])
 def test_a_folder_made_with_other_arguments_is_refused(made: Path, change: dict[str, Any]) -> None:
     before = contents(made)
-    with pytest.raises(SDPOError, match="was made with") as caught:
+    with pytest.raises(SDPOError, match="was created with") as caught:
         HiddenRule(str(made), **{**SMALL, **change}).prepare()
     assert str(made) in str(caught.value)
     assert contents(made) == before
@@ -209,14 +209,14 @@ def test_a_folder_made_with_other_arguments_is_refused(made: Path, change: dict[
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(SDPOError, match="holds no hidden-rule data"):
+    with pytest.raises(SDPOError, match="exists without hidden-rule data"):
         HiddenRule(str(tmp_path), **SMALL).prepare()
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(SDPOError, match="cannot be made"):
+    with pytest.raises(SDPOError, match="cannot be created"):
         HiddenRule(str(tmp_path / "file" / "x"), **SMALL).prepare()
 
 
@@ -234,14 +234,14 @@ def test_a_tilde_is_the_home_folder(home: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "complaint"),
     [
-        ({"mode": "peer"}, "mode must be one of feedback, peers, got 'peer'"),
-        ({"num_test": 0}, "num_test must be a whole number of at least 1, got 0"),
-        ({"num_train": "many"}, "num_train must be a whole number of at least 1, got 'many'"),
-        ({"seed": "x"}, "seed must be a whole number of at least 0, got 'x'"),
-        ({"seed": 1.5}, "seed must be a whole number of at least 0, got 1.5"),
-        ({"pretrain_steps": -1}, "pretrain_steps must be a whole number of at least 0, got -1"),
+        ({"mode": "peer"}, "mode='peer': must be one of feedback, peers"),
+        ({"num_test": 0}, "num_test=0: must be an integer of at least 1"),
+        ({"num_train": "many"}, "num_train='many': must be an integer of at least 1"),
+        ({"seed": "x"}, "seed='x': must be an integer of at least 0"),
+        ({"seed": 1.5}, "seed=1.5: must be an integer of at least 0"),
+        ({"pretrain_steps": -1}, "pretrain_steps=-1: must be an integer of at least 0"),
         ({"mode": "peers", "num_train": 100_000}, "exceeds the 100000 prompts of mode peers"),
-        ({"dir": 3}, "dir must be a folder's name, got 3"),
+        ({"dir": 3}, "dir=3: must be the name of a folder"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(args: dict[str, Any], complaint: str) -> None:

@@ -248,7 +248,7 @@ def test_rollouts_that_take_longer_than_may_be_waited_for_are_left_out_and_that_
         send_in_step(patch, 3, "after", signal.SIGTERM)
         SDPOTrainer(config, listening).train()
     assert listening.messages == [
-        "rollouts in flight are left out: resumed, the run will not be that which goes on now to the bit"
+        "in-flight rollouts were discarded; the resumed run will not be bit-for-bit identical"
     ]
     SDPOTrainer(replace(config, resume_mode="required")).train()
     assert [row[metrics.STALENESS] for row in rows_of(config) if metrics.STALENESS in row] == [0, 1, 1, 0, 1]

@@ -47,7 +47,6 @@ from sdpo.kernels.cuda.top_k import select_top_ids
 from sdpo.kernels.cuda.weight_gradient import WeightGradient
 from sdpo.kernels.fused_linear_loss import FusedOutputs
 from sdpo.kernels.precomputed_grad import attach_gradients, differentiate
-from sdpo.observability import metrics
 
 # Rows of the teacher's buffer as a fraction of the chunk's. A smaller buffer leaves memory for larger chunks, which
 # make the gradients' matrix products faster.
@@ -288,7 +287,7 @@ class _ChunkedForwardBackward:
             token_losses,
             reduce_values(values),
             self._join(self.student_log_probs),
-            self._join(self.values.get(metrics.ENTROPY, [])),
+            self._join(self.values.get("entropy", [])),
             torch.cat([token_losses[:0], *self.teacher_log_probs]),
         )
         grad_weight = None if self.grad_weight is None else self.grad_weight.finish()

@@ -1,4 +1,4 @@
-"""Geometry3k: the data, as parquet files in verl's schema. ``geo3k.py`` grades."""
+"""Convert the Geometry3k data set to parquet files in verl's schema."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from sdpo.prompting.images import TAG, open_image
 DATA_SOURCE = "hiyouga/geometry3k"
 SPLITS = ("train", "test")
 COLUMNS = ("images", "problem", "answer")
-# Word for word that of verl's example, so that runs can be compared.
+# The exact text of verl's example, so that runs can be compared.
 INSTRUCTION = (
     r"You FIRST think about the reasoning process as an internal monologue and then provide the final answer. "
     r"The reasoning process MUST BE enclosed within <think> </think> tags. "
     r"The final answer MUST BE put in \boxed{}."
 )
-BATCH_ROWS = 64  # held in memory at a time, images and all
+BATCH_ROWS = 64  # in memory at a time, with their images
 
 
 def prepare(
@@ -30,29 +30,29 @@ def prepare(
 ) -> dict[str, int]:
     """Write ``train.parquet`` and ``test.parquet``.
 
-    Both are made beside the folder and renamed into it when complete; files of those names are replaced. Images keep
-    the bytes they have in the source. A row that cannot be used is named to the observer and left out.
+    Both are written to a temporary folder and renamed when complete; existing files are replaced. The bytes of images
+    are not changed. Rows that cannot be used are reported and skipped.
 
     Args:
-        out: folder for the files; made if it is not there.
-        source: a data set's name on the Hugging Face hub; or a folder, either one of parquet files named by split, such
-            as a clone of that data set, or one written by ``DatasetDict.save_to_disk``.
-        observer: told the progress, each row left out, and how many rows each split has.
+        out: folder for the files; created if needed.
+        source: name of a data set on the Hugging Face hub, or a folder: parquet files named by split, as in a clone of
+            the data set, or the output of ``DatasetDict.save_to_disk``.
+        observer: receives the progress, each skipped row, and the number of rows per split.
 
     Returns:
-        Rows written, by split.
+        Number of rows written, by split.
 
     Raises:
-        DataError: ``datasets`` is not installed; the source cannot be loaded, or lacks a split or a column;
-            no row of a split can be used; the folder cannot be written, or is the source.
+        DataError: ``datasets`` is not installed; the source cannot be loaded, or lacks a split or a column; no row of
+            a split can be used; or the folder cannot be written or is the source.
     """
     target = Path(os.path.expanduser(out))
     observer = observer or NullCallback()
     folder = os.path.expanduser(source)
     if os.path.isdir(target) and os.path.isdir(folder) and os.path.samefile(target, folder):
-        raise DataError(f"{target}: is the source itself; name another folder for the files")
+        raise DataError(f"--out {target}: is the source folder; name another folder")
     if os.path.exists(target) and not os.path.isdir(target):
-        raise DataError(f"{target}: is no folder; name another")
+        raise DataError(f"--out {target}: not a folder; name another")
     splits = _load(str(source))
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     try:
@@ -62,21 +62,23 @@ def prepare(
         for split in SPLITS:
             os.replace(partial / f"{split}.parquet", target / f"{split}.parquet")
     except OSError as error:
-        raise DataError(f"{target}: cannot be written ({error.strerror or error}); name another folder") from error
+        raise DataError(
+            f"--out {target}: cannot be written ({error.strerror or error}); name another folder"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return counts
 
 
 def build_row(record: dict[str, Any], split: str, index: int) -> dict[str, Any]:
-    """A row in verl's schema.
+    """Build a row in verl's schema.
 
     Args:
-        record: the source's row as it is stored; each of its images is ``{"bytes": ..., "path": ...}``.
-        split, index: where the row stands in the source.
+        record: the row of the source; its images are stored as ``{"bytes": ..., "path": ...}``.
+        split, index: position of the row in the source.
 
     Raises:
-        ValueError: the row cannot be used; says why.
+        ValueError: the row cannot be used; the message has the reason.
     """
     problem, answer = (_get_text(record, column) for column in ("problem", "answer"))
     images = [_read_image(image, f"image {i + 1}") for i, image in enumerate(record["images"] or [])]
@@ -138,7 +140,7 @@ def _write(rows: Any, split: str, file: Path, observer: ProgressCallback) -> int
             try:
                 batch.append(build_row(record, split, index))
             except ValueError as error:
-                observer.message(f"{split} row {index} is left out: {error}")
+                observer.message(f"{split} row {index}: {error}; skipped")
                 skipped += 1
             if len(batch) == BATCH_ROWS:
                 flush()
@@ -146,7 +148,7 @@ def _write(rows: Any, split: str, file: Path, observer: ProgressCallback) -> int
         flush()
     if not written:
         raise DataError(f"split {split!r}: no row of {len(rows)} can be used; name another data set with --source")
-    observer.message(f"{split}: {written} rows" + (f", {skipped} left out" if skipped else ""))
+    observer.message(f"{split}: {written} rows" + (f", {skipped} skipped" if skipped else ""))
     return written
 
 
@@ -154,16 +156,16 @@ def _iterate(rows: Any, split: str) -> Iterator[dict[str, Any]]:
     from pyarrow import ArrowException
 
     try:
-        # In Arrow tables images are still bytes; a cast to undecoded images would write a copy beside the source.
+        # Arrow tables contain the images' bytes; a cast to undecoded images would copy the source.
         for table in rows.with_format("arrow").iter(BATCH_ROWS):
             yield from table.to_pylist()
     except (ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise DataError(f"split {split!r} is damaged ({reason}); make it again, or name another by --source") from error
+        raise DataError(f"split {split!r} is damaged ({reason}); create it again or name another --source") from error
 
 
 def _build_schema() -> Any:
-    """As ``datasets`` writes it, so that it reads the images back as images."""
+    """The schema as ``datasets`` writes it, so that ``datasets`` decodes the images."""
     from datasets import Features, Image, Sequence, Value
 
     text = Value("string")
@@ -197,9 +199,9 @@ def _load(source: str) -> dict[str, Any]:
                 splits = datasets.load_from_disk(folder)
             else:
                 splits = datasets.load_dataset(folder if is_local else source)
-    except Exception as error:  # of datasets, of the hub's client and of what that stands on; they share no base
+    except Exception as error:  # errors of datasets, of the hub's client and of its HTTP library share no base class
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        advice = "name another by --source" if is_local else "without a connection name a local copy by --source"
+        advice = "name another --source" if is_local else "without a connection, name a local copy"
         raise DataError(f"--source {source}: cannot be loaded ({reason}); {advice}") from error
     if not isinstance(splits, datasets.DatasetDict):
         raise DataError(f"--source {source}: is a single split; it must have {' and '.join(SPLITS)}")
@@ -218,7 +220,7 @@ def _load(source: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quiet_datasets() -> Iterator[None]:
-    """Without its bars, which would break the observer's own, and its log: what goes wrong is our one line."""
+    """Disable the progress bars of ``datasets``, which disturb the observer's, and its log."""
     import datasets
 
     had_bars, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()

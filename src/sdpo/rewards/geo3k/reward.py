@@ -1,7 +1,7 @@
-r"""Geometry3k: the grader. ``geo3k_data.py`` makes the data; ``docs/geo3k.md`` compares the scores with verl's.
+r"""Reward function of Geometry3k; ``docs/geo3k.md`` compares its scores with verl's.
 
-The answer is what stands in the last ``\boxed{...}``. Numbers are compared here, which takes microseconds; the
-rest goes to math-verify, in a process of its own (``symbolic.py``).
+The answer is the content of the last ``\boxed{...}``. Numbers are compared here, which takes microseconds; all other
+answers are compared by math-verify in a separate process (``sympy_worker.py``).
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from sdpo.rewards.geo3k.sympy_worker import compare
 from sdpo.rewards.worker_process import WorkerTimeout
 
 MAX_LENGTH = 500  # characters of an answer; the longest ground truth has a few dozen
-MAX_DEPTH = 20  # brackets within brackets
-QUOTED = 80  # characters of the answer that feedback repeats
-SAME = Fraction(1, 10**12)  # relative; two exact numbers, one of which comes out of floating point
-ONE_DECIMAL = Fraction(1, 1000)  # relative error up to which one digit after the point is enough
+MAX_DEPTH = 20  # nested brackets
+MAX_QUOTED = 80  # characters of the answer in the feedback
+SAME = Fraction(1, 10**12)  # relative error of exact numbers, one of which was computed in floating point
+ONE_DECIMAL = Fraction(1, 1000)  # relative error up to which one decimal place suffices
 
 
 @dataclass(frozen=True)
 class Geo3k:
     r"""The task.
 
-    A score is ``(1 - format_weight) * accuracy + format_weight * format``, as verl's for this data set: 1 for a right
-    answer in the right format, 0.9 for a right answer without it, 0.1 for the format alone, 0 for neither. The format
-    is ``<think>``, ``</think>`` and ``\boxed{...}`` in this order, ``<think>`` at the very start.
+    The score is ``(1 - format_weight) * accuracy + format_weight * format``, as in verl for this data set. By default:
+    1 for a correct answer in the required format, 0.9 for a correct answer without it, 0.1 for the format alone, else
+    0. The format is ``<think>`` at the very start, then ``</think>``, then ``\boxed{...}``.
 
-    Only 1 reaches ``self_distillation.success_reward_threshold`` as it ships: a right answer whose format is wrong is
-    then no demonstration for its peers. ``format_weight=0``, or a threshold of 0.9, makes it one.
+    With the default ``self_distillation.success_reward_threshold`` of 1, a correct answer in the wrong format is not
+    used as a demonstration; with ``format_weight=0`` or a threshold of 0.9 it is.
 
     Args:
-        format_weight: share of the format in the score, in [0, 1]; 0 leaves the format out of score and feedback.
-        tolerance: largest relative error of an answer that agrees with the truth up to rounding, in [0, 0.1]; 0 asks
-            for the exact number.
-        timeout: seconds that an answer may take to be read, in (0, 600]; one that takes longer is wrong.
+        format_weight: weight of the format in the score, in [0, 1]; 0 removes the format from score and feedback.
+        tolerance: maximum relative error of an answer that equals the truth up to rounding, in [0, 0.1]; 0 requires
+            the exact number.
+        timeout: seconds to compare an answer, in (0, 600]; an answer that takes longer is wrong.
 
     Raises:
-        DataError: an argument out of range, or math-verify is not installed.
+        DataError: an argument is out of range, or math-verify is not installed.
     """
 
     format_weight: float = 0.1
@@ -55,14 +55,14 @@ class Geo3k:
             value = getattr(self, name)
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not is_number or not least <= value <= most:
-                raise DataError(f"data.task_args.{name} must be a number from {least} to {most}, got {value!r:.80}")
-        if find_spec("math_verify") is None:  # now rather than at the first answer that is no plain number
-            raise DataError("data.task=geo3k needs math-verify; install it: pip install 'sdpo[geo3k]'")
+                raise DataError(f"data.task_args.{name}={value!r:.80}: must be a number from {least} to {most}")
+        if find_spec("math_verify") is None:  # not only at the first answer that needs it
+            raise DataError("data.task=geo3k: math-verify is not installed; pip install 'sdpo[geo3k]'")
 
     def compute_score(self, row: Row, response: str) -> RewardOutput:
-        """Score a response in [0, 1], and say what is wrong with it, without the ground truth.
+        """Score a response in [0, 1], with feedback that does not reveal the ground truth.
 
-        Thread-safe. Ends within about ``timeout``, and the time that comparisons of other threads take before it.
+        Thread-safe. Takes at most about ``timeout``, in addition to waiting for comparisons of other threads.
 
         Raises:
             DataError: the row has no ground truth.
@@ -70,14 +70,14 @@ class Geo3k:
         truth = (row.ground_truth or "").strip()
         if not truth:
             index = row.extra_info.get("index", "?")
-            raise DataError(f"data: row {index} of {row.data_source} has no reward_model.ground_truth to grade by")
-        is_right, complaint = self._judge_answer(response, truth)
+            raise DataError(f"data: row {index} of {row.data_source} has no reward_model.ground_truth; add it")
+        is_right, feedback = self._judge_answer(response, truth)
         missing = _find_format_error(response) if self.format_weight > 0 else None
         if is_right and missing:
-            complaint = f"The final answer is correct, but {missing}."
-        elif complaint and missing:
-            complaint += f" Also, {missing}."
-        return RewardOutput((1.0 - self.format_weight) * is_right + self.format_weight * (missing is None), complaint)
+            feedback = f"The final answer is correct, but {missing}."
+        elif feedback and missing:
+            feedback += f" Also, {missing}."
+        return RewardOutput((1.0 - self.format_weight) * is_right + self.format_weight * (missing is None), feedback)
 
     def _judge_answer(self, response: str, truth: str) -> tuple[bool, str | None]:
         answer = extract_boxed(response)
@@ -97,11 +97,11 @@ build_task = Geo3k
 
 
 def extract_boxed(text: str) -> str | None:
-    r"""The stripped content of the last ``\boxed{...}`` whose braces are balanced; None if there is none.
+    r"""The stripped content of the last ``\boxed{...}`` with balanced braces; None without one.
 
-    Takes time in proportion to the text's length. An escaped brace is no brace.
+    Takes time linear in the length of the text. Escaped braces do not count.
     """
-    opened: list[int | None] = []  # for each open brace where its box begins; None for a brace that is no box's
+    opened: list[int | None] = []  # per open brace: where its box begins, None for other braces
     found: tuple[int, int] | None = None
     for token in re.finditer(r"\\boxed\{|\\.|[{}]", text, re.DOTALL):
         if token.group() == "{":
@@ -116,9 +116,9 @@ def extract_boxed(text: str) -> str | None:
 
 
 def _find_format_error(response: str) -> str | None:
-    r"""What keeps a response from matching verl's ``<think>.*</think>.*\\boxed\{.*\}.*``; None if it matches.
+    r"""Why a response does not match verl's ``<think>.*</think>.*\\boxed\{.*\}.*``; None if it matches.
 
-    Not by the expression itself, which takes days for a long response that nearly matches.
+    The regular expression itself takes days for a long response that nearly matches.
     """
     if not response.startswith("<think>"):
         return "the response does not begin with <think>"
@@ -133,7 +133,7 @@ def _find_format_error(response: str) -> str | None:
 
 def _quote(answer: str) -> str:
     answer = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(answer[:1000].split()))
-    return answer if len(answer) <= QUOTED else answer[: QUOTED - 3] + "..."
+    return answer if len(answer) <= MAX_QUOTED else answer[: MAX_QUOTED - 3] + "..."
 
 
 # --- comparison ------------------------------------------------------------------------------------------------------
@@ -177,14 +177,14 @@ def _judge(answer: str, truth: str, tolerance: Fraction, timeout: float) -> _Ver
 @dataclass(frozen=True)
 class _Number:
     value: Fraction
-    decimals: int | None = None  # digits after the point, of what is written as a decimal; None for what is exact
+    decimals: int | None = None  # decimal places of a decimal number; None for an exact number
 
 
 def _agree(answer: _Number, truth: _Number, tolerance: Fraction) -> bool:
-    """Equal, or the one with fewer digits is the other one rounded.
+    """Whether two numbers are equal, or equal when rounded to the decimal places of the less precise number.
 
-    29.73 is 2√221, and 8.66 is a truth of 8.7, which itself is somebody's rounding. 30 is neither: without digits after
-    the point a number is exact. Of an exact truth one digit is a guess unless the number is large (ONE_DECIMAL).
+    29.73 equals a truth of 2√221, and 8.66 a truth of 8.7, which is itself rounded. 30 equals neither: a number without
+    decimal places is exact. One decimal place suffices for an exact truth only if the number is large (ONE_DECIMAL).
     """
     error, scale = abs(answer.value - truth.value), abs(truth.value)
     if error <= max(SAME, SAME * scale):
@@ -203,7 +203,7 @@ _FRACTION = re.compile(
 
 
 def _read_number(text: str) -> _Number | None:
-    r"""An integer, a decimal, a fraction (``1/2``, ``\frac{1}{2}``) or a mixed number (``7 1/2``); None for others."""
+    r"""Parse an integer, a decimal, a fraction (``1/2``, ``\frac{1}{2}``) or a mixed number (``7 1/2``); else None."""
     if decimal := _DECIMAL.fullmatch(text):
         value = Fraction(decimal["digits"])
         written = decimal["decimals"] or decimal["bare"]
@@ -217,7 +217,7 @@ def _read_number(text: str) -> _Number | None:
     return None
 
 
-# --- what an answer looks like ---------------------------------------------------------------------------------------
+# --- normalization of answers ---------------------------------------------------------------------------------------
 
 _DEGREE = r"(?:\^ *(?:\{ *)?\\(?:circ|degree)(?![a-z])(?: *\})?|\\degree(?![a-z])|°)"
 _UNIT = (
@@ -244,11 +244,11 @@ _COMMANDS = (  # in this order
 _TRIGONOMETRY = re.compile(r"\\?(?:sin|cos|tan)")
 _TOWER = re.compile(
     r"\^ *\{[^{}^]*\^|\^ *\^|\^ *\{? *-? *[0-9]{4}|[0-9]{4} *!|! *!|\)+ *!|\} *!|[0-9]{61}"
-)  # what only a computer would write
+)  # does not occur in real answers, and may take very long to evaluate
 
 
 def _is_too_large(text: str) -> bool:
-    """What would take long to read, or to evaluate; the cheap half of the defence, the other is the time limit."""
+    """Whether a text may take long to parse or to evaluate; a cheap check in addition to the timeout."""
     if len(text) > MAX_LENGTH or _TOWER.search(text):
         return True
     return max(_depths(text), default=0) > MAX_DEPTH
@@ -262,10 +262,10 @@ def _depths(text: str) -> Iterator[int]:
 
 
 def _normalize(text: str) -> str:
-    """Take away what does not change the value: spacing, fonts, units, degrees, percent signs, thousands separators."""
+    """Remove everything that does not change the value: spaces, fonts, units, degree and percent signs, separators."""
     for pattern, replacement in _COMMANDS:
         text = pattern.sub(replacement, text)
-    # Of an angle the number is the answer, but the sine of 30 degrees is not that of 30.
+    # The answer for an angle is the number of degrees; inside a sine, degrees are converted to radians.
     text = re.sub(r"([0-9.]+)°", r"(\1\\pi/180)" if _TRIGONOMETRY.search(text) else r"\1", text)
     text = re.sub(_DEGREE, "", text)
     text = _strip(text)
@@ -284,7 +284,7 @@ def _strip(text: str) -> str:
 
 
 def _take_right_side(text: str) -> str:
-    """``x = 5`` is 5, ``2\\sqrt{2} \\approx 2.83`` is 2.83; but of several equations none is the answer."""
+    """Return 5 for ``x = 5`` and 2.83 for ``2\\sqrt{2} \\approx 2.83``; several equations are returned unchanged."""
     *left, right = _RELATION.split(text)
     if not left or re.search(r"[,;](?![0-9]{3})| and | or ", text):
         return text

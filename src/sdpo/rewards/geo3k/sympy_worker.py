@@ -1,9 +1,8 @@
-"""Two mathematical expressions compared by math-verify, in a process that can be cut off.
+"""Comparison of two mathematical expressions by math-verify, in a process with a time limit.
 
-sympy evaluates ``9^{9^{9^9}}`` if asked to, and holds the interpreter's lock meanwhile: no thread and no signal handler
-ends that. math-verify's own time limit is a signal handler, and works in the main thread only. So one worker process,
-started when first needed, reads the expressions; it is killed when it takes too long, and the next question starts
-another (``worker_process.py``).
+sympy evaluates ``9^{9^{9^9}}`` on request and holds the interpreter's lock meanwhile: neither a thread nor a signal
+handler can end it. math-verify's own time limit is a signal handler, and works in the main thread only. So one worker
+process, started at first use, parses the expressions. It is killed when it takes too long (``worker_process.py``).
 """
 
 from __future__ import annotations
@@ -18,19 +17,19 @@ from typing import Any
 
 from sdpo.rewards.worker_process import WorkerProcess
 
-MAX_MEMORY = 2 << 30  # bytes of the worker's address space; digits fill memory faster than they take time
+MAX_MEMORY = 2 << 30  # bytes of the worker's address space; large numbers exhaust memory before the timeout
 DIGITS = 30
-MAX_EXPONENT = 100  # of ten; as a fraction 10^999999999 would fill the memory of whoever asked
+MAX_EXPONENT = 100  # of ten; 10^999999999 as a fraction would exhaust the memory of the caller
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What became of an answer and the truth it is compared with.
+    """Result of comparing an answer with the ground truth.
 
-    Args:
-        is_readable: the answer is an expression, and no number beyond 10^±100.
-        is_equal: math-verify finds both equal; always False where both have a value, which the caller compares.
-        value, truth: the real numbers they stand for, to 30 digits; None for what is no real number.
+    Attributes:
+        is_readable: whether the answer is an expression, and not a number beyond 10^±100.
+        is_equal: whether math-verify finds both equal; False if both have a value, which the caller compares.
+        value, truth: values of answer and truth to 30 digits; None for an expression that is not a real number.
     """
 
     is_readable: bool
@@ -41,14 +40,14 @@ class Comparison:
 
 @functools.lru_cache(maxsize=4096)
 def compare(answer: str, truth: str, seconds: float) -> Comparison:
-    """Compare two LaTeX expressions; safe in every thread, one comparison at a time.
+    """Compare two LaTeX expressions; thread-safe, one comparison at a time.
 
     Args:
         answer, truth: LaTeX without dollar signs.
-        seconds: the most it may take, without the first start of the worker.
+        seconds: time limit, without the start of the worker.
 
     Raises:
-        WorkerTimeout: it took longer. Not remembered, unlike an answer: the machine may only have been busy.
+        WorkerTimeout: the comparison took longer. Timeouts are not cached, because the machine may have been busy.
     """
     reply = _worker.request({"answer": answer, "truth": truth, "seconds": seconds}, seconds)
     value, of_truth = (None if text is None else Decimal(text) for text in (reply["value"], reply["truth"]))
@@ -59,12 +58,12 @@ _worker = WorkerProcess("sdpo.rewards.geo3k.sympy_worker:_serve")
 
 
 def _serve() -> None:
-    """The worker: answers a line of JSON by a line of JSON until its input ends."""
+    """Answer each line of JSON on the input with a line of JSON."""
     import logging
     import resource
     import signal
 
-    from math_verify import LatexExtractionConfig  # noqa: F401  what takes long is done before the clock starts
+    from math_verify import LatexExtractionConfig  # noqa: F401  the slow import is done before time is measured
 
     logging.disable()
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
@@ -73,11 +72,11 @@ def _serve() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
-    _compare_here("1", "x")  # builds the tables of the parser
+    _compare_here("1", "x")  # builds the parser's tables
     print("ready", file=replies)
     for line in sys.stdin:
         request = json.loads(line)
-        # The default action, at which the kernel ends us whatever runs: nobody else would if the parent was killed.
+        # SIGALRM's default action ends this process in any state, also after its parent was killed.
         signal.setitimer(signal.ITIMER_REAL, request["seconds"] + 1)
         reply = _compare_here(request["answer"], request["truth"])
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -85,7 +84,7 @@ def _serve() -> None:
 
 
 def _compare_here(answer: str, truth: str) -> dict[str, Any]:
-    # sympy, and its parser, fail on odd input in every way there is, RecursionError and MemoryError among them.
+    # sympy and its parser raise all kinds of errors on odd input, including RecursionError and MemoryError.
     try:
         given = _parse(answer)
         value = _evaluate(given)

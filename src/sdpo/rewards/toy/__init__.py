@@ -1,1 +1,1 @@
-"""Toy tasks that make their own data and model, for the quickstart and the smoke test."""
+"""Toy tasks that create their own data and model, for the quickstart and for tests."""

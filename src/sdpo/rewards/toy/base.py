@@ -1,4 +1,4 @@
-"""What the offline tasks share: arguments, grading, a folder whole or not at all, a tokenizer, pretraining."""
+"""Common parts of the toy tasks: arguments, scoring, output folder, tokenizer, pretraining."""
 
 from __future__ import annotations
 
@@ -23,77 +23,77 @@ FEEDBACK_TEXT = "Expected: "
 
 
 def check_arguments(dir: Any, seed: Any, pretrain_steps: Any, num_train: Any, num_test: Any) -> None:
-    """Refuse arguments of a task that are no folder's name, or no whole numbers large enough; no steps are none given.
+    """Check the arguments of a toy task; ``pretrain_steps`` may be None.
 
     Raises:
-        DataError: names the argument.
+        DataError: ``dir`` is not a name, or another argument is not an integer or is too small.
     """
     if not isinstance(dir, str) or not dir:
-        raise DataError(f"data.task_args.dir must be a folder's name, got {dir!r}")
+        raise DataError(f"data.task_args.dir={dir!r}: must be the name of a folder")
     steps = 0 if pretrain_steps is None else pretrain_steps
     numbers = (("seed", seed, 0), ("pretrain_steps", steps, 0), ("num_train", num_train, 1), ("num_test", num_test, 1))
     for name, value, least in numbers:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise DataError(f"data.task_args.{name} must be a whole number of at least {least}, got {value!r}")
+            raise DataError(f"data.task_args.{name}={value!r}: must be an integer of at least {least}")
 
 
 class OfflineTask:
-    """What offline tasks do alike; a frozen dataclass on top of it says by its fields what the files depend on."""
+    """Base class of toy tasks. Subclasses are frozen dataclasses; their files depend on all fields but ``dir``."""
 
     dir: str
-    what: ClassVar[str]  # of the data, for the message that the folder holds something else
+    what: ClassVar[str]  # name of the data in error messages
 
     def compute_score(self, row: Row, response: str) -> RewardOutput:
-        """1 for exactly the ground truth, else 0 with the ground truth as feedback."""
+        """Score 1 for exactly the ground truth, else 0 with the ground truth as feedback."""
         expected = row.ground_truth or ""
         return RewardOutput(1.0) if response.strip() == expected else RewardOutput(0.0, FEEDBACK_TEXT + expected)
 
     def prepare(self, observer: ProgressCallback | None = None) -> None:
-        """Make model and data unless the folder already holds those of the same arguments.
+        """Create model and data, unless the folder already has them for the same arguments.
 
         Raises:
-            DataError: the folder holds something else, or cannot be made.
+            DataError: the folder has other content, or cannot be created.
         """
         recipe = {name: value for name, value in vars(self).items() if name != "dir"}
         make_folder(self.dir, recipe, self.what, lambda folder: self.write(folder, observer or NullCallback()))
 
     def write(self, folder: Path, observer: ProgressCallback) -> None:
-        """Fill a new folder with ``model/``, ``train.parquet`` and ``test.parquet``."""
+        """Write ``model/``, ``train.parquet`` and ``test.parquet`` into a new folder."""
         raise NotImplementedError
 
 
 def format_digits(digits: Sequence[int]) -> str:
-    """[1, 0, 7] as ``107``."""
+    """Format [1, 0, 7] as ``107``."""
     return "".join(map(str, digits))
 
 
 def make_folder(name: str, recipe: Mapping[str, Any], what: str, write: Callable[[Path], None]) -> None:
-    """Have ``write`` fill a folder unless it already holds what was made by the same recipe.
+    """Create a folder with ``write``, unless it exists with the same recipe.
 
-    Everything is made beside the folder and renamed into place, so that an interruption leaves nothing half-made.
+    The content is written to a temporary folder and renamed, so that an interruption leaves no incomplete folder.
 
     Args:
-        name: the folder; a leading ``~`` is the home folder.
-        recipe: everything that what is made depends on; stored as ``recipe.json``.
-        what: of the data, for the message that the folder holds something else, such as "hidden-rule data".
-        write: fills the folder that it is given, which is not yet the one named.
+        name: the folder; a leading ``~`` is expanded.
+        recipe: all values on which the content depends; stored as ``recipe.json``.
+        what: name of the data in error messages, such as "hidden-rule data".
+        write: writes the content into the temporary folder.
 
     Raises:
-        DataError: the folder holds something else, or cannot be made.
+        DataError: the folder has other content, or cannot be created.
     """
     target = Path(name).expanduser()
     if target.exists():
         made_with = target / "recipe.json"
         if not made_with.is_file():
-            raise DataError(f"{target}: exists and holds no {what}; name another folder")
+            raise DataError(f"{target}: exists without {what}; name another folder")
         if json.loads(made_with.read_text()) != recipe:
-            raise DataError(f"{target}: was made with {made_with.read_text()}; delete it or name another folder")
+            raise DataError(f"{target}: was created with {made_with.read_text()}; delete it or name another folder")
         return
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
     except OSError as error:
-        raise DataError(f"{target}: cannot be made ({error.strerror}); name another folder") from error
+        raise DataError(f"{target}: cannot be created ({error.strerror}); name another folder") from error
     try:
         write(partial)
         (partial / "recipe.json").write_text(json.dumps(recipe))
@@ -105,11 +105,11 @@ def make_folder(name: str, recipe: Mapping[str, Any], what: str, write: Callable
 def build_tokenizer(
     texts: Sequence[str], chat_template: str, vision_tokens: Sequence[str] = ()
 ) -> PreTrainedTokenizerFast:
-    """A byte-level Qwen2 tokenizer that knows the words of the default templates and those of the task's texts.
+    """Build a byte-level Qwen2 tokenizer with the words of the default templates and of the task's texts.
 
-    So the real templates cost few tokens, and any other text still has a tokenization. Characters that no text joins
-    to a word, such as digits, are a token each. Ids 0, 1 and 2 are ``<|endoftext|>``, ``<|im_start|>`` and
-    ``<|im_end|>`` (the end of a response); then come ``vision_tokens``.
+    The default templates take few tokens, and all other text can be tokenized. Characters outside of known words, such
+    as digits, are one token each. Ids 0, 1 and 2 are ``<|endoftext|>``, ``<|im_start|>`` and ``<|im_end|>`` (the end
+    of a response), followed by ``vision_tokens``.
     """
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Tokenizer
@@ -141,7 +141,7 @@ def build_tokenizer(
 
 @contextlib.contextmanager
 def reproducible(seed: int) -> Iterator[None]:
-    """One thread and a seeded generator, given back afterwards: sums in another order give another model."""
+    """Use one thread and a seeded generator inside the block; the order of summation changes the trained model."""
     import torch
 
     threads = torch.get_num_threads()
@@ -164,12 +164,12 @@ def pretrain(
     peak_lr: float = 2e-3,
     warmup: int = 100,
 ) -> None:
-    """AdamW for so many steps, the learning rate rising over ``warmup`` steps and falling linearly to 5 %.
+    """Train with AdamW; the learning rate rises over ``warmup`` steps, then falls linearly to 5 % of its peak.
 
     Args:
-        parameters: those to be trained; gradients are clipped to a norm of 1.
-        compute_loss: draws a batch and gives its loss, a scalar tensor.
-        description: of what happens, for whoever watches.
+        parameters: trained parameters; gradients are clipped to a norm of 1.
+        compute_loss: returns the loss of a new batch, a scalar tensor.
+        description: label of the progress.
     """
     import torch
 
@@ -189,11 +189,11 @@ def pretrain(
 
 
 def corrupt(answer: Any, num_symbols: int) -> Any:
-    """Answers [batch, symbols] with some symbols replaced at random, from none to all of them.
+    """Replace a random fraction of the symbols of answers [batch, symbols].
 
-    What a teacher meets: it is shown an answer and reads a response that departs from it.
+    A teacher, which is shown an answer, reads responses that differ from it.
     """
     import torch
 
-    share = torch.rand(len(answer), 1)
-    return torch.where(torch.rand(answer.shape) < share, torch.randint(num_symbols, answer.shape), answer)
+    fraction = torch.rand(len(answer), 1)
+    return torch.where(torch.rand(answer.shape) < fraction, torch.randint(num_symbols, answer.shape), answer)

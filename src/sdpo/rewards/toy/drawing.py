@@ -1,4 +1,4 @@
-"""Labelled geometric figures as PNG pictures, and rows with pictures as parquet files in verl's schema."""
+"""Draw labelled geometric figures as PNG, and write rows with images as parquet files in verl's schema."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Point: TypeAlias = tuple[float, float]  # pixels from the upper left corner: to the right, down
+Point: TypeAlias = tuple[float, float]  # pixels from the upper left corner, right and down
 
 
 @dataclass(frozen=True)
@@ -20,16 +20,15 @@ class Picture:
     """A drawn figure.
 
     Attributes:
-        png: the file's bytes.
-        labels: what is written where, such as ``{"side 0": "5", "angle 2": "40°"}``; side i runs from corner i to the
-            next one.
+        png: content of the PNG file.
+        labels: text by position, such as ``{"side 0": "5", "angle 2": "40°"}``; side i is between corners i and i + 1.
     """
 
     png: bytes
     labels: Mapping[str, str] = field(default_factory=dict)
 
     def to_cell(self) -> dict[str, bytes | None]:
-        """The picture as an element of the column ``images``."""
+        """Convert to an element of the column ``images``."""
         return {"bytes": self.png, "path": None}
 
 
@@ -42,13 +41,13 @@ def draw_polygon(
     size: tuple[int, int] = (140, 112),
     font_size: int = 16,
 ) -> Picture:
-    """A convex polygon with labels outside its sides' middles and inside its corners.
+    """Draw a convex polygon with labels outside the middle of its sides and inside its corners.
 
     Args:
         corners: at least three, in order around the polygon.
-        sides: side i's label, between corner i and the next; none where it is None or the sequence has ended.
-        angles: corner i's label, likewise.
-        right_angles: corners that are marked with a small square.
+        sides: label of side i, between corners i and i + 1; None for no label, also for missing items.
+        angles: label of corner i, likewise.
+        right_angles: corners to mark with a small square.
         size: width and height in pixels.
         font_size: in pixels.
     """
@@ -81,11 +80,11 @@ def draw_circle(
     size: tuple[int, int] = (112, 112),
     font_size: int = 16,
 ) -> Picture:
-    """A circle with a labelled radius or diameter, or with a labelled central angle.
+    """Draw a circle with a labelled radius or diameter, or with a labelled central angle.
 
     Args:
-        radius, diameter: the label of the one that is drawn, horizontally.
-        angle: degrees in (0, 360) from the radius that points right, anticlockwise, and the label between the radii.
+        radius, diameter: label of the horizontal line to draw.
+        angle: degrees in (0, 360), anticlockwise from the radius to the right, and the label between the radii.
         size: width and height in pixels.
         font_size: in pixels.
     """
@@ -109,12 +108,12 @@ def draw_circle(
 
 
 def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write rows whose column ``images`` is a list of cells (``Picture.to_cell``), empty in a row of text alone."""
+    """Write rows with lists of cells (``Picture.to_cell``) in the column ``images``; a list may be empty."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     table = pa.Table.from_pylist(list(rows))
-    # Inferred, the type of `path` would be null, which readers do not agree on.
+    # The inferred type of `path` would be null, which not all readers accept.
     images = pa.array([row["images"] for row in rows], type=_images_type())
     pq.write_table(table.set_column(table.column_names.index("images"), "images", images), path)
 
@@ -126,7 +125,7 @@ def _images_type() -> pa.DataType:
 
 
 class _Canvas:
-    """White paper and a black pen."""
+    """White image with a black pen."""
 
     def __init__(self, size: tuple[int, int], font_size: int) -> None:
         from PIL import Image, ImageDraw, ImageFont
@@ -143,7 +142,7 @@ class _Canvas:
         self._pen.ellipse([x - r, y - r, x + r, y + r], outline="black")
 
     def write(self, text: str, at: Point) -> None:
-        """Text centred at a point, moved as far as needed to stay on the paper."""
+        """Write text centred at a point, shifted to stay inside the image."""
         left, top, right, bottom = self._pen.textbbox(at, text, font=self._font, anchor="mm")
         width, height = self._image.size
         x = at[0] + max(0, 1 - left) - max(0, right - width + 1)
@@ -156,8 +155,8 @@ class _Canvas:
         return buffer.getvalue()
 
 
-def _between(a: Point, b: Point, share: float) -> Point:
-    return (a[0] + share * (b[0] - a[0]), a[1] + share * (b[1] - a[1]))
+def _between(a: Point, b: Point, fraction: float) -> Point:
+    return (a[0] + fraction * (b[0] - a[0]), a[1] + fraction * (b[1] - a[1]))
 
 
 def _towards(a: Point, b: Point, distance: float) -> Point:
@@ -165,7 +164,7 @@ def _towards(a: Point, b: Point, distance: float) -> Point:
 
 
 def _outside(a: Point, b: Point, start: Point, inside: Point, distance: float) -> Point:
-    """From a point of the line ab, so far at right angles to it and away from ``inside``."""
+    """The point at a distance from ``start`` on the line ab, perpendicular to it and away from ``inside``."""
     across = ((b[1] - a[1]) / math.dist(a, b), (a[0] - b[0]) / math.dist(a, b))
     if across[0] * (inside[0] - start[0]) + across[1] * (inside[1] - start[1]) > 0:
         across = (-across[0], -across[1])

@@ -1,9 +1,9 @@
-"""A task with images that a laptop learns offline: read a figure's labels in an order that nobody states.
+"""A toy task with images: read the labels of a figure in an order that the prompt does not state.
 
-A tiny vision-language model is made that can read the four labelled sides of a drawn quadrilateral, but that goes round
-it clockwise, from the right side or from the left, and that can copy a solution out of its context. Then it is to learn
-to go round anticlockwise from the top, which it never did: next to no rollout succeeds, so the score alone teaches
-nothing, but the teacher is shown the row's ground truth. Without the right picture there is no right answer.
+The tiny vision-language model is pretrained to read the four labelled sides of a drawn quadrilateral clockwise,
+starting at the right or at the left side, and to copy a solution from its context. The task is to read the sides
+anticlockwise from the top, an order that is not pretrained: almost no rollout succeeds, so the score alone gives no
+signal, but the teacher is shown the ground truth. Without the right image there is no right answer.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ NUM_DIGITS = 10
 NUM_SIDES = 4  # in the order top, right, bottom, left
 NUM_FIGURES = 10 * 9 * 8 * 7  # the digits of a figure differ
 TARGET_ORDER = (0, 3, 2, 1)
-# In no place does one of these have what the target has there, nor after a side the side that follows it in the target:
-# however roughly they are learned, the target does not come about by mixing them.
+# No position and no pair of consecutive sides agrees with the target order, so that a mixture of these orders does not
+# produce the target.
 PRETRAINED_ORDERS = ((1, 2, 3, 0), (3, 0, 1, 2))
 
-PICTURE_SIZE = 84  # pixels; a visual token sees 28 x 28 of them
-TOKENS_A_SIDE = 3
-LABELLED_TOKENS = (1, 5, 7, 3)  # of the 3 x 3 visual tokens, row by row, those that see the label of side 0, 1, 2, 3
+PICTURE_SIZE = 84  # pixels; a visual token covers 28 x 28 pixels
+TOKENS_PER_EDGE = 3
+LABELLED_TOKENS = (1, 5, 7, 3)  # visual tokens, of 3 x 3 row by row, that cover the labels of sides 0, 1, 2, 3
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -49,20 +49,20 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-SEEING_STEPS = 250
-READING_STEPS = 450
+VISION_STEPS = 250
+LANGUAGE_STEPS = 450
 NUM_PRETRAINING_FIGURES = 3000
 
 
 @dataclass(frozen=True)
 class Figures(base.OfflineTask):
-    """The task, and the maker of its files.
+    """The task; creates its own files.
 
     Args:
-        dir: folder that holds, or will hold, ``model/``, ``train.parquet`` and ``test.parquet``.
-        seed: of the rows and the pretraining.
-        pretrain_steps: of each of the pretraining's two parts; their own numbers if not given.
-        num_train, num_test: rows; no four labels are in both files.
+        dir: folder of ``model/``, ``train.parquet`` and ``test.parquet``.
+        seed: random seed of the rows and the pretraining.
+        pretrain_steps: steps of each of the two parts of the pretraining; None for the default numbers.
+        num_train, num_test: number of rows; no four labels are in both files.
     """
 
     what: ClassVar[str] = "figures data"
@@ -76,7 +76,9 @@ class Figures(base.OfflineTask):
     def __post_init__(self) -> None:
         base.check_arguments(self.dir, self.seed, self.pretrain_steps, self.num_train, self.num_test)
         if self.num_train + self.num_test > NUM_FIGURES:
-            raise DataError(f"data.task_args: num_train + num_test exceeds the {NUM_FIGURES} figures")
+            raise DataError(
+                f"data.task_args: num_train + num_test exceeds the {NUM_FIGURES} possible figures; lower one of them"
+            )
 
     def write(self, folder: Path, observer: ProgressCallback) -> None:
         for split, rows in self._draw_rows().items():
@@ -97,14 +99,15 @@ class Figures(base.OfflineTask):
     def _pretrain(self, observer: ProgressCallback, folder: Path) -> None:
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # the one for writing shards would break the observer's own
+        logging.disable_progress_bar()  # the bar of save_pretrained would disturb the observer's
         tokenizer, image_processor = build_tokenizer(), build_image_processor()
-        seeing, reading = (SEEING_STEPS, READING_STEPS) if self.pretrain_steps is None else (self.pretrain_steps,) * 2
+        default = (VISION_STEPS, LANGUAGE_STEPS)
+        vision_steps, language_steps = default if self.pretrain_steps is None else (self.pretrain_steps,) * 2
         with base.reproducible(self.seed):
             model = build_model(tokenizer)
             figures = _draw_for_pretraining(random.Random(f"pretraining {self.seed}"), image_processor)
-            _learn_to_see(model, tokenizer, figures, seeing, observer)
-            _learn_to_read(model, tokenizer, figures, reading, observer)
+            _pretrain_vision(model, tokenizer, figures, vision_steps, observer)
+            _pretrain_language(model, tokenizer, figures, language_steps, observer)
         for part in (model, tokenizer, image_processor):
             part.save_pretrained(folder)
 
@@ -113,7 +116,7 @@ build_task = Figures
 
 
 def draw_quadrilateral(digits: Sequence[int], rng: random.Random) -> Picture:
-    """An irregular quadrilateral whose sides, clockwise from the top, are labelled with four digits."""
+    """Draw an irregular quadrilateral with a digit at each side, clockwise from the top."""
     low, high = 26, PICTURE_SIZE - 26
     corners = [
         (x + rng.uniform(-3, 3), y + rng.uniform(-3, 3))
@@ -123,29 +126,29 @@ def draw_quadrilateral(digits: Sequence[int], rng: random.Random) -> Picture:
 
 
 def shuffle_images(rows: Sequence[Mapping[str, Any]], seed: int) -> list[dict[str, Any]]:
-    """The rows, each with the images of another: what a model scores on these, it does not owe to its eyes.
+    """Give each row the images of another row, to measure the score without the right image.
 
     Raises:
-        DataError: there is but one row.
+        DataError: there are fewer than two rows.
     """
     if len(rows) < 2:
-        raise DataError(f"images can be shuffled among two rows or more, got {len(rows)}")
+        raise DataError(f"shuffling images needs at least two rows, got {len(rows)}")
     order = list(range(len(rows)))
     random.Random(f"shuffle {seed}").shuffle(order)
-    giver = dict(zip(order, [*order[1:], order[0]], strict=True))
-    return [{**row, "images": rows[giver[i]]["images"]} for i, row in enumerate(rows)]
+    source = dict(zip(order, [*order[1:], order[0]], strict=True))
+    return [{**row, "images": rows[source[i]]["images"]} for i, row in enumerate(rows)]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level Qwen2 tokenizer that knows digits, the question, the default templates and the marks of images."""
+    """Build a byte-level Qwen2 tokenizer with digits, the question, the default templates and image tokens."""
     return base.build_tokenizer([QUESTION, base.FEEDBACK_TEXT], CHAT_TEMPLATE, VISION_TOKENS)
 
 
 def build_image_processor() -> Any:
-    """Qwen2-VL's, without torchvision; pictures of 4 to 64 visual tokens are taken nearly as they are."""
+    """Build Qwen2-VL's image processor without torchvision; it hardly resizes images of 4 to 64 visual tokens."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    # Not min_pixels and max_pixels, which would change the defaults of the class.
+    # min_pixels and max_pixels would change the defaults of the class.
     return Qwen2VLImageProcessorPil(size={"shortest_edge": 4 * 28 * 28, "longest_edge": 64 * 28 * 28})
 
 
@@ -163,7 +166,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
             "num_attention_heads": 2,
             "num_key_value_heads": 2,
             "max_position_embeddings": 1024,
-            # The lowest frequencies tell left from right, over a distance of one or two: hence so small a theta.
+            # A small theta, so that the lowest frequencies distinguish left and right over a distance of 1 or 2.
             "rope_parameters": {"rope_type": "default", "rope_theta": 2.0, "mrope_section": [4, 6, 6]},
             "tie_word_embeddings": False,
             "bos_token_id": None,
@@ -193,17 +196,17 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
 
 @dataclass(frozen=True)
 class _DrawnFigures:
-    """Figures ready for the model: digits [figures, 4] and patches [figures, patches, values]."""
+    """Figures as model inputs: digits [figures, 4] and patches [figures, patches, values]."""
 
     digits: Any
     patches: Any
 
-    def look(self, model: PreTrainedModel, which: Any) -> Any:
-        """What the model's eye makes of some figures: [figures, visual tokens, hidden size]."""
+    def encode(self, model: PreTrainedModel, which: Any) -> Any:
+        """Compute the image features of some figures: [figures, visual tokens, hidden size]."""
         import torch
 
         patches = self.patches[which]
-        grid = torch.tensor([[1, 2 * TOKENS_A_SIDE, 2 * TOKENS_A_SIDE]]).expand(len(patches), -1)
+        grid = torch.tensor([[1, 2 * TOKENS_PER_EDGE, 2 * TOKENS_PER_EDGE]]).expand(len(patches), -1)
         return torch.stack(list(model.model.get_image_features(patches.flatten(0, 1), grid).pooler_output))
 
 
@@ -219,7 +222,7 @@ def _draw_for_pretraining(rng: random.Random, image_processor: Any) -> _DrawnFig
     return _DrawnFigures(torch.tensor(digits), pixels.unflatten(0, (len(digits), -1)))
 
 
-def _learn_to_see(
+def _pretrain_vision(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     figures: _DrawnFigures,
@@ -228,10 +231,9 @@ def _learn_to_see(
     *,
     batch_size: int = 64,
 ) -> None:
-    """Make the visual token that sees a digit resemble the embedding of that digit, and the others a pad's.
+    """Train the feature of each labelled visual token to equal its digit's embedding, and the others the image token's.
 
-    Learned from answers alone, seeing would take far longer: which token to look at and what it shows would have to be
-    found out together.
+    Training on answers alone would take far longer, because attention and features would have to be learned together.
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -242,19 +244,19 @@ def _learn_to_see(
 
     def compute_loss() -> Any:
         which = torch.randint(len(figures.digits), (batch_size,))
-        seen, digits = figures.look(model, which), figures.digits[which]
-        wanted = torch.full(seen.shape[:2], model.config.image_token_id)
+        features, digits = figures.encode(model, which), figures.digits[which]
+        wanted = torch.full(features.shape[:2], model.config.image_token_id)
         wanted[:, list(LABELLED_TOKENS)] = digit_ids[digits]
-        # Told apart by their directions, which is soon learned, they still need a length that the reader can work with.
-        distance = (seen - embedding[wanted]).square().mean() / variance
-        likeness = seen[:, list(LABELLED_TOKENS)] @ embedding[digit_ids].T / (16 * variance)
+        # The directions of the features are learned fast; this term also fits their length.
+        distance = (features - embedding[wanted]).square().mean() / variance
+        likeness = features[:, list(LABELLED_TOKENS)] @ embedding[digit_ids].T / (16 * variance)
         return cross_entropy(likeness.flatten(0, 1), digits.flatten()) + 0.1 * distance
 
     parameters = model.model.visual.parameters()
-    base.pretrain(parameters, compute_loss, steps, observer, "teaching the tiny model to see", warmup=30)
+    base.pretrain(parameters, compute_loss, steps, observer, "pretraining the tiny model's vision tower", warmup=30)
 
 
-def _learn_to_read(
+def _pretrain_language(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     figures: _DrawnFigures,
@@ -263,10 +265,10 @@ def _learn_to_read(
     *,
     batch_size: int = 64,
 ) -> None:
-    """Teach two things: after a bare prompt, to go round clockwise; after a context with an answer, that answer.
+    """Train two behaviours: clockwise reading after the plain prompt, and copying after a prompt with a solution.
 
-    The second also where what has been written so far is not that answer: a teacher reads the student's mistakes. The
-    eye learns no more, so that each figure is looked at once.
+    Copying is also trained after wrong tokens, because a teacher reads the student's mistakes. The vision tower is
+    frozen, so that each figure is encoded once.
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -276,10 +278,10 @@ def _learn_to_read(
     digit_ids = torch.tensor(_digit_ids(tokenizer))
     eos = torch.full((batch_size, 1), tokenizer.eos_token_id)
     with torch.no_grad():
-        seen = torch.cat([figures.look(model, which) for which in torch.arange(len(figures.digits)).split(256)])
+        features = torch.cat([figures.encode(model, which) for which in torch.arange(len(figures.digits)).split(256)])
 
     def compute_loss() -> Any:
-        which = torch.randint(len(seen), (batch_size,))
+        which = torch.randint(len(features), (batch_size,))
         by_order = figures.digits[which].gather(1, orders[torch.randint(len(orders), (batch_size,))])
         anything = torch.randint(NUM_DIGITS, by_order.shape)
         copied = torch.where(torch.rand(batch_size, 1) < 0.5, by_order, anything)
@@ -287,40 +289,40 @@ def _learn_to_read(
         loss = torch.zeros(())
         for skeleton, answer, written in ((bare, by_order, by_order), (shown, copied, mistaken)):
             target = torch.cat([digit_ids[answer], eos], dim=1)
-            logits = skeleton.read(model, seen[which], digit_ids[answer], digit_ids[written])
+            logits = skeleton.compute_logits(model, features[which], digit_ids[answer], digit_ids[written])
             loss = loss + cross_entropy(logits.flatten(0, 1), target.flatten())
         return loss
 
     parameters = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
-    description = "teaching the tiny model to read"
+    description = "pretraining the tiny model"
     base.pretrain(parameters, compute_loss, steps, observer, description, peak_lr=3e-3, warmup=40)
 
 
 @dataclass(frozen=True)
 class _Skeleton:
-    """A context made by the real templates, with the places of the image and of the answer's digits."""
+    """Tokens of a prompt from the default templates, with the positions of the image and of the answer's digits."""
 
     token_ids: Any  # tensor [tokens]
     is_image: Any  # bool tensor [tokens]
     is_answer: Any  # bool tensor [tokens]
-    positions: Any  # tensor [3, 1, tokens and the response's]
+    positions: Any  # tensor [3, 1, tokens + response tokens]
 
-    def read(self, model: PreTrainedModel, seen: Any, answer: Any, written: Any) -> Any:
-        """Logits [batch, digits + 1, V] of the response and its end, after this context and what was written.
+    def compute_logits(self, model: PreTrainedModel, features: Any, answer: Any, written: Any) -> Any:
+        """Compute the logits [batch, digits + 1, V] of the response and its end token.
 
         Args:
-            seen: [batch, visual tokens, hidden size]
-            answer: token ids [batch, digits] for the places in the context, if it has any.
+            features: image features [batch, visual tokens, hidden size].
+            answer: token ids [batch, digits] of the answer in the prompt, if it has one.
             written: token ids [batch, digits] of the response.
         """
         import torch
 
-        context = self.token_ids.expand(len(seen), -1).clone()
+        context = self.token_ids.expand(len(features), -1).clone()
         context[:, self.is_answer] = answer[:, : int(self.is_answer.sum())]
         embeds = model.get_input_embeddings()(torch.cat([context, written], dim=1))
         places = torch.cat([self.is_image, torch.zeros(written.shape[1], dtype=torch.bool)])
-        embeds = embeds.masked_scatter(places[None, :, None].expand_as(embeds), seen)
-        positions = self.positions.expand(-1, len(seen), -1)
+        embeds = embeds.masked_scatter(places[None, :, None].expand_as(embeds), features)
+        positions = self.positions.expand(-1, len(features), -1)
         return model(inputs_embeds=embeds, position_ids=positions, logits_to_keep=written.shape[1] + 1).logits
 
 
@@ -334,12 +336,12 @@ def _build_skeletons(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast)
     skeletons = []
     for token_ids in (encode_prompt(tokenizer, messages), teacher):
         image = model.config.image_token_id
-        expanded = [token for t in token_ids for token in [t] * (TOKENS_A_SIDE**2 if t == image else 1)]
+        expanded = [token for t in token_ids for token in [t] * (TOKENS_PER_EDGE**2 if t == image else 1)]
         ids = torch.tensor(expanded)
-        # The positions of a response follow from its place alone.
-        whole = torch.cat([ids, torch.zeros(NUM_SIDES, dtype=torch.long)])[None]
-        grid = torch.tensor([[1, 2 * TOKENS_A_SIDE, 2 * TOKENS_A_SIDE]])
-        positions, _ = model.model.get_rope_index(whole, (whole == image).int(), image_grid_thw=grid)
+        # The positions of response tokens do not depend on the tokens.
+        complete = torch.cat([ids, torch.zeros(NUM_SIDES, dtype=torch.long)])[None]
+        grid = torch.tensor([[1, 2 * TOKENS_PER_EDGE, 2 * TOKENS_PER_EDGE]])
+        positions, _ = model.model.get_rope_index(complete, (complete == image).int(), image_grid_thw=grid)
         skeletons.append(_Skeleton(ids, ids == image, ids == _digit_ids(tokenizer)[1], positions))
     return skeletons[0], skeletons[1]
 

@@ -1,12 +1,12 @@
-"""A task that a laptop learns offline: answer a string of digits by a permutation that nobody states.
+"""A toy task: answer a string of digits by a permutation that the prompt does not state.
 
-A tiny model is made that can copy a solution out of its context, but that, without one, applies a rule at random.
-Then it is to learn one rule, which is only ever seen through the grader:
+The tiny model is pretrained to copy a solution from its context and, without a solution, to apply a random rule. The
+task is to learn a single rule, which the model observes through scores and feedback alone:
 
-mode ``feedback`` (B): the rule was never seen in pretraining, so next to no rollout succeeds and the score alone
-    teaches nothing; the grader's feedback on a failure shows the expected answer, as a failing unit test does.
-mode ``peers`` (A): the rule is one of those pretrained, so some rollouts succeed and can be shown to their peers. The
-    study of which teachers stay stable.
+mode ``feedback`` (B): the rule is not pretrained, so almost no rollout succeeds and the score alone gives no signal;
+    the feedback on a failure contains the expected answer, like the output of a failing unit test.
+mode ``peers`` (A): the rule is pretrained, so some rollouts succeed and serve as demonstrations for others. Used to
+    study which teachers are stable.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Mode:
-    """Size of the problem: digits a prompt, permutations in the world, whether the target is among the pretrained."""
+    """Problem size: digits per prompt, number of permutations, and whether the target is pretrained."""
 
     length: int
     num_rules: int
@@ -54,14 +54,14 @@ MODES = {
 
 @dataclass(frozen=True)
 class HiddenRule(base.OfflineTask):
-    """The task, and the maker of its files.
+    """The task; creates its own files.
 
     Args:
-        dir: folder that holds, or will hold, ``model/``, ``train.parquet`` and ``test.parquet``.
+        dir: folder of ``model/``, ``train.parquet`` and ``test.parquet``.
         mode: ``feedback`` or ``peers``.
-        seed: of the rows and the pretraining.
-        pretrain_steps: of the tiny model; the mode's own number if not given.
-        num_train, num_test: rows; no prompt is in both files.
+        seed: random seed of the rows and the pretraining.
+        pretrain_steps: steps of the pretraining; None for the mode's default.
+        num_train, num_test: number of rows; no prompt is in both files.
     """
 
     what: ClassVar[str] = "hidden-rule data"
@@ -75,11 +75,13 @@ class HiddenRule(base.OfflineTask):
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise DataError(f"data.task_args.mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+            raise DataError(f"data.task_args.mode={self.mode!r}: must be one of {', '.join(MODES)}")
         base.check_arguments(self.dir, self.seed, self.pretrain_steps, self.num_train, self.num_test)
         possible = NUM_DIGITS ** MODES[self.mode].length
         if self.num_train + self.num_test > possible:
-            raise DataError(f"data.task_args: num_train + num_test exceeds the {possible} prompts of mode {self.mode}")
+            raise DataError(
+                f"data.task_args: num_train + num_test exceeds the {possible} prompts of mode {self.mode}; lower one"
+            )
 
     def write(self, folder: Path, observer: ProgressCallback) -> None:
         self._write_rows(folder)
@@ -115,7 +117,7 @@ class HiddenRule(base.OfflineTask):
     def _pretrain(self, observer: ProgressCallback, folder: Path) -> None:
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # the one for writing shards would break the observer's own
+        logging.disable_progress_bar()  # the bar of save_pretrained would disturb the observer's
         mode = MODES[self.mode]
         steps = mode.pretrain_steps if self.pretrain_steps is None else self.pretrain_steps
         rules = build_rules(self.mode)
@@ -132,7 +134,7 @@ build_task = HiddenRule
 
 
 def build_rules(mode: str) -> list[list[int]]:
-    """The permutations of a mode, the same for every seed; the first, reversal, is the one to be learned."""
+    """Build the permutations of a mode, the same for every seed; the first, reversal, is the target."""
     size = MODES[mode]
     rng = random.Random("rules 0")
     rules = [list(reversed(range(size.length)))]
@@ -144,12 +146,12 @@ def build_rules(mode: str) -> list[list[int]]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level Qwen2 tokenizer that knows digits and the words of the default templates."""
+    """Build a byte-level Qwen2 tokenizer with digits and the words of the default templates."""
     return base.build_tokenizer([base.FEEDBACK_TEXT], CHAT_TEMPLATE)
 
 
 def build_model(vocab_size: int) -> PreTrainedModel:
-    """An untrained Qwen3 of about 160,000 parameters."""
+    """Build an untrained Qwen3 of about 160,000 parameters."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
@@ -159,7 +161,7 @@ def build_model(vocab_size: int) -> PreTrainedModel:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
-        head_dim=32,  # vLLM has no smaller heads on a CPU; its Qwen3 reads this, its Qwen2 does not
+        head_dim=32,  # vLLM on CPU supports no smaller heads; its Qwen3 reads this setting, its Qwen2 does not
         max_position_embeddings=256,
         tie_word_embeddings=False,
         bos_token_id=None,
@@ -179,9 +181,10 @@ def _pretrain(
     *,
     batch_size: int = 64,
 ) -> None:
-    """Teach two things: after a bare prompt, any rule; after a context with an answer, that answer, right or wrong.
+    """Train two behaviours: any rule after the plain prompt, and copying after a prompt with a solution.
 
-    The second also where what has been written so far is not that answer: a teacher reads the student's mistakes.
+    The model copies wrong solutions too. Copying is also trained after wrong tokens, because a teacher reads the
+    student's mistakes.
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -211,7 +214,7 @@ def _pretrain(
 
 @dataclass(frozen=True)
 class _Skeleton:
-    """Token ids of a context made by the real templates, with the places of the prompt's and the answer's digits."""
+    """Tokens of a prompt from the default templates, with the positions of the prompt's and the answer's digits."""
 
     token_ids: Any  # tensor [tokens]
     is_prompt: Any  # bool tensor [tokens]

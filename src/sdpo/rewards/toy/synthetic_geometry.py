@@ -1,6 +1,6 @@
-"""A small Geometry3k by drawing: problems that are right by construction, in the rows that ``geo3k_data.py`` makes.
+"""A small synthetic Geometry3k: drawn problems with known answers, in the same schema as the data set.
 
-To try a run file without a connection, and for tests; the data set itself is far larger and harder.
+For trying a config without a connection, and for tests; the data set itself is far larger and harder.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class Problem:
     """A question with its answer.
 
     Attributes:
-        kind: what was drawn and asked, such as "hypotenuse".
-        question: with ``<image>`` wherever a picture stands.
+        kind: type of the problem, such as "hypotenuse".
+        question: text with an ``<image>`` tag per picture.
         answer: LaTeX, such as ``35``, ``2\\sqrt{3}``, ``\\frac{3}{4}``, ``9\\pi`` or ``55^\\circ``.
-        pictures: in the order of the question's ``<image>``; none in a problem of text alone.
+        pictures: in the order of the tags; empty for a problem without picture.
     """
 
     kind: str
@@ -36,7 +36,7 @@ class Problem:
 
 
 def draw_problems(num: int, seed: int) -> list[Problem]:
-    """So many problems; their kinds take turns, so that as many as there are kinds hold one of each."""
+    """Draw problems of all kinds in turn."""
     rng = random.Random(f"drawn geometry {seed}")
     makers = list(_MAKERS.items())
     problems = []
@@ -51,16 +51,16 @@ def write_drawn_geometry(out: Path, num_train: int, num_test: int, seed: int = 0
     """Write ``train.parquet`` and ``test.parquet`` into ``out``.
 
     Raises:
-        DataError: the folder holds files of these names, or cannot be made.
+        DataError: a file exists already, or the folder cannot be created.
     """
     files = {split: out / f"{split}.parquet" for split in ("train", "test")}
     for file in files.values():
         if file.exists():
-            raise DataError(f"{file}: exists; name another folder for drawn problems")
+            raise DataError(f"--out: {file} exists; name another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"{out}: cannot be made ({error.strerror}); name another folder") from error
+        raise DataError(f"--out {out}: cannot be created ({error.strerror}); name another folder") from error
     for split, num, own_seed in (("train", num_train, 2 * seed), ("test", num_test, 2 * seed + 1)):
         partial = files[split].with_suffix(".partial")
         write_rows(draw_geometry_rows(num, own_seed, split), partial)
@@ -68,7 +68,7 @@ def write_drawn_geometry(out: Path, num_train: int, num_test: int, seed: int = 0
 
 
 def draw_geometry_rows(num: int, seed: int, split: str = "train") -> list[dict[str, Any]]:
-    """Problems as rows in the schema of verl's Geometry3k, for ``drawing.write_rows``."""
+    """Build rows in the schema of verl's Geometry3k, for ``drawing.write_rows``."""
     return [
         {
             "data_source": DATA_SOURCE,
@@ -83,7 +83,7 @@ def draw_geometry_rows(num: int, seed: int, split: str = "train") -> list[dict[s
 
 
 def format_root(square: int) -> str:
-    """The root of a whole number as LaTeX in lowest terms: 9 gives ``3``, 12 gives ``2\\sqrt{3}``."""
+    """Format the root of an integer as LaTeX in lowest terms: 9 gives ``3``, 12 gives ``2\\sqrt{3}``."""
     factor = max(f for f in range(1, math.isqrt(square) + 1) if square % (f * f) == 0)
     rest = square // (factor * factor)
     if rest == 1:
@@ -92,14 +92,14 @@ def format_root(square: int) -> str:
 
 
 def format_fraction(value: Fraction) -> str:
-    """A positive fraction as LaTeX in lowest terms: 6/8 gives ``\\frac{3}{4}``, 4/2 gives ``2``."""
+    """Format a positive fraction as LaTeX in lowest terms: 6/8 gives ``\\frac{3}{4}``, 4/2 gives ``2``."""
     if value.denominator == 1:
         return str(value.numerator)
     return f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
 _Made = tuple[str, str, Sequence[Picture]]
-_RIGHT_TRIANGLE: tuple[Point, ...] = ((32, 88), (32, 22), (110, 88))  # the right angle, then up, then to the right
+_RIGHT_TRIANGLE: tuple[Point, ...] = ((32, 88), (32, 22), (110, 88))  # the right angle first
 _RECTANGLE: tuple[Point, ...] = ((32, 28), (110, 28), (110, 84), (32, 84))
 
 

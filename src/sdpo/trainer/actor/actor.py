@@ -204,7 +204,7 @@ class Actor:
             if bool(broken.any()):
                 return sums, {piece[i] for i in batch.sample_index[broken].unique().tolist()}
             outputs.loss.backward()
-            add_sums(sums, {**outputs.sums, **more})
+            add_sums(sums, {**metrics.name_loss_sums(outputs.sums), **more})
             prompts = [id(samples[i].prompt) for i in piece]
             add_by_prompt(spreads[metrics.ENTROPY], outputs.student_entropies, batch.sample_index, prompts)
             if batch.teacher is not None:

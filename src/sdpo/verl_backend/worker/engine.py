@@ -273,7 +273,7 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
                 self.config,
                 temperature=temperature,
             )
-            add_sums(self._sums, outputs.sums)
+            add_sums(self._sums, metrics.name_loss_sums(outputs.sums))
             self._checked.append((tokens.sample_numbers, find_finite_tokens(tokens, outputs)))
             return outputs.loss
 
