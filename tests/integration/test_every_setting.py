@@ -41,6 +41,7 @@ from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.models.optimizer import choose_optimizer
 from sdpo.observability import metrics
 from sdpo.observability.progress import NullCallback
+from sdpo.trainer import build
 from sdpo.trainer.build import build_components
 
 # ---- what is run ----------------------------------------------------------------------------------------------------
@@ -299,11 +300,9 @@ class Runner:
                 calls["layer with gradient"] += 1
 
         messages: list[str] = []
+        patch.setattr(build.logger, "warning", lambda text, *arguments: messages.append(text % arguments))
 
         class Watch(NullCallback):
-            def message(self, text: str) -> None:
-                messages.append(text)
-
             def metrics(self, step: int, values: Mapping[str, float]) -> None:
                 seen_threads.append(torch.get_num_threads())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -51,6 +52,8 @@ from sdpo.trainer.rollout.process import ProcessSampler
 from sdpo.trainer.rollout.vllm_engine import VllmEngine, require_vllm
 from sdpo.trainer.rollout.weight_sync import copy_parameters
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class TrainerComponents:
@@ -91,7 +94,7 @@ def build_components(config: SDPOConfig, progress: ProgressCallback) -> TrainerC
         SDPOError: see the functions called here.
     """
     if config.verl:
-        progress.message(f"ignored by the native trainer: verl.{', verl.'.join(flatten_keys(config.verl))}")
+        logger.warning("ignored by the native trainer: verl.%s", ", verl.".join(flatten_keys(config.verl)))
     if config.actor.num_threads is not None:
         torch.set_num_threads(config.actor.num_threads)
     torch.manual_seed(config.seed)
@@ -138,7 +141,7 @@ def build_components(config: SDPOConfig, progress: ProgressCallback) -> TrainerC
         vision,
         dtype=config.sampling_dtype if config.sampling_dtype != config.model.dtype else None,
     )
-    actor = build_actor(student, config, sampling.pad_token_id, vision, progress.message)
+    actor = build_actor(student, config, sampling.pad_token_id, vision)
     data = compute_fingerprint(prompts)
     if resume_state is not None:
         _restore(actor, config, resume_state, data)

@@ -21,6 +21,7 @@ trained on it.
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 import time
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ from sdpo.trainer.checkpoint.state import TrainingState, save_models
 from sdpo.trainer.data.samples import build_samples, summarize_samples
 from sdpo.trainer.rollout.base import RolloutBatch
 from sdpo.trainer.signals import SignalHandler
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class SDPOTrainer:
 
     Args:
         config: the settings of the run.
-        progress: gets messages, progress and metrics; the command line's console is one.
+        progress: gets the progress and metrics of the run; the command line's console is one.
     """
 
     def __init__(self, config: SDPOConfig, progress: ProgressCallback | None = None) -> None:
@@ -235,9 +238,7 @@ class SDPOTrainer:
             wait: seconds for rollouts in flight; without them, the resumed run samples that batch with newer weights.
         """
         if self._signals.is_deferring:
-            self._progress.message(
-                f"stopped within an update; the latest checkpoint is that of step {self._saved_step or 0}"
-            )
+            logger.warning("stopped within an update; the latest checkpoint is that of step %d", self._saved_step or 0)
             return
         if self._saved_step == self.actor.version:
             return
@@ -245,9 +246,7 @@ class SDPOTrainer:
             with contextlib.suppress(Exception):  # the sampler may be what failed
                 self._rollouts = self.parts.sampler.collect(timeout=wait)
             if self._rollouts is None:
-                self._progress.message(
-                    "in-flight rollouts were discarded; the resumed run will not be bit-for-bit identical"
-                )
+                logger.warning("in-flight rollouts were discarded; the resumed run will not be bit-for-bit identical")
         self._save()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -29,14 +28,12 @@ def build_actor(
     config: SDPOConfig,
     pad_token_id: int,
     vision: VisionAdapter | None = None,
-    tell: Callable[[str], None] = lambda text: None,
 ) -> Actor:
     """Build the actor of a student.
 
     Args:
         pad_token_id: fills rows of models that cannot read packed sequences.
         vision: of a vision-language model.
-        tell: called with messages for the user, such as a halved micro-batch.
 
     Raises:
         ConfigError: ``distillation_topk`` is larger than the vocabulary.
@@ -65,8 +62,8 @@ def build_actor(
         initial,
         forward=forward,
         collator=collator,
-        budget=TokenBudget(config.actor.max_tokens_per_micro_batch, collator, tell),
-        optimization=Optimization(student, config.optim, num_updates, config.seed, tell),
+        budget=TokenBudget(config.actor.max_tokens_per_micro_batch, collator),
+        optimization=Optimization(student, config.optim, num_updates, config.seed),
         config=config.actor,
         loss=config.self_distillation,
         correction=config.rollout_correction,

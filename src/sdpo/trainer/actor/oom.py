@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 
 from sdpo.errors import ConfigError
 from sdpo.kernels.cpu.allocator import is_out_of_memory
 from sdpo.trainer.actor.collate import Collator
 from sdpo.trainer.data.samples import TrainingSample
+
+logger = logging.getLogger(__name__)
 
 
 class TokenBudget:
@@ -16,13 +19,11 @@ class TokenBudget:
     Args:
         max_tokens: at the start, >= 1.
         collator: which counts tokens.
-        tell: called with a message when the budget is halved.
     """
 
-    def __init__(self, max_tokens: int, collator: Collator, tell: Callable[[str], None]) -> None:
+    def __init__(self, max_tokens: int, collator: Collator) -> None:
         self.max_tokens = max_tokens
         self._collator = collator
-        self._tell = tell
 
     def split(self, samples: Sequence[TrainingSample]) -> list[list[int]]:
         """Indices of the samples of each micro-batch; a sample longer than the budget is a micro-batch by itself."""
@@ -47,8 +48,8 @@ class TokenBudget:
             ) from error
         while max(map(len, self.split(samples))) == largest:
             self.max_tokens //= 2
-        self._tell(
-            f"out of memory in a micro-batch; continuing with actor.max_tokens_per_micro_batch={self.max_tokens}"
+        logger.warning(
+            "out of memory in a micro-batch; continuing with actor.max_tokens_per_micro_batch=%d", self.max_tokens
         )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from sdpo.config.actor import OptimConfig
 from sdpo.models.optimizer import UpdateRounding, build_optimizer, compile_on_gpus_only
 from sdpo.observability import metrics
 
+logger = logging.getLogger(__name__)
+
 
 class Optimization:
     """Updates a model's trained parameters.
@@ -23,12 +26,9 @@ class Optimization:
         config: optimizer, schedule and clipping.
         num_updates: optimizer steps of the complete run, for the schedule.
         seed: of the sample of weights on which rounding is measured.
-        tell: called with a message for the user.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, config: OptimConfig, num_updates: int, seed: int, tell: Callable[[str], None]
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, config: OptimConfig, num_updates: int, seed: int) -> None:
         self.model = model
         self.optimizer = build_optimizer([param for param in model.parameters() if param.requires_grad], config)
         self.scheduler = get_scheduler(
@@ -38,7 +38,7 @@ class Optimization:
             num_training_steps=num_updates,
         )
         self._max_grad_norm = config.max_grad_norm
-        self._rounding = UpdateRounding(self.optimizer, tell, seed)
+        self._rounding = UpdateRounding(self.optimizer, logger.warning, seed)
 
     @property
     def lr(self) -> float:
