@@ -45,7 +45,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SDPOConfig:
     """
     path = Path(path)
     if not os.path.isfile(path):
-        raise ConfigError(f"{path}: no such run file; shipped ones are in configs/")
+        raise ConfigError(f"{path}: no such config file; examples are in configs/")
     try:
         _refuse_endless_yaml(path)
         loaded = OmegaConf.load(path)
