@@ -1,4 +1,4 @@
-"""The command line. Heavy imports wait until a command runs, so that ``sdpo --help`` is instant."""
+"""The command line. Modules are imported when a command runs, so that ``sdpo --help`` is fast."""
 
 from __future__ import annotations
 
@@ -12,38 +12,39 @@ import typer
 from sdpo.errors import SDPOError
 
 app = typer.Typer(
-    help="Self-Distillation Policy Optimization: train a model against its own, better informed self.",
+    help="Self-Distillation Policy Optimization: train a model with itself, given more context, as the teacher.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-data_app = typer.Typer(help="Make a task's data.", no_args_is_help=True)
+data_app = typer.Typer(help="Create the data of a task.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Run file; shipped ones are in configs/.")]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Config file, e.g. from configs/.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override the file's, e.g. optim.lr=1e-5."),
+    typer.Argument(metavar="[KEY=VALUE]...", help="Override settings of the file, e.g. optim.lr=1e-5."),
 ]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and its memory estimate, and exit.")]
 
 
 @app.command()
 def train(
-    run_file: RunFile,
+    config_file: ConfigFile,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved run and what it would cost.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from output_dir's newest whole checkpoint.")] = False,
+    dry_run: DryRun = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the latest complete checkpoint.")] = False,
 ) -> None:
-    """Train on the embedded engine: torch and transformers, nothing else."""
+    """Train with the native trainer, which needs torch and transformers only."""
     from sdpo.config.loader import load_config
 
-    run = load_config(run_file, [*(overrides or []), *(["resume_mode=required"] if resume else [])])
+    config = load_config(config_file, [*(overrides or []), *(["resume_mode=required"] if resume else [])])
     if dry_run:
         from sdpo.report.dry_run import print_dry_run
         from sdpo.trainer.memory_estimate import estimate_memory
 
-        print_dry_run(run, estimate_memory(run))
+        print_dry_run(config, estimate_memory(config))
         return
 
     from sdpo.kernels.cpu.allocator import keep_freed_memory
@@ -52,77 +53,79 @@ def train(
     from sdpo.trainer.trainer import SDPOTrainer
 
     keep_freed_memory()
-    with ConsoleObserver(run.max_steps) as observer:
-        result = SDPOTrainer(run, observer).train()
-    if result.metrics:  # none if it was stopped before the first
+    with ConsoleObserver(config.max_steps) as observer:
+        result = SDPOTrainer(config, observer).train()
+    if result.metrics:  # empty if the run was stopped before the first step
         print_result_table([read_run(result.output_dir)])
     print(f"run folder: {result.output_dir}")
     if result.stop_reason:
         print(f"stopped by a health check: {result.stop_reason}", file=sys.stderr)
     if result.interrupt_signal:
-        print(f"stopped by {result.interrupt_signal}; add --resume to go on", file=sys.stderr)
+        print(f"stopped by {result.interrupt_signal}; add --resume to continue", file=sys.stderr)
         raise typer.Exit(128 + signal.Signals[result.interrupt_signal])
 
 
 @app.command()
 def verl(
-    run_file: RunFile,
+    config_file: ConfigFile,
     overrides: Overrides = None,
-    show: Annotated[bool, typer.Option("--print", help="Print the command that starts this run, and stop.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved run and what it would cost.")] = False,
+    show_command: Annotated[
+        bool, typer.Option("--show-command", help="Print the command that would start the run, and exit.")
+    ] = False,
+    dry_run: DryRun = False,
 ) -> None:
-    """Train on verl: Ray, vLLM, FSDP2. The same run file; settings that only verl has are passed on to Hydra."""
+    """Train with the verl backend (Ray, vLLM, FSDP2); overrides unknown to sdpo are passed to verl's Hydra config."""
     from sdpo.config.loader import load_config
     from sdpo.config.root import iterate_settings
     from sdpo.verl_backend.entrypoint.launch import build_command, launch
 
     known = {key for key, _ in iterate_settings()}
-    ours: list[str] = []
-    theirs: list[str] = []
+    sdpo_overrides: list[str] = []
+    verl_overrides: list[str] = []
     for override in overrides or []:
         key = override.partition("=")[0]
-        (ours if key in known or key.startswith(("data.task_args.", "verl.")) else theirs).append(override)
-    run = load_config(run_file, ours)
-    command = build_command(run, theirs)
+        is_ours = key in known or key.startswith(("data.task_args.", "verl."))
+        (sdpo_overrides if is_ours else verl_overrides).append(override)
+    config = load_config(config_file, sdpo_overrides)
+    command = build_command(config, verl_overrides)
     for note in command.notes:
         print(note, file=sys.stderr)
     if dry_run:
         from sdpo.report.dry_run import print_dry_run
         from sdpo.verl_backend.config.memory_estimate import estimate_memory
 
-        print_dry_run(run, estimate_memory(run, command.arguments))
-    if show:
+        print_dry_run(config, estimate_memory(config, command.arguments))
+    if show_command:
         print(command)
-    if not (dry_run or show):
-        launch(run, command)
+    if not (dry_run or show_command):
+        launch(config, command)
 
 
 @data_app.command("hidden-rule")
 def data_hidden_rule(
-    out: Annotated[Path, typer.Option(help="Folder to make: model/, train.parquet, test.parquet.")],
-    mode: Annotated[str, typer.Option(help="feedback (rule never seen) or peers (rule seen).")] = "feedback",
-    seed: Annotated[int, typer.Option(help="Seed of rows and pretraining.")] = 0,
+    out: Annotated[Path, typer.Option(help="New folder for model/, train.parquet and test.parquet.")],
+    mode: Annotated[str, typer.Option(help="feedback (the rule is not pretrained) or peers (it is).")] = "feedback",
+    seed: Annotated[int, typer.Option(help="Random seed of rows and pretraining.")] = 0,
 ) -> None:
-    """A tiny pretrained model and the digit strings that it is to learn a hidden rule on; about a minute."""
+    """Create the hidden-rule task: a tiny pretrained model and strings of digits; takes about a minute."""
     from sdpo.report.console import ConsoleObserver
     from sdpo.rewards.toy.hidden_rule import HiddenRule
 
     with ConsoleObserver(0) as observer:
         HiddenRule(dir=str(out), mode=mode, seed=seed).prepare(observer)
-    print(f"made {out}/model, {out}/train.parquet, {out}/test.parquet")
+    print(f"wrote {out}/model, {out}/train.parquet, {out}/test.parquet")
 
 
 @data_app.command("geo3k")
 def data_geo3k(
     out: Annotated[Path, typer.Option(help="Folder for train.parquet and test.parquet.")],
-    source: Annotated[
-        str, typer.Option(help="Name on the Hugging Face hub, or a folder with a copy.")
-    ] = "hiyouga/geometry3k",
+    source: Annotated[str, typer.Option(help="Name on the Hugging Face hub, or a local copy.")] = "hiyouga/geometry3k",
     drawn: Annotated[
-        int, typer.Option(min=0, help="Draw so many simple problems (and a quarter for testing) instead; offline.")
+        int,
+        typer.Option(min=0, help="Draw this many simple problems instead, plus a quarter for validation."),
     ] = 0,
 ) -> None:
-    """Geometry3k, geometry problems with a diagram, in verl's schema; needs sdpo[geo3k]."""
+    """Convert Geometry3k, geometry problems with diagrams, to verl's schema; needs sdpo[geo3k]."""
     from sdpo.report.console import ConsoleObserver
     from sdpo.rewards.geo3k.data import prepare
     from sdpo.rewards.toy.synthetic_geometry import write_drawn_geometry
@@ -132,30 +135,30 @@ def data_geo3k(
     else:
         with ConsoleObserver(0) as observer:
             prepare(out, source, observer)
-    print(f"made {out}/train.parquet, {out}/test.parquet")
+    print(f"wrote {out}/train.parquet, {out}/test.parquet")
 
 
 @data_app.command("figures")
 def data_figures(
-    out: Annotated[Path, typer.Option(help="Folder to make: model/, train.parquet, test.parquet.")],
-    seed: Annotated[int, typer.Option(help="Seed of rows and pretraining.")] = 0,
+    out: Annotated[Path, typer.Option(help="New folder for model/, train.parquet and test.parquet.")],
+    seed: Annotated[int, typer.Option(help="Random seed of rows and pretraining.")] = 0,
 ) -> None:
-    """A tiny pretrained vision-language model and the figures that it is to learn to read; about two minutes."""
+    """Create the figures task: a tiny pretrained vision-language model and figures; takes about two minutes."""
     from sdpo.report.console import ConsoleObserver
     from sdpo.rewards.toy.figures import Figures
 
     with ConsoleObserver(0) as observer:
         Figures(dir=str(out), seed=seed).prepare(observer)
-    print(f"made {out}/model, {out}/train.parquet, {out}/test.parquet")
+    print(f"wrote {out}/model, {out}/train.parquet, {out}/test.parquet")
 
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="RUN_DIR/checkpoints/step_K.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
-    teacher: Annotated[bool, typer.Option("--teacher", help="The teacher, and not the student.")] = False,
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="OUTPUT_DIR/checkpoints/step_K.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder.")],
+    teacher: Annotated[bool, typer.Option("--teacher", help="Export the teacher instead of the student.")] = False,
 ) -> None:
-    """Write a checkpoint's student or teacher as a plain model, LoRA adapters merged into it."""
+    """Write a checkpoint's student or teacher as a transformers model, with merged LoRA adapters."""
     from sdpo.trainer.checkpoint.export import export_model
 
     export_model(checkpoint, out, teacher=teacher)
@@ -164,10 +167,12 @@ def export(
 
 @app.command()
 def report(
-    output_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Folders of one or more runs.")],
-    out: Annotated[Path | None, typer.Option(help="Where to write; the first run's folder if not given.")] = None,
+    output_dirs: Annotated[
+        list[Path], typer.Argument(metavar="OUTPUT_DIR...", help="Output folders of one or more runs.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Folder for the report; default: the first of them.")] = None,
 ) -> None:
-    """Draw learning curves (PNG) and one self-contained page (HTML), several runs overlaid."""
+    """Draw learning curves (PNG) and write a self-contained page (HTML) of one or several runs."""
     from sdpo.report import read_runs, write_report
     from sdpo.report.console import print_result_table
 
@@ -178,18 +183,18 @@ def report(
 
 @app.command()
 def doctor() -> None:
-    """Say what is installed, which engines can run here, and what the others lack."""
-    from sdpo.doctor import examine, inspect_machine
+    """Show installed versions, devices, and which backends can run."""
+    from sdpo.doctor import check_environment, inspect_machine
     from sdpo.report.doctor import print_doctor_report
 
-    report = examine(inspect_machine())
+    report = check_environment(inspect_machine())
     print_doctor_report(report)
     if not report.can_run:
         raise typer.Exit(1)
 
 
 def main() -> None:
-    """Entry point: a person's mistake is one line and exit code 2; a programming error keeps its traceback."""
+    """Entry point. A user error is printed in one line with exit code 2; other errors keep their traceback."""
     try:
         app()
     except SDPOError as error:

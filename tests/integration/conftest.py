@@ -20,7 +20,7 @@ def hidden_rule_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def write_run_file(hidden_rule_dir: Path, tmp_path: Path) -> Callable[[], Path]:
+def write_config_file(hidden_rule_dir: Path, tmp_path: Path) -> Callable[[], Path]:
     """Writes ``run.yaml``, whose run folder is ``run`` beside it."""
 
     def write() -> Path:

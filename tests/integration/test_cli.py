@@ -1,4 +1,4 @@
-"""The command line as a person meets it: commands, mistakes, Ctrl-C, errors in their own code."""
+"""The command line: commands, errors in input and in tasks, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sdpo.observability.metrics import STEP
 from sdpo.rewards.toy import hidden_rule
 from sdpo.rewards.toy.hidden_rule import HiddenRule
 
-WriteRunFile = Callable[[], Path]
+WriteConfigFile = Callable[[], Path]
 COMMAND = [sys.executable, "-m", "sdpo.cli"]
 
 
@@ -38,7 +38,7 @@ class Outcome(NamedTuple):
 
 @pytest.fixture
 def sdpo(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """The entry point in this process: starting an interpreter for each would cost minutes."""
+    """The entry point in this process; starting an interpreter per call would take minutes."""
 
     def call(*arguments: object) -> Outcome:
         capfd.readouterr()
@@ -55,7 +55,7 @@ def sdpo(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
 
 def rows_of(output_dir: Path) -> list[dict[str, float]]:
     file = output_dir / "metrics.jsonl"
-    # A line that is being written has no end yet.
+    # The last line may be incomplete.
     return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.is_file() else []
 
 
@@ -72,9 +72,9 @@ def test_help_lists_the_commands(sdpo: Callable[..., Outcome]) -> None:
 
 
 def test_a_dry_run_prints_the_run_and_writes_nothing(
-    sdpo: Callable[..., Outcome], write_run_file: WriteRunFile, tmp_path: Path
+    sdpo: Callable[..., Outcome], write_config_file: WriteConfigFile, tmp_path: Path
 ) -> None:
-    file = write_run_file()
+    file = write_config_file()
     outcome = sdpo("train", file, "optim.lr=0.25", "--dry-run")
     assert outcome.code == 0 and outcome.err == ""
     resolved, tokens, memory = outcome.out.partition("tokens per step: at most ")
@@ -86,34 +86,34 @@ def test_a_dry_run_prints_the_run_and_writes_nothing(
 
 
 def test_a_dry_run_does_not_make_the_task(
-    sdpo: Callable[..., Outcome], write_run_file: WriteRunFile, tmp_path: Path
+    sdpo: Callable[..., Outcome], write_config_file: WriteConfigFile, tmp_path: Path
 ) -> None:
-    outcome = sdpo("train", write_run_file(), f"data.task_args.dir={tmp_path}/later", "--dry-run")
+    outcome = sdpo("train", write_config_file(), f"data.task_args.dir={tmp_path}/later", "--dry-run")
     assert outcome.code == 0
     assert "memory: unknown until" in outcome.out
     assert [p.name for p in tmp_path.iterdir()] == ["run.yaml"]
 
 
 def test_a_dry_run_on_verl_counts_each_gpus_share(
-    sdpo: Callable[..., Outcome], write_run_file: WriteRunFile, tmp_path: Path
+    sdpo: Callable[..., Outcome], write_config_file: WriteConfigFile, tmp_path: Path
 ) -> None:
-    arguments = [write_run_file(), "max_staleness=1", "verl.trainer.nnodes=2"]
+    arguments = [write_config_file(), "max_staleness=1", "verl.trainer.nnodes=2"]
     outcome = sdpo("verl", *arguments, "rollout.n_gpus_per_node=3", "--dry-run")
     assert outcome.code == 0
     resolved, _, memory = outcome.out.partition("tokens per step: at most ")
     assert "verl:\n  trainer.nnodes: 2\n" in resolved
     assert "actor on each of 2 GPUs, peak" in memory and "sampler on each of 3 GPUs, peak" in memory
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run.yaml"]
-    printed = sdpo("verl", *arguments, "trainer.nnodes=4", "--print")
+    printed = sdpo("verl", *arguments, "trainer.nnodes=4", "--show-command")
     assert printed.code == 0 and printed.out.strip().endswith("trainer.nnodes=2 trainer.nnodes=4")
 
 
-def test_an_embedded_run_says_once_that_verls_settings_do_nothing(
-    sdpo: Callable[..., Outcome], write_run_file: WriteRunFile
+def test_a_native_run_says_once_that_verls_settings_do_nothing(
+    sdpo: Callable[..., Outcome], write_config_file: WriteConfigFile
 ) -> None:
-    outcome = sdpo("train", write_run_file(), "max_steps=1", "eval_steps=0", "verl.trainer.nnodes=2")
+    outcome = sdpo("train", write_config_file(), "max_steps=1", "eval_steps=0", "verl.trainer.nnodes=2")
     assert outcome.code == 0
-    assert (outcome.out + outcome.err).count("without effect here: verl.trainer.nnodes") == 1
+    assert (outcome.out + outcome.err).count("ignored by the native trainer: verl.trainer.nnodes") == 1
 
 
 def test_data_makes_model_and_rows(
@@ -125,13 +125,13 @@ def test_data_makes_model_and_rows(
     assert outcome.code == 0 and outcome.err == ""
     assert json.loads((tmp_path / "x" / "recipe.json").read_text())["seed"] == 3
     assert len(pq.read_table(tmp_path / "x" / "train.parquet")) == 3000
-    HiddenRule(str(tmp_path / "x"), mode="peers", seed=3).prepare()  # what a run file with these arguments asks for
+    HiddenRule(str(tmp_path / "x"), mode="peers", seed=3).prepare()  # as a config file with these arguments does
 
 
-def test_the_doctor_finds_that_the_embedded_engine_runs_here() -> None:
+def test_the_doctor_finds_that_the_native_trainer_runs_here() -> None:
     done = subprocess.run([*COMMAND, "doctor"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"^embedded +yes$", done.stdout, re.MULTILINE)
+    assert re.search(r"^native +yes$", done.stdout, re.MULTILINE)
     assert re.search(rf"torch +>=2.6 +{re.escape(version('torch'))} +ok", done.stdout)
 
 
@@ -141,12 +141,12 @@ def test_the_doctor_says_by_its_exit_code_that_nothing_runs(
     monkeypatch.setattr(doctor, "find_version", lambda name: None)
     outcome = sdpo("doctor")
     assert outcome.code == 1 and outcome.err == ""
-    assert re.search(r"^embedded +no: pip install .*'torch>=2.6'", outcome.out, re.MULTILINE)
+    assert re.search(r"^native +no: pip install .*'torch>=2.6'", outcome.out, re.MULTILINE)
 
 
 @pytest.mark.slow
-def test_a_run_and_its_report(sdpo: Callable[..., Outcome], write_run_file: WriteRunFile, tmp_path: Path) -> None:
-    done = subprocess.run([*COMMAND, "train", write_run_file(), "seed=5"], capture_output=True, text=True)
+def test_a_run_and_its_report(sdpo: Callable[..., Outcome], write_config_file: WriteConfigFile, tmp_path: Path) -> None:
+    done = subprocess.run([*COMMAND, "train", write_config_file(), "seed=5"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert [row[STEP] for row in rows_of(tmp_path / "run")] == [0, 1, 2]
     assert f"run folder: {tmp_path}/run" in done.stdout
@@ -200,27 +200,27 @@ def one_line(outcome: Outcome) -> str:
 )
 def test_a_wrong_setting(
     sdpo: Callable[..., Outcome],
-    write_run_file: WriteRunFile,
+    write_config_file: WriteConfigFile,
     tmp_path: Path,
     overrides: list[str],
     complaints: list[str],
 ) -> None:
-    error = one_line(sdpo("train", write_run_file(), *overrides))
+    error = one_line(sdpo("train", write_config_file(), *overrides))
     for complaint in complaints:
         assert complaint in error
     assert [p.name for p in tmp_path.iterdir()] == ["run.yaml"], "a mistake leaves no run folder"
 
 
-def test_a_run_file_that_is_missing(sdpo: Callable[..., Outcome], tmp_path: Path) -> None:
-    assert f"{tmp_path}/none.yaml: no such run file" in one_line(sdpo("train", tmp_path / "none.yaml"))
+def test_a_config_file_that_is_missing(sdpo: Callable[..., Outcome], tmp_path: Path) -> None:
+    assert f"{tmp_path}/none.yaml: no such config file" in one_line(sdpo("train", tmp_path / "none.yaml"))
 
 
 def test_a_report_of_what_is_no_run(sdpo: Callable[..., Outcome], tmp_path: Path) -> None:
     assert f"{tmp_path}: no metrics.jsonl" in one_line(sdpo("report", tmp_path))
 
 
-def test_an_empty_data_set(sdpo: Callable[..., Outcome], write_run_file: WriteRunFile, tmp_path: Path) -> None:
-    file, empty = write_run_file(), tmp_path / "empty.parquet"
+def test_an_empty_data_set(sdpo: Callable[..., Outcome], write_config_file: WriteConfigFile, tmp_path: Path) -> None:
+    file, empty = write_config_file(), tmp_path / "empty.parquet"
     schema = pq.read_table(load_config(file).data.train_files[0]).schema
     pq.write_table(pa.Table.from_pylist([], schema=schema), empty)
     assert f"data.val_files: {empty}: no rows" in one_line(sdpo("train", file, f"data.val_files=[{empty}]"))
@@ -228,29 +228,29 @@ def test_an_empty_data_set(sdpo: Callable[..., Outcome], write_run_file: WriteRu
 
 
 def test_a_model_without_a_chat_template(
-    sdpo: Callable[..., Outcome], write_run_file: WriteRunFile, hidden_rule_dir: Path, tmp_path: Path
+    sdpo: Callable[..., Outcome], write_config_file: WriteConfigFile, hidden_rule_dir: Path, tmp_path: Path
 ) -> None:
     model = Path(shutil.copytree(hidden_rule_dir / "model", tmp_path / "model"))
     (model / "chat_template.jinja").unlink()
-    error = one_line(sdpo("train", write_run_file(), f"model.path={model}"))
+    error = one_line(sdpo("train", write_config_file(), f"model.path={model}"))
     assert "model.path: its tokenizer has no chat template" in error
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_folder_that_holds_something_else(
-    sdpo: Callable[..., Outcome], write_run_file: WriteRunFile, tmp_path: Path
+    sdpo: Callable[..., Outcome], write_config_file: WriteConfigFile, tmp_path: Path
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
-    assert "exists and is no run folder" in one_line(sdpo("train", write_run_file()))
+    assert "exists and is no run folder" in one_line(sdpo("train", write_config_file()))
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
-def test_a_grader_that_gives_no_score(
-    sdpo: Callable[..., Outcome], write_run_file: WriteRunFile, tmp_path: Path
+def test_a_reward_function_that_returns_no_score(
+    sdpo: Callable[..., Outcome], write_config_file: WriteConfigFile, tmp_path: Path
 ) -> None:
     (tmp_path / "task.py").write_text("def compute_score(row, response):\n    return float('nan')")
-    file = write_run_file()
+    file = write_config_file()
     text = file.read_text()
     start, end = text.index("  task_args:"), text.index("  train_files")
     arguments = text[start:end]
@@ -259,15 +259,15 @@ def test_a_grader_that_gives_no_score(
     )
     outcome = sdpo("train", file, f"data.task={tmp_path}/task.py")
     assert outcome.code == 2
-    assert outcome.err.startswith(f"error: data.task: {tmp_path}/task.py: scoring failed for 1 of the 1 responses")
+    assert outcome.err.startswith("error: data.task: scoring failed for 1 of the 1 responses")
     assert outcome.err.endswith("InvalidRewardError: the score must be a finite number, got nan\n")
     assert outcome.err.count("\n") == 1
 
 
 @pytest.mark.slow
-def test_a_wrong_column_in_a_process_of_its_own(write_run_file: WriteRunFile, tmp_path: Path) -> None:
+def test_a_wrong_column_in_a_process_of_its_own(write_config_file: WriteConfigFile, tmp_path: Path) -> None:
     """What the libraries write while they load is not among the lines that a person gets."""
-    file, wrong = write_run_file(), tmp_path / "wrong.parquet"
+    file, wrong = write_config_file(), tmp_path / "wrong.parquet"
     table = pq.read_table(load_config(file).data.train_files[0])
     pq.write_table(table.rename_columns(["data_source", "question", "ability", "reward_model", "extra_info"]), wrong)
     done = subprocess.run([*COMMAND, "train", file, f"data.train_files=[{wrong}]"], capture_output=True, text=True)
@@ -276,15 +276,15 @@ def test_a_wrong_column_in_a_process_of_its_own(write_run_file: WriteRunFile, tm
     assert not (tmp_path / "run").exists()
 
 
-def test_an_error_in_the_grader_is_one_line_with_its_type_and_place(
-    sdpo: Callable[..., Outcome], write_run_file: WriteRunFile, monkeypatch: pytest.MonkeyPatch
+def test_an_error_in_the_task_is_one_line_with_its_type_and_place(
+    sdpo: Callable[..., Outcome], write_config_file: WriteConfigFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any) -> None:
-        raise KeyError("grader")
+        raise KeyError("score")
 
     monkeypatch.setattr(HiddenRule, "compute_score", broken)
-    error = one_line(sdpo("train", write_run_file()))
-    assert "test.parquet: row 0: KeyError: 'grader' (" in error and "test_cli.py:" in error
+    error = one_line(sdpo("train", write_config_file()))
+    assert "test.parquet: row 0: KeyError: 'score' (" in error and "test_cli.py:" in error
 
 
 # --- Ctrl-C ----------------------------------------------------------------------------------------------------------
@@ -297,13 +297,13 @@ def test_an_error_in_the_grader_is_one_line_with_its_type_and_place(
     ids=["in turn", "in parallel", "while the sampler starts"],
 )
 def test_ctrl_c_saves_and_stops(
-    write_run_file: WriteRunFile, tmp_path: Path, max_staleness: int, num_rows: int
+    write_config_file: WriteConfigFile, tmp_path: Path, max_staleness: int, num_rows: int
 ) -> None:
     """As a terminal does it: every process of the run gets the signal."""
     overrides = [f"max_staleness={max_staleness}", "max_steps=100000", "eval.val_before_train=false"]
     output_dir = tmp_path / "run"
     process = subprocess.Popen(
-        [*COMMAND, "train", write_run_file(), *overrides],
+        [*COMMAND, "train", write_config_file(), *overrides],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -326,7 +326,7 @@ def test_ctrl_c_saves_and_stops(
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
     assert process.returncode == 130, err
-    assert err == "stopped by SIGINT; add --resume to go on\n"
+    assert err == "stopped by SIGINT; add --resume to continue\n"
     assert f"run folder: {output_dir}" in out
     assert time.monotonic() - sent < 20
     [checkpoint] = (output_dir / "checkpoints").iterdir()

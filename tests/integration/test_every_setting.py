@@ -353,7 +353,7 @@ class Runner:
         found = {}
 
         def sample(policy: Any, *_: Any) -> list[Any]:
-            found["sampler"] = next(policy[0][0].parameters()).device.type
+            found["rollout"] = next(policy[0][0].parameters()).device.type
             return []
 
         with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=self.folder) as place:
@@ -557,7 +557,7 @@ CASES = {
     "data.shuffle": Case([False]),
     # That vLLM then samples, and that its cache has this size, is seen in tests/vllm.
     "rollout.engine": Case(["vllm"], observe=itemgetter("engine"), look=Runner.find_engine),
-    "rollout.device": Case(["meta"], observe=itemgetter("sampler"), look=Runner.find_devices),
+    "rollout.device": Case(["meta"], observe=itemgetter("rollout"), look=Runner.find_devices),
     "rollout.n": Case([2]),
     "rollout.temperature": Case([0.5]),
     "rollout.top_p": Case([0.5]),
@@ -771,7 +771,7 @@ def test_dtype_is_that_of_the_weights_and_autocast_is_not(ran: Runner) -> None:
 def test_device_that_is_not_there_is_refused(key: str, ran: Runner) -> None:
     error = ran({key: MISSING_DEVICE}).error
     assert error is not None and error.startswith(f"{key}: no device {MISSING_DEVICE!r} here")
-    assert ran.find_devices({key: "meta"}) == {"actor": "cpu", "sampler": "cpu", key.split(".")[0]: "meta"}
+    assert ran.find_devices({key: "meta"}) == {"actor": "cpu", "rollout": "cpu", key.split(".")[0]: "meta"}
 
 
 def test_prompts_come_in_the_order_of_the_file_or_shuffled(ran: Runner) -> None:
@@ -823,8 +823,10 @@ def test_learning_rate_follows_its_settings(ran: Runner) -> None:
     assert rates() == pytest.approx([0.01] * 3)
     assert rates(lr=2e-2) == pytest.approx([0.02] * 3)
     assert rates(warmup_steps=2) == pytest.approx([0, 0.005, 0.01])
-    assert rates(schedule="linear") == pytest.approx([0.01 * (1 - i / 3) for i in range(3)])
-    assert rates(schedule="cosine") == pytest.approx([0.005 * (1 + math.cos(math.pi * i / 3)) for i in range(3)])
+    assert rates(lr_scheduler_type="linear") == pytest.approx([0.01 * (1 - i / 3) for i in range(3)])
+    assert rates(lr_scheduler_type="cosine") == pytest.approx(
+        [0.005 * (1 + math.cos(math.pi * i / 3)) for i in range(3)]
+    )
 
 
 def test_weight_decay_shrinks_weights_that_get_no_gradient(ran: Runner, initial: Mapping[str, torch.Tensor]) -> None:

@@ -314,7 +314,7 @@ def test_what_is_mandatory_is_asked_for(refusal: Callable[..., str], key: str) -
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(SDPOError, match=r"absent\.yaml: no such run file"):
+    with pytest.raises(SDPOError, match=r"absent\.yaml: no such config file"):
         load_config(tmp_path / "absent.yaml")
 
 

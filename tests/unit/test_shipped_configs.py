@@ -1,4 +1,4 @@
-"""Every run file that ships is one that runs: it is read, in full, as the command line reads it."""
+"""The shipped config files: each loads, and its memory table equals the dry run's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIGS = ROOT / "configs"
 SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
 GEO3K = sorted(CONFIGS.glob("geo3k_*.yaml"))
 ON_VERL = [path for path in GEO3K if path.stem != "geo3k_1gpu"]
-# config.json alone, which is all that a dry run reads of a model
+# config.json alone; a dry run reads no other file of a model
 MODEL = f"model.path={ROOT / 'tests' / 'golden' / 'qwen2_5_vl_3b'}"
 
 
@@ -29,15 +29,15 @@ def test_the_runs_that_make_names_are_shipped() -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_a_shipped_run_is_read(path: Path) -> None:
     run = load_config(path)
-    assert run.output_dir == f"runs/{path.stem}", "one folder a run file, so that two runs never share one"
+    assert run.output_dir == f"runs/{path.stem}", "a separate folder per config file"
 
 
 def dry_run(path: Path, *overrides: str, on_verl: bool = False) -> MemoryEstimate:
     run = load_config(path, [MODEL, *overrides])
     if path not in ON_VERL and not on_verl:
-        from sdpo.trainer.memory_estimate import estimate_memory as estimate_embedded
+        from sdpo.trainer.memory_estimate import estimate_memory as estimate_native
 
-        return estimate_embedded(run)
+        return estimate_native(run)
     from sdpo.verl_backend.config.memory_estimate import estimate_memory
     from sdpo.verl_backend.config.to_verl import to_verl_overrides
 
@@ -52,7 +52,9 @@ def test_there_is_a_file_for_each_machine() -> None:
 def test_a_run_on_geometry_fits_into_80_gb(path: Path) -> None:
     cost = dry_run(path)
     assert cost.num_params == 3_754_622_976
-    assert max(cost.actor_peak, cost.sampler_peak) < 72 * 2**30, "of 79.6 GiB; the rest is CUDA's, NCCL's and lost"
+    assert max(cost.actor_peak, cost.sampler_peak) < 72 * 2**30, (
+        "of 79.6 GiB; the rest is for CUDA, NCCL and fragmentation"
+    )
 
 
 def test_the_file_for_one_gpu_fits_on_verl_too() -> None:
@@ -68,7 +70,7 @@ def test_the_file_for_one_gpu_fits_on_verl_too() -> None:
 
 
 @pytest.mark.parametrize("path", GEO3K, ids=lambda path: path.stem)
-def test_the_remarks_in_a_run_file_are_what_a_dry_run_prints(path: Path) -> None:
+def test_the_table_in_a_config_file_is_what_a_dry_run_prints(path: Path) -> None:
     remarks = re.findall(r"^#   (\S.*?) +([\d.]+ [KMG]iB)$", path.read_text(), flags=re.MULTILINE)
     assert remarks == [(name, format_bytes(size)) for name, size in list_memory(dry_run(path))]
     assert f"configs/{path.name} --dry-run" in path.read_text()

@@ -25,7 +25,7 @@ MAX_YAML_NODES = 100_000
 _SECTIONS = tuple(f.name for f in dataclasses.fields(SDPOConfig) if f.default_factory is not dataclasses.MISSING)
 
 
-def flatten_keys(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_keys(settings: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as dotted keys; of a key that is said twice, the last value. An empty mapping is a value."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
@@ -45,7 +45,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SDPOConfig:
     """
     path = Path(path)
     if not os.path.isfile(path):
-        raise ConfigError(f"{path}: no such run file; shipped ones are in configs/")
+        raise ConfigError(f"{path}: no such config file; examples are in configs/")
     try:
         _refuse_endless_yaml(path)
         loaded = OmegaConf.load(path)

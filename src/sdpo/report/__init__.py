@@ -1,7 +1,7 @@
-"""What a person looks at: the console while a run trains, learning curves and one page afterwards.
+"""Console output during training, and learning curves and an HTML page afterwards.
 
-Everything is made from the run folder (``metrics.jsonl``, ``run.yaml``, ``rollouts/``), so both engines share it.
-Drawing libraries are loaded on use: importing this package is free.
+Everything is read from the output folder (``metrics.jsonl``, ``run.yaml``, ``rollouts/``), so that both backends share
+it. Plotting libraries are imported on use.
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ __all__ = ["ReportPaths", "RunRecord", "read_run", "read_runs", "write_report"]
 
 
 class ReportPaths(NamedTuple):
+    """Files of a report."""
+
     plot: Path
     page: Path
 
 
 def write_report(output_dirs: Sequence[str | Path], out: str | Path | None = None) -> ReportPaths:
-    """Write ``report.png`` and ``report.html``, all runs overlaid, into ``out`` or else the first run's folder.
+    """Write ``report.png`` and ``report.html`` of one or several runs; ``out`` defaults to the first run's folder.
 
     Raises:
-        ConfigError: a folder is not a run's, its metrics cannot be read, or ``out`` cannot be written.
+        ConfigError: a folder is not an output folder, its metrics cannot be read, or ``out`` cannot be written.
     """
     if not output_dirs:
-        raise ConfigError("no run folder given; name at least one, e.g. sdpo report outputs/hidden_rule")
+        raise ConfigError("no run folder given; name at least one, e.g. sdpo report runs/hidden_rule")
     records = read_runs(output_dirs)
 
     from sdpo.report.page import write_page
@@ -42,5 +44,7 @@ def write_report(output_dirs: Sequence[str | Path], out: str | Path | None = Non
         dark_plot = render_learning_curves(records, DARK)
         page = write_page(records, folder / "report.html", plot.read_bytes(), dark_plot)
     except OSError as error:
-        raise ConfigError(f"{folder}: cannot write the report there: {error.strerror or error}") from error
+        raise ConfigError(
+            f"{folder}: cannot write the report: {error.strerror or error}; name another folder by --out"
+        ) from error
     return ReportPaths(plot, page)

@@ -1,7 +1,6 @@
-"""A run on the console: a progress bar while it trains, a table when it is done.
+"""Console output of a run: a progress bar during training and a table at the end.
 
-Where the output is not a terminal, the same numbers come as plain lines: one for each evaluation and each tenth of
-the run.
+If the output is not a terminal, the same numbers are printed as lines: one per validation and per tenth of the run.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from sdpo.report.summary import HEADINGS, summarize
 
 
 class ConsoleObserver:
-    """Shows a run to the person who started it. Use it as a context manager: leaving it gives the terminal back."""
+    """Prints messages, progress and metrics of a run; a context manager that restores the terminal at exit."""
 
     def __init__(self, max_steps: int, console: Console | None = None) -> None:
         self._console = console or Console()
@@ -38,7 +37,7 @@ class ConsoleObserver:
         self._clock = _Clock(max_steps)
         self._preparation_tenths = _Tenths()
         self._run_tenths = _Tenths()
-        # FORCE_COLOR makes rich take a file for a terminal; a bar in a file is of no use to anybody.
+        # With FORCE_COLOR, rich treats a file as a terminal; a progress bar is useless in a file.
         is_terminal = self._console.is_interactive and self._console.file.isatty()
         self._bars = _Bars(self._console, max_steps) if is_terminal else None
         self._log_handler = _LogHandler(self)
@@ -101,7 +100,7 @@ class _LogHandler(logging.Handler):
 
 
 def print_result_table(records: Sequence[RunRecord], console: Console | None = None) -> None:
-    """Print one row a run, or a run and data source where there are several."""
+    """Print one row per run and, if there are several, data source."""
     summaries = summarize(records)
     several_sources = len({summary.source for summary in summaries}) > 1
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
@@ -109,15 +108,15 @@ def print_result_table(records: Sequence[RunRecord], console: Console | None = N
     if several_sources:
         table.add_column("data", overflow="fold", min_width=8)
     for heading in HEADINGS:
-        # What the accuracies have in common stands above the first two of them.
-        above = {"before": "held-out\n", "final": "accuracy\n"}.get(heading, "")
+        # The common heading of the accuracies is above the first two columns.
+        above = {"before": "validation\n", "final": "accuracy\n"}.get(heading, "")
         table.add_column(above + heading, justify="right", no_wrap=True)
     for summary in summaries:
         source = [Text(summary.source or "-")] if several_sources else []
         table.add_row(Text(summary.run.name), *source, *summary.cells())
     if console is None:
         console = Console()
-        # Rather lines that a narrow terminal wraps, or that are long in a file, than columns without their numbers.
+        # Long lines, which a narrow terminal wraps, instead of truncated columns.
         console.width = max(console.width, 100 if several_sources or not console.is_terminal else 80)
     console.print(Padding(table, (1, 0), expand=False))
 
@@ -135,14 +134,14 @@ def _describe_training(values: Mapping[str, float]) -> Iterator[str]:
 def _describe_accuracies(values: Mapping[str, float]) -> Iterator[str]:
     accuracies = find_accuracies(values)
     for source, statistic in accuracies.items():
-        label = f"held-out {source}" if len(accuracies) > 1 else "held-out"
+        label = f"val {source}" if len(accuracies) > 1 else "val"
         yield f"{label} {values[val_name(source, statistic)]:.3f}"
         if (teacher := teacher_val_name(source, statistic)) in values:
             yield f"teacher {values[teacher]:.3f}"
 
 
 class _Tenths:
-    """Thins reports out to the first one and one each tenth of the way."""
+    """Selects the first report and one per tenth of the total."""
 
     def __init__(self) -> None:
         self._last: int | None = None
@@ -155,7 +154,7 @@ class _Tenths:
 
 
 class _Clock:
-    """Foretells the end of a run from the steps that it made here, not from those before it was resumed."""
+    """Estimates the remaining time from the steps since the start or the resumption of a run."""
 
     def __init__(self, max_steps: int) -> None:
         self._total_steps = max_steps
@@ -174,7 +173,7 @@ class _Clock:
 
 
 class _Bars:
-    """One bar for the run with its latest numbers below, and one for preparation while there is any."""
+    """A progress bar of the run with its latest numbers below, and a second bar during preparation."""
 
     def __init__(self, console: Console, max_steps: int) -> None:
         self._progress = _ProgressWithNumbers(

@@ -1,4 +1,4 @@
-"""What ``sdpo doctor`` shows: versions, devices, and what can run here."""
+"""Output of ``sdpo doctor``: versions, devices and backends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.text import Text
 from sdpo.doctor import Devices, Report
 from sdpo.report.dry_run import format_bytes
 
-# The other packages are shown only if something is wrong with them.
+# Other packages are shown only if their version does not fit.
 ALWAYS_SHOWN = {
     *("torch", "transformers", "omegaconf", "vllm"),
     *("verl", "ray", "tensordict", "hydra-core", "TransferQueue"),
@@ -19,6 +19,7 @@ ALWAYS_SHOWN = {
 
 
 def print_doctor_report(report: Report, console: Console | None = None) -> None:
+    """Print versions, devices, warnings and the status of each backend."""
     console = console or Console()
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
     for heading in ("needed by", "package", "range", "installed", ""):
@@ -27,9 +28,9 @@ def print_doctor_report(report: Report, console: Console | None = None) -> None:
     for package in report.packages:
         if package.name in ALWAYS_SHOWN or not package.fits:
             fits = Text("ok", "green") if package.fits else Text("no", "red")
-            engine = "" if package.engine == last else package.engine
-            table.add_row(engine, package.name, package.needed or "any", package.version or "-", fits)
-            last = package.engine
+            backend = "" if package.backend == last else package.backend
+            table.add_row(backend, package.name, package.needed or "any", package.version or "-", fits)
+            last = package.backend
     console.print(Padding(table, (1, 0), expand=False))
 
     grid = Table.grid(padding=(0, 2, 0, 0))
@@ -37,17 +38,17 @@ def print_doctor_report(report: Report, console: Console | None = None) -> None:
         grid.add_row(Text(name, "bold"), Text(value))
     console.print(Padding(grid, (0, 0, 1, 0), expand=False))
 
-    # Lines, not a table: a command that is cut into pieces cannot be copied.
+    # Lines instead of a table, so that commands can be copied.
     for warning in report.warnings:
         console.print(Text(f"warning: {warning}", "yellow"), soft_wrap=True)
-    width = max(len(verdict.way) for verdict in report.verdicts)
-    for verdict in report.verdicts:
-        way = Text(f"{verdict.way:<{width}}  ", "bold")
-        if verdict.problems:
-            answer = Text.assemble(("no", "red"), f": {'; '.join(verdict.problems)}")
+    width = max(len(status.name) for status in report.backends)
+    for status in report.backends:
+        label = Text(f"{status.name:<{width}}  ", "bold")
+        if status.problems:
+            answer = Text.assemble(("no", "red"), f": {'; '.join(status.problems)}")
         else:
-            answer = Text.assemble(("yes", "green"), f", {verdict.note}" if verdict.note else "")
-        console.print(way + answer, soft_wrap=True)
+            answer = Text.assemble(("yes", "green"), f", {status.note}" if status.note else "")
+        console.print(label + answer, soft_wrap=True)
 
 
 def _describe_devices(devices: Devices) -> list[tuple[str, str]]:

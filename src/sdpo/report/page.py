@@ -1,4 +1,4 @@
-"""One HTML page about one or several runs: no script, and nothing that it would have to fetch."""
+"""A self-contained HTML page about one or several runs, without scripts."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from sdpo.report.run_dir import RunRecord
 from sdpo.report.summary import ACCURACY_HEADINGS, HEADINGS, Summary, summarize
 from sdpo.report.theme import DARK, LIGHT, Theme
 
-_MOST_ROLLOUT_CHARACTERS = 100_000
-_NAMES_OF_A_RUN = ("output_dir", "tracking.name")
+_MAX_ROLLOUT_CHARACTERS = 100_000
+_NAMING_SETTINGS = ("output_dir", "tracking.name")
 _NOT_IN_HTML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 def write_page(records: Sequence[RunRecord], path: str | Path, plot: bytes, dark_plot: bytes | None = None) -> Path:
-    """Write the page; ``plot`` is the PNG of the learning curves, ``dark_plot`` the same for a dark page."""
+    """Write the page; ``plot`` and ``dark_plot`` are PNGs of the learning curves on a light and a dark background."""
     path = Path(path)
     path.write_text(build_page(records, plot, dark_plot), encoding="utf-8", errors="replace")
     return path
 
 
 def build_page(records: Sequence[RunRecord], plot: bytes, dark_plot: bytes | None = None) -> str:
+    """Build the HTML of the page."""
     summaries = summarize(records)
     title = _text(", ".join(record.name for record in records))
     body = [
@@ -42,11 +43,8 @@ def build_page(records: Sequence[RunRecord], plot: bytes, dark_plot: bytes | Non
 
 
 def differing_settings(records: Sequence[RunRecord]) -> dict[str, list[Any]]:
-    """Setting -> its value in each run, for the settings that are not the same everywhere.
-
-    What only names a run is left out.
-    """
-    keys = dict.fromkeys(key for record in records for key in record.settings if key not in _NAMES_OF_A_RUN)
+    """Settings with different values, each with its value in every run; names of runs are skipped."""
+    keys = dict.fromkeys(key for record in records for key in record.settings if key not in _NAMING_SETTINGS)
     values = {key: [record.settings.get(key) for record in records] for key in keys}
     return {key: row for key, row in values.items() if any(value != row[0] for value in row)}
 
@@ -66,7 +64,7 @@ def _headline_table(summaries: Sequence[Summary], records: Sequence[RunRecord]) 
     return (
         '<div class="scroll"><table class="numbers"><thead>'
         f'<tr><td colspan="{before_accuracy}"></td>'
-        f'<th scope="colgroup" class="group" colspan="{len(ACCURACY_HEADINGS)}"><span>held-out accuracy</span></th>'
+        f'<th scope="colgroup" class="group" colspan="{len(ACCURACY_HEADINGS)}"><span>validation accuracy</span></th>'
         f'<td colspan="{len(HEADINGS) - len(ACCURACY_HEADINGS) - 1}"></td></tr>'
         f'<tr><th scope="col">run</th>{source_heading}{"".join(headings)}</tr>'
         f"</thead><tbody>{''.join(rows)}</tbody></table></div>"
@@ -75,7 +73,7 @@ def _headline_table(summaries: Sequence[Summary], records: Sequence[RunRecord]) 
 
 def _curves(summaries: Sequence[Summary], plot: bytes, dark_plot: bytes | None) -> str:
     accuracies = [f"{s.run.name} ends at {s.final:.3f}" for s in summaries if s.final is not None]
-    description = _text("Learning curves. Held-out accuracy: " + (", ".join(accuracies) or "none") + ".")
+    description = _text("Learning curves. Validation accuracy: " + (", ".join(accuracies) or "none") + ".")
     dark = f'<source media="(prefers-color-scheme: dark)" srcset="{_data_uri(dark_plot)}">' if dark_plot else ""
     return f'<div class="scroll"><picture>{dark}<img src="{_data_uri(plot)}" alt="{description}"></picture></div>'
 
@@ -83,10 +81,10 @@ def _curves(summaries: Sequence[Summary], plot: bytes, dark_plot: bytes | None) 
 def _differences(records: Sequence[RunRecord]) -> str:
     if len(records) < 2:
         return ""
-    heading = "<section><h2>What differs between the runs</h2>"
+    heading = "<section><h2>Different settings</h2>"
     differences = differing_settings(records)
     if not differences:
-        return f"{heading}<p>None of their settings.</p></section>"
+        return f"{heading}<p>None.</p></section>"
     names = "".join(f'<th scope="col">{_run_name(index, record)}</th>' for index, record in enumerate(records))
     rows = "".join(
         f'<tr><th scope="row">{_code(key)}</th>{"".join(f"<td>{_code(_show(value))}</td>" for value in values)}</tr>'
@@ -108,11 +106,11 @@ def _run_section(index: int, record: RunRecord) -> str:
         ),
     ]
     if record.health_events:
-        alarms = [
-            (f"step {alarm['step']}, {alarm.get('rule')}", str(alarm.get("action")), str(alarm.get("reason")))
-            for alarm in record.health_events
+        events = [
+            (f"step {event['step']}, {event.get('rule')}", str(event.get("action")), str(event.get("reason")))
+            for event in record.health_events
         ]
-        parts.append(_details(f"Alarms, {len(alarms)}", _definitions(alarms)))
+        parts.append(_details(f"Failed health checks, {len(events)}", _definitions(events)))
     if record.settings:
         help_of = {key: field.metadata["help"] for key, field in iterate_settings()}
         settings = _definitions((key, _show(value), help_of.get(key, "")) for key, value in record.settings.items())
@@ -131,7 +129,7 @@ def _last_rollouts(run_folder: Path) -> Path | None:
 
 def _read_start(path: Path) -> str:
     with path.open(encoding="utf-8", errors="replace") as file:
-        text = file.read(_MOST_ROLLOUT_CHARACTERS)
+        text = file.read(_MAX_ROLLOUT_CHARACTERS)
         return text + f"\n[... the rest is in {path.name}]" if file.read(1) else text
 
 
@@ -160,7 +158,7 @@ def _text(text: str) -> str:
 
 
 def _show(value: Any) -> str:
-    """A setting as a run file would say it."""
+    """Format a setting as in a config file."""
     return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False, default=str)
 
 

@@ -1,4 +1,4 @@
-"""Learning curves of one or several runs in one figure: accuracy on top, below it what tells why."""
+"""Learning curves of one or several runs in one figure: validation accuracy on top, training metrics below."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DOTS_PER_INCH = 150
 _SMALL_PANELS_PER_ROW = 3
 _FEW_POINTS = 40
 
-# Inches: the figure, its margins, and the room above a panel for its title and below it for its axis.
+# Inches: figure, margins, and the space above a panel for its title and below it for its axis.
 _WIDTH, _LEFT, _RIGHT, _BETWEEN, _ABOVE, _BELOW = 12.0, 0.6, 0.25, 0.6, 0.4, 0.5
 
 _SOLID: dict[str, Any] = {"linewidth": 2, "solid_capstyle": "round"}
@@ -37,7 +37,7 @@ _FAINT: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.3}
 
 @dataclass(frozen=True)
 class Panel:
-    """One small plot: a metric of the student and, dashed, the same of the teacher."""
+    """A small plot: a metric of the student and, dashed, of the teacher."""
 
     title: str
     student: str
@@ -54,10 +54,10 @@ PanelRow = tuple[float, list[Panel]]  # height of the plots in inches, the panel
 
 _TRAINING_PANELS = (
     Panel("Training score", metrics.SCORE_MEAN, unit_range=True),
-    Panel("Divergence, nats a token", metrics.DIVERGENCE),
+    Panel("Divergence, nats per token", metrics.DIVERGENCE),
     Panel("Response length, tokens", metrics.RESPONSE_LENGTH_MEAN),
     Panel("Entropy, nats", metrics.ENTROPY, teacher=metrics.TEACHER_ENTROPY),
-    Panel("Log-prob gap, teacher - student", metrics.TEACHER_GAP),
+    Panel("Log-prob, teacher - student", metrics.TEACHER_GAP),
     Panel("Gradient norm", metrics.GRAD_NORM),
 )
 
@@ -70,14 +70,14 @@ def plot_learning_curves(records: Sequence[RunRecord], path: str | Path, theme: 
 
 
 def render_learning_curves(records: Sequence[RunRecord], theme: Theme = LIGHT) -> bytes:
-    """The learning curves as the bytes of a PNG."""
+    """Render the learning curves as the bytes of a PNG."""
     buffer = BytesIO()
     build_figure(records, theme).savefig(buffer, format="png", dpi=_DOTS_PER_INCH)
     return buffer.getvalue()
 
 
 def build_figure(records: Sequence[RunRecord], theme: Theme = LIGHT) -> Figure:
-    """A figure with one panel for each metric that at least one run has."""
+    """Build a figure with a panel per metric that at least one run has."""
     accuracy = _accuracy_panels(records)
     training = [panel for panel in _TRAINING_PANELS if panel.has_data(records)]
     return _draw(
@@ -87,7 +87,7 @@ def build_figure(records: Sequence[RunRecord], theme: Theme = LIGHT) -> Figure:
 
 def _draw(records: Sequence[RunRecord], rows: Sequence[PanelRow], theme: Theme) -> Figure:
     accuracy = [panel for _, row in rows for panel in row if panel.is_accuracy]
-    # Not through pyplot: a report leaves whatever figures and backend the caller has alone.
+    # Without pyplot, so that the caller's figures and backend do not change.
     figure = Figure(facecolor=theme.background)
     FigureCanvasAgg(figure)
     legend = _legend_entries(records, rows, theme)
@@ -101,7 +101,7 @@ def _draw(records: Sequence[RunRecord], rows: Sequence[PanelRow], theme: Theme) 
 
 
 def plot_panels(records: Sequence[RunRecord], panels: Sequence[Panel], path: str | Path, theme: Theme = LIGHT) -> None:
-    """Write small plots of any metrics as a PNG, in the style of the learning curves."""
+    """Write small plots of given metrics as a PNG, in the style of the learning curves."""
     figure = _draw(records, [(1.8, row) for row in _in_rows(list(panels))], theme)
     figure.savefig(path, format="png", dpi=_DOTS_PER_INCH)
 
@@ -111,7 +111,7 @@ def _accuracy_panels(records: Sequence[RunRecord]) -> list[Panel]:
     several_sources = len({source for source, _ in accuracies}) > 1
     panels = [
         Panel(
-            "Held-out accuracy" + f", {source}" * several_sources + f", {statistic}" * (statistic != "mean@1"),
+            "Validation accuracy" + f", {source}" * several_sources + f", {statistic}" * (statistic != "mean@1"),
             metrics.val_name(source, statistic),
             metrics.teacher_val_name(source, statistic),
             unit_range=True,
@@ -123,7 +123,7 @@ def _accuracy_panels(records: Sequence[RunRecord]) -> list[Panel]:
 
 
 def _lay_out(figure: Figure, rows: Sequence[PanelRow], legend_height: float) -> list[tuple[Axes, Panel]]:
-    """Axes for the panels, row by row, at places in inches: the left edges of all rows stand in one line."""
+    """Create axes for the panels, row by row, with aligned left edges."""
     height = legend_height + sum(row_height + _ABOVE + _BELOW for row_height, _ in rows)
     figure.set_size_inches(_WIDTH, height)
     placed = []
@@ -153,14 +153,14 @@ def _draw_panel(axes: Axes, panel: Panel, records: Sequence[RunRecord], theme: T
         for metric, style in ((panel.teacher, _DASHED), (panel.student, _SOLID)):
             if metric and record.series(metric)[0]:
                 _draw_curve(axes, record, metric, smooth=panel.smooth and not panel.is_accuracy, color=colour, **style)
-        for alarm in record.health_events:
-            axes.axvline(alarm["step"], color=colour, **_DOTTED)
+        for event in record.health_events:
+            axes.axvline(event["step"], color=colour, **_DOTTED)
     axes.set_xlim(0, max(record.last_step for record in records) or 1)
     _style_axes(axes, panel, theme)
 
 
 def _draw_curve(axes: Axes, record: RunRecord, metric: str, *, smooth: bool, **style: Any) -> None:
-    """Few points are drawn as they are; many become a faint line with a bold running mean over it."""
+    """Draw few points as they are, many points as a faint line with a bold running mean."""
     steps, values = record.series(metric)
     finite = [value if math.isfinite(value) else math.nan for value in values]
     name = f"{record.name}|{metric}"
@@ -173,7 +173,7 @@ def _draw_curve(axes: Axes, record: RunRecord, metric: str, *, smooth: bool, **s
 
 
 def _running_mean(values: Sequence[float]) -> NDArray[Any]:
-    """Mean over the twentieth of the points that is centred on each."""
+    """Compute a centred running mean over a twentieth of the points."""
     kernel = np.ones(max(3, len(values) // 20) | 1)
     numbers = np.asarray(values, dtype=float)
     known = np.isfinite(numbers)
@@ -205,7 +205,7 @@ def _style_axes(axes: Axes, panel: Panel, theme: Theme) -> None:
 
 
 def _label_ends(axes: Axes, panel: Panel, records: Sequence[RunRecord], theme: Theme) -> None:
-    """Name and last value of each run beside the end of its line, spread where they would overlap."""
+    """Write name and last value of each run next to the end of its line, without overlaps."""
     ends = []
     for record, colour in _coloured(records, theme):
         steps, values = record.series(panel.student)
@@ -218,13 +218,13 @@ def _label_ends(axes: Axes, panel: Panel, records: Sequence[RunRecord], theme: T
     for (_, step, text, colour), height in zip(ends, heights, strict=True):
         place: dict[str, Any] = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
         axes.annotate(_plain(text), (step, height), color=colour, fontsize=10, fontweight="bold", **place)
-    # Room for the labels inside the panel, so that it stays as wide as the rows below.
+    # The labels are inside the panel, so that it is as wide as the rows below.
     axes.set_xlim(0, right * (1.02 + 0.0085 * max((len(end[2]) for end in ends), default=0)))
     axes.set_xticks(ticks)
 
 
 def _spread(heights: Sequence[float], gap: float, ceiling: float) -> list[float]:
-    """The heights, moved apart to at least ``gap`` and none above ``ceiling``."""
+    """Move heights to a distance of at least ``gap``, below ``ceiling``."""
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     moved = list(heights)
     for below, above in pairwise(order):
@@ -244,7 +244,7 @@ def _legend_entries(records: Sequence[RunRecord], rows: Sequence[PanelRow], them
     if any(panel.teacher and record.series(panel.teacher)[0] for record, panel in shown):
         entries.append(Line2D([], [], color=theme.muted, **_DASHED, label="teacher"))
     if any(record.health_events for record in records):
-        entries.append(Line2D([], [], color=theme.muted, **_DOTTED, label="alarm"))
+        entries.append(Line2D([], [], color=theme.muted, **_DOTTED, label="failed health check"))
     if any(
         panel.smooth and not panel.is_accuracy and len(record.series(panel.student)[0]) > _FEW_POINTS
         for record, panel in shown
@@ -268,7 +268,7 @@ def _add_legend(figure: Figure, entries: Sequence[Line2D], columns: int, theme: 
 
 
 def _count_columns(labels: Sequence[str]) -> int:
-    """As many entries of the legend as fit side by side: all of them or, in several rows, columns of one width."""
+    """Number of legend entries per row: all if they fit, else columns of equal width."""
     widths = [0.75 + 0.1 * len(label) for label in labels]
     return len(labels) if sum(widths) < _WIDTH - _LEFT else max(1, int((_WIDTH - _LEFT) / max(widths)))
 
@@ -278,5 +278,5 @@ def _shorten(name: str, length: int = 28) -> str:
 
 
 def _plain(text: str) -> str:
-    # A name is not a formula, and one that starts with an underscore is not to be left out of the legend.
+    # Escape names for matplotlib: $ begins a formula, and a leading underscore hides a legend entry.
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")

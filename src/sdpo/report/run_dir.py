@@ -1,11 +1,11 @@
-"""A run folder, read back: what the run measured and how it was set."""
+"""Read the output folder of a run: metrics, settings and health events."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class RunRecord:
         return [int(row[STEP]) for row in rows], [row[metric] for row in rows]
 
     def final(self, metric: str) -> float | None:
-        """The last value, even where it is NaN: a run that broke must not look whole."""
+        """The last value, including NaN, so that a failed run is visible."""
         return next(reversed(self.series(metric)[1]), None)
 
     def best(self, metric: str) -> float | None:
@@ -48,24 +48,25 @@ class RunRecord:
         return max(filter(math.isfinite, self.series(metric)[1]), default=None)
 
     def accuracies(self) -> dict[str, str]:
+        """Headline statistics by data source (``metrics.find_accuracies``)."""
         return find_accuracies(name for row in self.rows for name in row)
 
 
 def read_run(path: str | Path) -> RunRecord:
-    """Read one run folder.
+    """Read the output folder of a run.
 
     Raises:
-        ConfigError: the folder or its ``metrics.jsonl`` is missing, empty or broken; the line is named.
+        ConfigError: the folder or its ``metrics.jsonl`` is missing, empty or malformed; names the line.
     """
     path = Path(path)
     if not path.is_dir():
         raise ConfigError(f"{path}: no such run folder; give the output_dir of a run")
     metrics_file = path / METRICS_FILE
     if not metrics_file.is_file():
-        raise ConfigError(f"{path}: no {METRICS_FILE} in it, so not a run folder or a run that has not begun")
+        raise ConfigError(f"{path}: no {METRICS_FILE}; give the output_dir of a run that has completed a step")
     rows = _read_rows(metrics_file)
     if not rows:
-        raise ConfigError(f"{metrics_file}: no metrics in it yet; wait for the run's first step")
+        raise ConfigError(f"{metrics_file}: no metrics yet; wait for the first step")
     settings = _read_settings(path / RUN_FILE)
     events_file = next(filter(Path.is_file, (path / HEALTH_EVENTS_FILE, path / OLD_HEALTH_EVENTS_FILE)), None)
     events = _read_events(events_file, last_step=int(rows[-1][STEP])) if events_file else ()
@@ -73,22 +74,22 @@ def read_run(path: str | Path) -> RunRecord:
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[RunRecord]:
-    """Read several run folders, each once, and give them names that differ."""
+    """Read several output folders, each once, and give the runs different names."""
     folders: dict[Path, Path] = {}
     for path in paths:
         folders.setdefault(Path(path).resolve(), Path(path))
-    return _tell_apart([read_run(folder) for folder in folders.values()])
+    return _make_names_unique([read_run(folder) for folder in folders.values()])
 
 
-def _tell_apart(records: list[RunRecord]) -> list[RunRecord]:
-    """Runs that share a name are called by as much of the end of their path as differs."""
+def _make_names_unique(records: list[RunRecord]) -> list[RunRecord]:
+    """Replace equal names by the shortest ends of the paths that differ."""
     count = Counter(record.name for record in records)
-    twins = {id(record): record.path.resolve().parts for record in records if count[record.name] > 1}
+    duplicates = {id(record): record.path.resolve().parts for record in records if count[record.name] > 1}
     length = 1
-    while len({parts[-length:] for parts in twins.values()}) < len(twins):
+    while len({parts[-length:] for parts in duplicates.values()}) < len(duplicates):
         length += 1
     return [
-        replace(record, name=Path(*twins[id(record)][-length:]).as_posix()) if id(record) in twins else record
+        replace(record, name=Path(*duplicates[id(record)][-length:]).as_posix()) if id(record) in duplicates else record
         for record in records
     ]
 
@@ -102,21 +103,21 @@ def _read_rows(path: Path) -> list[dict[str, float]]:
         try:
             content = json.loads(line)
         except json.JSONDecodeError as error:
-            if number == len(lines):  # the run is writing it now, or was stopped while it did
+            if number == len(lines):  # being written, or left by a killed run
                 break
-            raise ConfigError(f"{path}:{number}: not a JSON object ({error.msg}); mend or remove the line") from None
+            raise ConfigError(f"{path}:{number}: not a JSON object ({error.msg}); fix or remove the line") from None
         _append(rows, _to_row(content, f"{path}:{number}"))
     return rows
 
 
 def _to_row(content: Any, where: str) -> dict[str, float]:
     if not isinstance(content, dict):
-        raise ConfigError(f"{where}: not a JSON object; mend or remove the line")
-    if isinstance(content.get("data"), dict):  # verl's own form of a row
+        raise ConfigError(f"{where}: not a JSON object; fix or remove the line")
+    if isinstance(content.get("data"), dict):  # verl's format of a row
         content = {STEP: content.get("step"), **content["data"]}
     row = {name: float(value) for name, value in content.items() if isinstance(value, (int, float))}
     if not math.isfinite(row.get(STEP, math.nan)):
-        raise ConfigError(f"{where}: no number under {STEP}; mend or remove the line")
+        raise ConfigError(f"{where}: no number under {STEP}; fix or remove the line")
     return replace_old_names(row)
 
 
@@ -127,7 +128,7 @@ def _read_events(path: Path, last_step: int) -> list[dict[str, Any]]:
 
 
 def _append(rows: list[dict[str, float]], row: dict[str, float]) -> None:
-    # A resumed run goes back to its checkpoint: what the first attempt did after it is no longer part of the run.
+    # A resumed run repeats the steps after its checkpoint; rows of the first attempt are dropped.
     while rows and rows[-1][STEP] > row[STEP]:
         rows.pop()
     if rows and rows[-1][STEP] == row[STEP]:
@@ -140,16 +141,10 @@ def _read_settings(path: Path) -> dict[str, Any]:
         return {}
     from omegaconf import OmegaConf
 
+    from sdpo.config.loader import flatten_keys
+
     try:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except Exception as error:  # yaml raises its own family of errors
+    except Exception as error:  # yaml raises various errors
         raise ConfigError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
-    return dict(_flatten(content)) if isinstance(content, dict) else {}
-
-
-def _flatten(settings: Mapping[Any, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    return flatten_keys(content) if isinstance(content, dict) else {}

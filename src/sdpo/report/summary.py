@@ -1,4 +1,4 @@
-"""The headline numbers of runs: one row a run and data source, for the console and the page alike."""
+"""Headline numbers of runs, one row per run and data source, for the console and the page."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from sdpo.observability.metrics import RESPONSE_LENGTH_MEAN, TIME_EVAL, TIME_SAV
 from sdpo.report.run_dir import RunRecord
 
 HEADINGS = {
-    "steps": "Training steps done.",
-    "before": "Held-out accuracy before training.",
-    "final": "Held-out accuracy at the last evaluation.",
-    "best": "Highest held-out accuracy of all evaluations.",
-    "teacher": "Held-out accuracy of the teacher, prompted as in training, at the last evaluation.",
+    "steps": "Completed training steps.",
+    "before": "Validation accuracy before training.",
+    "final": "Validation accuracy of the last validation.",
+    "best": "Highest validation accuracy.",
+    "teacher": "Validation accuracy of the teacher, with the context that it has in training, of the last validation.",
     "length": "Mean response length of the last step, in tokens.",
-    "s/step": "Median seconds of a step.",
-    "minutes": "Minutes of all steps, evaluations and checkpoints together.",
+    "s/step": "Median seconds per step.",
+    "minutes": "Minutes of all steps, validations and checkpoints.",
 }
 ACCURACY_HEADINGS = ("before", "final", "best", "teacher")
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Numbers of one run on one held-out data source; None where the run has none."""
+    """Numbers of a run on one validation data source; None for missing numbers."""
 
     run: RunRecord
     source: str | None
@@ -38,7 +38,7 @@ class Summary:
     minutes: float | None
 
     def cells(self) -> tuple[str, ...]:
-        """The numbers as text, under ``HEADINGS``."""
+        """Format the numbers in the order of ``HEADINGS``."""
         return (
             str(self.steps),
             *(format_number(value, ".3f") for value in (self.before, self.final, self.best, self.teacher)),
@@ -49,15 +49,17 @@ class Summary:
 
 
 def summarize(records: Sequence[RunRecord]) -> list[Summary]:
+    """Summarize each run, once per data source."""
     return [summary for record in records for summary in _summaries(record)]
 
 
 def format_number(value: float | None, spec: str) -> str:
+    """Format a number; ``-`` for None."""
     return "-" if value is None else format(value, spec)
 
 
 def _summaries(record: RunRecord) -> Iterator[Summary]:
-    # A run that was never evaluated has a row too; no metric has an empty name.
+    # A run without validation has a row too; no metric has an empty name.
     for source, statistic in (record.accuracies() or {"": ""}).items():
         student = val_name(source, statistic) if source else ""
         teacher = teacher_val_name(source, statistic) if source else ""
@@ -70,7 +72,7 @@ def _summaries(record: RunRecord) -> Iterator[Summary]:
             best=record.best(student),
             teacher=record.final(teacher),
             response_length=record.final(RESPONSE_LENGTH_MEAN),
-            # The median: the first step, which warms everything up, is not a typical one.
+            # The median excludes the warm-up in the first step.
             seconds_per_step=median(times) if (times := record.series(TIME_STEP)[1]) else None,
             minutes=_minutes(record),
         )

@@ -1,4 +1,4 @@
-"""Colours of the figure and the page, on light and on dark ground."""
+"""Colours of the figure and the page, for light and dark backgrounds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Theme:
     ramp: tuple[str, ...]
 
     def run_colours(self, count: int) -> list[str]:
-        """A colour for each run: distinct hues for a few, steps of one ramp for many."""
+        """Return a colour per run: distinct hues for few runs, steps of a ramp for many."""
         if count <= len(self.runs):
             return list(self.runs[:count])
         return [_blend(self.ramp, i / (count - 1)) for i in range(count)]
@@ -28,8 +28,8 @@ def _blend(ramp: tuple[str, ...], position: float) -> str:
     return "#" + "".join(f"{round(low + (high - low) * (scaled - i)):02x}" for low, high in channels)
 
 
-# Okabe and Ito's palette, which colour-blind readers tell apart too, in an order that puts what stands out least on the
-# ground last. On dark ground the same hues are lighter, so that a run keeps its colour.
+# Okabe and Ito's palette for colour-blind readers, with the colours of lowest contrast last. The dark theme has lighter
+# shades of the same hues.
 LIGHT = Theme(
     background="#ffffff",
     ink="#1c2024",

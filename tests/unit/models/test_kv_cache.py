@@ -1,4 +1,4 @@
-"""A cache that is written in place against transformers' own, which puts everything together anew."""
+"""The preallocated cache against transformers' own, which concatenates all tokens at each step."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_it_holds_what_transformers_layer_holds(repeats: int) -> None:
     do(lambda layer: layer.batch_repeat_interleave(repeats))
     rows = 3 * repeats
     while rows > 1:
-        for _ in range(7):  # past the room that was made at first
+        for _ in range(7):  # more tokens than the first buffer has room for
             read(rows, 1)
         kept = torch.randperm(rows)[: max(rows // 2, 1)]
         do(lambda layer, kept=kept: layer.batch_select_indices(kept))

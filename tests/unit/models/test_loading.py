@@ -1,4 +1,4 @@
-"""Loading a model and a tokenizer, and the one line for each that cannot be loaded."""
+"""Loading a model and a tokenizer, and the error messages."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_meta_model_has_the_shapes_and_nothing_else(folder: Path) -> None:
 
 
 def save_plain_tokenizer(folder: Path, **special: str) -> None:
-    """In place of Qwen2's, whose class has special tokens of its own."""
+    """Build a tokenizer without special tokens; Qwen2's class adds some."""
     plain = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **special)
     for file in folder.glob("tokenizer*"):
         file.unlink()
@@ -138,5 +138,5 @@ def test_a_tokenizer_that_is_missing_or_cannot_end(folder: Path) -> None:
 
 
 def test_a_hub_name_without_a_network() -> None:
-    with pytest.raises(SDPOError, match=r"model\.path: nobody/no-such-model: cannot be loaded"):
-        load_model(ModelConfig(path="nobody/no-such-model"), CPU)
+    with pytest.raises(SDPOError, match=r"model\.path: nowhere/no-such-model: cannot be loaded"):
+        load_model(ModelConfig(path="nowhere/no-such-model"), CPU)

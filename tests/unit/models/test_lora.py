@@ -1,4 +1,4 @@
-"""Adapters: what they are put on, what they add, and that PEFT itself reads what is written."""
+"""LoRA adapters: their layers, their effect, and that PEFT reads the saved files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def logits_of(model: nn.Module) -> Tensor:
 
 
 def scramble(model: nn.Module, seed: int = 0) -> None:
-    """Adapters as after training, B no longer at zero."""
+    """Set B to random values, as after training."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for param in model.parameters():

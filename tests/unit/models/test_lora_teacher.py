@@ -1,4 +1,4 @@
-"""The teacher of a student with adapters: the average of their product, to the formula; the base model shared."""
+"""The teacher of a student with adapters: the average of s B A against its formula, and the shared base model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def build(make_model: MakeModel, kind: str, dtype: torch.dtype = torch.float32, 
 
 
 def move(student: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """A student that learns; yields s B A of each layer in float64, after each step."""
+    """Train a student; yields s B A of each layer in float64 after each step."""
     generator = torch.Generator().manual_seed(1)
     while True:
         with torch.no_grad():
@@ -77,7 +77,7 @@ def test_the_average_is_that_of_the_product(make_model: MakeModel, dtype: torch.
             weight = teacher.module.get_parameter(f"{name}.weight")
             rounding = 2.0**-8 if dtype == torch.bfloat16 else 1e-6
             torch.testing.assert_close(weight.double(), base[name] + value, rtol=rounding, atol=1e-6)
-    # Averages of A and of B, or no start at the student, would be elsewhere by far more than that.
+    # Separate averages of A and B, or another initial teacher, would differ by much more.
     ratio = max(float(value.abs().max() / deltas[name].abs().max()) for name, value in expected.items())
     assert 0.05 < ratio < 0.5
 
@@ -143,7 +143,7 @@ def test_a_teacher_goes_on_from_its_state(make_model: MakeModel, kind: str, dtyp
 
 
 def test_the_teacher_of_merged_weights_is_the_average_of_whole_models(make_model: MakeModel) -> None:
-    """What a teacher without adapters would be: (1 - r) W + r (W + s B A) is W + r s B A."""
+    """The equivalent teacher without adapters: (1 - r) W + r (W + s B A) is W + r s B A."""
     student, teacher = build(make_model, "ema", ema_update_rate=0.25)
     next(move(student))
     teacher.step(student)

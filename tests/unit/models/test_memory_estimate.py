@@ -1,4 +1,4 @@
-"""The bounds on memory against tensors that are really made."""
+"""Sizes of models and bounds on memory against actual allocations."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_an_image_as_large_as_allowed_goes_through_the_tower_alone() -> None:
     patch = size.vision_tower.training_bytes_per_token(2, 2, checkpointing=True)
     assert size.vision_tower_bytes(1_003_520, 2, 2, checkpointing=True) == 5120 * (1176 * 4 + patch)  # 1280 tokens
     small = size.vision_tower_bytes(784, 2, 2, checkpointing=True)
-    assert small == 2**22 * 4 + 3567 * patch  # as many small images as go together
+    assert small == 2**22 * 4 + 3567 * patch  # small images that fill a chunk
 
 
 def load_vision_models() -> Any:
@@ -104,7 +104,9 @@ def test_images_through_a_tower_stay_below_their_bound(family: str, count_peak: 
     learn()
     patches = -(-numbers // size.values_per_patch)
     bound = numbers * 4 + patches * size.vision_tower.training_bytes_per_token(4, 4, checkpointing=False)
-    bound += sum(param.numel() * 4 for param in get_vision_tower_parameters(model))  # gradients, before they are added
+    bound += sum(
+        param.numel() * 4 for param in get_vision_tower_parameters(model)
+    )  # gradients, before they are accumulated
     assert bound / 5 < count_peak(learn) <= bound
 
 
@@ -149,7 +151,7 @@ def build_tower() -> nn.Module:
 def build_pass(
     family: str, precision: str, *, checkpointing: bool = False
 ) -> tuple[LayerStack, int, Callable[[], Any]]:
-    """A stack, the bytes of a value in its products, and a forward pass of ``TOKENS`` tokens or patches through it."""
+    """Build a stack, the bytes of a value in its products, and a forward pass of ``TOKENS`` tokens or patches."""
     torch.manual_seed(0)
     is_tower = family == "tower"
     model: Any = (build_tower() if is_tower else FAMILIES[family]()).train()
@@ -186,8 +188,8 @@ def test_activations_stay_below_their_bound_and_near_it(family: str, precision: 
             output = call()
             getattr(output, "last_hidden_state", output).float().mean().backward()
 
-        learn()  # gradients of the weights are there before
-        weights = stack.num_params * 2 if precision == "autocast" else 0  # their copies in bfloat16
+        learn()  # allocates the gradients of the weights
+        weights = stack.num_params * 2 if precision == "autocast" else 0  # casts to bfloat16
         bound = TOKENS * stack.training_bytes_per_token(size, residual, checkpointing=checkpointing) + weights
         peak = count_peak(learn)
         assert bound / 3 < peak <= bound * workspace

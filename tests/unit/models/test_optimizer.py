@@ -1,4 +1,4 @@
-"""AdamW as settings name it: what it keeps of its updates, in how much memory, and that it goes on exactly."""
+"""The optimizers: updates lost to rounding, memory of the moments, and bit-exact resumption."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def make_params(dtype: torch.dtype, shapes: Any = SHAPES) -> list[nn.Parameter]:
 
 
 def run_steps(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], steps: range) -> None:
-    """Gradients with a part that stays and a part that is noise, the same at the same step."""
+    """Run steps with gradients of a constant part and noise, deterministic for a step."""
     for step in steps:
         for place, param in enumerate(params):
             generator = torch.Generator().manual_seed(place)
@@ -115,7 +115,7 @@ def test_how_much_of_float32s_way_is_left(
     ids=["plain", "8-bit", "random", "8-bit random"],
 )
 def test_it_goes_on_from_a_file_to_the_bit(config: OptimConfig, dtype: torch.dtype, tmp_path: Any) -> None:
-    """Also what is drawn for the rounding: its numbers come from torch's generator."""
+    """Stochastic rounding too, since its random numbers come from torch's generator."""
     if choose_optimizer(config)[0] != "torch.optim":
         pytest.importorskip("torchao")
     torch.manual_seed(3)
@@ -154,14 +154,14 @@ def measure(config: OptimConfig, dtype: torch.dtype, num_steps: int, lr: float =
     torch.manual_seed(0)
     params = make_params(dtype, [(512, 512)])
     optimizer = build_optimizer(params, OptimConfig(**{**vars(config), "lr": lr}))
-    told: list[str] = []
-    rounding = UpdateRounding(optimizer, told.append)
+    messages: list[str] = []
+    rounding = UpdateRounding(optimizer, messages.append)
     lost = []
     for step in range(num_steps):
         run_steps(optimizer, params, range(step, step + 1))
         lost.append(rounding.take())
-    assert rounding.take() is None, "once a step"
-    return lost, told
+    assert rounding.take() is None, "only one value per step"
+    return lost, messages
 
 
 def test_nothing_is_measured_where_nothing_is_rounded() -> None:
@@ -172,7 +172,7 @@ def test_the_share_lost_by_hand() -> None:
     """At its first step AdamW moves each weight by the learning rate against the gradient's sign."""
     weights = torch.tensor([1.0, 1.0, 2.0**-9, 0.0])
     param = nn.Parameter(weights.bfloat16())
-    lr = 2.0**-10  # a quarter of the distance to 1's lower neighbour, an eighth of that to the upper one
+    lr = 2.0**-10  # a quarter of the spacing below 1, an eighth of the spacing above
     optimizer = build_optimizer([param], OptimConfig(lr=lr, weight_decay=0.0, betas=[0.9, 0.95]))
     rounding = UpdateRounding(optimizer, lambda text: None)
     param.grad = torch.tensor([-1.0, 1.0, -1.0, -1.0]).bfloat16()
@@ -183,7 +183,7 @@ def test_the_share_lost_by_hand() -> None:
 
 @pytest.mark.parametrize("lr", [1e-5, 1e-3])
 def test_it_is_what_a_whole_computation_says(lr: float) -> None:
-    """Here over all entries, with the update of torch's own step on float32 weights that begin as the others."""
+    """Over all entries, against the update of torch's step on float32 weights with the same initial values."""
     config = OptimConfig(lr=lr, betas=[0.9, 0.95])
     half = make_params(torch.bfloat16, [(512, 512)])
     whole = [nn.Parameter(p.detach().float()) for p in half]
@@ -198,25 +198,25 @@ def test_it_is_what_a_whole_computation_says(lr: float) -> None:
 
 
 def test_plain_bfloat16_is_warned_of_at_the_start_and_once_more() -> None:
-    lost, told = measure(OptimConfig(betas=[0.9, 0.95]), torch.bfloat16, 4)
+    lost, messages = measure(OptimConfig(betas=[0.9, 0.95]), torch.bfloat16, 4)
     assert min(lost) > 0.8
-    assert len(told) == 2
-    assert all("model.dtype=float32" in line for line in told)
-    assert told[0].startswith("bfloat16 weights: ") and "1e-05" in told[0]
+    assert len(messages) == 2
+    assert all("model.dtype=float32" in line for line in messages)
+    assert messages[0].startswith("bfloat16 weights: ") and "1e-05" in messages[0]
 
 
 def test_a_learning_rate_that_is_large_enough_is_no_matter() -> None:
-    lost, told = measure(OptimConfig(betas=[0.9, 0.95]), torch.bfloat16, 1, lr=1e-2)
+    lost, messages = measure(OptimConfig(betas=[0.9, 0.95]), torch.bfloat16, 1, lr=1e-2)
     assert abs(lost[0]) < MAX_LOST
-    assert len(told) == 1 and "model.dtype" not in told[0]
+    assert len(messages) == 1 and "model.dtype" not in messages[0]
 
 
 @pytest.mark.parametrize("config", [RANDOM, SMALL_RANDOM], ids=["random", "8-bit random"])
 def test_rounded_at_random_an_update_is_kept_on_average(config: OptimConfig) -> None:
     pytest.importorskip("torchao")
-    lost, told = measure(config, torch.bfloat16, 3)
+    lost, messages = measure(config, torch.bfloat16, 3)
     assert all(abs(share) < 0.1 for share in lost)
-    assert told == ["bfloat16 weights with stochastic rounding: updates are kept on average, with noise"]
+    assert messages == ["bfloat16 weights with stochastic rounding: updates are kept on average, with noise"]
 
 
 def test_a_step_of_learning_rate_0_has_no_share() -> None:

@@ -1,4 +1,4 @@
-"""Logits from hidden states against a model's own."""
+"""Logits computed from hidden states against the model's logits."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_anything_else_is_refused(change: Callable[[Tensor], Tensor]) -> None:
 def test_forbidden_tokens_have_no_part_in_the_loss(
     settings: dict[str, Any], own_bias: bool, softcap: float | None
 ) -> None:
-    """As of a model whose vocabulary lacks them: loss, metrics, gradients, log-probabilities, entropies."""
+    """Loss, metrics, gradients, log-probs and entropies equal those of a model with a smaller vocabulary."""
     generator = torch.Generator().manual_seed(0)
     num_tokens, vocab_size, forbidden = 12, 40, [3, 17, 38, 39]
     allowed = [i for i in range(vocab_size) if i not in forbidden]
@@ -121,7 +121,7 @@ def test_forbidden_tokens_have_no_part_in_the_loss(
 
     config = SelfDistillationConfig(**settings)
     weight, bias = draw(vocab_size, 8), draw(vocab_size)
-    bias[forbidden] += 5.0  # they would be likely
+    bias[forbidden] += 5.0  # likely without suppression
     coefficients = [0.95, 0.05] if settings.get("teacher_regularization") == "trust-region" else [1.0]
     hidden, teachers = draw(num_tokens, 8), [draw(num_tokens, 8) for _ in coefficients]
     places = torch.randint(len(allowed), (num_tokens,), generator=generator)

@@ -1,4 +1,4 @@
-"""Packed rows against every sequence by itself: values, gradients, what is read, what it costs, when sharing pays."""
+"""Packed rows against single sequences: values, gradients, cost, and the decision to share a prefix."""
 
 from __future__ import annotations
 
@@ -87,12 +87,12 @@ NOT_PACKABLE: dict[str, Callable[[], Any]] = {
     ),
     "recurrent": lambda: MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=3)),
 }
-# Reading a token is all that costs; only pairs cost, so that nothing is padded; calls are dear.
+# Only tokens cost; only pairs cost, so that no call is padded; calls are expensive.
 ALWAYS, NO_PADDING, ONE_CALL = AttentionCostModel(1, 0, 0), AttentionCostModel(1e6, 1, 0), AttentionCostModel(1e9, 0, 1)
 
 
 def make_sequences() -> tuple[list[TokenPrompt], list[list[int]], list[int]]:
-    """Three rollouts of one prompt, one of another, two whose prompts begin alike, two with nothing in common."""
+    """Three rollouts of a prompt, one rollout, two prompts with a common prefix, and two without."""
     generator = torch.Generator().manual_seed(1)
 
     def ids(length: int) -> list[int]:
@@ -138,7 +138,7 @@ def test_a_packed_row_reads_as_each_sequence_by_itself(
     assert len(row.layout.calls) == num_calls
     hidden = compute_hidden(model, row)
     torch.testing.assert_close(hidden, expected, atol=1e-12, rtol=1e-10)
-    bound = 1e-13 if family == "gpt2" else 1e-6  # the others' norms compute in float32 whatever they are given
+    bound = 1e-13 if family == "gpt2" else 1e-6  # the norms of the others compute in float32
     for actual, wanted in zip(differentiate(model, hidden), differentiate(model, expected), strict=True):
         assert float((actual - wanted).norm()) <= bound * float(wanted.norm())
 
@@ -213,9 +213,9 @@ def test_what_prompts_begin_with() -> None:
     assert count([1, 99, 99, 2, 3], [1, 99, 99, 2, 4], images=image) == 4
     assert count([1, 99, 99, 2], [1, 99, 99, 3], images=image) == 3
     assert count([1, 2, 99, 99, 3], [1, 4, 99, 99, 3], images=image) == 1
-    two = (b"one", b"two")  # the second image comes after what differs: neither is shared
+    two = (b"one", b"two")  # the second image is after the first difference: neither is shared
     assert count([1, 99, 2, 99], [1, 99, 3, 99], images=two) == 1
-    assert count([1, 99, 99, 2], [1, 99, 99, 2]) == 4  # without images it is a token like any other
+    assert count([1, 99, 99, 2], [1, 99, 99, 2]) == 4  # without images an image token has no meaning
 
 
 @pytest.mark.parametrize(("prefix", "num_images"), [(3, 1), (1, 2), (0, 2)])
@@ -229,7 +229,7 @@ def test_images_stand_in_a_row_as_often_as_their_tokens(prefix: int, num_images:
 
 
 def test_sharing_pays_where_it_saves_more_than_its_calls_cost() -> None:
-    """Two rollouts: sharing saves a prompt's tokens and takes a call more."""
+    """Two rollouts: sharing saves a prompt's tokens and adds a call."""
     prompts, lengths = [TokenPrompt([1] * 10)] * 2, [5, 5]
     for flops_per_call, shares in ((9.9, True), (10.1, False)):
         groups = group_by_prefix(
@@ -256,9 +256,9 @@ def test_padding_is_taken_only_where_it_costs_less_than_a_call(flops_per_call: f
 
 
 @pytest.mark.parametrize("cost", [ALWAYS, NO_PADDING, ONE_CALL, AttentionCostModel(1, 1, 1e3)])
-@pytest.mark.parametrize(("family", "rotary"), [("llama", 16), ("gpt2", 0)])  # operations a token for rotary angles
+@pytest.mark.parametrize(("family", "rotary"), [("llama", 16), ("gpt2", 0)])  # operations per token for rotary angles
 def test_the_cost_is_what_torch_counts(family: str, rotary: int, cost: AttentionCostModel) -> None:
-    """Products of weights and of attention, on one row; the head is not among them."""
+    """Products of weights and of attention on one row, without the output layer."""
     torch.manual_seed(0)
     model = PACKABLE[family]().eval()
     measured = enable_packing(model)
@@ -283,7 +283,7 @@ def test_every_token_is_one_query_and_gets_its_output() -> None:
 
 @pytest.mark.parametrize("num_rollouts", [2, 8])
 def test_rollouts_of_a_long_prompt_share_it_on_a_real_shape(num_rollouts: int) -> None:
-    """By the cost of a model: a prompt of 300 tokens is shared; one of a single token by two rollouts is not."""
+    """With a model's cost, a prompt of 300 tokens is shared, and a prompt of one token by two rollouts is not."""
     torch.manual_seed(0)
     cost = enable_packing(PACKABLE["qwen2"]())
     assert cost is not None

@@ -43,7 +43,7 @@ def test_a_model_of_another_data_type_samples_as_a_cast_that(make_model: Any) ->
     model = make_model().train()
     half = replace(DECODING, dtype=torch.bfloat16)
     before = {name: param.clone() for name, param in model.named_parameters()}
-    loaded = make_model()  # as from_pretrained has it in that type: rotary frequencies, which are buffers, stay float32
+    loaded = make_model()  # as from_pretrained returns it in that type: rotary frequencies are float32 buffers
     for param in loaded.parameters():
         param.data = param.data.bfloat16()
     expected = sample_responses([(loaded, 1.0)], PROMPTS, DECODING, seed=1)
@@ -70,7 +70,7 @@ def test_log_probs_are_those_of_a_plain_forward_pass(
 
     assert len(responses) == len(PROMPTS)
     assert all(len(many) == DECODING.n for many in responses)
-    assert compactions, "no response left the batch early: the test does not reach that code"
+    assert compactions, "no response left the batch early, so compaction was not tested"
     assert len({len(one.token_ids) for _, one in pairs(responses)}) > 3
     for prompt, one in pairs(responses):
         expected = log_probs_of(plain_logits(model, prompt, one.token_ids), one.token_ids, DECODING.temperature)
@@ -78,7 +78,7 @@ def test_log_probs_are_those_of_a_plain_forward_pass(
 
 
 def test_a_response_belongs_to_its_prompt(model: Any, plain_logits: PlainLogits) -> None:
-    """The check above would not notice swapped prompts if the model did not read them."""
+    """Otherwise the test above would not detect swapped prompts."""
     responses = sample_responses([(model, 1.0)], PROMPTS, DECODING, seed=1)
     for i, many in enumerate(responses):
         for one in many:
@@ -88,7 +88,7 @@ def test_a_response_belongs_to_its_prompt(model: Any, plain_logits: PlainLogits)
 
 @pytest.mark.parametrize("prompts", [PROMPTS, [[9], [10]]])
 def test_a_model_with_absolute_positions(prompts: list[list[int]], plain_logits: PlainLogits) -> None:
-    """Rotary embeddings forgive positions that are all shifted; learned ones do not."""
+    """Rotary embeddings are invariant to a shift of all positions; learned embeddings are not."""
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=12, n_positions=32, n_embd=16, n_layer=1, n_head=2)).eval()
     torch.nn.init.normal_(model.transformer.wpe.weight, std=1.0)
@@ -109,7 +109,7 @@ def test_ends_at_the_stop_token_or_at_the_limit(model: Any) -> None:
         assert len(one.token_ids) == 6 or one.finished
     assert {one.token_ids[-1] for one in responses if one.finished} == {2, 5}
     assert any(not one.finished for one in responses)
-    assert any(one.finished and len(one.token_ids) == 6 for one in responses), "the last place may stop, too"
+    assert any(one.finished and len(one.token_ids) == 6 for one in responses), "no stop token at the last position"
 
 
 def test_the_seed_decides(model: Any) -> None:
@@ -150,8 +150,8 @@ def test_frequencies_are_the_probabilities(model: Any, plain_logits: PlainLogits
         return float(statistic + ((rare[1] - rare[0]).square() / rare[0] if rare[0] >= 5 else 0))
 
     first = (plain_logits(model, PROMPTS[0], [0])[0] / temperature).softmax(-1)
-    assert first.max() > 2 / 12, "too flat to tell apart from uniform sampling"
-    # 11 degrees of freedom: beyond 38 once in ten thousand.
+    assert first.max() > 2 / 12, "too flat to distinguish from uniform sampling"
+    # 11 degrees of freedom: 38 is exceeded with probability 1e-4.
     assert chi_square([one.token_ids[0] for one in responses], first) < 38
     likely = int(first.argmax())
     followers = [one.token_ids[1] for one in responses if one.token_ids[0] == likely]
@@ -255,9 +255,9 @@ def test_logits_that_are_not_finite_are_an_error(make_model: Any, top_p: float) 
         sample_responses([(model, 1.0)], PROMPTS, replace(DECODING, top_p=top_p), seed=1)
 
 
-# ---- drawing ---------------------------------------------------------------------------------------------------------
+# ---- sampling a token ------------------------------------------------------------------------------------------------
 
-LAST = 1 - 2**-53  # the largest number that torch.rand gives in float64
+LAST = 1 - 2**-53  # the largest number that torch.rand returns in float64
 
 
 def draw(weights: Tensor, uniform: Sequence[float]) -> list[int]:
@@ -292,13 +292,13 @@ def test_drawn_in_proportion_to_the_weights() -> None:
     tokens, _ = sample_tokens(weights.expand(num_draws, -1), torch.rand(num_draws, dtype=torch.float64))
     expected = weights / weights.sum() * num_draws
     statistic = ((torch.bincount(tokens, minlength=size) - expected).square() / expected).sum()
-    # 999 degrees of freedom: their mean, and five standard deviations.
+    # 999 degrees of freedom: mean and five standard deviations.
     assert abs(float(statistic) - 999) < 5 * (2 * 999) ** 0.5
 
 
 @pytest.mark.slow
 def test_a_large_vocabulary_does_not_bias() -> None:
-    """Cumulative sums in float32 are off at one draw in ten."""
+    """Cumulative sums in float32 are wrong for one sample in ten."""
     torch.manual_seed(0)
     size = 151_936
     weights = torch.rand(size) * 1e-6

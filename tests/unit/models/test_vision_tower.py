@@ -1,4 +1,4 @@
-"""Models that read images, against transformers' own processor and plain forward passes of one sample."""
+"""Vision-language models against transformers' processor and plain forward passes of one sample."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from sdpo.models.multimodal.vision_tower import ImageFeatures, get_vision_tower_
 
 VisionModel = Callable[[str], LoadedModel]
 NUM_IMAGES = (0, 1, 3)
-# So many that responses leave their batch early.
+# Enough stop tokens that responses leave their batch early.
 STOP_TOKENS = [STOP, *range(7, 263, 6)]
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -81,13 +81,13 @@ def test_an_image_is_prepared_once(vision_model: VisionModel, monkeypatch: pytes
     for _ in range(3):
         prompt = loaded.encode(make_messages(3))
         loaded.reader.read_pixels(prompt.images[0])
-    assert len(prepared) == 1 + 3, "one to see what becomes of an image, and three images"
+    assert len(prepared) == 1 + 3, "a probe of the image tokens, and three images"
 
 
 def test_positions_of_many_images_need_no_image_again(
     vision_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step may show more images than there is room for prepared ones."""
+    """A step may have more images than the cache of prepared images holds."""
     monkeypatch.setattr(processing_module, "CACHED_IMAGES", 1)
     loaded = load_vision_model(vision_dir("qwen2_5_vl"))
     prompt = loaded.encode(make_messages(3))
@@ -99,7 +99,7 @@ def test_positions_of_many_images_need_no_image_again(
 
 
 def test_positions_of_equal_prompts_are_found_once(vision_model: VisionModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two rollouts of one prompt, one of another with an image, one without; a copy counts as equal."""
+    """Two rollouts of one prompt, one of another with an image, one without; a copy is the same image."""
     loaded = vision_model("qwen2_5_vl")
     first, other, text = (loaded.encode(make_messages(number)) for number in (2, 1, 0))
     copy = TokenPrompt(list(first.token_ids), tuple(bytes(bytearray(image)) for image in first.images))
@@ -121,7 +121,7 @@ def test_the_processor_does_without_videos_and_is_saved(vision_dir: Callable[[st
     (tmp_path / "config.json").write_text((vision_dir("qwen2_5_vl") / "config.json").read_text())
     again = load_processor(str(tmp_path))
     assert again.image_processor.to_dict() == processor.image_processor.to_dict()
-    assert (tmp_path / "preprocessor_config.json").is_file(), "where torchvision finds the settings of videos"
+    assert (tmp_path / "preprocessor_config.json").is_file(), "processors with videos read their settings here"
 
 
 def test_a_language_model_has_no_reader(hidden_rule_dir: Path) -> None:
@@ -200,7 +200,7 @@ def test_image_tokens_are_never_drawn(vision_model: VisionModel) -> None:
 
 @every_family
 def test_the_model_looks_at_its_own_images(vision_model: VisionModel, family: str) -> None:
-    """What the checks above would not notice: features that no token depends on, or another row's."""
+    """Outputs depend on the own image only; the tests above would not detect ignored or swapped features."""
     loaded = vision_model(family)
     messages = make_messages(1)
     other = [
@@ -233,7 +233,7 @@ def batch_logits(loaded: LoadedModel, prompts: list[TokenPrompt], features: list
 def test_gradients_through_shared_features_are_those_of_a_tower_for_each_sequence(
     vision_model: VisionModel, family: str, chunk_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two micro-batches, in which images come five times and twice: value and every gradient, chunk by chunk."""
+    """Two micro-batches with five and two images: value and every gradient, chunk by chunk."""
     monkeypatch.setattr(feature_cache, "CHUNK_SIZE", chunk_size)
     loaded = vision_model(family)
     first, second = loaded.encode(make_messages(3)), loaded.encode(make_messages(1))
@@ -248,7 +248,7 @@ def test_gradients_through_shared_features_are_those_of_a_tower_for_each_sequenc
 
     naive_logits, ours_logits = [], []
     for prompts in micro_batches:
-        for prompt in prompts:  # one by one, each with a tower pass of its own
+        for prompt in prompts:  # a separate tower pass per prompt
             inputs = {"input_ids": torch.tensor([[*prompt.token_ids, 7, 8, 9]])}
             pixels = [loaded.reader.read_pixels(image) for image in prompt.images]
             for name in pixels[0] if pixels else ():
@@ -280,7 +280,7 @@ def test_gradients_through_shared_features_are_those_of_a_tower_for_each_sequenc
     assert any(id(p) in tower and n in expected for n, p in loaded.model.named_parameters())
 
     seen.backward()
-    assert all(gradient.abs().max() == 0 for n, gradient in gradients().items()), "gradients were sent twice"
+    assert all(gradient.abs().max() == 0 for n, gradient in gradients().items()), "gradients were propagated twice"
 
 
 @every_family

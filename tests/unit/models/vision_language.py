@@ -68,7 +68,7 @@ def build_vision_model(family: str, folder: Path, seed: int = 0) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = _build_model(family, len(tokenizer))
-        # Sharp distributions that depend on everything read, images included.
+        # Sharp distributions that depend on all inputs, images included.
         with torch.no_grad():
             for name, param in model.named_parameters():
                 if "norm" not in name and param.dim() > 1:
@@ -86,7 +86,7 @@ def build_vision_model(family: str, folder: Path, seed: int = 0) -> Path:
             image_token="<|image_pad|>",
             chat_template=template,
         ).save_pretrained(folder)
-    elif family == "gemma3":  # writes another token where an image stands, and line breaks around its tokens
+    elif family == "gemma3":  # replaces an image by another token, with line breaks around its tokens
         template = CHAT_TEMPLATE.replace("IMAGE", "<start_of_image>")
         image_processor = Gemma3ImageProcessorPil(size={"height": 56, "width": 56})
         Gemma3Processor(image_processor, tokenizer, image_seq_length=4, chat_template=template).save_pretrained(folder)
@@ -154,14 +154,14 @@ def _build_model(family: str, vocab_size: int) -> PreTrainedModel:
 
 
 def make_image(seed: int, size: tuple[int, int] = (56, 56)) -> bytes:
-    """A PNG of coloured noise in blocks; every seed another."""
+    """A PNG of coloured noise in blocks, different for each seed."""
     blocks = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return encode_png(Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST))
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with all that reads for it."""
+    """A model with its processor."""
 
     model: PreTrainedModel
     reader: MultimodalProcessor
@@ -181,7 +181,7 @@ def load_vision_model(folder: Path) -> LoadedModel:
 
 
 def make_messages(num_images: int, text: str = "how long is it?") -> list[dict[str, Any]]:
-    """A system message, and a question with images of three sizes before, amid and after its words."""
+    """A system message, and a question with images of three sizes before, within and after its text."""
     if num_images == 0:
         return [{"role": "system", "content": "Short."}, {"role": "user", "content": text}]
     images = [{"type": "image", "image": make_image(i, (56 + 28 * (i % 3), 56))} for i in range(num_images)]
@@ -194,7 +194,7 @@ def make_messages(num_images: int, text: str = "how long is it?") -> list[dict[s
 def plain_logits(
     model: nn.Module, reader: MultimodalProcessor, messages: Sequence[dict[str, Any]], response: Sequence[int]
 ) -> Tensor:
-    """Logits [T, V] of each response token by the processor's own encoding and one plain forward pass of one sample."""
+    """Logits [T, V] of each response token from the processor's encoding and a plain forward pass of one sample."""
     inputs = encode_plainly(reader, messages)
     length = inputs["input_ids"].shape[1]
     inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([list(response)])], dim=1)
@@ -208,7 +208,7 @@ def plain_logits(
 
 
 def encode_plainly(reader: MultimodalProcessor, messages: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What transformers' processor makes of the chat by itself."""
+    """The encoding of a chat by transformers' processor."""
 
     def open_parts(content: Any) -> Any:
         if isinstance(content, str):

@@ -23,7 +23,7 @@ CORPUS = [
 
 
 def _build_tokenizer() -> PreTrainedTokenizerFast:
-    """A real byte-level BPE tokenizer with merges, trained here: no file and no download."""
+    """A byte-level BPE tokenizer with merges, trained here without files or downloads."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""Where images stand in messages, and which pixels come out of files of every mode and size."""
+"""Positions of images in messages, and pixels of files of every mode and size."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
 
 def test_transparent_is_white() -> None:
-    """A black drawing on a transparent ground: ``convert`` alone would make it black on black."""
+    """A black drawing on a transparent background; ``convert`` alone would return black on black."""
     drawing = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
     drawing.putpixel((1, 0), (0, 0, 0, 255))
     for image in (drawing, drawing.convert("LA")):
@@ -97,7 +97,7 @@ def test_a_palette_with_and_without_a_transparent_colour() -> None:
 
 @pytest.mark.parametrize("low", [0, 5000])
 def test_sixteen_bit_grey_keeps_its_shades(low: int) -> None:
-    """``convert`` alone cuts everything above 255 off."""
+    """``convert`` alone clips values above 255."""
     values = np.linspace(low, 50_000, 8).round().astype(np.uint16)[None]
     opened = np.asarray(open_image(save(Image.fromarray(values)), 100))
     assert opened[0, :, 0].tolist() == [0, 36, 72, 109, 145, 182, 218, 255]
@@ -119,7 +119,7 @@ def test_a_photograph_is_turned_upright() -> None:
     image = Image.new("RGB", (20, 10), RED)
     image.paste(BLUE, (0, 0, 10, 10))
     exif = Image.Exif()
-    exif[0x0112] = 6  # taken with the camera turned: show it 90 degrees clockwise
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise
     opened = open_image(save(image, "PNG", exif=exif), 1000)
     assert opened.size == (10, 20)
     assert (opened.getpixel((5, 2)), opened.getpixel((5, 17))) == (BLUE, RED)

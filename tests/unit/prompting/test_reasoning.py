@@ -50,7 +50,7 @@ def test_prefilled_opening_tag_removes_everything_up_to_the_last_such_closing_ta
         ("a<think>b", "a"),
         ("<think>b", ""),
         ("<think>a</think>b<think>c", "b"),
-        ("<think>a<think>b</think>c", ""),  # the outer one is still open: c may be reasoning
+        ("<think>a<think>b</think>c", ""),  # the outer block is still open: c may be reasoning
         ("a<reasoning>b</think>c", ""),  # prefilled, and an unclosed mention of another tag: never a leak
     ],
 )
@@ -77,7 +77,7 @@ def test_text_without_tags_is_only_stripped(text: str) -> None:
 
 
 def _reference(pieces: list[str]) -> str:
-    """The definition, in quadratic time: text goes if it stands in a block, after an unclosed tag or before a stray."""
+    """Reference in quadratic time: remove text in a block, after an unclosed tag or before a stray closing tag."""
     open_tags: list[tuple[str, int]] = []
     removed: set[int] = set()
     for i, piece in enumerate(pieces):

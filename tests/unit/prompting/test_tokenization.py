@@ -45,7 +45,7 @@ def num_tokens(prompt: TeacherPrompt) -> int:
 
 
 def shown_texts(tokenizer: Any, prompt: TeacherPrompt, question: str = "What is 2+2?") -> tuple[str, str]:
-    """Solution and feedback as they stand in the encoded prompt, everything around them being checked."""
+    """Extract solution and feedback from the encoded prompt, and check the text around them."""
     assert prompt.token_ids is not None
     text = tokenizer.decode(prompt.token_ids)
     assert text.startswith(beginning(question))
@@ -62,7 +62,7 @@ def shown_texts(tokenizer: Any, prompt: TeacherPrompt, question: str = "What is 
 
 
 class Counting:
-    """Counts the prompts that a tokenizer encodes."""
+    """Count the prompts that a tokenizer encodes."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer, self.num_prompts = tokenizer, 0
@@ -132,8 +132,8 @@ def test_the_limit_is_reached_exactly(tokenizer: PreTrainedTokenizerFast) -> Non
     whole = encode(tokenizer, demonstration, 10_000)
     length = num_tokens(whole)
     assert encode(tokenizer, demonstration, length) == whole
-    trimmed = encode(tokenizer, demonstration, length - 1)
-    assert trimmed.truncated and num_tokens(trimmed) < length
+    shorter = encode(tokenizer, demonstration, length - 1)
+    assert shorter.truncated and num_tokens(shorter) < length
 
 
 def test_the_smaller_limit_counts(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -197,7 +197,7 @@ def test_a_text_that_the_template_shows_twice_is_trimmed_no_more_than_needed(
 def test_texts_share_the_room(
     tokenizer: PreTrainedTokenizerFast, num_solution: int, num_feedback: int, room: int, expected: tuple[int, int]
 ) -> None:
-    # digits that no merge of the tokenizer joins: a token each
+    # digits are a token each, since no merge contains them
     frame = num_tokens(encode(tokenizer, PrivilegedContext("7", "8"), 10_000)) - 2
     prompt = encode(tokenizer, PrivilegedContext("7" * num_solution, "8" * num_feedback), frame + room)
     solution, feedback = shown_texts(tokenizer, prompt)
@@ -211,7 +211,7 @@ def test_feedback_is_left_out_where_there_is_no_room_for_both(tokenizer: PreTrai
     prompt = encode(tokenizer, PrivilegedContext("7" * 500, "8" * 500), both - 1)
     assert shown_texts(tokenizer, prompt) == ("7" * (both - one), "")
     assert prompt.truncated
-    # the solution is complete, yet something was cut
+    # the solution is complete, the feedback was left out
     prompt = encode(tokenizer, PrivilegedContext("7", "8" * 500), both - 1)
     assert shown_texts(tokenizer, prompt) == ("7", "")
     assert prompt.truncated
@@ -225,7 +225,7 @@ def test_overlong_where_no_token_of_the_demonstration_fits(tokenizer: PreTrained
             prompt = encode(tokenizer, demonstration, limit)
             assert prompt == TeacherPrompt(None, chat("What is 2+2?"), truncated=True)
             assert prompt.overlong
-    # a solution of which only white space would fit is no demonstration
+    # a solution truncated to white space is no demonstration
     assert encode(tokenizer, PrivilegedContext(" \n" * 50 + "7" * 50), one + 10).overlong
 
 
@@ -259,7 +259,7 @@ def test_no_character_is_cut_in_half(tokenizer: PreTrainedTokenizerFast, solutio
     shown, _ = shown_texts(tokenizer, prompt)
     assert "\ufffd" not in tokenizer.decode(prompt.token_ids)
     assert ("x" + solution).startswith(shown)
-    # four bytes are the longest character; a few tokens more where the text merges otherwise in its place
+    # a character has at most four bytes; more if the text merges differently inside the prompt
     assert prompt.truncated and limit - num_tokens(prompt) <= 12
 
 
@@ -267,7 +267,7 @@ def test_no_character_is_cut_in_half(tokenizer: PreTrainedTokenizerFast, solutio
 def test_half_a_character_does_not_count(tokenizer: PreTrainedTokenizerFast, limit: int) -> None:
     counting = Counting(tokenizer)
     prompt = encode(counting, PrivilegedContext("x" + "👩" * 200), limit)
-    assert 0 <= limit - num_tokens(prompt) < 4  # a token a byte
+    assert 0 <= limit - num_tokens(prompt) < 4  # a token per byte
     assert counting.num_prompts == 3
 
 
@@ -278,7 +278,7 @@ def test_a_replacement_character_of_the_text_survives(tokenizer: PreTrainedToken
 
 
 class Unaccountable:
-    """A tokenizer of one token a character, whose prompts have another length: a function of the characters shown."""
+    """A tokenizer of one token per character, with prompt lengths given by a function of the shown characters."""
 
     chat_template = "a template"
 

@@ -43,11 +43,11 @@ def test_lines_where_output_is_not_a_terminal(clock):
     rows[25][1]["val-core/t/acc/mean@1"] = 0.5
     lines = run_and_read(40, rows, clock).splitlines()
     assert lines[:3] == [
-        "step  0/40  held-out 0.000  teacher 0.900",
+        "step  0/40  val 0.000  teacher 0.900",
         "step  4/40  score 0.040  divergence 2.500  length 12.3  6:00 left",
         "step  8/40  score 0.080  divergence 2.500  length 12.3  5:20 left",
     ]
-    assert "step 25/40  score 0.250  divergence 2.500  length 12.3  held-out 0.500  2:30 left" in lines
+    assert "step 25/40  score 0.250  divergence 2.500  length 12.3  val 0.500  2:30 left" in lines
     assert lines[-1] == "step 40/40  score 0.400  divergence 2.500  length 12.3"
     assert len(lines) == 12  # the first evaluation, ten tenths, the second evaluation
 
@@ -68,10 +68,10 @@ def test_time_left_of_a_resumed_run_counts_its_own_steps_only(clock):
 
 def test_several_data_sources_are_named(clock):
     (line,) = run_and_read(9, [(0, {"val-core/b/acc/mean@1": 0.25, "val-core/a/acc/mean@1": 1.0})], clock).splitlines()
-    assert line == "step 0/9  held-out a 1.000  held-out b 0.250"
+    assert line == "step 0/9  val a 1.000  val b 0.250"
 
 
-def test_preparation_is_reported_each_tenth_and_anew_for_the_next():
+def test_preparation_is_reported_each_tenth_and_again_for_the_next():
     file = io.StringIO()
     with ConsoleObserver(5, Console(file=file)) as observer:
         for done in range(0, 101):
@@ -120,11 +120,11 @@ def test_a_terminal_gets_bars_the_latest_numbers_and_lines_of_evaluations(clock)
         observer.message("a word")
     text = file.getvalue()
     assert "pretraining" in text and "50/200" in text
-    assert "step 0/4  held-out 0.125  teacher 0.900" in text
+    assert "step 0/4  val 0.125  teacher 0.900" in text
     assert "a word" in text
     last_frame = text.rsplit("step", 1)[1]
     assert "1/4" in last_frame and "1:30 left" in last_frame
-    assert "score 0.010  divergence 2.500  length 12.3  held-out 0.125  teacher 0.900" in last_frame
+    assert "score 0.010  divergence 2.500  length 12.3  val 0.125  teacher 0.900" in last_frame
 
 
 def test_bars_give_the_terminal_back_when_the_run_breaks():
@@ -158,7 +158,7 @@ def test_result_table(write_run):
     file = io.StringIO()
     print_result_table([sdpo, grpo], Console(file=file, width=80))
     lines = [line.split() for line in file.getvalue().splitlines()]
-    assert lines[1] == ["held-out", "accuracy"]
+    assert lines[1] == ["validation", "accuracy"]
     assert lines[2] == ["run", "steps", "before", "final", "best", "teacher", "length", "s/step", "minutes"]
     assert lines[4] == ["sdpo", "9", "0.000", "0.980", "0.980", "0.990", "9.0", "90.00", "2.0"]
     assert lines[5] == ["grpo[x]", "9", "0.000", "0.010", "0.010", "-", "-", "-", "-"]

@@ -80,14 +80,14 @@ def test_pictures_are_inside_and_nothing_is_fetched(runs):
 
 def test_only_differing_settings_are_listed(runs):
     assert differing_settings(runs) == {"self_distillation.policy_loss_weight": [0.0, 1.0], "optim.lr": [None, 0.1]}
-    section = Page(build_page(runs, b"")).text.split("What differs between the runs")[1].split("Metrics of")[0]
+    section = Page(build_page(runs, b"")).text.split("Different settings")[1].split("Metrics of")[0]
     cells = ["setting", "sdpo", "grpo", "self_distillation.policy_loss_weight", "0.0", "1.0", "optim.lr", "null", "0.1"]
     assert section.split() == [*cells, "sdpo", str(runs[0].path)]
 
 
 def test_equal_settings_and_a_single_run(runs):
-    assert "None of their settings." in build_page([runs[0], runs[0]], b"")
-    assert "What differs" not in build_page(runs[:1], b"")
+    assert "<h2>Different settings</h2><p>None.</p>" in build_page([runs[0], runs[0]], b"")
+    assert "Different settings" not in build_page(runs[:1], b"")
 
 
 def test_all_settings_are_shown_with_their_meaning(runs):

@@ -45,7 +45,7 @@ def test_curves_have_the_data_of_the_runs(records):
 
 def test_only_panels_with_data_and_one_legend(records):
     figure = build_figure(records)
-    assert list(panels(figure)) == ["Held-out accuracy", "Training score", "Gradient norm"]
+    assert list(panels(figure)) == ["Validation accuracy", "Training score", "Gradient norm"]
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["sdpo", "grpo", "teacher"]
 
@@ -60,20 +60,20 @@ def test_a_run_has_one_colour_and_its_teacher_is_dashed(records):
 
 
 def test_ends_of_accuracy_are_labelled(records):
-    labels = [text.get_text() for text in panels(build_figure(records))["Held-out accuracy"].texts]
+    labels = [text.get_text() for text in panels(build_figure(records))["Validation accuracy"].texts]
     assert labels == ["sdpo  1.00", "grpo  0.00"]
 
 
 def test_accuracy_spans_zero_to_one_and_a_score_beyond_it_is_seen(write_run, records):
     axes = panels(build_figure(records))
-    assert axes["Held-out accuracy"].get_ylim() == axes["Training score"].get_ylim() == (-0.03, 1.03)
+    assert axes["Validation accuracy"].get_ylim() == axes["Training score"].get_ylim() == (-0.03, 1.03)
     beyond = read_run(write_run("beyond", {1: {SCORE: 0.0}, 2: {SCORE: 40.0}}))
     assert panels(build_figure([beyond]))["Training score"].get_ylim()[1] > 40
 
 
 def test_each_data_source_has_a_panel(write_run):
     run = read_run(write_run("a", {0: {"val-core/x/y/acc/mean@1": 0.5, "val-core/z/acc/mean@4": 0.5}}))
-    assert list(panels(build_figure([run]))) == ["Held-out accuracy, x/y", "Held-out accuracy, z, mean@4"]
+    assert list(panels(build_figure([run]))) == ["Validation accuracy, x/y", "Validation accuracy, z, mean@4"]
 
 
 def test_many_noisy_points_get_a_running_mean_over_the_data(write_run):

@@ -29,7 +29,7 @@ def test_mistakes_are_one_line(write_run, tmp_path):
     with pytest.raises(SDPOError, match="no such run folder"):
         write_report([tmp_path / "missing"])
     (tmp_path / "file").write_text("")
-    with pytest.raises(SDPOError, match="cannot write the report there: File exists"):
+    with pytest.raises(SDPOError, match="cannot write the report: File exists; name another folder by --out"):
         write_report([write_run("a", {0: {}})], tmp_path / "file")
 
 

@@ -42,10 +42,10 @@ def test_half_written_last_line_is_tolerated(write_run):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"x": ', "not a JSON object (Expecting value); mend or remove the line"),
-        ("[1]", "not a JSON object; mend or remove the line"),
-        ('{"x": 1}', "no number under training/global_step; mend or remove the line"),
-        ('{"training/global_step": NaN}', "no number under training/global_step; mend or remove the line"),
+        ('{"x": ', "not a JSON object (Expecting value); fix or remove the line"),
+        ("[1]", "not a JSON object; fix or remove the line"),
+        ('{"x": 1}', "no number under training/global_step; fix or remove the line"),
+        ('{"training/global_step": NaN}', "no number under training/global_step; fix or remove the line"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path, line, message):
@@ -63,9 +63,9 @@ def test_missing_folder_missing_file_and_empty_file_are_one_line_each(tmp_path):
         return str(error.value)
 
     assert message(tmp_path / "no") == f"{tmp_path}/no: no such run folder; give the output_dir of a run"
-    assert message(tmp_path).startswith(f"{tmp_path}: no metrics.jsonl in it")
+    assert message(tmp_path).startswith(f"{tmp_path}: no metrics.jsonl; ")
     (tmp_path / "metrics.jsonl").write_text("\n")
-    assert message(tmp_path) == f"{tmp_path}/metrics.jsonl: no metrics in it yet; wait for the run's first step"
+    assert message(tmp_path) == f"{tmp_path}/metrics.jsonl: no metrics yet; wait for the first step"
     (tmp_path / "metrics.jsonl").write_text('{"training/global_step": 0}\n')
     (tmp_path / "run.yaml").write_text("a: [")
     assert message(tmp_path).startswith(f"{tmp_path}/run.yaml: not a YAML file: ")

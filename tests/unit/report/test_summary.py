@@ -39,5 +39,5 @@ def test_a_row_for_each_data_source_and_one_for_a_run_never_evaluated(write_run)
         ("two", "b", 0.2),
         ("none", None, None),
     ]
-    assert summaries[0].before is None  # its first evaluation came after training had begun
+    assert summaries[0].before is None  # its first validation was after the first step
     assert summaries[2].cells() == ("1", *["-"] * 7)

@@ -384,7 +384,7 @@ def test_the_command(source: Path, tmp_path: Path, monkeypatch: Any, capfd: pyte
         cli.main()
     assert not ended.value.code
     printed = capfd.readouterr()
-    assert printed.out.splitlines()[-1] == f"made {out}/train.parquet, {out}/test.parquet"
+    assert printed.out.splitlines()[-1] == f"wrote {out}/train.parquet, {out}/test.parquet"
     assert "train: 3 rows\n" in printed.out
     assert printed.err == ""
     assert names(out) == ["test.parquet", "train.parquet"]

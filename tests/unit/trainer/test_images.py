@@ -1,4 +1,4 @@
-"""The embedded engine with images: micro-batches, the tower's economy, whole runs."""
+"""The native trainer with images: micro-batches, runs of the vision tower, complete runs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ CPU = torch.device("cpu")
 def make_samples(
     loaded: LoadedModel, run: SDPOConfig, counts: Sequence[int] = (0, 1, 3), n: int = 2
 ) -> list[TrainingSample]:
-    """``n`` rollouts a prompt with so many images, every second one shown a demonstration."""
+    """``n`` rollouts per prompt with this many images; every second teacher sees a demonstration."""
     samples = []
     for number in counts:
         messages = make_messages(number)
@@ -78,7 +78,7 @@ def step_images(loaded: LoadedModel, frozen: bool = False) -> ImageFeatureCache:
     return ImageFeatureCache(loaded.vision.reader, student=loaded.model, frozen=frozen, precision=torch.no_grad)
 
 
-# --- 1: the same numbers as one sample alone
+# --- 1: the same numbers as for a single sample
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -95,8 +95,8 @@ def test_logits_of_student_and_teacher_are_those_of_each_sample_alone(
         plain_logits(loaded.model, loaded.reader, s.teacher_prompt.messages, s.response.token_ids) for s in distilled
     ]
     cost = enable_packing(loaded.model, loaded.vision) if packs else None
-    assert (cost is not None) == (packs and family != "gemma3")  # whose images' tokens see each other
-    shares = None if cost is None else replace(cost, flops_per_call=0.0)  # on models this small it does not pay
+    assert (cost is not None) == (packs and family != "gemma3")  # its image tokens attend to each other
+    shares = None if cost is None else replace(cost, flops_per_call=0.0)  # sharing is no gain for models this small
     batch = Collator(0, CPU, loaded.vision, shares).collate(samples)
     images = step_images(loaded)
 
@@ -110,14 +110,14 @@ def test_logits_of_student_and_teacher_are_those_of_each_sample_alone(
     if batch.teacher is not None:
         torch.testing.assert_close(compute(batch.teacher), torch.cat(by_teacher), atol=1e-4, rtol=1e-4)
     if cost is not None and num_samples == 6:
-        assert len(batch.student.images) == 1 + 3, "a prompt's images stand in the row once"
+        assert len(batch.student.images) == 1 + 3, "the row contains a prompt's images once"
 
 
-# --- 2: the tower's economy
+# --- 2: runs of the vision tower
 
 
 class Counter:
-    """How many images each module's tower was given, and with gradients or without."""
+    """Count the images that each module's tower reads, with and without gradients."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.passed: list[tuple[nn.Module, int, bool]] = []
@@ -142,7 +142,7 @@ class Counter:
         ({"self_distillation__teacher_regularization": "live"}, 3, 3, 0),
         ({"self_distillation__teacher_regularization": "trust-region"}, 3, 3, 3),
         ({"self_distillation__policy_loss_weight": 1.0}, 3, 3, 0),
-        # Two optimizer steps: the first sees one image, the second all, with features that are made anew for it.
+        # Two optimizer steps: the first has one image, the second all, with recomputed features.
         ({"actor__mini_batch_size": 2}, 6, 4, 3),
         ({"actor__mini_batch_size": 2, "actor__freeze_vision_tower": True}, 3, 0, 0),
     ],
@@ -156,7 +156,7 @@ def test_every_image_of_a_step_goes_through_a_tower_once(
     again: int,
     teacher: int,
 ) -> None:
-    """Three distinct images in 16 rollouts of four prompts; a tower run for each sequence would be of 16, twice."""
+    """Three distinct images in 16 rollouts of four prompts; a run per sequence would read 16 images, twice."""
     run = make_run(data__train_batch_size=4, rollout__n=4, actor__max_tokens_per_micro_batch=300, **settings)
     actor, loaded = build_learner(vision_model("qwen2_5_vl"), run)
     counter = Counter(monkeypatch)
@@ -176,7 +176,7 @@ def build_learner(loaded: LoadedModel, run: SDPOConfig) -> tuple[Actor, LoadedMo
 
 
 class NaiveImages:
-    """A tower run for every sequence that shows an image, with its graph: what the engine does not do."""
+    """A tower run with its graph for every sequence with an image, as a reference."""
 
     def __init__(self, vision: Any) -> None:
         self.vision = vision
@@ -217,7 +217,7 @@ def test_a_step_is_that_of_a_tower_for_each_sequence(
     for name, weight in weights.items():
         if name.endswith(
             "k_proj.bias"
-        ):  # shifts all scores of a query alike: its gradient is rounding, made big by AdamW
+        ):  # shifts all scores of a query alike: its gradient is rounding, which AdamW amplifies
             continue
         torch.testing.assert_close(weight, naive_weights[name], atol=5e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
     tower = {id(p) for p in get_vision_tower_parameters(actor.student)}
@@ -230,7 +230,7 @@ def test_a_step_is_that_of_a_tower_for_each_sequence(
 
 
 def test_a_sample_that_is_not_finite_leaves_nothing_in_the_tower(vision_model: VisionModel, make_run: MakeRun) -> None:
-    """The mini-batch is begun again without it; gradients that images have collected before are forgotten."""
+    """The mini-batch is repeated without the sample; gradients that images had collected are discarded."""
     run = make_run(data__train_batch_size=3, rollout__n=2, actor__max_tokens_per_micro_batch=1)
     weights = []
     for broken in (True, False):
@@ -247,7 +247,7 @@ def test_a_sample_that_is_not_finite_leaves_nothing_in_the_tower(vision_model: V
         torch.testing.assert_close(weight, weights[1][name], atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-# --- 3: whole runs
+# --- 3: complete runs
 
 
 def write_rows(path: Path, counts: Sequence[int], **changes: Any) -> str:
@@ -368,7 +368,7 @@ def test_vllm_is_refused(make_image_run: MakeRun, monkeypatch: pytest.MonkeyPatc
     ("change", "reason"),
     [
         ({"images": [{"bytes": b"no image", "path": None}]}, "not an image file"),
-        ({"images": []}, None),  # the tag is text then, as on verl
+        ({"images": []}, None),  # the tag is then text, as on verl
         (
             {"images": [{"bytes": make_image(0), "path": None}] * 2},
             r"the prompt has 1 <image> and the row has 2 images",
@@ -394,24 +394,24 @@ def test_rows_that_cannot_be_read_are_refused_or_skipped(
         return
     with pytest.raises(SDPOError, match=rf"mixed\.parquet: row 2: .*{reason}"):
         SDPOTrainer(run).train()
-    assert not (tmp_path / "run").exists(), "half a run was written"
+    assert not (tmp_path / "run").exists(), "a run folder was written"
 
     skipping = make_image_run(data__train_files=[str(file)], max_steps=1, data__filter_unreadable_images=True)
-    if "nowhere" in reason:  # a path that leads nowhere is a mistake in the file, not in one row
+    if "nowhere" in reason:  # a missing path is an error of the file, not of a row
         return
     SDPOTrainer(skipping).train()
     assert any("data.train_files: skipped 1 of 4 rows; the first:" in text for text in caplog.messages)
 
 
 def test_drawn_geometry_by_the_grader_of_geometry3k(make_image_run: MakeRun, tmp_path: Path) -> None:
-    """The mission's data set in small: rows of geo3k's schema, texts and several images among them, and its grader."""
+    """A small Geometry3k: rows of its schema, with texts and several images, and its reward function."""
     write_drawn_geometry(tmp_path / "drawn", num_train=24, num_test=6)
     run = make_image_run(
         max_steps=1,
         data__task="geo3k",
         data__train_files=[str(tmp_path / "drawn" / "train.parquet")],
         data__val_files=[str(tmp_path / "drawn" / "test.parquet")],
-        data__train_batch_size=12,  # of each kind of problem one
+        data__train_batch_size=12,  # one of each kind of problem
         data__shuffle=False,
         self_distillation__include_environment_feedback=True,
     )

@@ -1,4 +1,4 @@
-"""The dry run's figures against a model that is really made."""
+"""The dry run's figures against the allocations of an actual model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_weights_and_moments_are_as_large_as_they_turn_out(
     assert cost.persistent["student"] == cost.persistent["teacher"] == cost.training["gradients"] == size
     assert cost.persistent["AdamW's moments"] == moments
     assert cost.tokens_per_step == 2 * 3 * (24 + 8)
-    assert cost.sampler["weights"] == 0, "it samples with the student itself"
+    assert cost.sampler["weights"] == 0, "it samples with the student's weights"
 
 
 @pytest.mark.parametrize(
@@ -88,8 +88,8 @@ def test_what_settings_change(
     [
         (100, {"max_prompts": 2}, 6 * 32),  # 2 prompts, 3 rollouts each
         (4, {"max_prompts": 2}, 4 * 32),
-        (1, {"max_prompts": 2}, 3 * 32),  # all rollouts of a prompt at least
-        (4, {"max_prompts": 4}, 4 * 48),  # held-out prompts, shown to the teacher
+        (1, {"max_prompts": 2}, 3 * 32),  # at least all rollouts of a prompt
+        (4, {"max_prompts": 4}, 4 * 48),  # validation prompts with the teacher's context
         (4, {"max_prompts": 2, "n": 2}, 4 * 48),
         (4, {"evaluate_teacher": False}, 4 * 32),
     ],
@@ -157,7 +157,7 @@ def test_adapters_and_what_follows_them_are_as_large_as_they_turn_out(
     own = [param for param in module.parameters() if param.data_ptr() not in shared] if module is not None else []
     assert cost.persistent["student"] == size(student.parameters())
     assert cost.training["gradients"] == size(p for p in student.parameters() if p.requires_grad) > 0
-    assert all(p.grad is None for p in student.parameters()), "sampling has their memory"
+    assert all(p.grad is None for p in student.parameters()), "gradients are freed before sampling"
     moments = [state[name] for state in actor.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     assert cost.persistent["AdamW's moments"] == size(moments)
     assert cost.persistent["teacher"] == size(own)
@@ -169,7 +169,7 @@ def test_phases_follow_each_other_and_do_not_add_up() -> None:
     cost = MemoryEstimate(
         1, 1, persistent={"held": 10, "more": 2}, training={"g": 1}, phases=phases, sampler={"cache": 9}
     )
-    assert cost.actor_peak == 12 + 9, "sampling is the worst phase of all, without gradients"
+    assert cost.actor_peak == 12 + 9, "sampling has the largest peak, without gradients"
     assert replace(cost, training={"g": 3}).actor_peak == 12 + 3 + 7
     assert replace(cost, colocated=False).actor_peak == 12 + 1 + 7
     assert list_memory(replace(cost, colocated=False)) == [
@@ -186,7 +186,7 @@ def test_phases_follow_each_other_and_do_not_add_up() -> None:
     assert list_memory(cost)[-2:] == [("sampler: cache", 9), ("actor and sampler, peak", 21)]
 
 
-# ---- against what a step allocates ----------------------------------------------------------------------------------
+# ---- against the allocations of a step -------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -194,7 +194,7 @@ def test_phases_follow_each_other_and_do_not_add_up() -> None:
 def test_logits_take_the_same_however_many_tokens_there_are(
     make_model: Callable[..., Any], make_run: MakeRun, make_sample: Any, count_peak: CountPeak, dtype: str
 ) -> None:
-    """Next to its logits the rest of this model is nothing: all of them would be 12 and 50 MB, several times over."""
+    """This model's logits are much larger than the rest: all of them would be 12 and 50 MB, several times."""
     many, peaks = 16_384, []
     for num_samples in (6, 24):
         run = make_run(
@@ -238,7 +238,7 @@ def test_a_step_stays_below_what_was_said_of_it(
         self_distillation__alpha=0.5,
         self_distillation__max_reprompt_len=64,
     )
-    for name in ("BUFFER_BYTES", "BLOCK_BYTES"):  # an accelerator's are larger than this whole step
+    for name in ("BUFFER_BYTES", "BLOCK_BYTES"):  # an accelerator's buffers are larger than this step
         monkeypatch.setattr(chunked_log_probs, f"ACCELERATOR_{name}", 2**20)
         monkeypatch.setattr(chunked_log_probs, name, 2**20)
     cost = estimate_memory(run)
@@ -261,7 +261,7 @@ def test_a_model_that_is_made_on_first_use_has_no_size_yet(make_run: MakeRun, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
-@pytest.mark.parametrize("vocab_size", [64, 4096])  # mostly of the cache; mostly of drawing
+@pytest.mark.parametrize("vocab_size", [64, 4096])  # mostly the cache; mostly token sampling
 def test_sampling_stays_below_what_was_said_of_it(
     make_model: Callable[..., Any],
     make_run: MakeRun,

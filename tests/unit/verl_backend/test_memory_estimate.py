@@ -1,4 +1,4 @@
-"""What a run on verl costs a GPU, by hand for Qwen2.5-VL-3B."""
+"""Memory of a run on verl against figures computed by hand for Qwen2.5-VL-3B."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_what_is_gathered_is_as_large_on_every_gpu(estimate: Callable[..., Any])
         estimate(f"trainer.n_gpus_per_node={n}", model__dtype="float32", actor__autocast=True) for n in (1, 8)
     )
     name = "gathered weights and gradients"
-    # The largest layer is the language model's, embeddings counted in; weights bfloat16, gradients float32 as well.
+    # The largest layer is the language model's, embeddings included; weights are bfloat16, gradients float32 too.
     layer = (PARAMS - TOWER) // 36
     assert one.training[name] == (2 * OUTSIDE + 2 * layer) * 2 + (OUTSIDE + 2 * layer) * 6
     assert one.training[name] == eight.training[name]
@@ -177,7 +177,7 @@ def test_logits_take_chunks_and_the_output_layer(
     chunks = 350_000_000 + 10 * 60_000_000 + 151_936 * 2048 * (4 + 2 + 2 * heads)
     # At most 3072 response tokens of the student and 6144 tokens of the teacher.
     assert cost.phases["micro-batch"]["logits"] == chunks + 2048 * (3072 * 4 * 2 + 6144 * 2)
-    # Of either form of scoring; the CUDA kernels hold 2,048 rows of the vocabulary, 622 MB.
+    # A bound of both implementations; the CUDA kernels hold 2,048 rows of the vocabulary, 622 MB.
     assert cost.phases["old log-probabilities"]["logits"] == 280_000_000 + 10 * 60_000_000 > 2048 * 151_936 * 2
 
 
