@@ -153,3 +153,9 @@ def get_setting(config: SDPOConfig, key: str) -> Any:
     for name in key.split("."):
         value = getattr(value, name)
     return value
+
+
+def find_changes(earlier: SDPOConfig, config: SDPOConfig) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ, by dotted key, with the earlier and the present value."""
+    values = {key: (get_setting(earlier, key), get_setting(config, key)) for key, _ in iterate_settings()}
+    return {key: (old, new) for key, (old, new) in values.items() if old != new}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from sdpo.config.loader import flatten_keys
+from sdpo.config.model import ModelConfig
 from sdpo.config.rollout import RolloutConfig
 from sdpo.config.root import SDPOConfig
 from sdpo.errors import ConfigError
@@ -45,7 +47,7 @@ from sdpo.trainer.checkpoint.state import (
 from sdpo.trainer.data.prompts import Prompt, RandomSampler, load_prompts
 from sdpo.trainer.evaluator import Evaluator
 from sdpo.trainer.logging.run_dir import RunDir, require_idle
-from sdpo.trainer.rollout.base import Sampler
+from sdpo.trainer.rollout.base import Engine, Sampler
 from sdpo.trainer.rollout.hf_engine import TransformersEngine
 from sdpo.trainer.rollout.local import LocalSampler
 from sdpo.trainer.rollout.process import ProcessSampler
@@ -144,7 +146,7 @@ def build_components(config: SDPOConfig, progress: ProgressCallback) -> TrainerC
     actor = build_actor(student, config, sampling.pad_token_id, vision)
     data = compute_fingerprint(prompts)
     if resume_state is not None:
-        _restore(actor, config, resume_state, data)
+        _restore(actor, config.model, resume_state, data, has_adapters=config.lora.rank > 0)
     folder = RunDir(Path(config.output_dir), config.tracking, progress, resume_state.step if resume_state else None)
     folder.write_config(config)
     health_callback = HealthCallback(HealthMonitor(config.health), actor, folder.log_health_event, progress)
@@ -160,6 +162,18 @@ def build_components(config: SDPOConfig, progress: ProgressCallback) -> TrainerC
         window,
         vision,
     )
+    needed = config.data.max_prompt_length + config.rollout.max_response_length
+    sampler = _build_sampler(
+        config.rollout,
+        replace(config.model, dtype=config.sampling_dtype),
+        student,
+        sampling,
+        sampler_device,
+        vision,
+        max_length=needed if window is None else min(needed, window),
+        max_pixels=config.data.max_pixels,
+        overlaps=config.max_staleness == 1,
+    )
     return TrainerComponents(
         reward_manager=reward_manager,
         tokenizer=tokenizer,
@@ -167,7 +181,7 @@ def build_components(config: SDPOConfig, progress: ProgressCallback) -> TrainerC
         prompts=prompts,
         order=RandomSampler(len(prompts), config.data.train_batch_size, shuffle=config.data.shuffle, seed=config.seed),
         actor=actor,
-        sampler=_build_sampler(config, student, sampling, sampler_device, window, vision),
+        sampler=sampler,
         evaluator=evaluator,
         folder=folder,
         health_callback=health_callback,
@@ -204,16 +218,16 @@ def _build_sampling_params(
     )
 
 
-def _restore(actor: Actor, config: SDPOConfig, resume_state: ResumeState, data: str) -> None:
+def _restore(actor: Actor, config: ModelConfig, resume_state: ResumeState, data: str, *, has_adapters: bool) -> None:
     state = resume_state.state
     if state.data != data:
         raise ConfigError(
             "data.train_files: the rows differ from those of the checkpoint; restore them or use another output_dir"
         )
-    if actor.initial is not None and not config.lora.rank:  # build_actor copied it from the resumed student
-        copy_parameters(dict(load_model(config.model, actor.device).named_parameters()), actor.initial)
+    if actor.initial is not None and not has_adapters:  # build_actor copied it from the resumed student
+        copy_parameters(dict(load_model(config, actor.device).named_parameters()), actor.initial)
     is_saved = (resume_state.checkpoint / "teacher").is_dir()
-    teacher = load_teacher_module(config.model, resume_state.checkpoint, actor.device) if is_saved else None
+    teacher = load_teacher_module(config, resume_state.checkpoint, actor.device) if is_saved else None
     actor.load_state_dict(state.actor, teacher)
     set_random_states(state.random)
 
@@ -229,25 +243,31 @@ def _require_known_tokens(prompts: list[Prompt], num_embeddings: int) -> None:
 
 
 def _build_sampler(
-    config: SDPOConfig,
+    config: RolloutConfig,
+    model: ModelConfig,
     student: PreTrainedModel,
     sampling: SamplingParams,
     device: torch.device,
-    window: int | None,
     vision: VisionAdapter | None,
+    *,
+    max_length: int,
+    max_pixels: int,
+    overlaps: bool,
 ) -> Sampler:
-    threads, max_restarts = config.rollout.num_threads, config.rollout.max_restarts
-    model = replace(config.model, dtype=config.sampling_dtype)
-    if config.rollout.engine == "vllm":
-        needed = config.data.max_prompt_length + config.rollout.max_response_length
-        max_length = needed if window is None else min(needed, window)
-        build_vllm = partial(VllmEngine, model, sampling, device, max_length, config.rollout.kv_cache_memory_gib)
-        if config.max_staleness == 1:
-            return ProcessSampler(student, build_vllm, threads, verify_weights=True, max_restarts=max_restarts)
-        return LocalSampler(build_vllm(), verify_weights=True)
-    build_engine = partial(TransformersEngine.from_config, model, sampling, device, config.data.max_pixels)
-    if config.max_staleness == 1:
-        return ProcessSampler(student, build_engine, threads, max_restarts=max_restarts)
-    if device != student.device:
-        return LocalSampler(build_engine())
+    """The sampler: in its own process if it overlaps with training, and with own weights unless it shares a device.
+
+    Args:
+        model: in the data type that samples.
+        max_length: of prompt and response, in tokens.
+    """
+    is_vllm = config.engine == "vllm"
+    build_engine: Callable[[], Engine] = partial(TransformersEngine.from_config, model, sampling, device, max_pixels)
+    if is_vllm:
+        build_engine = partial(VllmEngine, model, sampling, device, max_length, config.kv_cache_memory_gib)
+    if overlaps:
+        return ProcessSampler(
+            student, build_engine, config.num_threads, verify_weights=is_vllm, max_restarts=config.max_restarts
+        )
+    if is_vllm or device != student.device:
+        return LocalSampler(build_engine(), verify_weights=is_vllm)
     return LocalSampler(TransformersEngine(student, sampling, vision, is_student=True))

@@ -53,7 +53,9 @@ def build_actor(
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     build = build_lora_teacher if config.lora.rank else build_teacher
     teacher = build(student, config.self_distillation) if config.self_distillation.distills else None
-    initial = _keep_initial(student, teacher, config)
+    initial = None
+    if config.needs_initial:
+        initial = _keep_initial(student, teacher if config.teacher_stays_initial else None, config.lora.rank > 0)
     mini_batch_size = config.actor.mini_batch_size or config.data.train_batch_size
     num_updates = config.max_steps * (config.data.train_batch_size // mini_batch_size)
     return Actor(
@@ -77,15 +79,12 @@ def build_actor(
     )
 
 
-def _keep_initial(student: PreTrainedModel, teacher: Teacher | None, config: SDPOConfig) -> nn.Module | None:
-    """The initial model, if it is needed: the teacher's module if that never changes, else a copy."""
-    if not config.needs_initial:
-        return None
-    if config.teacher_stays_initial:
-        assert teacher is not None
-        return teacher.module
-    initial = copy_without_adapters(student) if config.lora.rank else copy.deepcopy(student)
-    return initial.requires_grad_(False).eval()
+def _keep_initial(student: PreTrainedModel, initial: Teacher | None, has_adapters: bool) -> nn.Module | None:
+    """The initial model: the module of a teacher that never changes, else a copy of the student."""
+    if initial is not None:
+        return initial.module
+    copied = copy_without_adapters(student) if has_adapters else copy.deepcopy(student)
+    return copied.requires_grad_(False).eval()
 
 
 def _check_topk(student: PreTrainedModel, topk: int | None) -> None:

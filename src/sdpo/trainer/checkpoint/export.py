@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sdpo.config.loader import load_config
-from sdpo.config.root import SDPOConfig
+from sdpo.config.model import LoraConfig, ModelConfig
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.errors import CheckpointError
 from sdpo.models.loading import load_model, load_tokenizer
@@ -48,7 +48,8 @@ def export_model(checkpoint: Path, out: Path, *, teacher: bool = False) -> None:
     if teacher:
         _require_teacher(config.self_distillation)
     with torch.no_grad():
-        model = _load_teacher(config, checkpoint) if teacher else _load_student(config, checkpoint)
+        load = _load_teacher if teacher else _load_student
+        model = load(config.model, config.lora, checkpoint)
     saved = config.model if config.lora.rank else replace(config.model, path=str(checkpoint))
     reader = load_reader(saved, config.data.max_pixels)
     partial = out.with_name(f".{out.name}.partial")
@@ -74,17 +75,17 @@ def _require_teacher(config: SelfDistillationConfig) -> None:
         raise CheckpointError(f"--teacher: the teacher of this run {reason}")
 
 
-def _load_student(config: SDPOConfig, checkpoint: Path) -> PreTrainedModel:
-    model = load_student(config.model, config.lora, checkpoint, CPU)
-    if config.lora.rank:
+def _load_student(config: ModelConfig, lora: LoraConfig, checkpoint: Path) -> PreTrainedModel:
+    model = load_student(config, lora, checkpoint, CPU)
+    if lora.rank:
         merge_adapters(model)
     return model
 
 
-def _load_teacher(config: SDPOConfig, checkpoint: Path) -> PreTrainedModel:
-    if not config.lora.rank:
-        return load_teacher_module(config.model, checkpoint, CPU)
-    model = load_model(config.model, CPU)
+def _load_teacher(config: ModelConfig, lora: LoraConfig, checkpoint: Path) -> PreTrainedModel:
+    if not lora.rank:
+        return load_teacher_module(config, checkpoint, CPU)
+    model = load_model(config, CPU)
     deltas = TrainingState.load(checkpoint).actor["teacher"]["weights"] or {}
     for name, delta in deltas.items():
         model.get_parameter(name).add_(delta)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sdpo.config.loader import load_config
-from sdpo.config.root import SDPOConfig, get_setting, iterate_settings
+from sdpo.config.root import SDPOConfig, find_changes, iterate_settings
 from sdpo.errors import CheckpointError
 from sdpo.trainer.checkpoint.manager import find_newest
 from sdpo.trainer.checkpoint.state import TrainingState
@@ -55,18 +57,18 @@ def find_resume_state(config: SDPOConfig) -> ResumeState | None:
         raise CheckpointError(
             f"max_steps={config.max_steps}: the run in output_dir={folder} has trained {step} steps already; raise it"
         )
-    _compare(load_config(folder / CONFIG_FILE), config)
-    logger.info(f"resuming after step {step} from {checkpoint}")
-    return ResumeState(checkpoint, state)
-
-
-def _compare(earlier: SDPOConfig, config: SDPOConfig) -> None:
-    """Log the settings that differ; raise if the run would not be the same run with them."""
-    changed = {key: (old, new) for key, old, new in _find_changes(earlier, config) if key not in NON_FINGERPRINT_KEYS}
     fixed = {key for key, field in iterate_settings() if field.metadata["fixed"]}
     loss = config.self_distillation
     if config.optim.lr_scheduler_type != "constant" or loss.distillation_coef_start != loss.distillation_coef_end:
         fixed.add("max_steps")  # the schedules of learning rate and distillation weight depend on it
+    _check_changes(find_changes(load_config(folder / CONFIG_FILE), config), fixed)
+    logger.info(f"resuming after step {step} from {checkpoint}")
+    return ResumeState(checkpoint, state)
+
+
+def _check_changes(changes: Mapping[str, tuple[Any, Any]], fixed: AbstractSet[str]) -> None:
+    """Log the settings that differ from the checkpoint's; refuse changes of fixed ones."""
+    changed = {key: values for key, values in changes.items() if key not in NON_FINGERPRINT_KEYS}
     for key in sorted(changed.keys() & fixed):
         old, new = changed[key]
         raise CheckpointError(
@@ -75,11 +77,3 @@ def _compare(earlier: SDPOConfig, config: SDPOConfig) -> None:
         )
     for key, (old, new) in changed.items():
         logger.info(f"{key}={new!r} from now on; was {old!r}")
-
-
-def _find_changes(earlier: SDPOConfig, config: SDPOConfig) -> list[tuple[str, Any, Any]]:
-    return [
-        (key, old, new)
-        for key, _ in iterate_settings()
-        if (old := get_setting(earlier, key)) != (new := get_setting(config, key))
-    ]
