@@ -69,7 +69,7 @@ def test_what_can_run(check: Callable[..., None], name: str, num_gpus: int, over
         ({"without": "cupy"}, r"backend=nccl: verl needs CuPy for it; pip install cupy-cuda13x"),
         (
             {"overrides": [f"{MODEL}.override_config.attn_implementation=flash_attention_2"]},
-            r"flash-attn is not installed; pip install flash-attn .* or set it to sdpa",
+            r"flash-attn is not installed; pip install flash-attn .* or use sdpa",
         ),
         (
             {"overrides": [f"{OPTIM}.optimizer_impl=torchao.optim"], "without": "torchao"},
