@@ -1,4 +1,4 @@
-"""What is refused before Ray starts, on machines that are made up."""
+"""Checks of devices and packages before Ray starts, on mocked machines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EVERYTHING = {"vllm", "cupy", "torchao", "torch"}
 
 @pytest.fixture
 def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Callable[..., None]:
-    """Checks a run on a machine with so many GPUs and these packages."""
+    """Checks a run on a machine with this many GPUs and these packages."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(requirements, "read_ray_address", lambda: None)
     for name in ("train", "test"):

@@ -183,7 +183,7 @@ def summarize_rollouts(scores: Sequence[float], lengths: Sequence[int], max_leng
 
 
 class _HealthActions:
-    """What actions change (``health_actions.Actor``), through the batch and the workers.
+    """Health actions through the batch and the workers (the ``Actor`` of ``health_callback``).
 
     Attributes:
         step: the last step whose weights were evaluated.

@@ -161,7 +161,7 @@ class TeacherBatchMixin(FailedRewardsMixin, HealthChecksMixin):
         return batch
 
     def _end_here(self) -> None:
-        """Make this step the last; it is saved and validated by frequency, since verl has marked another step as last."""
+        """Make this step the last; verl chooses its last step earlier, so save and validate this step by frequency."""
         trainer = self.config.trainer
         self.total_training_steps = self.global_steps
         trainer.save_freq, trainer.test_freq = min(trainer.save_freq, 1), min(trainer.test_freq, 1)
