@@ -84,14 +84,14 @@ def make_rows(seed: int, num_steps: int = 40) -> list[dict[str, float]]:
     draw = random.Random(seed)
     rows = []
     for step in range(1, num_steps + 1):
-        collapsed = step > num_steps // 2
+        late = step > num_steps // 2
         rows.append(
             {
-                metrics.SCORE_MEAN: draw.uniform(0.6, 0.7) - 0.5 * collapsed,
-                metrics.ENTROPY: draw.uniform(1.0, 1.1) * (0.02 if collapsed and seed % 2 else 3.0 if collapsed else 1.0),
-                metrics.TEACHER_ENTROPY: draw.uniform(0.5, 0.6) * (4 if collapsed else 1),
-                metrics.RESPONSE_LENGTH_MEAN: draw.uniform(20, 22) * (0.2 if collapsed else 1),
-                metrics.RESPONSE_LENGTH_CLIP_RATIO: 0.1 + 0.5 * collapsed,
+                metrics.SCORE_MEAN: draw.uniform(0.6, 0.7) - 0.5 * late,
+                metrics.ENTROPY: draw.uniform(1.0, 1.1) * (0.02 if late and seed % 2 else 3.0 if late else 1.0),
+                metrics.TEACHER_ENTROPY: draw.uniform(0.5, 0.6) * (4 if late else 1),
+                metrics.RESPONSE_LENGTH_MEAN: draw.uniform(20, 22) * (0.2 if late else 1),
+                metrics.RESPONSE_LENGTH_CLIP_RATIO: 0.1 + 0.5 * late,
                 metrics.REPROMPT_FRACTION: 0.0 if step % 10 > 6 else 0.5,
                 metrics.ROLLOUT_SUCCESS_FRACTION: draw.uniform(0.1, 0.2),
             }
