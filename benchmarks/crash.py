@@ -1,10 +1,10 @@
-"""Is anything lost when a run is killed? Runs that are killed again and again, beside runs that never were.
+"""Kill runs of the native trainer repeatedly, resume them, and compare with uninterrupted runs.
 
     python benchmarks/crash.py              # 32 kills, about six minutes
 
-Each way of running (in turn, overlapped; all weights, LoRA) is run once in one go, and once with kills (SIGKILL, which
-nothing can catch) at random moments of training, of saving and of the hand-over of weights, each followed by a resume.
-At the end weights, teacher, AdamW's moments and metrics of both must be the same, bit for bit.
+Each setting (in turn or overlapped; all weights or LoRA) runs once without interruption, and once with SIGKILL at
+random moments of training, saving and weight sync, each followed by a resume. At the end weights, teacher, AdamW's
+moments and metrics of both must be equal, bit for bit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 from record import print_table, save
 
 CONFIG = Path(__file__).parent.parent / "configs" / "hidden_rule.yaml"
-PHASES = ("training", "saving", "hand-over")
+PHASES = ("training", "saving", "weight sync")
 WAYS = {
     "in turn": ["max_staleness=0"],
     "overlapped": ["max_staleness=1", "rollout.num_threads=1"],
@@ -52,7 +52,7 @@ def die() -> None:
 
 
 def die_in_training(rng: random.Random) -> None:
-    """At any moment of a few steps, saving and hand-over included."""
+    """At any moment of a few steps, including saving and weight sync."""
     from sdpo.trainer.actor.actor import Actor
 
     learn = Actor.update_policy
@@ -67,7 +67,7 @@ def die_in_training(rng: random.Random) -> None:
 
 
 def die_in_saving(rng: random.Random) -> None:
-    """Before any of the calls by which a checkpoint is written, sealed, renamed, and older ones removed."""
+    """Before a random call that writes, fsyncs or renames a checkpoint or removes an older one."""
     left = rng.randrange(45)
 
     def counted(call: Any) -> Any:
@@ -87,8 +87,8 @@ def die_in_saving(rng: random.Random) -> None:
     torch.save, safetensors.save_file = counted(torch.save), counted(safetensors.save_file)
 
 
-def die_in_hand_over(rng: random.Random) -> None:
-    """With a part of the weights handed over, or just before or after."""
+def die_in_weight_sync(rng: random.Random) -> None:
+    """Before, during or after the copy of the weights."""
     from sdpo.trainer.rollout import weight_sync
     from sdpo.trainer.rollout.local import LocalSampler
 
@@ -119,10 +119,10 @@ def die_in_hand_over(rng: random.Random) -> None:
 
 
 def run_child(overrides: list[str], phase: str, seed: int) -> None:
-    """One process of a run, which dies in the phase if there is one."""
+    """Run in a process that is killed in the given phase, if any."""
     from sdpo import SDPOTrainer, load_config
 
-    die_in = {"training": die_in_training, "saving": die_in_saving, "hand-over": die_in_hand_over}
+    die_in = {"training": die_in_training, "saving": die_in_saving, "weight sync": die_in_weight_sync}
     if phase in die_in:
         die_in[phase](random.Random(seed))
     SDPOTrainer(load_config(CONFIG, overrides)).train()
@@ -138,7 +138,7 @@ def start(overrides: list[str], phase: str = "none", seed: int = 0) -> int:
 
 
 def differ(one: Path, two: Path) -> list[str]:
-    """What of two run folders is not the same to the bit."""
+    """Names of what differs between two run folders, in any bit."""
     import torch
     from safetensors.torch import load_file
 
@@ -165,7 +165,7 @@ def _without_clock(line: str) -> dict[str, float]:
 
 
 def equal(one: Any, two: Any) -> bool:
-    """Whether two trees of tensors, arrays and plain values are the same to the bit."""
+    """Whether two trees of tensors, arrays and plain values are equal, bit for bit."""
     import numpy as np
     import torch
     from torch.utils._pytree import tree_flatten
@@ -204,7 +204,7 @@ def main() -> None:
             phase = PHASES[attempts % len(PHASES)]
             attempts += 1
             if start([*common, f"output_dir={killed}"], phase, rng.getrandbits(32)) == 0:
-                break  # it came to its end first
+                break  # the run ended first
             kills.append(phase)
         else:
             start([*common, f"output_dir={killed}"])
@@ -213,7 +213,7 @@ def main() -> None:
         print(way, rows[-1]["kills"], differences or "the same", flush=True)
     tried = sum(sum(row["kills"].values()) for row in rows)
     survived = sum(sum(row["kills"].values()) for row in rows if not row["differences"])
-    columns = ["", *(f"killed in {phase}" for phase in PHASES), "differs from the run in one go"]
+    columns = ["", *(f"killed in {phase}" for phase in PHASES), "differs from the uninterrupted run"]
     table = [[r["way"], *r["kills"].values(), ", ".join(r["differences"]) or "nothing"] for r in rows]
     print_table(f"Survived {survived} of {tried} kills", columns, table)
     save("crash", {"survived": survived, "tried": tried, "ways": rows})

@@ -1,12 +1,11 @@
-"""Is anything lost when a run on verl is killed? One run that is killed again and again, beside one that never was.
+"""Kill a run on verl repeatedly, resume it, and compare with an uninterrupted run.
 
     python benchmarks/crash_verl.py         # ten kills, about ten minutes on two cores
 
-One step off policy on the CPU (``crash.py`` does the same to the embedded trainer). Every step is saved; SIGKILL comes
-to all processes at once, in turn while a checkpoint is being written and at any moment of a step, each followed by a
-resume. At the end weights, teacher, AdamW's moments, the data's position and the metrics of both must be the same, bit
-for bit. A step killed between the end of its saving and its line in metrics.jsonl has no such line; how many have not
-is counted.
+One step off policy on the CPU (``crash.py`` does the same with the native trainer). Every step is saved. All processes
+get SIGKILL at once, alternately while a checkpoint is written and at any moment of a step, each followed by a resume.
+At the end weights, teacher, AdamW's moments, the data's position and the metrics of both must be equal, bit for bit. A
+step killed after its checkpoint and before its line in metrics.jsonl has no line; these steps are counted.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from crash import CONFIG, equal
 from record import print_table, save
 
 PHASES = ("saving", "step")
-LONGEST = {"saving": 0.5, "step": 2.0}  # seconds from the first sign of that phase to the kill, at most
+LONGEST = {"saving": 0.5, "step": 2.0}  # maximum of the seconds from the start of the phase to the kill
 LIMIT = 600  # seconds for one start
 NUM_STEPS = 40
 SETTINGS = [
@@ -38,7 +37,7 @@ SETTINGS = [
     "eval.max_prompts=4",
     "data.train_batch_size=4",
     "rollout.n=2",
-    "rollout.max_num_seqs=1",  # rows are sampled alone, so that a rollout does not depend on its neighbours
+    "rollout.max_num_seqs=1",  # sampled one by one, so that a rollout does not depend on its batch
     "rollout.max_response_length=8",
     "optim.lr=1e-3",
     "self_distillation.teacher_regularization=ema",
@@ -59,13 +58,13 @@ def start(output_dir: Path, common: list[str]) -> psutil.Popen:
 
 
 def read_step(output_dir: Path) -> int:
-    """The step that a resumed run would go on from."""
+    """Step of the latest checkpoint, from which a run would resume."""
     tracker = output_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
     return int(tracker.read_text()) if tracker.exists() else 0
 
 
 def wait(process: psutil.Popen, output_dir: Path, phase: str | None, delay: float = 0.0) -> bool:
-    """Whether the run was killed in that phase; it may end before."""
+    """Wait for the phase and kill the run; returns False if the run ended before."""
     end, begun_with, last = time.monotonic() + LIMIT, read_step(output_dir), None
     while process.poll() is None:
         if time.monotonic() > end:
@@ -107,7 +106,7 @@ def read_rows(output_dir: Path) -> dict[int, dict[str, float]]:
 
 
 def differ(whole: Path, killed: Path) -> tuple[list[str], int]:
-    """What of the two runs is not the same to the bit, and of how many steps the second has no metrics."""
+    """Names of what differs between the two runs in any bit, and the number of steps without metrics in the second."""
     import torch
 
     found = []
@@ -121,14 +120,14 @@ def differ(whole: Path, killed: Path) -> tuple[list[str], int]:
             os.environ["VERL_PLATFORM"] = "cpu"
             states = [torch.load(path, weights_only=False, map_location="cpu") for path in (one, two)]
             for state in states:
-                state.pop("rng", None)  # of the worker's process, which draws nothing in an update
+                state.pop("rng", None)  # of the worker's process, which uses no random numbers in an update
             same = equal(*states)
         else:
             same = one.read_bytes() == two.read_bytes()
         if not same:
             found.append(name)
     rows, again = read_rows(whole), read_rows(killed)
-    # A resumed run begins with an evaluation, which the other run need not have.
+    # A resumed run starts with an evaluation, which the other run may lack.
     found += [
         f"metrics of step {step}" for step in rows if step in again and not rows[step].items() <= again[step].items()
     ]
@@ -147,20 +146,20 @@ def main() -> None:
     common = [*SETTINGS, f"data.task_args.dir={options.folder.absolute()}/task"]
     whole, killed = place / "whole", place / "killed"
     wait(start(whole, common), whole, None)
-    print("the run in one go has ended", flush=True)
+    print("the uninterrupted run has ended", flush=True)
     kills: list[dict[str, Any]] = []
     while len(kills) < options.kills:
         phase = PHASES[len(kills) % len(PHASES)]
         if not wait(start(killed, common), killed, phase, rng.uniform(0.0, LONGEST[phase])):
-            break  # it came to its end first
-        kills.append({"phase": phase, "goes on from": read_step(killed)})
+            break  # the run ended first
+        kills.append({"phase": phase, "resumes from": read_step(killed)})
         print(kills[-1], flush=True)
     else:
         wait(start(killed, common), killed, None)
     differences, missing = differ(whole, killed)
     rows = [[phase, sum(kill["phase"] == phase for kill in kills)] for phase in PHASES]
     print_table(f"{len(kills)} kills; differs: {', '.join(differences) or 'nothing'}", ["killed in", ""], rows)
-    print(f"metrics are missing of {missing} of {NUM_STEPS} steps")
+    print(f"metrics are missing for {missing} of {NUM_STEPS} steps")
     save("crash_verl", {"kills": kills, "differences": differences, "steps_without_metrics": missing})
 
 

@@ -1,8 +1,8 @@
-"""Does it learn to look? Figures: SDPO against GRPO on the same budget, then the same student with images exchanged.
+"""Validation accuracy on figures: SDPO and GRPO with equal budgets, then the trained student with exchanged images.
 
     python benchmarks/figures.py
 
-About 15 minutes on two cores for one seed. Models, data and runs go to --folder, which is used again.
+About 15 minutes on two cores for one seed. Models, data and runs are kept in --folder and reused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ACCURACY = "val-core/figures/acc/mean@1"
 
 
 def prepare(folder: str, seed: int) -> None:
-    """The task's files, and beside them the held-out rows with their images exchanged."""
+    """Write the task's files, and the validation rows with exchanged images."""
     import pyarrow.parquet as pq
 
     from sdpo.rewards.toy.drawing import write_rows
@@ -86,7 +86,7 @@ def main() -> None:
         learn, [(options.folder, config, seed, name) for seed in seeds for name, config in pairs], options.workers
     )
     print_table(
-        "Figures: held-out exact match",
+        "Figures: validation exact match",
         ["", "seed", "before", "final", "images exchanged", "seconds"],
         [[r["name"], r["seed"], r["before"], r["final"], r["exchanged"], round(r["seconds"])] for r in results],
     )

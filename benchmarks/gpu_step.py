@@ -1,14 +1,14 @@
-"""A learning phase on a GPU by the embedded engine: tokens a second, and the share of the GPU's matrix products.
+"""Training phase of the native trainer on a GPU: tokens per second, and utilisation relative to matrix products.
 
     python benchmarks/gpu_step.py                    # Qwen2.5 of 0.5B and 1.5B parameters, one GPU of 80 GB
     python benchmarks/gpu_step.py --models 3B
     python benchmarks/gpu_step.py --tiny             # a trial without a GPU
 
-The model has the architecture of Qwen2.5 and random weights in bfloat16; samples are made beforehand. A phase is what
+The model has the architecture of Qwen2.5 and random weights in bfloat16; samples are made beforehand. A phase is
 ``Actor.learn`` does with the rollouts of a step: forward pass of the teacher, forward and backward pass of the
-student, loss over the full vocabulary, optimizer, teacher update. Tokens are those that student and teacher read.
-Utilisation is the floating-point operations that the model needs (none for recomputed ones) by the time of the phase,
-over the rate at which the same GPU multiplies large matrices in the same run.
+student, loss over the full vocabulary, optimizer, teacher update. Tokens are those of student and teacher.
+Utilisation is the model's floating-point operations (without recomputation) per second of the phase, over the rate of
+large matrix products on the same GPU in the same run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 from record import print_table, read_peak, reset_peak, run_all, save
 from workload import Workload
 
-# hidden size, intermediate size, layers, heads, key-value heads, as the released configurations have them
+# hidden size, intermediate size, layers, heads, key-value heads of the released models
 SHAPES = {
     "0.5B": (896, 4864, 24, 14, 2),
     "1.5B": (1536, 8960, 28, 12, 2),
@@ -53,12 +53,12 @@ def build_workload(model: str, options: argparse.Namespace) -> Workload:
 
 
 def count_operations(model: Any, lengths: Sequence[int], num_kept: int) -> int:
-    """Floating-point operations of one forward pass of sequences whose last layer is read at ``num_kept`` tokens."""
+    """Floating-point operations of a forward pass whose output layer is computed for ``num_kept`` tokens."""
     head = model.get_output_embeddings().weight
     embeddings = {id(param): param.numel() for param in (head, model.get_input_embeddings().weight)}
     in_layers = sum(param.numel() for param in model.parameters()) - sum(embeddings.values())
-    # Scores and weighted values: 2 operations each for a pair of tokens, of which causality leaves half. All heads
-    # together are as wide as the model.
+    # Scores and weighted values: 2 operations each per pair of tokens; the causal mask leaves half of the pairs.
+    # All heads together are as wide as the model.
     a_pair = 2 * 2 * model.config.hidden_size * model.config.num_hidden_layers
     attention = sum(a_pair * length * length // 2 for length in lengths)
     return 2 * in_layers * sum(lengths) + attention + 2 * head.numel() * num_kept
@@ -98,7 +98,9 @@ def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
         time_call(device, lambda: parts.actor.update_policy(samples)) for _ in range(options.repeats)
     )
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else read_peak()
-    rate = (3 * operations[0] + operations[1]) / seconds  # a backward pass is twice its forward pass
+    rate = (
+        3 * operations[0] + operations[1]
+    ) / seconds  # a backward pass takes twice the operations of the forward pass
     best = measure_products(device, options)
     return {
         "model": model,
@@ -116,7 +118,7 @@ def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_products(device: Any, options: argparse.Namespace) -> float:
-    """Operations a second of a product of large square matrices in bfloat16."""
+    """Operations per second of a product of large square matrices in bfloat16."""
     import torch
 
     size = 512 if options.tiny else 8192
@@ -142,15 +144,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["0.5B", "1.5B"], choices=SHAPES)
     parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("-n", type=int, default=8, help="rollouts a prompt")
-    parser.add_argument("--prompt", type=int, default=512, help="tokens a prompt")
-    parser.add_argument("--feedback", type=int, default=256, help="tokens of feedback that the teacher is shown")
-    parser.add_argument("--response", type=int, default=1024, help="tokens a response")
-    parser.add_argument("--micro-batch-tokens", type=int, default=16_384)
+    parser.add_argument("-n", type=int, default=8, help="rollouts per prompt")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens per prompt")
+    parser.add_argument("--feedback", type=int, default=256, help="tokens of feedback in the teacher context")
+    parser.add_argument("--response", type=int, default=1024, help="tokens per response")
+    parser.add_argument("--max-tokens-per-micro-batch", type=int, default=16_384)
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--tiny", action="store_true", help="least sizes, on the processor")
-    parser.add_argument("--note", default="", help="what else ran on the machine; kept with the numbers")
+    parser.add_argument("--tiny", action="store_true", help="smallest sizes, on the CPU")
+    parser.add_argument("--note", default="", help="other load on the machine; saved with the results")
     options = parser.parse_args()
     if options.tiny:
         options.models, options.prompts, options.n = ["tiny"], 2, 2
@@ -160,7 +162,7 @@ def main() -> None:
         measured += run_all(measure, [(model, options)], workers=1)
         save("gpu_step", {"note": options.note, "options": vars(options), "measured": measured})
     print_table(
-        f"Learning from {options.prompts} x {options.n} rollouts of {options.response} tokens",
+        f"Training on {options.prompts} x {options.n} rollouts of {options.response} tokens",
         ["", "seconds", "tokens/s", "TFLOP/s", "products, TFLOP/s", "utilisation", "peak, GB"],
         [
             [

@@ -1,13 +1,12 @@
-"""What a step costs as one of its sizes grows: time and memory of learning and sampling, each size alone by octaves.
+"""Growth of a step's time and memory with each of its sizes: training and sampling, one size at a time, by octaves.
 
     python benchmarks/growth.py            # a quarter of an hour
-    python benchmarks/growth.py --axes vocabulary "prompts a step"
+    python benchmarks/growth.py --axes vocabulary "prompts per step"
 
-Each point is a process of its own on one thread, the fastest of several calls. Time counts above what the same actor
-takes for a sample of one response token (optimizer and teacher, which grow with the model alone); memory above what was
-resident before the call, with model, teacher and optimizer there. The exponent is the slope of the last three points on
-logarithmic axes: 1 is linear, 0 does not grow. Nothing should be above linear but attention, whose part grows with the
-square of a length.
+Each point is a separate process with one thread, the fastest of several calls. Time is above the actor's time for a
+sample of one response token (optimizer and teacher, which grow with the model alone); memory is above the resident
+memory before the call, with model, teacher and optimizer loaded. The exponent is the slope of the last three points on
+logarithmic axes: 1 is linear, 0 is constant. Only attention may grow faster than linearly, with the square of a length.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ BASE = Workload(
     response_length=64,
 )
 AXES = {
-    "prompts a step": "num_prompts",
-    "rollouts a prompt": "n",
+    "prompts per step": "num_prompts",
+    "rollouts per prompt": "n",
     "prompt length": "prompt_length",
     "response length": "response_length",
     "vocabulary": "vocab_size",
@@ -51,7 +50,7 @@ QUANTITIES = ("learning_seconds", "learning_bytes", "sampling_seconds", "samplin
 
 
 def measure(workload: Workload, repeats: int) -> dict[str, float]:
-    """Seconds and bytes of learning and of sampling, above what does not grow."""
+    """Seconds and bytes of training and sampling, above the constant part."""
     import torch
 
     from sdpo.models.generation.sampling import Completion
@@ -73,7 +72,7 @@ def measure(workload: Workload, repeats: int) -> dict[str, float]:
         parts.sampler.submit(prompts, 0)
         parts.sampler.collect()
 
-    parts.actor.update_policy([least])  # the optimizer's state is made at the first step
+    parts.actor.update_policy([least])  # the first step allocates the optimizer's state
     fixed, _ = find_least(lambda: parts.actor.update_policy([least]), repeats)
     learning, learning_bytes = find_least(lambda: parts.actor.update_policy(samples), repeats)
     sampling, sampling_bytes = find_least(sample, repeats)
@@ -87,7 +86,7 @@ def measure(workload: Workload, repeats: int) -> dict[str, float]:
 
 
 def find_least(call: Callable[[], Any], repeats: int) -> tuple[float, int]:
-    """Seconds of the fastest call; bytes above those before, of the call that took fewest."""
+    """Minimum over several calls of the seconds, and of the bytes above those before the call."""
     seconds, peaks = [], []
     for _ in range(repeats):
         before = reset_peak()
@@ -112,10 +111,10 @@ def tabulate(axes: list[dict[str, Any]]) -> list[list[Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--axes", nargs="+", default=list(AXES), choices=AXES, metavar="AXIS", help=", ".join(AXES))
-    parser.add_argument("--factors", type=int, nargs="+", default=FACTORS, help="two or more")
+    parser.add_argument("--factors", type=int, nargs="+", default=FACTORS, help="two or more factors")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--tiny", action="store_true", help="a trial with the least sizes")
-    parser.add_argument("--note", default="", help="what else ran on the machine; kept with the numbers")
+    parser.add_argument("--tiny", action="store_true", help="a trial with the smallest sizes")
+    parser.add_argument("--note", default="", help="other load on the machine; saved with the results")
     options = parser.parse_args()
     keep_freed_memory()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -137,7 +136,7 @@ def main() -> None:
         save("growth", {"note": options.note, "base": vars(base), "kernels": kernels, "measured": axes})
     print_table(
         "A step as one size grows",
-        ["", "learning, s", "learning, MB", "sampling, s", "sampling, MB"],
+        ["", "training, s", "training, MB", "sampling, s", "sampling, MB"],
         tabulate(axes),
     )
 

@@ -1,10 +1,11 @@
-"""Collapse on purpose: do the alarms come before the held-out score is lost, and do they save it? And do they keep
-silent where nothing is wrong?
+"""Health checks on runs that collapse on purpose: warnings before the score drops, and the effect of actions.
+
+Healthy runs are included, in which no check may fail.
 
     python benchmarks/health.py --seeds 3
 
-About 10 minutes on one core. Models, data and runs go to --folder, which is used again. The picture of the page on
-health is drawn from the collapse of the first seed.
+About 10 minutes on one core. Models, data and runs are kept in --folder and reused. docs/images/health.png is drawn
+from the collapse of the first seed.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from hidden_rule import ACCURACY, CONFIGS, prepare
 from record import print_table, run_all, save
 
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "health.png"
-LOST = 0.2  # of the held-out score
+LOST = 0.2  # drop of the validation score
 
-# What is trained, in which mode, with what changed.
+# name -> (config file, mode of the task, overrides)
 LIVE = [
     "self_distillation.teacher_regularization=live",
     "max_steps=150",
@@ -30,7 +31,7 @@ LIVE = [
 ]
 RUNS: dict[str, tuple[str, str, list[str]]] = {
     "live teacher": ("hidden_rule_peers.yaml", "peers", [*LIVE, "health.ref_kl_interval=2"]),
-    "live teacher, frozen by an alarm": (
+    "live teacher, frozen by a health check": (
         "hidden_rule_peers.yaml",
         "peers",
         [
@@ -52,7 +53,7 @@ COLLAPSED = "live teacher"
 
 
 def learn(folder: str, name: str, seed: int) -> dict[str, Any]:
-    """Train once; give the alarms, the held-out score and when it had lost ``LOST`` of its best."""
+    """Train once; return health events, validation score, and the step at which the score has lost ``LOST``."""
     from sdpo import SDPOTrainer, load_config
     from sdpo.report import read_run
 
@@ -97,11 +98,11 @@ def draw(folder: str, seed: int) -> None:
 
     record = replace(read_run(find_run_dir(folder, COLLAPSED, seed)), name="live teacher")
     panels = [
-        Panel("Held-out accuracy", ACCURACY, unit_range=True, smooth=False),
+        Panel("Validation accuracy", ACCURACY, unit_range=True, smooth=False),
         Panel("Training score", metrics.SCORE_MEAN, unit_range=True),
         Panel("Entropy, nats", metrics.ENTROPY, teacher=metrics.TEACHER_ENTROPY),
         Panel("Log-prob gap, positive part", metrics.GAP_POSITIVE_PART),
-        Panel("Share of responses cut off", metrics.RESPONSE_LENGTH_CLIP_RATIO, unit_range=True),
+        Panel("Truncated responses", metrics.RESPONSE_LENGTH_CLIP_RATIO, unit_range=True),
         Panel("KL to the initial model, nats", metrics.REF_KL, smooth=False),
     ]
     plot_panels([record], panels, PICTURE)
@@ -133,8 +134,8 @@ def main() -> None:
         ]
         for r in results
     ]
-    columns = ["", "seed", "alarms", f"{LOST} lost at", "best", "final", "steps"]
-    print_table("Alarms, and the held-out score", columns, rows)
+    columns = ["", "seed", "failed checks", f"{LOST} lost at", "best", "final", "steps"]
+    print_table("Failed health checks, and the validation score", columns, rows)
     save("health", {"runs": results})
     if COLLAPSED in options.runs:
         draw(options.folder, options.first_seed)

@@ -1,8 +1,8 @@
-"""Does it learn? The hidden rule, mode B: SDPO against GRPO on the same budget; mode A: which teachers stay up.
+"""Validation accuracy on the hidden rule. Mode B: SDPO and GRPO with equal budgets; mode A: stability of the teachers.
 
     python benchmarks/hidden_rule.py --seeds 3
 
-About 25 minutes on two cores. Models, data and runs go to --folder, which is used again.
+About 25 minutes on two cores. Models, data and runs are kept in --folder and reused.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def prepare(folder: str, mode: str, seed: int) -> None:
 
 
 def learn(folder: str, config: str, mode: str, seed: int, name: str, overrides: list[str]) -> dict[str, Any]:
-    """Train once; give the accuracy before, best and final, and the seconds it took."""
+    """Train once; return accuracy before, best and final, and the seconds."""
     from sdpo import SDPOTrainer, load_config
     from sdpo.report import read_run
 
@@ -62,7 +62,7 @@ def learn(folder: str, config: str, mode: str, seed: int, name: str, overrides: 
 
 
 def tabulate(results: list[dict[str, Any]]) -> list[list[Any]]:
-    """One row a run, then what all seeds of a name have in common: their worst."""
+    """One row per run, then the worst values over all seeds of a name."""
     rows: list[list[Any]] = []
     for name in dict.fromkeys(r["name"] for r in results):
         group = [r for r in results if r["name"] == name]
@@ -96,8 +96,8 @@ def main() -> None:
     results = run_all(learn, jobs_b + jobs_a, options.workers)
     mode_b, mode_a = results[: len(jobs_b)], results[len(jobs_b) :]
     columns = ["", "seed", "before", "best", "final", "seconds"]
-    print_table("Mode B (feedback): held-out exact match", columns, tabulate(mode_b))
-    print_table("Mode A (peers): held-out exact match by teacher", columns, tabulate(mode_a))
+    print_table("Mode B (feedback): validation exact match", columns, tabulate(mode_b))
+    print_table("Mode A (successful rollouts): validation exact match by teacher", columns, tabulate(mode_a))
     save("hidden_rule", {"mode_b": mode_b, "mode_a": mode_a})
 
 

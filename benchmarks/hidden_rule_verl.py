@@ -1,8 +1,8 @@
-"""Does it learn on verl? The shipped hidden-rule run, one step off policy, through Ray, FSDP2 and verl's trainer.
+"""Validation accuracy on the hidden rule on verl: the shipped config file, one step off policy, with Ray and FSDP2.
 
     python benchmarks/hidden_rule_verl.py
 
-About ten minutes on two quiet cores without a GPU; the model and the run go to --folder, which is used again.
+About ten minutes on two quiet cores without a GPU; the model and the run are kept in --folder and reused.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ ACCURACY = "val-core/hidden_rule/acc/mean@1"
 
 
 def record(output_dir: Path, seconds: float) -> None:
-    """Print and keep what a finished run measured."""
+    """Print and save the accuracies of a finished run."""
     run = read_run(output_dir)
     steps, accuracies = run.series(ACCURACY)
     _, staleness = run.series(metrics.STALENESS)
     columns = ["step", *map(str, steps)]
-    print_table("SDPO on verl: held-out exact match", columns, [["", *accuracies]])
+    print_table("SDPO on verl: validation exact match", columns, [["", *accuracies]])
     results = {
         "verl": version("verl"),
         "ray": version("ray"),

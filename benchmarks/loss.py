@@ -1,24 +1,24 @@
-"""The loss alone, forward and backward, from hidden states and output layer: ours, and what else computes the same.
+"""Time and memory of the loss alone, forward and backward, from hidden states and output layer: ours and alternatives.
 
     python benchmarks/loss.py                                              # about four hours on one core
     python benchmarks/loss.py --tokens 256 512 --dtypes float32            # minutes
     python benchmarks/loss.py --device cuda --tokens 8192 --hidden 2048 --dtypes bfloat16
 
-    floor      what no implementation can do without: four matrix products, 8 N H V operations (logits of student and
-               teacher, gradients by hidden states and output layer), in the best of several chunk sizes
-    floor, oneDNN   the same products in float32 by oneDNN, where ours goes to it (AMD's processors with AVX-512)
+    floor      lower bound: four matrix products, 8 N H V operations (logits of student and teacher, gradients by hidden
+               states and output layer), with the best of several chunk sizes
+    floor, oneDNN   the same products in float32 by oneDNN, where ours uses it (AMD processors with AVX-512)
     ours       sdpo.fused_self_distillation_loss
     official   the formula on [1, N, V] log-probabilities of both sides, differentiated by autograd
-    trl        the functions by which TRL's SDPOTrainer computes its loss from logits
-    liger      LigerFusedLinearJSDLoss as it comes, compiled; liger, eager is the same without the compiler
+    trl        the functions with which TRL's SDPOTrainer computes its loss from logits
+    liger      LigerFusedLinearJSDLoss with its defaults, compiled; liger, eager is the same without the compiler
 
-Each line is a process of its own on one thread. There it takes turns with the floor: the time ratio is the median of
-theirs turn by turn. Peak memory is the highest resident set of one loss with its backward pass (on a GPU, the most
-memory allocated), less what was resident with the inputs made (hidden states of both sides [N, H], output layers of
-both [V, H], ids, mask), less the two gradients [N, H] and [V, H] that every line leaves behind. Half-precision logits
-are made float32 before the softmax, as TRL's mixed precision does; only Liger leaves them as they are.
+Each line is a separate process with one thread, which alternates with the floor: the time ratio is the median of the
+ratios of neighbouring calls. Peak memory is the highest resident set of one loss with its backward pass (on a GPU, the
+peak of allocated memory), minus the memory of the inputs (hidden states of both sides [N, H], output layers of both
+[V, H], ids, mask) and of the two gradients [N, H] and [V, H]. Half-precision logits are converted to float32 before the
+softmax, as TRL's mixed precision does; only Liger does not convert them.
 
-A line for which the memory given by --memory-gib is not enough is skipped and marked so.
+A line that needs more memory than --memory-gib is skipped and marked.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from sdpo.kernels.cpu.allocator import keep_freed_memory
 
 LINES = ("floor", "floor, oneDNN", "ours", "official", "trl", "liger", "liger, eager")
 NEEDS = {"trl": "trl", "liger": "liger_kernel", "liger, eager": "liger_kernel"}
-CHUNKS = {"cpu": (64, 128, 256, 512), "cuda": (512, 1024, 2048, 4096, 8192)}  # of the floor, the best is chosen
+CHUNKS = {"cpu": (64, 128, 256, 512), "cuda": (512, 1024, 2048, 4096, 8192)}  # of the floor; the fastest is chosen
 
 
 def measure(case: Case, chunk: int) -> dict[str, Any]:
-    """What one line takes, with the floor in turns; ``skipped`` says why where it could not."""
+    """Time and memory of one line, alternating with the floor; ``skipped`` has the reason if it failed."""
     import torch
 
     torch.set_num_threads(1)
@@ -90,7 +90,7 @@ def _measure(case: Case, chunk: int) -> dict[str, Any]:
 
 
 def _summarize(turns: list[tuple[float, float]]) -> dict[str, float]:
-    """Of seconds of the floor and of the line, turn by turn."""
+    """Summarize pairs of seconds of the floor and of the line."""
     return {
         "seconds": statistics.median(seconds for _, seconds in turns),
         "of_floor": statistics.median(seconds / of_floor for of_floor, seconds in turns),
@@ -98,7 +98,7 @@ def _summarize(turns: list[tuple[float, float]]) -> dict[str, float]:
 
 
 def _find_peak(case: Case, inputs: Inputs, step: Callable[[], None]) -> int:
-    """Bytes beyond inputs and gradients; the first call compiles and warms up, the second counts."""
+    """Peak bytes above inputs and gradients of the second call; the first compiles and warms up."""
     import torch
 
     step()
@@ -130,7 +130,7 @@ def _time(device: str, step: Callable[[], None]) -> float:
 
 
 def choose_chunk(case: Case) -> tuple[int, dict[str, Any]]:
-    """Tokens a chunk with which the four products are fastest; and what they run on."""
+    """Tokens per chunk with which the four products are fastest, and the kernels they use."""
     import torch
 
     torch.set_num_threads(1)
@@ -183,12 +183,16 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--lines", nargs="+", default=list(LINES), choices=LINES)
-    parser.add_argument("--settings-tokens", type=int, help="where to measure all divergences; default: the second")
+    parser.add_argument(
+        "--settings-tokens", type=int, help="token count at which all divergences are measured; default: the second"
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=3, help="turns")
-    parser.add_argument("--memory-gib", type=float, help="of a line's process; default: what is free, less one")
-    parser.add_argument("--return-memory", action="store_true", help="do not let glibc keep what is freed, in any line")
-    parser.add_argument("--note", default="", help="what else ran on the machine; kept with the numbers")
+    parser.add_argument("--memory-gib", type=float, help="memory of a line's process; default: free memory minus 1 GiB")
+    parser.add_argument(
+        "--return-memory", action="store_true", help="let glibc return freed memory to the system, in all lines"
+    )
+    parser.add_argument("--note", default="", help="other load on the machine; saved with the results")
     chosen = parser.parse_args()
     if not chosen.return_memory:
         keep_freed_memory()
@@ -221,7 +225,7 @@ def main() -> None:
         save("loss" if chosen.device == "cpu" else "loss_gpu", results)
     print_table(
         f"Loss and gradients, vocabulary {chosen.vocab}, hidden size {chosen.hidden}, {chosen.device}, one thread",
-        ["tokens", "dtype", "setting", "line", "seconds", "of the floor", "peak MB"],
+        ["tokens", "dtype", "setting", "line", "seconds", "over the floor", "peak MB"],
         tabulate(results["measured"]),
     )
 

@@ -1,4 +1,4 @@
-"""What the loss is measured on, and what it is measured beside: inputs, the four products, ours, TRL, Liger."""
+"""Inputs and implementations of the loss benchmarks: the four products, ours, official formula, TRL, Liger."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """N tokens; student's hidden states and output layer are leaves."""
+    """Inputs for N tokens; the student's hidden states and output layer are autograd leaves."""
 
     hidden: Any  # [N, H]
     head: Any  # [V, H]
@@ -52,7 +52,7 @@ def build_inputs(case: Case) -> Inputs:
         return torch.randn(*shape, device=case.device, dtype=getattr(torch, case.dtype))
 
     n, h, v = case.tokens, case.hidden, case.vocab
-    scale = h**-0.5  # in place: nothing freed may hide in the peak
+    scale = h**-0.5  # in place, so that no freed memory is counted in the peak
     return Inputs(
         draw(n, h).requires_grad_(),
         draw(v, h).mul_(scale).requires_grad_(),
@@ -150,7 +150,7 @@ def compute_official(settings: dict[str, Any], x: Inputs) -> Any:
 
 
 def _compute_tail(kept: Any) -> Any:
-    """log(1 - what the kept entries hold)."""
+    """log(1 - sum of the kept entries' probabilities)."""
     import torch
 
     return torch.log(-torch.expm1(torch.logsumexp(kept, dim=-1, keepdim=True).clamp(max=-1e-7)))
@@ -160,7 +160,9 @@ def compute_trl(settings: dict[str, Any], x: Inputs) -> Any:
     from trl.experimental.sdpo import loss_utils
 
     temperature = 1.0
-    student, teacher = (side / temperature for side in compute_logits(x))  # as its trainer does, also by 1
+    student, teacher = (
+        side / temperature for side in compute_logits(x)
+    )  # as TRL's trainer does, also for a temperature of 1
     if not settings.get("full_logit_distillation", True):
         token_losses = loss_utils.compute_sampled_token_self_distillation_loss(
             student, teacher, x.ids[None], distillation_alpha=settings["alpha"]

@@ -1,10 +1,10 @@
-"""Does staleness 1 overlap? Time a step over max(sampling, learning), for both staleness values, in one run each.
+"""Overlap of sampling and training: time of a step over max(sampling, training), for both values of max_staleness.
 
     python benchmarks/overlap.py
 
-Perfect overlap is 1.0 with staleness 1; without overlap it is (sampling + learning) / max. Sampler and actor get one
-thread each, and the sizes are chosen so that both take about as long, where overlap is worth most. The two runs
-alternate in slices, so that a machine that is busy for a while is so for both.
+Perfect overlap is 1.0 with staleness 1; without overlap the ratio is (sampling + training) / max. Sampler and actor
+have one thread each. The sizes are chosen so that both take about the same time, where overlap saves most. The two runs
+alternate in slices, so that other load on the machine affects both.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 from record import print_table, save
 
 CONFIG = Path(__file__).parent.parent / "configs" / "hidden_rule.yaml"
-WARM_UP = 3  # steps left out: first calls allocate, and the first batch has nothing to overlap with
+WARM_UP = 3  # skipped steps: first calls allocate, and the first batch does not overlap with training
 
 
 def measure(folder: str, staleness: int, steps: int, overrides: list[str]) -> list[dict[str, float]]:
-    """Rows of metrics of one run."""
+    """Train one run and return its rows of metrics."""
     from sdpo import SDPOTrainer, load_config
     from sdpo.report import read_run
 
@@ -46,9 +46,9 @@ def measure(folder: str, staleness: int, steps: int, overrides: list[str]) -> li
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=15, help="measured steps a slice")
+    parser.add_argument("--steps", type=int, default=15, help="measured steps per slice")
     parser.add_argument("--slices", type=int, default=3)
-    parser.add_argument("--response", type=int, default=64, help="tokens a response at most")
+    parser.add_argument("--response", type=int, default=64, help="maximum tokens per response")
     options = parser.parse_args()
     overrides = [f"rollout.max_response_length={options.response}", "rollout.n=8", "data.train_batch_size=16"]
     rows: dict[int, list[dict[str, float]]] = {0: [], 1: []}
@@ -68,7 +68,7 @@ def main() -> None:
         table.append([f"staleness {staleness}", step, sampling, learning, ratio])
         results[f"staleness_{staleness}"] = dict(step=step, sampling=sampling, learning=learning, ratio=ratio)
     speedup = results["staleness_0"]["step"] / results["staleness_1"]["step"]
-    print_table("Seconds a step (medians)", ["", "step", "sampling", "learning", "step / max"], table)
+    print_table("Seconds per step (medians)", ["", "step", "sampling", "training", "step / max"], table)
     print(f"a step with staleness 0 takes {speedup:.2f} times as long as one with staleness 1")
     save("overlap", results | {"speedup": speedup, "steps": options.steps * options.slices})
 

@@ -1,11 +1,11 @@
-"""Reading rollouts of one prompt: padded, packed, with the prompt shared; and what the cost model says of sharing.
+"""Forward and backward pass over rollouts of one prompt: padded, packed, packed with a shared prompt, and predicted.
 
     python benchmarks/packing.py
 
 Each line is a forward and a backward pass of 8 rollouts (16 for a second table), responses between a quarter of the
 longest and the longest, by a random Qwen2 of 5M parameters without its output layer, float32, one thread. The three
-ways alternate in one process; figures are medians. "Said" is the cost model's ratio of shared to apart, by which the
-actor decides.
+forms alternate in one process; the table has medians. "Predicted" is the cost model's ratio of shared to packed, by
+which the actor decides.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RESPONSE = 64
 
 
 def measure(model: Any, cost: Any, prompt_length: int, num_rollouts: int, repeats: int) -> dict[str, Any]:
-    """Median seconds of each way, and what the cost model says."""
+    """Median seconds of each form, and the prediction of the cost model."""
     import random
 
     import torch
@@ -90,8 +90,8 @@ def main() -> None:
     cost = enable_packing(model)
     measured = [measure(model, cost, length, n, options.repeats) for n in (2, 8, 16) for length in PROMPTS]
     print_table(
-        "Milliseconds to read rollouts of one prompt, forward and backward",
-        ("rollouts", "prompt", "padded", "packed", "shared", "shared/padded", "shared/packed", "said"),
+        "Milliseconds of a forward and backward pass over the rollouts of one prompt",
+        ("rollouts", "prompt", "padded", "packed", "shared", "shared/padded", "shared/packed", "predicted"),
         [
             (
                 m["num_rollouts"],

@@ -1,4 +1,4 @@
-"""What the benchmarks share: processes of their own, peak memory, the machine, a table, the numbers kept."""
+"""Common functions of the benchmarks: processes, peak memory, description of the machine, tables, result files."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-# Where the numbers go; another folder for a trial that is not to be published.
+# Folder of the results; BENCHMARK_RESULTS names another for a trial.
 RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", Path(__file__).parent / "results"))
 ALLOCATION = ("THP_MEM_ALLOC_ENABLE", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")  # of torch and of glibc
 
 
 def run_all(work: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], workers: int) -> list[Any]:
-    """``work(*arguments)`` for each, ``workers`` processes at a time, results in order."""
+    """Call ``work(*arguments)`` for each, in at most ``workers`` processes at a time; results in order."""
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         return [future.result() for future in [pool.submit(work, *each) for each in arguments]]
 
 
 def reset_peak() -> int:
-    """Give freed memory back to the system and forget the highest resident set so far (Linux).
+    """Return freed memory to the system and reset the peak of the resident set (Linux).
 
     Returns:
-        Bytes that are resident now.
+        Resident bytes now.
     """
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -43,7 +43,7 @@ def reset_peak() -> int:
 
 
 def read_peak() -> int:
-    """The highest resident set since ``reset_peak``, in bytes."""
+    """Peak of the resident set since ``reset_peak``, in bytes."""
     return _read_status("VmHWM")
 
 
@@ -54,7 +54,7 @@ def _read_status(name: str) -> int:
 
 
 def compute_slope(points: Sequence[tuple[float, float]]) -> float | None:
-    """The exponent p of y ~ x^p that fits the last three points (x, y) best; None where a y is not above 0."""
+    """Exponent p of the fit y ~ x^p to the last three points (x, y); None if a y is not above 0."""
     if min(y for _, y in points[-3:]) <= 0:
         return None
     xs, ys = zip(*((math.log(x), math.log(y)) for x, y in points[-3:]), strict=True)
@@ -62,12 +62,12 @@ def compute_slope(points: Sequence[tuple[float, float]]) -> float | None:
 
 
 def median_of(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The median of each number that all of the rows have."""
+    """Median of each column of the rows."""
     return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
 
 
 def describe_kernels() -> dict[str, Any]:
-    """What decides how fast this process multiplies matrices and gets its memory."""
+    """Settings and libraries that affect the speed of matrix products and memory allocation in this process."""
     import torch
 
     cpu = _read("/proc/cpuinfo")
@@ -106,7 +106,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    from rich import box  # a GPU machine may have no more than torch and transformers
+    from rich import box  # a GPU machine may lack rich
     from rich.console import Console
     from rich.table import Table
 
@@ -119,7 +119,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
 
 
 def save(name: str, results: Mapping[str, Any]) -> None:
-    """Write ``NAME.json`` with the machine and versions beside the numbers."""
+    """Write the numbers with machine and versions to ``NAME.json``."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"machine": describe_machine(), **results}, indent=2) + "\n")

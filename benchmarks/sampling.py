@@ -1,10 +1,10 @@
-"""How near is sampling to the forward passes that it cannot do without, and how far below transformers' generate?
+"""Time of sampling, compared with the bare forward passes (lower bound) and with transformers' generate.
 
     python benchmarks/sampling.py
 
-The same random Qwen2 in one process, the ways in turn: ``generate``; ours; ours with torch's own linear layers; and the
-floor, bare forward passes of as many tokens, without a cache and without drawing, with either kind of linear layers.
-No response stops early, so that all do the same work. Medians over the rounds.
+One random Qwen2 in one process; the forms alternate: ``generate``; ours; ours with torch's linear layers; and the
+floor, bare forward passes of as many tokens without cache and sampling, with either kind of linear layers. No response
+stops early, so that all do the same work. Medians over the rounds.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def main() -> None:
             for name, way in ways.items():
                 started = time.perf_counter()
                 way()
-                if round_:  # the first one warms up
+                if round_:  # the first round is a warm-up
                     seconds[name].append(time.perf_counter() - started)
         medians = {name: statistics.median(times) for name, times in seconds.items()}
         ratios = {
@@ -104,7 +104,7 @@ def main() -> None:
         }
     print_table(
         f"Seconds for {PROMPTS} prompts x {ROLLOUTS} rollouts, {PROMPT_LENGTH} + {RESPONSE_LENGTH} tokens",
-        ["vocabulary: way", "median", "fastest", "over generate"],
+        ["vocabulary: form", "median", "fastest", "over generate"],
         table,
     )
     save("sampling", {"rounds": options.rounds, "threads": options.threads, "load": os.getloadavg()[0], **results})

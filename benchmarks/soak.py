@@ -1,10 +1,10 @@
-"""Does a long run grow? 2,000 steps of the hidden rule with staleness 1, and what its two processes hold.
+"""Growth of memory and open files in a long run: 2,000 steps of the hidden rule with staleness 1.
 
     python benchmarks/soak.py               # about six minutes
 
-Resident memory of actor and sampler, open file descriptors of both and shared memory, every so many steps; then the
-slope of each over the second half, by Theil and Sen (the median of the slopes between all pairs), so that a single jump
-does not count. Where nothing leaks, it is zero up to what the allocators move to and fro.
+Resident memory of actor and sampler, open file descriptors of both and shared memory are read at intervals. The slope
+of each over the second half is by Theil and Sen (the median of the slopes between all pairs), so that a single jump
+does not count. Without a leak it is zero up to fluctuations of the allocators.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ EVERY = 20
 
 
 def measure() -> dict[str, float]:
-    """What this process and its children hold now (Linux)."""
+    """Memory, files and threads of this process and its children now (Linux)."""
     sampler = _find_child("sdpo-sampler")
     pids = {"actor": os.getpid(), "sampler": sampler}
     found: dict[str, float] = {}

@@ -1,8 +1,8 @@
-"""How long until something happens: ``sdpo --help``, and ``sdpo train`` of a tiny model to the end of its first step.
+"""Startup time: ``sdpo --help``, and ``sdpo train`` of a tiny model to the end of its first step.
 
     python benchmarks/startup.py
 
-Medians, from the start of the process, with model and data already made, beside what Python and its imports alone take.
+Medians from the start of the process, with existing model and data, compared with Python and the imports alone.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def time_command(command: list[str]) -> float:
 
 
 def time_first_step(folder: Path, run_file: Path) -> float:
-    """Seconds until the first row stands in ``metrics.jsonl``; the run is stopped then."""
+    """Seconds until ``metrics.jsonl`` has its first row; then the run is stopped."""
     output_dir = Path(tempfile.mkdtemp(dir=folder))
     rows, log = output_dir / "run" / "metrics.jsonl", output_dir / "log"
     started = time.perf_counter()
@@ -51,7 +51,7 @@ def time_first_step(folder: Path, run_file: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--note", default="", help="what else ran on the machine; kept with the numbers")
+    parser.add_argument("--note", default="", help="other load on the machine; saved with the results")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as name:
@@ -68,14 +68,14 @@ def main() -> None:
         for turn in range(options.repeats + 1):
             for line, measure in lines.items():
                 value = measure()
-                if turn > 0:  # the first fills the file cache
+                if turn > 0:  # the first repeat fills the file cache
                     seconds[line].append(value)
     measured: dict[str, Any] = {
         line: {"seconds": statistics.median(many), "slowest": max(many), "target": TARGETS.get(line)}
         for line, many in seconds.items()
     }
     print_table(
-        f"Seconds from the start of the process, of {options.repeats} times",
+        f"Seconds from the start of the process, {options.repeats} repeats",
         ["", "median", "slowest", "target"],
         [[line, m["seconds"], m["slowest"], f"< {m['target']}" if m["target"] else ""] for line, m in measured.items()],
     )

@@ -1,21 +1,20 @@
-"""A whole training step beside TRL's SDPOTrainer: the same model, prompts, lengths, divergence and teacher.
+"""A complete training step compared with TRL's SDPOTrainer: same model, prompts, lengths, divergence and teacher.
 
     python benchmarks/step_trl.py                        # half an hour
     python benchmarks/step_trl.py --vocab 4096 --steps 2 --rounds 1
 
 A random Qwen2 of 5.2 million parameters (at 4,096 tokens; tied output layer), 8 prompts x 8 rollouts, 56 prompt tokens
-and 64 response tokens, of which none ends early; float32, one thread, an EMA teacher, Jensen-Shannon with alpha 0.5. On
-both sides every sample is distilled, from the same feedback in the same words, so that the teacher's prompts are as
-long. TRL goes through forward and backward pass with all 64 samples at once, and with 8 at a time; so does ours, which
-cuts by tokens: by as many as its default says, and by as many as 8 samples have. Sides take turns, each time in a new
-process.
+and 64 response tokens, none of which ends early; float32, one thread, an EMA teacher, Jensen-Shannon with alpha 0.5. On
+both sides every sample is distilled from the same feedback in the same words, so that the teacher's prompts have equal
+lengths. TRL runs forward and backward pass with all 64 samples at once, and with 8 at a time. Ours splits by tokens: by
+its default, and by the tokens of 8 samples. Sides alternate, each time in a new process.
 
     sampling   the rollouts
     learning   teacher, student, loss, backward pass, optimizer, the teacher's update
-    rest       all else of a step
+    rest       the remainder of a step
 
-Peak memory is the highest resident set of the process; above imports is the same less what was resident once everything
-was imported: models, optimizer and all that a step needs.
+Peak memory is the highest resident set of the process; above imports is the peak minus the resident memory after the
+imports: models, optimizer and everything that a step needs.
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ from sdpo.kernels.cpu.allocator import keep_freed_memory
 
 TOPK = 100
 SETTINGS = {"full vocabulary": None, f"top {TOPK} with tail": TOPK}
-WARM_UP = 1  # steps left out
-TEMPLATE_LENGTH = 24  # tokens that the words around the feedback take at most
+WARM_UP = 1  # skipped steps
+TEMPLATE_LENGTH = 24  # maximum tokens of the words around the feedback
 
 
 def run_ours(folder: str, workload: Workload, topk: int | None, steps: int, at_once: int | None) -> dict[str, Any]:
-    """Medians over the steps, tokens a step, bytes; ``at_once`` samples in a forward pass, or as many as by default."""
+    """Medians over the steps, tokens per step, bytes; ``at_once`` samples per forward pass, or by default."""
     import torch
 
     from sdpo import SDPOTrainer
@@ -89,7 +88,7 @@ def _count_teacher_tokens(run: Any, workload: Workload) -> int:
 
 
 def run_trl(folder: str, workload: Workload, topk: int | None, steps: int, at_once: int) -> dict[str, Any]:
-    """The same by TRL, ``at_once`` samples in a forward pass; with what its learning consists of."""
+    """The same by TRL, ``at_once`` samples per forward pass; with the parts of its training."""
     import pyarrow.parquet as pq
     import torch
     from datasets import Dataset
@@ -100,7 +99,7 @@ def run_trl(folder: str, workload: Workload, topk: int | None, steps: int, at_on
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     imported = reset_peak()
-    seconds: dict[str, float] = defaultdict(float)  # since the step began
+    seconds: dict[str, float] = defaultdict(float)  # since the start of the step
     rows: list[dict[str, float]] = []
     tokens: dict[str, int] = {}
 
@@ -137,7 +136,7 @@ def run_trl(folder: str, workload: Workload, topk: int | None, steps: int, at_on
                 return super()._compute_self_distillation_loss(*args, **kwargs)
 
     class Clock(TrainerCallback):
-        """A step is from one beginning to the next; learning ends when the teacher has followed."""
+        """Times of a step, from one start to the next; training ends after the teacher's update."""
 
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             self.finish()
@@ -187,14 +186,14 @@ def run_trl(folder: str, workload: Workload, topk: int | None, steps: int, at_on
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
-            diagnostics_warning_interval=0,  # that every score is 0 is as it should be
+            diagnostics_warning_interval=0,  # every score is 0 on purpose
         ),
         train_dataset=Dataset.from_list(data),
         processing_class=AutoTokenizer.from_pretrained(path / "model"),
         callbacks=None,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Clock())  # the last, after that which updates the teacher
+    trainer.add_callback(Clock())  # the last callback, after the one that updates the teacher
     backward = trainer.accelerator.backward
 
     def timed_backward(*args: Any, **kwargs: Any) -> None:
@@ -216,7 +215,7 @@ def prepare(folder: str, workload: Workload) -> dict[str, Any]:
 
 
 def compare(folder: str, workload: Workload, topk: int | None, options: argparse.Namespace) -> dict[str, Any]:
-    """Medians over the rounds, by side; ratios to ours with as many samples at once, of neighbours in time."""
+    """Medians over the rounds by side, and ratios to the next run of ours with as many samples at once."""
     num_samples = workload.num_prompts * workload.n
     few = max(1, num_samples // 8)
     sides: dict[str, Any] = {
@@ -264,12 +263,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocab", type=int, nargs="+", default=[4096, 32_768])
     parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("-n", type=int, default=8, help="rollouts a prompt")
-    parser.add_argument("--response", type=int, default=64, help="tokens a response")
-    parser.add_argument("--steps", type=int, default=3, help="measured steps of a process")
-    parser.add_argument("--rounds", type=int, default=3, help="processes a side")
-    parser.add_argument("--return-memory", action="store_true", help="do not let glibc keep what is freed, on any side")
-    parser.add_argument("--note", default="", help="what else ran on the machine; kept with the numbers")
+    parser.add_argument("-n", type=int, default=8, help="rollouts per prompt")
+    parser.add_argument("--response", type=int, default=64, help="tokens per response")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps per process")
+    parser.add_argument("--rounds", type=int, default=3, help="processes per side")
+    parser.add_argument(
+        "--return-memory", action="store_true", help="let glibc return freed memory to the system, on all sides"
+    )
+    parser.add_argument("--note", default="", help="other load on the machine; saved with the results")
     options = parser.parse_args()
     if not options.return_memory:
         keep_freed_memory()
@@ -288,7 +289,7 @@ def main() -> None:
         results = {"note": options.note, "options": vars(options), "kernels": kernels}
         save("step_trl", results | {"measured": measured})
     print_table(
-        f"Seconds a step of {options.prompts} x {options.n} rollouts, and MB: peak, above imports, ours / it",
+        f"Seconds per step of {options.prompts} x {options.n} rollouts, and MB: peak, above imports, ours / it",
         ["", "sampling", "learning", "rest", "step", "peak", "above", "time", "memory"],
         tabulate(measured),
     )

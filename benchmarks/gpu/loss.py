@@ -1,16 +1,17 @@
-"""The loss on one GPU beside the floor, TRL and Liger, in one process; and where its time goes.
+"""Time and memory of the loss on one GPU, compared with the floor, TRL and Liger in one process; profile of its
+kernels.
 
     python benchmarks/gpu/loss.py                       # two to three minutes on one GPU
-    python benchmarks/gpu/loss.py OUT.json table sum    # some of its parts, to a file of one's own
+    python benchmarks/gpu/loss.py OUT.json table sum    # two of the parts, to another file
     TRIAL=1 TRITON_INTERPRET=1 python benchmarks/gpu/loss.py OUT.json  # tiny sizes on a CPU, kernels interpreted
 
-Printed and kept, part by part, so that a run that is cut short has said something:
+Each part is printed and saved when it is done, so that an interrupted run has results:
 
     accuracy   loss and gradients at 256 tokens and the full vocabulary against the portable form in float64
     table      median milliseconds, multiples of the floor, GB above inputs and gradients
-    sum        the head's gradient summed up in bfloat16 over the chunks against float32
-    variants   both kernels alone at several block sizes, and chunk sizes of the whole loss
-    profile    the twelve operations that the GPU spends most on
+    sum        error of the head's gradient summed in bfloat16 over the chunks, against float32
+    variants   both kernels alone at several block sizes, and the complete loss at several chunk sizes
+    profile    the twelve operations with the most GPU time
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def main() -> None:
         print(f"\n== {part.__name__.removeprefix('measure_')}", flush=True)
         try:
             part()
-        except Exception as error:  # the other parts have something to say all the same
+        except Exception as error:  # the other parts are still measured
             print(f"FAILED {type(error).__name__}: {error}"[:2000], flush=True)
             if TRIAL:
                 raise
@@ -124,7 +125,7 @@ def time_once(step: Callable[[], Any]) -> float:
 
 
 def measure(step: Callable[[], Any], repeats: int = REPEATS) -> dict[str, float]:
-    """Median milliseconds, and GB at the worst moment beyond what a first call left (gradients, in the same place)."""
+    """Median milliseconds, and peak GB above the memory after a first call (gradients, which are reused)."""
     step()
     if TRIAL:
         return {"ms": time_once(step), "gb": 0.0}
@@ -269,7 +270,7 @@ def measure_variants() -> None:
             for kernel, (step, passes) in steps.items():
                 try:
                     ms = measure(step, repeats=9)["ms"]
-                except Exception as error:  # a variant that needs more than the GPU has
+                except Exception as error:  # a variant that needs more registers or memory than the GPU has
                     print(kernel, setting, launch, str(error)[:200], flush=True)
                     continue
                 rows.append({"kernel": kernel, "setting": setting, "launch": vars(launch), "ms": ms})
@@ -294,11 +295,11 @@ def measure_variants() -> None:
         step = partial(differentiate, partial(compute_core, SETTINGS["Jensen-Shannon"], chunk), inputs)
         ms = measure(step)["ms"]
         rows.append({"kernel": "loss", "setting": "Jensen-Shannon", "chunk": chunk, "ms": ms})
-        print(f"whole loss in chunks of {chunk:5} {ms:8.2f} ms", flush=True)
+        print(f"complete loss in chunks of {chunk:5} {ms:8.2f} ms", flush=True)
 
 
 def measure_sum() -> None:
-    """The head's gradient with a bfloat16 head, against the same with a float32 one."""
+    """Compare the head's gradient with a bfloat16 head and with a float32 head."""
     rows = results["sum"] = []
     for n in TOKENS:
         inputs = build(n)
@@ -310,7 +311,7 @@ def measure_sum() -> None:
         rounded = in_float32.grad.bfloat16().float()
         least = float((rounded - in_float32.grad).norm() / in_float32.grad.norm())
         rows.append({"tokens": n, "error": error, "of_rounding_once": least})
-        print(f"{n:6} summed in bfloat16: error {error:.2e}; rounded once: {least:.2e}", flush=True)
+        print(f"{n:6} sum in bfloat16: error {error:.2e}; rounded once: {least:.2e}", flush=True)
         del inputs, in_float32, rounded, head
         free_memory()
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Proves that this machine can train with SDPO on verl: tiny models through every part that its devices allow, three
-# steps each, then checks of losses, sampler, teacher, images, resumption and checkpoints.
+# Checks that this machine can train with SDPO on verl: tiny models, three steps each, then checks of losses, sampler,
+# teacher, images, resuming and checkpoints.
 #
-#   bash prove.sh                   one GPU: text (resumed once), images and LoRA, sampled by vLLM; two or more: also one
-#                                   step off policy, weights over NCCL; none: all of it on the CPU, without vLLM
-#   bash prove.sh text images       these parts alone
-#   bash prove.sh all KEY=VALUE     with settings of verl's
+#   bash prove.sh                   one GPU: text (resumed once), images and LoRA, sampled by vLLM; two GPUs or more: also
+#                                   one step off policy with NCCL; no GPU: all parts on the CPU, without vLLM
+#   bash prove.sh text images       only these parts
+#   bash prove.sh all KEY=VALUE     with settings of verl
 #
-# SMOKE_DIR names the folder for models, logs and checkpoints (default: a temporary one); PYTHON the interpreter.
+# SMOKE_DIR: folder for models, logs and checkpoints (default: a temporary folder). PYTHON: the interpreter.
 set -euo pipefail
 [ $# -gt 0 ] || set -- all
 exec "${PYTHON:-python}" -m sdpo.verl_backend.smoke.suite "$@"

@@ -103,8 +103,15 @@ BASE: dict[str, Any] = {
         "max_reprompt_len": 100,
         "reprompt_template": "{prompt}{solution}{feedback} Again.",
     },
-    "eval": {"before_training": False, "max_prompts": 2, "n": 0, "temperature": 1.0, "top_p": 1.0, "teacher": True},
-    "tracking": {"backends": [], "project": "p", "name": None, "log_completions_steps": 10, "num_completions": 2},
+    "eval": {
+        "val_before_train": False,
+        "max_prompts": 2,
+        "n": 0,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "evaluate_teacher": True,
+    },
+    "tracking": {"report_to": [], "project": "p", "name": None, "log_completions_steps": 10, "num_completions": 2},
 }
 FIELDS = {key: str(setting.type) for key, setting in iterate_settings()}
 KEYS = list(FIELDS)

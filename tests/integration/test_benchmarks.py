@@ -201,7 +201,7 @@ def test_a_step_beside_trl(run_benchmark: Callable[..., Any]) -> None:
 @pytest.mark.slow
 def test_growth(run_benchmark: Callable[..., Any]) -> None:
     _, results, page = run_benchmark(
-        "growth", "--tiny", "--axes", "prompts a step", "--factors", "1", "16", "--repeats", "2"
+        "growth", "--tiny", "--axes", "prompts per step", "--factors", "1", "16", "--repeats", "2"
     )
     (axis,) = results["measured"]
     assert axis["sizes"] == [1, 16]
@@ -209,7 +209,7 @@ def test_growth(run_benchmark: Callable[..., Any]) -> None:
     assert most["learning_seconds"] >= 0 and least["learning_seconds"] >= 0  # what a busy machine took is no matter
     exponent = axis["exponents"]["learning_seconds"]
     ((name, sizes, *cells),) = read_rows(page, "Growth")
-    assert (name, sizes) == ("prompts a step", "1 to 16")
+    assert (name, sizes) == ("prompts per step", "1 to 16")
     assert cells[0] == ("-" if exponent is None else f"{exponent:.2f}")
 
 

@@ -28,20 +28,20 @@ def test_the_runs_that_make_names_are_shipped() -> None:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_a_shipped_run_is_read(path: Path) -> None:
-    run = load_config(path)
-    assert run.output_dir == f"runs/{path.stem}", "a separate folder per config file"
+    config = load_config(path)
+    assert config.output_dir == f"runs/{path.stem}", "a separate folder per config file"
 
 
 def dry_run(path: Path, *overrides: str, on_verl: bool = False) -> MemoryEstimate:
-    run = load_config(path, [MODEL, *overrides])
+    config = load_config(path, [MODEL, *overrides])
     if path not in ON_VERL and not on_verl:
         from sdpo.trainer.memory_estimate import estimate_memory as estimate_native
 
-        return estimate_native(run)
+        return estimate_native(config)
     from sdpo.verl_backend.config.memory_estimate import estimate_memory
     from sdpo.verl_backend.config.to_verl import to_verl_overrides
 
-    return estimate_memory(run, to_verl_overrides(run).overrides)
+    return estimate_memory(config, to_verl_overrides(config).overrides)
 
 
 def test_there_is_a_file_for_each_machine() -> None:
@@ -50,21 +50,21 @@ def test_there_is_a_file_for_each_machine() -> None:
 
 @pytest.mark.parametrize("path", GEO3K, ids=lambda path: path.stem)
 def test_a_run_on_geometry_fits_into_80_gb(path: Path) -> None:
-    cost = dry_run(path)
-    assert cost.num_params == 3_754_622_976
-    assert max(cost.actor_peak, cost.sampler_peak) < 72 * 2**30, (
+    estimate = dry_run(path)
+    assert estimate.num_params == 3_754_622_976
+    assert max(estimate.actor_peak, estimate.sampler_peak) < 72 * 2**30, (
         "of 79.6 GiB; the rest is for CUDA, NCCL and fragmentation"
     )
 
 
 def test_the_file_for_one_gpu_fits_on_verl_too() -> None:
-    cost = dry_run(CONFIGS / "geo3k_1gpu.yaml", on_verl=True)
-    assert cost.colocated and cost.actor_peak < 72 * 2**30
+    estimate = dry_run(CONFIGS / "geo3k_1gpu.yaml", on_verl=True)
+    assert estimate.colocated and estimate.actor_peak < 72 * 2**30
     page = (ROOT / "docs" / "geo3k_memory.md").read_text()
-    held, learning = sum(cost.persistent.values()), sum(cost.training.values())
+    held, learning = sum(estimate.persistent.values()), sum(estimate.training.values())
     for size in (
-        held + sum(cost.sampler.values()),
-        held + learning + max(sum(p.values()) for p in cost.phases.values()),
+        held + sum(estimate.sampler.values()),
+        held + learning + max(sum(p.values()) for p in estimate.phases.values()),
     ):
         assert format_bytes(size) in page
 
@@ -95,7 +95,7 @@ def test_the_full_vocabulary_fits_as_the_page_says() -> None:
     page = (ROOT / "docs" / "geo3k_memory.md").read_text().replace("\n", " ")
     path, full = CONFIGS / "geo3k_2gpus.yaml", "self_distillation.distillation_topk=null"
     assert load_config(path).actor.max_tokens_per_micro_batch == 8192
-    cost = dry_run(path, full)
+    estimate = dry_run(path, full)
     vocabulary, hidden = 151_936, 2048
     parts = [
         350_000_000,
@@ -104,12 +104,12 @@ def test_the_full_vocabulary_fits_as_the_page_says() -> None:
         2 * vocabulary * hidden,
         (4096 * 2 + 8192 // 2) * hidden * 4,
     ]
-    assert cost.phases["micro-batch"]["logits"] == sum(parts)
+    assert estimate.phases["micro-batch"]["logits"] == sum(parts)
     for size in (*parts, sum(parts)):
         assert f"| {format_bytes(size)} |" in page
-    assert f"It takes {format_bytes(cost.actor_peak)} now, as with top-k" in page
-    assert f"{format_bytes(sum(cost.persistent.values()) + sum(cost.training.values()))} of it" in page
-    assert cost.actor_peak == dry_run(path).actor_peak < 72 * 2**30
+    assert f"It takes {format_bytes(estimate.actor_peak)} now, as with top-k" in page
+    assert f"{format_bytes(sum(estimate.persistent.values()) + sum(estimate.training.values()))} of it" in page
+    assert estimate.actor_peak == dry_run(path).actor_peak < 72 * 2**30
     twice = dry_run(path, full, "actor.max_tokens_per_micro_batch=16384")
     assert f"At 16384 tokens per micro-batch the actor takes {format_bytes(twice.actor_peak)}" in page
 
@@ -137,15 +137,15 @@ def test_a_run_on_verl_composes(name: str, actors: tuple[int, int], samplers: tu
         (tmp_path / f"{kind}.parquet").touch()
     path = CONFIGS / f"{name}.yaml"
     files = [f"data.train_files=[{tmp_path}/train.parquet]", f"data.val_files=[{tmp_path}/test.parquet]"]
-    run = load_config(path, files)
-    translated = to_verl_overrides(run)
+    sdpo_config = load_config(path, files)
+    translated = to_verl_overrides(sdpo_config)
     config = compose_config(translated.config_name, translated.overrides)
     assert translated.config_name == "sdpo_trainer" and not config.trainer.use_v1, "one step off policy"
     assert (config.trainer.nnodes, config.trainer.n_gpus_per_node) == actors
     assert (config.actor_rollout_ref.rollout.nnodes, config.actor_rollout_ref.rollout.n_gpus_per_node) == samplers
-    cost = dry_run(path)
-    assert (cost.num_actor_gpus, cost.num_sampler_gpus) == (actors[0] * actors[1], samplers[0] * samplers[1])
-    assert read_self_distillation(config.actor_rollout_ref.actor) == run.self_distillation
+    estimate = dry_run(path)
+    assert (estimate.num_actor_gpus, estimate.num_sampler_gpus) == (actors[0] * actors[1], samplers[0] * samplers[1])
+    assert read_self_distillation(config.actor_rollout_ref.actor) == sdpo_config.self_distillation
     assert config.actor_rollout_ref.model.path == "Qwen/Qwen2.5-VL-3B-Instruct"
     precision = config.actor_rollout_ref.actor.fsdp_config
     assert precision.mixed_precision.param_dtype == "bf16"

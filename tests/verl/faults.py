@@ -1,7 +1,7 @@
 """Faults for ``test_proof.py``, which verl's workers import by ``actor_rollout_ref.model.external_lib=faults``.
 
-``FAULT`` names one: ``stale`` sends the sampler the weights of one update before, ``images`` shows the actor the
-images of other rows.
+``FAULT`` selects a fault: ``stale`` syncs the weights before the last update to the sampler, ``images`` passes the
+images of other rows to the actor.
 """
 
 from __future__ import annotations

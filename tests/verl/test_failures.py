@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 Metrics = Callable[[Path], dict[int, dict[str, Any]]]
 Train = Callable[..., Any]
 
-# Of a prompt's two responses one raises, or hangs, in the first batch; in the later ones all raise.
-GRADER = """
+# In the first batch one of a prompt's two responses raises or hangs; in later batches all raise.
+REWARD_FUNCTION = """
 import time
 from pathlib import Path
 from sdpo.rewards.toy.hidden_rule import HiddenRule
@@ -29,7 +29,7 @@ class build_task(HiddenRule):
     def compute_score(self, row, response):
         rank = int(row.extra_info["index"]) if row.extra_info["split"] == "train" else 3
         if rank > 3:
-            raise ValueError("no grade beyond the fourth row")
+            raise ValueError("no score beyond the fourth row")
         calls = Path({calls!r}) / f"{{row.extra_info['split']}}{{row.extra_info['index']}}"
         with calls.open("a") as file:
             file.write("x")
@@ -46,9 +46,9 @@ def test_failed_grades_are_counted_and_too_many_end_the_run(
     name: str, start: Train, task_dir: Path, tmp_path: Path, metrics_of: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "calls").mkdir()
-    (tmp_path / "grader.py").write_text(GRADER.format(calls=str(tmp_path / "calls")))
+    (tmp_path / "reward.py").write_text(REWARD_FUNCTION.format(calls=str(tmp_path / "calls")))
     overrides = {
-        "data.task": tmp_path / "grader.py",
+        "data.task": tmp_path / "reward.py",
         "data.task_args.dir": task_dir,
         "data.task_args.num_train": 16,
         "data.task_args.num_test": 4,
@@ -79,7 +79,7 @@ def test_failed_grades_are_counted_and_too_many_end_the_run(
         r"reward\.max_failure_fraction=0\.3; the last: hidden_rule: .*",
         last[0],
     ), last
-    if name == "sdpo_separate_async":  # which prompts are ready first, and so learned first, is chance
+    if name == "sdpo_separate_async":  # the order of prompts is random
         return
     assert "4 of 8 responses of step 2" in last[0] or "8 of 8 responses of step 2" in last[0]
     assert "scoring failed for 2 of 8 responses of step 1, which are left out; the last: " in log

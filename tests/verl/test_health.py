@@ -17,8 +17,8 @@ from sdpo.verl_backend.smoke.checks import load_weights
 Metrics = Callable[[Path], dict[int, dict[str, Any]]]
 Train = Callable[..., Any]
 
-# All is right until there is a checkpoint of step 4 or later, and then nothing.
-GRADER = """
+# Every response is right until a checkpoint of step 4 or later exists, and wrong afterwards.
+REWARD_FUNCTION = """
 from pathlib import Path
 
 def compute_score(row, response):
@@ -27,7 +27,7 @@ def compute_score(row, response):
 """
 
 
-def read_alarms(output_dir: Path) -> list[dict[str, Any]]:
+def read_events(output_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output_dir / "health_events.jsonl").read_text().splitlines()]
 
 
@@ -35,17 +35,17 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def test_an_alarm_stops_a_run_and_the_best_checkpoint_stays(
+def test_a_health_check_stops_a_run_and_the_best_checkpoint_stays(
     start: Train, task_dir: Path, tmp_path: Path, metrics_of: Metrics
 ) -> None:
     """Sampling and learning in turns. Steps 2 and 4 are saved and evaluated; at step 5 the score has fallen."""
     output_dir = tmp_path / "run"
-    (tmp_path / "grader.py").write_text(GRADER.format(checkpoints=str(output_dir / "checkpoints")))
+    (tmp_path / "reward.py").write_text(REWARD_FUNCTION.format(checkpoints=str(output_dir / "checkpoints")))
     (tmp_path / "run.yaml").write_text("output_dir: ???\nmax_steps: 9\n")
     settings = {
         "output_dir": output_dir,
         "model.path": task_dir / "model",
-        "data.task": tmp_path / "grader.py",
+        "data.task": tmp_path / "reward.py",
         "data.train_files": f"[{task_dir / 'train.parquet'}]",
         "data.val_files": f"[{task_dir / 'test.parquet'}]",
         "data.train_batch_size": 4,
@@ -67,7 +67,7 @@ def test_an_alarm_stops_a_run_and_the_best_checkpoint_stays(
     assert f"stopped by a health check: score_collapse: {reason}\n" in running.log.read_text(errors="replace")
     message = f"step 5: health.score_collapse=stop: {reason}; stopping the run after this step"
     assert message in running.log.read_text(errors="replace")
-    assert [(alarm["step"], alarm["rule"], alarm["action"]) for alarm in read_alarms(output_dir)] == [
+    assert [(event["step"], event["rule"], event["action"]) for event in read_events(output_dir)] == [
         (5, "score_collapse", "stop")
     ]
     rows = metrics_of(output_dir)
@@ -82,10 +82,10 @@ def test_an_alarm_stops_a_run_and_the_best_checkpoint_stays(
     load_weights(output_dir, 2), load_weights(output_dir, 5, teacher=True)
 
 
-def test_an_alarm_freezes_the_teacher_and_a_resumed_run_goes_on_with_it(
+def test_a_health_check_freezes_the_teacher_and_a_resumed_run_goes_on_with_it(
     train_on_verl: Train, tmp_path: Path, metrics_of: Metrics
 ) -> None:
-    """One step off policy. Any change of the entropy is an alarm, from the second step on."""
+    """One step off policy. Any change of the entropy fails a check, from the second step."""
     output_dir = tmp_path / "run"
     settings = [
         "max_staleness=1",
@@ -103,17 +103,17 @@ def test_an_alarm_freezes_the_teacher_and_a_resumed_run_goes_on_with_it(
     ]
     running = train_on_verl(output_dir, *settings)
     assert running.wait() == 0, running.tail()
-    alarms = read_alarms(output_dir)
-    assert [(alarm["step"], alarm["action"]) for alarm in alarms][:1] == [(2, "freeze_teacher")]
+    events = read_events(output_dir)
+    assert [(event["step"], event["action"]) for event in events][:1] == [(2, "freeze_teacher")]
     state = json.loads((output_dir / "checkpoints/global_step_3" / STATE_FILE).read_text())
     assert state["actor"]["teacher_is_frozen"]
 
-    # As if it had been killed after its second step: what came later is taken anew.
+    # The state after a kill behind the second step: later steps are repeated.
     (output_dir / "checkpoints/latest_checkpointed_iteration.txt").write_text("2")
     running = train_on_verl(output_dir, *settings, "resume_mode=auto", "max_steps=4")
     assert running.wait() == 0, running.tail()
-    again = read_alarms(output_dir)
-    assert [alarm for alarm in again if alarm["step"] <= 2] == [alarm for alarm in alarms if alarm["step"] <= 2]
+    again = read_events(output_dir)
+    assert [event for event in again if event["step"] <= 2] == [event for event in events if event["step"] <= 2]
     rows = metrics_of(output_dir)
     assert [rows[step][metrics.TEACHER_FROZEN] for step in (1, 2, 3, 4)] == [0, 1, 1, 1]
     teachers = {step: load_weights(output_dir, step, teacher=True) for step in (1, 2, 3, 4)}

@@ -46,7 +46,7 @@ def test_a_wrong_pipeline_is_found(
     assert found == {name.replace("_", " ") for name in failing}, text
     if "check_teacher" in failing:
         assert "it moves by 0.05050 of the distance instead of 0.05" in text
-    # The thresholds of a GPU, which leave room for bfloat16, find it too.
+    # The GPU's thresholds, which allow for bfloat16, detect it too.
     run = Finished(tmp_path / "proof" / part, tmp_path / "proof" / "tasks", (2, 3) if part == "text" else (3,), False)
     with pytest.raises(AssertionError, match="mean difference and correlation"):
         checks.check_sampler(run)

@@ -52,7 +52,7 @@ def load_state(output_dir: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 def read_responses(output_dir: Path, step: int) -> dict[str, str]:
-    """Held-out responses by prompt."""
+    """Return validation responses by prompt."""
     lines = (output_dir / "val" / f"{step}.jsonl").read_text().splitlines()
     return {row["input"]: row["output"] for row in map(json.loads, lines)}
 
@@ -87,7 +87,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(train_on_verl: Train, tmp_p
             assert torch.equal(state[name], value), f"step {step}: {name}"
     assert not torch.equal(load_state(whole, 3)["lm_head.weight"], load_state(whole, 6)["lm_head.weight"])
 
-    # The evaluation at the end of step 3 and the one that the resumed run begins with are of the same weights.
+    # The validation at the end of step 3 and the resumed run's first validation use the same weights.
     responses = {step: read_responses(whole, step) for step in (0, 3, 6)}
     assert responses[3] == read_responses(killed, 3) and responses[6] == read_responses(killed, 6)
     assert len({str(each) for each in responses.values()}) == 3
@@ -95,11 +95,11 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(train_on_verl: Train, tmp_p
     rows, again = metrics_of(whole), metrics_of(killed)
     assert rows[6][metrics.LOSS] == again[6][metrics.LOSS]
     assert rows[6][metrics.LR] == again[6][metrics.LR]
-    # 16 rows, 4 a step: verl's own trainer would say 0 throughout.
+    # 16 rows, 4 per step; verl's own trainer logs 0 in every step.
     assert [rows[step]["training/epoch"] for step in range(1, 7)] == [0, 0, 0, 0, 1, 1]
     assert [again[step]["training/epoch"] for step in (4, 5, 6)] == [0, 1, 1]
     assert [rows[step][metrics.STALENESS] for step in range(1, 7)] == [0, 1, 1, 1, 1, 1]
-    # verl's own trainer crashes where rollouts are to be written.
+    # verl's own trainer crashes with rollout_data_dir.
     assert sorted(int(file.stem) for file in (whole / "rollouts").glob("*.jsonl")) == [1, 2, 3, 4, 5, 6]
 
 
@@ -188,7 +188,7 @@ def test_with_lora_the_sampler_has_the_merged_model_of_each_step(
         for name, delta in deltas.items():
             torch.testing.assert_close(teacher[name].double(), delta, rtol=1e-5, atol=1e-8)
 
-    # Sampled ahead in step 2 is what step 3 learns, with the weights after step 1.
+    # The batch of step 3 is sampled in step 2, with the weights after step 1.
     batch = torch.load(output_dir / "checkpoints/global_step_2/prefetched.pt", weights_only=False)["batch"][3].batch
     model = load_model(ModelConfig(path=str(task_dir / "model")), torch.device("cpu"))
     mask = batch["response_mask"].bool()
@@ -219,7 +219,7 @@ def test_kl_to_the_reference_begins_at_0(
     assert kl[1] > 1e-6 and kl[2] > 1e-6
 
 
-GRADER = """
+REWARD_FUNCTION = """
 def compute_score(row, response):
     return {"score": float(len(response) % 2), "feedback": "Expected: " + row.ground_truth}
 """
@@ -247,14 +247,14 @@ def write_rows(path: Path, num_rows: int) -> str:
 def test_images_and_texts_with_a_frozen_tower_on_one_gpu(start: Train, tmp_path: Path, metrics_of: Metrics) -> None:
     """Qwen3-VL on the V1 trainer sync; one step off and Qwen2.5-VL are the smoke test's."""
     model = build_vision_model("qwen3_vl", tmp_path / "model")
-    (tmp_path / "grader.py").write_text(GRADER)
+    (tmp_path / "reward.py").write_text(REWARD_FUNCTION)
     (tmp_path / "run.yaml").write_text("output_dir: ???\nmax_steps: 2\n")
     settings = {
         "output_dir": tmp_path / "run",
         "save_steps": 1,
         "eval_steps": 0,
         "model.path": model,
-        "data.task": tmp_path / "grader.py",
+        "data.task": tmp_path / "reward.py",
         "data.train_files": f"[{write_rows(tmp_path / 'train.parquet', 12)}]",
         "data.val_files": f"[{write_rows(tmp_path / 'test.parquet', 3)}]",
         "data.train_batch_size": 6,

@@ -28,7 +28,7 @@ Start = Callable[..., Any]
 
 
 class Nodes:
-    """A Ray head, and nodes that join it; each a raylet in a process group of its own, with one made-up GPU."""
+    """A Ray head, and nodes that join it; each a raylet in a separate process group, with one placeholder GPU."""
 
     def __init__(self, folder: Path) -> None:
         with socket.socket() as free:
@@ -36,7 +36,7 @@ class Nodes:
             self.address = f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
         self.folder = folder
         self.processes: list[subprocess.Popen[bytes]] = []
-        # Of its own: in the usual folder Ray would note this cluster, and every run beside this test would join it.
+        # A separate folder: in the usual one Ray would record this cluster, and other runs would join it.
         self.temporary = tempfile.mkdtemp(prefix="nodes-", dir="/tmp")
         head = ["--head", f"--port={self.address.rpartition(':')[2]}", f"--temp-dir={self.temporary}"]
         self.add(*head, "--include-dashboard=false")
@@ -74,7 +74,7 @@ class Nodes:
 
 @pytest.fixture
 def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
-    # What main.py sets for a cluster that it starts itself; a cluster that runs already needs it before.
+    # main.py sets these variables for a cluster that it starts; a running cluster needs them earlier.
     for name, value in {
         "VERL_PLATFORM": "cpu",
         "OMP_NUM_THREADS": "1",

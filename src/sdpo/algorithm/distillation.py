@@ -2,46 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from sdpo.algorithm.batch import TokenBatch
 from sdpo.algorithm.distributions import TokenDistributions
-from sdpo.algorithm.divergence import (
-    add_tail,
-    compute_divergence,
-    compute_entropy,
-    compute_sampled_token_surrogate,
-    renormalize,
-)
+from sdpo.algorithm.divergence import compute_divergence, compute_entropy, compute_sampled_token_surrogate
 from sdpo.algorithm.importance_sampling import compute_ratio
 from sdpo.algorithm.sums import TokenValues
+from sdpo.algorithm.topk import complete_topk
 from sdpo.config.self_distillation import SelfDistillationConfig
 
 
-def _normalize_support(tokens: TokenDistributions, config: SelfDistillationConfig) -> TokenDistributions:
-    """Make distributions of the top k entries [M, K]: [M, K + 1] with a tail entry, or [M, K] renormalised."""
-    if config.distillation_topk is None or not config.full_logit_distillation:
-        return tokens
-    student, teacher = tokens.student_distribution, tokens.teacher_distribution
-    assert student is not None and teacher is not None
-    complete = add_tail if config.distillation_add_tail else renormalize
-    return replace(tokens, student_distribution=complete(student), teacher_distribution=complete(teacher.detach()))
+def _complete(log_probs: Tensor | None, config: SelfDistillationConfig) -> Tensor:
+    """Compared distributions of student or teacher, [M, V]; with top-k, completed."""
+    assert log_probs is not None
+    return log_probs if config.distillation_topk is None else complete_topk(log_probs, config)
 
 
 def _compute_clip_factor(divergence: Tensor, limit: float) -> Tensor:
     # Scaled, not clamped: a clamp would zero the gradient of the tokens with the largest divergence.
     return limit / divergence.detach().abs().clamp(min=limit)
-
-
-def _compute_teacher_entropies(tokens: TokenDistributions, config: SelfDistillationConfig) -> Tensor:
-    """Entropies of the teacher's compared distributions, [M]."""
-    if tokens.teacher_entropies is not None and config.distillation_topk is None:
-        return tokens.teacher_entropies
-    assert tokens.teacher_distribution is not None
-    return compute_entropy(tokens.teacher_distribution.detach())
 
 
 def _compare(
@@ -55,8 +36,9 @@ def _compare(
         return surrogate, student_log_probs - tokens.teacher_log_probs
     divergence = tokens.divergence
     if divergence is None:
-        assert tokens.student_distribution is not None and tokens.teacher_distribution is not None
-        divergence = compute_divergence(tokens.student_distribution, tokens.teacher_distribution.detach(), config.alpha)
+        student = _complete(tokens.student_distribution, config)
+        teacher = _complete(tokens.teacher_distribution, config).detach()
+        divergence = compute_divergence(student, teacher, config.alpha)
     return divergence, divergence
 
 
@@ -64,7 +46,6 @@ def compute_distillation_token_losses(
     batch: TokenBatch, tokens: TokenDistributions, config: SelfDistillationConfig
 ) -> tuple[Tensor, TokenValues]:
     """Loss of each distilled token [M] before aggregation, and the values of its metrics."""
-    tokens = _normalize_support(tokens, config)
     assert tokens.teacher_log_probs is not None
     num_distilled = len(tokens.teacher_log_probs)
     student_log_probs = batch.at_distilled(tokens.student_log_probs, num_distilled)
@@ -80,7 +61,10 @@ def compute_distillation_token_losses(
         "gap_negative_part": gap.clamp(max=0),
     }
     if config.teacher_entropy_beta:
-        losses = losses * torch.exp(-config.teacher_entropy_beta * _compute_teacher_entropies(tokens, config))
+        entropies = tokens.compared_teacher_entropies
+        if entropies is None:
+            entropies = compute_entropy(_complete(tokens.teacher_distribution, config).detach())
+        losses = losses * torch.exp(-config.teacher_entropy_beta * entropies)
     if config.is_clip is not None:
         assert batch.old_log_probs is not None
         ratio = compute_ratio(student_log_probs.detach(), batch.at_distilled(batch.old_log_probs, num_distilled))

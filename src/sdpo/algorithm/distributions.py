@@ -26,6 +26,7 @@ class TokenDistributions:
     student_distribution: Tensor | None = None  # [M, V] or [M, K] log-probabilities (K: the student's top k)
     teacher_distribution: Tensor | None = None  # [M, V] or [M, K], same entries
     divergence: Tensor | None = None  # [M], if already computed
+    compared_teacher_entropies: Tensor | None = None  # [M] of what the divergence compares, if already computed
 
 
 def gather_log_probs(log_probs: Tensor, token_ids: Tensor) -> Tensor:

@@ -11,19 +11,14 @@ The interpolation tends to 0 for alpha -> 0 and 1, so both end points are define
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # Upper bound of log(sum p) for the tail log(1 - sum p), as in the official code.
 TAIL_LOG_SUM_MAX = -1e-7
 # Replaces log 0, because -inf minus -inf is NaN; exp() of it is 0.
 LOG_ZERO = -1e4
-LOG2_E = math.log2(math.e)
-# Up to this many entries, masking is cheaper than checking for zeros and avoids a GPU synchronization.
-FEW_ENTRIES = 4096
 
 
 def compute_kl(p_log_probs: Tensor, q_log_probs: Tensor) -> Tensor:
@@ -32,107 +27,30 @@ def compute_kl(p_log_probs: Tensor, q_log_probs: Tensor) -> Tensor:
     An entry with p = 0 (log-probability ``-inf``) contributes 0 and no gradient for every q; an entry with q = 0 and
     p > 0 makes the divergence infinite.
     """
-    return (p_log_probs.exp() * _compute_log_ratio(p_log_probs, q_log_probs)).sum(-1)
-
-
-def _compute_log_ratio(p_log_probs: Tensor, q_log_probs: Tensor, out: Tensor | None = None) -> Tensor:
-    # Masking dominates the cost, and few distributions have an entry of probability 0.
-    masks = p_log_probs.shape[-1] <= FEW_ENTRIES or bool(torch.isneginf(p_log_probs.amin(-1)).any())
-    mask = torch.isneginf(p_log_probs) if masks else None
-    log_ratio = torch.sub(p_log_probs, q_log_probs, out=out)
-    return log_ratio if mask is None else log_ratio.masked_fill_(mask, 0.0)
-
-
-def exponentiate(log_values: Tensor, out: Tensor | None = None) -> Tensor:
-    """exp, elementwise; ``out`` may be the argument itself."""
-    # torch's exp2 takes a third of the time of its exp on a CPU.
-    return torch.mul(log_values, LOG2_E, out=out).exp2_()
-
-
-def differentiate_divergence(
-    student_log_probs: Tensor,
-    teacher_log_probs: Tensor,
-    alpha: float,
-    *,
-    student: Tensor | None = None,
-    teacher: Tensor | None = None,
-    overwrite: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """The divergence of ``compute_divergence`` and its derivative by the student's log-probabilities.
-
-    With s and t the probabilities of student and teacher and d = dD / d log s, entry by entry:
-
-        forward KL      D = sum t log(t / s)                  d = -t
-        reverse KL      D = sum s log(s / t)                  d = s log(s / t) + s
-        Jensen-Shannon  D = (1 - a) sum s log(s / m)          d = (1 - a) s log(s / m),
-                            + a sum t log(t / m)              as the terms by m cancel: with dm / ds = 1 - a,
-                                                              (1 - a) - ((1 - a) s + a t) (1 - a) / m = 0
-
-    Args:
-        student, teacher: [..., V], the probabilities, if already computed.
-        overwrite: reuse the memory of both log-probabilities.
-
-    Returns:
-        [...] and [..., V]. An entry with s = 0 has the derivative 0 (forward KL: -t).
-    """
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha must be in [0, 1], got {alpha!r}")
-    out = teacher_log_probs if overwrite else torch.empty_like(student_log_probs)
-    if alpha == 0.0:
-        teacher = exponentiate(teacher_log_probs) if teacher is None else teacher
-        log_ratio = _compute_log_ratio(teacher_log_probs, student_log_probs, out)
-        return torch.linalg.vecdot(teacher, log_ratio), torch.neg(teacher, out=out)
-    student = exponentiate(student_log_probs) if student is None else student
-    if alpha == 1.0:
-        terms = _compute_log_ratio(student_log_probs, teacher_log_probs, out).mul_(student)
-        return terms.sum(-1), terms.add_(student)
-    # With r = log(a t / ((1 - a) s)) and B = log(1 + exp(-|r|)),
-    #     log(s / m) = -log(1 - a) - max(r, 0) - B        log(t / m) = -log a + min(r, 0) - B
-    # without cancellation for small s or t. r is NaN if s = t = 0.
-    teacher = exponentiate(teacher_log_probs) if teacher is None else teacher
-    log_ratio = torch.sub(teacher_log_probs, student_log_probs, out=out)
-    if alpha != 0.5:
-        log_ratio.add_(math.log(alpha) - math.log1p(-alpha))
-    log_ratio.nan_to_num_(nan=0.0, posinf=-LOG_ZERO, neginf=LOG_ZERO)
-    scratch = torch.clamp(log_ratio, max=0.0, out=student_log_probs if overwrite else None)
-    value = alpha * (torch.linalg.vecdot(teacher, scratch) - math.log(alpha) * teacher.sum(-1))
-    added = torch.abs(log_ratio, out=scratch).mul_(-LOG2_E).exp2_().log1p_()
-    value -= alpha * torch.linalg.vecdot(teacher, added)
-    derivative = log_ratio.clamp_(min=0.0).add_(added).add_(math.log1p(-alpha)).mul_(alpha - 1.0).mul_(student)
-    return value + derivative.sum(-1), derivative
-
-
-class _Divergence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, student_log_probs: Tensor, teacher_log_probs: Tensor, alpha: float) -> Tensor:
-        value, by_student = differentiate_divergence(student_log_probs, teacher_log_probs, alpha)
-        by_teacher = None
-        if ctx.needs_input_grad[1]:  # exchanging student and teacher replaces alpha by 1 - alpha
-            by_teacher = differentiate_divergence(teacher_log_probs, student_log_probs, 1.0 - alpha)[1]
-        ctx.save_for_backward(by_student, by_teacher)
-        return value
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        by_student, by_teacher = ctx.saved_tensors
-        gradient = gradient[..., None]
-        return gradient * by_student, None if by_teacher is None else gradient * by_teacher, None
+    log_ratio = (p_log_probs - q_log_probs).masked_fill(torch.isneginf(p_log_probs), 0.0)
+    return (p_log_probs.exp() * log_ratio).sum(-1)
 
 
 def compute_divergence(student_log_probs: Tensor, teacher_log_probs: Tensor, alpha: float) -> Tensor:
     """Divergence for ``alpha`` of distributions [..., V] (or [..., K], with a tail or renormalised).
 
-    Both get gradients, by the closed form of ``differentiate_divergence``. Range of a Jensen-Shannon divergence:
-    [0, H(alpha)] with H the binary entropy, so at most log 2 (at alpha = 0.5).
+    Both get gradients. Range of a Jensen-Shannon divergence: [0, H(alpha)] with H the binary entropy, so at most log 2
+    (at alpha = 0.5).
 
     Source: SDPO (arXiv 2601.20802), section 3 and appendix; official function ``compute_self_distillation_loss``.
 
     Raises:
         ValueError: ``alpha`` is not in [0, 1].
     """
-    value: Tensor = _Divergence.apply(student_log_probs, teacher_log_probs, alpha)  # type: ignore[no-untyped-call]
-    return value
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha must be in [0, 1], got {alpha!r}")
+    if alpha == 0.0:
+        return compute_kl(teacher_log_probs, student_log_probs)
+    if alpha == 1.0:
+        return compute_kl(student_log_probs, teacher_log_probs)
+    student, teacher = student_log_probs.clamp(min=LOG_ZERO), teacher_log_probs.clamp(min=LOG_ZERO)
+    mixture = torch.logaddexp(student + math.log1p(-alpha), teacher + math.log(alpha))
+    return (1.0 - alpha) * compute_kl(student, mixture) + alpha * compute_kl(teacher, mixture)
 
 
 def add_tail(topk_log_probs: Tensor) -> Tensor:
@@ -155,16 +73,6 @@ def compute_sampled_token_surrogate(student_log_probs: Tensor, teacher_log_probs
     return (student_log_probs - teacher_log_probs).detach() * student_log_probs
 
 
-def compute_entropy(log_probs: Tensor, probs: Tensor | None = None) -> Tensor:
-    """Entropy in nats of distributions [..., V], giving [...]; an entry of probability 0 contributes 0.
-
-    ``probs`` [..., V] are the probabilities, if already computed.
-    """
-    if probs is None:
-        probs = exponentiate(log_probs)
-    if log_probs.shape[-1] <= FEW_ENTRIES:
-        return -torch.linalg.vecdot(probs, log_probs.clamp(min=LOG_ZERO))
-    entropy = -torch.linalg.vecdot(probs, log_probs)
-    if bool(entropy.isnan().any()):  # 0 * -inf, rare: recompute with a clamp
-        entropy = -torch.linalg.vecdot(probs, log_probs.clamp(min=LOG_ZERO))
-    return entropy
+def compute_entropy(log_probs: Tensor) -> Tensor:
+    """Entropy in nats of distributions [..., V], giving [...]; an entry of probability 0 contributes 0."""
+    return -(log_probs.exp() * log_probs.clamp(min=LOG_ZERO)).sum(-1)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from sdpo.algorithm.distributions import gather_log_probs
-from sdpo.algorithm.divergence import compute_entropy, exponentiate
 from sdpo.kernels.cpu.onednn import find_round_length, multiply_into
+from sdpo.kernels.divergence_grad import compute_entropy, exponentiate
 
 # Size limit of a chunk's logits, for student and teacher each. Larger chunks read and write the head's gradient less
 # often and make faster matrix products.

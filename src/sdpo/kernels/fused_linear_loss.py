@@ -31,12 +31,12 @@ from torch import Tensor
 
 from sdpo.algorithm.batch import TokenBatch
 from sdpo.algorithm.distributions import TokenDistributions, gather_log_probs
-from sdpo.algorithm.divergence import compute_entropy, differentiate_divergence
 from sdpo.algorithm.loss import LossOutputs, compute_loss
 from sdpo.algorithm.sums import Sums, add_sums
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.kernels.chunked_log_probs import ChunkedLogProbs, LinearHead, choose_chunk_size, cut_slice
-from sdpo.kernels.cpu.grouped_topk import topk_support
+from sdpo.kernels.comparison import Comparison, compare
+from sdpo.kernels.divergence_grad import compute_entropy
 from sdpo.kernels.head_grad import HeadGradAccumulator, blocked_matmul
 from sdpo.kernels.precomputed_grad import attach_gradients, differentiate
 
@@ -160,8 +160,10 @@ class _ChunkedForwardBackward:
         if teacher_rows is not None:
             assert self.teacher is not None
             teacher, teacher_probs = self.teacher.normalise(teacher_block)
-        tokens, topk_ids = self._read(batch, student, student_probs, teacher, teacher_probs)
-        tokens, compared, derivative = self._make_autograd_leaves(batch, tokens, student_probs, teacher_probs)
+        tokens = _read_sampled(batch, student, student_probs, teacher, teacher_probs)
+        comparison = None
+        if teacher is not None and teacher_probs is not None and self.config.full_logit_distillation:
+            tokens, comparison = compare(tokens, student, student_probs, teacher, teacher_probs, self.config)
         with torch.enable_grad():
             outputs = compute_loss(batch, tokens, self.config)
         assert tokens.student_entropies is not None and batch.sampled_ids is not None
@@ -174,15 +176,14 @@ class _ChunkedForwardBackward:
         if not self.differentiates:
             return
         entropies = tokens.student_entropies if batch.has_entropy_term else None
-        by_sampled, by_compared, by_entropy = differentiate(
-            outputs.loss, (tokens.student_log_probs, compared, entropies)
-        )
+        leaves = (tokens.student_log_probs, None if comparison is None else comparison.leaf, entropies)
+        by_sampled, by_compared, by_entropy = differentiate(outputs.loss, leaves)
         assert by_sampled is not None
         by_entropies = None
         if entropies is not None and by_entropy is not None:
             by_entropies = self._differentiate_entropies(student_probs, entropies.detach(), by_entropy)
         gradient = student_probs  # overwrites them
-        self._differentiate(gradient, batch.sampled_ids, topk_ids, derivative, by_sampled, by_compared)
+        self._differentiate(gradient, batch.sampled_ids, comparison, by_sampled, by_compared)
         if by_entropies is not None:
             gradient.add_(by_entropies)
         if self.head.softcap is not None:
@@ -207,57 +208,6 @@ class _ChunkedForwardBackward:
         )
         return outputs, [grad_hidden, grad_weight, grad_bias]
 
-    def _read(
-        self,
-        batch: TokenBatch,
-        student: Tensor,
-        student_probs: Tensor,
-        teacher: Tensor | None,
-        teacher_probs: Tensor | None,
-    ) -> tuple[TokenDistributions, Tensor | None]:
-        """As ``read_distributions``, of tokens that are all distilled or none, and the kept entries' ids [m, K]."""
-        assert batch.sampled_ids is not None
-        tokens = TokenDistributions(
-            gather_log_probs(student, batch.sampled_ids), student_entropies=compute_entropy(student, student_probs)
-        )
-        if teacher is None:
-            return tokens, None
-        topk_ids, compared = None, teacher
-        if self.config.distillation_topk is not None:
-            student, topk_ids = topk_support(student, self.config.distillation_topk)
-            compared = teacher.gather(-1, topk_ids)
-        tokens = replace(
-            tokens,
-            teacher_log_probs=gather_log_probs(teacher, batch.sampled_ids),
-            teacher_entropies=compute_entropy(teacher, teacher_probs),
-            student_distribution=student,
-            teacher_distribution=compared,
-        )
-        return tokens, topk_ids
-
-    def _make_autograd_leaves(
-        self, batch: TokenBatch, tokens: TokenDistributions, student_probs: Tensor, teacher_probs: Tensor | None
-    ) -> tuple[TokenDistributions, Tensor | None, Tensor | None]:
-        """Values with leaves, the compared leaf, and the divergence's derivative by the student's log-probabilities.
-
-        Leaves are the sampled token's log-probability and, if the loss has an entropy term, the entropy. If whole
-        distributions are compared, the compared leaf is the divergence [m], with its derivative [m, V]. With top-k it
-        is the kept log-probabilities [m, K], which need no derivative.
-        """
-        tokens.student_log_probs.requires_grad_()
-        if batch.has_entropy_term:
-            assert tokens.student_entropies is not None
-            tokens.student_entropies.requires_grad_()
-        student, teacher = tokens.student_distribution, tokens.teacher_distribution
-        if student is None or teacher is None or not self.config.full_logit_distillation:
-            return tokens, None, None
-        if self.config.distillation_topk is not None:
-            return tokens, student.requires_grad_(), None
-        value, derivative = differentiate_divergence(
-            student, teacher, self.config.alpha, student=student_probs, teacher=teacher_probs, overwrite=True
-        )
-        return replace(tokens, divergence=value), value.requires_grad_(), derivative
-
     def _differentiate_entropies(self, student: Tensor, entropies: Tensor, by_entropy: Tensor) -> Tensor:
         """dL / dH dH / dz, [n, V], with ``student`` its probabilities."""
         gradient = torch.xlogy(student, student).addcmul_(student, entropies[:, None])
@@ -267,8 +217,7 @@ class _ChunkedForwardBackward:
         self,
         student: Tensor,
         sampled_ids: Tensor,
-        topk_ids: Tensor | None,
-        derivative: Tensor | None,
+        comparison: Comparison | None,
         by_sampled: Tensor,
         by_compared: Tensor | None,
     ) -> None:
@@ -278,17 +227,17 @@ class _ChunkedForwardBackward:
         the sampled token is added to either.
         """
         by_sampled = by_sampled[:, None] / self.temperature
-        if by_compared is None:
+        if comparison is None or by_compared is None:
             student.mul_(-by_sampled)
-        elif derivative is not None:
+        elif comparison.derivative is not None:
             by_divergence = by_compared[:, None] / self.temperature
-            total = by_sampled + by_divergence * derivative.sum(-1, keepdim=True)
-            student.mul_(-total).addcmul_(derivative, by_divergence)
+            total = by_sampled + by_divergence * comparison.derivative.sum(-1, keepdim=True)
+            student.mul_(-total).addcmul_(comparison.derivative, by_divergence)
         else:
-            assert topk_ids is not None
+            assert comparison.topk_ids is not None
             by_kept = by_compared / self.temperature
             total = by_sampled + by_kept.sum(-1, keepdim=True)
-            student.mul_(-total).scatter_add_(-1, topk_ids, by_kept)
+            student.mul_(-total).scatter_add_(-1, comparison.topk_ids, by_kept)
         student.scatter_add_(-1, sampled_ids[:, None], by_sampled)
 
 
@@ -301,3 +250,22 @@ def _cut(distilled: Tensor | None, rows: Tensor, size: int) -> Iterator[tuple[Te
         rows = rows[~distilled]
     for part in cut_slice(len(rows), size):
         yield rows[part], None
+
+
+def _read_sampled(
+    batch: TokenBatch, student: Tensor, student_probs: Tensor, teacher: Tensor | None, teacher_probs: Tensor | None
+) -> TokenDistributions:
+    """Sampled tokens' log-probabilities and all entropies, of tokens that are all distilled or none.
+
+    The student's are leaves: the log-probabilities and, if the loss has an entropy term, the entropies.
+    """
+    assert batch.sampled_ids is not None
+    entropies = compute_entropy(student, student_probs).requires_grad_(batch.has_entropy_term)
+    tokens = TokenDistributions(gather_log_probs(student, batch.sampled_ids).requires_grad_(), entropies)
+    if teacher is None:
+        return tokens
+    return replace(
+        tokens,
+        teacher_log_probs=gather_log_probs(teacher, batch.sampled_ids),
+        teacher_entropies=compute_entropy(teacher, teacher_probs),
+    )

@@ -23,7 +23,6 @@ from sdpo.algorithm.divergence import (
     compute_entropy,
     compute_kl,
     compute_sampled_token_surrogate,
-    differentiate_divergence,
     renormalize,
 )
 
@@ -405,37 +404,3 @@ def test_kl_s_gradient_reaches_both_sides() -> None:
     expected = [s * (math.log(s / t) + 1) for s, t in zip(STUDENT, TEACHER, strict=True)]
     assert p.grad.tolist() == pytest.approx(expected, abs=1e-15)
     assert q.grad.tolist() == pytest.approx([-s for s in STUDENT], abs=1e-15)
-
-
-@pytest.mark.parametrize("alpha", ALPHAS)
-def test_what_is_known_already_and_memory_that_is_given_change_nothing(alpha: float) -> None:
-    student, teacher = log(*STUDENT, 0.0).repeat(3, 1), log(*TEACHER, 0.0).repeat(3, 1)
-    expected = differentiate_divergence(student, teacher, alpha)
-    copies = student.clone(), teacher.clone()
-    results = differentiate_divergence(*copies, alpha, student=student.exp(), teacher=teacher.exp(), overwrite=True)
-    for result, wanted in zip(results, expected, strict=True):
-        torch.testing.assert_close(result, wanted, rtol=0.0, atol=1e-15)
-    assert results[1].data_ptr() == copies[1].data_ptr()
-    assert torch.equal(student, log(*STUDENT, 0.0).repeat(3, 1))
-    assert torch.equal(teacher, log(*TEACHER, 0.0).repeat(3, 1))
-    assert torch.equal(compute_entropy(student, student.exp()), compute_entropy(student.exp().log()))
-
-
-@pytest.mark.parametrize("alpha", [0.1, 0.5, 0.9])
-def test_in_float32_the_derivative_keeps_its_digits_where_probabilities_are_tiny(alpha: float) -> None:
-    """Log-ratios from -80 to 80, probabilities down to e^-83: (1 - a) s log(s / m) in float64 from the same numbers.
-
-    exp of a float32 near -83 is off by 83 * 2^-24 = 5e-6 of itself.
-    """
-    ratio = torch.linspace(-80.0, 80.0, 401)
-    student, teacher = (-(ratio.abs() + side * ratio) / 2 - 3.0 for side in (1.0, -1.0))
-    s, t = student.double().exp(), teacher.double().exp()
-    mixture = (1 - alpha) * s + alpha * t
-    value, derivative = differentiate_divergence(student, teacher, alpha)
-    wanted = (1 - alpha) * s * (s / mixture).log()
-    expected = ((1 - alpha) * s * (s / mixture).log() + alpha * t * (t / mixture).log()).sum()
-    normal = wanted.abs() > 1e-36
-    error = (derivative.double() - wanted).abs() / ((1 - alpha) * s + wanted.abs())
-    assert float(error[normal].max()) < 1e-5
-    assert int(normal.sum()) > 390
-    assert float(value) == pytest.approx(float(expected), rel=1e-5)

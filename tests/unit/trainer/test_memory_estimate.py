@@ -30,21 +30,21 @@ def test_weights_and_moments_are_as_large_as_they_turn_out(
     make_model: Callable[..., Any], make_run: MakeRun, make_samples: Any, tmp_path: Path
 ) -> None:
     make_model().save_pretrained(tmp_path / "model")
-    run = make_run(data__max_prompt_length=24)
-    cost = estimate_memory(run)
+    config = make_run(data__max_prompt_length=24)
+    estimate = estimate_memory(config)
     largest = max(p.numel() for p in make_model().parameters())
-    assert cost.phases["optimizer step"]["temporary tensors"] == 2 * 4 * largest
-    actor = build_actor(make_model(), run, 0)
+    assert estimate.phases["optimizer step"]["temporary tensors"] == 2 * 4 * largest
+    actor = build_actor(make_model(), config, 0)
     actor.update_policy(make_samples())
     size = sum(p.numel() * p.element_size() for p in actor.student.parameters())
     moments = sum(
         state[name].numel() * 4 for state in actor.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")
     )
-    assert cost.num_params == sum(p.numel() for p in actor.student.parameters())
-    assert cost.persistent["student"] == cost.persistent["teacher"] == cost.training["gradients"] == size
-    assert cost.persistent["AdamW's moments"] == moments
-    assert cost.tokens_per_step == 2 * 3 * (24 + 8)
-    assert cost.sampler["weights"] == 0, "it samples with the student's weights"
+    assert estimate.num_params == sum(p.numel() for p in actor.student.parameters())
+    assert estimate.persistent["student"] == estimate.persistent["teacher"] == estimate.training["gradients"] == size
+    assert estimate.persistent["AdamW's moments"] == moments
+    assert estimate.tokens_per_step == 2 * 3 * (24 + 8)
+    assert estimate.sampler["weights"] == 0, "it samples with the student's weights"
 
 
 @pytest.mark.parametrize(
@@ -78,9 +78,9 @@ def test_what_settings_change(
     factor: float,
 ) -> None:
     make_model().save_pretrained(tmp_path / "model")
-    cost = estimate_memory(make_run(**settings))
-    assert cost.num_params is not None
-    assert getattr(cost, role)[item] == pytest.approx(factor * 4 * cost.num_params, rel=1e-3)
+    estimate = estimate_memory(make_run(**settings))
+    assert estimate.num_params is not None
+    assert getattr(estimate, role)[item] == pytest.approx(factor * 4 * estimate.num_params, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -103,31 +103,31 @@ def test_the_cache_holds_keys_and_values_of_all_that_is_decoded_side_by_side(
     cached: int,
 ) -> None:
     make_model().save_pretrained(tmp_path / "model")
-    run = make_run(
+    config = make_run(
         rollout__max_num_seqs=batch_size,
         data__max_prompt_length=24,
         self_distillation__max_reprompt_len=40,
         **{f"eval__{name}": value for name, value in evaluation.items()},
     )
     # 2 layers, 1 head of 8 values, keys and values of 4 bytes
-    assert estimate_memory(run).sampler["key-value cache"] == cached * 2 * 8 * 2 * 4
+    assert estimate_memory(config).sampler["key-value cache"] == cached * 2 * 8 * 2 * 4
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_frozen_tower_has_weights_and_nothing_else(make_run: MakeRun, frozen: bool) -> None:
     half = {"model__dtype": "bfloat16", "optim__betas": [0.9, 0.95]}
-    cost = estimate_memory(make_run(model__path=str(GOLDEN), actor__freeze_vision_tower=frozen, **half))
+    estimate = estimate_memory(make_run(model__path=str(GOLDEN), actor__freeze_vision_tower=frozen, **half))
     language, tower = 3_085_938_688, 668_684_288
     trained = language + tower * (not frozen)
-    assert (cost.num_params, cost.num_vision_params) == (language + tower, tower)
-    assert cost.persistent["student"] == cost.persistent["teacher"] == 2 * (language + tower)
-    assert cost.training["gradients"] == 2 * trained
-    assert cost.persistent["AdamW's moments"] == 4 * trained
-    assert cost.persistent["teacher's float32 average"] == 4 * (language + tower)
+    assert (estimate.num_params, estimate.num_vision_params) == (language + tower, tower)
+    assert estimate.persistent["student"] == estimate.persistent["teacher"] == 2 * (language + tower)
+    assert estimate.training["gradients"] == 2 * trained
+    assert estimate.persistent["AdamW's moments"] == 4 * trained
+    assert estimate.persistent["teacher's float32 average"] == 4 * (language + tower)
     # 2 prompts of 2048 tokens, all of them of images, 2048 values each: the student's, their gradient, the teacher's
-    assert cost.persistent["image features of a step"] == 2 * 2048 * 2048 * 2 * (1 if frozen else 3)
+    assert estimate.persistent["image features of a step"] == 2 * 2048 * 2048 * 2 * (1 if frozen else 3)
     # AdamW's two tensors for the embeddings; a slice of the student in float32 is smaller.
-    assert cost.phases["optimizer step"] == {"temporary tensors": 2 * 2 * 151_936 * 2048} and 2**26 < 151_936 * 2048
+    assert estimate.phases["optimizer step"] == {"temporary tensors": 2 * 2 * 151_936 * 2048} and 2**26 < 151_936 * 2048
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -136,16 +136,16 @@ def test_adapters_and_what_follows_them_are_as_large_as_they_turn_out(
     make_model: Callable[..., Any], make_run: MakeRun, make_samples: Any, tmp_path: Path, dtype: str, kind: str
 ) -> None:
     make_model().save_pretrained(tmp_path / "model")
-    run = make_run(
+    config = make_run(
         lora__rank=3,
         lora__target_modules=["q_proj", "up_proj"],
         model__dtype=dtype,
         self_distillation__teacher_regularization=kind,
     )
-    cost = estimate_memory(run)
+    estimate = estimate_memory(config)
     student = make_model(dtype=getattr(torch, dtype))
-    add_adapters(student, run.lora)
-    actor = build_actor(student, run, 0)
+    add_adapters(student, config.lora)
+    actor = build_actor(student, config, 0)
     actor.update_policy(make_samples())
 
     def size(tensors: Iterable[torch.Tensor]) -> int:
@@ -155,24 +155,26 @@ def test_adapters_and_what_follows_them_are_as_large_as_they_turn_out(
     module, weights = actor.teacher.module, actor.teacher.weights
     shared = {param.data_ptr() for param in student.parameters()}
     own = [param for param in module.parameters() if param.data_ptr() not in shared] if module is not None else []
-    assert cost.persistent["student"] == size(student.parameters())
-    assert cost.training["gradients"] == size(p for p in student.parameters() if p.requires_grad) > 0
+    assert estimate.persistent["student"] == size(student.parameters())
+    assert estimate.training["gradients"] == size(p for p in student.parameters() if p.requires_grad) > 0
     assert all(p.grad is None for p in student.parameters()), "gradients are freed before sampling"
     moments = [state[name] for state in actor.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    assert cost.persistent["AdamW's moments"] == size(moments)
-    assert cost.persistent["teacher"] == size(own)
-    assert cost.persistent["teacher's float32 average"] == (size(weights.values.values()) if weights is not None else 0)
+    assert estimate.persistent["AdamW's moments"] == size(moments)
+    assert estimate.persistent["teacher"] == size(own)
+    assert estimate.persistent["teacher's float32 average"] == (
+        size(weights.values.values()) if weights is not None else 0
+    )
 
 
 def test_phases_follow_each_other_and_do_not_add_up() -> None:
     phases = {"a": {"x": 5, "y": 1}, "b": {"x": 7}}
-    cost = MemoryEstimate(
+    estimate = MemoryEstimate(
         1, 1, persistent={"held": 10, "more": 2}, training={"g": 1}, phases=phases, sampler={"cache": 9}
     )
-    assert cost.actor_peak == 12 + 9, "sampling has the largest peak, without gradients"
-    assert replace(cost, training={"g": 3}).actor_peak == 12 + 3 + 7
-    assert replace(cost, colocated=False).actor_peak == 12 + 1 + 7
-    assert list_memory(replace(cost, colocated=False)) == [
+    assert estimate.actor_peak == 12 + 9, "sampling has the largest peak, without gradients"
+    assert replace(estimate, training={"g": 3}).actor_peak == 12 + 3 + 7
+    assert replace(estimate, colocated=False).actor_peak == 12 + 1 + 7
+    assert list_memory(replace(estimate, colocated=False)) == [
         ("actor: held", 10),
         ("actor: more", 2),
         ("actor, training: g", 1),
@@ -183,7 +185,7 @@ def test_phases_follow_each_other_and_do_not_add_up() -> None:
         ("sampler: cache", 9),
         ("sampler, peak", 9),
     ]
-    assert list_memory(cost)[-2:] == [("sampler: cache", 9), ("actor and sampler, peak", 21)]
+    assert list_memory(estimate)[-2:] == [("sampler: cache", 9), ("actor and sampler, peak", 21)]
 
 
 # ---- against the allocations of a step -------------------------------------------------------------------------------
@@ -197,10 +199,10 @@ def test_logits_take_the_same_however_many_tokens_there_are(
     """This model's logits are much larger than the rest: all of them would be 12 and 50 MB, several times."""
     many, peaks = 16_384, []
     for num_samples in (6, 24):
-        run = make_run(
+        config = make_run(
             rollout__max_response_length=32, model__dtype=dtype, optim__betas=[0.9, 0.95], self_distillation__alpha=0.5
         )
-        actor = build_actor(make_model(vocab_size=many, dtype=getattr(torch, dtype)), run, 0)
+        actor = build_actor(make_model(vocab_size=many, dtype=getattr(torch, dtype)), config, 0)
         samples = [make_sample([3, 4], range(3, 35), [3, 4, 5]) for _ in range(num_samples)]
         actor.update_policy(samples)
         with pytest.MonkeyPatch.context() as patch:
@@ -227,7 +229,7 @@ def test_a_step_stays_below_what_was_said_of_it(
     shape = {"hidden_size": 64, "intermediate_size": 256, "vocab_size": 256, "num_hidden_layers": 3}
     model = make_model(max_position_embeddings=256, dtype=getattr(torch, dtype), **shape)
     model.save_pretrained(tmp_path / "model")
-    run = make_run(
+    config = make_run(
         lora__rank=rank,
         model__dtype=dtype,
         data__max_prompt_length=64,
@@ -241,22 +243,22 @@ def test_a_step_stays_below_what_was_said_of_it(
     for name in ("BUFFER_BYTES", "BLOCK_BYTES"):  # an accelerator's buffers are larger than this step
         monkeypatch.setattr(chunked_log_probs, f"ACCELERATOR_{name}", 2**20)
         monkeypatch.setattr(chunked_log_probs, name, 2**20)
-    cost = estimate_memory(run)
+    estimate = estimate_memory(config)
     if rank:
-        add_adapters(model, run.lora)
-    actor = build_actor(model, run, 0)
+        add_adapters(model, config.lora)
+    actor = build_actor(model, config, 0)
     samples = [make_sample([5] * 64, [3 + i] * 64, [6] * 64) for i in range(12)]
     actor.update_policy(samples)
-    bound = sum(cost.phases["micro-batch"].values()) + cost.training["gradients"]
+    bound = sum(estimate.phases["micro-batch"].values()) + estimate.training["gradients"]
     assert bound / (8 if rank else 6) < count_peak(lambda: actor.update_policy(samples)) <= bound
 
 
 def test_a_model_that_is_made_on_first_use_has_no_size_yet(make_run: MakeRun, tmp_path: Path) -> None:
-    cost = estimate_memory(
+    estimate = estimate_memory(
         make_run(data__task_args={"dir": str(tmp_path / "none")}, model__path=str(tmp_path / "none/m"))
     )
-    assert cost.num_params is None and not cost.persistent and not cost.sampler
-    assert cost.tokens_per_step > 0
+    assert estimate.num_params is None and not estimate.persistent and not estimate.sampler
+    assert estimate.tokens_per_step > 0
 
 
 @pytest.mark.slow
@@ -272,7 +274,7 @@ def test_sampling_stays_below_what_was_said_of_it(
 ) -> None:
     model = make_model(max_position_embeddings=256, vocab_size=vocab_size, num_hidden_layers=4)
     model.save_pretrained(tmp_path / "model")
-    run = make_run(
+    config = make_run(
         data__max_prompt_length=64,
         data__train_batch_size=4,
         rollout__max_response_length=64,
@@ -281,7 +283,7 @@ def test_sampling_stays_below_what_was_said_of_it(
         eval__top_p=top_p,
         eval__max_prompts=1,
     )
-    bound = sum(estimate_memory(run).sampler.values())
+    bound = sum(estimate_memory(config).sampler.values())
     decoding = SamplingParams(
         n=4, max_new_tokens=64, temperature=1.0, top_p=top_p, batch_size=16, stop_token_ids=[], pad_token_id=0
     )

@@ -168,7 +168,8 @@ def learn_one_behind(run: SDPOConfig) -> Actor:
     assert isinstance(parts.sampler, LocalSampler), "samples with the student itself, as it is when asked"
 
     def sample(step: int) -> RolloutBatch:
-        parts.sampler.submit(*trainer._request(run, parts, step))
+        seed = random.Random(f"sampling {run.seed} {step}").getrandbits(63)
+        parts.sampler.submit([prompt.tokens for prompt in parts.prompts_of(step)], seed)
         return parts.sampler.collect()
 
     upcoming = sample(1)

@@ -1,4 +1,4 @@
-"""Training steps on verl's engine, in processes of their own: gloo ranks, FSDP2, no Ray."""
+"""Training steps on verl's engine in separate processes: gloo ranks, FSDP2, no Ray."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def assert_same_after_adamw() -> Callable[..., None]:
-    """Weights of both engines after a few steps.
+    """Compare the weights of both backends after a few steps.
 
-    AdamW makes steps of gradients however small; of one that is nothing but rounding, the engines make different steps.
-    So of a tensor's entries 3% may be off, by a tenth of a step of the learning rate at most.
+    AdamW takes steps for gradients of any size; where a gradient is only rounding, the backends take different steps.
+    So 3% of a tensor's entries may differ, by at most a tenth of the learning rate.
     """
 
     def check(actual: torch.Tensor, expected: torch.Tensor, *, rtol: float, atol: float, lr: float, msg: str) -> None:
@@ -52,7 +52,7 @@ def assert_same_after_adamw() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def train_on_verl(tmp_path_factory: pytest.TempPathFactory) -> TrainOnVerl:
-    """Runs cases (see ``train_cases.py``) on so many ranks and gives the results of the first by the case's name."""
+    """Runs cases (see ``train_cases.py``) on this many ranks; returns the first rank's results by the case's name."""
 
     def train(cases: dict[str, dict[str, Any]], world_size: int) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("verl")
@@ -84,7 +84,7 @@ def train_on_verl(tmp_path_factory: pytest.TempPathFactory) -> TrainOnVerl:
 
 @pytest.fixture(scope="session")
 def pad_for_verl() -> Callable[..., dict[str, torch.Tensor]]:
-    """The tensors that verl's driver has of these samples, padded as verl pads: prompts left, responses right."""
+    """Pads samples as on verl's driver: prompts on the left, responses on the right."""
 
     def pad(
         samples: Sequence[TrainingSample],
@@ -140,7 +140,7 @@ def pad_for_verl() -> Callable[..., dict[str, torch.Tensor]]:
 def place_in_images(
     text: torch.Tensor, samples: Sequence[TrainingSample], prompt_length: int, vision: VisionAdapter
 ) -> torch.Tensor:
-    """[B, 4, L] as verl's agent loop makes them: position in the text, then time, height and width."""
+    """Return position ids [B, 4, L] as in verl's agent loop: position in the text, then time, height and width."""
     positions = text[:, None].repeat(1, 1 + vision.num_axes, 1)
     for i, sample in enumerate(samples):
         if sample.prompt.images:

@@ -1,4 +1,4 @@
-"""What verl's agent loops give us: no tokens that stand for images, tools' outputs masked, tools in both prompts."""
+"""verl's agent loops: no image tokens in responses, tools' outputs masked, tools in both prompts."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def test_the_sampler_is_asked_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_that_comes_all_the_same_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RuntimeError, match="drew token 6, which stands for an image"):
+    with pytest.raises(RuntimeError, match="drew image token 6"):
         ask(monkeypatch, SimpleNamespace(image_token_id=5, video_token_id=6), [7, 6])
-    with pytest.raises(SDPOError, match="the text of a tool's output holds token 6, which stands for an image"):
+    with pytest.raises(SDPOError, match="the text of a tool's output contains image token 6"):
         ask(monkeypatch, SimpleNamespace(image_token_id=5, video_token_id=6), [7, 6], mask=0)
 
 
@@ -82,7 +82,7 @@ MESSAGES = [{"role": "user", "content": "12 and 30"}]
 
 
 class Turns:
-    """A sampler that answers with these texts in turn, each token with the log-probability -1."""
+    """A sampler that returns these texts in turn, each token with log-probability -1."""
 
     def __init__(self, tokenizer: Any, texts: list[str]) -> None:
         self.remaining = [tokenizer(text)["input_ids"] for text in texts]
@@ -150,7 +150,7 @@ def test_a_tools_output_is_in_the_response_with_a_mask_of_0(rollout: DictConfig)
     assert output.response_mask == [mask for size, (_, mask) in zip(sizes, parts, strict=True) for _ in range(size)]
     assert output.response_logprobs == [-float(mask) for mask in output.response_mask]
     assert decode_turns(tokenizer, output.response_ids, output.response_mask) == f"{CALL}\n42"
-    # The teacher's prompts are made as verl makes the student's, of its tools and with its settings.
+    # The teacher's prompts have the student's tools and template settings.
     assert output.prompt_ids == encode_prompt(prompts, MESSAGES)
     assert tokenizer.decode(output.prompt_ids).startswith("add;draw;<|im_start|>user")
     assert sampler.prompts[1] == output.prompt_ids + output.response_ids[: sizes[0] + sizes[1]]
@@ -158,7 +158,9 @@ def test_a_tools_output_is_in_the_response_with_a_mask_of_0(rollout: DictConfig)
 
 def test_images_from_tools_are_refused(rollout: DictConfig) -> None:
     call = '<tool_call>{"name": "draw", "arguments": {"a": 1}}</tool_call><|im_end|>'
-    with pytest.raises(SDPOError, match="tool draw returned an image or a video, which is not supported"):
+    with pytest.raises(
+        SDPOError, match="tool draw returned an image or a video, which loss_mode=sdpo does not support"
+    ):
         take_turns(rollout, [call])
 
 

@@ -1,4 +1,4 @@
-"""Rows with images on verl: the student's tokens are ours, and what cannot be read is named or skipped."""
+"""Rows with images on verl: the native trainer's tokens; unreadable rows are reported or skipped."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 
 @pytest.fixture(scope="module", autouse=True)
 def _without_torchvision() -> Any:
-    """What the plugin does where ``VERL_PLATFORM`` is cpu."""
+    """Apply the plugin's patch for ``VERL_PLATFORM=cpu``."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_processor.AutoProcessor, "from_pretrained", cpu_processor.AutoProcessor.from_pretrained)
-        cpu_processor.stand_in()
+        cpu_processor.fall_back_without_torchvision()
         yield
 
 
@@ -70,7 +70,7 @@ def load(vision_dir: Callable[[str], Path], tmp_path: Path) -> Callable[..., Any
 
 
 def encode_on_verl(rows: Any, number: int) -> list[int]:
-    """What the agent loop does with a row before it asks the sampler."""
+    """Encode a row as the agent loop does before sampling."""
     messages = list(rows[number]["raw_prompt"])
     images, videos, _ = asyncio.run(type(rows).process_multi_modal_info(messages, 14, rows.config))
     assert videos is None
@@ -82,7 +82,7 @@ def encode_on_verl(rows: Any, number: int) -> list[int]:
 
 @pytest.mark.parametrize("decoded", [False, True], ids=["files", "opened by datasets"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_students_tokens_are_those_of_the_embedded_engine(
+def test_the_students_tokens_are_those_of_the_native_trainer(
     family: str, decoded: bool, load: Callable[..., Any], vision_dir: Callable[[str], Path]
 ) -> None:
     images = [as_file(make_image(i, (56 + 28 * i, 56))) for i in range(3)]
@@ -135,7 +135,7 @@ def test_a_row_that_cannot_be_read_is_named_or_skipped(name: str, load: Callable
 
 
 def test_images_for_a_model_that_reads_none(load: Callable[..., Any]) -> None:
-    with pytest.raises(SDPOError, match=r"rows.parquet has images, but .* reads none"):
+    with pytest.raises(SDPOError, match=r"rows.parquet: has images, but .* reads none"):
         load("text", [make_row("how long?", []), make_row("<image>", [as_file(make_image(0))])])
     rows = load("text", [make_row("how <image> long?", [])])
     assert rows[0]["raw_prompt"][1]["content"] == "how <image> long?"
@@ -152,7 +152,7 @@ def test_an_overlong_prompt_is_measured_with_its_images(load: Callable[..., Any]
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_first_rows_that_can_be_used_are_taken(seed: int, load: Callable[..., Any]) -> None:
-    """As on the embedded engine, whatever the seed; verl draws them, and drops overlong ones of what it has drawn."""
+    """As on the native trainer, for every seed; verl draws rows at random and then drops overlong rows."""
     rows = [make_row(f"{i}?" + (" and so on" * 99 if i in (1, 3) else ""), []) for i in range(12)]
     for row in rows:
         del row["images"]
@@ -208,10 +208,10 @@ def test_the_agent_loops_we_have_pass(load: Callable[..., Any], with_tools: list
         (
             {"agent_name": "tool_agent"},
             False,
-            "'tool_agent', and actor_rollout_ref.rollout.multi_turn.enable=false",
+            "'tool_agent', but actor_rollout_ref.rollout.multi_turn.enable=false",
         ),
-        ({"agent_name": "single_turn_agent"}, True, "enable=true runs sdpo_tools or tool_agent; change or drop"),
-        ({"agent_name": "swe_agent"}, True, "column agent_name holds 'swe_agent'"),
+        ({"agent_name": "single_turn_agent"}, True, "enable=true needs sdpo_tools or tool_agent; change or drop"),
+        ({"agent_name": "swe_agent"}, True, "column agent_name has 'swe_agent'"),
         ({"extra_info": {"tool_selection": ["add"]}}, True, "row 1: extra_info.tool_selection is not supported"),
     ],
 )

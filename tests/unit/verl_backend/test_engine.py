@@ -1,4 +1,4 @@
-"""What the engine does besides the step itself: checkpoints, half precision, budgets, samples left out."""
+"""verl's engine beyond the loss: checkpoints, half precision, token budgets, non-finite samples."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_logits_of_all_tokens_are_never_there(
     }
     result = train_on_verl({"large": case}, 1)["large"]
     num_scored = sum(len(sample.response.token_ids) for sample in samples)
-    head = model.lm_head.weight.nbytes  # FSDP2 gathers it; the loss makes its gradient
+    head = model.lm_head.weight.nbytes  # FSDP2 gathers it; the loss computes its gradient
     assert head < num_scored * VOCABULARY * 4 / 4
     assert 0 < result["largest"] <= 2 * head
     assert 0 < result["largest_of_scores"] <= 2 * head
@@ -154,7 +154,7 @@ def test_ids_beyond_the_tokenizer_have_no_probability(
     train_on_verl: Callable[..., dict[str, Any]],
     tmp_path: Path,
 ) -> None:
-    """Student, teacher and old policy are those of a model without these rows."""
+    """Student, teacher and old policy equal those of a model without these rows."""
     tokenizer = build_tokenizer()
     model = make_model(vocab_size=len(tokenizer) + 24)
     cases = {}
@@ -189,7 +189,7 @@ def test_a_checkpoint_goes_on_as_if_it_had_not_stopped(
     went_on, loaded = result["continued"]
     for name, value in went_on.items():
         assert torch.equal(loaded[name], value), name
-    # The third step is the snapshot's, so a counter that began anew would show.
+    # The snapshot is at the third step, so a counter that restarts would be visible.
     moved = any(not torch.equal(went_on[f"teacher.{name}"], value) for name, value in result["teacher"].items())
     assert moved
 
@@ -212,7 +212,7 @@ def test_where_the_weights_are_kept_changes_nothing(name: str, results: dict[str
 
 @pytest.mark.slow
 def test_the_teacher_follows_before_the_weights_leave_the_device(results: dict[str, Any]) -> None:
-    """Two steps: loaded, learned, followed, offloaded. verl's copies to the host are not waited for."""
+    """Two steps of load, train, update teacher, offload; verl does not wait for its copies to the host."""
     assert results["offloaded"]["moves"] == ["moved", "followed", "moved"] * 2
 
 

@@ -1,4 +1,4 @@
-"""A teacher that an alarm freezes on verl's engine, on two ranks."""
+"""A teacher that a health action freezes on verl's engine, on two ranks."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_where_the_weights_are_kept_changes_nothing(results: dict[str, Any]) -> 
     ],
 )
 def test_frozen_before_the_first_step_it_is_the_frozen_teacher(name: str, other: str, results: dict[str, Any]) -> None:
-    """To the bit: another way to the same run."""
+    """Both ways lead to the same run, bit for bit."""
     for ours, plain in zip(results[name]["students"], results[other]["students"], strict=True):
         assert same(ours, plain)
     assert results[name]["metrics"][-1]["loss"] == results[other]["metrics"][-1]["loss"]

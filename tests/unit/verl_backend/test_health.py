@@ -1,4 +1,4 @@
-"""Health checks on verl: the embedded engine's alarms from the same metrics, and what they change on the driver."""
+"""Health checks on verl: the native trainer's events from the same metrics, and actions on the driver."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TOKENIZER = build_tokenizer()
 
 
 class Workers:
-    """A worker group that writes down what it is told."""
+    """A worker group that records its calls."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -80,18 +80,18 @@ def coef_of(batch: TeacherBatchBuilder, step: int = 1) -> float:
 
 
 def make_rows(seed: int, num_steps: int = 40) -> list[dict[str, float]]:
-    """Metrics of a run in which every rule has a chance."""
+    """Return metrics of a run to which every rule applies."""
     draw = random.Random(seed)
     rows = []
     for step in range(1, num_steps + 1):
-        spoilt = step > num_steps // 2
+        late = step > num_steps // 2
         rows.append(
             {
-                metrics.SCORE_MEAN: draw.uniform(0.6, 0.7) - 0.5 * spoilt,
-                metrics.ENTROPY: draw.uniform(1.0, 1.1) * (0.02 if spoilt and seed % 2 else 3.0 if spoilt else 1.0),
-                metrics.TEACHER_ENTROPY: draw.uniform(0.5, 0.6) * (4 if spoilt else 1),
-                metrics.RESPONSE_LENGTH_MEAN: draw.uniform(20, 22) * (0.2 if spoilt else 1),
-                metrics.RESPONSE_LENGTH_CLIP_RATIO: 0.1 + 0.5 * spoilt,
+                metrics.SCORE_MEAN: draw.uniform(0.6, 0.7) - 0.5 * late,
+                metrics.ENTROPY: draw.uniform(1.0, 1.1) * (0.02 if late and seed % 2 else 3.0 if late else 1.0),
+                metrics.TEACHER_ENTROPY: draw.uniform(0.5, 0.6) * (4 if late else 1),
+                metrics.RESPONSE_LENGTH_MEAN: draw.uniform(20, 22) * (0.2 if late else 1),
+                metrics.RESPONSE_LENGTH_CLIP_RATIO: 0.1 + 0.5 * late,
                 metrics.REPROMPT_FRACTION: 0.0 if step % 10 > 6 else 0.5,
                 metrics.ROLLOUT_SUCCESS_FRACTION: draw.uniform(0.1, 0.2),
             }
@@ -100,7 +100,7 @@ def make_rows(seed: int, num_steps: int = 40) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_same_metrics_raise_the_same_alarms_on_both_engines(
+def test_the_same_metrics_raise_the_same_events_on_both_backends(
     seed: int, model: Any, make_run: Callable[..., SDPOConfig], tmp_path: Path
 ) -> None:
     health = {
@@ -111,9 +111,7 @@ def test_the_same_metrics_raise_the_same_alarms_on_both_engines(
         "no_distillation_targets": "reduce_weight",
         "score_collapse": "stop",
     }
-    run = make_run(
-        output_dir=str(tmp_path / "embedded"), **{f"health__{name}": value for name, value in health.items()}
-    )
+    run = make_run(output_dir=str(tmp_path / "native"), **{f"health__{name}": value for name, value in health.items()})
     actor, folder = build_actor(model, run, 0), RunDir(Path(run.output_dir), run.tracking, NullCallback())
     health_callback = HealthCallback(HealthMonitor(run.health), actor, folder.log_health_event, NullCallback())
     batch, workers = build_teacher_batch(), Workers()
@@ -124,7 +122,7 @@ def test_the_same_metrics_raise_the_same_alarms_on_both_engines(
         assert ("freeze_teacher" in workers.calls) == actor.teacher_is_frozen
     folder.close()
     raised = (tmp_path / "verl" / "health_events.jsonl").read_text()
-    assert raised == (tmp_path / "embedded" / "health_events.jsonl").read_text()
+    assert raised == (tmp_path / "native" / "health_events.jsonl").read_text()
     found = {json.loads(line)["rule"] for line in raised.splitlines()}
     assert found >= {"score_collapse", "teacher_entropy_increase", "length_collapse", "no_distillation_targets"}
     assert ("entropy_collapse" if seed else "entropy_explosion") in found
@@ -132,7 +130,7 @@ def test_the_same_metrics_raise_the_same_alarms_on_both_engines(
 
 
 def test_a_lowered_weight_travels_with_the_next_batch(tmp_path: Path) -> None:
-    """0.8, then halves of it, down to a tenth."""
+    """0.8, then half of it each time, down to a tenth."""
     settings = {"distillation_coef_start": 0.8, "distillation_coef_end": 0.8}
     batch = build_teacher_batch(**settings)
     config = build_config(tmp_path, health={"score_collapse": "reduce_weight", "min_scale": 0.3}, **settings)
@@ -160,23 +158,23 @@ SCORES: list[list[float | None]] = [
 
 @pytest.mark.parametrize("scores", SCORES)
 @pytest.mark.parametrize(("save_total_limit", "save_best_limit"), [(1, 1), (2, 1), (1, 0), (2, 2)])
-def test_those_checkpoints_stay_that_stay_on_the_embedded_engine(
+def test_those_checkpoints_stay_that_stay_on_the_native_trainer(
     scores: list[float | None], save_total_limit: int, save_best_limit: int, tmp_path: Path
 ) -> None:
     config = build_config(tmp_path, save_total_limit=save_total_limit, save_best_limit=save_best_limit)
     health = RunHealth(config, None, Workers(), None)
     assert config.trainer.max_actor_ckpt_to_keep is None, "verl removes none"
-    embedded = tmp_path / "embedded"
+    native = tmp_path / "native"
     for step, score in enumerate(scores, start=1):
         make_checkpoint(config, step)
         health.note_checkpoint(step)
         health.complete_checkpoint(step)
         if score is not None:
             health.note_evaluation(step, {ACCURACY: score})
-        save_checkpoint(embedded, step, score, lambda _: None)
-        prune_checkpoints(embedded, save_total_limit, save_best_limit)
+        save_checkpoint(native, step, score, lambda _: None)
+        prune_checkpoints(native, save_total_limit, save_best_limit)
     kept = {int(path.name.removeprefix("global_step_")) for path in (tmp_path / "checkpoints").glob("global_step_*")}
-    assert kept == {int(path.name.removeprefix("step_")) for path in embedded.iterdir()}
+    assert kept == {int(path.name.removeprefix("step_")) for path in native.iterdir()}
 
 
 def test_the_best_stays_by_hand(tmp_path: Path) -> None:
@@ -209,12 +207,12 @@ def test_without_a_limit_all_checkpoints_stay(tmp_path: Path) -> None:
     assert len(list((tmp_path / "checkpoints").glob("global_step_*"))) == 3
 
 
-def read_alarms(folder: Path) -> list[Mapping[str, Any]]:
+def read_events(folder: Path) -> list[Mapping[str, Any]]:
     return [json.loads(line) for line in (folder / "health_events.jsonl").read_text().splitlines()]
 
 
 def test_a_resumed_run_knows_what_it_knew(tmp_path: Path) -> None:
-    """Killed in step 5, resumed from step 3: the alarm of step 4 is forgotten, and raised again."""
+    """Killed in step 5, resumed from step 3: the event of step 4 is dropped, and recorded again."""
     settings = {
         "health": {"window": 2, "score_collapse": "reduce_weight", "entropy_explosion": "freeze_teacher"},
         "save_total_limit": 2,
@@ -232,8 +230,8 @@ def test_a_resumed_run_knows_what_it_knew(tmp_path: Path) -> None:
         health.note_checkpoint(step)
         health.complete_checkpoint(step)
         health.note_evaluation(step, {ACCURACY: 1 / step})
-    alarms = read_alarms(tmp_path)
-    assert [(alarm["step"], alarm["rule"]) for alarm in alarms] == [(4, "score_collapse"), (4, "entropy_explosion")]
+    events = read_events(tmp_path)
+    assert [(event["step"], event["rule"]) for event in events] == [(4, "score_collapse"), (4, "entropy_explosion")]
     assert (batch.factor, workers.calls) == (0.5, ["freeze_teacher"])
     assert sorted(path.name for path in folder.parent.glob("global_step_*")) == [
         f"global_step_{step}" for step in (1, 4, 5)
@@ -241,11 +239,11 @@ def test_a_resumed_run_knows_what_it_knew(tmp_path: Path) -> None:
 
     again, workers = build_teacher_batch(), Workers()
     health = RunHealth(build_config(tmp_path, **settings), again, workers, folder.parent / "global_step_4")
-    assert read_alarms(tmp_path) == alarms
+    assert read_events(tmp_path) == events
     assert (again.factor, workers.calls) == (0.5, []), "the engine's checkpoint has the frozen teacher"
     values = health.check(5, rows[4])
     assert values == expected[4] == {metrics.NUM_WARNINGS: 0, metrics.TEACHER_FROZEN: 1}
-    assert read_alarms(tmp_path) == alarms
+    assert read_events(tmp_path) == events
     health.note_checkpoint(5)
     health.complete_checkpoint(5)
     assert sorted(path.name for path in folder.parent.glob("global_step_*")) == [
@@ -254,22 +252,22 @@ def test_a_resumed_run_knows_what_it_knew(tmp_path: Path) -> None:
 
     again, workers = build_teacher_batch(), Workers()
     health = RunHealth(build_config(tmp_path, **settings), again, workers, folder.parent / "global_step_1")
-    assert read_alarms(tmp_path) == [] and again.factor == 1.0
+    assert read_events(tmp_path) == [] and again.factor == 1.0
     assert [health.check(step, rows[step - 1]) for step in (2, 3, 4)] == expected[1:4]
-    assert read_alarms(tmp_path) == alarms
+    assert read_events(tmp_path) == events
 
 
-def test_a_run_that_begins_forgets_another_ones_alarms(tmp_path: Path) -> None:
+def test_a_run_that_begins_forgets_another_runs_events(tmp_path: Path) -> None:
     (tmp_path / "health_events.jsonl").write_text('{"step": 3}\n{"step": 4, "ru')
     RunHealth(build_config(tmp_path), None, Workers(), None)
-    assert read_alarms(tmp_path) == []
+    assert read_events(tmp_path) == []
 
 
 def test_a_checkpoint_without_our_state_begins_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = build_config(tmp_path)
     folder = make_checkpoint(config, 3)
     RunHealth(config, None, Workers(), folder)
-    assert f"{folder}: has no {STATE_FILE}; the health rules begin anew" in capsys.readouterr().out
+    assert f"{folder}: has no {STATE_FILE}; the health checks start without history" in capsys.readouterr().out
 
 
 def test_the_student_of_a_live_teacher_is_remembered_at_its_best_evaluation(tmp_path: Path) -> None:
@@ -310,18 +308,18 @@ def test_the_student_of_another_teacher_is_not_remembered(settings: dict[str, An
     assert workers.calls == []
 
 
-def test_rollouts_are_summarized_as_on_the_embedded_engine(make_samples: Callable[..., list[TrainingSample]]) -> None:
+def test_rollouts_are_summarized_as_on_the_native_trainer(make_samples: Callable[..., list[TrainingSample]]) -> None:
     samples = make_samples()
     expected = summarize_samples(samples, SelfDistillationConfig())
     scores, lengths = [s.reward.score for s in samples], [len(s.response.token_ids) for s in samples]
-    values = summarize_rollouts(scores, lengths, longest=max(lengths) + 1)
+    values = summarize_rollouts(scores, lengths, max_length=max(lengths) + 1)
     assert values[metrics.SCORE_MEAN] == pytest.approx(expected[metrics.SCORE_MEAN])
     assert values[metrics.RESPONSE_LENGTH_MEAN] == pytest.approx(expected[metrics.RESPONSE_LENGTH_MEAN])
     assert values[metrics.RESPONSE_LENGTH_CLIP_RATIO] == 0
-    values = summarize_rollouts([1.0, math.nan, 0.0, 0.5], [4, 8, 8, 2], longest=8)
+    values = summarize_rollouts([1.0, math.nan, 0.0, 0.5], [4, 8, 8, 2], max_length=8)
     assert values == {
         metrics.SCORE_MEAN: 0.5,
         metrics.RESPONSE_LENGTH_MEAN: 5.5,
         metrics.RESPONSE_LENGTH_CLIP_RATIO: 0.5,
     }
-    assert metrics.SCORE_MEAN not in summarize_rollouts([math.nan], [1], longest=8)
+    assert metrics.SCORE_MEAN not in summarize_rollouts([math.nan], [1], max_length=8)

@@ -1,4 +1,4 @@
-"""The places where we reach into verl are what they were when we wrote ours."""
+"""Every hook into verl has its recorded fingerprint."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from sdpo.verl_backend.compat.hooks import HOOKS, VERL_VERSION, fingerprint
 
 RECORDED = Path(__file__).parents[2] / "golden" / "verl_hooks.json"
 CHANGED = (
-    "{where} of verl {found} is not the one of verl {written}: read what changed, mend what stands on it (docs/verl.md "
-    "says what), then write the new fingerprint {now} into {file}"
+    "{where} of verl {found} differs from verl {written}: read the change, fix the code that depends on it "
+    "(docs/verl_hooks.md), then write the new fingerprint {now} into {file}"
 )
 
 

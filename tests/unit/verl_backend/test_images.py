@@ -1,4 +1,4 @@
-"""Prompts with images on verl's engine: log-probabilities, a whole step, and what goes through the vision tower."""
+"""Prompts with images on verl's engine: log-probabilities, a complete step, passes of the vision tower."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sdpo.trainer.data.samples import TrainingSample
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 NUM_IMAGES = (1, 0, 3, 1)  # of the prompts
 N = 2
-UNDISTILLED = (1, 6, 7)  # on two ranks the second has a micro-batch without any distilled sample, and images
+UNDISTILLED = (1, 6, 7)  # on two ranks, the second has a micro-batch with images and without a distilled sample
 TEXTS = ("how long is it?", "how long?", "which of these?", "how wide is it?")
 
 
@@ -65,10 +65,10 @@ def samples(family: str, vision_dir: Callable[[str], Path]) -> list[TrainingSamp
 
 
 @pytest.fixture(scope="module")
-def embedded(
+def native(
     family: str, vision_dir: Callable[[str], Path], samples: list[TrainingSample], make_run_in: Callable[..., Any]
 ) -> dict[str, Any]:
-    """A step on the embedded engine, with the old log-probabilities that verl's trainer would send."""
+    """Run a step on the native trainer, with the old log-probabilities that verl's trainer would send."""
     results = {}
     ways = {"whole": {}, "frozen": {"actor__freeze_vision_tower": True}, "adapted": {"lora__rank": 4}}
     for name, settings in ways.items():
@@ -88,11 +88,11 @@ def embedded(
             generator = torch.Generator().manual_seed(1)
             for param in get_adapters(loaded.model).values():
                 param.data = 0.1 * torch.randn(param.shape, generator=generator)
-        begun = {weight: param.detach().clone() for weight, param in get_adapters(loaded.model).items()}
+        initial = {weight: param.detach().clone() for weight, param in get_adapters(loaded.model).items()}
         actor = build_actor(loaded.model, run, pad_token_id=0, vision=loaded.vision)
         old = actor.compute_log_probs(samples)
         values = actor.update_policy(samples)
-        results[name] = {"run": run, "old": old, "metrics": values, "actor": actor, "adapters": begun}
+        results[name] = {"run": run, "old": old, "metrics": values, "actor": actor, "adapters": initial}
     return results
 
 
@@ -106,12 +106,12 @@ def on_verl(
     family: str,
     vision_dir: Callable[[str], Path],
     samples: list[TrainingSample],
-    embedded: dict[str, Any],
+    native: dict[str, Any],
     train_on_verl: Callable[..., dict[str, Any]],
     pad_for_verl: Callable[..., dict[str, torch.Tensor]],
 ) -> dict[str, Any]:
     loaded = load_vision_model(vision_dir(family))
-    run, old = embedded["whole"]["run"], embedded["whole"]["old"]
+    run, old = native["whole"]["run"], native["whole"]["old"]
     whole = {
         "model": str(vision_dir(family)),
         "settings": asdict(run.self_distillation),
@@ -127,7 +127,7 @@ def on_verl(
         "engine": {},
         "record": True,
     }
-    alone = [i for i in range(len(samples)) if NUM_IMAGES[i // N]]  # text alone needs our tower
+    alone = [i for i in range(len(samples)) if NUM_IMAGES[i // N]]  # verl's own forward pass crashes on text alone
     with_images = pad_for_verl([samples[i] for i in alone[:4]], [old[i] for i in alone[:4]], 2.0, loaded.vision)
     shared = {**whole, "batches": [with_images], "mini_batch_size": 4, "micro_batch_size": 4 // request.param}
     cases = {
@@ -136,8 +136,8 @@ def on_verl(
         "adapted": {
             **whole,
             "lora": {"lora_rank": 4, "lora_alpha": 8, "lora": {"merge": True}},
-            "adapters": embedded["adapted"]["adapters"],
-            "batches": [pad_for_verl(samples, embedded["adapted"]["old"], 2.0, loaded.vision)],
+            "adapters": native["adapted"]["adapters"],
+            "batches": [pad_for_verl(samples, native["adapted"]["old"], 2.0, loaded.vision)],
         },
         "by tokens": {**whole, "max_tokens": 200, "record": False},
         "checkpointed": {**whole, "gradient_checkpointing": True},
@@ -162,7 +162,7 @@ def test_log_probs_are_those_of_one_plain_forward_pass_a_sample(
             if is_teacher and not sample.is_distilled:
                 continue
             logits = plain_logits(loaded.model, loaded.reader, messages, sample.response.token_ids)
-            logits[..., loaded.vision.placeholder_ids] = -torch.inf  # which no sampler draws
+            logits[..., loaded.vision.placeholder_ids] = -torch.inf  # never sampled
             into.append(logits.log_softmax(-1).gather(1, ids[:, None])[:, 0])
     recorded = on_verl["whole"]["log_probs"]
     assert recorded["ids"].tolist() == [token for sample in samples for token in sample.response.token_ids]
@@ -174,10 +174,10 @@ def test_log_probs_are_those_of_one_plain_forward_pass_a_sample(
 @pytest.mark.parametrize(
     "name", ["whole", "frozen", "adapted", "by tokens", "checkpointed", "packed", "packed one by one"]
 )
-def test_a_step_with_images_is_the_same_on_both_engines(
-    name: str, on_verl: dict[str, Any], embedded: dict[str, Any], assert_same_after_adamw: Callable[..., None]
+def test_a_step_with_images_is_the_same_on_both_backends(
+    name: str, on_verl: dict[str, Any], native: dict[str, Any], assert_same_after_adamw: Callable[..., None]
 ) -> None:
-    theirs, ours = on_verl[name], embedded[name if name in embedded else "whole"]
+    theirs, ours = on_verl[name], native[name if name in native else "whole"]
     values = theirs["metrics"][0]
     for metric, verl_metric in ((metrics.LOSS, "loss"), (metrics.GRAD_NORM, "grad_norm")):
         assert values[verl_metric][0] == pytest.approx(ours["metrics"][metric], rel=1e-4), metric

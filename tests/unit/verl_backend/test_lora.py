@@ -1,4 +1,4 @@
-"""LoRA on verl's engine beyond the step itself: what is held, saved, sent to the sampler, and where it all is kept."""
+"""LoRA on verl's engine: memory, checkpoints, weight sync, offloading."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def build(mesh: DeviceMesh, make_model: Callable[..., PreTrainedModel]) -> Calla
 
 @torch.no_grad()
 def move(student: nn.Module, seed: int) -> dict[str, Tensor]:
-    """Other adapters; returns s B A by the plain model's names, in float64."""
+    """Change the adapters; return s B A by the plain model's names, in float64."""
     generator = torch.Generator().manual_seed(seed)
     products = {}
     for name, layer in get_adapted_layers(student).items():
@@ -100,7 +100,7 @@ def test_the_teacher_computes_with_its_deltas_in_the_students_module(
     for module, _ in policy:
         of = "student" if module is student else "teacher"
         torch.testing.assert_close(logits_of(module), expected[of], rtol=1e-5, atol=1e-5)
-        # And the student is as it was before, in the same mode.
+        # The student is unchanged, in the same mode.
         torch.testing.assert_close(logits_of(student), expected["student"], rtol=1e-5, atol=1e-5)
         assert student.training and all(layer.training for layer in get_adapted_layers(student).values())
     assert (expected["student"] - expected["teacher"]).abs().max() > 0.1
@@ -117,7 +117,7 @@ def test_an_error_in_the_teachers_pass_leaves_the_student_as_it_was(build: Calla
     assert torch.equal(logits_of(student), before)
 
 
-# ---- verl's engine, in processes of its own ----
+# ---- verl's engine, in separate processes ----
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def results(request: pytest.FixtureRequest, base: dict[str, Any], train_on_verl:
 
 
 def merge(student: dict[str, Tensor]) -> dict[str, Tensor]:
-    """W + s B A by the plain model's names, in the data type of W."""
+    """Return W + s B A by the plain model's names, in the data type of W."""
     merged = {}
     for name, value in student.items():
         if "lora_" in name:
@@ -233,7 +233,7 @@ def test_the_sampler_gets_merged_weights_and_the_base_stays(name: str, results: 
     merged = merge(student)
     assert result["sent"].keys() == merged.keys()
     for weight, value in merged.items():
-        # verl sends bfloat16, which is what vLLM computes in; in half precision W + s B A is rounded to it twice.
+        # verl sends bfloat16, vLLM's data type; in half precision W + s B A is rounded twice.
         tolerance = 2.0**-7 if name == "half precision" else 2.0**-8
         torch.testing.assert_close(result["sent"][weight].float(), value.float(), rtol=tolerance, atol=1e-6)
     changed = [w for w, value in merged.items() if not torch.equal(result["sent"][w], student.get(w, value).bfloat16())]
@@ -253,7 +253,7 @@ def test_where_weights_and_activations_are_kept_changes_nothing(name: str, resul
 
 @pytest.mark.slow
 def test_without_adapters_the_policy_is_the_initial_model(results: dict[str, Any]) -> None:
-    """What verl takes for the reference policy when the actor has adapters."""
+    """verl's reference policy of an actor with adapters."""
     first, second = (scores["log_probs"] for scores in results["plain"]["base_scores"])
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
@@ -278,7 +278,7 @@ def test_a_checkpoint_goes_on_as_if_it_had_not_stopped(
     went_on, loaded = result["continued"]
     for name, value in went_on.items():
         assert torch.equal(loaded[name], value), name
-    # The third step is the snapshot's, so a counter that began anew would show.
+    # The snapshot is at the third step, so a counter that restarts would be visible.
     moved = {name: not torch.equal(went_on[f"teacher.{name}"], value) for name, value in result["teacher"].items()}
     assert len(moved) == (0 if kind == "frozen" else 14) and all(moved.values())
     assert any(value.any() for value in result["teacher"].values()) == (kind == "ema")

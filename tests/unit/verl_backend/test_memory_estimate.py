@@ -21,8 +21,8 @@ GIB = 2**30
 @pytest.fixture
 def estimate(make_run: Callable[..., SDPOConfig]) -> Callable[..., Any]:
     def estimate(*overrides: str, **settings: Any) -> Any:
-        run = make_run(**{"model__path": str(GOLDEN), "max_staleness": 1, "optim__betas": [0.9, 0.95], **settings})
-        return estimate_memory(run, [*to_verl_overrides(run).overrides, *overrides])
+        config = make_run(**{"model__path": str(GOLDEN), "max_staleness": 1, "optim__betas": [0.9, 0.95], **settings})
+        return estimate_memory(config, [*to_verl_overrides(config).overrides, *overrides])
 
     return estimate
 

@@ -1,4 +1,4 @@
-"""What is computed inside the output layer against the logits that a plain forward pass makes."""
+"""Results computed inside the output layer agree with the logits of a plain forward pass."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def build(family: str, make_model: MakeModel) -> PreTrainedModel:
 
 
 def compute_token_losses(logits: LinearHead) -> Tensor:
-    """The negative log-likelihood of the tokens to come, summed, of logits that are made for it."""
+    """Return the summed negative log-likelihood of the next tokens, from dense logits."""
     dense = logits.hidden @ logits.weight.T
     if logits.softcap is not None:
         dense = logits.softcap * torch.tanh(dense / logits.softcap)
@@ -118,7 +118,10 @@ def give_another_head(model: Any) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(scale_twice, "Qwen2ForCausalLM makes logits .* does not know"), (give_another_head, "is no plain linear layer")],
+    [
+        (scale_twice, "Qwen2ForCausalLM transforms its logits .* does not support"),
+        (give_another_head, "is not a plain linear layer"),
+    ],
 )
 def test_a_model_that_is_not_understood_is_refused(
     change: Callable[[Any], None], message: str, make_model: MakeModel

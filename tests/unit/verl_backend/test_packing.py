@@ -1,4 +1,4 @@
-"""Responses of several turns: student and teacher read a tool's output, and neither is asked about it."""
+"""Responses of several turns: student and teacher read a tool's output, which has no loss."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WEIGHTS = torch.tensor([0.1, 0.3], dtype=torch.float64)  # of a token of each
 
 
 def make_batch(responses: list[list[int]], masks: list[list[int]], masked: float = 0.0) -> TensorDict:
-    """As verl's driver has it, padded; ``masked`` stands where a token does not count."""
+    """Build a padded batch as on verl's driver, with ``masked`` values at masked tokens."""
     ids, attention = torch.zeros(2, 10, dtype=torch.long), torch.zeros(2, 10, dtype=torch.long)
     values = torch.full((2, 7), masked)
     mask = torch.zeros(2, 7, dtype=torch.long)
@@ -63,15 +63,15 @@ def make_batch(responses: list[list[int]], masks: list[list[int]], masked: float
 
 
 def test_rows_by_hand() -> None:
-    """The student's rows run over prompt and response, one sequence after the other: 3 + 7 and 1 + 2 tokens."""
+    """The student's packed rows are those of prompt and response, sequence by sequence: 3 + 7 and 1 + 2 tokens."""
     packed = pack_tokens(make_batch(RESPONSES, MASKS))
-    # A row predicts the token after it; the tool's tokens stand in rows 5, 6, 7 of the first sequence.
+    # A row predicts the next token; the tool's tokens are rows 5, 6, 7 of the first sequence.
     assert packed.rows.tolist() == [2, 3, 7, 8, 10, 11]
     assert packed.inputs.sampled_ids.tolist() == [10, 11, 12, 13, 14, 15]
     assert packed.inputs.old_log_probs is not None and packed.inputs.advantages is not None
     assert packed.inputs.advantages.tolist() == [0, 1, 5, 6, 7, 8]
     assert packed.inputs.old_log_probs.tolist() == [0, -1, -5, -6, -7, -8]
-    # The teacher reads the whole responses after its own prompts of 2 and 4 tokens.
+    # The teacher reads the complete responses after its prompts of 2 and 4 tokens.
     assert [sequence.tolist() for sequence in packed.teacher_sequences] == [
         [7, 8, 10, 11, 20, 21, 22, 12, 13],
         [9, 8, 7, 6, 14, 15],
@@ -92,7 +92,7 @@ def teacher() -> PreTrainedModel:
 
 
 def compute(batch: TensorDict, student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[FusedOutputs, list[Tensor]]:
-    """Loss and the gradients of the student: its hidden states of each sequence read alone, packed as verl packs."""
+    """Return the loss and the student's gradients, from hidden states of each sequence, packed as in verl."""
 
     def read(model: PreTrainedModel, sequences: list[Tensor]) -> Tensor:
         return torch.cat([model.model(sequence[None]).last_hidden_state[0] for sequence in sequences])
@@ -136,7 +136,7 @@ def test_what_stands_at_a_tools_tokens_is_not_read_but_the_tokens_are(
 
     another = [[10, 11, 30, 31, 32, 12, 13], RESPONSES[1]]
     other, _ = compute(make_batch(another, MASKS), student, teacher)
-    # Tokens before the tool's and those of the other rollout are as they were, those after it are not.
+    # Tokens before the tool's output and tokens of the other rollout are unchanged; tokens after it are not.
     for name in ("student_log_probs", "teacher_log_probs", "token_losses"):
         difference = (getattr(other, name) - getattr(plain, name)).abs()
         assert difference[[0, 1, 4, 5]].max() < 1e-12, name

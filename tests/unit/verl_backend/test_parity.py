@@ -1,4 +1,4 @@
-"""The same samples, settings and weights give the same step on both engines, on one rank and on two."""
+"""The native trainer and the verl backend take the same step from the same samples, on one rank and on two."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "snapshot": {"teacher_regularization": "snapshot", "teacher_sync_steps": 1},
 }
 SNAPSHOT = {"self_distillation__teacher_sync_steps": 1}
-# Settings of actor and sampler, and what they are called on verl.
+# Settings of actor and rollout, with their names on verl.
 WAYS: dict[str, dict[str, Any]] = {
     "two mini-batches": {"actor__mini_batch_size": 2},
     "mean of sequences": {"actor__loss_agg_mode": "seq-mean-token-mean"},
@@ -71,7 +71,7 @@ WAYS: dict[str, dict[str, Any]] = {
         "self_distillation__policy_loss_weight": 1.0,
     },
 }
-# LoRA with each teacher: its deltas are compared, or that it has none.
+# LoRA with each teacher; its deltas are compared, if it has any.
 ADAPTED: dict[str, dict[str, Any]] = {
     "LoRA": {"lora__alpha": 6},
     "LoRA, some layers": {"lora__target_modules": ["q_proj", "1.mlp.down_proj"], "actor__mini_batch_size": 2},
@@ -97,7 +97,7 @@ SHAPE: dict[str, Any] = {
 }
 PHI = {"partial_rotary_factor": 1.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": None, "final_logit_softcapping": 2.0}
-# Models whose logits are not those of a linear layer of its own without a bias.
+# Models with a tied, biased, scaled or soft-capped output layer.
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "tied weights": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True)),
     "soft-capped logits": lambda: Gemma2ForCausalLM(Gemma2Config(**SHAPE, **GEMMA)),
@@ -108,13 +108,13 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 
 @pytest.fixture(scope="module")
 def samples(make_samples: Callable[..., list[TrainingSample]]) -> list[TrainingSample]:
-    # On two ranks the second has a micro-batch without any distilled sample.
+    # On two ranks, the second has a micro-batch without a distilled sample.
     return make_samples(PROMPTS * N, seed=3, undistilled=(1, 6, 7))
 
 
 @pytest.fixture(scope="module")
 def build_model(make_model: Callable[..., PreTrainedModel]) -> Callable[[str], PreTrainedModel]:
-    """The model of a run by the run's name, always with the same random weights."""
+    """Return a run's model by the run's name, always with the same random weights."""
 
     def build(name: str) -> PreTrainedModel:
         name = name.removeprefix("LoRA, ")
@@ -153,7 +153,7 @@ def all_runs() -> dict[str, dict[str, Any]]:
 
 
 def build_student(model: PreTrainedModel, run: SDPOConfig) -> PreTrainedModel:
-    """With adapters that change something already, if the run has any."""
+    """Return the model with nonzero adapters, if the run has any."""
     if run.lora.rank:
         add_adapters(model, run.lora)
         generator = torch.Generator().manual_seed(0)
@@ -163,7 +163,7 @@ def build_student(model: PreTrainedModel, run: SDPOConfig) -> PreTrainedModel:
 
 
 def describe_lora(lora: LoraConfig) -> dict[str, Any]:
-    """verl's settings of it."""
+    """Return verl's settings of the run."""
     if not lora.rank:
         return {}
     return {
@@ -179,12 +179,12 @@ def get_adapter_weights(model: PreTrainedModel) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def embedded(
+def native(
     build_model: Callable[[str], PreTrainedModel],
     samples: list[TrainingSample],
     make_run_in: Callable[..., Any],
 ) -> dict[str, dict[str, Any]]:
-    """Two steps of each run on the embedded engine, with the old log-probabilities that verl's trainer would send."""
+    """Run two steps of each run on the native trainer, with the old log-probabilities of verl's trainer."""
     results = {}
     everything = samples
     for name, settings in all_runs().items():
@@ -192,7 +192,7 @@ def embedded(
         nothing = TeacherPrompt(None, [], truncated=False)
         samples = [s if run.self_distillation.distills else replace(s, teacher_prompt=nothing) for s in everything]
         student = build_student(build_model(name), run)
-        begun = {name: param.detach().clone() for name, param in get_adapter_weights(student).items()}
+        initial = {name: param.detach().clone() for name, param in get_adapter_weights(student).items()}
         actor = build_actor(student, run, pad_token_id=0)
         old, values = [], []
         for _ in range(2):
@@ -208,7 +208,7 @@ def embedded(
             "metrics": values,
             "student": actor.student.state_dict(),
             "teacher": module.state_dict() if module is not None else dict(deltas),
-            "adapters": begun,
+            "adapters": initial,
         }
     return results
 
@@ -218,14 +218,14 @@ def on_verl(
     request: pytest.FixtureRequest,
     train_on_verl: Callable[..., dict[str, Any]],
     pad_for_verl: Callable[..., dict[str, torch.Tensor]],
-    embedded: dict[str, dict[str, Any]],
+    native: dict[str, dict[str, Any]],
     model_dirs: dict[str, Path],
 ) -> dict[str, Any]:
     cases = {}
     # verl cuts a batch into ranks first and each rank's share into mini-batches then: sample i of ours goes there.
     halves = [[0, 1, 4, 5], [2, 3, 6, 7]] if request.param == 2 else [list(range(PROMPTS * N))]
     order = [i for half in halves for i in half]
-    for number, (name, result) in enumerate(embedded.items()):
+    for number, (name, result) in enumerate(native.items()):
         run = result["run"]
         threshold = (
             run.rollout_correction.rollout_is_threshold if run.rollout_correction.rollout_is == "token" else None
@@ -261,13 +261,13 @@ def on_verl(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", all_runs())
-def test_a_step_is_the_same_on_both_engines(
+def test_a_step_is_the_same_on_both_backends(
     name: str,
     on_verl: dict[str, Any],
-    embedded: dict[str, dict[str, Any]],
+    native: dict[str, dict[str, Any]],
     assert_same_after_adamw: Callable[..., None],
 ) -> None:
-    theirs, ours = on_verl[name], embedded[name]
+    theirs, ours = on_verl[name], native[name]
     for step, (verl_values, values) in enumerate(zip(theirs["metrics"], ours["metrics"], strict=True)):
         for metric, verl_metric in ((metrics.LOSS, "loss"), (metrics.GRAD_NORM, "grad_norm")):
             mean = sum(verl_values[verl_metric]) / len(verl_values[verl_metric])
@@ -284,10 +284,10 @@ def test_a_step_is_the_same_on_both_engines(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", all_runs())
-def test_old_log_probs_are_the_same_on_both_engines(
-    name: str, on_verl: dict[str, Any], embedded: dict[str, dict[str, Any]]
+def test_old_log_probs_are_the_same_on_both_backends(
+    name: str, on_verl: dict[str, Any], native: dict[str, dict[str, Any]]
 ) -> None:
-    for scores, old in zip(on_verl[name]["scores"], embedded[name]["old"], strict=True):
+    for scores, old in zip(on_verl[name]["scores"], native[name]["old"], strict=True):
         mine = [0, 1, 4, 5] if len(scores["log_probs"]) < len(old) else range(len(old))  # of the first of two ranks
         for log_probs, i in zip(scores["log_probs"], mine, strict=True):
             torch.testing.assert_close(log_probs, old[i], rtol=1e-4, atol=1e-5)
@@ -305,7 +305,7 @@ def test_the_teacher_moves_by_the_formula_of_the_average(on_verl: dict[str, Any]
 
 @pytest.mark.slow
 def test_with_adapters_it_is_their_product_that_is_averaged(on_verl: dict[str, Any]) -> None:
-    """In float64, of A and B after each step; of shards on two ranks."""
+    """The deltas follow A and B of each step, in float64; sharded on two ranks."""
     result = on_verl["LoRA"]
     assert len(result["teacher"]) == 14
     for name, before in result["teacher_before"].items():

@@ -1,4 +1,4 @@
-"""Our estimates of the KL divergence against verl's own, values and gradients."""
+"""Estimates of the KL divergence agree with verl's in values and gradients."""
 
 from __future__ import annotations
 

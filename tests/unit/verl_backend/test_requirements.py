@@ -1,4 +1,4 @@
-"""What is refused before Ray starts, on machines that are made up."""
+"""Checks of devices and packages before Ray starts, on mocked machines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EVERYTHING = {"vllm", "cupy", "torchao", "torch"}
 
 @pytest.fixture
 def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Callable[..., None]:
-    """Checks a run on a machine with so many GPUs and these packages."""
+    """Checks a run on a machine with this many GPUs and these packages."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(requirements, "read_ray_address", lambda: None)
     for name in ("train", "test"):
@@ -69,7 +69,7 @@ def test_what_can_run(check: Callable[..., None], name: str, num_gpus: int, over
         ({"without": "cupy"}, r"backend=nccl: verl needs CuPy for it; pip install cupy-cuda13x"),
         (
             {"overrides": [f"{MODEL}.override_config.attn_implementation=flash_attention_2"]},
-            r"flash-attn is not installed; pip install flash-attn .* or set it to sdpa",
+            r"flash-attn is not installed; pip install flash-attn .* or use sdpa",
         ),
         (
             {"overrides": [f"{OPTIM}.optimizer_impl=torchao.optim"], "without": "torchao"},

@@ -1,4 +1,4 @@
-"""verl's configuration with SDPO's section in it: what is refused, before Ray, in one line."""
+"""verl's configuration with SDPO's section: wrong settings are refused in one line, before Ray starts."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_another_loss_is_verls_own(compose: Callable[..., DictConfig]) -> None:
         (f"{ACTOR}.loss_agg_mode=token-sum", "use token-mean"),
         (f"{ACTOR}.ulysses_sequence_parallel_size=2", "ulysses_sequence_parallel_size=2"),
         ("actor_rollout_ref.model.use_fused_kernels=true", "use_fused_kernels"),
-        (f"{ACTOR}.calculate_sum_pi_squared=true", "calculate_sum_pi_squared=True has no meaning"),
+        (f"{ACTOR}.calculate_sum_pi_squared=true", "calculate_sum_pi_squared=True has no effect"),
         ("actor_rollout_ref.model.enable_activation_offload=true", "enable_activation_offload=True is not supported"),
         (f"++{ACTOR}.fsdp_config.mixed_precision.param_dtype=fp16", "param_dtype=fp16 is not supported"),
         ("actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora.merge must be true"),
@@ -119,7 +119,7 @@ def test_another_loss_is_verls_own(compose: Callable[..., DictConfig]) -> None:
         (f"{LORA} {MODEL}.lora.alpha=16", "set actor_rollout_ref.model.lora_alpha instead"),
         (f"{LORA} {MODEL}.lora.target_modules=[q_proj]", f"set {MODEL}.target_modules instead"),
         (f"{LORA} {MODEL}.lora.dropout=0.1", "lora.dropout=0.1 is for Megatron"),
-        (f"{LORA} {MODEL}.lora_adapter_path=/some/adapter", "merge the adapter into that model first"),
+        (f"{LORA} {MODEL}.lora_adapter_path=/some/adapter", "merge the adapter into this model"),
         (f"{LORA} {MODEL}.exclude_modules=q_proj", "exclude_modules is not supported"),
         (f"{LORA} +{MODEL}.target_parameters=[experts]", "target_parameters is not supported"),
         (f"{LORA} {ACTOR}.freeze_vision_tower=true", "freeze_vision_tower=True has no effect with LoRA"),
@@ -141,10 +141,10 @@ def test_another_loss_is_verls_own(compose: Callable[..., DictConfig]) -> None:
         ("health.windows=3", "windows"),
         ("health.window=0", "health.window must be in [1, inf), got 0"),
         ("health.score_collapse=halt", "health.score_collapse must be one of"),
-        ("health.ref_kl_interval=5", "health.ref_kl_interval=5 has no effect on verl, where the workers hold"),
+        ("health.ref_kl_interval=5", "health.ref_kl_interval=5 has no effect on verl: the workers hold"),
         (
             "health.teacher_underperforms_student=stop",
-            "health.teacher_underperforms_student=stop has no effect on verl, where verl evaluates the stud",
+            "health.teacher_underperforms_student=stop has no effect on verl: verl evaluates the stud",
         ),
         (
             f"health.score_collapse=reduce_weight {ACTOR}.policy_loss.loss_mode=vanilla",
@@ -154,9 +154,9 @@ def test_another_loss_is_verls_own(compose: Callable[..., DictConfig]) -> None:
             f"health.score_collapse=freeze_teacher {ACTOR}.self_distillation.teacher_regularization=frozen",
             "health.score_collapse=freeze_teacher has no effect with self_distillation.teacher_regularization=frozen",
         ),
-        ("trainer.save_best_limit=-1", "trainer.save_best_limit must be a whole number, at least 0, got -1"),
-        ("trainer.save_best_limit=true", "trainer.save_best_limit must be a whole number"),
-        ("trainer.n_gpus_per_node=3", "must be a multiple of the 3 GPUs that train"),
+        ("trainer.save_best_limit=-1", "trainer.save_best_limit must be an integer, at least 0, got -1"),
+        ("trainer.save_best_limit=true", "trainer.save_best_limit must be an integer"),
+        ("trainer.n_gpus_per_node=3", "must be a multiple of the 3 training GPUs"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(override: str, message: str, compose: Callable[..., DictConfig]) -> None:
@@ -185,7 +185,7 @@ def add(a: int, b: int) -> str:
 
 @pytest.fixture
 def tool_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """In the working folder, by its name alone."""
+    """A file in the working folder, given by its name alone."""
     (tmp_path / "tools.py").write_text(TOOL)
     monkeypatch.chdir(tmp_path)
     FUNCTION_TOOL_REGISTRY.clear()
@@ -197,7 +197,7 @@ def test_tools_choose_the_agent_loop(name: str, compose: Callable[..., DictConfi
     config = compose(f"{TURNS}.enable=true", f"{TURNS}.function_tool_path={tool_file}", name=name)
     rollout = config.actor_rollout_ref.rollout
     assert rollout.agent.default_agent_loop == "sdpo_tools"
-    # Ray's processes and the dataset find the file wherever they are started.
+    # Ray's processes and the dataset find the file from every working folder.
     assert rollout.multi_turn.function_tool_path == config.data.function_tool_path == str(Path(tool_file).absolute())
     assert [tool["function"]["name"] for tool in load_tool_schemas(rollout)] == ["add"]
     rollout = compose(name=name).actor_rollout_ref.rollout
@@ -214,11 +214,11 @@ def test_tools_choose_the_agent_loop(name: str, compose: Callable[..., DictConfi
         (f"{AGENT}.agent_loop_config_path=loops.yaml", "agent_loop_config_path is not supported with loss_mode=sdpo"),
         (
             f"{TURNS}.enable=true {TURNS}.function_tool_path=tools.py {TURNS}.format=hermas",
-            f"{TURNS}.format=hermas: verl knows no such parser of tool calls; use one of hermes",
+            f"{TURNS}.format=hermas: verl has no such parser of tool calls; use one of hermes",
         ),
         (f"{TURNS}.enable=true {TURNS}.function_tool_path=no.py", "no.py: the tools cannot be loaded (FileNotFound"),
         (f"{TURNS}.enable=true {TURNS}.function_tool_path=broken.py", "cannot be loaded (ZeroDivisionError: division"),
-        (f"{TURNS}.enable=true {TURNS}.function_tool_path=empty.py", f"{TURNS}: its files define no tool"),
+        (f"{TURNS}.enable=true {TURNS}.function_tool_path=empty.py", f"{TURNS}: the files define no tool"),
     ],
 )
 def test_tools_that_cannot_be_used_are_one_line(
@@ -235,7 +235,7 @@ def test_tools_that_cannot_be_used_are_one_line(
 @pytest.mark.parametrize(
     ("family", "override", "message"),
     [
-        # verl knows no processor of LLaVA's, and without torchvision transformers makes none for Qwen's.
+        # verl has no processor for LLaVA, and without torchvision transformers has none for Qwen.
         ("llava", "", "verl cannot load its image processor (Failed to create processor: Unsupported processor"),
         ("qwen2_5_vl", "", "verl cannot load its image processor (Failed to create processor: "),
         ("text", f"{ACTOR}.freeze_vision_tower=true", "actor.freeze_vision_tower=True: "),
@@ -270,7 +270,7 @@ def test_a_truncated_sampler_has_its_weights_and_an_untruncated_one_may_be_the_o
     compose("algorithm.rollout_correction.bypass_mode=true", "algorithm.rollout_correction.rollout_is=null")
 
 
-def test_the_share_of_failed_grades_has_one_default(compose: Callable[..., DictConfig]) -> None:
+def test_the_fraction_of_failed_rewards_has_one_default(compose: Callable[..., DictConfig]) -> None:
     assert compose().data.max_failure_fraction == RewardConfig.max_failure_fraction
 
 
@@ -327,7 +327,7 @@ def test_a_mistake_ends_with_exit_code_2_and_without_ray(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("reason", ["score_collapse: it fell", None])
-def test_a_run_that_an_alarm_stopped_says_so_as_on_the_embedded_engine(
+def test_a_run_that_a_health_check_stopped_says_so_as_on_the_native_trainer(
     reason: str | None, compose: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """With verl's own ``run_ppo``, which drops what the driver's run returns, and a class in place of Ray's."""

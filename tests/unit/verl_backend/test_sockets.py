@@ -1,4 +1,4 @@
-"""Two runs on one machine do not take each other's sockets."""
+"""Two runs on one machine cannot use the same sockets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bugs of verl 0.9.1 and their workarounds: each is reproduced, then checked. tests/verl has those that need a run."""
+"""Bugs of verl 0.9.1, reproduced, and their workarounds; tests/verl has the bugs that need a complete run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from sdpo.verl_backend.worker import engine
 
 
 class BrokenLoader:
-    """Two batches, then a row that cannot be read."""
+    """Two batches, then an unreadable row."""
 
     def __len__(self) -> int:
         return 3
@@ -61,7 +61,7 @@ def fetch_third(trainer: Any) -> Any:
 
 
 def test_an_error_while_fetching_is_raised() -> None:
-    assert fetch_third(make_trainer(OneStepOffRayTrainer, BrokenLoader())) is None  # verl's way
+    assert fetch_third(make_trainer(OneStepOffRayTrainer, BrokenLoader())) is None  # verl's behaviour
     with pytest.raises(RuntimeError, match="could not be fetched") as caught:
         fetch_third(make_trainer(SelfDistillationOneStepOffTrainer, BrokenLoader()))
     assert isinstance(caught.value.__cause__, ValueError)
@@ -96,9 +96,9 @@ def test_position_ids_of_images_keep_their_shape(lengths: tuple[int, ...], marke
         )
     )
     if len(set(lengths)) == 1:
-        assert data["position_ids"]._ragged_idx == 1  # the four kinds of position are taken for the sequence
+        assert data["position_ids"]._ragged_idx == 1  # verl takes the four kinds of position for the sequence
     if marked:
-        tu.maybe_fix_3d_position_ids(data)  # what verl does in its workers
+        tu.maybe_fix_3d_position_ids(data)  # as in verl's workers
         if lengths == (4, 4, 4):
             with pytest.raises(RuntimeError):
                 data["position_ids"].unbind()
@@ -143,7 +143,7 @@ def test_an_installed_trl_without_the_value_head_does_no_harm(
 def test_responses_are_cut_off_at_the_limit_and_not_at_the_longest_of_the_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Three responses of 2, 3 and 3 tokens, of which none is as long as the limit of 8."""
+    """Three responses of 2, 3 and 3 tokens, all shorter than the limit of 8."""
 
     def nested(values: float) -> torch.Tensor:
         return torch.nested.as_nested_tensor([torch.full((n,), values) for n in (2, 3, 3)], layout=torch.jagged)
@@ -177,7 +177,7 @@ def test_responses_are_cut_off_at_the_limit_and_not_at_the_longest_of_the_batch(
 
 
 def test_a_checkpoint_is_removed_with_its_folder_and_after_a_resume_too(tmp_path: Path) -> None:
-    """Kept: the newest of three, the first of which was there before the run was resumed."""
+    """Only the newest of three checkpoints stays; the first is from before the run was resumed."""
     stock = object.__new__(BaseCheckpointManager)
     stock.previous_saved_paths = []
     for step in (1, 2, 3):

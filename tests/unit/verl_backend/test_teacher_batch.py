@@ -1,4 +1,4 @@
-"""The teacher's fields of verl's batch say what the context floor says."""
+"""The teacher's fields of verl's batch agree with ``sdpo.prompting``."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_feedback_and_ground_truth_fit_into_the_window() -> None:
 
 
 def test_what_a_tool_said_is_not_demonstrated_but_takes_room() -> None:
-    """Two turns of the policy, the tool's output between them."""
+    """Two turns of the policy with a tool's output between them."""
     parts = [
         ("7", 1),
         ("<|im_end|>", 1),
@@ -71,7 +71,7 @@ def test_what_a_tool_said_is_not_demonstrated_but_takes_room() -> None:
     fields, _ = TeacherBatchBuilder(config, TOKENIZER, None, seed=0, max_steps=1).build(rollouts, step=1)
     expected = encode_teacher_prompt(TOKENIZER, MESSAGES, PrivilegedContext(solution="7\n88"), config).token_ids
     assert fields[TEACHER_PROMPTS].tolist() == [expected, expected]
-    # The window must hold prompt and whole response: too small for the longer one by a token, it is not distilled.
+    # The window must fit prompt and response; a sample that is one token too long is not distilled.
     least = len(encode_teacher_prompt(TOKENIZER, MESSAGES, PrivilegedContext(solution="7"), config).token_ids or ())
     narrow = TeacherBatchBuilder(config, TOKENIZER, least + len(token_ids) - 1, seed=0, max_steps=1)
     lengths = narrow.build(rollouts, step=1)[0][TEACHER_PROMPT_LENGTHS].tolist()
@@ -110,7 +110,7 @@ def test_which_peer_is_shown_follows_from_seed_and_step() -> None:
 
 @pytest.mark.parametrize("source", ["successful_rollout", "ground_truth"])
 def test_padding_and_failed_responses_teach_nothing_and_are_not_counted(source: str) -> None:
-    """Padding is no sample: every metric and every other row is as without it."""
+    """Padding changes no metric and no other row."""
     config = SelfDistillationConfig(demonstration_source=source, weight_by_prompt_difficulty=True)  # type: ignore[arg-type]
     build = TeacherBatchBuilder(config, TOKENIZER, None, seed=0, max_steps=1).build
     rollouts = [make_rollout("77", 0.0), make_rollout("88", 1.0), make_rollout("99", math.nan)]

@@ -132,7 +132,7 @@ def test_a_run_says_the_same_on_verl(
         ),
     ],
 )
-def test_the_optimizer_is_the_one_of_the_embedded_engine(
+def test_the_optimizer_is_the_one_of_the_native_trainer(
     settings: dict[str, Any], expected: tuple[Any, ...], make_task_run: Callable[..., SDPOConfig], compose_run: Any
 ) -> None:
     config = compose_run(make_task_run(optim__lr=2e-5, **{"optim__betas": [0.8, 0.9], **settings}))

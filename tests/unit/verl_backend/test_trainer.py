@@ -1,4 +1,4 @@
-"""The order of a step of the one-step-off trainer, with verl's own ``fit_step`` and made-up workers."""
+"""The order of a step of the one-step-off trainer, with verl's own ``fit_step`` and mocked workers."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ SAME = ("compute_reward", "compute_log_prob", "compute_ref_log_prob", "compute_c
 
 
 class SDPOConfig:
-    """A trainer whose weights are a number: how often they were updated."""
+    """A trainer whose weights are the number of updates."""
 
     def __init__(self, test_freq: int) -> None:
         self.actor, self.sampler = 0, 0
-        self.batches: list[tuple[int, int]] = []  # the sampler's weights when it began and ended one
+        self.batches: list[tuple[int, int]] = []  # the sampler's weights at the start and the end of each batch
         self.rows: dict[int, dict[str, Any]] = {}
         trainer = object.__new__(SelfDistillationOneStepOffTrainer)
         trainer.config = OmegaConf.create({"trainer": {"test_freq": test_freq, "critic_warmup": 0}})
@@ -89,8 +89,8 @@ def test_without_evaluations_nothing_waits_for_the_batch_ahead() -> None:
 
 
 @pytest.mark.parametrize("test_freq", [3, -1])
-def test_an_alarm_makes_its_step_the_last_one(test_freq: int) -> None:
-    """The score falls at step 2: this step is evaluated and saved, and its row has the alarm; then the run is over."""
+def test_a_health_check_makes_its_step_the_last_one(test_freq: int) -> None:
+    """The score falls at step 2: this step is validated and saved, its metrics have the warning, and the run ends."""
     run = SDPOConfig(test_freq)
     trainer, saved = run.trainer, list[int]()
     trainer.config.data = {"max_response_length": 3}
@@ -128,7 +128,7 @@ def test_an_alarm_makes_its_step_the_last_one(test_freq: int) -> None:
 
 
 def test_of_the_v1_trainers_too() -> None:
-    """verl's loop has decided already that this step is not the last one; so it saves and evaluates by frequency."""
+    """verl's loop has marked another step as the last, so this step is saved and validated by frequency."""
     trainer = object.__new__(SelfDistillationSyncTrainer)
     trainer.config = OmegaConf.create({"trainer": {"save_freq": 50, "test_freq": 10}})
     trainer.global_steps, trainer.total_training_steps = 7, 100

@@ -1,4 +1,4 @@
-"""Vision towers by themselves: which images are the same, what verl's own forward pass gets, what is frozen."""
+"""Vision towers: equal images, verl's forward pass, freezing."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_language_model_has_nothing_to_freeze(model: Any) -> None:
 
 def test_a_response_goes_on_after_the_images_and_has_none(verls_model: LoadedModel) -> None:
     image = [3, 5, 5, 5, 5, 4]  # four tokens: 2 x 2
-    token_ids = torch.tensor([7, *image, 8, 9, 5])  # an image token in the response stands for nothing
+    token_ids = torch.tensor([7, *image, 8, 9, 5])  # an image token in the response counts as text
     positions = compute_positions(verls_model.model, token_ids, 8, torch.tensor([[1, 4, 4]]))
     assert positions.tolist() == [
         [0, 1, 2, 3, 4, 5, 6, 7, 8, 9],

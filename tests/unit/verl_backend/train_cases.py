@@ -1,4 +1,4 @@
-"""One rank of a training step on verl's engine, case by case; run as a process of its own by ``conftest.py``.
+"""One rank of a training step on verl's engine, case by case; ``conftest.py`` starts it as a separate process.
 
 Usage: train_cases.py CASES.pt RESULTS.pt, with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set.
 """
@@ -67,33 +67,33 @@ def build_worker(case: dict[str, Any]) -> SelfDistillationTrainingWorker:
         ),
     )
     worker.reset()
-    worker.set_loss_fn(lambda **_: None)  # the engine brings its own
+    worker.set_loss_fn(lambda **_: None)  # the engine computes the loss itself
     set_weights(worker.engine.module, case.get("adapters", {}))
     return worker
 
 
 @torch.no_grad()
 def set_weights(module: torch.nn.Module, values: dict[str, torch.Tensor]) -> None:
-    """Whole tensors, by the names of ``full_weights``, into the shards."""
+    """Copy full tensors, by the names of ``full_weights``, into the shards."""
     params = {plain_name(name): param for name, param in module.named_parameters()}
     for name, value in values.items():
         params[name].copy_(distribute_tensor(value, params[name].device_mesh, params[name].placements))
 
 
 def plain_name(name: str) -> str:
-    """Without what the wrapper of PEFT puts before it."""
+    """Remove the prefix of PEFT's wrapper."""
     return name.removeprefix("base_model.model.")
 
 
-def share_of_rank(batch: dict[str, Any]) -> dict[str, Any]:
+def take_own_rows(batch: dict[str, Any]) -> dict[str, Any]:
     size = len(batch["input_ids"]) // dist.get_world_size()
     mine = slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
     return {name: values[mine] for name, values in batch.items()}
 
 
 def send(case: dict[str, Any], batch: dict[str, Any], **settings: Any) -> TensorDict:
-    """This rank's share of a batch, as verl's trainer would send it."""
-    mine = share_of_rank(batch)
+    """Return this rank's part of a batch in the form that verl's trainer sends."""
+    mine = take_own_rows(batch)
     images = mine.pop("multi_modal_inputs", None)
     data = left_right_2_no_padding(TensorDict(mine, batch_size=len(mine["input_ids"])))
     if images is not None:
@@ -118,9 +118,9 @@ def learn(worker: SelfDistillationTrainingWorker, case: dict[str, Any], batch: d
 def score(
     worker: SelfDistillationTrainingWorker, case: dict[str, Any], batch: dict[str, Any], **settings: Any
 ) -> dict[str, Any]:
-    """Log-probabilities and entropies of each of this rank's responses, as the trainer asks for them."""
+    """Compute log-probabilities and entropies of this rank's responses, as for the old policy."""
     output = worker.infer_batch(send(case, batch, calculate_entropy=True, compute_loss=False, **settings))
-    lengths = share_of_rank(batch)["response_mask"].sum(1).tolist()
+    lengths = take_own_rows(batch)["response_mask"].sum(1).tolist()
     return {
         name: [values[-length - 1 : -1] for values, length in zip(output[name].unbind(), lengths, strict=True)]
         for name in ("log_probs", "entropy")
@@ -128,10 +128,10 @@ def score(
 
 
 def add_reference(worker: SelfDistillationTrainingWorker, case: dict[str, Any], batch: dict[str, Any]) -> None:
-    """The reference policy's log-probabilities of this batch in it, as the trainer adds them."""
+    """Add the reference policy's log-probabilities to the batch, as the trainer does."""
     output = worker.infer_batch(send(case, batch, calculate_entropy=False, compute_loss=False))
     log_probs = output["log_probs"]
-    mask = share_of_rank(batch)["response_mask"]
+    mask = take_own_rows(batch)["response_mask"]
     mine = torch.zeros(mask.shape)
     for i, (values, length) in enumerate(zip(log_probs.unbind(), mask.sum(1).tolist(), strict=True)):
         mine[i, :length] = values[-length - 1 : -1]
@@ -141,7 +141,7 @@ def add_reference(worker: SelfDistillationTrainingWorker, case: dict[str, Any], 
 
 
 def find_largest(call: Callable[[], Any]) -> int:
-    """Bytes of the largest tensor that a call allocates."""
+    """Return the bytes of the largest tensor that a call allocates."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
@@ -160,7 +160,7 @@ def full_weights(module: torch.nn.Module | None) -> dict[str, torch.Tensor]:
 
 
 def teacher_weights(worker: SelfDistillationTrainingWorker) -> dict[str, torch.Tensor]:
-    """All of the teacher's, or with LoRA its deltas; nothing where it holds none for itself."""
+    """Return the teacher's full weights, or with LoRA its deltas; empty if it stores none."""
     teacher = worker.engine.teacher_engine
     if teacher is None:
         return {}
@@ -170,13 +170,13 @@ def teacher_weights(worker: SelfDistillationTrainingWorker) -> dict[str, torch.T
 
 
 def sent_weights(worker: SelfDistillationTrainingWorker) -> dict[str, torch.Tensor]:
-    """What a sampler gets."""
+    """Return the weights that are synced to the sampler."""
     params, _ = worker.engine.get_per_tensor_param()
     return {name: value.clone() for name, value in params}
 
 
 def count_bytes(worker: SelfDistillationTrainingWorker) -> dict[str, int]:
-    """Of what this rank holds: weights of all modules, each once, and the teacher's deltas."""
+    """Count this rank's bytes: weights of all modules, each once, the teacher's deltas, moments."""
     engine = worker.engine
     teacher = engine.teacher_engine
     modules = [engine.module, *([teacher.teacher.module] if teacher.teacher.module is not None else [])]
@@ -195,7 +195,7 @@ def count_bytes(worker: SelfDistillationTrainingWorker) -> dict[str, int]:
 
 
 def record_log_probs(recorded: list[dict[str, Any]]) -> None:
-    """Keep what student and teacher say of each sampled token, micro-batch by micro-batch."""
+    """Record the student's and teacher's log-probabilities of sampled tokens, per micro-batch."""
 
     def compute(student: Any, teacher: Any, tokens: TokenBatch, config: Any, **settings: Any) -> FusedOutputs:
         outputs = fused_linear_sdpo_loss(student, teacher, tokens, config, **settings)
@@ -213,7 +213,7 @@ def record_log_probs(recorded: list[dict[str, Any]]) -> None:
 
 
 def record_moves(worker: SelfDistillationTrainingWorker) -> list[str]:
-    """When weights are moved between device and host, and when the teacher follows."""
+    """Record moves of weights between device and host, and updates of the teacher, in order."""
     engine, moves = worker.engine, list[str]()
     move, step_teacher = engine.to, engine.step_teacher
 
@@ -237,7 +237,7 @@ def count_patches(tower: Any, seen: list[int]) -> None:
 
 
 def gather_in_order(recorded: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """All ranks' records, in the samples' order where micro-batches are cut by numbers."""
+    """Concatenate all ranks' records; in the samples' order if micro-batches have a fixed size."""
     if not recorded:
         return {}
     own = {name: torch.cat([each[name] for each in recorded]) for name in recorded[0]}
@@ -276,7 +276,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     before = teacher_weights(worker)
     moves = record_moves(worker)
     values, students, teachers, scores, base_scores = [], [], [], [], []
-    actions = case.get("actions", {})  # methods of the engine, called after so many batches
+    actions = case.get("actions", {})  # methods of the engine, by the number of batches after which they are called
     for action in actions.get(0, []):
         getattr(worker.engine, action)()
     for number, batch in enumerate(case["batches"], start=1):
@@ -340,7 +340,7 @@ if __name__ == "__main__":
     for name, case in cases.items():
         try:
             results[name] = run_case(case)
-        except Exception as error:  # a case that must fail says with what
+        except Exception as error:  # expected in some cases: return it
             if not case.get("may_fail"):
                 raise
             results[name] = {"error": f"{type(error).__name__}: {error}"}

@@ -30,6 +30,7 @@ from sdpo.algorithm.loss import compute_token_losses
 from sdpo.algorithm.sums import TokenValues, reduce_values
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.kernels.chunked_log_probs import LinearHead
+from sdpo.kernels.comparison import compare_topk
 from sdpo.kernels.cuda.chunks import (
     Buffer,
     MixedBuffer,
@@ -58,7 +59,8 @@ class _Kept:
     """The student's top k entries, [n, K] each."""
 
     ids: Tensor
-    log_probs: Tensor
+    log_probs: Tensor  # read without a graph
+    leaf: Tensor  # the same values, differentiated by autograd
     slope: Tensor | None  # derivative of the soft-cap
 
 
@@ -188,7 +190,7 @@ class _ChunkedForwardBackward:
         topk = self.topk if teacher is not None else None
         statistics = compute_row_statistics(student, teacher, sampled_ids, alpha=alpha, group_maxima=topk is not None)
         tokens, kept = self._read(student, teacher, statistics, topk)
-        compared = tokens.divergence if topk is None else tokens.student_distribution
+        compared = tokens.divergence if kept is None else kept.leaf
         entropies = tokens.student_entropies if batch.has_entropy_term else None
         leaves = [
             leaf if leaf is None else leaf.requires_grad_() for leaf in (tokens.student_log_probs, compared, entropies)
@@ -222,16 +224,18 @@ class _ChunkedForwardBackward:
             tokens, teacher_log_probs=statistics.teacher_log_probs, teacher_entropies=statistics.teacher_entropies
         )
         if topk is None:
-            is_whole = self.alpha is not None
-            return replace(tokens, divergence=statistics.divergences.detach() if is_whole else None), None
+            divergence = statistics.divergences.detach() if self.alpha is not None else None
+            entropies: Tensor | None = statistics.teacher_entropies
+            return replace(tokens, divergence=divergence, compared_teacher_entropies=entropies), None
         assert statistics.group_maxima is not None
         ids = select_top_ids(student, statistics.group_maxima, topk)
         logits, slope = student.gather(ids)
         teacher_logits, _ = teacher.gather(ids)
-        kept = _Kept(ids, logits - statistics.student_log_sum_exp_2[:, None] / LOG2_E, slope)
+        log_probs = logits - statistics.student_log_sum_exp_2[:, None] / LOG2_E
         of_teacher = teacher_logits - statistics.teacher_log_sum_exp_2[:, None] / LOG2_E
-        # The leaf is a separate tensor, because ``kept`` is read without a graph.
-        return replace(tokens, student_distribution=kept.log_probs.detach(), teacher_distribution=of_teacher), kept
+        kept = _Kept(ids, log_probs, log_probs.detach().requires_grad_(), slope)
+        divergence, entropies = compare_topk(kept.leaf, of_teacher, self.config)
+        return replace(tokens, divergence=divergence, compared_teacher_entropies=entropies), kept
 
     def _write_kept(
         self,

@@ -1,7 +1,7 @@
-"""Entry point of the group ``verl.plugins``: what must be known in every process before verl looks for a device.
+"""Entry point of the group ``verl.plugins``: registers the CPU platform in every process.
 
-verl loads it on ``import verl``, and only logs (at DEBUG) when that fails; ``main.py`` checks that it has happened.
-Engine, trainers and workers need no registration ahead: ``main.py`` hands verl the classes themselves.
+verl loads it on ``import verl`` and logs a failure at DEBUG only, so ``entrypoint/main.py`` checks the result. Engine,
+trainers and workers need no registration here, since ``entrypoint/runners.py`` passes the classes to verl.
 """
 
 from __future__ import annotations
@@ -11,6 +11,6 @@ import os
 import sdpo.verl_backend.cpu.platform  # noqa: F401
 
 if os.environ.get("VERL_PLATFORM") == "cpu":
-    from sdpo.verl_backend.cpu.processor import stand_in
+    from sdpo.verl_backend.cpu.processor import fall_back_without_torchvision
 
-    stand_in()
+    fall_back_without_torchvision()

@@ -1,7 +1,6 @@
 """Patches for bugs of verl 0.9.1; ``docs/verl.md`` lists all workarounds, with those inside overridden methods.
 
-Each patch names the upstream issue. ``tests/unit/verl_backend/test_stock_bugs.py`` and ``test_packing.py`` reproduce
-the bugs.
+Each patch names the upstream issue; ``tests/unit/verl_backend/test_stock_bugs.py`` reproduces the bugs.
 """
 
 from __future__ import annotations

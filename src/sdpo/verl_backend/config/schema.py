@@ -1,4 +1,4 @@
-"""SDPO's settings in verl's configuration: where they stand, what they may not be combined with."""
+"""SDPO's settings in verl's configuration: schema, readers and checks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sdpo.verl_backend.config.to_verl import ALL_LINEAR, HEALTH_WITHOUT_EFFECT
 LOSS_MODE = "sdpo"
 ACTOR = "actor_rollout_ref.actor"
 MODEL = "actor_rollout_ref.model"
-# Below model.lora: verl's default, and what the setting is called for FSDP.
+# Keys below model.lora, which are for Megatron: name, verl's default, and the key for FSDP.
 MEGATRON_LORA = (
     ("rank", 0, "lora_rank"),
     ("alpha", 32, "lora_alpha"),
@@ -33,27 +33,27 @@ MEGATRON_LORA = (
 ROLLOUT = "actor_rollout_ref.rollout"
 MULTI_TURN = f"{ROLLOUT}.multi_turn"
 TOOL_PATHS = ("tool_config_path", "function_tool_path")
-# Our agent loops (agent_loop.py), and the names of verl's in whose places they stand.
+# sdpo's agent loops (agent_loop.py), and verl's names of the loops that they replace.
 SINGLE_TURN, TOOL_TURNS = "sdpo_single_turn", "sdpo_tools"
 AGENT_LOOPS = {SINGLE_TURN: "single_turn_agent", TOOL_TURNS: "tool_agent"}
 
 
 @dataclass
 class SelfDistillationActorConfig(FSDPActorConfig):  # type: ignore[misc]
-    """verl's FSDP actor with the section ``self_distillation`` in it."""
+    """verl's FSDP actor config with the section ``self_distillation``."""
 
     self_distillation: Any = field(default_factory=SelfDistillationConfig)
 
 
 def build_schema(section: type[SelfDistillationConfig] | type[HealthConfig]) -> DictConfig:
-    """A section of ours for Hydra: keys, types and defaults of the dataclass."""
+    """Build Hydra's schema of a section: keys, types and defaults of the dataclass."""
     schema = OmegaConf.structured(section)
-    OmegaConf.set_readonly(schema, None)  # frozen dataclasses become read-only nodes, which cannot be overridden
+    OmegaConf.set_readonly(schema, None)  # a frozen dataclass becomes a read-only node, which rejects overrides
     return schema
 
 
 def read_health(config: DictConfig) -> HealthConfig:
-    """The section ``health``.
+    """Read the section ``health``.
 
     Raises:
         ConfigError: a value is out of range.
@@ -63,7 +63,7 @@ def read_health(config: DictConfig) -> HealthConfig:
 
 
 def read_self_distillation(actor: DictConfig) -> SelfDistillationConfig | None:
-    """The settings of an actor whose ``policy_loss.loss_mode`` is ``sdpo``; None for any other loss.
+    """Read the settings of an actor with ``policy_loss.loss_mode=sdpo``; None for another loss.
 
     Raises:
         ConfigError: a value is out of range or contradicts another.
@@ -78,7 +78,7 @@ def read_self_distillation(actor: DictConfig) -> SelfDistillationConfig | None:
 
 
 def read_lora(model: Any) -> LoraConfig:
-    """The adapters of verl's section ``model``: ``lora_rank``, ``lora_alpha``, ``target_modules``."""
+    """Read the adapters from verl's section ``model``: ``lora_rank``, ``lora_alpha``, ``target_modules``."""
     if not model.lora_rank:
         return LoraConfig()
     targets = model.target_modules
@@ -87,7 +87,7 @@ def read_lora(model: Any) -> LoraConfig:
 
 
 def read_regularization(actor: DictConfig) -> Regularization:
-    """KL to the reference policy and entropy in an actor's loss, from verl's own keys.
+    """Read KL to the reference policy and entropy from verl's keys of an actor.
 
     Raises:
         ConfigError: a value is out of range.
@@ -101,12 +101,12 @@ def read_regularization(actor: DictConfig) -> Regularization:
 
 
 def import_sampler(rollout: DictConfig) -> None:
-    """Let the module that ``checkpoint_engine.custom_backend_module`` names register its sampler in this process."""
+    """Import ``checkpoint_engine.custom_backend_module``, which registers its sampler in this process."""
     import_external_libs(rollout.checkpoint_engine.custom_backend_module or None)
 
 
 def complete_turns(config: DictConfig) -> None:
-    """``multi_turn.enable=true`` chooses the agent loop with tools; Ray's processes may start in another folder."""
+    """Select the agent loop with tools if ``multi_turn.enable``; make the tools' paths absolute for Ray."""
     rollout = config.actor_rollout_ref.rollout
     if rollout.multi_turn.enable and rollout.agent.default_agent_loop == SINGLE_TURN:
         rollout.agent.default_agent_loop = TOOL_TURNS
@@ -116,10 +116,10 @@ def complete_turns(config: DictConfig) -> None:
 
 
 def check_config(config: DictConfig) -> None:
-    """Refuse, before Ray starts, what would be ignored or go wrong.
+    """Refuse settings that verl or sdpo would ignore or that would fail later.
 
     Raises:
-        ConfigError: names the key and what to do.
+        ConfigError: names the key and the fix.
     """
     actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
     _check_batches(config)
@@ -160,19 +160,19 @@ def check_config(config: DictConfig) -> None:
         if value != wanted:
             hint = ""
             if key.split(".")[-1] in ("clip_ratio_low", "clip_ratio_high", "norm_adv_by_std_in_grpo"):
-                hint = f"; set {ACTOR}.self_distillation.{key.split('.')[-1]} instead"
-            raise ConfigError(f"{key}={value} has no meaning with loss_mode=sdpo, it must be {wanted}{hint}")
+                hint = f", or set {ACTOR}.self_distillation.{key.split('.')[-1]} instead"
+            raise ConfigError(f"{key}={value} has no effect with loss_mode=sdpo; set it to {wanted}{hint}")
     _check_turns(config.actor_rollout_ref.rollout)
     if model.get("enable_activation_offload", False):
         raise ConfigError(
-            "actor_rollout_ref.model.enable_activation_offload=True is not supported with loss_mode=sdpo: it would "
-            "run the output layer twice, inside of which the loss is computed; set it to false"
+            "actor_rollout_ref.model.enable_activation_offload=True is not supported with loss_mode=sdpo: it runs the "
+            "output layer, which computes the loss, twice; set it to false"
         )
     precision = actor.fsdp_config.get("mixed_precision") or {}
     if PrecisionType.is_fp16(precision.get("param_dtype")):
         raise ConfigError(
             f"{ACTOR}.fsdp_config.mixed_precision.param_dtype={precision.get('param_dtype')} is not supported with "
-            "loss_mode=sdpo: a token's gradient is too small for it; use bf16 or fp32"
+            "loss_mode=sdpo: a token's gradient underflows in it; use bf16 or fp32"
         )
     if actor.loss_agg_mode == "token-sum":
         raise ConfigError(f"{ACTOR}.loss_agg_mode=token-sum is not supported with loss_mode=sdpo; use token-mean")
@@ -182,13 +182,13 @@ def check_config(config: DictConfig) -> None:
         key = f"top_p={rollout.top_p}" if rollout.top_p < 1 else f"top_k={rollout.top_k}"
         raise ConfigError(
             f"actor_rollout_ref.rollout.{key} cannot be used with algorithm.rollout_correction.bypass_mode=true: the "
-            "sampler's log-probabilities are those of the truncated distribution then, and would be taken for the old "
-            "policy's; set bypass_mode to false, or top_p to 1 and top_k to -1"
+            "sampler's log-probabilities of the truncated distribution would replace the old policy's; set bypass_mode "
+            "to false, or top_p to 1 and top_k to -1"
         )
     if correction.get("rollout_is") is not None and correction.get("bypass_mode"):
         raise ConfigError(
-            "algorithm.rollout_correction.rollout_is has no effect with bypass_mode=true, where the sampler is the old "
-            "policy and is_clip truncates the ratio to it; set one of them to null or false"
+            "algorithm.rollout_correction.rollout_is has no effect with bypass_mode=true, which uses the sampler as "
+            "the old policy and truncates the ratio by is_clip; set rollout_is to null or bypass_mode to false"
         )
 
 
@@ -196,7 +196,7 @@ def _check_lora(actor: DictConfig, model: DictConfig) -> None:
     if model.lora_adapter_path:
         raise ConfigError(
             f"{MODEL}.lora_adapter_path={model.lora_adapter_path} is not supported with loss_mode=sdpo: the teacher "
-            f"begins as the model at {MODEL}.path, without it; merge the adapter into that model first"
+            f"starts from the model at {MODEL}.path without it; merge the adapter into this model"
         )
     for key, default, name in MEGATRON_LORA:
         if model.lora.get(key, default) != default:
@@ -210,14 +210,14 @@ def _check_lora(actor: DictConfig, model: DictConfig) -> None:
         return
     if not model.lora.merge:
         raise ConfigError(
-            f"{MODEL}.lora.merge must be true with lora_rank={model.lora_rank} and loss_mode=sdpo: the sampler gets "
-            "merged weights"
+            f"{MODEL}.lora.merge must be true with lora_rank={model.lora_rank} and loss_mode=sdpo: the weight sync "
+            "sends merged weights"
         )
     for key in ("target_parameters", "exclude_modules"):
         if model.get(key):
             raise ConfigError(
-                f"{MODEL}.{key} is not supported with loss_mode=sdpo: adapters are put on linear layers alone; name "
-                f"those by {MODEL}.target_modules"
+                f"{MODEL}.{key} is not supported with loss_mode=sdpo, which adapts linear layers only; name the "
+                f"layers by {MODEL}.target_modules"
             )
     if actor.freeze_vision_tower:
         raise ConfigError(
@@ -236,7 +236,7 @@ def _check_turns(rollout: DictConfig) -> None:
     if agent.agent_loop_config_path:
         raise ConfigError(
             f"{ROLLOUT}.agent.agent_loop_config_path is not supported with loss_mode=sdpo: the teacher's prompt is "
-            "made of the row's messages, and a loop of one's own may make the student's of more; set it to null"
+            "built from the row's messages, which a custom loop may change for the student; set it to null"
         )
     wanted = TOOL_TURNS if turns.enable else SINGLE_TURN
     if agent.default_agent_loop not in (wanted, AGENT_LOOPS[wanted]):
@@ -251,12 +251,12 @@ def _check_health(config: DictConfig, settings: SelfDistillationConfig | None) -
     for name, reason in HEALTH_WITHOUT_EFFECT.items():
         value = getattr(health, name)
         if value != getattr(usual, name):
-            raise ConfigError(f"health.{name}={value} has no effect on verl, where {reason}; remove it")
-    # Another loss distils nothing.
+            raise ConfigError(f"health.{name}={value} has no effect on verl: {reason}; remove it")
+    # Other losses do not distill.
     health.check_actions(settings or SelfDistillationConfig(policy_loss_weight=1.0))
     save_best_limit = config.trainer.save_best_limit
     if not isinstance(save_best_limit, int) or isinstance(save_best_limit, bool) or save_best_limit < 0:
-        raise ConfigError(f"trainer.save_best_limit must be a whole number, at least 0, got {save_best_limit!r}")
+        raise ConfigError(f"trainer.save_best_limit must be an integer, at least 0, got {save_best_limit!r}")
 
 
 def _check_batches(config: DictConfig) -> None:
@@ -268,5 +268,5 @@ def _check_batches(config: DictConfig) -> None:
     if rollouts % num_gpus:
         raise ConfigError(
             f"{ACTOR}.ppo_mini_batch_size * actor_rollout_ref.rollout.n = {rollouts} must be a multiple of the "
-            f"{num_gpus} GPUs that train (trainer.nnodes * trainer.n_gpus_per_node)"
+            f"{num_gpus} training GPUs (trainer.nnodes * trainer.n_gpus_per_node)"
         )

@@ -1,4 +1,4 @@
-"""verl on a machine without a GPU: a platform, a way for weights and a sampler. All fiction that this needs is here.
+"""verl without a GPU: a platform, a weight sync and a sampler.
 
-Slow, and meant for tests, for learning how a run works, and for trying a configuration before renting GPUs.
+Slow; for tests, for learning how a run works, and for trying a configuration before renting GPUs.
 """

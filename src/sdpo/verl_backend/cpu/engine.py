@@ -1,4 +1,4 @@
-"""verl's own FSDP2 engine on the CPU, which it registers for accelerators only: for ``loss_mode=vanilla`` there."""
+"""Registration of verl's own FSDP2 engine for the CPU, for ``loss_mode=vanilla``; verl registers accelerators only."""
 
 from __future__ import annotations
 

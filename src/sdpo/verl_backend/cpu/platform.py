@@ -1,4 +1,4 @@
-"""A platform ``cpu`` for verl, chosen by the environment variable ``VERL_PLATFORM=cpu`` and by nothing else."""
+"""A platform ``cpu`` for verl, chosen only by the environment variable ``VERL_PLATFORM=cpu``."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from verl.plugin.platform.platform_manager import PlatformRegistry
 
 
 def _nothing(*_: Any, **__: Any) -> None:
-    """For what only an accelerator has."""
+    """Stand in for functions that only an accelerator has."""
 
 
 def _zero(*_: Any, **__: Any) -> int:
     return 0
 
 
-# Stands where verl reads ``torch.cuda``.
+# Replaces ``torch.cuda`` in verl.
 DEVICE_MODULE = types.SimpleNamespace(
     is_available=lambda: True,
     device_count=lambda: 1,
@@ -45,7 +45,7 @@ DEVICE_MODULE = types.SimpleNamespace(
 
 @PlatformRegistry.register(platform="cpu")
 class PlatformCPU(platform_base.PlatformBase):  # type: ignore[misc]
-    """One "device" a process. Ray is told of GPUs that do not exist, since verl places its workers by them."""
+    """One "device" per process. Ray gets placeholder GPUs, since verl places its workers by GPUs."""
 
     device_name = "cpu"
     vendor_name = "generic"
@@ -55,7 +55,7 @@ class PlatformCPU(platform_base.PlatformBase):  # type: ignore[misc]
         return True
 
     def is_platform_available(self, use_smi_check: bool = False) -> bool:
-        return False  # never found by itself: a machine whose driver is broken must not fall back to this
+        return False  # never detected: a machine with a broken driver must not fall back to the CPU
 
     def current_device(self) -> Any:
         return torch.device("cpu")

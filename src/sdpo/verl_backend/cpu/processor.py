@@ -1,4 +1,4 @@
-"""Processors where torchvision is missing: verl asks transformers for the stock one, and goes on without any."""
+"""Processors without torchvision, which transformers needs for video processors."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from transformers import AutoProcessor
 from sdpo.models.multimodal.processor import load_without_videos
 
 
-def stand_in() -> None:
-    """Let ``AutoProcessor`` fall back, in this process, to a processor that does without videos."""
+def fall_back_without_torchvision() -> None:
+    """Make ``AutoProcessor`` fall back to a processor without videos, in this process.
+
+    https://github.com/huggingface/transformers/issues/43986
+    """
     load = AutoProcessor.from_pretrained
 
     def from_pretrained(path: str, **options: Any) -> Any:

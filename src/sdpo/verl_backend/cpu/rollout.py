@@ -1,4 +1,4 @@
-"""A rollout replica that samples with transformers; vLLM's place without GPUs."""
+"""A rollout replica that samples with transformers, in place of vLLM."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sdpo.models.multimodal.processor import TokenPrompt, encode_png, load_reade
 from sdpo.models.multimodal.vision_tower import VisionAdapter
 
 NAME = "transformers"
-NUMBERED = "det-"  # how verl names requests with full_determinism
+NUMBERED = "det-"  # prefix of verl's request ids with full_determinism
 
 
 @dataclass(frozen=True)
@@ -36,24 +36,25 @@ class _Request:
 
 
 class Server:
-    """One model that answers requests, those that wait at the same time as one batch.
+    """One model that serves requests; requests that wait at the same time form a batch.
 
-    A request's seed is made of the run's, the weights' version, the prompt and the request's number, a batch's of its
-    requests'. The number is verl's with ``rollout.full_determinism``, else how many equal requests came before it,
-    which depends on when they arrive, as batches do unless ``rollout.max_num_seqs`` is 1. With both, a resumed run
-    samples what the first one would have sampled, to the bit.
+    A request's seed is a hash of the run's seed, the weights' version, the prompt and the request's number; a batch's
+    seed is a hash of its requests' seeds. The number comes from verl with ``rollout.full_determinism``; otherwise it is
+    the count of equal requests so far, which depends on their order of arrival. Batches depend on it too unless
+    ``rollout.max_num_seqs`` is 1. With both settings a resumed run samples bit for bit what the first run would have
+    sampled.
     """
 
     def __init__(self, model: ModelConfig, max_batch: int, max_tokens: int, seed: int) -> None:
         torch.set_num_threads(1)
         tokenizer = load_tokenizer(model)
         self.model = load_model(model, torch.device("cpu"))
-        # What arrives has been made smaller already, and has its tokens.
+        # Requests bring resized images and their tokens.
         reader = load_reader(model, max_pixels=sys.maxsize)
         self.vision = VisionAdapter(self.model, reader) if reader is not None else None
         vocab_size = self.model.get_output_embeddings().weight.shape[0]
         placeholders = self.vision.placeholder_ids if self.vision is not None else ()
-        self.suppress_tokens = [*placeholders, *range(len(tokenizer), vocab_size)]  # as verl's vLLM server has it
+        self.suppress_tokens = [*placeholders, *range(len(tokenizer), vocab_size)]  # as in verl's vLLM server
         self.stop_token_ids = get_stop_token_ids(self.model, tokenizer)
         self.pad_token_id = int(tokenizer.pad_token_id)
         self.max_batch, self.max_tokens, self.seed = max_batch, max_tokens, seed
@@ -76,7 +77,7 @@ class Server:
         self.seen[key] += 1
         is_numbered = request_id.startswith(NUMBERED)
         place = int(request_id.removeprefix(NUMBERED)) if is_numbered else self.seen[key]
-        seed = hash((self.seed, self.version, key, place))  # of numbers only, so the same in every process
+        seed = hash((self.seed, self.version, key, place))  # a hash of numbers alone is the same in every process
         answer: asyncio.Future[tuple[Completion, int]] = asyncio.get_running_loop().create_future()
         self.waiting.append(_Request(TokenPrompt(prompt_ids, images), sampling_params, seed, answer))
         if not self.is_busy:
@@ -98,12 +99,12 @@ class Server:
             self.seen.clear()
 
     async def idle(self) -> None:
-        """What verl asks of a sampler that shares its GPU."""
+        """Do nothing: verl calls these methods of a sampler that shares its GPU."""
 
     wake_up = sleep = resume_generation = clear_kv_cache = release_kv_cache = resume_kv_cache = idle
 
     async def abort_all_requests(self, reject_request: bool = False) -> None:
-        """Nothing: new weights wait until the batch that is being sampled is done."""
+        """Do nothing: new weights wait for the current batch."""
 
     async def _work(self) -> None:
         try:
@@ -126,7 +127,7 @@ class Server:
             temperature=params.get("temperature", 1.0),
             top_p=params.get("top_p", 1.0),
             batch_size=len(batch),
-            # Some parsers of tool calls end a turn at a token of theirs.
+            # Some tool parsers add stop tokens.
             stop_token_ids=sorted({*self.stop_token_ids, *(params.get("stop_token_ids") or ())}),
             pad_token_id=self.pad_token_id,
             suppress_tokens=self.suppress_tokens,
@@ -138,7 +139,7 @@ class Server:
 
 
 class TransformersReplica(RolloutReplica):  # type: ignore[misc]
-    """One ``Server`` as an actor of Ray."""
+    """One ``Server`` as a Ray actor."""
 
     async def launch_servers(self) -> None:
         model = ModelConfig(path=self.model_config.path, trust_remote_code=self.model_config.trust_remote_code)
@@ -147,20 +148,20 @@ class TransformersReplica(RolloutReplica):  # type: ignore[misc]
             .options(name=_server_name(self.replica_rank), num_cpus=1, max_concurrency=self.max_concurrency)
             .remote(model, self.config.max_num_seqs, self.config.response_length, self.config.seed)
         )
-        await server.idle.remote()  # it has loaded its model, or says why not
+        await server.idle.remote()  # raises if the model could not be loaded
         self.servers = [server]
         self._server_handle = server
         self._server_address = f"{NAME}:{self.replica_rank}"
 
 
 class ServerAdapter(base.BaseRollout):  # type: ignore[misc]
-    """Hands received weights to the replica's server."""
+    """Passes received weights to the replica's server."""
 
     def __init__(
         self, config: Any, model_config: Any, device_mesh: Any, replica_rank: int | None = None, **_: Any
     ) -> None:
         super().__init__(config, model_config, device_mesh)
-        # In a training worker (one GPU for both) verl gives no rank; every worker has a replica of its own there.
+        # In a training worker (one pool of GPUs) verl passes no rank; every worker has a separate replica there.
         self.replica_rank = int(os.environ["RANK"]) if replica_rank is None else replica_rank
         self.is_leader_rank = True
 

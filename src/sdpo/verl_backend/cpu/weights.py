@@ -1,4 +1,4 @@
-"""Weights from the training worker to the sampler through a file in shared memory; NCCL's place without GPUs."""
+"""Weight sync through a file in shared memory, in place of NCCL."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from verl.checkpoint_engine import CheckpointEngine, CheckpointEngineRegistry
 from verl.workers.rollout.utils import ensure_async_iterator
 
-# verl imports this module wherever these are needed.
+# verl imports this module in every process that needs these registrations.
 import sdpo.verl_backend.cpu.engine
 import sdpo.verl_backend.cpu.rollout  # noqa: F401
 
@@ -51,7 +51,7 @@ class SharedFileEngine(CheckpointEngine):  # type: ignore[misc]
             self.path.unlink(missing_ok=True)
 
     async def send_weights(self, weights: Any, global_steps: int | None = None) -> dict[str, float]:
-        # Every rank takes part in gathering each tensor; only the first keeps them.
+        # All ranks gather each tensor; only the first rank writes them.
         state = {name: tensor.detach().clone() async for name, tensor in ensure_async_iterator(weights)}
         if self.is_master:
             partial = self.path.with_suffix(".partial")

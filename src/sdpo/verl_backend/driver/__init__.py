@@ -1,1 +1,1 @@
-"""What runs on verl's driver."""
+"""Code that runs in verl's driver process."""

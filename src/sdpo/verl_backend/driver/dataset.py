@@ -1,4 +1,4 @@
-"""verl's dataset with images as the embedded engine has them: the same files, pixels and errors."""
+"""verl's dataset with the native trainer's images: the same files, pixels and errors."""
 
 from __future__ import annotations
 
@@ -16,29 +16,32 @@ from sdpo.prompting.images import collect_images, open_image, place_images
 from sdpo.prompting.tokenization import encode_prompt
 from sdpo.rewards.rows import read_image
 from sdpo.verl_backend.config.schema import AGENT_LOOPS, MULTI_TURN, SINGLE_TURN, TOOL_TURNS
-from sdpo.verl_backend.rollout import agent_loop  # noqa: F401  its loops are registered wherever verl imports this class
+from sdpo.verl_backend.rollout import agent_loop  # noqa: F401  registers the agent loops in every process that imports the dataset
 
 AGENT_NAME = "agent_name"
 
 
 class ImageDataset(RLHFDataset):  # type: ignore[misc]
-    """Rows in verl's schema, all for one agent loop. Images are files as bytes in content parts of the messages.
+    """Rows in verl's schema, for one agent loop. Images are encoded files in content parts of the messages.
 
-    verl's own class opens images by qwen_vl_utils, which needs torchvision and has limits of its own, and counts a row
-    that cannot be read as overlong. Here ``data.max_pixels`` is the limit, and a row whose images cannot be read is an
-    error that names it, or skipped with ``data.filter_unreadable_images=true``. ``max_samples`` are the first rows that
-    can be used, as on the embedded engine.
+    Differences from verl's class, for which no upstream issue was found (2026-11):
+
+    - verl opens images by qwen_vl_utils, which needs torchvision and has separate size limits. Here ``data.max_pixels``
+      is the limit.
+    - verl drops a row with an unreadable image as overlong. Here it is an error with the row's number, or skipped with
+      ``data.filter_unreadable_images=true``.
+    - verl draws ``max_samples`` rows at random before it drops overlong rows
+      (https://github.com/verl-project/verl/pull/3812). Here they are the first usable rows, as on the native trainer.
 
     Raises:
-        DataError: such a row; rows with images for a model that reads none; or rows that name another agent loop, or a
-            choice of the tools.
+        DataError: an unreadable row; rows with images for a model without a vision tower; rows with another agent loop
+            or a selection of tools.
     """
 
     max_samples: int
     dataframe: datasets.Dataset
 
     def _read_files_and_tokenize(self) -> None:
-        # verl would draw max_samples rows at random, and drop overlong ones of them afterwards.
         limit, self.max_samples = self.max_samples, -1
         super()._read_files_and_tokenize()
         self.max_samples = limit
@@ -52,28 +55,28 @@ class ImageDataset(RLHFDataset):  # type: ignore[misc]
                 dataframe = self._check_images(_undecoded(dataframe, self.image_key))
             elif pc.max(pc.list_value_length(dataframe.data.column(self.image_key))).as_py():
                 raise DataError(
-                    f"{self._files} has images, but actor_rollout_ref.model.path is a model that reads none; "
-                    "use one that does"
+                    f"{self._files}: has images, but the model at actor_rollout_ref.model.path reads none; use a "
+                    "vision-language model"
                 )
         return super().maybe_filter_out_long_prompts(dataframe)
 
     def _check_turns(self, rows: datasets.Dataset) -> None:
-        """The teacher's prompt names the same tools for all rows."""
+        """Check that all rows have the run's agent loop and tools: the teacher's prompt lists one set of tools."""
         has_tools = bool(self.tool_config_path or self.function_tool_path)
         expected = TOOL_TURNS if has_tools else SINGLE_TURN
         known = (expected, AGENT_LOOPS[expected])
         for name in rows.unique(AGENT_NAME) if AGENT_NAME in rows.column_names else ():
             if name not in known:
                 raise DataError(
-                    f"{self._files}: column {AGENT_NAME} holds {name!r}, and "
-                    f"{MULTI_TURN}.enable={str(has_tools).lower()} runs {' or '.join(known)}; change or drop the column"
+                    f"{self._files}: column {AGENT_NAME} has {name!r}, but {MULTI_TURN}.enable="
+                    f"{str(has_tools).lower()} needs {' or '.join(known)}; change or drop the column"
                 )
         if has_tools and "tool_selection" in (rows.features.get("extra_info") or ()):
             chosen = [number for number, info in enumerate(rows["extra_info"]) if info and info["tool_selection"]]
             if chosen:
                 raise DataError(
-                    f"{self._files}: row {chosen[0]}: extra_info.tool_selection is not supported: all rows have the "
-                    "same tools; drop it"
+                    f"{self._files}: row {chosen[0]}: extra_info.tool_selection is not supported, since all rows have "
+                    "the same tools; drop it"
                 )
 
     @property
@@ -98,12 +101,12 @@ class ImageDataset(RLHFDataset):  # type: ignore[misc]
         if not self.config.filter_unreadable_images:
             raise DataError(f"{where}; set data.filter_unreadable_images=true to skip such rows")
         if len(broken) == len(rows):
-            raise DataError(f"no row is left: {where}")
-        print(f"skipped {len(broken)} of {len(rows)} rows whose images cannot be read; the first: {where}")
+            raise DataError(f"{where}; all other rows are unreadable too, so no row is left")
+        print(f"skipped {len(broken)} of {len(rows)} rows with unreadable images; the first: {where}")
         return rows.select([number for number, error in enumerate(errors) if not error])
 
     def _find_error(self, row: dict[str, Any]) -> str:
-        """Why the row's prompt cannot be encoded; empty if it can, or if it has no images."""
+        """Return why the row's prompt cannot be encoded; empty if it can, or if it has no images."""
         if row.get(self.image_key):
             try:
                 encode_prompt(self._reader, self._build_messages(row, key=self.prompt_key))
@@ -124,7 +127,7 @@ class ImageDataset(RLHFDataset):  # type: ignore[misc]
 
 
 def _undecoded(rows: datasets.Dataset, column: str) -> datasets.Dataset:
-    """Image files as they are, where ``datasets`` would open them."""
+    """Keep image files encoded, where ``datasets`` would decode them."""
     feature = rows.features[column]
     if isinstance(getattr(feature, "feature", None), datasets.Image):
         return rows.cast_column(column, datasets.Sequence(datasets.Image(decode=False)))

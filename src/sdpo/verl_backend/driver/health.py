@@ -1,9 +1,8 @@
-"""On the driver: health checks, what alarms change, and the best checkpoints of a run on verl.
+"""Health checks, their actions, and the retention of checkpoints, on the driver.
 
-A step is checked after its update and before it is saved, so that a checkpoint has what an alarm changed. verl
-evaluates after it has saved; so the accuracy is put down in the checkpoint afterwards, and which checkpoints stay is
-decided here. verl's tracker file, from which a run is resumed, names a checkpoint once all of it is there: a process
-killed at any moment leaves the older one named.
+A step is checked after its update and before it is saved, so that the checkpoint has the state after an action. verl
+evaluates after saving, so the accuracy is written into the checkpoint afterwards, and this module decides which
+checkpoints stay. verl's tracker file, from which a run resumes, names a checkpoint only when it is complete.
 """
 
 from __future__ import annotations
@@ -34,13 +33,14 @@ TRACKER_FILE = "latest_checkpointed_iteration.txt"  # verl's
 
 
 class RunHealth:
-    """The health of one run, on any of verl's trainers.
+    """Health checks and checkpoint retention of one run, for all of verl's trainers.
 
     Args:
-        config: verl's. Its ``trainer.max_actor_ckpt_to_keep`` is set to null: verl would remove the best one too.
-        teacher_batch: sends the distillation weight with each batch; None where nothing is distilled.
+        config: verl's. ``trainer.max_actor_ckpt_to_keep`` is set to null: verl would also remove the best checkpoint,
+            and forgets checkpoints when a run resumes (https://github.com/verl-project/verl/issues/7395).
+        teacher_batch: sends the distillation coefficient with each batch; None if nothing is distilled.
         workers: the actor's worker group.
-        resumed: the checkpoint that the run goes on from; None if it begins.
+        resumed: the checkpoint that the run resumes from; None for a new run.
     """
 
     def __init__(
@@ -50,36 +50,36 @@ class RunHealth:
         self._folder = Path(trainer.default_local_dir)
         self._keep_last, self._keep_best = trainer.max_actor_ckpt_to_keep, trainer.save_best_limit
         trainer.max_actor_ckpt_to_keep = None
-        self._alarms = Path(trainer.health_events_file)
-        self._alarms.parent.mkdir(parents=True, exist_ok=True)
+        self._events_file = Path(trainer.health_events_file)
+        self._events_file.parent.mkdir(parents=True, exist_ok=True)
         health = read_health(config)
         settings = read_self_distillation(config.actor_rollout_ref.actor)
         is_live = settings is not None and settings.teacher_regularization == "live"
-        self._actor = _VerlActor(health, teacher_batch, workers, may_go_back=is_live and health.may_freeze)
+        self._actions = _HealthActions(health, teacher_batch, workers, may_restore=is_live and health.may_freeze)
         self._health_callback = HealthCallback(
-            HealthMonitor(health), self._actor, partial(append_json_line, self._alarms), _Printer()
+            HealthMonitor(health), self._actions, partial(append_json_line, self._events_file), _Printer()
         )
-        self._scores: dict[int, float | None] = {}  # of this run's checkpoints, None without an evaluation
+        self._scores: dict[int, float | None] = {}  # of this run's checkpoints; None if not evaluated
         if resumed is not None:
             self._load(resumed)
-        drop_events_after(self._alarms, _read_step(resumed) if resumed is not None else 0)
+        drop_events_after(self._events_file, _read_step(resumed) if resumed is not None else 0)
 
     @property
     def is_stopped(self) -> bool:
-        """Whether an alarm ends the run."""
+        """Whether a health check ends the run."""
         return self._health_callback.stop_event is not None
 
     def describe_stop(self) -> str | None:
-        """That alarm and its reason, None if there is none."""
+        """Return the check that ends the run, with its reason; None if there is none."""
         return self._health_callback.describe_stop()
 
     def check(self, step: int, values: Mapping[str, Any]) -> dict[str, float]:
-        """Look at a step's metrics after its update, and act; gives metrics of its own."""
+        """Check a step's metrics after its update, take the configured actions, and return the checks' metrics."""
         return self._health_callback.watch(step, values)
 
     def note_evaluation(self, step: int, values: Mapping[str, Any]) -> None:
-        """Take in the held-out accuracy of the weights after a step."""
-        self._actor.step = step
+        """Record the validation accuracy of the weights after a step."""
+        self._actions.step = step
         self._health_callback.track_best(values)
         if step in self._scores:
             self._scores[step] = metrics.find_score(values)
@@ -87,13 +87,13 @@ class RunHealth:
             self._remove_old()
 
     def note_checkpoint(self, step: int) -> None:
-        """Write the state of the health rules into a step's checkpoint; its evaluation may follow."""
+        """Write the state of the health checks into a step's checkpoint; its validation may follow."""
         self._scores[step] = None
         self._save(step)
 
     def complete_checkpoint(self, step: int) -> None:
-        """Name a step's complete checkpoint as the one to resume from, and remove those not to be kept."""
-        _write_at_once(self._folder / TRACKER_FILE, str(step))
+        """Name a step's complete checkpoint in the tracker file, and remove checkpoints beyond the limits."""
+        _write_atomically(self._folder / TRACKER_FILE, str(step))
         self._remove_old()
 
     def _remove_old(self) -> None:
@@ -105,19 +105,19 @@ class RunHealth:
     def _save(self, step: int) -> None:
         state = {
             "health_callback": self._health_callback.state_dict(),
-            "actor": self._actor.state_dict(),
+            "actor": self._actions.state_dict(),
             "scores": list(self._scores.items()),
         }
-        _write_at_once(self._folder / f"global_step_{step}" / STATE_FILE, json.dumps(state))
+        _write_atomically(self._folder / f"global_step_{step}" / STATE_FILE, json.dumps(state))
 
     def _load(self, checkpoint: Path) -> None:
         path, step = checkpoint / STATE_FILE, _read_step(checkpoint)
         if not path.is_file():
-            print(f"{checkpoint}: has no {STATE_FILE}; the health rules begin anew", flush=True)
+            print(f"{checkpoint}: has no {STATE_FILE}; the health checks start without history", flush=True)
             return
         state = json.loads(path.read_text(encoding="utf-8"))
         self._health_callback.load_state_dict(state["health_callback"])
-        self._actor.load_state_dict(state["actor"], step)
+        self._actions.load_state_dict(state["actor"], step)
         self._scores = {step: score for step, score in state["scores"] if self._exists(step)}
 
     def _exists(self, step: int) -> bool:
@@ -125,7 +125,7 @@ class RunHealth:
 
 
 class HealthChecksMixin:
-    """The hooks of all trainers: evaluations and checkpoints are noted. Each trainer has ``check`` called itself."""
+    """Validation and checkpoint hooks of all trainers; each trainer calls ``RunHealth.check`` after its update."""
 
     config: Any
     health: RunHealth
@@ -148,7 +148,7 @@ class HealthChecksMixin:
 
 @contextmanager
 def _without_tracker(config: Any) -> Iterator[None]:
-    """verl's trainers leave the tracker file alone where they take a checkpoint to be written in the background."""
+    """Keep verl's trainers from writing the tracker file, as they do for checkpoints written in the background."""
     settings = config.actor_rollout_ref.actor.checkpoint
     kept = settings.get("async_save", False)
     with open_dict(settings):
@@ -159,41 +159,43 @@ def _without_tracker(config: Any) -> Iterator[None]:
         settings.async_save = kept
 
 
-def _write_at_once(path: Path, text: str) -> None:
+def _write_atomically(path: Path, text: str) -> None:
     partial_path = path.with_name(f".{path.name}.partial")
     partial_path.write_text(text, encoding="utf-8")
     partial_path.replace(path)
 
 
-def summarize_rollouts(scores: Sequence[float], lengths: Sequence[int], longest: int) -> dict[str, float]:
-    """What rules read of a step's rollouts, of which verl makes metrics only after it has saved.
+def summarize_rollouts(scores: Sequence[float], lengths: Sequence[int], max_length: int) -> dict[str, float]:
+    """Compute the rollout metrics that health checks read; verl computes them only after saving.
 
     Args:
-        scores: NaN where the grader failed.
+        scores: NaN for a failed reward.
         lengths: of the responses, in tokens.
-        longest: at which the sampler cuts them off. (verl's V1 trainers take the longest of the batch for it.)
+        max_length: at which the sampler truncates. verl's V1 trainers take the longest response of the batch instead:
+            https://github.com/verl-project/verl/issues/7817.
     """
     scored = [score for score in scores if not math.isnan(score)]
     values = {
         metrics.RESPONSE_LENGTH_MEAN: sum(lengths) / len(lengths),
-        metrics.RESPONSE_LENGTH_CLIP_RATIO: sum(length >= longest for length in lengths) / len(lengths),
+        metrics.RESPONSE_LENGTH_CLIP_RATIO: sum(length >= max_length for length in lengths) / len(lengths),
     }
     return values | ({metrics.SCORE_MEAN: sum(scored) / len(scored)} if scored else {})
 
 
-class _VerlActor:
-    """What actions change (``health_actions.Actor``), through the batch and the workers.
+class _HealthActions:
+    """Health actions through the batch and the workers (the ``Actor`` of ``health_callback``).
 
-    ``step`` is the one whose weights have been evaluated last.
+    Attributes:
+        step: the last step whose weights were evaluated.
     """
 
     def __init__(
-        self, config: HealthConfig, teacher_batch: TeacherBatchBuilder | None, workers: Any, *, may_go_back: bool
+        self, config: HealthConfig, teacher_batch: TeacherBatchBuilder | None, workers: Any, *, may_restore: bool
     ) -> None:
         self._config = config
         self._teacher_batch = teacher_batch
         self._workers = workers
-        self._may_go_back = may_go_back
+        self._may_restore = may_restore
         self._best_step: int | None = None
         self.teacher_is_frozen = False
         self.step = 0
@@ -203,7 +205,7 @@ class _VerlActor:
         self._teacher_batch.factor = self._config.reduce(self._teacher_batch.factor)
 
     def snapshot_best(self) -> None:
-        if self._may_go_back and not self.teacher_is_frozen:
+        if self._may_restore and not self.teacher_is_frozen:
             self._workers.snapshot_best()
             self._best_step = self.step
 
@@ -216,11 +218,11 @@ class _VerlActor:
         return {"factor": factor, "teacher_is_frozen": self.teacher_is_frozen, "best_step": self._best_step}
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
-        """Go on from there, the workers having loaded the checkpoint of that step."""
+        """Resume after the workers have loaded the checkpoint of ``step``."""
         if self._teacher_batch is not None:
             self._teacher_batch.factor = state["factor"]
         self.teacher_is_frozen, self._best_step = state["teacher_is_frozen"], state["best_step"]
-        if self._best_step == step:  # evaluated after it had been saved
+        if self._best_step == step:  # evaluated after it was saved, so the workers' checkpoint lacks it
             self._workers.snapshot_best()
 
 

@@ -1,11 +1,11 @@
-"""verl's one-step-off-policy trainer with the teacher's batch, and with its stock bugs out of the way.
+"""verl's one-step-off-policy trainer with the teacher's batch and fixes for verl 0.9.1.
 
-    step k         rollouts k are there | weights k-1 to the sampler | sample k+1 | teacher prompts | learn k
-    evaluation     rollouts k+1 are there | weights k to the sampler | sample held-out responses
-    step k+1       rollouts k+1 are there ...
+    step k         rollouts k complete   | sync weights k-1 | start sampling k+1  | teacher prompts | train on k
+    validation     rollouts k+1 complete | sync weights k   | sample validation responses
+    step k+1       rollouts k+1 complete ...
 
-Rollouts k+1 are sampled by the weights that step k begins with, while step k learns: one update behind. An evaluation
-waits for them, since it is of the weights that step k ends with.
+Rollouts k+1 are sampled during step k by the weights before its update, so they are one update old. A validation waits
+for them, because it needs the weights after the update.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PREFETCHED = "prefetched.pt"
 def build_teacher_batch(
     config: DictConfig, tokenizer: Any, processor: Any, max_steps: int
 ) -> TeacherBatchBuilder | None:
-    """What builds the teacher's fields of this run; None where the loss is not SDPO's."""
+    """Return the builder of the teacher's fields; None for other losses than SDPO's."""
     settings = read_self_distillation(config.actor_rollout_ref.actor)
     if settings is None:
         return None
@@ -59,13 +59,13 @@ def build_teacher_batch(
 
 
 def rename_metrics(values: dict[str, Any]) -> None:
-    """Undo verl's prefix where ours stands under a section of its own, in place."""
+    """Remove verl's prefix ``actor/`` from sdpo's metrics, in place."""
     for name in [name for name in values if name.removeprefix("actor/") in metrics.DESCRIPTIONS]:
         values[name.removeprefix("actor/")] = values.pop(name)
 
 
 def find_resumed(config: DictConfig, step: int) -> Path | None:
-    """The checkpoint that a run goes on from whose step has been set to this; None if it begins."""
+    """Return the checkpoint that a run resumes from; None for a new run, which is at step 0."""
     if not step:
         return None
     if config.trainer.resume_mode == "resume_path":
@@ -74,12 +74,17 @@ def find_resumed(config: DictConfig, step: int) -> Path | None:
 
 
 class SelfDistillationOneStepOffTrainer(FailedRewardsMixin, HealthChecksMixin, OneStepOffRayTrainer):  # type: ignore[misc]
-    """One step off policy: one GPU samples, another learns.
+    """One step off policy: sampling GPUs and training GPUs work at the same time.
 
-    Beside the teacher's batch it mends five things in verl 0.9.1: an error while the next batch is fetched is raised
-    instead of turned into None; ``trainer.rollout_data_dir`` works; ``training/epoch`` counts; a step's evaluation is
-    of the weights after its update; and a checkpoint holds the batch that was sampled ahead, so that a resumed run
-    continues with it.
+    Fixes for verl 0.9.1:
+
+    - An error while the next batch is fetched is raised; verl prints it and continues with None
+      (https://github.com/verl-project/verl/pull/6558 improves the message).
+    - ``trainer.rollout_data_dir`` works; verl does not start its writer. No upstream issue found (2026-11).
+    - ``training/epoch`` counts. No upstream issue found (2026-11).
+    - A step's validation uses the weights after its update. No upstream issue found (2026-11).
+    - A checkpoint contains the batch sampled ahead, with which a resumed run continues. No upstream issue found
+      (2026-11).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -108,7 +113,7 @@ class SelfDistillationOneStepOffTrainer(FailedRewardsMixin, HealthChecksMixin, O
             self.metrics.update(values)
         versions = [v for v in batch.non_tensor_batch.get("min_global_steps", []) if v is not None]
         if versions:
-            # verl names the weights that a step k begins with k, and those before the first step 0 or 1.
+            # verl gives the weights before step k the version k, and the initial weights the version 0 or 1.
             self.metrics[metrics.STALENESS] = self.global_steps - max(min(versions), 1)
         return batch
 
@@ -134,8 +139,8 @@ class SelfDistillationOneStepOffTrainer(FailedRewardsMixin, HealthChecksMixin, O
         if any(self.failed):
             mask, groups = batch.batch["response_mask"], batch.non_tensor_batch["uid"].tolist()
             rewards = batch.batch["token_level_rewards"].sum(-1)
-            verl_s = (batch.batch["advantages"] * mask).sum(-1) / mask.sum(-1).clamp(min=1)
-            own = correct_advantages(verl_s, rewards, self.failed, groups, self.config)
+            stock = (batch.batch["advantages"] * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+            own = correct_advantages(stock, rewards, self.failed, groups, self.config)
             batch.batch["advantages"] = batch.batch["returns"] = own[:, None] * mask
         return batch
 
@@ -149,18 +154,18 @@ class SelfDistillationOneStepOffTrainer(FailedRewardsMixin, HealthChecksMixin, O
         lengths = count_response_tokens(batch.batch).tolist()
         self.metrics |= summarize_rollouts(self.scores, lengths, self.config.data.max_response_length)
         self.metrics |= self.health.check(self.global_steps, self.metrics)
-        self.is_last_step |= self.health.is_stopped  # so it is saved and evaluated like the last one
+        self.is_last_step |= self.health.is_stopped  # so that the step is saved and validated like the last
         return batch
 
     # Fetching
 
     def _create_continuous_iterator(self) -> Iterator[tuple[int, Any]]:
-        """Batches with their epoch, from where the loader stands, without end: the number of steps ends a run."""
+        """Yield batches with their epoch, from the loader's position, without end."""
         for epoch in itertools.count(self._first_epoch):
             try:
                 yield from ((epoch, batch) for batch in self.train_dataloader)
             except Exception as error:
-                self._fetch_error = error  # verl prints it and goes on with None
+                self._fetch_error = error  # verl prints it and continues with None
                 raise
 
     async def _async_gen_next_batch(self, continuous_iterator: Any) -> Any:
@@ -178,7 +183,7 @@ class SelfDistillationOneStepOffTrainer(FailedRewardsMixin, HealthChecksMixin, O
         self.metrics["training/epoch"] = self.epoch
         return await super()._fit_generate(batch_data_future, continuous_iterator)
 
-    # The end of a step: what needs the batch that is sampled ahead
+    # The end of a step, after the batch ahead is complete
 
     async def fit_step(self, batch_data_future: Any, continuous_iterator: Any) -> Any:
         step = self.global_steps
@@ -186,7 +191,7 @@ class SelfDistillationOneStepOffTrainer(FailedRewardsMixin, HealthChecksMixin, O
         if self._saved_step == step:
             try:
                 await self._save_batch_ahead(next_batch_future)
-            finally:  # without that batch, a resumed run samples its prompts again
+            finally:  # without this batch, a resumed run samples its prompts again
                 self.health.complete_checkpoint(step)
         await self._evaluate(next_batch_future)
         super()._fit_postprocess_step()
@@ -195,28 +200,28 @@ class SelfDistillationOneStepOffTrainer(FailedRewardsMixin, HealthChecksMixin, O
         return next_batch_future
 
     async def _evaluate(self, next_batch_future: Any) -> None:
-        """Evaluate the weights after the update, which verl has not handed to the sampler yet."""
+        """Validate with the weights after the update, which verl has not synced to the sampler yet."""
         every = self.config.trainer.test_freq
         if every <= 0 or (self.global_steps % every and not self.is_last_step):
             return
         if next_batch_future is not None:
-            await next_batch_future  # all of it is to be of the weights that the step began with
+            await next_batch_future  # the weights before the update must sample all of it
         self._fit_update_weights()
         super()._fit_validate()
         self.metrics[metrics.TIME_EVAL] = self.timing_raw["testing"]
 
     def _fit_validate(self) -> None:
-        """Nothing: ``_evaluate`` comes later."""
+        """Do nothing: ``fit_step`` calls ``_evaluate`` later."""
 
     def _fit_postprocess_step(self) -> None:
-        """Nothing: ``fit_step`` calls verl's, which logs the metrics, after the evaluation."""
+        """Do nothing: ``fit_step`` calls verl's method, which logs the metrics, after the validation."""
 
     # Saving
 
     def _complete_checkpoint(self) -> None:
-        """Not yet: the batch ahead is still being sampled, and ``fit_step`` saves it too."""
+        """Postpone completion: ``fit_step`` also saves the batch ahead, which is still being sampled."""
         self._saved_step, folder = self.global_steps, self._checkpoint_folder(self.global_steps)
-        (folder / PREFETCHED).unlink(missing_ok=True)  # of a process that was killed in this step
+        (folder / PREFETCHED).unlink(missing_ok=True)  # written by a process that was killed in this step
         if self._loader_state is not None and self.global_steps < self.total_training_steps:
             torch.save(self._loader_state, folder / "data.pt")
 

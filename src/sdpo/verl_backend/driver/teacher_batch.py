@@ -1,4 +1,4 @@
-"""On the driver: what the teacher of each rollout is shown, as fields of verl's batch."""
+"""Teacher prompts and sample weights of a batch, as fields of verl's batch; runs on the driver."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from sdpo.verl_backend.worker.packing import DISTILLATION_COEF, SAMPLE_WEIGHTS, 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One rollout, out of whichever container a trainer keeps it in; the score is NaN where the grader failed."""
+    """One rollout, read from a trainer's container; the score is NaN for a failed reward."""
 
     group_id: str
     messages: Sequence[Message]
-    response_ids: Sequence[int]  # of all turns, the outputs of tools included
+    response_ids: Sequence[int]  # of all turns, including tools' outputs
     response_mask: Sequence[int]  # 1 where the policy sampled the token
     score: float
     feedback: str | None
@@ -40,12 +40,12 @@ class Rollout:
 
 
 def read_ground_truth(reward_model: Mapping[str, Any]) -> str | None:
-    """The solution in a row's ``reward_model``, if it has one."""
+    """Return the solution in a row's ``reward_model``; None if there is none."""
     return Row("", [], reward_model).ground_truth
 
 
 def decode_turns(tokenizer: Any, response_ids: Sequence[int], response_mask: Sequence[int]) -> str:
-    """What the policy wrote: the tokens whose mask is 1, each turn on a line of its own."""
+    """Decode the tokens that the policy sampled (mask 1), each turn on a separate line."""
     turns = itertools.groupby(zip(response_ids, response_mask, strict=True), key=lambda pair: bool(pair[1]))
     return "\n".join(
         tokenizer.decode([token_id for token_id, _ in pairs], skip_special_tokens=True)
@@ -58,14 +58,14 @@ class TeacherBatchBuilder:
     """Builds the teacher's fields of a batch.
 
     Args:
-        config: what the teacher is shown.
+        config: teacher prompts and weights.
         tokenizer: of the policy.
-        window: most tokens the model can read, None if it does not say.
-        seed: with the step, decides which peer is shown.
-        max_steps: of the run, for the schedule of the distillation weight.
+        window: at most this many tokens fit the model; None if its configuration has no limit.
+        seed: with the step, selects the demonstrations.
+        max_steps: of the run, for the schedule of the distillation coefficient.
 
     Attributes:
-        factor: what the scheduled distillation weight is multiplied by; alarms lower it.
+        factor: multiplies the scheduled distillation coefficient; health actions reduce it.
     """
 
     def __init__(
@@ -79,10 +79,10 @@ class TeacherBatchBuilder:
         self.factor = 1.0
 
     def build(self, rows: Sequence[Rollout | None], step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Fields by name, [B, ...] in the rows' order, and the step's metrics.
+        """Return fields by name, [B, ...] in the rows' order, and the step's metrics.
 
         Args:
-            rows: the batch; None for a row that is no sample: it is not distilled, shown to nobody and not counted.
+            rows: the batch; None for padding, which is not distilled, not a demonstration and not counted.
             step: from 1.
         """
         rollouts = [row for row in rows if row is not None]
@@ -114,13 +114,13 @@ class TeacherBatchBuilder:
         for row in rows:
             token_ids, weight = (None, 0.0)
             if row is not None:
-                lesson, weight = next(of_samples)
-                token_ids = lesson.prompt.token_ids
+                context, weight = next(of_samples)
+                token_ids = context.prompt.token_ids
             prompts.append(torch.tensor(token_ids or [], dtype=torch.long))
             row_weights.append(weight)
         padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
         fields = {
-            # At least one column, since some containers take no empty tensor.
+            # At least one column: some containers reject empty tensors.
             TEACHER_PROMPTS: padded if padded.shape[1] else padded.new_zeros(len(prompts), 1),
             TEACHER_PROMPT_LENGTHS: torch.tensor([len(prompt) for prompt in prompts]),
             SAMPLE_WEIGHTS: torch.tensor(row_weights),

@@ -1,4 +1,4 @@
-"""Text tools of a run on verl: found before Ray starts, and named in the teacher's prompt as in the student's."""
+"""Text tools of a run on verl: checked before Ray starts, and listed in the teacher's prompt as in the student's."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from sdpo.verl_backend.config.schema import MULTI_TURN, TOOL_PATHS
 
 
 def load_tool_schemas(rollout: DictConfig) -> list[dict[str, Any]]:
-    """What the chat template is told of each tool, in OpenAI's format, as verl's tool agent loop tells it.
+    """Load the tools' schemas in OpenAI's format, which verl's tool agent loop passes to the chat template.
 
     Raises:
-        ConfigError: a file is missing or cannot be imported, or verl has no parser of the name ``multi_turn.format``.
+        ConfigError: a file is missing or cannot be imported, or verl has no parser named ``multi_turn.format``.
     """
     turns = rollout.multi_turn
     if not turns.enable:
         return []
     if turns.format not in ToolParser._registry:
         raise ConfigError(
-            f"{MULTI_TURN}.format={turns.format}: verl knows no such parser of tool calls; "
+            f"{MULTI_TURN}.format={turns.format}: verl has no such parser of tool calls; "
             f"use one of {', '.join(ToolParser._registry)}"
         )
     try:
         tools = load_all_tools(**{name: turns[name] for name in TOOL_PATHS})
-    except Exception as error:  # files of one's own may raise anything
+    except Exception as error:  # a user's file may raise anything
         places = ", ".join(f"{MULTI_TURN}.{name}={turns[name]}" for name in TOOL_PATHS if turns[name])
         reason = " ".join(str(error).split())
         raise ConfigError(f"{places}: the tools cannot be loaded ({type(error).__name__}: {reason:.300})") from error
     if not tools:
-        raise ConfigError(f"{MULTI_TURN}: its files define no tool; decorate a function with verl's @function_tool")
+        raise ConfigError(f"{MULTI_TURN}: the files define no tool; decorate a function with verl's @function_tool")
     return [tool.tool_schema.model_dump(exclude_unset=True, exclude_none=True) for tool in tools]
 
 
 class PromptTokenizer:
-    """A tokenizer whose chat template is told what verl tells it for the student's prompt.
+    """A tokenizer that passes verl's arguments for the student's prompt to the chat template.
 
     Args:
-        tokenizer: of the policy, or an ``MultimodalProcessor``.
-        tools: their schemas; none is as if nothing were said of tools.
+        tokenizer: of the policy, or a ``MultimodalProcessor``.
+        tools: their schemas; with none, the template gets no argument ``tools``.
         settings: ``data.apply_chat_template_kwargs``.
     """
 
@@ -66,6 +66,6 @@ class PromptTokenizer:
 
 
 def read_chat_settings(data: DictConfig) -> dict[str, Any]:
-    """``data.apply_chat_template_kwargs``, such as ``enable_thinking``."""
+    """Return ``data.apply_chat_template_kwargs``, such as ``enable_thinking``."""
     settings: Any = OmegaConf.to_container(OmegaConf.create(data.get("apply_chat_template_kwargs") or {}), resolve=True)
     return settings

@@ -32,9 +32,9 @@ FIELDS = ["uid", "raw_prompt", "responses", "response_mask", "rm_scores", "rewar
 
 
 class TeacherBatchMixin(FailedRewardsMixin, HealthChecksMixin):
-    """The trainer hooks of both: our worker, the teacher's fields before the advantages, our metrics' names.
+    """Hooks of both trainers: sdpo's worker, the teacher's fields, failed rewards, names of metrics.
 
-    verl fills a batch up with rows that are no samples (``is_padding``): they are counted nowhere.
+    verl pads a batch with rows that are not samples (``is_padding``); they are excluded everywhere.
     """
 
     config: Any
@@ -52,7 +52,7 @@ class TeacherBatchMixin(FailedRewardsMixin, HealthChecksMixin):
         self.health = RunHealth(
             self.config, self.teacher_batch, self.actor_rollout_wg, find_resumed(self.config, self.global_steps)
         )
-        # Of the step's samples so far: scores, NaN where the grader failed, and tokens of the responses.
+        # Of the step's samples so far: scores (NaN for a failed reward) and response lengths in tokens.
         self.scores: list[float] = []
         self.lengths: list[int] = []
 
@@ -85,12 +85,12 @@ class TeacherBatchMixin(FailedRewardsMixin, HealthChecksMixin):
             keys=batch.keys, partition_id=batch.partition_id, select_fields=["response_mask", "rm_scores", "advantages"]
         )
         masks = [mask.float() for mask in data["response_mask"].unbind()]
-        verl_s = [
+        stock = [
             (values * mask).sum() / mask.sum().clamp(min=1)
             for values, mask in zip(data["advantages"].unbind(), masks, strict=True)
         ]
         own = correct_advantages(
-            torch.stack(verl_s),
+            torch.stack(stock),
             torch.stack([scores.sum() for scores in data["rm_scores"].unbind()]),
             [rollout is not None and rollout.is_failed for rollout in rollouts],
             [i if rollout is None else rollout.group_id for i, rollout in enumerate(rollouts)],
@@ -103,21 +103,21 @@ class TeacherBatchMixin(FailedRewardsMixin, HealthChecksMixin):
         tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
 
     def _read_rollouts(self, batch: Any) -> list[Rollout | None]:
-        """The batch's rollouts in its order, None for padding.
+        """Return the batch's rollouts in its order; None for padding.
 
         Raises:
-            ConfigError: see ``check_failures``.
+            DataError: see ``check_failures``.
             RuntimeError: a rollout is missing.
         """
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=FIELDS)
         responses, masks, scores = (data[name].unbind() for name in ("responses", "response_mask", "rm_scores"))
-        # Stacks of objects or plain lists, whichever the queue made of them.
+        # The queue returns stacks of objects or plain lists.
         uids, prompts, truths, extras = (
             values.tolist() if hasattr(values := data[name], "tolist") else list(values)
             for name in ("uid", "raw_prompt", "reward_model", "extra_fields")
         )
         present = [i for i, tag in enumerate(batch.tags) if not tag.get("is_padding", False)]
-        self._check_all_there([batch.keys[i] for i in present])
+        self._check_complete([batch.keys[i] for i in present])
         infos = {i: (extras[i] or {}).get("reward_extra_info") or {} for i in present}
         failed = check_failures(list(infos.values()), self.config, f"step {self.global_steps}")
         rollouts: list[Rollout | None] = [None] * len(batch)
@@ -133,14 +133,17 @@ class TeacherBatchMixin(FailedRewardsMixin, HealthChecksMixin):
             )
         return rollouts
 
-    def _check_all_there(self, keys: Sequence[str]) -> None:
-        """verl logs an error in a rollout, and goes on with those that are left."""
+    def _check_complete(self, keys: Sequence[str]) -> None:
+        """Refuse a batch with missing rollouts; verl logs their error and trains on the others.
+
+        https://github.com/verl-project/verl/issues/6437
+        """
         found = len({key.rsplit("_", 1)[0] for key in keys})
         wanted = self.config.data.train_batch_size // self.parameter_sync_step * self.config.actor_rollout_ref.rollout.n
         if found < wanted:
             raise RuntimeError(
-                f"step {self.global_steps}: {wanted - found} of {wanted} rollouts are missing; the log of verl's agent "
-                "loop workers says why"
+                f"step {self.global_steps}: {wanted - found} of {wanted} rollouts are missing; see the log of verl's "
+                "agent loop workers"
             )
 
     def _compute_metrics(self, batch: Any, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -158,7 +161,7 @@ class TeacherBatchMixin(FailedRewardsMixin, HealthChecksMixin):
         return batch
 
     def _end_here(self) -> None:
-        """Make this step the last one; verl's loop decides before a step whether it is, so it is saved by frequency."""
+        """Make this step the last; verl chooses its last step earlier, so save and validate this step by frequency."""
         trainer = self.config.trainer
         self.total_training_steps = self.global_steps
         trainer.save_freq, trainer.test_freq = min(trainer.save_freq, 1), min(trainer.test_freq, 1)
@@ -170,11 +173,11 @@ class TeacherBatchMixin(FailedRewardsMixin, HealthChecksMixin):
 
 
 class SelfDistillationSyncTrainer(TeacherBatchMixin, PPOTrainerSync):  # type: ignore[misc]
-    """Sampling and learning take turns on the same GPUs."""
+    """Sampling and training take turns on the same GPUs."""
 
 
 class SelfDistillationSeparateAsyncTrainer(TeacherBatchMixin, PPOTrainerSeparateAsync):  # type: ignore[misc]
-    """Sampling and learning each have GPUs of their own; verl's maintained successor of one-step-off."""
+    """Sampling and training on separate GPUs; verl's maintained successor of one-step-off."""
 
 
 def register() -> None:

@@ -1,4 +1,4 @@
-"""Tokens that no response has: the sampler never draws them, so the actor gives them no probability either."""
+"""Tokens that the sampler never draws, so that the actor assigns them no probability either."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ MODALITIES = ("image", "video", "audio")
 
 
 def find_placeholders(processor: Any) -> list[int]:
-    """Token ids that stand for an image, a video or a sound; none for a processor that is None."""
+    """Return the placeholder token ids of images, videos and audio; empty for a processor that is None."""
     ids = (get_processor_token_id(processor, modality) for modality in MODALITIES)
     return [token_id for token_id in ids if token_id is not None]
 
 
 def find_forbidden_ids(tokenizer: Any, processor: Any, vocab_size: int) -> list[int]:
-    """What verl's vLLM server masks (``monkey_patch_compute_logits``): placeholders, and ids beyond the tokenizer.
+    """Return the ids that verl's vLLM server masks (``monkey_patch_compute_logits``): placeholders, and ids beyond the
+    tokenizer.
 
     Args:
         tokenizer: of the policy.
-        processor: of the policy, None for a model that reads texts alone.
+        processor: of the policy; None for a model that reads text only.
         vocab_size: rows of the output layer.
     """
     placeholders = [token_id for token_id in find_placeholders(processor) if token_id < vocab_size]

@@ -1,7 +1,7 @@
-"""The sockets through which weights go to vLLM: verl names them by Ray's job, so two Rays on a machine share them.
+"""A lock for the sockets of the weight sync to vLLM: verl names them by Ray's job id, which two Rays share.
 
-The number of a Ray's first job is the same in every Ray (``01000000``), and whoever comes second takes the file of the
-first away: ``verl/workers/rollout/vllm_rollout/vllm_rollout.py`` and ``bucketed_weight_transfer.py`` in verl 0.9.1.
+The first job of every Ray has the id ``01000000``, and a second run replaces the first run's socket files. verl added
+the job id after https://github.com/verl-project/verl/issues/6233; two separate Rays on one machine still collide.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from sdpo.errors import ConfigError
 
 
 def claim_sockets(job_id: str) -> IO[str]:
-    """Take the names of this job's sockets on this machine, until the file that is returned is closed.
+    """Lock the names of this job's sockets on this machine until the returned file is closed.
 
     Raises:
-        ConfigError: another run of this user has them.
+        ConfigError: another run of this user has the lock.
     """
     path = Path(tempfile.gettempdir()) / f"sdpo-verl-{os.getuid()}-{job_id}.lock"
     file = path.open("a+")
@@ -30,8 +30,8 @@ def claim_sockets(job_id: str) -> IO[str]:
         owner = file.read().strip()
         file.close()
         raise ConfigError(
-            f"another run on verl uses this machine (process {owner}), and both would hand their weights to vLLM "
-            f"through the same sockets, /tmp/rl-colocate-zmq-{job_id}-*; wait for its end, or start both in one Ray: "
+            f"another run on verl uses this machine (process {owner}), and both would sync weights to vLLM through the "
+            f"same sockets, /tmp/rl-colocate-zmq-{job_id}-*; wait for its end, or start both in one Ray: "
             "'ray start --head', and RAY_ADDRESS=auto for each"
         ) from None
     file.truncate(0)

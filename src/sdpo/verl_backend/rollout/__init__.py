@@ -1,1 +1,1 @@
-"""What runs in verl's agent loop workers."""
+"""Code that runs in verl's agent loop workers."""

@@ -1,1 +1,1 @@
-"""The smoke test of ``train.sh``: a tiny run, and checks of what it left."""
+"""The smoke test of ``train.sh``: tiny runs, and checks of their metrics and checkpoints."""

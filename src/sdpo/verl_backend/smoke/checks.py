@@ -1,7 +1,7 @@
-"""What is checked of a finished run of ``smoke.py``: its losses, sampler, teacher, images and checkpoints.
+"""Checks of a finished run of ``suite.py``: losses, sampler, teacher, images, checkpoints.
 
-Thresholds on GPUs allow for bfloat16: its rounding changes the probabilities of sampled tokens by 2e-4 to 6e-4 in the
-mean, weights that are one update old by 1.5e-2 to 4.4e-2, other images by 5e-3 (measured on these models, on a CPU).
+Thresholds on GPUs allow for bfloat16. On these models, measured on a CPU, the mean change of the sampled tokens'
+probabilities is 2e-4 to 6e-4 by its rounding, 1.5e-2 to 4.4e-2 by weights one update old, and 5e-3 by other images.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STEPS = 3
 EMA_RATE = 0.05
 LORA_RANK, LORA_SCALE = 4, 2.0
 DISTILLATION: dict[str, Any] = {"alpha": 0.5, "ema_update_rate": EMA_RATE, "include_environment_feedback": True}
-# verl's metrics of how far the sampler's probabilities of the sampled tokens are from the actor's
+# verl's metrics of the difference between the sampler's and the actor's probabilities of sampled tokens
 SAMPLER_DIFFERENCE = "training/rollout_probs_diff_mean"
 SAMPLER_CORRELATION = "training/rollout_actor_probs_pearson_corr"
 
@@ -46,9 +46,9 @@ class Finished:
     Args:
         folder: with ``checkpoints/`` and ``metrics.END.jsonl``.
         task: folder of the task's model and rows.
-        ends: the steps at which the run ended; after each but the last it was resumed.
-        is_exact: sampler and actor compute in float32 with the same weights, unlike on a GPU, and unlike with LoRA,
-            where the sampler's merged weights are rounded to bfloat16.
+        ends: the steps at which the run ended; it was resumed after each but the last.
+        is_exact: whether sampler and actor compute in float32 with the same weights: not on a GPU, and not with LoRA,
+            which rounds the sampler's merged weights to bfloat16.
     """
 
     folder: Path
@@ -87,7 +87,7 @@ def check_validation(run: Finished) -> str:
 
 
 def check_sampler(run: Finished) -> str:
-    """Sampler and actor give the sampled tokens the same probabilities, where both have the same weights."""
+    """Check that sampler and actor assign the sampled tokens the same probabilities in steps with equal weights."""
     most, least = (5e-4, 0.9999) if run.is_exact else (2e-3, 0.995)
     rows = run.read_metrics()
     steps = [1] if run.is_off_policy else range(1, STEPS + 1)  # later batches were sampled one update before
@@ -99,7 +99,7 @@ def check_sampler(run: Finished) -> str:
 
 
 def check_teacher(run: Finished) -> str:
-    """The teacher moves towards the student by the rate of the moving average, and both have moved."""
+    """Check that the teacher follows the student at the moving average's rate, and that both change."""
     along = length = error = 0.0
     moved = []
     for step in range(2, STEPS + 1):
@@ -124,7 +124,7 @@ def check_teacher(run: Finished) -> str:
 
 
 def check_batch_ahead(run: Finished) -> str:
-    """The batch sampled ahead in step k has the log-probabilities of the weights after step k - 1, and not others'."""
+    """Check that the batch sampled ahead in step k has the log-probabilities of the weights after step k - 1."""
     step = STEPS - 1
     most, ratio = (1e-4, 10) if run.is_exact else (0.1, 3)
     batch = load_batch_ahead(run.folder)
@@ -144,14 +144,14 @@ def check_batch_ahead(run: Finished) -> str:
 
 
 def check_images(run: Finished) -> str:
-    """What the last step measured of teacher and student comes out again with the rows' images, and not with others."""
+    """Check that the last step's teacher metric is reproduced with the rows' images and not with other images."""
     most, ratio = (1e-5, 100) if run.is_exact else (2e-2, 3)
     measured = run.read_metrics()[STEPS][metrics.TEACHER_GAP]
     batch = load_batch_ahead(run.folder)
     model, vision = load_vision_model(run.task)
     students = read_prompts(batch)
     teachers = _build_teacher_prompts(vision, batch)
-    order = [*range(1, len(students)), 0]  # the n rollouts of a prompt stand together: most get another prompt's image
+    order = [*range(1, len(students)), 0]  # a prompt's n rollouts are adjacent: most get another prompt's image
     errors = []
     for shown in (teachers, _exchange_images(teachers, order)):
         model.load_state_dict(load_weights(run.folder, STEPS - 1, teacher=True))
@@ -161,15 +161,15 @@ def check_images(run: Finished) -> str:
         errors.append(abs(float((teacher - student).mean()) - measured))
     if errors[0] > most or errors[1] < ratio * errors[0]:
         raise AssertionError(
-            f"the teacher's log-probabilities are off by {errors[0]:.1e}, with images exchanged by {errors[1]:.1e}"
+            f"the teacher's log-probabilities differ by {errors[0]:.1e}, with images exchanged by {errors[1]:.1e}"
         )
     return (
-        f"teacher sees the images: its log-probabilities come out again to {errors[0]:.1e} (exchanged: {errors[1]:.1e})"
+        f"teacher sees the images: its log-probabilities are reproduced to {errors[0]:.1e} (exchanged: {errors[1]:.1e})"
     )
 
 
 def check_checkpoint(run: Finished) -> str:
-    """The last checkpoint has the teacher, which has counted every step, also those before the run was resumed."""
+    """Check that the last checkpoint has the teacher, with a step count that includes steps before the resume."""
     last = (run.folder / "checkpoints" / "latest_checkpointed_iteration.txt").read_text()
     newest = run.folder / f"checkpoints/global_step_{last}"
     steps = json.loads((newest / "actor" / "teacher" / "teacher.json").read_text())["num_steps"]
@@ -181,8 +181,8 @@ def check_checkpoint(run: Finished) -> str:
 
 
 def load_weights(folder: Path, step: int, *, teacher: bool = False) -> dict[str, torch.Tensor]:
-    """What verl saved on a single rank, as plain tensors."""
-    # A warning for each tensor, about compiling what is only read here.
+    """Load verl's weights of a single rank as plain tensors."""
+    # DTensor would warn about compilation for each tensor.
     logging.getLogger("torch.distributed.device_mesh").setLevel(logging.ERROR)
     actor = folder / f"checkpoints/global_step_{step}/actor" / ("teacher" if teacher else "")
     state = torch.load(actor / "model_world_size_1_rank_0.pt", map_location="cpu", weights_only=False)
@@ -190,14 +190,14 @@ def load_weights(folder: Path, step: int, *, teacher: bool = False) -> dict[str,
 
 
 def load_teacher(folder: Path, step: int) -> dict[str, Tensor]:
-    """The average: the teacher's weights, or with LoRA what it adds to the student's."""
+    """Load the moving average: the teacher's weights, or with LoRA its deltas."""
     state = folder / f"checkpoints/global_step_{step}/actor/teacher/state_world_size_1_rank_0.pt"
     deltas: dict[str, Tensor] | None = torch.load(state, map_location="cpu", weights_only=True)["weights"]
     return load_weights(folder, step, teacher=True) if deltas is None else deltas
 
 
 def load_followed(folder: Path, step: int) -> dict[str, Tensor]:
-    """What the average is of: the student's weights, or with LoRA the products of its adapters."""
+    """Load the average's source: the student's weights, or with LoRA the products of its adapters."""
     weights = {name.removeprefix("base_model.model."): value for name, value in load_weights(folder, step).items()}
     down, up = ".lora_A.default.weight", ".lora_B.default.weight"
     layers = [name.removesuffix(down) for name in weights if name.endswith(down)]
@@ -206,7 +206,7 @@ def load_followed(folder: Path, step: int) -> dict[str, Tensor]:
 
 
 def load_vision_model(task: Path) -> tuple[nn.Module, VisionAdapter]:
-    """A task's model, with what reads images for it."""
+    """Load a task's model and its vision adapter."""
     config = ModelConfig(path=str(task / "model"))
     model, reader = load_model(config, torch.device("cpu")), load_reader(config, PICTURE_SIZE**2)
     assert reader is not None
@@ -214,13 +214,13 @@ def load_vision_model(task: Path) -> tuple[nn.Module, VisionAdapter]:
 
 
 def load_batch_ahead(folder: Path) -> Any:
-    """The rollouts of the last step, which the checkpoint before it holds."""
+    """Load the rollouts of the last step from the checkpoint before it."""
     saved = torch.load(folder / f"checkpoints/global_step_{STEPS - 1}/prefetched.pt", weights_only=False)
     return saved["batch"][3]
 
 
 def read_prompts(batch: Any) -> list[TokenPrompt]:
-    """The student's prompts of verl's batch."""
+    """Return the student's prompts of verl's batch."""
     masks = batch.batch["attention_mask"][:, : batch.batch["prompts"].shape[1]].bool()
     return [
         TokenPrompt(ids[mask].tolist(), collect_images(messages))
@@ -265,7 +265,7 @@ def _exchange_images(prompts: Sequence[TokenPrompt], order: Sequence[int]) -> li
 def compute_log_probs(
     model: nn.Module, vision: VisionAdapter, prompts: Sequence[TokenPrompt], batch: Any, forbidden: Sequence[int] = ()
 ) -> Tensor:
-    """[N] of the batch's response tokens after these prompts, forbidden tokens left out of the distribution."""
+    """Return [N] log-probabilities of the batch's response tokens after these prompts, without forbidden tokens."""
     padded = pad_sequences(prompts, _read_responses(batch), 0, torch.device("cpu"), vision)
     logits = compute_logits(
         model,

@@ -1,10 +1,10 @@
-"""``SMOKE_TEST=1 bash train.sh`` and ``bash prove.sh``: tiny models through the whole pipeline, and checks of them.
+"""``SMOKE_TEST=1 bash train.sh`` and ``bash prove.sh``: tiny models through the complete pipeline, with checks.
 
     python -m sdpo.verl_backend.smoke.suite [PART ...] [KEY=VALUE ...]
 
-A part is a run of three steps, all of them saved; ``all`` stands for every part that this machine can run. Without GPUs
-the parts run on the CPU, with transformers in vLLM's place. The checks (``smoke_checks.py``) find what a wrong pipeline
-gets wrong without an error.
+A part is a run of three steps with a checkpoint each; ``all`` selects every part that this machine can run. Without
+GPUs the parts run on the CPU, with transformers in place of vLLM. The checks (``checks.py``) find errors that raise no
+exception.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sdpo.verl_backend.smoke import checks
 from sdpo.verl_backend.smoke.checks import STEPS, Finished
 
 LIMIT = 900  # seconds for one start of verl
-GAIN = 3.0  # of the weights of the model with images: another image then changes probabilities 10 times as much as bf16
+GAIN = 3.0  # of the weights with images, so that another image changes probabilities 10 times as much as bf16 rounding
 
 
 @dataclass(frozen=True)
@@ -72,24 +72,24 @@ PARTS = {
 
 
 def choose_parts(names: Sequence[str], num_gpus: int) -> list[str]:
-    """The parts to run; none named: one-step-off where it can run, else images.
+    """Return the parts to run; by default one-step-off if this machine can run it, otherwise images.
 
     Raises:
-        ConfigError: a name is no part's, or its trainer needs a second GPU.
+        ConfigError: an unknown part, or a part that needs a second GPU.
     """
     possible = [name for name, part in PARTS.items() if num_gpus != 1 or part.config_name == "sdpo_sync"]
     chosen = []
     for name in names or (possible[-1],):
         if name != "all" and name not in PARTS:
-            raise ConfigError(f"{name}: no such part; choose among all, {', '.join(PARTS)}")
+            raise ConfigError(f"{name}: no such part; choose from all, {', '.join(PARTS)}")
         if name != "all" and name not in possible:
-            raise ConfigError(f"{name}: needs two GPUs, one samples and one trains; leave it out")
+            raise ConfigError(f"{name}: needs two GPUs, one for sampling and one for training; leave it out")
         chosen += possible if name == "all" else [name]
     return list(dict.fromkeys(chosen))
 
 
 def prepare_task(name: str, folder: Path) -> None:
-    """Make the tiny model and the rows of a task."""
+    """Create the tiny model and the rows of a task."""
     if name == "hidden_rule":
         HiddenRule(str(folder), pretrain_steps=150, num_train=200, num_test=16).prepare()
         return
@@ -104,7 +104,7 @@ def prepare_task(name: str, folder: Path) -> None:
 
 
 def build_overrides(part: Part, folder: Path, end: int) -> list[str]:
-    """Hydra overrides for a run of a part that ends at this step, from its newest checkpoint if there is one."""
+    """Return Hydra overrides for a run of a part that ends at this step and resumes if it can."""
     task, rollout, actor = folder.parent / "tasks" / part.task, "actor_rollout_ref.rollout", "actor_rollout_ref.actor"
     settings: dict[str, Any] = {
         "actor_rollout_ref.model.path": str(task / "model"),
@@ -121,7 +121,7 @@ def build_overrides(part: Part, folder: Path, end: int) -> list[str]:
         "+reward.custom_reward_function.reward_kwargs.task_args": json.dumps({"dir": str(task)}),
         f"{rollout}.n": 4,
         f"{rollout}.agent.num_workers": 1,
-        f"{rollout}.enforce_eager": True,  # graphs take longer to capture than three steps save
+        f"{rollout}.enforce_eager": True,  # capturing CUDA graphs takes longer than three steps save
         f"{rollout}.gpu_memory_utilization": 0.3,
         f"{rollout}.checkpoint_engine.update_weights_bucket_megabytes": 64,
         f"+{rollout}.engine_kwargs.vllm.limit_mm_per_prompt": {"image": 1, "video": 0},
@@ -130,7 +130,7 @@ def build_overrides(part: Part, folder: Path, end: int) -> list[str]:
         **{f"{actor}.self_distillation.{name}": value for name, value in checks.DISTILLATION.items()},
         "transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
         "trainer.total_training_steps": end,
-        "trainer.total_epochs": STEPS,  # V1 trainers end with whichever comes first
+        "trainer.total_epochs": STEPS,  # V1 trainers end with the earlier of the two
         "trainer.test_freq": STEPS,
         "trainer.save_freq": 1,
         "trainer.resume_mode": "auto",
@@ -141,7 +141,7 @@ def build_overrides(part: Part, folder: Path, end: int) -> list[str]:
 
 
 def run_part(name: str, folder: Path, num_gpus: int, overrides: Sequence[str]) -> list[str]:
-    """Train and check; what failed, in one line each."""
+    """Train and check; return one line per failure."""
     part = PARTS[name]
     folder.mkdir()
     started = time.perf_counter()
@@ -168,7 +168,7 @@ def run_part(name: str, folder: Path, num_gpus: int, overrides: Sequence[str]) -
 def _start(arguments: Sequence[str], folder: Path, log: Path, end: int) -> int:
     environment = {
         "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_USE_FLASHINFER_SAMPLER": "0",  # compiles its kernels first, which takes longer than three steps
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",  # compiling its kernels takes longer than three steps
         "RAY_USAGE_STATS_ENABLED": "0",
         **os.environ,
         "VERL_FILE_LOGGER_PATH": str(folder / f"metrics.{end}.jsonl"),
@@ -191,10 +191,10 @@ def _start(arguments: Sequence[str], folder: Path, log: Path, end: int) -> int:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run the parts; 0 if every check passed. Writes to ``SMOKE_DIR``, or to a temporary folder.
+    """Run the parts in ``SMOKE_DIR`` or a temporary folder; return 0 if every check passed.
 
     Raises:
-        ConfigError: an unknown part, or that folder is not empty.
+        ConfigError: an unknown part, or a folder that is not empty.
     """
     started = time.perf_counter()
     num_gpus = torch.cuda.device_count()
@@ -202,15 +202,15 @@ def run(arguments: Sequence[str]) -> int:
     overrides = [argument for argument in arguments if "=" in argument]
     folder = Path(os.environ.get("SMOKE_DIR") or tempfile.mkdtemp(prefix="sdpo-smoke-")).absolute()
     if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"SMOKE_DIR: {folder}: is not empty; name a new folder")
+        raise ConfigError(f"SMOKE_DIR={folder}: not empty; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    devices = f"{num_gpus} GPU{'s' * (num_gpus > 1)}" if num_gpus else "the CPU, transformers in vLLM's place"
+    devices = f"{num_gpus} GPU{'s' * (num_gpus > 1)}" if num_gpus else "the CPU, with transformers in place of vLLM"
     print(f"{', '.join(names)}: in {folder}, on {devices}", flush=True)
     for task in dict.fromkeys(PARTS[name].task for name in names):
         prepare_task(task, folder / "tasks" / task)
     if not num_gpus:
-        os.environ["VERL_PLATFORM"] = "cpu"  # also for the checks, which read verl's files
-    logging.disable(logging.INFO)  # verl's messages when its files are read
+        os.environ["VERL_PLATFORM"] = "cpu"  # the checks read verl's files, too
+    logging.disable(logging.INFO)  # verl logs when the checks read its files
     failed = {name: run_part(name, folder / name, num_gpus, overrides) for name in names}
     num_failed = sum(map(len, failed.values()))
     print(f"{'WRONG' if num_failed else 'ok'}: {num_failed} failures in {time.perf_counter() - started:.0f} s")

@@ -1,4 +1,4 @@
-"""Vision towers on verl's engine: each distinct image through the tower once, frozen towers, positions of sequences."""
+"""Vision towers on verl's engine: one pass per distinct image, freezing, position ids."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from sdpo.models.multimodal import vision_tower
 
 
 def share_images(module: nn.Module) -> None:
-    """Let the tower of a model see each distinct image of a forward pass once, however many rollouts show it.
+    """Make the vision tower process each distinct image of a forward pass once, for all rollouts that contain it.
 
-    Does nothing to models other than those whose forward pass verl has replaced by its own (the Qwen-VL family), which
-    hands all images of a micro-batch to ``model.visual``. The tower's output becomes the tensor of image tokens, or a
-    pair of it and the list of deepstack features, which verl reads as well as transformers' own output; where a batch
-    has no image at all, verl 0.9.1 reads nothing but the tensor.
+    Applies to models whose forward pass verl has replaced (the Qwen-VL family), which passes all images of a
+    micro-batch to ``model.visual``; others stay unchanged. The tower then returns the tensor of image tokens, or a pair
+    of this tensor and the list of deepstack features. verl accepts both, but for a batch without images verl 0.9.1
+    accepts the tensor alone and crashes on transformers' output. No upstream issue found (2026-11).
     """
     inner: Any = getattr(module, "model", None)
     tower = getattr(inner, "visual", None)
@@ -44,13 +44,13 @@ def share_images(module: nn.Module) -> None:
 
 
 def find_distinct(patches: Sequence[Tensor], grids: Tensor) -> tuple[list[int], list[int]]:
-    """Numbers of the first of equal images, and for each image its place among those.
+    """Return the indices of the distinct images, and for each image its place among them.
 
     Args:
-        patches: [patches, numbers of one], one tensor an image.
+        patches: one tensor [patches, values per patch] per image.
         grids: [images, 3].
     """
-    sums = torch.stack([image.sum(dtype=torch.float64) for image in patches]).tolist()  # to compare few
+    sums = torch.stack([image.sum(dtype=torch.float64) for image in patches]).tolist()  # images with other sums differ
     first: dict[Any, list[int]] = {}
     distinct: list[int] = []
     places = []
@@ -71,10 +71,12 @@ def _repeat(features: Tensor, lengths: Sequence[int], places: Sequence[int]) -> 
 
 
 def freeze_vision_tower(module: nn.Module) -> None:
-    """Leave the language model, with its head, alone to be trained.
+    """Train the language model and its head only.
+
+    verl's FSDP engine ignores the setting: https://github.com/verl-project/verl/issues/2526.
 
     Raises:
-        ConfigError: the model reads no images.
+        ConfigError: the model has no vision tower.
     """
     try:
         vision_tower.freeze_vision_tower(module)
@@ -83,13 +85,13 @@ def freeze_vision_tower(module: nn.Module) -> None:
 
 
 def compute_positions(module: nn.Module, token_ids: Tensor, prompt_length: int, grids: Tensor | None) -> Tensor:
-    """Position ids [4, L] of a prompt and its response, as verl's forward pass reads them: text, time, height, width.
+    """Return position ids [4, L] of a prompt and its response in verl's order: text, time, height, width.
 
     Args:
-        module: whose ``get_rope_index`` says what images take.
+        module: with transformers' ``get_rope_index``, which positions images.
         token_ids: [L].
-        prompt_length: image tokens after it are none.
-        grids: [images, 3] of the prompt, or None.
+        prompt_length: image tokens behind it count as text.
+        grids: [images, 3] of the prompt; None without images.
     """
     text = torch.arange(len(token_ids), device=token_ids.device)
     if grids is None:
