@@ -42,9 +42,9 @@ def train(
     config = load_config(config_file, [*(overrides or []), *(["resume_mode=required"] if resume else [])])
     if dry_run:
         from sdpo.report.dry_run import print_dry_run
-        from sdpo.trainer.memory_estimate import estimate_memory
+        from sdpo.trainer.memory_estimate import MemoryEstimator
 
-        print_dry_run(config, estimate_memory(config))
+        print_dry_run(config, MemoryEstimator(config).estimate())
         return
 
     from sdpo.kernels.cpu.allocator import keep_freed_memory
@@ -92,9 +92,9 @@ def verl(
         print(note, file=sys.stderr)
     if dry_run:
         from sdpo.report.dry_run import print_dry_run
-        from sdpo.verl_backend.config.memory_estimate import estimate_memory
+        from sdpo.verl_backend.config.memory_estimate import MemoryEstimator
 
-        print_dry_run(config, estimate_memory(config, command.arguments))
+        print_dry_run(config, MemoryEstimator(config, command.arguments).estimate())
     if show_command:
         print(command)
     if not (dry_run or show_command):

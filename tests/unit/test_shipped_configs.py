@@ -35,13 +35,13 @@ def test_a_shipped_run_is_read(path: Path) -> None:
 def dry_run(path: Path, *overrides: str, on_verl: bool = False) -> MemoryEstimate:
     config = load_config(path, [MODEL, *overrides])
     if path not in ON_VERL and not on_verl:
-        from sdpo.trainer.memory_estimate import estimate_memory as estimate_native
+        from sdpo.trainer.memory_estimate import MemoryEstimator as estimate_native
 
         return estimate_native(config)
-    from sdpo.verl_backend.config.memory_estimate import estimate_memory
+    from sdpo.verl_backend.config.memory_estimate import MemoryEstimator
     from sdpo.verl_backend.config.to_verl import to_verl_overrides
 
-    return estimate_memory(config, to_verl_overrides(config).overrides)
+    return MemoryEstimator(config, to_verl_overrides(config).overrides).estimate()
 
 
 def test_there_is_a_file_for_each_machine() -> None:

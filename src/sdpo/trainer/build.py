@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from sdpo.config.loader import flatten_keys
+from sdpo.config.loader import flatten_keys, to_yaml
 from sdpo.config.model import ModelConfig
 from sdpo.config.rollout import RolloutConfig
 from sdpo.config.root import SDPOConfig
@@ -148,7 +148,7 @@ def build_components(config: SDPOConfig, progress: ProgressCallback) -> TrainerC
     if resume_state is not None:
         _restore(actor, config.model, resume_state, data, has_adapters=config.lora.rank > 0)
     folder = RunDir(Path(config.output_dir), config.tracking, progress, resume_state.step if resume_state else None)
-    folder.write_config(config)
+    folder.write_config(to_yaml(config), asdict(config))
     health_callback = HealthCallback(HealthMonitor(config.health), actor, folder.log_health_event, progress)
     if resume_state is not None:
         health_callback.load_state_dict(resume_state.state.health_callback)

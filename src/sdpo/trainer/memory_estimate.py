@@ -16,44 +16,20 @@ from sdpo.models.memory_estimate import (
     moment_bytes,
     update_bytes,
 )
-from sdpo.models.model_size import ModelSize, measure_model
+from sdpo.models.model_size import measure_model
 
 # Float32 vectors of the vocabulary's size per sequence while a token is sampled; top-p also sorts them.
 SAMPLING_VECTORS, TOP_P_SAMPLING_VECTORS = 5, 12
-
-
-def estimate_memory(config: SDPOConfig) -> MemoryEstimate:
-    """Bound tokens per step and the memory of actor and sampler; without a model on disk yet, tokens alone."""
-    num_rollouts = config.data.train_batch_size * config.rollout.n
-    tokens = num_rollouts * (config.data.max_prompt_length + config.rollout.max_response_length)
-    if config.data.task_args.get("dir") and not Path(config.model.path).exists():
-        return MemoryEstimate(tokens, None)
-    model = measure_model(config.model, config.lora)
-    estimator = MemoryEstimator(config, model)
-    return MemoryEstimate(
-        tokens_per_step=tokens,
-        num_params=model.num_params,
-        num_vision_params=model.num_vision_params,
-        persistent=estimator.persistent(),
-        training={"gradients": estimator.trained_bytes},
-        phases={
-            "micro-batch": estimator.micro_batch(),
-            "vision tower": estimator.vision_tower(),
-            "optimizer step": estimator.optimizer_step(),
-        },
-        sampler=estimator.sampler(),
-        colocated=not config.max_staleness and config.rollout.device == config.actor.device,
-    )
 
 
 class MemoryEstimator:
     """Memory of each part of a run, in bytes by purpose.
 
     Args:
-        config: the run.
-        model: sizes of its model.
+        config: the run; its model is measured, unless a task that makes its own model has not made it yet.
 
     Attributes:
+        model: sizes of the model.
         lengths: maximum lengths of sequences and micro-batches.
         param_bytes: bytes of a weight, and of a value between layers.
         value_bytes: bytes of a value in matrix products.
@@ -61,14 +37,39 @@ class MemoryEstimator:
         num_averaged: entries of the teacher's float32 average.
     """
 
-    def __init__(self, config: SDPOConfig, model: ModelSize) -> None:
+    def __init__(self, config: SDPOConfig) -> None:
         self.config = config
-        self.model = model
+        self.is_measured = not config.data.task_args.get("dir") or Path(config.model.path).exists()
+        if not self.is_measured:
+            return
+        self.model = model = measure_model(config.model, config.lora)
         self.lengths = bound_lengths(config.data, config.rollout, config.actor, config.self_distillation, model.window)
         self.param_bytes = BYTES[config.model.dtype]
         self.value_bytes = 2 if config.actor.autocast else self.param_bytes
         self.num_trained = count_trained_params(model, freeze_vision_tower=config.actor.freeze_vision_tower)
         self.num_averaged = count_averaged_params(model, config.self_distillation, config.model.dtype)
+
+    def estimate(self) -> MemoryEstimate:
+        """Bound tokens per step and the memory of actor and sampler; without a model on disk yet, tokens alone."""
+        config = self.config
+        num_rollouts = config.data.train_batch_size * config.rollout.n
+        tokens = num_rollouts * (config.data.max_prompt_length + config.rollout.max_response_length)
+        if not self.is_measured:
+            return MemoryEstimate(tokens, None)
+        return MemoryEstimate(
+            tokens_per_step=tokens,
+            num_params=self.model.num_params,
+            num_vision_params=self.model.num_vision_params,
+            persistent=self.persistent(),
+            training={"gradients": self.trained_bytes},
+            phases={
+                "micro-batch": self.micro_batch(),
+                "vision tower": self.vision_tower(),
+                "optimizer step": self.optimizer_step(),
+            },
+            sampler=self.sampler(),
+            colocated=not config.max_staleness and config.rollout.device == config.actor.device,
+        )
 
     @property
     def trained_bytes(self) -> int:

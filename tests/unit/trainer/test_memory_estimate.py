@@ -18,7 +18,7 @@ from sdpo.models.memory_estimate import MemoryEstimate
 from sdpo.models.multimodal.processor import TokenPrompt
 from sdpo.report.dry_run import list_memory
 from sdpo.trainer.actor.build import build_actor
-from sdpo.trainer.memory_estimate import estimate_memory
+from sdpo.trainer.memory_estimate import MemoryEstimator
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "qwen2_5_vl_3b"
 CountPeak = Callable[[Callable[[], Any]], int]
@@ -31,7 +31,7 @@ def test_weights_and_moments_are_as_large_as_they_turn_out(
 ) -> None:
     make_model().save_pretrained(tmp_path / "model")
     config = make_run(data__max_prompt_length=24)
-    estimate = estimate_memory(config)
+    estimate = MemoryEstimator(config).estimate()
     largest = max(p.numel() for p in make_model().parameters())
     assert estimate.phases["optimizer step"]["temporary tensors"] == 2 * 4 * largest
     actor = build_actor(make_model(), config, 0)
@@ -78,7 +78,7 @@ def test_what_settings_change(
     factor: float,
 ) -> None:
     make_model().save_pretrained(tmp_path / "model")
-    estimate = estimate_memory(make_run(**settings))
+    estimate = MemoryEstimator(make_run(**settings)).estimate()
     assert estimate.num_params is not None
     assert getattr(estimate, role)[item] == pytest.approx(factor * 4 * estimate.num_params, rel=1e-3)
 
@@ -110,13 +110,13 @@ def test_the_cache_holds_keys_and_values_of_all_that_is_decoded_side_by_side(
         **{f"eval__{name}": value for name, value in evaluation.items()},
     )
     # 2 layers, 1 head of 8 values, keys and values of 4 bytes
-    assert estimate_memory(config).sampler["key-value cache"] == cached * 2 * 8 * 2 * 4
+    assert MemoryEstimator(config).estimate().sampler["key-value cache"] == cached * 2 * 8 * 2 * 4
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_frozen_tower_has_weights_and_nothing_else(make_run: MakeRun, frozen: bool) -> None:
     half = {"model__dtype": "bfloat16", "optim__betas": [0.9, 0.95]}
-    estimate = estimate_memory(make_run(model__path=str(GOLDEN), actor__freeze_vision_tower=frozen, **half))
+    estimate = MemoryEstimator(make_run(model__path=str(GOLDEN), actor__freeze_vision_tower=frozen, **half)).estimate()
     language, tower = 3_085_938_688, 668_684_288
     trained = language + tower * (not frozen)
     assert (estimate.num_params, estimate.num_vision_params) == (language + tower, tower)
@@ -142,7 +142,7 @@ def test_adapters_and_what_follows_them_are_as_large_as_they_turn_out(
         model__dtype=dtype,
         self_distillation__teacher_regularization=kind,
     )
-    estimate = estimate_memory(config)
+    estimate = MemoryEstimator(config).estimate()
     student = make_model(dtype=getattr(torch, dtype))
     add_adapters(student, config.lora)
     actor = build_actor(student, config, 0)
@@ -243,7 +243,7 @@ def test_a_step_stays_below_what_was_said_of_it(
     for name in ("BUFFER_BYTES", "BLOCK_BYTES"):  # an accelerator's buffers are larger than this step
         monkeypatch.setattr(chunked_log_probs, f"ACCELERATOR_{name}", 2**20)
         monkeypatch.setattr(chunked_log_probs, name, 2**20)
-    estimate = estimate_memory(config)
+    estimate = MemoryEstimator(config).estimate()
     if rank:
         add_adapters(model, config.lora)
     actor = build_actor(model, config, 0)
@@ -254,9 +254,9 @@ def test_a_step_stays_below_what_was_said_of_it(
 
 
 def test_a_model_that_is_made_on_first_use_has_no_size_yet(make_run: MakeRun, tmp_path: Path) -> None:
-    estimate = estimate_memory(
+    estimate = MemoryEstimator(
         make_run(data__task_args={"dir": str(tmp_path / "none")}, model__path=str(tmp_path / "none/m"))
-    )
+    ).estimate()
     assert estimate.num_params is None and not estimate.persistent and not estimate.sampler
     assert estimate.tokens_per_step > 0
 
@@ -283,7 +283,7 @@ def test_sampling_stays_below_what_was_said_of_it(
         eval__top_p=top_p,
         eval__max_prompts=1,
     )
-    bound = sum(estimate_memory(config).sampler.values())
+    bound = sum(MemoryEstimator(config).estimate().sampler.values())
     decoding = SamplingParams(
         n=4, max_new_tokens=64, temperature=1.0, top_p=top_p, batch_size=16, stop_token_ids=[], pad_token_id=0
     )

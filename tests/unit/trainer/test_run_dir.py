@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sdpo.config.loader import load_config
+from sdpo.config.loader import load_config, to_yaml
 from sdpo.config.root import SDPOConfig
 from sdpo.errors import SDPOError
 from sdpo.observability import metrics
@@ -39,7 +39,7 @@ def open_run_dir(
     config: SDPOConfig, observer: ProgressCallback | None = None, resumed_step: int | None = None
 ) -> RunDir:
     folder = RunDir(Path(config.output_dir), config.tracking, observer or NullCallback(), resumed_step)
-    folder.write_config(config)
+    folder.write_config(to_yaml(config), asdict(config))
     return folder
 
 

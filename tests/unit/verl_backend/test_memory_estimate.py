@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sdpo.config.root import SDPOConfig
-from sdpo.verl_backend.config.memory_estimate import BUCKET, GPU_OF_80_GB, estimate_memory, read_gpus, read_utilization
+from sdpo.verl_backend.config.memory_estimate import BUCKET, GPU_OF_80_GB, MemoryEstimator, read_gpus, read_utilization
 from sdpo.verl_backend.config.to_verl import to_verl_overrides
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "qwen2_5_vl_3b"
@@ -22,7 +22,7 @@ GIB = 2**30
 def estimate(make_run: Callable[..., SDPOConfig]) -> Callable[..., Any]:
     def estimate(*overrides: str, **settings: Any) -> Any:
         config = make_run(**{"model__path": str(GOLDEN), "max_staleness": 1, "optim__betas": [0.9, 0.95], **settings})
-        return estimate_memory(config, [*to_verl_overrides(config).overrides, *overrides])
+        return MemoryEstimator(config, [*to_verl_overrides(config).overrides, *overrides]).estimate()
 
     return estimate
 

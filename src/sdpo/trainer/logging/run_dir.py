@@ -9,14 +9,11 @@ import logging
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
-from sdpo.config.loader import save_config
 from sdpo.config.monitoring import TrackingConfig
-from sdpo.config.root import SDPOConfig
 from sdpo.errors import ConfigError
 from sdpo.observability import metrics
 from sdpo.observability.health_callback import HEALTH_EVENTS_FILE, drop_events_after
@@ -78,15 +75,19 @@ class RunDir:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def write_config(self, config: SDPOConfig) -> None:
+    def write_config(self, text: str, values: Mapping[str, Any]) -> None:
         """Write the config file and the package versions, and start the trackers, which record the config too.
 
         Call it once, directly after the constructor: the config file marks the folder as one of a run.
+
+        Args:
+            text: the config as YAML.
+            values: the config as nested mappings.
         """
         with self._writing():
-            save_config(config, self.path / CONFIG_FILE)
+            (self.path / CONFIG_FILE).write_text(text, encoding="utf-8")
             (self.path / "versions.json").write_text(json.dumps(_collect_versions(), indent=2) + "\n", encoding="utf-8")
-        self._trackers = build_trackers(self._config, self.path, asdict(config), self._resumed_step)
+        self._trackers = build_trackers(self._config, self.path, values, self._resumed_step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append a row of metrics, and send it to the trackers and the observer."""

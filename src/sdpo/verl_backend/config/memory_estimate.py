@@ -21,7 +21,7 @@ from sdpo.models.memory_estimate import (
     moment_bytes,
     update_bytes,
 )
-from sdpo.models.model_size import LayerStack, ModelSize, measure_model
+from sdpo.models.model_size import LayerStack, measure_model
 
 TENSOR_PARALLEL = "actor_rollout_ref.rollout.tensor_model_parallel_size"
 # verl's settings of the number of GPUs, with the defaults of config/sdpo_trainer.yaml.
@@ -37,43 +37,6 @@ BUCKET = 2048 * 2**20
 UTILIZATION = "actor_rollout_ref.rollout.gpu_memory_utilization"
 COLOCATED_UTILIZATION = 0.5  # of config/sdpo_sync.yaml
 GPU_OF_80_GB = int(79.6 * 2**30)
-
-
-def estimate_memory(config: SDPOConfig, overrides: Sequence[str]) -> MemoryEstimate:
-    """Bound tokens per step, and the memory of a GPU that trains and of a GPU that samples.
-
-    Offloading is not subtracted: verl moves what ``param_offload`` and ``optimizer_offload`` name back to the GPU
-    before it trains a batch. With ``offload_policy=true`` a GPU needs less than this estimate.
-
-    Args:
-        overrides: verl's, from ``build_command``, which includes ``config.verl``; the number of GPUs is read from them.
-    """
-    gpus = read_gpus(overrides)
-    num_actor_gpus = gpus["trainer.nnodes"] * gpus["trainer.n_gpus_per_node"]
-    num_sampler_gpus = num_actor_gpus
-    if config.max_staleness:
-        num_sampler_gpus = gpus["rollout.nnodes"] * gpus["rollout.n_gpus_per_node"]
-    model = measure_model(config.model, config.lora)
-    estimator = MemoryEstimator(config, model, num_actor_gpus)
-    num_rollouts = config.data.train_batch_size * config.rollout.n
-    return MemoryEstimate(
-        tokens_per_step=num_rollouts * (config.data.max_prompt_length + config.rollout.max_response_length),
-        num_params=model.num_params,
-        num_vision_params=model.num_vision_params,
-        persistent=estimator.persistent(),
-        training=estimator.training(),
-        phases={
-            "micro-batch": estimator.micro_batch(),
-            "old log-probabilities": estimator.old_log_probs(),
-            "optimizer step": estimator.optimizer_step(),
-        },
-        sampler=estimator.sampler(num_sampler_gpus, gpus[TENSOR_PARALLEL])
-        if config.max_staleness
-        else estimator.colocated_sampler(read_utilization(overrides)),
-        colocated=not config.max_staleness,
-        num_actor_gpus=num_actor_gpus,
-        num_sampler_gpus=num_sampler_gpus,
-    )
 
 
 def read_gpus(overrides: Sequence[str]) -> dict[str, int]:
@@ -99,12 +62,16 @@ def read_utilization(overrides: Sequence[str]) -> float:
 class MemoryEstimator:
     """Memory of each part of a run on verl, per GPU, in bytes by purpose.
 
+    Offloading is not subtracted: verl moves what ``param_offload`` and ``optimizer_offload`` name back to the GPU
+    before it trains a batch. With ``offload_policy=true`` a GPU needs less than this estimate.
+
     Args:
         config: the run.
-        model: sizes of its model.
-        num_gpus: GPUs over which the actor is sharded.
+        overrides: verl's, from ``build_command``, which includes ``config.verl``; GPUs are read from them.
 
     Attributes:
+        model: sizes of the model.
+        num_gpus: GPUs over which the actor is sharded.
         lengths: maximum lengths of sequences and micro-batches.
         param_bytes: bytes of a weight.
         value_bytes: bytes of a value in matrix products, and of a weight that FSDP2 gathers.
@@ -113,11 +80,13 @@ class MemoryEstimator:
         has_teacher_module: whether the teacher is a second model.
     """
 
-    def __init__(self, config: SDPOConfig, model: ModelSize, num_gpus: int) -> None:
+    def __init__(self, config: SDPOConfig, overrides: Sequence[str]) -> None:
         distillation = config.self_distillation
         self.config = config
-        self.model = model
-        self.num_gpus = num_gpus
+        self.overrides = overrides
+        self.gpus = read_gpus(overrides)
+        self.num_gpus = self.gpus["trainer.nnodes"] * self.gpus["trainer.n_gpus_per_node"]
+        self.model = model = measure_model(config.model, config.lora)
         self.lengths = bound_lengths(config.data, config.rollout, config.actor, distillation, model.window)
         self.param_bytes = BYTES[config.model.dtype]
         self.value_bytes = 2 if config.actor.autocast else self.param_bytes
@@ -125,6 +94,33 @@ class MemoryEstimator:
         self.num_averaged = count_averaged_params(model, distillation, config.model.dtype)
         self.has_teacher_module = (
             distillation.distills and distillation.teacher_regularization != "live" and model.lora is None
+        )
+
+    def estimate(self) -> MemoryEstimate:
+        """Bound tokens per step, and the memory of a GPU that trains and of a GPU that samples."""
+        config, gpus = self.config, self.gpus
+        num_rollouts = config.data.train_batch_size * config.rollout.n
+        num_sampler_gpus = self.num_gpus
+        if config.max_staleness:
+            num_sampler_gpus = gpus["rollout.nnodes"] * gpus["rollout.n_gpus_per_node"]
+            sampler = self.sampler(num_sampler_gpus, gpus[TENSOR_PARALLEL])
+        else:
+            sampler = self.colocated_sampler(read_utilization(self.overrides))
+        return MemoryEstimate(
+            tokens_per_step=num_rollouts * (config.data.max_prompt_length + config.rollout.max_response_length),
+            num_params=self.model.num_params,
+            num_vision_params=self.model.num_vision_params,
+            persistent=self.persistent(),
+            training=self.training(),
+            phases={
+                "micro-batch": self.micro_batch(),
+                "old log-probabilities": self.old_log_probs(),
+                "optimizer step": self.optimizer_step(),
+            },
+            sampler=sampler,
+            colocated=not config.max_staleness,
+            num_actor_gpus=self.num_gpus,
+            num_sampler_gpus=num_sampler_gpus,
         )
 
     def persistent(self) -> dict[str, int]:
