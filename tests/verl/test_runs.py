@@ -271,7 +271,7 @@ def test_images_and_texts_with_a_frozen_tower_on_one_gpu(start: Train, tmp_path:
     overrides = [f"{key}={value}" for key, value in settings.items()]
     running = start(sys.executable, "-m", "sdpo.cli", "verl", str(tmp_path / "run.yaml"), *overrides)
     assert running.wait() == 0, running.tail()
-    assert "skipped 1 of 13 rows whose images cannot be read" in running.log.read_text(errors="replace")
+    assert "skipped 1 of 13 rows with unreadable images" in running.log.read_text(errors="replace")
     rows = metrics_of(tmp_path / "run")
     for step in (1, 2):
         assert rows[step][metrics.DISTILLATION_LOSS] > 0
