@@ -24,7 +24,7 @@ export MKL_NUM_THREADS := 1
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-vllm test-gpu-versions lint docs clean
+.PHONY: help run test test-all test-vllm test-gpu-versions lint docs clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
@@ -34,7 +34,10 @@ run: $(INSTALLED) ## Train the offline task with SDPO, then with GRPO, and compa
 	@$(BIN)/sdpo train configs/hidden_rule_grpo.yaml
 	@$(BIN)/sdpo report runs/hidden_rule runs/hidden_rule_grpo
 
-test: $(INSTALLED_VERL) ## Run the whole test suite; tests for a GPU skip themselves where there is none
+test: $(INSTALLED_VERL) ## Run the tests that take seconds each, ten minutes on two cores
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-all: $(INSTALLED_VERL) ## Run every test, with complete runs on verl; tests for a GPU skip themselves without one
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-vllm: $(VLLM_INSTALLED) ## Run the tests of rollout.engine=vllm, on a CPU, in an environment of their own

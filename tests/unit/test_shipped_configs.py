@@ -35,9 +35,9 @@ def test_a_shipped_run_is_read(path: Path) -> None:
 def dry_run(path: Path, *overrides: str, on_verl: bool = False) -> MemoryEstimate:
     config = load_config(path, [MODEL, *overrides])
     if path not in ON_VERL and not on_verl:
-        from sdpo.trainer.memory_estimate import MemoryEstimator as estimate_native
+        from sdpo.trainer.memory_estimate import MemoryEstimator as NativeEstimator
 
-        return estimate_native(config)
+        return NativeEstimator(config).estimate()
     from sdpo.verl_backend.config.memory_estimate import MemoryEstimator
     from sdpo.verl_backend.config.to_verl import to_verl_overrides
 
