@@ -325,7 +325,7 @@ def test_a_mistake_ends_with_exit_code_2_and_without_ray(tmp_path: Path) -> None
     assert (
         result.stderr.strip()
         .splitlines()[-1]
-        .startswith(f"error: {ACTOR}.self_distillation.alpha=2.0: must be in [0, 1]")
+        .startswith(f"error: {ACTOR}.self_distillation.alpha=7.0: must be in [0, 1]")
     )
     assert "Started a local Ray instance" not in result.stdout + result.stderr
     assert list(tmp_path.iterdir()) == []
