@@ -183,7 +183,7 @@ def one_line(outcome: Outcome) -> str:
     [
         (["optim.weight_decy=1"], ["unknown key optim.weight_decy", "did you mean optim.weight_decay?"]),
         (["optim.lr=fast"], ["optim.lr", "fast"]),
-        (["optim.lr=-1"], ["optim.lr must be in (0, inf), got -1"]),
+        (["optim.lr=-1"], ["optim.lr=-1.0: must be in (0, inf)"]),
         (["optim.lr"], ["override 'optim.lr' is not of the form key=value"]),
         (["data.train_files=[x.parquet]"], ["data.train_files: x.parquet: no such file"]),
         (["data.train_files=[]"], ["data.train_files is empty"]),
@@ -194,7 +194,10 @@ def one_line(outcome: Outcome) -> str:
         (["rollout.device=abacus"], ["rollout.device: no device 'abacus'"]),
         (["data.max_prompt_length=9"], ["row 0 has 16 prompt tokens, more than 9 (data.max_prompt_length)"]),
         (["rollout.max_response_length=250"], ["16 prompt tokens, more than 6 (the model's window of 256 minus"]),
-        (["tracking.report_to=[abacus]"], ["tracking.report_to must be one of tensorboard, wandb, trackio"]),
+        (
+            ["tracking.report_to=[abacus]"],
+            ["tracking.report_to=['abacus']: must be one of tensorboard, wandb, trackio"],
+        ),
     ],
     ids=lambda value: value[0] if "=" in value[0] else "",
 )

@@ -31,6 +31,7 @@ PLACES = [  # those that have been rewritten; the rest follows
     "tests/unit/trainer/test_images.py",
     "tests/unit/trainer/test_memory_estimate.py",
     "tests/unit/verl_backend/test_memory_estimate.py",
+    "src/sdpo/config",
     "src/sdpo/observability",
     "src/sdpo/report",
     "src/sdpo/rewards",

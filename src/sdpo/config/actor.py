@@ -94,4 +94,4 @@ class OptimConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.betas) != 2:
-            raise ConfigError(f"optim.betas must be two numbers, as in [0.9, 0.999], got {list(self.betas)}")
+            raise ConfigError(f"optim.betas={list(self.betas)}: must be two numbers, as in [0.9, 0.999]")

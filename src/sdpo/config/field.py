@@ -75,10 +75,10 @@ class Section:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if is_too_large(value):
-                raise ConfigError(f"{self._key(f.name)} must be an integer of 64 bits, got {value!r:.40}")
+                raise ConfigError(f"{self._key(f.name)}={value!s:.40}: must be an integer of 64 bits")
             if value is None or value == MISSING or _in_range(value, f.metadata):
                 continue
-            raise ConfigError(f"{self._key(f.name)} must be {describe_range(f.metadata) or 'finite'}, got {value!r}")
+            raise ConfigError(f"{self._key(f.name)}={value}: must be {describe_range(f.metadata) or 'finite'}")
 
     def _key(self, name: str) -> str:
         return f"{self.section}.{name}" if self.section else name

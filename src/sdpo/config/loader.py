@@ -1,4 +1,4 @@
-"""Read a config file, apply overrides, and refuse unknown, renamed and malformed keys with one line each."""
+"""Read a config file, apply overrides, and refuse unknown, renamed and malformed keys with one-line messages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SECTIONS = tuple(f.name for f in dataclasses.fields(SDPOConfig) if f.default_fa
 
 
 def flatten_keys(settings: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys; of a key that is said twice, the last value. An empty mapping is a value."""
+    """Flatten nested mappings to dotted keys; the last of equal keys wins, and an empty mapping is a value."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping) and value:
@@ -37,21 +37,21 @@ def flatten_keys(settings: Mapping[Any, Any], prefix: str = "") -> dict[str, Any
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SDPOConfig:
-    """Read a run file and apply ``key=value`` overrides.
+    """Read a config file and apply ``key=value`` overrides.
 
     Raises:
-        ConfigError: the file is missing or not YAML, a key is unknown (the nearest known one is named), a value has the
-            wrong type or is out of range, or a mandatory key is not set. One line each.
+        ConfigError: the file is missing or not YAML, a key is unknown (with the nearest known key), a value has the
+            wrong type or is out of range, or a mandatory key is not set.
     """
     path = Path(path)
     if not os.path.isfile(path):
         raise ConfigError(f"{path}: no such config file; examples are in configs/")
     try:
-        _refuse_endless_yaml(path)
+        _check_yaml_size(path)
         loaded = OmegaConf.load(path)
     except SDPOError:
         raise
-    except Exception as error:  # yaml raises its own family of errors
+    except Exception as error:  # yaml raises various errors
         raise ConfigError(f"{path}: not a YAML file: {_one_line(error)}") from error
     if isinstance(loaded, ListConfig) or not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}: must be a mapping of settings at the top level")
@@ -62,11 +62,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SDPOConfig:
         changes = OmegaConf.from_dotlist(list(overrides))
     except Exception as error:
         raise ConfigError(f"overrides {' '.join(overrides)}: {_one_line(error)}") from error
-    return _build_run([(str(path), loaded), *([("command line", changes)] if overrides else [])])
+    return _build_config([(str(path), loaded), *([("command line", changes)] if overrides else [])])
 
 
-def _refuse_endless_yaml(path: Path) -> None:
-    """An alias can stand for itself, or a few of them for more than memory holds."""
+def _check_yaml_size(path: Path) -> None:
+    """Refuse YAML that is too deep or too large with its aliases expanded, or endless."""
     with path.open(encoding="utf-8") as file:
         pending = [(yaml.compose(file), 1)]
     num_nodes = 0
@@ -76,7 +76,7 @@ def _refuse_endless_yaml(path: Path) -> None:
         if depth > MAX_YAML_DEPTH or num_nodes > MAX_YAML_NODES:
             raise ConfigError(
                 f"{path}: line {node.start_mark.line + 1}: more than {MAX_YAML_DEPTH} levels or {MAX_YAML_NODES} "
-                "values, aliases written out; a run is a few sections with settings in them"
+                "values, aliases expanded; reduce it to sections of settings"
             )
         if isinstance(node, yaml.MappingNode):
             pending += [(child, depth + 1) for pair in node.value for child in pair]
@@ -84,10 +84,10 @@ def _refuse_endless_yaml(path: Path) -> None:
             pending += [(child, depth + 1) for child in node.value]
 
 
-def _build_run(sources: Sequence[tuple[str, DictConfig]]) -> SDPOConfig:
+def _build_config(sources: Sequence[tuple[str, DictConfig]]) -> SDPOConfig:
     merged = OmegaConf.structured(SDPOConfig)
     for node in [merged, *(merged[name] for name in _SECTIONS)]:
-        OmegaConf.set_readonly(node, None)  # frozen dataclasses become read-only nodes, which cannot be merged into
+        OmegaConf.set_readonly(node, None)  # frozen dataclasses become read-only nodes
     for origin, source in sources:
         values: Any = OmegaConf.to_container(source, resolve=False)
         if isinstance(values.get("self_distillation"), dict):
@@ -95,7 +95,7 @@ def _build_run(sources: Sequence[tuple[str, DictConfig]]) -> SDPOConfig:
             source["self_distillation"] = values["self_distillation"]
         _refuse_unknown_keys(origin, values)
         if isinstance(values.get("verl"), Mapping):
-            source["verl"] = flatten_keys(values["verl"])  # or a key written in two ways would be two keys
+            source["verl"] = flatten_keys(values["verl"])  # nested and dotted forms of a key become equal
         try:
             merged = OmegaConf.merge(merged, source)
         except OmegaConfBaseException as error:
@@ -103,10 +103,12 @@ def _build_run(sources: Sequence[tuple[str, DictConfig]]) -> SDPOConfig:
     origin = " + ".join(name for name, _ in sources)
     try:
         for key, f in iterate_settings():
-            value = OmegaConf.select(merged, key)  # unlike resolve, it names the key whose interpolation fails
-            _visit(value)
+            value = OmegaConf.select(
+                merged, key
+            )  # unlike resolve, its error names the key with the failed interpolation
+            _access_all(value)
             if str(f.type).startswith("list") and not isinstance(value, ListConfig):
-                raise ConfigError(f"{key} must be a list, in brackets, got {value!r}")
+                raise ConfigError(f"{key}={value}: must be a list, in brackets")
         OmegaConf.resolve(merged)
         _expand_home(merged)
         missing = sorted(OmegaConf.missing_keys(merged))
@@ -119,10 +121,10 @@ def _build_run(sources: Sequence[tuple[str, DictConfig]]) -> SDPOConfig:
         raise ConfigError(f"{origin}: {error}") from None
 
 
-def _visit(value: Any) -> None:
-    """Every value within, for the error that it may be."""
+def _access_all(value: Any) -> None:
+    """Access all nested values, so that failed interpolations raise."""
     for inner in value.values() if isinstance(value, DictConfig) else value if isinstance(value, ListConfig) else ():
-        _visit(inner)
+        _access_all(inner)
 
 
 def _expand_home(merged: DictConfig) -> None:
@@ -134,42 +136,42 @@ def _expand_home(merged: DictConfig) -> None:
             OmegaConf.update(merged, key, [os.path.expanduser(each) for each in value])
 
 
-def save_config(run: SDPOConfig, path: str | Path) -> None:
-    """Write the resolved run as YAML; ``load_config`` of it gives an equal run."""
-    Path(path).write_text(to_yaml(run), encoding="utf-8")
+def save_config(config: SDPOConfig, path: str | Path) -> None:
+    """Write the resolved config as YAML; ``load_config`` reads an equal config from it."""
+    Path(path).write_text(to_yaml(config), encoding="utf-8")
 
 
-def to_yaml(run: SDPOConfig) -> str:
-    """The resolved run as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(run))
+def to_yaml(config: SDPOConfig) -> str:
+    """Format the resolved config as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def _refuse_unknown_keys(origin: str, values: Any, schema: Any = None, prefix: str = "") -> None:
     schema = SDPOConfig() if schema is None else schema
     known = {f.name: getattr(schema, f.name) for f in dataclasses.fields(schema)}
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{origin}: {prefix.rstrip('.')} must be a section with settings in it, got {values!r}")
+        raise ConfigError(f"{origin}: {prefix.rstrip('.')}={values}: must be a section of settings")
     for key, value in values.items():
         _refuse_renamed_key(origin, f"{prefix}{key}", value)
         if key not in known:
             every = [k for k, _ in iterate_settings()] + [f.name for f in dataclasses.fields(SDPOConfig)]
             near = difflib.get_close_matches(f"{prefix}{key}", every, n=1, cutoff=0.5)
-            same = [k for k in every if k.split(".")[-1] == str(key)]  # without its section, or in another's
+            same = [k for k in every if k.split(".")[-1] == str(key)]  # in another section
             near = same if same and not prefix else near or same[:1]
             hint = f"; did you mean {' or '.join(near)}?" if near else "; docs/configuration.md lists all keys"
             raise ConfigError(f"{origin}: unknown key {prefix}{key}{hint}")
         if not isinstance(known[key], Section) and not _can_be_written(value):
-            raise ConfigError(f"{origin}: {prefix}{key} has characters that no file can be named by, got {value!r}")
-        if is_too_large(value):  # of which a float cannot even be made
-            raise ConfigError(f"{origin}: {prefix}{key} must be an integer of 64 bits, got {value!r:.40}")
+            raise ConfigError(f"{origin}: {prefix}{key}={value!r}: has invalid characters; remove them")
+        if is_too_large(value):  # too large even for a conversion to float
+            raise ConfigError(f"{origin}: {prefix}{key}={value!s:.40}: must be an integer of 64 bits")
         if isinstance(known[key], Section):
             _refuse_unknown_keys(origin, value, known[key], f"{key}.")
         elif isinstance(known[key], list) and not isinstance(value, list) and "${" not in str(value):
-            raise ConfigError(f"{origin}: {prefix}{key} must be a list, in brackets, got {value!r}")
+            raise ConfigError(f"{origin}: {prefix}{key}={value}: must be a list, in brackets")
         elif isinstance(known[key], list) and any(isinstance(each, (list, Mapping)) for each in value):
-            raise ConfigError(f"{origin}: {prefix}{key} must be a list of names, got {value!r}")
+            raise ConfigError(f"{origin}: {prefix}{key}={value}: must be a list of names")
         elif isinstance(known[key], dict) and not isinstance(value, Mapping):
-            raise ConfigError(f"{origin}: {prefix}{key} must be a mapping of names to values, got {value!r}")
+            raise ConfigError(f"{origin}: {prefix}{key}={value}: must be a mapping of names to values")
 
 
 def _refuse_renamed_key(origin: str, key: str, value: Any) -> None:
@@ -181,7 +183,7 @@ def _refuse_renamed_key(origin: str, key: str, value: Any) -> None:
 
 
 def _can_be_written(value: Any) -> bool:
-    """Whether all texts in a value are free of NUL and of halves of surrogate pairs."""
+    """Whether no text in a value contains NUL or a half of a surrogate pair."""
     if isinstance(value, Mapping):
         return all(_can_be_written(each) for each in [*value, *value.values()])
     if isinstance(value, list):

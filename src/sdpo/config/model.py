@@ -47,7 +47,9 @@ class LoraConfig(Section):
         super().__post_init__()
         for name in ("alpha", "target_modules"):
             if self.rank == 0 and getattr(self, name):
-                raise ConfigError(f"lora.{name} has no effect with lora.rank=0; set lora.rank or remove it")
+                raise ConfigError(
+                    f"lora.{name}={getattr(self, name)}: has no effect with lora.rank=0; set lora.rank or remove it"
+                )
 
     @property
     def scale_numerator(self) -> int:

@@ -30,14 +30,14 @@ class EvalConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.n == 1:
-            raise ConfigError("eval.n must be 0 or at least 2, got 1: mean@1 is the name of the greedy accuracy")
+            raise ConfigError("eval.n=1: must be 0 or at least 2, because mean@1 is the greedy accuracy")
 
 
 HEALTH_ACTIONS = ("ignore", "warn", "reduce_weight", "freeze_teacher", "stop")
 
 
 def _check(default: str, when: str) -> str:
-    """Declare what a health check does."""
+    """Declare the action of a health check."""
     action: str = setting(
         default,
         f"Action when {when}: ignore, warn, reduce_weight (of the distillation loss), freeze_teacher, or stop.",
@@ -137,12 +137,12 @@ class HealthConfig(Section):
         for check, action in self.actions.items():
             if action in ("reduce_weight", "freeze_teacher") and not self_distillation.distills:
                 raise ConfigError(
-                    f"health.{check}={action} has no effect with self_distillation.policy_loss_weight=1, where nothing "
-                    "is distilled; use warn or stop"
+                    f"health.{check}={action}: has no effect with self_distillation.policy_loss_weight=1, where "
+                    "nothing is distilled; use warn or stop"
                 )
             if action == "freeze_teacher" and self_distillation.teacher_regularization == "frozen":
                 raise ConfigError(
-                    f"health.{check}=freeze_teacher has no effect with "
+                    f"health.{check}=freeze_teacher: has no effect with "
                     "self_distillation.teacher_regularization=frozen; use warn, reduce_weight or stop"
                 )
 

@@ -1,4 +1,4 @@
-"""The official implementation's ``self_distillation`` section as settings of this package."""
+"""Translation of the official implementation's ``self_distillation`` section."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from sdpo.errors import ConfigError
 
-# Keys of the official implementation's section without effect here, at the one value that means what is done here.
+# Official keys without a counterpart here, each with the only supported value.
 _OFFICIAL_VALUES = {
     "rho": 0.25,
     "renyi_regularization": False,
@@ -16,10 +16,10 @@ _OFFICIAL_VALUES = {
 
 
 def translate_official_keys(origin: str, section: dict[str, Any]) -> None:
-    """Change the official implementation's ``self_distillation`` section into ours, in place.
+    """Translate an official ``self_distillation`` section in place.
 
     Raises:
-        ConfigError: a Renyi divergence or another truncation is asked for, or one rate is set under both of its names.
+        ConfigError: an unsupported value, or a teacher update rate under both names.
     """
     section.pop("_target_", None)
     for key, supported in _OFFICIAL_VALUES.items():

@@ -1,4 +1,4 @@
-"""Keys of earlier versions with their present names; a config that uses one is refused with the new name."""
+"""Renamed keys; a config with an old key is refused with a message that has the new key."""
 
 RENAMED_KEYS = {
     "run_dir": "output_dir",

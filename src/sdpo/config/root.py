@@ -17,7 +17,7 @@ from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.errors import ConfigError
 
 MAX_ROLLOUTS = 1_000_000
-# A step without gradient multiplies a moment by beta; in bfloat16 a change below 2^-8 may be rounded away.
+# A step without gradient multiplies a moment by beta; bfloat16 rounds relative changes below 2^-8 to zero.
 MAX_BETA2_IN_BFLOAT16 = 1 - 2**-8
 
 
@@ -25,9 +25,9 @@ MAX_BETA2_IN_BFLOAT16 = 1 - 2**-8
 class SDPOConfig(Section):
     """All settings of a run: the content of one YAML file.
 
-    Keys in ``verl`` are those of Hydra's command line, so that a line of verl's documentation can be copied, with
-    ``+`` and ``++``. Sections within it are flattened (``flatten_keys``), as ``verl.trainer.nnodes=2`` on the command
-    line is parsed into sections.
+    Keys in ``verl`` are keys of Hydra's command line, including ``+`` and ``++``, as in verl's documentation. Nested
+    sections are flattened (``flatten_keys``), because ``verl.trainer.nnodes=2`` on the command line is parsed into
+    sections.
     """
 
     seed: int = setting(0, "Random seed of data order, sampling and initialization.", ge=0, fixed=True)
@@ -78,29 +78,30 @@ class SDPOConfig(Section):
         super().__post_init__()
         if self.data.train_batch_size * self.rollout.n > MAX_ROLLOUTS:
             raise ConfigError(
-                f"data.train_batch_size={self.data.train_batch_size} times rollout.n={self.rollout.n} is more than "
+                f"data.train_batch_size={self.data.train_batch_size}: with rollout.n={self.rollout.n} more than "
                 f"{MAX_ROLLOUTS} rollouts per step; lower one of them"
             )
         self.health.check_actions(self.self_distillation)
         mini = self.actor.mini_batch_size
         if mini is not None and self.data.train_batch_size % mini:
             raise ConfigError(
-                f"actor.mini_batch_size={mini} must divide data.train_batch_size={self.data.train_batch_size}"
+                f"actor.mini_batch_size={mini}: must divide data.train_batch_size={self.data.train_batch_size}"
             )
         self._check_rounding()
         if self.lora.rank and self.actor.freeze_vision_tower:
             raise ConfigError(
-                "actor.freeze_vision_tower has no effect with lora.rank > 0, which never trains the vision tower; "
-                "remove it"
+                f"actor.freeze_vision_tower=true: has no effect with lora.rank={self.lora.rank}, which never trains "
+                "the vision tower; remove it"
             )
 
     def _check_rounding(self) -> None:
-        """Refuse rounding without effect, and moments that bfloat16 cannot decay; adapters are float32."""
+        """Refuse stochastic rounding of float32 weights, and second moments that cannot decay in bfloat16."""
         half = self.model.dtype == "bfloat16" and self.lora.rank == 0
         if self.optim.stochastic_rounding and not half:
-            what = "lora.rank > 0" if self.lora.rank else f"model.dtype={self.model.dtype}"
+            what = f"lora.rank={self.lora.rank}" if self.lora.rank else f"model.dtype={self.model.dtype}"
             raise ConfigError(
-                f"optim.stochastic_rounding has no effect with {what}, where trained weights are float32; remove it"
+                f"optim.stochastic_rounding=true: has no effect with {what}, where trained weights are float32; "
+                "remove it"
             )
         beta1, beta2 = self.optim.betas
         if half and beta2 > MAX_BETA2_IN_BFLOAT16:
@@ -112,7 +113,7 @@ class SDPOConfig(Section):
 
     @property
     def sampling_dtype(self) -> str:
-        """Data type of the weights that sample: the one in which the actor computes."""
+        """Data type of the sampler's weights, which is the data type of the actor's computations."""
         return "bfloat16" if self.actor.autocast else self.model.dtype
 
     @property
@@ -122,7 +123,7 @@ class SDPOConfig(Section):
 
     @property
     def needs_initial(self) -> bool:
-        """Whether the run compares with the initial model, or may make it the teacher."""
+        """Whether the run needs a copy of the initial model, as the reference model or as a later teacher."""
         teacher = self.self_distillation
         may_become_teacher = self.health.may_freeze and teacher.distills and teacher.teacher_regularization == "live"
         return may_become_teacher or self.health.ref_kl_interval > 0 or self.actor.kl_loss_coef > 0
@@ -137,7 +138,7 @@ class SDPOConfig(Section):
 def iterate_settings(
     section: type[Section] = SDPOConfig, prefix: str = ""
 ) -> Iterator[tuple[str, dataclasses.Field[Any]]]:
-    """Every setting as (dotted key, dataclass field), in order of declaration."""
+    """Iterate over all settings as (dotted key, dataclass field), in order of declaration."""
     defaults = section()
     for f in dataclasses.fields(section):
         value = getattr(defaults, f.name)
@@ -148,7 +149,7 @@ def iterate_settings(
 
 
 def get_setting(config: SDPOConfig, key: str) -> Any:
-    """The value of a setting by its dotted key."""
+    """Return the value of a setting by its dotted key."""
     value: Any = config
     for name in key.split("."):
         value = getattr(value, name)

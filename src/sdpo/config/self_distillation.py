@@ -138,26 +138,30 @@ class SelfDistillationConfig(Section):
         if not self.full_logit_distillation:
             if self.alpha != 1.0:
                 raise ConfigError(
-                    f"self_distillation.alpha must be 1 when full_logit_distillation is false (the sampled token alone "
-                    f"gives an estimate of the reverse KL only), got {self.alpha!r}"
+                    f"self_distillation.alpha={self.alpha}: must be 1 with full_logit_distillation=false, because the "
+                    "sampled token alone gives an estimate of the reverse KL only"
                 )
             if self.distillation_topk is not None:
-                raise ConfigError("self_distillation.distillation_topk needs full_logit_distillation=true; remove one")
+                raise ConfigError(
+                    f"self_distillation.distillation_topk={self.distillation_topk}: needs "
+                    "full_logit_distillation=true; remove one of them"
+                )
             if self.teacher_entropy_beta:
                 raise ConfigError(
-                    "self_distillation.teacher_entropy_beta needs full_logit_distillation=true; set it to 0"
+                    f"self_distillation.teacher_entropy_beta={self.teacher_entropy_beta}: needs "
+                    "full_logit_distillation=true; set it to 0"
                 )
         if self.distills and self.demonstration_source == "none" and not self.include_environment_feedback:
             raise ConfigError(
-                "self_distillation.demonstration_source is none and include_environment_feedback is false: the teacher "
-                "would see nothing; set one of them, or policy_loss_weight=1"
+                "self_distillation.demonstration_source=none with include_environment_feedback=false: the teacher "
+                "has no context; change one of them, or set policy_loss_weight=1"
             )
         for name, placeholders in _TEMPLATE_PLACEHOLDERS.items():
             missing = [p for p in placeholders if f"{{{p}}}" not in getattr(self, name)]
             if missing:
-                raise ConfigError(f"self_distillation.{name} lacks the placeholder {{{missing[0]}}}")
+                raise ConfigError(f"self_distillation.{name}: lacks the placeholder {{{missing[0]}}}; add it")
 
     @property
     def distills(self) -> bool:
-        """Whether the loss has a distillation part, and so a teacher."""
+        """Whether the loss has a distillation part, which needs a teacher."""
         return self.policy_loss_weight < 1.0

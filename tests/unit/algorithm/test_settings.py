@@ -37,9 +37,8 @@ def test_out_of_range(name: str, value: Any, described: str) -> None:
     with pytest.raises(ValueError) as caught:
         SelfDistillationConfig(**{name: value})
     message = str(caught.value)
-    assert f"self_distillation.{name}" in message
+    assert f"self_distillation.{name}={value}: " in message
     assert described in message
-    assert repr(value) in message
 
 
 @pytest.mark.parametrize(
