@@ -142,7 +142,7 @@ def plain_loss(
             teacher_some = [row.gather(-1, k) for row, k in zip(teacher_rows, kept, strict=True)]
         level = "topk" if kept is not None else "all"
         # The loss has no weight of a sample; a weight on its tokens is the same.
-        flops_per_token = [w * s.distillation_weight for w, s in zip(rollout_weights, samples, strict=True)]
+        token_weights = [w * s.distillation_weight for w, s in zip(rollout_weights, samples, strict=True)]
         loss, _ = compute_self_distillation_loss(
             pad(student_log_probs),
             pad([sampled(row, s) for row, s in zip(teacher_rows, samples, strict=True)]),
@@ -152,7 +152,7 @@ def plain_loss(
             **{f"student_{level}_log_probs": pad(some), f"teacher_{level}_log_probs": pad(teacher_some)},
             self_distillation_mask=torch.tensor([float(s.is_distilled) for s in samples]),
             loss_agg_mode=run.actor.loss_agg_mode,
-            rollout_is_weights=pad(flops_per_token),
+            rollout_is_weights=pad(token_weights),
         )
         total = total + (1 - config.policy_loss_weight) * loss
     if config.policy_loss_weight:
