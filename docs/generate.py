@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import os
@@ -19,6 +20,7 @@ from sdpo.observability import metrics
 from sdpo.verl_backend.compat.hooks import HOOKS, VERL_VERSION
 
 DOCS = Path(__file__).parent
+PACKAGE = DOCS.parent / "src" / "sdpo"
 RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", DOCS.parent / "benchmarks" / "results"))
 
 CONFIGURATION = """\
@@ -454,7 +456,31 @@ def describe_origin(results: Mapping[str, Any]) -> str:
     return f"{machine['date']}; {where}, {machine['cores']} cores; {versions}.{note}"
 
 
+def architecture() -> str:
+    """The page with its file tree replaced by the present one."""
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    before, _, rest = page.partition("<!-- files -->\n")
+    after = rest.partition("<!-- /files -->")[2]
+    return f"{before}<!-- files -->\n```text\n{list_files(PACKAGE)}```\n<!-- /files -->{after}"
+
+
+def list_files(folder: Path, depth: int = 0) -> str:
+    """One line per Python file, with the first line of its docstring; folders first, those of ``__init__.py``."""
+    tree = ""
+    for path in sorted(folder.iterdir(), key=lambda path: (path.is_file(), path.name)):
+        source = path / "__init__.py" if path.is_dir() else path
+        if source.suffix != ".py" or not source.is_file() or path.name == "__init__.py":
+            continue
+        docstring = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
+        name = "  " * depth + path.name + ("/" if path.is_dir() else "")
+        tree += f"{name:32}{docstring.partition(chr(10))[0]}".rstrip() + "\n"
+        if path.is_dir():
+            tree += list_files(path, depth + 1)
+    return tree
+
+
 PAGES = {
+    "architecture.md": architecture,
     "configuration.md": configuration,
     "metrics.md": metric_names,
     "performance.md": performance,

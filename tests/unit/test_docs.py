@@ -1,4 +1,4 @@
-"""What is written about the project agrees with it: links, generated pages, commands, run files."""
+"""The documentation agrees with the code: links, generated pages, commands, config files."""
 
 from __future__ import annotations
 
@@ -25,11 +25,13 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def code_blocks(text: str) -> str:
-    return "\n".join(re.findall(r"^ *```[^\n]*\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL))
+    """The code blocks of a page; a block of ``text`` is a drawing, without commands."""
+    blocks = re.findall(r"^ *```([^\n]*)\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL)
+    return "\n".join(code for language, code in blocks if language != "text")
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The ``sdpo ...`` lines of the code blocks, as words; what stands after ``#`` is a remark."""
+    """The ``sdpo ...`` lines of the code blocks, as words; text after ``#`` is a comment."""
     for line in code_blocks(text.replace("\\\n", " ")).splitlines():
         words = shlex.split(line, comments=True)
         while words and (words[0] == "$" or re.fullmatch(r"[A-Z_]+=.*", words[0])):
