@@ -241,11 +241,6 @@ def test_memory_too_small_for_a_micro_batch(make_run: Callable[..., SDPOConfig],
 import resource
 from sdpo import load_config, SDPOTrainer
 from sdpo.trainer.actor.actor import Actor
-from sdpo.observability.progress import NullCallback
-
-class Listening(NullCallback):
-    def message(self, text):
-        print(text)
 
 update_policy = Actor.update_policy
 
@@ -259,7 +254,7 @@ def update_in_little_memory(*arguments, **how):
 
 Actor.update_policy = update_in_little_memory
 config = load_config("run.yaml", ["actor.max_tokens_per_micro_batch=1000000"])
-SDPOTrainer(config, Listening()).train()
+SDPOTrainer(config).train()
 """
     (tmp_path / "limited.py").write_text(limited)
     SDPOTrainer(replace(run, output_dir=f"{tmp_path}/plain")).train()
@@ -268,7 +263,7 @@ SDPOTrainer(config, Listening()).train()
     (tmp_path / "run.yaml").write_text(text)
     done = subprocess.run([sys.executable, "limited.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert any(line.startswith("out of memory in a micro-batch; ") for line in done.stdout.splitlines())
+    assert any(line.startswith("out of memory in a micro-batch; ") for line in done.stderr.splitlines())
     one, two = (rows_of(replace(run, output_dir=f"{tmp_path}/{name}")) for name in ("plain", "run"))
     for row, other in zip(one, two, strict=True):
         assert row == pytest.approx(other, rel=1e-3, abs=1e-5)

@@ -264,7 +264,7 @@ def test_pretraining_teaches_to_read_clockwise_and_to_copy(monkeypatch: pytest.M
     with torch.no_grad():
         seen = drawn.encode(model, which)
         clockwise = digit_ids[drawn.digits[which]]
-        copied = shown.read(model, seen, target, clockwise)[:, :-1].argmax(-1)
+        copied = shown.compute_logits(model, seen, target, clockwise)[:, :-1].argmax(-1)
         chances = bare.compute_logits(model, seen, target, target)[:, :-1].softmax(-1).gather(2, target[..., None])
         first = bare.compute_logits(model, seen, target, target)[:, 0].softmax(-1)
     assert (copied == target).float().mean() > 0.95, "what it is shown, though it wrote something else"
