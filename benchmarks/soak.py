@@ -68,7 +68,7 @@ def main() -> None:
     seen: list[tuple[int, dict[str, float]]] = []
 
     class Watch(NullCallback):
-        def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        def on_metrics(self, step: int, values: Mapping[str, float]) -> None:
             if step and step % EVERY == 0 and step < options.steps:
                 seen.append((step, measure()))
 

@@ -62,12 +62,12 @@ class Calculator(base.OfflineTask):
         answer = response.rpartition("assistant\n")[2].strip()
         return RewardOutput(float(answer == row.ground_truth))
 
-    def write(self, folder: Path, observer: ProgressCallback) -> None:
+    def write(self, folder: Path, progress: ProgressCallback) -> None:
         self._write_rows(folder)
         tokenizer = build_tokenizer()
         with base.reproducible(self.seed):
             model = build_model(len(tokenizer))
-            _pretrain(model, tokenizer, self.pretrain_steps, observer)
+            _pretrain(model, tokenizer, self.pretrain_steps, progress)
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
 
@@ -116,7 +116,7 @@ class _WithTools:
         return self._tokenizer.apply_chat_template(conversation, tools=tools, **kwargs)
 
 
-def _pretrain(model: Any, tokenizer: Any, steps: int, observer: ProgressCallback, *, batch_size: int = 32) -> None:
+def _pretrain(model: Any, tokenizer: Any, steps: int, progress: ProgressCallback, *, batch_size: int = 32) -> None:
     """Train a call or a guess after the question, the call after a solution, the tool's output after a call."""
     import torch
     from torch.nn.functional import cross_entropy
@@ -146,6 +146,8 @@ def _pretrain(model: Any, tokenizer: Any, steps: int, observer: ProgressCallback
         (bare + guesses, [1.0 - CALL_RATE] + [1.0] * len(guesses[1:])),
         (shown + turns, learned),
     )
+    # One divisor for all cases: a mean per case would give the short guess more weight than CALL_RATE says.
+    total_weight = sum(sum(weights) for _, weights in cases)
     digits = torch.tensor(tokenizer.convert_tokens_to_ids([str(digit) for digit in range(10)]))
 
     def compute_loss() -> Any:
@@ -158,10 +160,10 @@ def _pretrain(model: Any, tokenizer: Any, steps: int, observer: ProgressCallback
             logits = model(sequence, logits_to_keep=len(weights) + 1).logits[:, :-1]
             target = sequence[:, -len(weights) :]
             losses = cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
-            loss = loss + (losses * weight).sum() / (weight.sum() * batch_size)
+            loss = loss + (losses * weight).sum() / (total_weight * batch_size)
         return loss
 
-    base.pretrain(model.parameters(), compute_loss, steps, observer, "pretraining the tiny model")
+    base.pretrain(model.parameters(), compute_loss, steps, progress, "pretraining the tiny model")
 
 
 def _fill(token_ids: Any, values: Sequence[Any], digits: Any) -> Any:

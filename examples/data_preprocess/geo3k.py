@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from sdpo.errors import SDPOError
-from sdpo.report.console import ConsoleObserver
+from sdpo.report.console import ConsoleCallback
 from sdpo.rewards.geo3k.data import DATA_SOURCE, prepare
 
 if __name__ == "__main__":
@@ -15,7 +15,7 @@ if __name__ == "__main__":
     parser.add_argument("--source", default=DATA_SOURCE, help="name on the Hugging Face hub, or a folder with a copy")
     arguments = parser.parse_args()
     try:
-        with ConsoleObserver(0) as observer:
-            prepare(arguments.local_save_dir, arguments.source, observer)
+        with ConsoleCallback(0) as progress:
+            prepare(arguments.local_save_dir, arguments.source, progress)
     except SDPOError as error:
         sys.exit(f"error: {error}")

@@ -49,12 +49,12 @@ def train(
 
     from sdpo.kernels.cpu.allocator import keep_freed_memory
     from sdpo.report import read_run
-    from sdpo.report.console import ConsoleObserver, print_result_table
+    from sdpo.report.console import ConsoleCallback, print_result_table
     from sdpo.trainer.trainer import SDPOTrainer
 
     keep_freed_memory()
-    with ConsoleObserver(config.max_steps) as observer:
-        result = SDPOTrainer(config, observer).train()
+    with ConsoleCallback(config.max_steps) as callback:
+        result = SDPOTrainer(config, callback).train()
     if result.metrics:  # empty if the run was stopped before the first step
         print_result_table([read_run(result.output_dir)])
     print(f"run folder: {result.output_dir}")
@@ -108,11 +108,11 @@ def data_hidden_rule(
     seed: Annotated[int, typer.Option(help="Random seed of rows and pretraining.")] = 0,
 ) -> None:
     """Create the hidden-rule task: a tiny pretrained model and strings of digits; takes about a minute."""
-    from sdpo.report.console import ConsoleObserver
+    from sdpo.report.console import ConsoleCallback
     from sdpo.rewards.toy.hidden_rule import HiddenRule
 
-    with ConsoleObserver(0) as observer:
-        HiddenRule(dir=str(out), mode=mode, seed=seed).prepare(observer)
+    with ConsoleCallback(0) as callback:
+        HiddenRule(dir=str(out), mode=mode, seed=seed).prepare(callback)
     print(f"wrote {out}/model, {out}/train.parquet, {out}/test.parquet")
 
 
@@ -126,15 +126,15 @@ def data_geo3k(
     ] = 0,
 ) -> None:
     """Convert Geometry3k, geometry problems with diagrams, to verl's schema; needs sdpo[geo3k]."""
-    from sdpo.report.console import ConsoleObserver
+    from sdpo.report.console import ConsoleCallback
     from sdpo.rewards.geo3k.data import prepare
     from sdpo.rewards.toy.synthetic_geometry import write_drawn_geometry
 
     if drawn:
         write_drawn_geometry(out, drawn, max(1, drawn // 4))
     else:
-        with ConsoleObserver(0) as observer:
-            prepare(out, source, observer)
+        with ConsoleCallback(0) as callback:
+            prepare(out, source, callback)
     print(f"wrote {out}/train.parquet, {out}/test.parquet")
 
 
@@ -144,11 +144,11 @@ def data_figures(
     seed: Annotated[int, typer.Option(help="Random seed of rows and pretraining.")] = 0,
 ) -> None:
     """Create the figures task: a tiny pretrained vision-language model and figures; takes about two minutes."""
-    from sdpo.report.console import ConsoleObserver
+    from sdpo.report.console import ConsoleCallback
     from sdpo.rewards.toy.figures import Figures
 
-    with ConsoleObserver(0) as observer:
-        Figures(dir=str(out), seed=seed).prepare(observer)
+    with ConsoleCallback(0) as callback:
+        Figures(dir=str(out), seed=seed).prepare(callback)
     print(f"wrote {out}/model, {out}/train.parquet, {out}/test.parquet")
 
 

@@ -130,7 +130,7 @@ class Enough(Exception):
 
 
 class Watch(NullCallback):
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+    def on_metrics(self, step: int, values: Mapping[str, float]) -> None:
         if step >= 1:
             raise Enough
 

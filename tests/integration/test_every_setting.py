@@ -303,7 +303,7 @@ class Runner:
         patch.setattr(build.logger, "warning", lambda text, *arguments: messages.append(text % arguments))
 
         class Watch(NullCallback):
-            def metrics(self, step: int, values: Mapping[str, float]) -> None:
+            def on_metrics(self, step: int, values: Mapping[str, float]) -> None:
                 seen_threads.append(torch.get_num_threads())
 
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", count_sdpa)

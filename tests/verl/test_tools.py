@@ -51,10 +51,11 @@ def train(
 def test_the_policy_learns_to_call_the_tool(train: Callable[..., Any], tmp_path: Path) -> None:
     rows = train("tracking.log_completions_steps=1")
     last = max(rows)
-    assert rows[0][ACCURACY] <= 0.05
-    assert rows[last][ACCURACY] >= 0.7  # the tiny model copies some digits wrongly
-    # verl counts question and answer, and two turns more for a call and the tool's output.
-    assert rows[0]["val-aux/num_turns/mean"] <= 2.1 and rows[last]["val-aux/num_turns/mean"] >= 3.5
+    # At first one response in ten calls the tool. verl counts question and answer, and two turns more for a call.
+    assert 2.05 <= rows[1]["num_turns/mean"] <= 2.3
+    assert rows[0][ACCURACY] <= 0.25 and rows[0]["val-aux/num_turns/mean"] <= 2.5
+    # The tiny model copies some digits wrongly.
+    assert rows[last][ACCURACY] >= 0.7 and rows[last]["val-aux/num_turns/mean"] >= 3.5
     assert rows[1][metrics.REPROMPT_FRACTION] < rows[last][metrics.REPROMPT_FRACTION]
     written = (tmp_path / "run" / "rollouts" / f"{last}.jsonl").read_text().splitlines()
     outputs = [json.loads(line)["output"] for line in written]
@@ -63,6 +64,6 @@ def test_the_policy_learns_to_call_the_tool(train: Callable[..., Any], tmp_path:
 
 def test_one_step_off_policy(train: Callable[..., Any]) -> None:
     rows = train("max_staleness=1", "max_steps=2", "eval_steps=0")
-    # One response in ten calls the tool, and some calls are right: almost surely one in two steps of 128 responses.
+    # About 20 of the 256 responses call the tool, and about 10 of the calls are right.
     assert max(rows[step]["num_turns/max"] for step in (1, 2)) == 4
     assert max(rows[step].get(metrics.DISTILLATION_LOSS, 0.0) for step in (1, 2)) > 0.0

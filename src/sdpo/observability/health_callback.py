@@ -1,8 +1,9 @@
-"""Actions of failed health checks: each failure is printed, recorded, counted and acted upon."""
+"""Actions of failed health checks: each failure is logged, recorded, counted and acted upon."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +11,8 @@ from typing import Any, Protocol
 from sdpo.observability import metrics
 from sdpo.observability.health import HealthEvent, HealthMonitor
 from sdpo.observability.json_lines import read_json_lines, write_json_lines
-from sdpo.observability.progress import ProgressCallback
+
+logger = logging.getLogger(__name__)
 
 HEALTH_EVENTS_FILE = "health_events.jsonl"
 
@@ -39,7 +41,6 @@ class HealthCallback:
         monitor: runs the checks.
         actor: carries out ``reduce_weight`` and ``freeze_teacher``.
         record: stores a health event.
-        observer: prints a health event.
 
     Attributes:
         stop_event: the event that ends the run; None until then.
@@ -51,23 +52,19 @@ class HealthCallback:
         monitor: HealthMonitor,
         actor: Actor,
         record: Callable[[Mapping[str, Any]], None],
-        observer: ProgressCallback,
     ) -> None:
         self.monitor = monitor
         self.stop_event: HealthEvent | None = None
         self.best_accuracy: float | None = None
         self._actor = actor
         self._record = record
-        self._observer = observer
 
     def watch(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
         """Check the metrics of a step, act on failures, and return the metrics to add to the step's."""
         self.track_best(values)
         events = self.monitor.check(step, values)
         for event in events:
-            self._observer.message(
-                f"step {step}: health.{event.rule}={event.action}: {event.reason}; {_DONE[event.action]}"
-            )
+            logger.warning(f"step {step}: health.{event.rule}={event.action}: {event.reason}; {_DONE[event.action]}")
             self._record(dataclasses.asdict(event))
             self._act(event)
         return {

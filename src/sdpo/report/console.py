@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -28,21 +28,21 @@ from sdpo.report.run_dir import RunRecord
 from sdpo.report.summary import HEADINGS, summarize
 
 
-class ConsoleObserver:
-    """Prints messages, progress and metrics of a run; a context manager that restores the terminal at exit."""
+class ConsoleCallback:
+    """Prints log records, progress and metrics of a run; a context manager that restores the terminal at exit."""
 
     def __init__(self, max_steps: int, console: Console | None = None) -> None:
         self._console = console or Console()
-        self._total_steps = max_steps
+        self._max_steps = max_steps
         self._clock = _Clock(max_steps)
         self._preparation_tenths = _Tenths()
         self._run_tenths = _Tenths()
         # With FORCE_COLOR, rich treats a file as a terminal; a progress bar is useless in a file.
         is_terminal = self._console.is_interactive and self._console.file.isatty()
         self._bars = _Bars(self._console, max_steps) if is_terminal else None
-        self._log_handler = _LogHandler(self)
+        self._log_handler = _LogHandler(self._print_line)
 
-    def __enter__(self) -> ConsoleObserver:
+    def __enter__(self) -> ConsoleCallback:
         if self._bars:
             self._bars.start()
         self._log_handler.attach()
@@ -53,36 +53,36 @@ class ConsoleObserver:
         if self._bars:
             self._bars.stop()
 
-    def message(self, text: str) -> None:
+    def _print_line(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def progress(self, description: str, done: int, total: int) -> None:
+    def on_progress(self, description: str, done: int, total: int) -> None:
         if self._bars:
             self._bars.show_preparation(description, done, total)
         elif self._preparation_tenths.is_new(done, total):
-            self.message(f"{description}  {done}/{total}")
+            self._print_line(f"{description}  {done}/{total}")
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+    def on_metrics(self, step: int, values: Mapping[str, float]) -> None:
         left = self._clock.time_left(step)
         accuracies = list(_describe_accuracies(values))
         if self._bars:
             self._bars.show_step(step, values, left)
             if accuracies:
                 self._print_step(step, accuracies)
-        elif self._run_tenths.is_new(step, self._total_steps) or accuracies:
+        elif self._run_tenths.is_new(step, self._max_steps) or accuracies:
             self._print_step(step, [*_describe_training(values), *accuracies, left])
 
     def _print_step(self, step: int, parts: Iterable[str]) -> None:
-        width = len(str(self._total_steps))
-        self.message("  ".join(filter(None, [f"step {step:>{width}}/{self._total_steps}", *parts])))
+        width = len(str(self._max_steps))
+        self._print_line("  ".join(filter(None, [f"step {step:>{width}}/{self._max_steps}", *parts])))
 
 
 class _LogHandler(logging.Handler):
-    """Prints the package's log records, from INFO on, like the observer's other messages."""
+    """Prints the package's log records, from INFO on, each as a line."""
 
-    def __init__(self, observer: ConsoleObserver) -> None:
+    def __init__(self, print_line: Callable[[str], None]) -> None:
         super().__init__(logging.INFO)
-        self._observer = observer
+        self._print = print_line
         self._logger = logging.getLogger("sdpo")
         self._level_before = self._logger.level
 
@@ -96,7 +96,7 @@ class _LogHandler(logging.Handler):
         self._logger.setLevel(self._level_before)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._observer.message(self.format(record))
+        self._print(self.format(record))
 
 
 def print_result_table(records: Sequence[RunRecord], console: Console | None = None) -> None:
@@ -157,16 +157,16 @@ class _Clock:
     """Estimates the remaining time from the steps since the start or the resumption of a run."""
 
     def __init__(self, max_steps: int) -> None:
-        self._total_steps = max_steps
+        self._max_steps = max_steps
         self._first: tuple[int, float] | None = None
 
     def time_left(self, step: int) -> str:
         now = time.monotonic()
         self._first = self._first or (step, now)
         first_step, began = self._first
-        if not first_step < step < self._total_steps:
+        if not first_step < step < self._max_steps:
             return ""
-        seconds = round((now - began) / (step - first_step) * (self._total_steps - step))
+        seconds = round((now - began) / (step - first_step) * (self._max_steps - step))
         minutes, seconds = divmod(seconds, 60)
         hours, minutes = divmod(minutes, 60)
         return f"{hours}:{minutes:02}:{seconds:02} left" if hours else f"{minutes}:{seconds:02} left"
@@ -185,7 +185,7 @@ class _Bars:
             expand=True,
             refresh_per_second=4,
         )
-        self._total_steps = max_steps
+        self._max_steps = max_steps
         self._preparation: TaskID | None = None
         self._run: TaskID | None = None
         self._latest: dict[str, float] = {}
@@ -206,7 +206,7 @@ class _Bars:
 
     def show_step(self, step: int, values: Mapping[str, float], left: str) -> None:
         if self._run is None:
-            self._run = self._progress.add_task("step", total=self._total_steps, left="")
+            self._run = self._progress.add_task("step", total=self._max_steps, left="")
         self._latest.update(values)
         numbers = [*_describe_training(self._latest), *_describe_accuracies(self._latest)]
         self._progress.numbers = Text("  ".join(numbers), style="dim")

@@ -93,11 +93,11 @@ def load_task(name: str, args: Mapping[str, Any]) -> Task:
     return module
 
 
-def prepare_task(task: Task, observer: ProgressCallback) -> None:
+def prepare_task(task: Task, progress: ProgressCallback) -> None:
     """Let a task create its own files, if it has any."""
     prepare = getattr(task, "prepare", None)
     if prepare is not None:
-        prepare(observer)
+        prepare(progress)
 
 
 def _import_task(name: str) -> ModuleType:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable, Sequence
 
 from sdpo.config.data import RewardConfig
 from sdpo.errors import DataError
-from sdpo.observability.progress import ProgressCallback
 from sdpo.rewards.async_scoring import AsyncScorer, is_asynchronous
 from sdpo.rewards.base import RewardOutput, Row, Task
 from sdpo.rewards.scoring import RewardFailure, score_once
+
+logger = logging.getLogger(__name__)
 
 FAILED = RewardOutput(math.nan)
 
 
 class RewardManager:
     """Scores responses with a task's reward function.
+
+    The first failure of each kind, an exception type at a line of the task, is logged as a warning.
 
     Coroutine functions score all responses of a step concurrently, other functions one response at a time. A call fails
     by an exception (``SystemExit`` included), by exceeding ``reward.timeout_s``, or by a return value that
@@ -26,16 +30,14 @@ class RewardManager:
     Args:
         task: the reward function.
         config: timeout, and the fraction of failures above which the run is aborted.
-        observer: receives a message at the first failure of each kind: an exception type at a line of the task.
 
     Attributes:
         num_failures: number of failed calls so far.
     """
 
-    def __init__(self, task: Task, config: RewardConfig, observer: ProgressCallback) -> None:
+    def __init__(self, task: Task, config: RewardConfig) -> None:
         self._begin = _choose_begin(task, config.timeout_s)
         self._config = config
-        self._observer = observer
         self._reported: set[str] = set()
         self.num_failures = 0
 
@@ -62,7 +64,7 @@ class RewardManager:
                     ) from failure.__cause__
                 if failure.kind not in self._reported:
                     self._reported.add(failure.kind)
-                    self._observer.message(f"data.task: scoring failed, response not used: {failure}")
+                    logger.warning(f"data.task: scoring failed, response not used: {failure}")
         return outputs
 
 

@@ -110,7 +110,7 @@ def build_components(config: SDPOConfig, progress: ProgressCallback) -> TrainerC
         require_peft()
     task = load_task(config.data.task, config.data.task_args)
     prepare_task(task, progress)
-    reward_manager = RewardManager(task, config.reward, progress)
+    reward_manager = RewardManager(task, config.reward)
     text_tokenizer = load_tokenizer(config.model)
     reader = load_reader(config.model, config.data.max_pixels)
     if reader is not None and config.rollout.engine == "vllm":
@@ -127,7 +127,7 @@ def build_components(config: SDPOConfig, progress: ProgressCallback) -> TrainerC
         load_prompts,
         config=config.data,
         tokenizer=tokenizer,
-        observer=progress,
+        progress=progress,
         window=window,
         max_response_length=config.rollout.max_response_length,
     )
@@ -149,7 +149,7 @@ def build_components(config: SDPOConfig, progress: ProgressCallback) -> TrainerC
         _restore(actor, config.model, resume_state, data, has_adapters=config.lora.rank > 0)
     folder = RunDir(Path(config.output_dir), config.tracking, progress, resume_state.step if resume_state else None)
     folder.write_config(to_yaml(config), asdict(config))
-    health_callback = HealthCallback(HealthMonitor(config.health), actor, folder.log_health_event, progress)
+    health_callback = HealthCallback(HealthMonitor(config.health), actor, folder.log_health_event)
     if resume_state is not None:
         health_callback.load_state_dict(resume_state.state.health_callback)
     evaluator = Evaluator(

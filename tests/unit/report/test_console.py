@@ -6,7 +6,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from sdpo.report.console import ConsoleObserver, print_result_table
+from sdpo.report.console import ConsoleCallback, print_result_table
 from sdpo.report.run_dir import read_run
 
 
@@ -26,10 +26,10 @@ def clock(monkeypatch):
 
 def run_and_read(max_steps, rows, clock, file=None, **console):
     file = file or io.StringIO()
-    with ConsoleObserver(max_steps, Console(file=file, width=80, **console)) as observer:
+    with ConsoleCallback(max_steps, Console(file=file, width=80, **console)) as callback:
         for step, values in rows:
             clock.now = 10.0 * step
-            observer.metrics(step, values)
+            callback.on_metrics(step, values)
     return file.getvalue()
 
 
@@ -73,10 +73,10 @@ def test_several_data_sources_are_named(clock):
 
 def test_preparation_is_reported_each_tenth_and_again_for_the_next():
     file = io.StringIO()
-    with ConsoleObserver(5, Console(file=file)) as observer:
+    with ConsoleCallback(5, Console(file=file)) as callback:
         for done in range(0, 101):
-            observer.progress("pretraining", done, 100)
-        observer.progress("pretraining", 0, 100)
+            callback.on_progress("pretraining", done, 100)
+        callback.on_progress("pretraining", 0, 100)
     expected = [f"pretraining  {done}/100" for done in range(0, 101, 10)]
     assert file.getvalue().splitlines() == [*expected, "pretraining  0/100"]
 
@@ -84,14 +84,15 @@ def test_preparation_is_reported_each_tenth_and_again_for_the_next():
 def test_messages_are_printed_as_they_are():
     file = io.StringIO()
     text = "saved [bold]x[/bold] to " + "long/" * 40
-    ConsoleObserver(5, Console(file=file, width=40)).message(text)
+    with ConsoleCallback(5, Console(file=file, width=40)):
+        logging.getLogger("sdpo.trainer").info(text)
     assert file.getvalue() == text + "\n"
 
 
-def test_log_records_are_printed_while_the_observer_is_entered():
+def test_log_records_are_printed_while_the_callback_is_entered():
     file, logger = io.StringIO(), logging.getLogger("sdpo.trainer.anything")
     logger.info("before")
-    with ConsoleObserver(5, Console(file=file)):
+    with ConsoleCallback(5, Console(file=file)):
         logger.debug("a detail")
         logger.info("resuming from step %d", 2)
         logger.warning("[bold]a warning[/bold]")
@@ -110,14 +111,14 @@ def test_a_library_prints_warnings_alone():
 def test_a_terminal_gets_bars_the_latest_numbers_and_lines_of_evaluations(clock):
     file = Terminal()
     console = Console(file=file, width=80, _environ={"TERM": "xterm"})
-    with ConsoleObserver(4, console) as observer:
-        observer.progress("pretraining", 50, 200)
-        observer._bars._progress.refresh()
-        observer.progress("pretraining", 200, 200)
-        observer.metrics(0, {"val-core/t/acc/mean@1": 0.125, "val-teacher/t/acc/mean@1": 0.9})
+    with ConsoleCallback(4, console) as callback:
+        callback.on_progress("pretraining", 50, 200)
+        callback._bars._progress.refresh()
+        callback.on_progress("pretraining", 200, 200)
+        callback.on_metrics(0, {"val-core/t/acc/mean@1": 0.125, "val-teacher/t/acc/mean@1": 0.9})
         clock.now = 30.0
-        observer.metrics(1, training(1))
-        observer.message("a word")
+        callback.on_metrics(1, training(1))
+        logging.getLogger("sdpo.trainer").info("a word")
     text = file.getvalue()
     assert "pretraining" in text and "50/200" in text
     assert "step 0/4  val 0.125  teacher 0.900" in text
@@ -131,9 +132,9 @@ def test_bars_give_the_terminal_back_when_the_run_breaks():
     file = Terminal()
     with (
         pytest.raises(KeyboardInterrupt),
-        ConsoleObserver(4, Console(file=file, width=80, _environ={"TERM": "xterm"})) as observer,
+        ConsoleCallback(4, Console(file=file, width=80, _environ={"TERM": "xterm"})) as callback,
     ):
-        observer.metrics(1, training(1))
+        callback.on_metrics(1, training(1))
         raise KeyboardInterrupt
     hidden, shown = "\x1b[?25l", "\x1b[?25h"
     assert file.getvalue().rindex(shown) > file.getvalue().rindex(hidden)

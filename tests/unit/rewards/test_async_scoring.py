@@ -16,7 +16,6 @@ import pytest
 
 from sdpo.config.data import RewardConfig
 from sdpo.errors import SDPOError
-from sdpo.observability.progress import NullCallback
 from sdpo.rewards import async_scoring
 from sdpo.rewards.async_scoring import AsyncScorer, is_asynchronous
 from sdpo.rewards.base import RewardOutput, Row, load_task
@@ -96,7 +95,7 @@ def test_a_task_may_refuse_its_data(scorer: AsyncScorer) -> None:
 
 def test_the_reward_manager_awaits_a_step_at_once_and_counts_failures() -> None:
     config = RewardConfig(timeout_s=SECONDS, max_failure_fraction=0.2)
-    ours = RewardManager(SimpleNamespace(compute_score=compute_score), config, NullCallback())
+    ours = RewardManager(SimpleNamespace(compute_score=compute_score), config)
     began = time.monotonic()
     outputs = ours.compute_score([(ROW, response) for response in ["raise", "4", "hang", *map(str, range(5, 17))]])
     assert time.monotonic() - began < SECONDS + 0.5  # one after the other takes 1.7 seconds

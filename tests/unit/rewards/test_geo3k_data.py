@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import runpy
 import sys
@@ -26,19 +27,15 @@ EXAMPLE = Path(__file__).parents[3] / "examples" / "data_preprocess" / "geo3k.py
 
 
 class Recorder:
-    """An observer that remembers."""
+    """Records the calls."""
 
     def __init__(self) -> None:
-        self.messages: list[str] = []
         self.steps: list[tuple[str, int, int]] = []
 
-    def message(self, text: str) -> None:
-        self.messages.append(text)
-
-    def progress(self, description: str, done: int, total: int) -> None:
+    def on_progress(self, description: str, done: int, total: int) -> None:
         self.steps.append((description, done, total))
 
-    def metrics(self, step: int, values: Any) -> None:
+    def on_metrics(self, step: int, values: Any) -> None:
         raise AssertionError("preparation has no metrics")
 
 
@@ -102,15 +99,16 @@ def names(folder: Path) -> list[str]:
 # --- what is written -------------------------------------------------------------------------------------------------
 
 
-def test_the_files_have_the_rows_of_verl(source: Path, tmp_path: Path) -> None:
-    observer = Recorder()
+def test_the_files_have_the_rows_of_verl(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "sdpo")
+    progress = Recorder()
     before = sorted(source.rglob("*"))
-    assert prepare(tmp_path / "out" / "geo3k", source, observer) == {"train": 3, "test": 2}
+    assert prepare(tmp_path / "out" / "geo3k", source, progress) == {"train": 3, "test": 2}
     assert names(tmp_path / "out" / "geo3k") == ["test.parquet", "train.parquet"]
     assert names(tmp_path / "out") == ["geo3k"]
     assert sorted(source.rglob("*")) == before
-    assert observer.messages == ["train: 3 rows", "test: 2 rows"]
-    assert observer.steps == [
+    assert caplog.messages == ["train: 3 rows", "test: 2 rows"]
+    assert progress.steps == [
         *(("reading train", done, 3) for done in (1, 2, 3)),
         *(("reading test", done, 2) for done in (1, 2)),
     ]
@@ -170,13 +168,13 @@ def test_old_files_are_replaced_by_complete_new_ones_only(save: Any, tmp_path: P
         (out / name).write_text("old")
     source = save(train=[source_row()], test=[source_row()])
 
-    def interrupt(self: Any, *_: object) -> None:
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Recorder, "message", interrupt)  # with train.parquet written
+        patch.setattr(logging.getLogger("sdpo.rewards.geo3k.data"), "info", interrupt)  # with train.parquet written
         with pytest.raises(KeyboardInterrupt):
-            prepare(out, source, Recorder())
+            prepare(out, source)
     assert [(out / name).read_text() for name in names(out)] == ["old"] * 3
     assert names(tmp_path) == ["out", "source"]
     prepare(out, source)
@@ -230,15 +228,18 @@ GIF = picture(kind="GIF")
         ),
     ],
 )
-def test_a_row_that_cannot_be_used_is_named_and_skipped(tmp_path: Path, changes: Any, reason: str) -> None:
-    observer = Recorder()
+def test_a_row_that_cannot_be_used_is_named_and_skipped(
+    tmp_path: Path, changes: Any, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "sdpo")
+    progress = Recorder()
     source = tmp_path / "source"
     source.mkdir()
     # Not by datasets, which would open the images.
     for split, rows in (("train", [source_row(0), source_row(1, **changes), source_row(2)]), ("test", [source_row()])):
         pq.write_table(pa.Table.from_pylist(rows, schema=features().arrow_schema), source / f"{split}.parquet")
-    assert prepare(tmp_path / "out", source, observer) == {"train": 2, "test": 1}
-    skipped, train, test = observer.messages
+    assert prepare(tmp_path / "out", source, progress) == {"train": 2, "test": 1}
+    skipped, train, test = caplog.messages
     assert skipped.startswith("train row 1: ") and reason in skipped and skipped.endswith("; skipped")
     assert (train, test) == ("train: 2 rows, 1 skipped", "test: 1 rows")
     rows = load_rows([str(tmp_path / "out" / "train.parquet")], "x")

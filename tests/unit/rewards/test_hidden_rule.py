@@ -169,11 +169,9 @@ class Watching:
         self.interrupt_at = interrupt_at
         self.seen: list[tuple[int, int]] = []
 
-    def message(self, text: str) -> None: ...
+    def on_metrics(self, step: int, values: Any) -> None: ...
 
-    def metrics(self, step: int, values: Any) -> None: ...
-
-    def progress(self, description: str, done: int, total: int) -> None:
+    def on_progress(self, description: str, done: int, total: int) -> None:
         self.seen.append((done, total))
         if done == self.interrupt_at:
             raise KeyboardInterrupt

@@ -14,7 +14,6 @@ import pytest
 
 from sdpo.config.data import RewardConfig
 from sdpo.errors import SDPOError
-from sdpo.observability.progress import NullCallback
 from sdpo.rewards.base import RewardOutput, Row, load_task
 from sdpo.rewards.geo3k.reward import Geo3k
 from sdpo.rewards.manager import RewardManager
@@ -22,28 +21,15 @@ from sdpo.rewards.manager import RewardManager
 ROW = Row("sums", [{"role": "user", "content": "1 + 1?"}], {"ground_truth": "2"}, origin="data.train_files: a: row 7")
 
 
-class Messages(NullCallback):
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.messages.append(text)
-
-
 @pytest.fixture
-def recorded() -> Messages:
-    return Messages()
-
-
-@pytest.fixture
-def make_manager(tmp_path: Path, recorded: Messages) -> Callable[..., RewardManager]:
+def make_manager(tmp_path: Path) -> Callable[..., RewardManager]:
     """A reward manager of a task file with this function body."""
 
     def make(body: str, **settings: Any) -> RewardManager:
         name = tmp_path / "mine.py"
         name.write_text(f"def compute_score(row, response):\n    {body}\n")
         config = RewardConfig(**{"max_failure_fraction": 1.0, **settings})
-        return RewardManager(load_task(str(name), {}), config, recorded)
+        return RewardManager(load_task(str(name), {}), config)
 
     return make
 
@@ -89,23 +75,27 @@ def scores(reward_manager: RewardManager, *responses: str) -> list[float | None]
     ],
 )
 def test_a_failure_costs_its_response_alone(
-    body: str, reason: str | None, make_manager: Callable[..., RewardManager], recorded: Messages, tmp_path: Path
+    body: str,
+    reason: str | None,
+    make_manager: Callable[..., RewardManager],
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
 ) -> None:
     reward_manager = make_manager(body)
     assert scores(reward_manager, "1", "", "1", "", "1") == [1.0, None, 1.0, None, 1.0]
     assert reward_manager.num_failures == 2
-    [message] = recorded.messages  # one message per kind
+    [message] = caplog.messages  # one message per kind
     assert "\n" not in message and "data.train_files: a: row 7: " in message
     if reason is not None:
         assert message.endswith(reason.replace("{file}", str(tmp_path / "mine.py")))
 
 
 def test_each_kind_of_failure_is_reported_once(
-    make_manager: Callable[..., RewardManager], recorded: Messages, tmp_path: Path
+    make_manager: Callable[..., RewardManager], caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     reward_manager = make_manager("if not response: raise ValueError('two\\nlines')\n    raise TypeError")
     assert scores(reward_manager, "", "1", "", "1", "") == [None] * 5
-    assert [message.split("row 7: ")[1] for message in recorded.messages] == [
+    assert [message.split("row 7: ")[1] for message in caplog.messages] == [
         f"ValueError: two lines ({tmp_path}/mine.py:2)",
         f"TypeError ({tmp_path}/mine.py:3)",
     ]
@@ -126,7 +116,7 @@ def test_the_run_is_aborted_above_the_limit(make_manager: Callable[..., RewardMa
 
 
 def test_what_the_task_refuses_itself_ends_the_run() -> None:
-    reward_manager = RewardManager(Geo3k(), RewardConfig(max_failure_fraction=1.0), NullCallback())
+    reward_manager = RewardManager(Geo3k(), RewardConfig(max_failure_fraction=1.0))
     with pytest.raises(SDPOError, match=r"row \? of sums has no reward_model\.ground_truth"):
         reward_manager.compute_score([(Row("sums", [], {}), "2")])
 
@@ -140,13 +130,15 @@ def test_what_the_task_refuses_itself_ends_the_run() -> None:
         "__import__('re').match('(a+)+$', 'a' * 40 + 'b')",
     ],
 )
-def test_a_hanging_call_times_out(hang: str, make_manager: Callable[..., RewardManager], recorded: Messages) -> None:
+def test_a_hanging_call_times_out(
+    hang: str, make_manager: Callable[..., RewardManager], caplog: pytest.LogCaptureFixture
+) -> None:
     reward_manager = make_manager(f"return {hang} if not response else 1", timeout_s=0.2)
     began = time.monotonic()
     assert scores(reward_manager, "1", "", "1") == [1.0, None, 1.0]
     assert time.monotonic() - began < 5
-    assert recorded.messages[0].endswith(
-        "no score within reward.timeout_s=0.2 seconds (" + recorded.messages[0].split("(")[-1]
+    assert caplog.messages[0].endswith(
+        "no score within reward.timeout_s=0.2 seconds (" + caplog.messages[0].split("(")[-1]
     )
 
 
@@ -189,7 +181,7 @@ def test_an_earlier_timer_is_restored(make_manager: Callable[..., RewardManager]
         signal.signal(signal.SIGALRM, before)
 
 
-def test_a_task_that_sets_the_timer_itself(recorded: Messages) -> None:
+def test_a_task_that_sets_the_timer_itself() -> None:
     """math-verify in the main thread, as many reward functions call it: it sets and clears the same timer."""
     from math_verify import parse, verify
 
@@ -197,15 +189,13 @@ def test_a_task_that_sets_the_timer_itself(recorded: Messages) -> None:
         def compute_score(self, row: Row, response: str) -> float:
             return float(verify(parse(row.ground_truth or ""), parse(response)))
 
-    reward_manager = RewardManager(Own(), RewardConfig(timeout_s=10.0), recorded)
+    reward_manager = RewardManager(Own(), RewardConfig(timeout_s=10.0))
     assert scores(reward_manager, "2", "$\\frac{4}{2}$", "3") == [1.0, 1.0, 0.0]
 
 
 def test_geometry_is_scored_within_the_timeout() -> None:
     """Its process has a shorter limit: an endless expression is a wrong answer, not a failure."""
-    reward_manager = RewardManager(
-        Geo3k(format_weight=0.0, timeout=1.0), RewardConfig(max_failure_fraction=0.0), NullCallback()
-    )
+    reward_manager = RewardManager(Geo3k(format_weight=0.0, timeout=1.0), RewardConfig(max_failure_fraction=0.0))
     row = Row("geometry3k", [], {"ground_truth": "3 \\sqrt{2}"})
     texts = ["\\boxed{\\sqrt{18}}", "\\boxed{9^{9^{9^{9^9}}}}", "\\boxed{\\sqrt{18}}"]
     outputs = reward_manager.compute_score([(row, text) for text in texts])

@@ -16,7 +16,6 @@ from sdpo.models.multimodal.processor import TokenPrompt
 from sdpo.models.multimodal.vision_tower import VisionAdapter
 from sdpo.observability.confidence import compute_wilson_interval
 from sdpo.observability.metrics import ci95_names
-from sdpo.observability.progress import NullCallback
 from sdpo.rewards.base import RewardOutput, Row
 from sdpo.rewards.manager import RewardManager
 from sdpo.rewards.toy.hidden_rule import build_tokenizer
@@ -78,7 +77,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Scripted:
 
 
 def evaluate(run: SDPOConfig, student: nn.Module, teacher: Teacher | None) -> dict[str, float]:
-    reward_manager = RewardManager(Reversal(), run.reward, NullCallback())
+    reward_manager = RewardManager(Reversal(), run.reward)
     return Evaluator(run.eval, run.self_distillation, reward_manager, TOKENIZER, PROMPTS, DECODING, None).evaluate(
         student, teacher
     )  # type: ignore[arg-type]
@@ -145,7 +144,7 @@ def test_what_cannot_be_graded_is_left_out_and_counted(make_run: MakeRun, script
     evaluator = Evaluator(
         run.eval,
         run.self_distillation,
-        RewardManager(Fails(), run.reward, NullCallback()),
+        RewardManager(Fails(), run.reward),
         TOKENIZER,
         PROMPTS,
         DECODING,
@@ -226,7 +225,7 @@ def test_the_teacher_s_context_is_that_of_training(make_run: MakeRun, scripted: 
         for p in PROMPTS
     ]
     samples = build_samples(
-        RewardManager(Reversal(), run.reward, NullCallback()),
+        RewardManager(Reversal(), run.reward),
         TOKENIZER,
         PROMPTS,
         responses,
@@ -288,7 +287,7 @@ def test_every_evaluation_draws_the_same_noise(make_run: MakeRun, make_model: An
     evaluator = Evaluator(
         run.eval,
         run.self_distillation,
-        RewardManager(Length(), run.reward, NullCallback()),
+        RewardManager(Length(), run.reward),
         TOKENIZER,
         PROMPTS,
         DECODING,

@@ -17,7 +17,6 @@ from sdpo.errors import SDPOError
 from sdpo.observability import metrics
 from sdpo.observability.health import HealthMonitor
 from sdpo.observability.health_callback import HealthCallback
-from sdpo.observability.progress import NullCallback
 from sdpo.trainer.actor.actor import Actor
 from sdpo.trainer.actor.build import build_actor
 from sdpo.trainer.data.samples import TrainingSample
@@ -40,7 +39,7 @@ def record_in(folder: Path) -> Callable[[Mapping[str, Any]], None]:
 
 def build_callback(actor: Actor, folder: Path, **actions: str) -> HealthCallback:
     config = HealthConfig(window=1, min_z_score=0.0, **actions)
-    return HealthCallback(HealthMonitor(config), actor, record_in(folder), NullCallback())
+    return HealthCallback(HealthMonitor(config), actor, record_in(folder))
 
 
 def fall(health_callback: HealthCallback) -> dict[str, float]:
@@ -152,18 +151,14 @@ def test_without_an_evaluation_the_student_stays(
     assert actor.teacher is not None and actor.teacher.module is actor.initial
 
 
-def test_alarm_is_told_and_written(model: Any, make_run: MakeRun, tmp_path: Path) -> None:
-    told: list[str] = []
-
-    class Listener(NullCallback):
-        def message(self, text: str) -> None:
-            told.append(text)
-
+def test_a_failed_check_is_logged_and_recorded(
+    model: Any, make_run: MakeRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     monitor = HealthMonitor(HealthConfig(window=1, min_z_score=0.0, score_collapse="stop"))
-    health_callback = HealthCallback(monitor, build_actor(model, make_run(), 0), record_in(tmp_path), Listener())
+    health_callback = HealthCallback(monitor, build_actor(model, make_run(), 0), record_in(tmp_path))
     fall(health_callback)
     reason = "training score fell from 1 to 0.5 (means of 1 steps)"
-    assert told == [f"step 2: health.score_collapse=stop: {reason}; stopping the run after this step"]
+    assert caplog.messages == [f"step 2: health.score_collapse=stop: {reason}; stopping the run after this step"]
     assert json.loads((tmp_path / "health_events.jsonl").read_text()) == {
         "step": 2,
         "rule": "score_collapse",

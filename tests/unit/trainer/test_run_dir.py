@@ -31,14 +31,14 @@ class Listening(NullCallback):
     def __init__(self) -> None:
         self.rows: list[tuple[int, dict[str, float]]] = []
 
-    def metrics(self, step: int, values: Any) -> None:
+    def on_metrics(self, step: int, values: Any) -> None:
         self.rows.append((step, dict(values)))
 
 
 def open_run_dir(
-    config: SDPOConfig, observer: ProgressCallback | None = None, resumed_step: int | None = None
+    config: SDPOConfig, progress: ProgressCallback | None = None, resumed_step: int | None = None
 ) -> RunDir:
-    folder = RunDir(Path(config.output_dir), config.tracking, observer or NullCallback(), resumed_step)
+    folder = RunDir(Path(config.output_dir), config.tracking, progress or NullCallback(), resumed_step)
     folder.write_config(to_yaml(config), asdict(config))
     return folder
 

@@ -11,7 +11,6 @@ from sdpo.config.data import RewardConfig
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.models.generation.sampling import Completion
 from sdpo.observability import metrics
-from sdpo.observability.progress import NullCallback
 from sdpo.rewards.base import RewardOutput, Row, Task
 from sdpo.rewards.manager import RewardManager
 from sdpo.rewards.toy.hidden_rule import build_tokenizer
@@ -35,7 +34,7 @@ class Exact:
 
 
 def reward_manager(task: Task) -> RewardManager:
-    return RewardManager(task, RewardConfig(max_failure_fraction=0.5), NullCallback())
+    return RewardManager(task, RewardConfig(max_failure_fraction=0.5))
 
 
 def prompt(text: str, truth: str) -> Prompt:
@@ -213,7 +212,7 @@ def test_a_step_in_which_nothing_was_graded_has_no_scores() -> None:
         def compute_score(self, row: Row, response: str) -> float:
             raise ZeroDivisionError
 
-    tolerant = RewardManager(Broken(), RewardConfig(max_failure_fraction=1.0), NullCallback())
+    tolerant = RewardManager(Broken(), RewardConfig(max_failure_fraction=1.0))
     config = SelfDistillationConfig()
     samples = build_samples(tolerant, TOKENIZER, PROMPTS, RESPONSES, config, None, random.Random(0))
     values = summarize_samples(samples, config)

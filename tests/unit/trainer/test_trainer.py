@@ -411,7 +411,9 @@ def test_only_as_many_held_out_prompts_as_asked_for(make_task_run: MakeRun, monk
     assert evaluated == [8, 3]
 
 
-def test_a_grader_that_fails_now_and_then_costs_those_responses(make_task_run: MakeRun, tmp_path: Path) -> None:
+def test_a_grader_that_fails_now_and_then_costs_those_responses(
+    make_task_run: MakeRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "mine.py").write_text(
         "count = 0\n"
         "def compute_score(row, response):\n"
@@ -421,18 +423,12 @@ def test_a_grader_that_fails_now_and_then_costs_those_responses(make_task_run: M
     )
     settings = {"data__task": str(tmp_path / "mine.py"), "data__task_args": {}, "eval__val_before_train": False}
     run = make_task_run(**settings, reward__max_failure_fraction=0.3, self_distillation__success_reward_threshold=2.0)
-    messages: list[str] = []
-
-    class Watch(NullCallback):
-        def message(self, text: str) -> None:
-            messages.append(text)
-
-    SDPOTrainer(run, Watch()).train()
+    SDPOTrainer(run).train()
     rows = [json.loads(line) for line in (Path(run.output_dir) / "metrics.jsonl").read_text().splitlines()]
     assert [row[metrics.REWARD_FAILURES] for row in rows] == [1, 1, 1]
     assert [row[metrics.SCORE_MEAN] for row in rows] == [1, 1, 1]
     assert [row[metrics.REPROMPT_FRACTION] for row in rows] == [7 / 8] * 3
-    assert [text for text in messages if "scoring failed" in text][1:] == []
+    assert [text for text in caplog.messages if "scoring failed" in text][1:] == []
     assert "=== not scored, advantage 0," in (Path(run.output_dir) / "rollouts" / "step_1.txt").read_text()
 
 

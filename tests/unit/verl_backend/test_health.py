@@ -113,7 +113,7 @@ def test_the_same_metrics_raise_the_same_events_on_both_backends(
     }
     run = make_run(output_dir=str(tmp_path / "native"), **{f"health__{name}": value for name, value in health.items()})
     actor, folder = build_actor(model, run, 0), RunDir(Path(run.output_dir), run.tracking, NullCallback())
-    health_callback = HealthCallback(HealthMonitor(run.health), actor, folder.log_health_event, NullCallback())
+    health_callback = HealthCallback(HealthMonitor(run.health), actor, folder.log_health_event)
     batch, workers = build_teacher_batch(), Workers()
     on_verl = RunHealth(build_config(tmp_path / "verl", health=health), batch, workers, None)
     for step, row in enumerate(make_rows(seed), start=1):

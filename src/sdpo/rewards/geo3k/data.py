@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from typing import Any
 from sdpo.errors import DataError, SDPOError
 from sdpo.observability.progress import NullCallback, ProgressCallback
 from sdpo.prompting.images import TAG, open_image
+
+logger = logging.getLogger(__name__)
 
 DATA_SOURCE = "hiyouga/geometry3k"
 SPLITS = ("train", "test")
@@ -26,7 +29,7 @@ BATCH_ROWS = 64  # in memory at a time, with their images
 
 
 def prepare(
-    out: str | Path, source: str | Path = DATA_SOURCE, observer: ProgressCallback | None = None
+    out: str | Path, source: str | Path = DATA_SOURCE, progress: ProgressCallback | None = None
 ) -> dict[str, int]:
     """Write ``train.parquet`` and ``test.parquet``.
 
@@ -37,7 +40,7 @@ def prepare(
         out: folder for the files; created if needed.
         source: name of a data set on the Hugging Face hub, or a folder: parquet files named by split, as in a clone of
             the data set, or the output of ``DatasetDict.save_to_disk``.
-        observer: receives the progress, each skipped row, and the number of rows per split.
+        progress: receives the number of rows read. Each skipped row and the number of rows per split are logged.
 
     Returns:
         Number of rows written, by split.
@@ -47,7 +50,7 @@ def prepare(
             a split can be used; or the folder cannot be written or is the source.
     """
     target = Path(os.path.expanduser(out))
-    observer = observer or NullCallback()
+    progress = progress or NullCallback()
     folder = os.path.expanduser(source)
     if os.path.isdir(target) and os.path.isdir(folder) and os.path.samefile(target, folder):
         raise DataError(f"--out {target}: is the source folder; name another folder")
@@ -57,7 +60,7 @@ def prepare(
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
-        counts = {split: _write(splits[split], split, partial / f"{split}.parquet", observer) for split in SPLITS}
+        counts = {split: _write(splits[split], split, partial / f"{split}.parquet", progress) for split in SPLITS}
         target.mkdir(exist_ok=True)
         for split in SPLITS:
             os.replace(partial / f"{split}.parquet", target / f"{split}.parquet")
@@ -120,7 +123,7 @@ def _read_image(image: dict[str, Any] | None, which: str) -> dict[str, Any]:
     return {"bytes": data, "path": os.path.basename(path) if path else None}
 
 
-def _write(rows: Any, split: str, file: Path, observer: ProgressCallback) -> int:
+def _write(rows: Any, split: str, file: Path, progress: ProgressCallback) -> int:
     import pyarrow.parquet as pq
 
     written, skipped = 0, 0
@@ -140,15 +143,15 @@ def _write(rows: Any, split: str, file: Path, observer: ProgressCallback) -> int
             try:
                 batch.append(build_row(record, split, index))
             except ValueError as error:
-                observer.message(f"{split} row {index}: {error}; skipped")
+                logger.warning(f"{split} row {index}: {error}; skipped")
                 skipped += 1
             if len(batch) == BATCH_ROWS:
                 flush()
-            observer.progress(f"reading {split}", index + 1, len(rows))
+            progress.on_progress(f"reading {split}", index + 1, len(rows))
         flush()
     if not written:
         raise DataError(f"split {split!r}: no row of {len(rows)} can be used; name another data set with --source")
-    observer.message(f"{split}: {written} rows" + (f", {skipped} skipped" if skipped else ""))
+    logger.info(f"{split}: {written} rows" + (f", {skipped} skipped" if skipped else ""))
     return written
 
 
@@ -220,7 +223,7 @@ def _load(source: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quiet_datasets() -> Iterator[None]:
-    """Disable the progress bars of ``datasets``, which disturb the observer's, and its log."""
+    """Disable the progress bars of ``datasets``, which disturb the console's, and its log."""
     import datasets
 
     had_bars, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()

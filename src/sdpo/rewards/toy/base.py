@@ -48,16 +48,16 @@ class OfflineTask:
         expected = row.ground_truth or ""
         return RewardOutput(1.0) if response.strip() == expected else RewardOutput(0.0, FEEDBACK_TEXT + expected)
 
-    def prepare(self, observer: ProgressCallback | None = None) -> None:
+    def prepare(self, progress: ProgressCallback | None = None) -> None:
         """Create model and data, unless the folder already has them for the same arguments.
 
         Raises:
             DataError: the folder has other content, or cannot be created.
         """
         recipe = {name: value for name, value in vars(self).items() if name != "dir"}
-        make_folder(self.dir, recipe, self.what, lambda folder: self.write(folder, observer or NullCallback()))
+        make_folder(self.dir, recipe, self.what, lambda folder: self.write(folder, progress or NullCallback()))
 
-    def write(self, folder: Path, observer: ProgressCallback) -> None:
+    def write(self, folder: Path, progress: ProgressCallback) -> None:
         """Write ``model/``, ``train.parquet`` and ``test.parquet`` into a new folder."""
         raise NotImplementedError
 
@@ -158,7 +158,7 @@ def pretrain(
     parameters: Iterable[Any],
     compute_loss: Callable[[], Any],
     steps: int,
-    observer: ProgressCallback,
+    progress: ProgressCallback,
     description: str,
     *,
     peak_lr: float = 2e-3,
@@ -185,7 +185,7 @@ def pretrain(
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         scheduler.step()
-        observer.progress(description, step + 1, steps)
+        progress.on_progress(description, step + 1, steps)
 
 
 def corrupt(answer: Any, num_symbols: int) -> Any:

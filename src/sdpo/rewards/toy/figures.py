@@ -80,10 +80,10 @@ class Figures(base.OfflineTask):
                 f"data.task_args: num_train + num_test exceeds the {NUM_FIGURES} possible figures; lower one of them"
             )
 
-    def write(self, folder: Path, observer: ProgressCallback) -> None:
+    def write(self, folder: Path, progress: ProgressCallback) -> None:
         for split, rows in self._draw_rows().items():
             write_rows(rows, folder / f"{split}.parquet")
-        self._pretrain(observer, folder / "model")
+        self._pretrain(progress, folder / "model")
 
     def _draw_rows(self) -> dict[str, list[dict[str, Any]]]:
         rng = random.Random(f"rows {self.seed}")
@@ -96,18 +96,18 @@ class Figures(base.OfflineTask):
             for split, chosen in (("train", figures[: self.num_train]), ("test", figures[self.num_train :]))
         }
 
-    def _pretrain(self, observer: ProgressCallback, folder: Path) -> None:
+    def _pretrain(self, progress: ProgressCallback, folder: Path) -> None:
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # the bar of save_pretrained would disturb the observer's
+        logging.disable_progress_bar()  # the bar of save_pretrained would disturb the console's
         tokenizer, image_processor = build_tokenizer(), build_image_processor()
         default = (VISION_STEPS, LANGUAGE_STEPS)
         vision_steps, language_steps = default if self.pretrain_steps is None else (self.pretrain_steps,) * 2
         with base.reproducible(self.seed):
             model = build_model(tokenizer)
             figures = _draw_for_pretraining(random.Random(f"pretraining {self.seed}"), image_processor)
-            _pretrain_vision(model, tokenizer, figures, vision_steps, observer)
-            _pretrain_language(model, tokenizer, figures, language_steps, observer)
+            _pretrain_vision(model, tokenizer, figures, vision_steps, progress)
+            _pretrain_language(model, tokenizer, figures, language_steps, progress)
         for part in (model, tokenizer, image_processor):
             part.save_pretrained(folder)
 
@@ -227,7 +227,7 @@ def _pretrain_vision(
     tokenizer: PreTrainedTokenizerFast,
     figures: _DrawnFigures,
     steps: int,
-    observer: ProgressCallback,
+    progress: ProgressCallback,
     *,
     batch_size: int = 64,
 ) -> None:
@@ -253,7 +253,7 @@ def _pretrain_vision(
         return cross_entropy(likeness.flatten(0, 1), digits.flatten()) + 0.1 * distance
 
     parameters = model.model.visual.parameters()
-    base.pretrain(parameters, compute_loss, steps, observer, "pretraining the tiny model's vision tower", warmup=30)
+    base.pretrain(parameters, compute_loss, steps, progress, "pretraining the tiny model's vision tower", warmup=30)
 
 
 def _pretrain_language(
@@ -261,7 +261,7 @@ def _pretrain_language(
     tokenizer: PreTrainedTokenizerFast,
     figures: _DrawnFigures,
     steps: int,
-    observer: ProgressCallback,
+    progress: ProgressCallback,
     *,
     batch_size: int = 64,
 ) -> None:
@@ -295,7 +295,7 @@ def _pretrain_language(
 
     parameters = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
     description = "pretraining the tiny model"
-    base.pretrain(parameters, compute_loss, steps, observer, description, peak_lr=3e-3, warmup=40)
+    base.pretrain(parameters, compute_loss, steps, progress, description, peak_lr=3e-3, warmup=40)
 
 
 @dataclass(frozen=True)

@@ -83,9 +83,9 @@ class HiddenRule(base.OfflineTask):
                 f"data.task_args: num_train + num_test exceeds the {possible} prompts of mode {self.mode}; lower one"
             )
 
-    def write(self, folder: Path, observer: ProgressCallback) -> None:
+    def write(self, folder: Path, progress: ProgressCallback) -> None:
         self._write_rows(folder)
-        self._pretrain(observer, folder / "model")
+        self._pretrain(progress, folder / "model")
 
     def _write_rows(self, folder: Path) -> None:
         import pyarrow as pa
@@ -114,10 +114,10 @@ class HiddenRule(base.OfflineTask):
             ]
             pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}.parquet")
 
-    def _pretrain(self, observer: ProgressCallback, folder: Path) -> None:
+    def _pretrain(self, progress: ProgressCallback, folder: Path) -> None:
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # the bar of save_pretrained would disturb the observer's
+        logging.disable_progress_bar()  # the bar of save_pretrained would disturb the console's
         mode = MODES[self.mode]
         steps = mode.pretrain_steps if self.pretrain_steps is None else self.pretrain_steps
         rules = build_rules(self.mode)
@@ -125,7 +125,7 @@ class HiddenRule(base.OfflineTask):
         tokenizer = build_tokenizer()
         with base.reproducible(self.seed):
             model = build_model(len(tokenizer))
-            _pretrain(model, tokenizer, self.mode, rules, steps, observer)
+            _pretrain(model, tokenizer, self.mode, rules, steps, progress)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
@@ -177,7 +177,7 @@ def _pretrain(
     mode: str,
     rules: Sequence[Sequence[int]],
     steps: int,
-    observer: ProgressCallback,
+    progress: ProgressCallback,
     *,
     batch_size: int = 64,
 ) -> None:
@@ -209,7 +209,7 @@ def _pretrain(
             loss = loss + cross_entropy(logits.flatten(0, 1), target.flatten())
         return loss
 
-    base.pretrain(model.parameters(), compute_loss, steps, observer, "pretraining the tiny model")
+    base.pretrain(model.parameters(), compute_loss, steps, progress, "pretraining the tiny model")
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def load_prompts(
     setting: str,
     config: DataConfig,
     tokenizer: Tokenizer,
-    observer: ProgressCallback,
+    progress: ProgressCallback,
     *,
     window: int | None,
     max_response_length: int,
@@ -50,7 +50,7 @@ def load_prompts(
 
     Args:
         setting: the key that lists the files, for messages.
-        observer: receives the progress of reading images.
+        progress: receives the progress of reading images.
         window: maximum number of tokens of the model; None: unlimited.
         max_response_length: tokens of the window that are reserved for the response.
 
@@ -69,7 +69,7 @@ def load_prompts(
             f"{window} tokens; lower it"
         )
     rows = load_rows(files, setting)
-    prompts = _encode_rows(rows, setting, config, tokenizer, observer)
+    prompts = _encode_rows(rows, setting, config, tokenizer, progress)
     kept = [prompt for prompt in prompts if len(prompt.token_ids) <= limit]
     if len(kept) < len(prompts):
         longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
@@ -83,7 +83,7 @@ def load_prompts(
 
 
 def _encode_rows(
-    rows: Sequence[Row], setting: str, config: DataConfig, tokenizer: Tokenizer, observer: ProgressCallback
+    rows: Sequence[Row], setting: str, config: DataConfig, tokenizer: Tokenizer, progress: ProgressCallback
 ) -> list[Prompt]:
     prompts: list[Prompt] = []
     unreadable: list[str] = []
@@ -110,7 +110,7 @@ def _encode_rows(
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise DataError(f"{row.origin}: the model's chat template rejects the prompt ({reason})") from error
         if row.images:  # reading them is slow
-            observer.progress(f"reading {setting}", number, len(rows))
+            progress.on_progress(f"reading {setting}", number, len(rows))
     if unreadable:
         logger.warning(f"{setting}: skipped {len(unreadable)} of {len(rows)} rows; the first: {unreadable[0]}")
     if not prompts:

@@ -36,7 +36,7 @@ class RunDir:
 
     Args:
         config: how rollouts are written, and the trackers.
-        observer: receives every row of metrics.
+        progress: receives every row of metrics.
         resumed_step: step of the checkpoint that the run resumes from; the rows from it on are dropped, since the run
             writes them again. None: the run is new, and an earlier run in the folder is moved aside.
 
@@ -46,12 +46,12 @@ class RunDir:
     """
 
     def __init__(
-        self, path: Path, config: TrackingConfig, observer: ProgressCallback, resumed_step: int | None = None
+        self, path: Path, config: TrackingConfig, progress: ProgressCallback, resumed_step: int | None = None
     ) -> None:
         self.path = path
         self.final: dict[str, float] = {}
         self._config = config
-        self._observer = observer
+        self._progress = progress
         self._resumed_step = resumed_step
         self._trackers: list[Tracker] = []
         require_trackers(config)
@@ -90,14 +90,14 @@ class RunDir:
         self._trackers = build_trackers(self._config, self.path, values, self._resumed_step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Append a row of metrics, and send it to the trackers and the observer."""
+        """Append a row of metrics, and send it to the trackers and the callback."""
         row = {metrics.STEP: step, **{name: float(value) for name, value in values.items()}}
         with self._writing():
             self._metrics.write(json.dumps(row) + "\n")
         self.final |= row
         for tracker in self._trackers:
             tracker.log(step, row)
-        self._observer.metrics(step, row)
+        self._progress.on_metrics(step, row)
 
     def log_health_event(self, event: Mapping[str, Any]) -> None:
         """Append a health event to its file; the first event creates the file."""

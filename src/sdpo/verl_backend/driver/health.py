@@ -23,7 +23,6 @@ from sdpo.observability import metrics
 from sdpo.observability.health import HealthMonitor
 from sdpo.observability.health_callback import HealthCallback, drop_events_after
 from sdpo.observability.json_lines import append_json_line
-from sdpo.observability.progress import NullCallback
 from sdpo.retention import select_kept
 from sdpo.verl_backend.config.schema import read_health, read_self_distillation
 from sdpo.verl_backend.driver.teacher_batch import TeacherBatchBuilder
@@ -57,7 +56,7 @@ class RunHealth:
         is_live = settings is not None and settings.teacher_regularization == "live"
         self._actions = _HealthActions(health, teacher_batch, workers, may_restore=is_live and health.may_freeze)
         self._health_callback = HealthCallback(
-            HealthMonitor(health), self._actions, partial(append_json_line, self._events_file), _Printer()
+            HealthMonitor(health), self._actions, partial(append_json_line, self._events_file)
         )
         self._scores: dict[int, float | None] = {}  # of this run's checkpoints; None if not evaluated
         if resumed is not None:
@@ -224,11 +223,6 @@ class _HealthActions:
         self.teacher_is_frozen, self._best_step = state["teacher_is_frozen"], state["best_step"]
         if self._best_step == step:  # evaluated after it was saved, so the workers' checkpoint lacks it
             self._workers.snapshot_best()
-
-
-class _Printer(NullCallback):
-    def message(self, text: str) -> None:
-        print(text, flush=True)
 
 
 def _read_step(checkpoint: Path) -> int:

@@ -55,13 +55,13 @@ def build_command(config: SDPOConfig, overrides: Sequence[str] = ()) -> Command:
     return Command(environment, [*arguments, *translated.overrides, *overrides], notes)
 
 
-def launch(config: SDPOConfig, command: Command, observer: ProgressCallback | None = None) -> None:
+def launch(config: SDPOConfig, command: Command, progress: ProgressCallback | None = None) -> None:
     """Train until the end. A run with checkpoints resumes from the last one.
 
     Raises:
         ConfigError: a setting or file is wrong; Ray has not been started.
     """
-    prepare_task(load_task(config.data.task, config.data.task_args), observer or NullCallback())
+    prepare_task(load_task(config.data.task, config.data.task_args), progress or NullCallback())
     folder = Path(config.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
