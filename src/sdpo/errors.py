@@ -1,4 +1,4 @@
-"""Errors that a user can mend; all others are programming errors."""
+"""Errors that a user can correct; all others are programming errors."""
 
 MAX_CHARACTERS = 800
 

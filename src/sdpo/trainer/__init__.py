@@ -1,1 +1,1 @@
-"""The engine that needs only torch and transformers. ``trainer.py`` is the loop: read it first."""
+"""The native trainer, with torch and transformers alone. ``trainer.py`` has the training loop."""

@@ -1,4 +1,4 @@
-"""The components of the native trainer from a config."""
+"""Build the components of the native trainer from a config."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class TrainerComponents:
 
     Attributes:
         tokenizer: applies the chat template, with images.
-        processing: the tokenizer or processor that a checkpoint needs beside the weights.
+        processing: the tokenizer or processor that a checkpoint includes.
         window: maximum sequence length of the model; None if its config does not say.
         data: fingerprint of the training prompts.
         num_devices: devices that train or sample.
@@ -90,7 +90,7 @@ class TrainerComponents:
 
 
 def build_components(config: SDPOConfig, progress: ProgressCallback) -> TrainerComponents:
-    """Build everything that a run needs; whatever can be refused is refused here, before training.
+    """Build and check everything that a run needs, before training.
 
     Raises:
         SDPOError: see the functions called here.
@@ -254,10 +254,13 @@ def _build_sampler(
     max_pixels: int,
     overlaps: bool,
 ) -> Sampler:
-    """The sampler: in its own process if it overlaps with training, and with own weights unless it shares a device.
+    """Build the sampler.
+
+    It runs in a second process if sampling overlaps with training. It uses the student's weights without a copy if it
+    runs in this process, on the student's device, and with transformers.
 
     Args:
-        model: in the data type that samples.
+        model: with the data type for sampling.
         max_length: of prompt and response, in tokens.
     """
     is_vllm = config.engine == "vllm"

@@ -29,7 +29,7 @@ from sdpo.rewards.manager import RewardManager
 from sdpo.trainer.data.prompts import Prompt
 from sdpo.trainer.data.samples import score_responses
 
-# Evaluations use the same random numbers, so that two of them differ by the weights alone.
+# Every evaluation uses the same random numbers, so that two evaluations differ by the weights alone.
 SEED = 20_601_20_802
 
 
@@ -39,9 +39,9 @@ class Evaluator:
 
     Attributes:
         config: the section ``eval``.
-        distillation: what the teacher is shown.
-        prompts: of the validation rows.
-        sampling: stop tokens, length and batch size of the responses; n, temperature and top_p are the evaluation's.
+        distillation: settings of the teacher context.
+        prompts: validation prompts.
+        sampling: stop tokens, length and batch size of the responses; ``config`` has n, temperature and top_p.
         window: maximum sequence length of the model; None if its config does not say.
     """
 
@@ -57,7 +57,7 @@ class Evaluator:
     def evaluate(self, student: nn.Module, teacher: Teacher | None) -> dict[str, float]:
         """Accuracy by data source: ``mean@1`` greedy, ``mean@n`` and ``best@n/mean`` (pass@n) of ``eval.n`` samples.
 
-        Responses without a score are left out and counted.
+        Responses without a score are excluded and counted.
         """
         config = self.config
         failures_before = self.reward_manager.num_failures
@@ -84,8 +84,8 @@ class Evaluator:
     ) -> dict[str, float]:
         """Greedy accuracy of the teacher with the context that training would give it for the student's responses.
 
-        Of each prompt, the first response with a demonstration or feedback is used. The difference to the student is
-        over its greedy responses to the same prompts.
+        Each prompt's context is that of its first response with a demonstration or feedback. The difference to the
+        student compares greedy responses to the same prompts.
         """
         contexts = self._build_contexts(shown)
         sources = [p.row.data_source for p in self.prompts]
@@ -122,25 +122,25 @@ class Evaluator:
 
 def _mean_by_source(
     prompts: Sequence[Prompt],
-    graded: Sequence[ScoredRollout],
+    scored: Sequence[ScoredRollout],
     name: Callable[[str], str],
     *,
     is_difference: bool = False,
 ) -> dict[str, float]:
-    """Means and their intervals; a prompt is one observation."""
+    """Mean score and confidence interval by data source; the responses to a prompt count as one observation."""
     scores = defaultdict(list)
-    for response in graded:
+    for response in scored:
         if response.is_scored:
             scores[prompts[int(response.group_id)].row.data_source].append(response)
     values: dict[str, float] = {}
     for source, of_source in scores.items():
         mean = ClusteredMean.of([r.score for r in of_source], [r.group_id for r in of_source])
-        is_share = not is_difference and all(0 <= r.score <= 1 for r in of_source)
-        interval = mean.wilson_interval() if is_share else mean.normal_interval()
+        is_fraction = not is_difference and all(0 <= r.score <= 1 for r in of_source)
+        interval = mean.wilson_interval() if is_fraction else mean.normal_interval()
         values |= {name(source): mean.mean} | name_interval(name(source), interval)
     return values
 
 
-def _best_of_groups(graded: Sequence[ScoredRollout], n: int) -> list[ScoredRollout]:
-    groups = [[g for g in graded[i : i + n] if g.is_scored] for i in range(0, len(graded), n)]
+def _best_of_groups(scored: Sequence[ScoredRollout], n: int) -> list[ScoredRollout]:
+    groups = [[g for g in scored[i : i + n] if g.is_scored] for i in range(0, len(scored), n)]
     return [max(group, key=lambda g: g.score) for group in groups if group]

@@ -11,13 +11,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class SignalHandler:
-    """Raises ``KeyboardInterrupt`` at a signal; between ``defer`` and ``deliver``, only at a second one.
+    """Raises ``KeyboardInterrupt`` at a signal; between ``defer`` and ``deliver``, only at a second signal.
 
     Use it as a context manager.
 
     Attributes:
         is_deferring: whether a signal would be deferred.
-        name: of the signal that arrived; None without one.
+        name: of the signal that arrived; None before a signal.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class SignalHandler:
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> SignalHandler:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers in the main thread alone
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
             self._handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
@@ -42,7 +42,7 @@ class SignalHandler:
         """Stop deferring.
 
         Raises:
-            KeyboardInterrupt: a signal arrived in the meantime.
+            KeyboardInterrupt: a signal was deferred.
         """
         self.is_deferring = False
         if self.name is not None:

@@ -1,6 +1,6 @@
-"""The native trainer: the loop over training steps.
+"""The training loop of the native trainer.
 
-One step, by the functions below:
+The functions of a step:
 
     _train_step                 _sync_weights_and_submit    student's weights -> sampler, prompts of the next batch
                                 sampler.collect             rollouts
@@ -14,8 +14,8 @@ One step, by the functions below:
     max_staleness 1   sample k | sample k+1 | sample k+2 | ...      sampling process
                                | train k    | train k+1  | ...      training process
 
-With max_staleness 1, batch k+1 is sampled with the weights before update k, one update behind the weights that are
-trained on it.
+With max_staleness 1, batch k+1 is sampled with the weights before update k: one update older than the weights that
+train on it.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class TrainOutput:
     Attributes:
         metrics: the last value of every metric.
         output_dir: the run's folder.
-        interrupt_signal: name of the signal that stopped the run (SIGINT is Ctrl-C); None without one.
-        stop_reason: the health check that stopped the run, with its reason; None without one.
+        interrupt_signal: name of the signal that stopped the run (SIGINT is Ctrl-C), or None.
+        stop_reason: the health check that stopped the run and its reason, or None.
     """
 
     metrics: dict[str, float]
@@ -67,7 +67,7 @@ class SDPOTrainer:
 
     Args:
         config: the settings of the run.
-        progress: gets the progress and metrics of the run; the command line's console is one.
+        progress: receives the progress and metrics of the run, for example the console of the command line.
     """
 
     def __init__(self, config: SDPOConfig, progress: ProgressCallback | None = None) -> None:
@@ -84,8 +84,8 @@ class SDPOTrainer:
         """Train from the start or from a checkpoint, and write the output folder.
 
         Raises:
-            SDPOError: a mistake in config, data or checkpoint, or the machine has no memory or disk left. A run that
-                has started is saved as of its last complete step.
+            SDPOError: a mistake in config, data or checkpoint, or no memory or disk space is left. The last complete
+                step is saved.
         """
         with self._signals:
             self.parts = build_components(self.config, self._progress)
@@ -98,7 +98,7 @@ class SDPOTrainer:
                 interrupt_signal = self._signals.name or "SIGINT"
                 self._emergency_save(self.config.shutdown_timeout)
             except Exception:
-                with contextlib.suppress(Exception):  # the first error is the one to report
+                with contextlib.suppress(Exception):  # the first error is reported
                     self._emergency_save(wait=0.0)
                 raise
             finally:
@@ -138,7 +138,7 @@ class SDPOTrainer:
         staleness = actor.version - rollouts.policy_version
         if staleness > config.max_staleness:
             raise RuntimeError(
-                f"step {step}: rollouts are {staleness} updates old, the bound is {config.max_staleness}"
+                f"step {step}: rollouts are {staleness} updates old; max_staleness={config.max_staleness}"
             )
         if config.max_staleness == 1:
             values |= self._sync_weights_and_submit(step + 1)
@@ -164,7 +164,7 @@ class SDPOTrainer:
         values |= {metrics.TIME_STEP: elapsed, metrics.THROUGHPUT: values[metrics.TOKENS] / elapsed / parts.num_devices}
 
     def _after_step(self) -> None:
-        """Evaluate, check, save and log the last step; step 0 is before training."""
+        """Evaluate the last step, run the health checks, save and log; step 0 is before training."""
         config, step = self.config, self.actor.version
         is_last = step == config.max_steps
         if not self._health_checked:
@@ -177,7 +177,7 @@ class SDPOTrainer:
             is_last |= is_stopped
         if step != self._saved_step and (is_last or _is_due(step, config.save_steps)):
             saving = time.perf_counter()
-            if self._is_sampling and config.max_staleness == 1:  # the weights that sampled them will not be saved
+            if self._is_sampling and config.max_staleness == 1:  # their policy's weights are not saved
                 self._rollouts, self._is_sampling = self.parts.sampler.collect(), False
             self._save()
             self._row[metrics.TIME_SAVE] = time.perf_counter() - saving
@@ -185,7 +185,7 @@ class SDPOTrainer:
             self.parts.folder.log(step, self._row)
 
     def _run_health_checks(self) -> bool:
-        """Check the step's metrics, which may change the weights; returns whether the run is to stop."""
+        """Run the health checks, whose actions may change the weights; return whether the run is to stop."""
         if self.actor.version:
             self._signals.defer()
             self._row |= self.parts.health_callback.watch(self.actor.version, self._row)
@@ -200,7 +200,7 @@ class SDPOTrainer:
         return values | {metrics.TIME_EVAL: time.perf_counter() - started}
 
     def _sync_weights_and_submit(self, next_step: int) -> dict[str, float]:
-        """Copy the student's weights to the sampler and request the rollouts of a step, unless the run ends before."""
+        """Sync the student's weights to the sampler and submit the prompts of a step, unless the run ends before."""
         if next_step > self.config.max_steps:
             return {}
         started = time.perf_counter()
@@ -235,15 +235,16 @@ class SDPOTrainer:
         """Save the last complete step of a run that stops early.
 
         Args:
-            wait: seconds for rollouts in flight; without them, the resumed run samples that batch with newer weights.
+            wait: seconds to wait for in-flight rollouts; otherwise the resumed run samples their batch with newer
+                weights.
         """
         if self._signals.is_deferring:
-            logger.warning("stopped within an update; the latest checkpoint is that of step %d", self._saved_step or 0)
+            logger.warning("stopped during an update; the latest checkpoint is of step %d", self._saved_step or 0)
             return
         if self._saved_step == self.actor.version:
             return
         if self._rollouts is None and self._is_sampling and self.config.max_staleness == 1:
-            with contextlib.suppress(Exception):  # the sampler may be what failed
+            with contextlib.suppress(Exception):  # the sampler may have failed
                 self._rollouts = self.parts.sampler.collect(timeout=wait)
             if self._rollouts is None:
                 logger.warning("in-flight rollouts were discarded; the resumed run will not be bit-for-bit identical")

@@ -221,7 +221,7 @@ def test_a_second_signal_between_two_updates_stops_at_once_and_saves_nothing_tha
     with monkeypatch.context() as patch:
         send_in_step(patch, 4, "between", signal.SIGINT, times=2)
         assert SDPOTrainer(config).train().interrupt_signal == "SIGINT"
-    assert caplog.messages[-1] == "stopped within an update; the latest checkpoint is that of step 2"
+    assert caplog.messages[-1] == "stopped during an update; the latest checkpoint is of step 2"
     SDPOTrainer(replace(config, resume_mode="auto")).train()
     assert_same_end(config, whole)
 

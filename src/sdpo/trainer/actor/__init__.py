@@ -1,1 +1,1 @@
-"""The student's updates."""
+"""Updates of the student."""

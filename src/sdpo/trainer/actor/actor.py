@@ -42,16 +42,16 @@ class Actor:
     Args:
         student: the trained model.
         teacher: its teacher; None if nothing is distilled (``policy_loss_weight=1``).
-        initial: the initial model, if something is compared with it or it may become the teacher.
+        initial: the reference model, if a metric or loss reads it or it may become the teacher.
         forward: forward passes of student and teacher.
-        collator: makes tensors of samples.
+        collator: builds tensors from samples.
         budget: tokens per micro-batch.
         optimization: optimizer and learning rate schedule.
-        config, loss, correction, health: the sections that it reads.
+        config, loss, correction, health: config sections.
         schedule: sizes of mini-batches and lengths of the run.
 
     Attributes:
-        version: number of steps whose updates the student has had.
+        version: number of completed training steps.
         distillation_scale: factor of the scheduled distillation coefficient; health checks reduce it.
         best: trained weights of the student at its best evaluation so far; None without a copy.
     """
@@ -99,9 +99,9 @@ class Actor:
         """Train on every sample once, with one optimizer step per mini-batch, then update the teacher.
 
         Args:
-            samples: ``n`` consecutive ones per prompt; samples without a score are left out.
-            before_update: called before weights change. From then until the return the weights are inconsistent, so
-                that no checkpoint may be saved.
+            samples: ``n`` consecutive samples per prompt; samples without a score are excluded.
+            before_update: called before weights change. Between this call and the return, weights are inconsistent;
+                do not save a checkpoint.
 
         Returns:
             The step's metrics.
@@ -139,7 +139,7 @@ class Actor:
         images: ImageFeatureCache | None = None,
         model: nn.Module | None = None,
     ) -> list[Tensor]:
-        """Log-probabilities of each sample's response tokens under the present student, or under ``model``."""
+        """Log-probabilities of each sample's response tokens under the current student, or under ``model``."""
         images = images or self.forward.step_images()
         return compute_log_probs(self.forward, self.collator, self.budget, samples, images, model)
 
@@ -164,7 +164,7 @@ class Actor:
                 continue
             if not nonfinite:
                 break
-            # A masked NaN still reaches the gradients in the backward pass, so the mini-batch starts again without it.
+            # A masked NaN still reaches the gradients, so the mini-batch is computed again without these samples.
             num_dropped += len(nonfinite)
             kept = [i for i in range(len(samples)) if i not in nonfinite]
             samples = [samples[i] for i in kept]
@@ -187,7 +187,11 @@ class Actor:
         images: ImageFeatureCache | None,
         spreads: dict[str, ClusteredMean],
     ) -> tuple[Sums, set[int]]:
-        """Add up the gradients of a mini-batch; stops at the first micro-batch with non-finite samples, returned."""
+        """Accumulate the gradients of a mini-batch.
+
+        Returns:
+            Sums for metrics, and indices of the first micro-batch's non-finite samples, at which accumulation stops.
+        """
         mode, horizon = self.config.loss_agg_mode, self.schedule.horizon
         lengths = torch.tensor([len(s.response.token_ids) for s in samples])
         distilled = torch.tensor([s.is_distilled for s in samples], dtype=torch.bool)
@@ -229,7 +233,7 @@ class Actor:
         level = self.correction.rollout_is
         if level == "sequence" and old is None:
             old = self.forward.score(student, batch)  # the weight of a token needs all tokens of its sequence
-        # Without other log-probabilities the student's own are the old policy's, which only the loss computes.
+        # If old is None, the student is the old policy; the loss computes its log-probabilities.
         weights = self._compute_rollout_is_weights(old, batch)[0] if old is not None else None
         outputs = fused_linear_sdpo_loss(
             student,
@@ -263,7 +267,7 @@ class Actor:
         return [self.forward.read(module, batch.teacher, images, coefficient) for module, coefficient in mixture]
 
     def _compute_rollout_is_weights(self, old: Tensor, batch: MicroBatch) -> tuple[Tensor | None, Sums]:
-        """Truncated importance weights old policy / sampling policy of the tokens, and their metrics."""
+        """Truncated importance weights (old policy / sampling policy) of the tokens, and their metrics."""
         sums: Sums = {metrics.ROLLOUT_KL: mean_of(batch.rollout_log_probs - old)}
         ratio = compute_rollout_ratio(old, batch.rollout_log_probs, batch.sample_index, self.correction.rollout_is)
         if ratio is None:
@@ -297,8 +301,8 @@ class Actor:
     def freeze_teacher(self) -> None:
         """Stop the teacher's updates.
 
-        A live teacher becomes the initial model, since a recent student may already have collapsed, and the student
-        returns to its best evaluation, since a collapsed student samples no success to learn from.
+        A live teacher becomes the reference model, since a recent student may already have collapsed. The weights of
+        the student's best evaluation are restored, since a collapsed student samples no successful rollouts.
         """
         if self.teacher is None:
             return
@@ -314,7 +318,7 @@ class Actor:
     # --- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that further training depends on, except the weights of the student and of the teacher's module."""
+        """State to resume from, without the weights of the student and of the teacher's module."""
         return {
             "version": self.version,
             "max_tokens_per_micro_batch": self.budget.max_tokens,
@@ -325,7 +329,7 @@ class Actor:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], teacher_module: nn.Module | None) -> None:
-        """Restore ``state_dict``; the student already has its weights.
+        """Restore ``state_dict``; the student's weights are loaded already.
 
         Args:
             teacher_module: weights of the teacher's module, if it has one.

@@ -1,4 +1,4 @@
-"""An actor from a config."""
+"""Build an actor from a config."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def build_actor(
 
 
 def _keep_initial(student: PreTrainedModel, initial: Teacher | None, has_adapters: bool) -> nn.Module | None:
-    """The initial model: the module of a teacher that never changes, else a copy of the student."""
+    """The reference model: the module of a teacher that never changes, else a copy of the student."""
     if initial is not None:
         return initial.module
     copied = copy_without_adapters(student) if has_adapters else copy.deepcopy(student)
@@ -91,6 +91,6 @@ def _check_topk(student: PreTrainedModel, topk: int | None) -> None:
     vocab_size = student.config.get_text_config().vocab_size
     if topk is not None and topk > vocab_size:
         raise ConfigError(
-            f"self_distillation.distillation_topk={topk} is more than the model's vocabulary of {vocab_size}; "
+            f"self_distillation.distillation_topk={topk}: more than the model's vocabulary of {vocab_size}; "
             "lower it or remove it"
         )

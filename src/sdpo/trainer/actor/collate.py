@@ -1,4 +1,4 @@
-"""Samples as tensors: micro-batches under a token budget, packed where the model reads packed rows, else padded."""
+"""Micro-batches of samples under a token budget: packed if the model supports it, else padded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sdpo.trainer.data.samples import TrainingSample
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass of student and teacher reads. Packed tensors go response by response."""
+    """Inputs of one forward pass of student and teacher; tensors of length N concatenate the responses' tokens."""
 
     student: PaddedSequences | PackedSequences
     teacher: PaddedSequences | PackedSequences | None  # of the distilled samples only
@@ -25,17 +25,17 @@ class MicroBatch:
     rollout_log_probs: Tensor  # [N]
     advantages: Tensor  # [N]
     distilled: Tensor  # [N] bool
-    sample_index: Tensor  # [N] place of the token's sample in the micro-batch
+    sample_index: Tensor  # [N] index in the micro-batch of the token's sample
 
 
 class Collator:
-    """Cuts samples into micro-batches and makes tensors of them.
+    """Splits samples into micro-batches and builds their tensors.
 
     Args:
-        pad_token_id: stands where a padded row has no token.
+        pad_token_id: fills padded rows.
         device: of the tensors.
-        vision: of the models that are to read them, where those read images.
-        cost: what reading packed rows costs the model; None if it cannot, and rows are padded.
+        vision: of a vision-language model.
+        cost: the model's attention cost of packed rows; None pads the rows, for models without support for packing.
     """
 
     def __init__(
@@ -51,18 +51,19 @@ class Collator:
         self.cost = cost
 
     def split(self, samples: Sequence[TrainingSample], max_tokens: int) -> list[list[int]]:
-        """Cut samples into micro-batches that read at most ``max_tokens``, padding and the teacher's included.
+        """Split samples into micro-batches of at most ``max_tokens`` tokens, padding and the teacher's tokens included.
 
-        A sample longer than the budget stands alone. Padded samples of similar length go together; packed ones stay
-        with the other rollouts of their prompt.
+        A sample longer than the budget is a micro-batch by itself. Padding groups samples of similar length. Packing
+        keeps the rollouts of a prompt together.
 
         Returns:
-            Places in ``samples``, each exactly once.
+            Indices in ``samples``, each exactly once.
         """
         if self.cost is None:
             return _split_padded(samples, max_tokens)
         pieces: list[list[int]] = []
-        before = first = 0  # tokens of the prompts before the last one, and where in the piece that one's samples begin
+        before = 0  # tokens of the prompts before the piece's last prompt
+        first = 0  # index in the piece of the last prompt's first sample
         for i, sample in enumerate(samples):
             if pieces and sample.prompt is not samples[pieces[-1][-1]].prompt:
                 before += self._count_tokens([samples[j] for j in pieces[-1][first:]])
@@ -76,7 +77,7 @@ class Collator:
         return pieces
 
     def collate(self, samples: Sequence[TrainingSample]) -> MicroBatch:
-        """Tensors of a few samples."""
+        """Build the tensors of a micro-batch."""
         lengths = [len(s.response.token_ids) for s in samples]
         distilled = [s for s in samples if s.is_distilled]
 
@@ -118,7 +119,7 @@ class Collator:
         return group_by_prefix(prompts, lengths, groups, self.cost, self._image_token_ids())
 
     def _count_tokens(self, samples: Sequence[TrainingSample]) -> int:
-        """What student and teacher read of these samples, packed."""
+        """Tokens of the packed samples, of student and teacher together."""
         distilled = [s for s in samples if s.is_distilled]
         groups = self._group_by_prefix(samples, [s.prompt.tokens for s in samples])
         groups += self._group_by_prefix(distilled, _get_teacher_prompts(distilled))
@@ -129,7 +130,7 @@ class Collator:
 
 
 def _get_teacher_prompts(distilled: Sequence[TrainingSample]) -> list[TokenPrompt]:
-    """The teacher is shown the student's images, whatever else it is shown."""
+    """The teacher's prompts, with the images of the student's prompts."""
     return [TokenPrompt(s.teacher_prompt.token_ids or [], s.prompt.images) for s in distilled]
 
 

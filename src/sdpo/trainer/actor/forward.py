@@ -20,7 +20,7 @@ from sdpo.trainer.actor.collate import MicroBatch
 
 @dataclass(frozen=True)
 class PolicyForward:
-    """Computes hidden states with their output layer (``LinearHead``), as sampling computed its logits.
+    """Computes hidden states with their output layer (``LinearHead``); the logits match those of sampling.
 
     Attributes:
         student: the trained model.
@@ -50,7 +50,7 @@ class PolicyForward:
 
     def read_student(self, batch: MicroBatch, images: ImageFeatureCache | None) -> LinearHead:
         """The student's hidden states of the response tokens [N, H], with gradient where it is enabled."""
-        # transformers checkpoints in training mode alone; all other passes run without dropout, as sampling does.
+        # transformers checkpoints only in training mode; all other passes run without dropout, as sampling does.
         self.student.train(self.gradient_checkpointing and torch.is_grad_enabled())
         return self.read(self.student, batch.student, images)
 
@@ -66,7 +66,7 @@ class PolicyForward:
         with self._precision():
             hidden = compute_hidden(module, sequences, vision=self.vision, features=features)
         if self.autocast:
-            hidden = hidden.bfloat16()  # as autocast converts it for the output layer's product
+            hidden = hidden.bfloat16()  # as autocast does before the output layer
         if self.logit_scale != 1.0:
             hidden = hidden * self.logit_scale
         logits = build_linear_head(module, hidden, coefficient)
@@ -77,5 +77,5 @@ class PolicyForward:
         return score_tokens(head, batch.sampled_ids, temperature=self.temperature)[0]
 
     def _precision(self) -> torch.autocast:
-        # Each weight is used once per pass, so a cache of converted weights would only hold a copy of the model.
+        # Each weight is used once per pass, so autocast's cache would only hold a bfloat16 copy of the model.
         return torch.autocast(self.student.device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=False)

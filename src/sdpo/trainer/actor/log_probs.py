@@ -19,11 +19,11 @@ from sdpo.trainer.data.samples import TrainingSample
 
 @dataclass(frozen=True)
 class LogProbs:
-    """Log-probabilities of each sample's response tokens under other policies than the present student.
+    """Log-probabilities of each sample's response tokens under the old policy and the reference model.
 
     Attributes:
-        old: under the student before the step; None if it has not changed yet.
-        ref: under the initial model; None without a KL loss.
+        old: under the old policy; None if the student has not changed since.
+        ref: under the reference model; None without a KL loss.
     """
 
     old: list[Tensor] | None
@@ -82,7 +82,7 @@ def _compute_once(
 def estimate_reference_kl(
     samples: Sequence[TrainingSample], student: Sequence[Tensor], initial: Sequence[Tensor]
 ) -> dict[str, float]:
-    """Estimate KL(student || initial model) per token from the sampled tokens: unbiased, of either sign."""
+    """Estimate KL(student || reference model) per token from the sampled tokens: unbiased, of either sign."""
     kl = ClusteredMean()
     for sample, ours, theirs in zip(samples, student, initial, strict=True):
         kl.add(id(sample.prompt), float((ours - theirs).sum()), len(ours))

@@ -1,4 +1,4 @@
-"""The token budget of micro-batches, halved after an out-of-memory error."""
+"""Token budget of micro-batches, halved after an out-of-memory error."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class TokenBudget:
     """Splits samples into micro-batches of at most ``max_tokens`` tokens.
 
     Args:
-        max_tokens: at the start, >= 1.
-        collator: which counts tokens.
+        max_tokens: initial budget, >= 1.
+        collator: counts tokens.
     """
 
     def __init__(self, max_tokens: int, collator: Collator) -> None:
@@ -30,11 +30,11 @@ class TokenBudget:
         return self._collator.split(samples, self.max_tokens)
 
     def halve_on_oom(self, error: Exception, samples: Sequence[TrainingSample]) -> None:
-        """Halve the budget, until micro-batches of these samples become smaller.
+        """Halve the budget until micro-batches of these samples become smaller.
 
         Raises:
             ConfigError: out of memory with a single sample per micro-batch.
-            Exception: ``error`` itself, unless it is an out-of-memory error.
+            Exception: ``error``, unless it is an out-of-memory error.
         """
         if not is_out_of_memory(error):
             raise error
@@ -54,7 +54,7 @@ class TokenBudget:
 
 
 def _count_tokens(sample: TrainingSample) -> int:
-    """Tokens that student and teacher read of a sample."""
+    """Tokens of a sample, of student and teacher together."""
     response = len(sample.response.token_ids)
     teacher = len(sample.teacher_prompt.token_ids) + response if sample.teacher_prompt.token_ids is not None else 0
     return len(sample.prompt.token_ids) + response + teacher

@@ -25,7 +25,7 @@ class Optimization:
         model: parameters that require gradients are trained.
         config: optimizer, schedule and clipping.
         num_updates: optimizer steps of the complete run, for the schedule.
-        seed: of the sample of weights on which rounding is measured.
+        seed: selects the weights on which rounding is measured.
     """
 
     def __init__(self, model: PreTrainedModel, config: OptimConfig, num_updates: int, seed: int) -> None:
@@ -62,7 +62,7 @@ class Optimization:
         return {"moments": self.optimizer.state_dict()["state"], "num_updates": self.scheduler.last_epoch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore moments and position in the schedule; learning rate and decay are this run's."""
+        """Restore moments and position in the schedule; learning rate and weight decay come from the config."""
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["moments"]})
         count = state["num_updates"]
         lrs = [lr * scale(count) for lr, scale in zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)]

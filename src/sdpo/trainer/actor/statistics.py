@@ -1,4 +1,4 @@
-"""Step metrics from mini-batches and from tokens."""
+"""Aggregation of metrics over mini-batches and tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sdpo.observability.confidence import ClusteredMean
 
 
 def average_mini_batches(results: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Mean of each metric over mini-batches; counters are summed, and the learning rate is the last one."""
+    """Average each metric over mini-batches; sum counters and return the last learning rate."""
     collected: dict[str, list[float]] = defaultdict(list)
     for result in results:
         for name, value in result.items():
@@ -25,7 +25,7 @@ def average_mini_batches(results: Sequence[dict[str, float]]) -> dict[str, float
 
 
 def add_by_prompt(mean: ClusteredMean, values: Tensor, sample_index: Tensor, prompts: Sequence[int]) -> None:
-    """Add token values [N] to a mean that is clustered by prompt.
+    """Add token values [N] to a mean clustered by prompt.
 
     Args:
         sample_index: [N], index in ``prompts`` of each token's sample.
