@@ -101,7 +101,7 @@ def draw(folder: str, seed: int) -> None:
         Panel("Validation accuracy", ACCURACY, unit_range=True, smooth=False),
         Panel("Training score", metrics.SCORE_MEAN, unit_range=True),
         Panel("Entropy, nats", metrics.ENTROPY, teacher=metrics.TEACHER_ENTROPY),
-        Panel("Log-prob gap, positive part", metrics.GAP_POSITIVE_PART),
+        Panel("Log-prob gap, positive part", metrics.LOGPROB_DIFF_POSITIVE_PART),
         Panel("Truncated responses", metrics.RESPONSE_LENGTH_CLIP_RATIO, unit_range=True),
         Panel("KL to the initial model, nats", metrics.REF_KL, smooth=False),
     ]

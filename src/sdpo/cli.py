@@ -77,6 +77,7 @@ def verl(
     """Train with the verl backend (Ray, vLLM, FSDP2); overrides unknown to sdpo are passed to verl's Hydra config."""
     from sdpo.config.loader import load_config
     from sdpo.config.root import iterate_settings
+    from sdpo.verl_backend.config.to_verl import to_verl_overrides
     from sdpo.verl_backend.entrypoint.launch import build_command, launch
 
     known = {key for key, _ in iterate_settings()}
@@ -87,7 +88,7 @@ def verl(
         is_ours = key in known or key.startswith(("data.task_args.", "verl."))
         (sdpo_overrides if is_ours else verl_overrides).append(override)
     config = load_config(config_file, sdpo_overrides)
-    command = build_command(config, verl_overrides)
+    command = build_command(to_verl_overrides(config), config.output_dir, verl_overrides)
     for note in command.notes:
         print(note, file=sys.stderr)
     if dry_run:

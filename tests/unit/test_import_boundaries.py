@@ -14,7 +14,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "src" / "sdpo"
 
-GROUND = {"config", "errors", "observability", "retention"}
+GROUND = {"config", "errors", "file_lock", "observability", "retention"}
 BELOW_TRAINERS = GROUND | {"algorithm", "kernels", "prompting", "models", "rewards"}
 TRAINERS = {"trainer", "verl_backend"}
 EVERYTHING = BELOW_TRAINERS | TRAINERS | {"doctor", "report", "cli"}

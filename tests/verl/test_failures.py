@@ -12,6 +12,7 @@ import pytest
 
 from sdpo import load_config
 from sdpo.observability import metrics
+from sdpo.verl_backend.config.to_verl import to_verl_overrides
 from sdpo.verl_backend.entrypoint.launch import build_command
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +67,7 @@ def test_failed_grades_are_counted_and_too_many_end_the_run(
         "self_distillation.policy_loss_weight": 0.3,
     }
     run = load_config(ROOT / "configs" / "hidden_rule.yaml", [f"{key}={value}" for key, value in overrides.items()])
-    command = build_command(run)
+    command = build_command(to_verl_overrides(run), run.output_dir)
     for variable, value in command.environment.items():
         monkeypatch.setenv(variable, value)
     arguments = [name if argument.startswith("sdpo_") else argument for argument in command.arguments]

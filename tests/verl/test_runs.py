@@ -20,6 +20,7 @@ from sdpo.models.loading import load_model
 from sdpo.observability import metrics
 from sdpo.rewards.toy import hidden_rule
 from sdpo.rewards.toy.hidden_rule import HiddenRule, Mode
+from sdpo.verl_backend.config.to_verl import to_verl_overrides
 from sdpo.verl_backend.entrypoint.launch import build_command
 from sdpo.verl_backend.smoke.checks import load_weights
 
@@ -129,7 +130,7 @@ def test_the_v1_trainers(
         "self_distillation.policy_loss_weight": 0.3,
     }
     run = load_config(ROOT / "configs" / "hidden_rule.yaml", [f"{key}={value}" for key, value in overrides.items()])
-    command = build_command(run)
+    command = build_command(to_verl_overrides(run), run.output_dir)
     arguments = [name if argument.startswith("sdpo_") else argument for argument in command.arguments]
     for variable, value in command.environment.items():
         monkeypatch.setenv(variable, value)

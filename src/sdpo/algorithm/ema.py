@@ -39,12 +39,12 @@ def update_teacher_ema(teacher_params: Iterable[Tensor], student_params: Iterabl
         raise ValueError(
             f"teacher_params must be float32, got {half[0]}: small updates round to zero; pass a float32 copy"
         )
-    for pairs in _group(_cut(teachers, students)):
+    for pairs in _group(_split_large(teachers, students)):
         casted = [s.to(device=t.device, dtype=t.dtype) for t, s in pairs]
         torch._foreach_lerp_([t for t, _ in pairs], casted, ema_rate)
 
 
-def _cut(teachers: Sequence[Tensor], students: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+def _split_large(teachers: Sequence[Tensor], students: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs of tensors, with large tensors split along their first axis."""
     for teacher, student in zip(teachers, students, strict=True):
         if teacher.dim() == 0 or teacher.numel() <= ENTRIES_AT_ONCE:

@@ -1,4 +1,4 @@
-"""The teacher: which weights it uses, and how they follow the student's."""
+"""The teacher: which weights it uses, and how they are updated."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class Teacher:
     """The teacher that ``teacher_regularization`` names.
 
     It holds one frozen module; the live teacher, which is the student itself, holds none. ``policy`` returns the models
-    of the teacher's distribution. ``step`` follows the student once per rollout batch.
+    of the teacher's distribution. ``update`` is called once per rollout batch.
 
     Args:
         module: with the student's initial weights, without gradients; None only for the live teacher.
         config: kind and rate of the teacher.
-        weights: the tensors that follow the student; all of the module's parameters if None.
+        weights: the tensors that are updated; all of the module's parameters if None.
 
     Attributes:
         kind: ``teacher_regularization``; ``frozen`` after ``freeze``.
-        num_steps: number of calls of ``step``.
-        weights: None if no weights follow: live, frozen, trust region.
+        num_steps: number of calls of ``update``.
+        weights: None if none are updated: live, frozen, trust region.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Teacher:
         self.module = module
         assert (module is None) == (self.kind == "live"), "only the live teacher has no module"
         self.weights: TeacherWeights | None = None
-        if module is not None and follows(config):
+        if module is not None and is_updated(config):
             self.weights = weights or ModuleWeights(module, averaged=self.kind == "ema")
 
     def policy(self, student: nn.Module) -> LogitMixture:
@@ -60,21 +60,21 @@ class Teacher:
         return [(self.module, 1.0)]
 
     @torch.no_grad()
-    def step(self, student: nn.Module) -> None:
-        """Follow the student after all optimizer steps of a rollout batch."""
+    def update(self, student: nn.Module) -> None:
+        """Average with, or copy, the student's weights after all optimizer steps of a rollout batch."""
         self.num_steps += 1
         if self.weights is None:
             return
         if self.kind == "ema":
-            update_teacher_ema(self.weights.values.values(), self.weights.read(student), self.rate)
+            update_teacher_ema(self.weights.values.values(), self.weights.read_student(student), self.rate)
         elif self.kind == "snapshot" and self.num_steps % self.snapshot_every == 0:
-            copy_tensors(self.weights.values.values(), self.weights.read(student))
+            copy_tensors(self.weights.values.values(), self.weights.read_student(student))
         else:
             return
-        self.weights.apply()
+        self.weights.write_module()
 
     def freeze(self, initial: nn.Module | None = None) -> None:
-        """Stop following. An average or a snapshot keeps its weights; the trust region becomes the reference model.
+        """Stop the updates. An average or a snapshot keeps its weights; the trust region becomes the reference model.
 
         The live teacher has no weights, so it becomes ``initial``: the reference model, without gradients.
         """
@@ -83,21 +83,21 @@ class Teacher:
         self.kind = "frozen"
 
     def state_dict(self) -> dict[str, Any]:
-        """Kind, number of steps, and the following weights if saving the module does not save them."""
-        outside = None if self.weights is None or self.weights.in_module else dict(self.weights.values)
+        """Kind, number of steps, and the updated weights if saving the module does not save them."""
+        outside = None if self.weights is None or self.weights.saved_with_module else dict(self.weights.values)
         return {"kind": self.kind, "num_steps": self.num_steps, "weights": outside}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from ``state_dict``; the caller loads the module's parameters."""
         self.num_steps = state["num_steps"]
-        if self.weights is not None and not self.weights.in_module:
+        if self.weights is not None and not self.weights.saved_with_module:
             values = self.weights.values
             copy_tensors(values.values(), [state["weights"][name] for name in values])
-            self.weights.apply()
+            self.weights.write_module()
 
 
-def follows(config: SelfDistillationConfig) -> bool:
+def is_updated(config: SelfDistillationConfig) -> bool:
     """Whether the teacher's module changes during training."""
     return config.teacher_regularization in ("ema", "snapshot")
 

@@ -1,4 +1,4 @@
-"""The teacher's tensors that follow the student's, and how the teacher's module applies them."""
+"""The teacher's tensors that are updated from the student's, and how they get into the teacher's module."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch.distributed.tensor import DTensor
 
 
 class TeacherWeights(Protocol):
-    """Teacher tensors, by name, that follow the student's, and how the teacher's module applies them."""
+    """Teacher tensors, by name, that are updated from the student's, and how they get into the teacher's module."""
 
     @property
     def values(self) -> Mapping[str, Tensor]:
         """The teacher's tensors; float32 or float64 if they are averaged."""
 
     @property
-    def in_module(self) -> bool:
+    def saved_with_module(self) -> bool:
         """Whether ``values`` are the module's parameters, so that saving the module saves them."""
 
-    def read(self, student: nn.Module) -> Sequence[Tensor]:
+    def read_student(self, student: nn.Module) -> Sequence[Tensor]:
         """The student's tensors, with the shapes and order of ``values``."""
 
-    def apply(self) -> None:
+    def write_module(self) -> None:
         """Make the module compute with ``values``."""
 
 
@@ -45,13 +45,13 @@ class ModuleWeights:
         return self._average if self._average is not None else get_shards(self._module)
 
     @property
-    def in_module(self) -> bool:
+    def saved_with_module(self) -> bool:
         return self._average is None
 
-    def read(self, student: nn.Module) -> Sequence[Tensor]:
+    def read_student(self, student: nn.Module) -> Sequence[Tensor]:
         return list(get_shards(student).values())
 
-    def apply(self) -> None:
+    def write_module(self) -> None:
         if self._average is not None:
             copy_tensors(get_shards(self._module).values(), self._average.values())
 

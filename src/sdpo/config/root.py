@@ -134,6 +134,18 @@ class SDPOConfig(Section):
         teacher = self.self_distillation
         return teacher.distills and teacher.teacher_regularization in ("frozen", "trust-region")
 
+    def get(self, key: str) -> Any:
+        """Return the value of a setting by its dotted key."""
+        value: Any = self
+        for name in key.split("."):
+            value = getattr(value, name)
+        return value
+
+    def find_changes(self, earlier: SDPOConfig) -> dict[str, tuple[Any, Any]]:
+        """Settings that differ, by dotted key, with the earlier and the present value."""
+        values = {key: (earlier.get(key), self.get(key)) for key, _ in iterate_settings()}
+        return {key: (old, new) for key, (old, new) in values.items() if old != new}
+
 
 def iterate_settings(
     section: type[Section] = SDPOConfig, prefix: str = ""
@@ -146,17 +158,3 @@ def iterate_settings(
             yield from iterate_settings(type(value), f"{f.name}.")
         else:
             yield prefix + f.name, f
-
-
-def get_setting(config: SDPOConfig, key: str) -> Any:
-    """Return the value of a setting by its dotted key."""
-    value: Any = config
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value
-
-
-def find_changes(earlier: SDPOConfig, config: SDPOConfig) -> dict[str, tuple[Any, Any]]:
-    """Settings that differ, by dotted key, with the earlier and the present value."""
-    values = {key: (get_setting(earlier, key), get_setting(config, key)) for key, _ in iterate_settings()}
-    return {key: (old, new) for key, (old, new) in values.items() if old != new}

@@ -84,7 +84,7 @@ def fused_linear_sdpo_loss(
             student.detach(), [part.detach() for part in teacher], config, temperature, needed, size
         )
         every_row = torch.arange(len(student.hidden), device=student.hidden.device)
-        for rows, teacher_rows in _cut(batch.distilled if teacher else None, every_row, size):
+        for rows, teacher_rows in _split_rows(batch.distilled if teacher else None, every_row, size):
             run.add(batch.select(rows), rows, teacher_rows)
         outputs, gradients = run.finish([None if leaf is None else leaf.dtype for leaf in leaves])
     if not any(needed):
@@ -241,7 +241,7 @@ class _ChunkedForwardBackward:
         student.scatter_add_(-1, sampled_ids[:, None], by_sampled)
 
 
-def _cut(distilled: Tensor | None, rows: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+def _split_rows(distilled: Tensor | None, rows: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Chunks of distilled rows with their teacher rows, then chunks of the other rows."""
     if distilled is not None:
         taught = rows[distilled]

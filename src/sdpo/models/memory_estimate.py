@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sdpo.algorithm.ema import ENTRIES_AT_ONCE
-from sdpo.algorithm.teacher import follows
+from sdpo.algorithm.teacher import is_updated
 from sdpo.config.actor import ActorConfig
 from sdpo.config.data import DataConfig
 from sdpo.config.rollout import RolloutConfig
@@ -138,7 +138,7 @@ def count_averaged_params(model: ModelSize, config: SelfDistillationConfig, dtyp
 
     Those are a moving average next to weights in ``dtype``, or with LoRA the deltas of the adapted layers.
     """
-    if not config.distills or not follows(config):
+    if not config.distills or not is_updated(config):
         return 0
     if model.lora is not None:
         return model.lora.num_adapted_params

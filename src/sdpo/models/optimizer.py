@@ -99,12 +99,12 @@ class UpdateRounding:
             for (param, number), places in zip(half, _draw_places(sizes, NUM_SAMPLED, seed), strict=True)
             if len(places)
         ]
-        self._asked: list[tuple[Tensor, ...]] = []
+        self._expected: list[tuple[Tensor, ...]] = []
         self._measured: Tensor | None = None
         self._has_warned = False
         if self._entries:
             log(self._describe(float(optimizer.param_groups[0]["lr"])))
-            optimizer.register_step_pre_hook(lambda *_: self._remember())
+            optimizer.register_step_pre_hook(lambda *_: self._compute_expected())
             optimizer.register_step_post_hook(lambda *_: self._compare())
 
     def take(self) -> float | None:
@@ -141,14 +141,14 @@ class UpdateRounding:
         return 1.0 - kept / count
 
     @torch.no_grad()
-    def _remember(self) -> None:
+    def _compute_expected(self) -> None:
         self._entries = [(p, number, places.to(_local(p).device)) for p, number, places in self._entries]
-        self._asked = [self._compute_update(*entry) for entry in self._entries if entry[0].grad is not None]
+        self._expected = [self._compute_update(*entry) for entry in self._entries if entry[0].grad is not None]
 
     @torch.no_grad()
     def _compare(self) -> None:
-        pairs = [(_take(param, places) - before, update) for param, places, before, update in self._asked]
-        self._asked = []
+        pairs = [(_take(param, places) - before, update) for param, places, before, update in self._expected]
+        self._expected = []
         if pairs:
             kept = torch.stack([(moved * update).sum() for moved, update in pairs]).sum()
             self._measured = torch.stack([kept, torch.stack([update.square().sum() for _, update in pairs]).sum()])

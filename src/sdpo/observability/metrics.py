@@ -57,10 +57,10 @@ FEEDBACK_AVAILABLE_FRACTION = "self_distillation/feedback_available_fraction"
 FEEDBACK_FRACTION = "self_distillation/feedback_used_fraction"
 TRUNCATED_FRACTION = "self_distillation/reprompt_truncated_fraction"
 OVERLONG_FRACTION = "self_distillation/reprompt_overlong_fraction"
-TEACHER_GAP = "self_distillation/teacher_student_logprob_diff/mean"
-GAP_POSITIVE_FRACTION = "self_distillation/teacher_student_logprob_diff/positive_frac"
-GAP_POSITIVE_PART = "self_distillation/teacher_student_logprob_diff/positive_part"
-GAP_NEGATIVE_PART = "self_distillation/teacher_student_logprob_diff/negative_part"
+LOGPROB_DIFF_MEAN = "self_distillation/teacher_student_logprob_diff/mean"
+LOGPROB_DIFF_POSITIVE_FRACTION = "self_distillation/teacher_student_logprob_diff/positive_frac"
+LOGPROB_DIFF_POSITIVE_PART = "self_distillation/teacher_student_logprob_diff/positive_part"
+LOGPROB_DIFF_NEGATIVE_PART = "self_distillation/teacher_student_logprob_diff/negative_part"
 TEACHER_ENTROPY = "self_distillation/teacher_entropy"
 IS_RATIO_MEAN = "self_distillation/is_ratio_mean"
 IS_CLIP_FRACTION = "self_distillation/is_clip_fraction"
@@ -92,10 +92,10 @@ LOSS_METRICS = {
     "teacher_entropy": TEACHER_ENTROPY,
     "distillation_loss": DISTILLATION_LOSS,
     "divergence": DIVERGENCE,
-    "teacher_gap": TEACHER_GAP,
-    "gap_positive_fraction": GAP_POSITIVE_FRACTION,
-    "gap_positive_part": GAP_POSITIVE_PART,
-    "gap_negative_part": GAP_NEGATIVE_PART,
+    "teacher_gap": LOGPROB_DIFF_MEAN,
+    "gap_positive_fraction": LOGPROB_DIFF_POSITIVE_FRACTION,
+    "gap_positive_part": LOGPROB_DIFF_POSITIVE_PART,
+    "gap_negative_part": LOGPROB_DIFF_NEGATIVE_PART,
     "is_clip_fraction": IS_CLIP_FRACTION,
     "is_ratio": IS_RATIO_MEAN,
 }
@@ -148,10 +148,10 @@ DESCRIPTIONS: dict[str, str] = {  # in the order of docs/metrics.md: each family
     FEEDBACK_FRACTION: "Fraction of samples whose teacher is shown feedback.",
     TRUNCATED_FRACTION: "Fraction of samples whose demonstration or feedback was truncated to max_reprompt_len.",
     OVERLONG_FRACTION: "Fraction of samples dropped because even an empty demonstration exceeds max_reprompt_len.",
-    TEACHER_GAP: "Teacher minus student log-probability of the sampled token, mean over distilled tokens.",
-    GAP_POSITIVE_FRACTION: "Fraction of distilled tokens whose probability is higher under the teacher.",
-    GAP_POSITIVE_PART: "Mean of max(difference, 0) over distilled tokens.",
-    GAP_NEGATIVE_PART: "Mean of min(difference, 0) over distilled tokens; both parts add up to the mean.",
+    LOGPROB_DIFF_MEAN: "Teacher minus student log-probability of the sampled token, mean over distilled tokens.",
+    LOGPROB_DIFF_POSITIVE_FRACTION: "Fraction of distilled tokens whose probability is higher under the teacher.",
+    LOGPROB_DIFF_POSITIVE_PART: "Mean of max(difference, 0) over distilled tokens.",
+    LOGPROB_DIFF_NEGATIVE_PART: "Mean of min(difference, 0) over distilled tokens; both parts add up to the mean.",
     TEACHER_ENTROPY: "Entropy of the teacher's next-token distribution in nats, mean over distilled tokens.",
     IS_RATIO_MEAN: "Mean truncated ratio student / old policy over distilled tokens.",
     IS_CLIP_FRACTION: "Fraction of distilled tokens whose ratio was truncated at is_clip.",
@@ -177,10 +177,10 @@ RENAMED_METRICS = {
     "self_distillation/weight": DISTILLATION_COEF,
     "self_distillation/distilled_sample_fraction": REPROMPT_FRACTION,
     "self_distillation/demonstration_used_fraction": SOLUTION_FRACTION,
-    "self_distillation/teacher_student_log_prob_gap": TEACHER_GAP,
-    "self_distillation/teacher_student_log_prob_gap_positive_fraction": GAP_POSITIVE_FRACTION,
-    "self_distillation/teacher_student_log_prob_gap_positive_part": GAP_POSITIVE_PART,
-    "self_distillation/teacher_student_log_prob_gap_negative_part": GAP_NEGATIVE_PART,
+    "self_distillation/teacher_student_log_prob_gap": LOGPROB_DIFF_MEAN,
+    "self_distillation/teacher_student_log_prob_gap_positive_fraction": LOGPROB_DIFF_POSITIVE_FRACTION,
+    "self_distillation/teacher_student_log_prob_gap_positive_part": LOGPROB_DIFF_POSITIVE_PART,
+    "self_distillation/teacher_student_log_prob_gap_negative_part": LOGPROB_DIFF_NEGATIVE_PART,
     "self_distillation/staleness": STALENESS,
     "health/kl_to_initial": REF_KL,
     "health/alarms": NUM_WARNINGS,
@@ -199,7 +199,7 @@ ESTIMATES = (
     REPROMPT_FRACTION,
     ROLLOUT_SUCCESS_FRACTION,
     SUCCESS_GROUP_FRACTION,
-    TEACHER_GAP,
+    LOGPROB_DIFF_MEAN,
     REF_KL,
 )
 

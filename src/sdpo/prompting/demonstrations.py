@@ -17,14 +17,14 @@ class ScoredRollout:
     """A rollout with its score and feedback.
 
     Attributes:
-        group_id: equal for all rollouts of a prompt.
+        group_id: number of the prompt in its batch, equal for all its rollouts.
         response: the decoded response.
         score: NaN if the reward function failed.
         feedback: the reward function's text about this response, if any.
         ground_truth: the solution in the data row, if any.
     """
 
-    group_id: int | str
+    group_id: int
     response: str
     score: float
     feedback: str | None = None
@@ -71,7 +71,7 @@ def select_demonstrations(
     Source: the official code (lasgroup/SDPO), with two differences. It always shows the group's first success, so that
     all rollouts of a prompt are pulled towards one response. And by default a success is its own demonstration there.
     """
-    peers: dict[int | str, list[tuple[int, str]]] = defaultdict(list)
+    peers: dict[int, list[tuple[int, str]]] = defaultdict(list)
     if config.demonstration_source in ("successful_rollout", "successful_rollout_then_ground_truth"):
         for index, sample in enumerate(samples):
             text = _solution_text(sample.response, config)

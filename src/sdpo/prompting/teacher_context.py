@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sdpo.config.self_distillation import SelfDistillationConfig
@@ -64,7 +64,7 @@ def compute_reprompt_metrics(
     def fraction(flags: Sequence[bool]) -> float:
         return sum(flags) / len(flags)
 
-    def interval(name: str, flags: Sequence[bool], clusters: Sequence[Hashable]) -> dict[str, float]:
+    def interval(name: str, flags: Sequence[bool], clusters: Sequence[int]) -> dict[str, float]:
         return name_interval(name, ClusteredMean.of(flags, clusters).wilson_interval())
 
     scored = [rollout for rollout in rollouts if rollout.is_scored]

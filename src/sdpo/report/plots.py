@@ -57,7 +57,7 @@ _TRAINING_PANELS = (
     Panel("Divergence, nats per token", metrics.DIVERGENCE),
     Panel("Response length, tokens", metrics.RESPONSE_LENGTH_MEAN),
     Panel("Entropy, nats", metrics.ENTROPY, teacher=metrics.TEACHER_ENTROPY),
-    Panel("Log-prob, teacher - student", metrics.TEACHER_GAP),
+    Panel("Log-prob, teacher - student", metrics.LOGPROB_DIFF_MEAN),
     Panel("Gradient norm", metrics.GRAD_NORM),
 )
 

@@ -58,7 +58,7 @@ class AsyncScorer:
                 return future.result(None if end is None else max(0.0, end - time.monotonic()))
             except concurrent.futures.TimeoutError:
                 assert self._timeout is not None
-                self._abandon(loop)
+                self._discard_loop(loop)
                 reason = f"{describe_timeout(self._timeout)}, and it blocks the event loop"
                 raise RewardFailure(f"{name_row(row)}: {reason}", RewardTimeout.__name__) from None
 
@@ -91,7 +91,7 @@ class AsyncScorer:
                 threading.Thread(target=self._loop.run_forever, name="async-scoring", daemon=True).start()
             return self._loop
 
-    def _abandon(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _discard_loop(self, loop: asyncio.AbstractEventLoop) -> None:
         with self._starting:
             if self._loop is loop:
                 self._loop = None

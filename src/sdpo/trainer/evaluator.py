@@ -100,7 +100,7 @@ class Evaluator:
         responses = sample_responses(policy, list(contexts.values()), sampling, SEED, self.vision)
         scored = score_responses(self.reward_manager, self.tokenizer, prompted, responses)
         values |= _mean_by_source(prompted, scored, lambda source: teacher_val_name(source, "mean@1"))
-        student = {int(g.group_id): g.score for g in greedy}
+        student = {g.group_id: g.score for g in greedy}
         gains = [replace(g, score=g.score - student[group]) for g, group in zip(scored, contexts, strict=True)]
         return values | _mean_by_source(prompted, gains, teacher_gain_name, is_difference=True)
 
@@ -110,7 +110,7 @@ class Evaluator:
         hints = select_demonstrations(shown, self.distillation, random.Random(SEED))
         room = None if self.window is None else self.window - self.sampling.max_new_tokens
         for response, hint in zip(shown, hints, strict=True):
-            group = int(response.group_id)
+            group = response.group_id
             if group in contexts or hint.is_empty:
                 continue
             prompt = self.prompts[group]
@@ -131,7 +131,7 @@ def _mean_by_source(
     scores = defaultdict(list)
     for response in scored:
         if response.is_scored:
-            scores[prompts[int(response.group_id)].row.data_source].append(response)
+            scores[prompts[response.group_id].row.data_source].append(response)
     values: dict[str, float] = {}
     for source, of_source in scores.items():
         mean = ClusteredMean.of([r.score for r in of_source], [r.group_id for r in of_source])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sdpo.algorithm.teacher import follows
+from sdpo.algorithm.teacher import is_updated
 from sdpo.config.root import SDPOConfig
 from sdpo.models.memory_estimate import (
     BYTES,
@@ -83,7 +83,7 @@ class MemoryEstimator:
         has_teacher = distillation.distills and distillation.teacher_regularization != "live"
         teacher_params = model.num_params
         if model.lora is not None:
-            teacher_params = model.lora.num_adapted_params * follows(distillation)
+            teacher_params = model.lora.num_adapted_params * is_updated(distillation)
         has_reference = config.needs_initial and not config.teacher_stays_initial and model.lora is None
         # If the tower is trained: the student's features, their gradients, and the features of the frozen models.
         feature_copies = 2 + has_teacher + has_reference if config.trains_vision else 1

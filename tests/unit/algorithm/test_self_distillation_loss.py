@@ -297,10 +297,10 @@ def test_metrics(name: str) -> None:
     expected = {
         metrics.DISTILLATION_LOSS: loss,
         metrics.DIVERGENCE: np.mean(divergences),
-        metrics.TEACHER_GAP: np.mean(gaps),
-        metrics.GAP_POSITIVE_FRACTION: np.mean(np.array(gaps) > 0),
-        metrics.GAP_POSITIVE_PART: np.mean(np.maximum(gaps, 0)),
-        metrics.GAP_NEGATIVE_PART: np.mean(np.minimum(gaps, 0)),
+        metrics.LOGPROB_DIFF_MEAN: np.mean(gaps),
+        metrics.LOGPROB_DIFF_POSITIVE_FRACTION: np.mean(np.array(gaps) > 0),
+        metrics.LOGPROB_DIFF_POSITIVE_PART: np.mean(np.maximum(gaps, 0)),
+        metrics.LOGPROB_DIFF_NEGATIVE_PART: np.mean(np.minimum(gaps, 0)),
         metrics.NONFINITE_SAMPLES: 0.0,
     }
     clip = chosen.get("is_clip", 2.0)

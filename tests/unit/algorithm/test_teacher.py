@@ -213,7 +213,7 @@ def test_every_teacher_gives_the_logits_it_promises(kind: str, dtype: torch.dtyp
         if kind == "trust-region":
             # Between the student's update and the teacher's step too: the student's part is the student as it is.
             np.testing.assert_allclose(teacher_logits(teacher, student), EXPECTED[kind](history), atol=tolerance)
-        teacher.step(student)
+        teacher.update(student)
         np.testing.assert_allclose(teacher_logits(teacher, student), EXPECTED[kind](history), atol=tolerance)
     # The kinds differ by far more than the tolerance, so that none passes for another.
     others = [EXPECTED[other](history) for other in KINDS if other != kind]
@@ -253,7 +253,7 @@ def test_the_average_of_a_model_does_not_stall(dtype: torch.dtype) -> None:
             param.mul_(1.0625)  # below the stalling point of bfloat16 at this rate
     target = weights_of(student)
     for _ in range(200):
-        teacher.step(student)
+        teacher.update(student)
     assert teacher.module is not None
     for before, after, goal in zip(start, weights_of(teacher.module), target, strict=True):
         # 0.95^200 of the gap is left, and what the module's own precision rounds away.
@@ -278,7 +278,7 @@ def test_teacher_and_student_share_nothing(kind: str, dtype: torch.dtype) -> Non
         for one, other in zip(before, weights_of(teacher.module), strict=True):
             np.testing.assert_array_equal(one, other)
         # At rate 1, every step, the teacher is a copy: the nearest that it comes to sharing.
-        teacher.step(student)
+        teacher.update(student)
     if kind in ("ema", "snapshot"):
         for one, other in zip(weights_of(student), weights_of(teacher.module), strict=True):
             np.testing.assert_array_equal(one, other)
@@ -289,7 +289,7 @@ def test_the_teacher_is_frozen_and_the_student_is_left_alone(kind: str) -> None:
     student, teacher = build(kind)
     student(X).sum().backward()
     gradients = [p.grad.clone() for p in student.parameters() if p.grad is not None]
-    teacher.step(student)
+    teacher.update(student)
     assert student.training
     assert student.dropout.training
     assert all(p.requires_grad for p in student.parameters())
@@ -313,7 +313,7 @@ def test_tied_weights_stay_tied_and_are_averaged_once(dtype: torch.dtype) -> Non
     assert teacher.module is not None
     start = weights_of(student)
     move(student, 1)
-    teacher.step(student)
+    teacher.update(student)
     assert teacher.module.second.weight is teacher.module.first.weight
     after = (start[0] + weights_of(student)[0]) / 2
     np.testing.assert_allclose(weights_of(teacher.module)[0], after, rtol=2.0**-8 if dtype == torch.bfloat16 else 1e-6)
@@ -325,7 +325,7 @@ def test_a_fixed_teacher_has_the_initial_weights_to_the_bit(kind: str) -> None:
     start = weights_of(student)
     for step in range(3):
         move(student, step)
-        teacher.step(student)
+        teacher.update(student)
     assert teacher.module is not None
     for one, other in zip(start, weights_of(teacher.module), strict=True):
         np.testing.assert_array_equal(one, other)

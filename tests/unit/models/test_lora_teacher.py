@@ -67,7 +67,7 @@ def test_the_average_is_that_of_the_product(make_model: MakeModel, dtype: torch.
     for _ in range(STEPS):
         deltas = next(students)
         expected = {name: (1 - RATE) * value + RATE * deltas[name] for name, value in expected.items()}
-        teacher.step(student)
+        teacher.update(student)
         assert teacher.weights is not None and teacher.module is not None
         assert list(teacher.weights.values) == [f"{name}.weight" for name in expected]
         for name, value in expected.items():
@@ -90,7 +90,7 @@ def test_the_base_is_shared_and_stays(make_model: MakeModel, kind: str) -> None:
     students = move(student)
     for _ in range(3):
         next(students)
-        teacher.step(student)
+        teacher.update(student)
     own = {param.data_ptr() for param in student.parameters()}
     adapted = {f"{name}.weight" for name in get_adapted_layers(student)}
     moves = kind in ("ema", "snapshot")
@@ -112,7 +112,7 @@ def test_a_snapshot_is_the_student_of_its_step(make_model: MakeModel) -> None:
         next(students)
         if step % 2 == 0:
             expected = logits_of(student)
-        teacher.step(student)
+        teacher.update(student)
         [(module, _)] = teacher.policy(student)
         torch.testing.assert_close(logits_of(module), expected, rtol=1e-5, atol=1e-5)
     assert (logits_of(student) - expected).abs().max() > 1e-2
@@ -126,7 +126,7 @@ def test_a_teacher_goes_on_from_its_state(make_model: MakeModel, kind: str, dtyp
     students = move(student)
     for _ in range(3):
         next(students)
-        teacher.step(student)
+        teacher.update(student)
     other, again = build(make_model, kind, dtype, **settings)
     other.load_state_dict(student.state_dict())
     again.load_state_dict(teacher.state_dict())
@@ -135,8 +135,8 @@ def test_a_teacher_goes_on_from_its_state(make_model: MakeModel, kind: str, dtyp
             assert torch.equal(logits_of(one), logits_of(two))
         next(students)
         other.load_state_dict(student.state_dict())
-        teacher.step(student)
-        again.step(other)
+        teacher.update(student)
+        again.update(other)
     assert again.num_steps == teacher.num_steps == 5
     moves = kind in ("ema", "snapshot")
     assert (teacher.state_dict()["weights"] is not None) == moves
@@ -146,7 +146,7 @@ def test_the_teacher_of_merged_weights_is_the_average_of_whole_models(make_model
     """The equivalent teacher without adapters: (1 - r) W + r (W + s B A) is W + r s B A."""
     student, teacher = build(make_model, "ema", ema_update_rate=0.25)
     next(move(student))
-    teacher.step(student)
+    teacher.update(student)
     assert teacher.module is not None
     average, merged = make_model(), MergedParameters(student)
     with torch.no_grad():

@@ -22,40 +22,35 @@ def solutions(samples: list[ScoredRollout], seed: int = 0, **changes: Any) -> li
     return [demonstration.solution for demonstration in select(samples, seed, **changes)]
 
 
-def rollouts(*scores: float, group_id: int | str = 0, **known: Any) -> list[ScoredRollout]:
+def rollouts(*scores: float, group_id: int = 0, **known: Any) -> list[ScoredRollout]:
     return [ScoredRollout(group_id, f"{group_id}:{i}", score, **known) for i, score in enumerate(scores)]
 
 
 def test_ground_truth_is_the_rows_own_and_blank_is_none() -> None:
     samples = [
-        ScoredRollout("a", "r", 0.0, ground_truth="4"),
-        ScoredRollout("a", "r", 1.0, ground_truth="5"),
-        ScoredRollout("b", "r", 0.0, ground_truth=" \n"),
-        ScoredRollout("b", "r", 0.0),
+        ScoredRollout(1, "r", 0.0, ground_truth="4"),
+        ScoredRollout(1, "r", 1.0, ground_truth="5"),
+        ScoredRollout(2, "r", 0.0, ground_truth=" \n"),
+        ScoredRollout(2, "r", 0.0),
     ]
     assert solutions(samples, demonstration_source="ground_truth") == ["4", "5", None, None]
 
 
 def test_peer_is_a_success_of_the_same_group() -> None:
     samples = [
-        *rollouts(0.0, 1.0, 0.5, group_id="a", ground_truth="4"),
-        *rollouts(0.0, 0.0, group_id="b", ground_truth="5"),
+        *rollouts(0.0, 1.0, 0.5, group_id=1, ground_truth="4"),
+        *rollouts(0.0, 0.0, group_id=2, ground_truth="5"),
     ]
     # interleaved, as a batch may come
     samples = [samples[i] for i in (3, 0, 1, 4, 2)]
-    assert solutions(samples, demonstration_source="successful_rollout") == [None, "a:1", None, None, "a:1"]
+    assert solutions(samples, demonstration_source="successful_rollout") == [None, "1:1", None, None, "1:1"]
     assert solutions(samples, demonstration_source="successful_rollout_then_ground_truth") == [
         "5",
-        "a:1",
+        "1:1",
         "4",
         "5",
-        "a:1",
+        "1:1",
     ]
-
-
-def test_integer_and_text_groups_are_kept_apart() -> None:
-    samples = [ScoredRollout(1, "int", 1.0), ScoredRollout("1", "text", 0.0)]
-    assert solutions(samples, demonstration_source="successful_rollout") == [None, None]
 
 
 def test_success_is_at_least_the_threshold() -> None:
@@ -199,8 +194,8 @@ def test_a_solution_of_reasoning_alone_is_no_solution() -> None:
 
 def test_success_rates() -> None:
     samples = [
-        *rollouts(1.0, 0.0, math.nan, 0.5, group_id="a"),
-        *rollouts(0.2, group_id="b"),
+        *rollouts(1.0, 0.0, math.nan, 0.5, group_id=1),
+        *rollouts(0.2, group_id=2),
         *rollouts(1.0, group_id=3),
     ]
     assert compute_success_rates(samples, 1.0) == [1 / 3] * 4 + [0.0, 1.0]

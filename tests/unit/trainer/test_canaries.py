@@ -53,11 +53,16 @@ def test_gap_by_sign(student: Any, make_run: MakeRun, make_samples: MakeSamples)
     gaps = torch.cat([gap for _, gap in gaps_of(student, samples, run)])
     assert 0 < int((gaps > 0).sum()) < len(gaps)
     values = build_actor(student, run, 0).update_policy(samples)
-    assert values[metrics.GAP_POSITIVE_FRACTION] == pytest.approx(float((gaps > 0).double().mean()), **PRECISE)
-    assert values[metrics.GAP_POSITIVE_PART] == pytest.approx(float(gaps[gaps > 0].sum()) / len(gaps), **PRECISE)
-    assert values[metrics.GAP_NEGATIVE_PART] == pytest.approx(float(gaps[gaps < 0].sum()) / len(gaps), **PRECISE)
-    parts = values[metrics.GAP_POSITIVE_PART] + values[metrics.GAP_NEGATIVE_PART]
-    assert parts == pytest.approx(values[metrics.TEACHER_GAP], **PRECISE)
+    positive_fraction = float((gaps > 0).double().mean())
+    assert values[metrics.LOGPROB_DIFF_POSITIVE_FRACTION] == pytest.approx(positive_fraction, **PRECISE)
+    assert values[metrics.LOGPROB_DIFF_POSITIVE_PART] == pytest.approx(
+        float(gaps[gaps > 0].sum()) / len(gaps), **PRECISE
+    )
+    assert values[metrics.LOGPROB_DIFF_NEGATIVE_PART] == pytest.approx(
+        float(gaps[gaps < 0].sum()) / len(gaps), **PRECISE
+    )
+    parts = values[metrics.LOGPROB_DIFF_POSITIVE_PART] + values[metrics.LOGPROB_DIFF_NEGATIVE_PART]
+    assert parts == pytest.approx(values[metrics.LOGPROB_DIFF_MEAN], **PRECISE)
 
 
 @pytest.mark.parametrize("max_tokens_per_micro_batch", [1, 60, 100_000])
@@ -73,7 +78,7 @@ def test_intervals_of_entropy_and_gap_are_over_prompts(
         gap.add(id(sample.prompt), float(values.sum()), len(values))
     assert entropy.num_clusters == run.data.train_batch_size
     values = build_actor(student, run, 0).update_policy(samples)
-    for name, expected in ((metrics.ENTROPY, entropy), (metrics.TEACHER_GAP, gap)):
+    for name, expected in ((metrics.ENTROPY, entropy), (metrics.LOGPROB_DIFF_MEAN, gap)):
         assert values[name] == pytest.approx(expected.mean, **PRECISE)
         ends = [values[end] for end in metrics.ci95_names(name)]
         assert ends == pytest.approx(expected.normal_interval(), **PRECISE)

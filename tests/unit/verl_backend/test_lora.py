@@ -93,7 +93,7 @@ def test_the_teacher_computes_with_its_deltas_in_the_students_module(
             deltas = {name: (1 - RATE) * deltas.get(name, 0) + RATE * value for name, value in products.items()}
         elif kind == "snapshot" and step == 1:
             deltas = products
-        teacher.step(student)
+        teacher.update(student)
     expected = {"student": plain_logits(make_model(), products), "teacher": plain_logits(make_model(), deltas)}
     policy = teacher.policy(student)
     assert [coefficient for _, coefficient in policy] == ([1 - RATE, RATE] if kind == "trust-region" else [1.0])

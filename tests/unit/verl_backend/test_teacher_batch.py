@@ -24,14 +24,14 @@ TOKENIZER = build_tokenizer()
 MESSAGES = [{"role": "user", "content": "123"}]
 
 
-def make_rollout(text: str, score: float, *, group_id: str = "a", feedback: str | None = None) -> Rollout:
+def make_rollout(text: str, score: float, *, uid: str = "a", feedback: str | None = None) -> Rollout:
     token_ids = TOKENIZER(text)["input_ids"] + [TOKENIZER.eos_token_id]
-    return Rollout(group_id, MESSAGES, token_ids, [1] * len(token_ids), score, feedback, "321")
+    return Rollout(uid, MESSAGES, token_ids, [1] * len(token_ids), score, feedback, "321")
 
 
 def test_a_peer_of_the_same_prompt_is_shown_and_nothing_where_there_is_none() -> None:
     config = SelfDistillationConfig(demonstration_source="successful_rollout", weight_by_prompt_difficulty=True)
-    rollouts = [make_rollout("77", 0.0), make_rollout("88", 1.0), make_rollout("99", 0.0, group_id="b")]
+    rollouts = [make_rollout("77", 0.0), make_rollout("88", 1.0), make_rollout("99", 0.0, uid="b")]
     fields, values = TeacherBatchBuilder(config, TOKENIZER, None, seed=0, max_steps=1).build(rollouts, step=1)
     expected = encode_teacher_prompt(TOKENIZER, MESSAGES, PrivilegedContext(solution="88"), config).token_ids
     assert expected is not None

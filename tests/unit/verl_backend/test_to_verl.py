@@ -207,7 +207,7 @@ def test_what_verl_has_not_is_refused_or_named(make_task_run: Callable[..., SDPO
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_run_can_be_translated(path: Path) -> None:
-    command = build_command(load_config(path), ["trainer.nnodes=2"])
+    command = build_command(to_verl_overrides(load_config(path)), "runs/x", ["trainer.nnodes=2"])
     assert command.arguments[-1] == "trainer.nnodes=2"
     assert str(command).startswith("VERL_FILE_LOGGER_PATH=") and "python -m sdpo.verl_backend.entrypoint.main" in str(
         command
@@ -251,5 +251,6 @@ def test_a_key_that_verl_has_not_is_refused_as_on_the_command_line(
 
 
 def test_the_command_line_wins_over_the_file(make_task_run: Callable[..., SDPOConfig]) -> None:
-    arguments = build_command(make_task_run(verl={"trainer.nnodes": 2}), ["trainer.nnodes=3"]).arguments
+    translated = to_verl_overrides(make_task_run(verl={"trainer.nnodes": 2}))
+    arguments = build_command(translated, "runs/x", ["trainer.nnodes=3"]).arguments
     assert [a for a in arguments if a.startswith("trainer.nnodes=")] == ["trainer.nnodes=2", "trainer.nnodes=3"]

@@ -43,7 +43,7 @@ class Logits:
 
 
 @triton.jit
-def read_bent_logits(
+def load_transformed_logits(
     row,
     columns,
     vocab_size,
@@ -78,7 +78,7 @@ def read_logits(
     HAS_SOFTCAP: tl.constexpr,
 ):
     """Logits to base 2, -inf beyond the vocabulary."""
-    values, _bent = read_bent_logits(row, columns, vocab_size, bias, scale_2, softcap, HAS_BIAS, HAS_SOFTCAP)
+    values, _bent = load_transformed_logits(row, columns, vocab_size, bias, scale_2, softcap, HAS_BIAS, HAS_SOFTCAP)
     return values
 
 

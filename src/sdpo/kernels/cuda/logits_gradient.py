@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdpo.kernels.cuda.logits import Logits, read_bent_logits, read_logits
+from sdpo.kernels.cuda.logits import Logits, load_transformed_logits, read_logits
 from sdpo.kernels.cuda.row_statistics import (
     Launch,
     RowStatistics,
@@ -109,7 +109,7 @@ def _gradient_kernel(
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1)
     student_row = student + row.to(tl.int64) * student_stride
-    student_2, bent = read_bent_logits(
+    student_2, bent = load_transformed_logits(
         student_row,
         columns,
         vocab_size,

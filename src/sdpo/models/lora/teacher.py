@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sdpo.algorithm.teacher import Teacher, follows
+from sdpo.algorithm.teacher import Teacher, is_updated
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.models.lora.adapters import compute_delta, copy_without_adapters, get_adapted_layers
 
@@ -23,7 +23,7 @@ class TeacherDeltas:
     The teacher's module has separate weights in these layers and shares all other weights with the student.
     """
 
-    in_module = False
+    saved_with_module = False
 
     def __init__(self, module: nn.Module, student: nn.Module) -> None:
         self._pairs: list[tuple[nn.Parameter, Tensor]] = []  # teacher's weight, base model's weight
@@ -39,11 +39,11 @@ class TeacherDeltas:
     def values(self) -> Mapping[str, Tensor]:
         return self._values
 
-    def read(self, student: nn.Module) -> Sequence[Tensor]:
+    def read_student(self, student: nn.Module) -> Sequence[Tensor]:
         return [compute_delta(layer) for layer in get_adapted_layers(student).values()]
 
     @torch.no_grad()
-    def apply(self) -> None:
+    def write_module(self) -> None:
         for (weight, base), delta in zip(self._pairs, self._values.values(), strict=True):
             weight.copy_(base + delta)
 
@@ -53,4 +53,4 @@ def build_lora_teacher(student: PreTrainedModel, config: SelfDistillationConfig)
     if config.teacher_regularization == "live":
         return Teacher(None, config)
     module = copy_without_adapters(student).requires_grad_(False).eval()
-    return Teacher(module, config, TeacherDeltas(module, student) if follows(config) else None)
+    return Teacher(module, config, TeacherDeltas(module, student) if is_updated(config) else None)

@@ -123,7 +123,7 @@ class MultimodalProcessor:
         images = collect_images(conversation)
         if images and not self._has_fixed_tokens:
             return self._process(text, [self._open(image) for image in images])["input_ids"][0].tolist()
-        token_ids = self.tokenizer(text, add_special_tokens=self._lacks_beginning(text))["input_ids"]
+        token_ids = self.tokenizer(text, add_special_tokens=self._lacks_bos(text))["input_ids"]
         placeholder = self.tokenizer.convert_tokens_to_ids(self.image_token) if self.image_token is not None else None
         if token_ids.count(placeholder) != len(images):
             raise DataError(
@@ -175,11 +175,11 @@ class MultimodalProcessor:
             **settings,
         )
 
-    def _lacks_beginning(self, text: str) -> bool:
+    def _lacks_bos(self, text: str) -> bool:
         return self.tokenizer.bos_token is None or not text.startswith(self.tokenizer.bos_token)
 
     def _process(self, text: str, images: list[Any]) -> dict[str, Any]:
-        begin = self._lacks_beginning(text) and text != self.image_token
+        begin = self._lacks_bos(text) and text != self.image_token
         try:
             return dict(self.processor(text=[text], images=images, return_tensors="pt", add_special_tokens=begin))
         # Unsupported sizes or numbers of images; some processors raise StopIteration for a wrong number.

@@ -124,7 +124,7 @@ class Actor:
         ]
         self.optimizer.zero_grad(set_to_none=True)  # frees memory for sampling
         if self.teacher is not None:
-            self.teacher.step(self.student)
+            self.teacher.update(self.student)
         self.version = step
         values = average_mini_batches(results) | values
         if self.loss.distills:
@@ -156,7 +156,7 @@ class Actor:
             self.optimizer.zero_grad(set_to_none=True)
             if images is not None:
                 images.clear_gradients()
-            spreads = {metrics.ENTROPY: ClusteredMean(), metrics.TEACHER_GAP: ClusteredMean()}
+            spreads = {metrics.ENTROPY: ClusteredMean(), metrics.LOGPROB_DIFF_MEAN: ClusteredMean()}
             try:
                 sums, nonfinite = self._accumulate_gradients(samples, log_probs, coef, images, spreads)
             except (RuntimeError, MemoryError) as error:
@@ -213,7 +213,7 @@ class Actor:
             add_by_prompt(spreads[metrics.ENTROPY], outputs.student_entropies, batch.sample_index, prompts)
             if batch.teacher is not None:
                 gap = outputs.teacher_log_probs - outputs.student_log_probs[batch.distilled]
-                add_by_prompt(spreads[metrics.TEACHER_GAP], gap, batch.sample_index[batch.distilled], prompts)
+                add_by_prompt(spreads[metrics.LOGPROB_DIFF_MEAN], gap, batch.sample_index[batch.distilled], prompts)
         if images is not None:
             images.backward()
         return sums, set()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sdpo.config.loader import load_config
-from sdpo.config.root import SDPOConfig, find_changes, iterate_settings
+from sdpo.config.root import SDPOConfig, iterate_settings
 from sdpo.errors import CheckpointError
 from sdpo.trainer.checkpoint.manager import find_newest
 from sdpo.trainer.checkpoint.state import TrainingState
@@ -61,7 +61,7 @@ def find_resume_state(config: SDPOConfig) -> ResumeState | None:
     loss = config.self_distillation
     if config.optim.lr_scheduler_type != "constant" or loss.distillation_coef_start != loss.distillation_coef_end:
         fixed.add("max_steps")  # the schedules of learning rate and distillation weight depend on it
-    _check_changes(find_changes(load_config(folder / CONFIG_FILE), config), fixed)
+    _check_changes(config.find_changes(load_config(folder / CONFIG_FILE)), fixed)
     logger.info(f"resuming after step {step} from {checkpoint}")
     return ResumeState(checkpoint, state)
 

@@ -79,14 +79,14 @@ def build_samples(
     flat = [response for group_responses in responses for response in group_responses]
     contexts = build_teacher_contexts(
         tokenizer,
-        [prompts[int(g.group_id)].row.prompt for g in scored],
+        [prompts[g.group_id].row.prompt for g in scored],
         scored,
         [None if window is None else window - len(response.token_ids) for response in flat],
         config,
         rng,
     )
     scores = torch.tensor([g.score for g in scored])
-    groups = torch.tensor([int(g.group_id) for g in scored])
+    groups = torch.tensor([g.group_id for g in scored])
     advantages = compute_group_advantages(scores, groups, norm_by_std=config.norm_adv_by_std_in_grpo).tolist()
     weights = [1.0] * len(scored)
     if config.weight_by_prompt_difficulty:
@@ -94,7 +94,7 @@ def build_samples(
         weights = compute_prompt_weights(torch.tensor(rates)).tolist()
     return [
         TrainingSample(
-            prompt=prompts[int(g.group_id)],
+            prompt=prompts[g.group_id],
             response=response,
             text=g.response,
             reward=RewardOutput(g.score, g.feedback),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -15,6 +14,7 @@ from typing import IO, Any
 
 from sdpo.config.monitoring import TrackingConfig
 from sdpo.errors import ConfigError
+from sdpo.file_lock import FileLocked, lock_file
 from sdpo.observability import metrics
 from sdpo.observability.health_callback import HEALTH_EVENTS_FILE, drop_events_after
 from sdpo.observability.json_lines import append_json_line, read_json_lines, write_json_lines
@@ -152,20 +152,12 @@ def require_idle(path: Path) -> None:
 
 def _lock(path: Path) -> IO[str]:
     """Lock the folder until the returned file is closed or the process ends."""
-    file = (path / LOCK_FILE).open("a+", encoding="utf-8")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        owner = file.read().strip()
-        file.close()
+        return lock_file(path / LOCK_FILE, f"process {os.getpid()} on {platform.node()}")
+    except FileLocked as owner:
         raise ConfigError(
             f"output_dir={path}: another run is writing to it ({owner}); wait for it, stop it, or name another folder"
         ) from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
-    file.flush()
-    return file
 
 
 def _read_rows_before(path: Path, step: int) -> list[dict[str, float]]:

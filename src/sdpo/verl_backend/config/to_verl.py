@@ -16,7 +16,7 @@ from sdpo.config.loader import flatten_keys
 from sdpo.config.model import LoraConfig, ModelConfig
 from sdpo.config.monitoring import EvalConfig, HealthConfig, TrackingConfig
 from sdpo.config.rollout import RolloutConfig, RolloutCorrectionConfig
-from sdpo.config.root import SDPOConfig, get_setting, iterate_settings
+from sdpo.config.root import SDPOConfig, iterate_settings
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.errors import ConfigError
 from sdpo.models.loading import looks_local
@@ -71,6 +71,7 @@ def to_verl_overrides(config: SDPOConfig) -> VerlOverrides:
     """
     if config.optim.lr_scheduler_type == "linear":
         raise ConfigError("optim.lr_scheduler_type=linear: verl does not have it; use constant or cosine")
+    folder = Path(config.output_dir).absolute()
     settings: dict[str, Any] = {
         **_data(config.data, config.reward, config.eval, config.rollout.max_response_length, config.seed),
         **_model(config.model, config.actor),
@@ -80,8 +81,16 @@ def to_verl_overrides(config: SDPOConfig) -> VerlOverrides:
         **_optimizer(config.optim),
         **_rollout(config.rollout, config.seed),
         **_validation(config.eval),
-        **_trainer(config),
-        **_logging(config.tracking, Path(config.output_dir).absolute()),
+        "trainer.total_training_steps": config.max_steps,
+        "trainer.total_epochs": config.max_steps,  # V1 trainers end with the earlier of the two
+        "trainer.test_freq": config.eval_steps or config.max_steps,
+        "trainer.save_freq": config.save_steps or config.max_steps,
+        "trainer.max_actor_ckpt_to_keep": config.save_total_limit,
+        "trainer.save_best_limit": config.save_best_limit,
+        "trainer.health_events_file": str(folder / HEALTH_EVENTS_FILE),
+        "trainer.resume_mode": "disable" if config.resume_mode == "disable" else "auto",
+        "trainer.default_local_dir": str(folder / "checkpoints"),
+        **_logging(config.tracking, folder),
         **_changed_fields(f"{ACTOR}.self_distillation", config.self_distillation, SelfDistillationConfig()),
         **_changed_fields("health", config.health, HealthConfig(), omitted=HEALTH_WITHOUT_EFFECT),
     }
@@ -90,7 +99,7 @@ def to_verl_overrides(config: SDPOConfig) -> VerlOverrides:
     return VerlOverrides(
         config_name="sdpo_trainer" if config.max_staleness else "sdpo_sync",
         overrides=[f"{key}={quote(value)}" for part in parts for key, value in part.items()],
-        unused=[key for key in UNSUPPORTED_KEYS if get_setting(config, key) != defaults[key].default],
+        unused=[key for key in UNSUPPORTED_KEYS if config.get(key) != defaults[key].default],
     )
 
 
@@ -226,22 +235,6 @@ def _validation(evaluation: EvalConfig) -> dict[str, Any]:
         f"{ROLLOUT}.val_kwargs.temperature": evaluation.temperature if samples else 0,
         f"{ROLLOUT}.val_kwargs.top_p": evaluation.top_p if samples else 1.0,
         "trainer.val_before_train": evaluation.val_before_train,
-    }
-
-
-def _trainer(config: SDPOConfig) -> dict[str, Any]:
-    """Settings of the root: length, checkpoints, folders."""
-    folder = Path(config.output_dir).absolute()
-    return {
-        "trainer.total_training_steps": config.max_steps,
-        "trainer.total_epochs": config.max_steps,  # V1 trainers end with the earlier of the two
-        "trainer.test_freq": config.eval_steps or config.max_steps,
-        "trainer.save_freq": config.save_steps or config.max_steps,
-        "trainer.max_actor_ckpt_to_keep": config.save_total_limit,
-        "trainer.save_best_limit": config.save_best_limit,
-        "trainer.health_events_file": str(folder / HEALTH_EVENTS_FILE),
-        "trainer.resume_mode": "disable" if config.resume_mode == "disable" else "auto",
-        "trainer.default_local_dir": str(folder / "checkpoints"),
     }
 
 

@@ -123,7 +123,7 @@ class SelfDistillationOneStepOffTrainer(FailedRewardsMixin, HealthChecksMixin, O
         feedback = self.reward_extra_infos_dict.get("feedback", [None] * len(lengths))
         return [
             Rollout(
-                group_id=fields["uid"][i],
+                uid=fields["uid"][i],
                 messages=list(fields["raw_prompt"][i]),
                 response_ids=batch.batch["responses"][i, : lengths[i]].tolist(),
                 response_mask=batch.batch["response_mask"][i, : lengths[i]].tolist(),

@@ -26,7 +26,7 @@ from sdpo.verl_backend.worker.packing import DISTILLATION_COEF, SAMPLE_WEIGHTS, 
 class Rollout:
     """One rollout, read from a trainer's container; the score is NaN for a failed reward."""
 
-    group_id: str
+    uid: str  # verl's: equal for all rollouts of a prompt
     messages: Sequence[Message]
     response_ids: Sequence[int]  # of all turns, including tools' outputs
     response_mask: Sequence[int]  # 1 where the policy sampled the token
@@ -86,9 +86,11 @@ class TeacherBatchBuilder:
             step: from 1.
         """
         rollouts = [row for row in rows if row is not None]
+        uids = [rollout.uid for rollout in rollouts]
+        group_ids = {uid: number for number, uid in enumerate(dict.fromkeys(uids))}
         scored = [
             ScoredRollout(
-                group_id=rollout.group_id,
+                group_id=group_ids[rollout.uid],
                 response=decode_turns(self.tokenizer, rollout.response_ids, rollout.response_mask),
                 score=rollout.score,
                 feedback=rollout.feedback,

@@ -93,7 +93,7 @@ class TeacherBatchMixin(FailedRewardsMixin, HealthChecksMixin):
             torch.stack(stock),
             torch.stack([scores.sum() for scores in data["rm_scores"].unbind()]),
             [rollout is not None and rollout.is_failed for rollout in rollouts],
-            [i if rollout is None else rollout.group_id for i, rollout in enumerate(rollouts)],
+            [i if rollout is None else rollout.uid for i, rollout in enumerate(rollouts)],
             self.config,
         )
         per_token = torch.nested.as_nested_tensor(
@@ -123,7 +123,7 @@ class TeacherBatchMixin(FailedRewardsMixin, HealthChecksMixin):
         rollouts: list[Rollout | None] = [None] * len(batch)
         for i, is_failed in zip(present, failed, strict=True):
             rollouts[i] = Rollout(
-                group_id=uids[i],
+                uid=uids[i],
                 messages=list(prompts[i]),
                 response_ids=responses[i].tolist(),
                 response_mask=masks[i].tolist(),

@@ -16,7 +16,7 @@ from sdpo.errors import ConfigError
 from sdpo.observability.health_callback import HEALTH_EVENTS_FILE
 from sdpo.observability.progress import NullCallback, ProgressCallback
 from sdpo.rewards.base import load_task, prepare_task
-from sdpo.verl_backend.config.to_verl import to_verl_overrides
+from sdpo.verl_backend.config.to_verl import VerlOverrides
 from sdpo.verl_backend.entrypoint.main import CPU, main
 
 METRICS = "metrics.jsonl"
@@ -37,13 +37,8 @@ class Command:
         )
 
 
-def build_command(config: SDPOConfig, overrides: Sequence[str] = ()) -> Command:
-    """Translate the config; ``overrides`` go to Hydra unchanged, after the config's own.
-
-    Raises:
-        ConfigError: see ``to_verl_overrides``.
-    """
-    translated = to_verl_overrides(config)
+def build_command(translated: VerlOverrides, output_dir: str | Path, overrides: Sequence[str] = ()) -> Command:
+    """Build the start of verl; ``overrides`` go to Hydra unchanged, after the translated ones."""
     arguments = ["--config-name", translated.config_name]
     notes = []
     if not torch.cuda.is_available():
@@ -51,7 +46,7 @@ def build_command(config: SDPOConfig, overrides: Sequence[str] = ()) -> Command:
         notes.append("no CUDA device: Ray gets placeholder GPUs, and transformers samples instead of vLLM")
     if translated.unused:
         notes.append(f"no effect on verl: {', '.join(translated.unused)}")
-    environment = {"VERL_FILE_LOGGER_PATH": str(Path(config.output_dir).absolute() / METRICS)}
+    environment = {"VERL_FILE_LOGGER_PATH": str(Path(output_dir).absolute() / METRICS)}
     return Command(environment, [*arguments, *translated.overrides, *overrides], notes)
 
 

@@ -6,13 +6,13 @@ the job id after https://github.com/verl-project/verl/issues/6233; two separate 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import tempfile
 from pathlib import Path
 from typing import IO
 
 from sdpo.errors import ConfigError
+from sdpo.file_lock import FileLocked, lock_file
 
 
 def claim_sockets(job_id: str) -> IO[str]:
@@ -22,19 +22,11 @@ def claim_sockets(job_id: str) -> IO[str]:
         ConfigError: another run of this user has the lock.
     """
     path = Path(tempfile.gettempdir()) / f"sdpo-verl-{os.getuid()}-{job_id}.lock"
-    file = path.open("a+")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        owner = file.read().strip()
-        file.close()
+        return lock_file(path, f"process {os.getpid()}")
+    except FileLocked as owner:
         raise ConfigError(
-            f"another run on verl uses this machine (process {owner}), and both would sync weights to vLLM through the "
+            f"another run on verl uses this machine ({owner}), and both would sync weights to vLLM through the "
             f"same sockets, /tmp/rl-colocate-zmq-{job_id}-*; wait for its end, or start both in one Ray: "
             "'ray start --head', and RAY_ADDRESS=auto for each"
         ) from None
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return file

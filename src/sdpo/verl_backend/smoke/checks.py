@@ -104,7 +104,7 @@ def check_teacher(run: Finished) -> str:
     moved = []
     for step in range(2, STEPS + 1):
         before, saved = (load_teacher(run.folder, k) for k in (step - 1, step))
-        earlier, student = (load_followed(run.folder, k) for k in (step - 1, step))
+        earlier, student = (load_averaged_source(run.folder, k) for k in (step - 1, step))
         for name, value in before.items():
             distance, move = (weights[name].double() - value.double() for weights in (student, saved))
             error = max(error, float((move - EMA_RATE * distance).abs().max()))
@@ -146,7 +146,7 @@ def check_batch_ahead(run: Finished) -> str:
 def check_images(run: Finished) -> str:
     """Check that the last step's teacher metric is reproduced with the rows' images and not with other images."""
     most, ratio = (1e-5, 100) if run.is_exact else (2e-2, 3)
-    measured = run.read_metrics()[STEPS][metrics.TEACHER_GAP]
+    measured = run.read_metrics()[STEPS][metrics.LOGPROB_DIFF_MEAN]
     batch = load_batch_ahead(run.folder)
     model, vision = load_vision_model(run.task)
     students = read_prompts(batch)
@@ -196,7 +196,7 @@ def load_teacher(folder: Path, step: int) -> dict[str, Tensor]:
     return load_weights(folder, step, teacher=True) if deltas is None else deltas
 
 
-def load_followed(folder: Path, step: int) -> dict[str, Tensor]:
+def load_averaged_source(folder: Path, step: int) -> dict[str, Tensor]:
     """Load the average's source: the student's weights, or with LoRA the products of its adapters."""
     weights = {name.removeprefix("base_model.model."): value for name, value in load_weights(folder, step).items()}
     down, up = ".lora_A.default.weight", ".lora_B.default.weight"
@@ -237,7 +237,7 @@ def _build_teacher_prompts(vision: VisionAdapter, batch: Any) -> list[TokenPromp
     fields = batch.non_tensor_batch
     rollouts = [
         Rollout(
-            group_id=fields["uid"][i],
+            uid=fields["uid"][i],
             messages=fields["raw_prompt"][i],
             response_ids=response,
             response_mask=[1] * len(response),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from sdpo.algorithm.teacher import Teacher, follows
+from sdpo.algorithm.teacher import Teacher, is_updated
 from sdpo.config.model import LoraConfig
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.models.lora.adapters import ADAPTER, build_peft_settings, get_adapted_layers
@@ -47,7 +47,7 @@ class ShardedDeltas:
     ``values`` and ``read`` return this rank's shards [own outputs, inputs]; ``full`` has the sharded tensors.
     """
 
-    in_module = False
+    saved_with_module = False
 
     def __init__(self, student: nn.Module) -> None:
         self.full: dict[str, DTensor] = {}
@@ -60,10 +60,10 @@ class ShardedDeltas:
     def values(self) -> Mapping[str, Tensor]:
         return {name: delta.to_local() for name, delta in self.full.items()}
 
-    def read(self, student: nn.Module) -> Sequence[Tensor]:
+    def read_student(self, student: nn.Module) -> Sequence[Tensor]:
         return [_compute_own_delta(layer) for layer in get_adapted_layers(student).values()]
 
-    def apply(self) -> None:
+    def write_module(self) -> None:
         """Do nothing: the teacher's forward pass reads ``full``."""
 
     def to(self, device: str) -> None:
@@ -107,7 +107,7 @@ def build_lora_teacher(student: nn.Module, config: SelfDistillationConfig) -> Te
     """Build the teacher of a sharded student whose adapters are still zero."""
     if config.teacher_regularization == "live":
         return Teacher(None, config)
-    deltas = ShardedDeltas(student) if follows(config) else None
+    deltas = ShardedDeltas(student) if is_updated(config) else None
     return Teacher(SharedTeacher(student, deltas), config, deltas)
 
 

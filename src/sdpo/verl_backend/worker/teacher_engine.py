@@ -103,7 +103,7 @@ class TeacherEngine:
 
     def step(self) -> None:
         """Update the teacher's shards from the student's, once per rollout batch."""
-        self.teacher.step(self.student)
+        self.teacher.update(self.student)
 
     def to(self, device: str) -> None:
         """Move the teacher's own weights to the host (``cpu``) or to the device."""
