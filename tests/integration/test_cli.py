@@ -263,7 +263,8 @@ def test_a_reward_function_that_returns_no_score(
     outcome = sdpo("train", file, f"data.task={tmp_path}/task.py")
     assert outcome.code == 2
     assert outcome.err.startswith("error: data.task: scoring failed for 1 of the 1 responses")
-    assert outcome.err.endswith("InvalidRewardError: the score must be a finite number, got nan\n")
+    reason = "InvalidRewardError: the score must be a finite number, got nan"
+    assert outcome.err.endswith(f"{reason} ({tmp_path}/task.py:1)\n")
     assert outcome.err.count("\n") == 1
 
 

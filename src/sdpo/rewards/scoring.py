@@ -48,8 +48,9 @@ def score_once(task: Task, row: Row, response: str, timeout: float | None) -> Re
 
 
 def name_failure(error: BaseException, task: Task, row: Row, timeout: float | None) -> RewardFailure:
-    """Describe an exception or a timeout, with the row and the line of the task."""
-    where = find_place(error, getattr(getattr(task.compute_score, "__code__", None), "co_filename", None))
+    """Describe an exception or a timeout, with the row and a line of the task, by default the first of the function."""
+    code = getattr(task.compute_score, "__code__", None)
+    where = "" if code is None else find_place(error, code.co_filename) or f"{code.co_filename}:{code.co_firstlineno}"
     reason = f"{_describe(error, timeout)}{where and f' ({where})'}"
     return RewardFailure(f"{name_row(row)}: {reason}", f"{type(error).__name__} {where}")
 

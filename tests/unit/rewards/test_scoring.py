@@ -53,20 +53,23 @@ def scores(reward_manager: RewardManager, *responses: str) -> list[float | None]
         ("return 1 / len(response)", "ZeroDivisionError: division by zero ({file}:2)"),
         (
             "return {'': None}.get(response, 1)",
-            "InvalidRewardError: the score must be a finite number, got None",
+            "InvalidRewardError: the score must be a finite number, got None ({file}:1)",
         ),
-        ("return float(response or 'nan')", "InvalidRewardError: the score must be a finite number, got nan"),
+        (
+            "return float(response or 'nan')",
+            "InvalidRewardError: the score must be a finite number, got nan ({file}:1)",
+        ),
         (
             "return float(response or '-inf')",
-            "InvalidRewardError: the score must be a finite number, got -inf",
+            "InvalidRewardError: the score must be a finite number, got -inf ({file}:1)",
         ),
         (
             "return 1 if response else 10**999",
-            "InvalidRewardError: the score must be a finite number, got 1" + "0" * 79,
+            "InvalidRewardError: the score must be a finite number, got 1" + "0" * 79 + " ({file}:1)",
         ),
         (
             "return 1 if response else {'score': 1, 'feedback': 3}",
-            "InvalidRewardError: the feedback must be text, got 3",
+            "InvalidRewardError: the feedback must be text, got 3 ({file}:1)",
         ),
         ("return 1 if response else exit(3)", "SystemExit: 3 ({file}:2)"),
         ("return 1 if response else compute_score(row, response)", None),
