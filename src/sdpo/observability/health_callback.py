@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 HEALTH_EVENTS_FILE = "health_events.jsonl"
 
 
-class Actor(Protocol):
-    """Interface of the actions: distillation coefficient, teacher, and with a live teacher the student."""
+class HealthActions(Protocol):
+    """Actions of failed health checks: distillation coefficient, teacher, and with a live teacher the student."""
 
     @property
     def teacher_is_frozen(self) -> bool:
@@ -39,7 +39,7 @@ class HealthCallback:
 
     Args:
         monitor: runs the checks.
-        actor: carries out ``reduce_weight`` and ``freeze_teacher``.
+        actions: carries out ``reduce_weight`` and ``freeze_teacher``.
         record: stores a health event.
 
     Attributes:
@@ -50,13 +50,13 @@ class HealthCallback:
     def __init__(
         self,
         monitor: HealthMonitor,
-        actor: Actor,
+        actions: HealthActions,
         record: Callable[[Mapping[str, Any]], None],
     ) -> None:
         self.monitor = monitor
         self.stop_event: HealthEvent | None = None
         self.best_accuracy: float | None = None
-        self._actor = actor
+        self._actions = actions
         self._record = record
 
     def watch(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
@@ -69,16 +69,16 @@ class HealthCallback:
             self._act(event)
         return {
             metrics.NUM_WARNINGS: float(len(events)),
-            metrics.TEACHER_FROZEN: float(self._actor.teacher_is_frozen),
+            metrics.TEACHER_FROZEN: float(self._actions.teacher_is_frozen),
         }
 
     def track_best(self, values: Mapping[str, float]) -> None:
-        """Have the actor keep the student if these metrics have the best validation accuracy so far."""
+        """Keep the student if these metrics have the best validation accuracy so far."""
         accuracy = metrics.find_score(values)
         # The first of equal accuracies: it is furthest from a later collapse.
         if accuracy is not None and (self.best_accuracy is None or accuracy > self.best_accuracy):
             self.best_accuracy = accuracy
-            self._actor.snapshot_best()
+            self._actions.snapshot_best()
 
     def describe_stop(self) -> str | None:
         """The check that ends the run and its reason; None if no check does."""
@@ -94,9 +94,9 @@ class HealthCallback:
 
     def _act(self, event: HealthEvent) -> None:
         if event.action == "reduce_weight":
-            self._actor.reduce_distillation()
+            self._actions.reduce_distillation()
         elif event.action == "freeze_teacher":
-            self._actor.freeze_teacher()
+            self._actions.freeze_teacher()
         elif event.action == "stop":
             self.stop_event = self.stop_event or event
 

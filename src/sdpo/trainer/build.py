@@ -37,6 +37,7 @@ from sdpo.rewards.base import load_task, prepare_task
 from sdpo.rewards.manager import RewardManager
 from sdpo.trainer.actor.actor import Actor
 from sdpo.trainer.actor.build import build_actor
+from sdpo.trainer.actor.health_actions import ActorHealthActions
 from sdpo.trainer.checkpoint.resume import ResumeState, find_resume_state
 from sdpo.trainer.checkpoint.state import (
     compute_fingerprint,
@@ -78,6 +79,7 @@ class TrainerComponents:
     sampler: Sampler
     evaluator: Evaluator
     folder: RunDir
+    health_actions: ActorHealthActions
     health_callback: HealthCallback
     window: int | None
     resume_state: ResumeState | None
@@ -149,9 +151,11 @@ def build_components(config: SDPOConfig, progress: ProgressCallback) -> TrainerC
         _restore(actor, config.model, resume_state, data, has_adapters=config.lora.rank > 0)
     folder = RunDir(Path(config.output_dir), config.tracking, progress, resume_state.step if resume_state else None)
     folder.write_config(to_yaml(config), asdict(config))
-    health_callback = HealthCallback(HealthMonitor(config.health), actor, folder.log_health_event)
+    health_actions = ActorHealthActions(actor, config.health)
+    health_callback = HealthCallback(HealthMonitor(config.health), health_actions, folder.log_health_event)
     if resume_state is not None:
         health_callback.load_state_dict(resume_state.state.health_callback)
+        health_actions.best_weights = resume_state.state.best_weights
     evaluator = Evaluator(
         config.eval,
         config.self_distillation,
@@ -184,6 +188,7 @@ def build_components(config: SDPOConfig, progress: ProgressCallback) -> TrainerC
         sampler=sampler,
         evaluator=evaluator,
         folder=folder,
+        health_actions=health_actions,
         health_callback=health_callback,
         window=window,
         resume_state=resume_state,

@@ -221,6 +221,7 @@ class SDPOTrainer:
             self._health_checked,
             self._rollouts,
             parts.data,
+            parts.health_actions.best_weights,
         )
 
         def write(folder: Path) -> None:

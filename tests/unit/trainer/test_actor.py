@@ -654,5 +654,5 @@ def test_the_teacher_of_a_bfloat16_student_is_averaged_in_float32(
 
 
 def test_top_k_beyond_the_vocabulary_is_refused(model: Any, make_run: MakeRun) -> None:
-    with pytest.raises(SDPOError, match=r"distillation_topk=13 .* vocabulary of 12"):
+    with pytest.raises(SDPOError, match=r"distillation_topk=13: .* vocabulary of 12"):
         build_actor(model, make_run(self_distillation__distillation_topk=13), 0)

@@ -19,6 +19,7 @@ from sdpo.observability.health import HealthMonitor
 from sdpo.observability.health_callback import HealthCallback
 from sdpo.trainer.actor.actor import Actor
 from sdpo.trainer.actor.build import build_actor
+from sdpo.trainer.actor.health_actions import ActorHealthActions
 from sdpo.trainer.data.samples import TrainingSample
 from sdpo.trainer.trainer import SDPOTrainer
 
@@ -39,7 +40,7 @@ def record_in(folder: Path) -> Callable[[Mapping[str, Any]], None]:
 
 def build_callback(actor: Actor, folder: Path, **actions: str) -> HealthCallback:
     config = HealthConfig(window=1, min_z_score=0.0, **actions)
-    return HealthCallback(HealthMonitor(config), actor, record_in(folder))
+    return HealthCallback(HealthMonitor(config), ActorHealthActions(actor, config), record_in(folder))
 
 
 def fall(health_callback: HealthCallback) -> dict[str, float]:
@@ -67,7 +68,7 @@ def test_lower_halves_the_weight_down_to_its_floor(
     fall(build_callback(actor, tmp_path, score_collapse="reduce_weight"))
     assert actor.update_policy(samples)[metrics.DISTILLATION_COEF] == pytest.approx(0.4)
     for _ in range(5):
-        actor.reduce_distillation()
+        ActorHealthActions(actor, run.health).reduce_distillation()
     assert actor.update_policy(samples)[metrics.DISTILLATION_COEF] == pytest.approx(0.8 * 0.1)
 
 
@@ -78,7 +79,7 @@ def test_a_lowered_weight_makes_the_gradient_as_much_smaller(
     for lowered in (False, True):
         actor = build_actor(make_model(), make_run(), 0)
         if lowered:
-            actor.reduce_distillation()
+            ActorHealthActions(actor, HealthConfig()).reduce_distillation()
         norms.append(actor.update_policy(make_samples())[metrics.GRAD_NORM])
     assert norms[1] == pytest.approx(0.5 * norms[0], rel=1e-5)
 
@@ -110,7 +111,7 @@ def test_of_the_trust_region_the_initial_model_is_left(model: Any, make_run: Mak
     actor = build_actor(model, make_run(self_distillation__teacher_regularization="trust-region"), 0)
     assert actor.teacher is not None
     assert len(actor.teacher.policy(actor.student)) == 2
-    actor.freeze_teacher()
+    ActorHealthActions(actor, HealthConfig()).freeze_teacher()
     assert [(module, share) for module, share in actor.teacher.policy(actor.student)] == [(actor.teacher.module, 1.0)]
 
 
@@ -155,7 +156,8 @@ def test_a_failed_check_is_logged_and_recorded(
     model: Any, make_run: MakeRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     monitor = HealthMonitor(HealthConfig(window=1, min_z_score=0.0, score_collapse="stop"))
-    health_callback = HealthCallback(monitor, build_actor(model, make_run(), 0), record_in(tmp_path))
+    actions = ActorHealthActions(build_actor(model, make_run(), 0), HealthConfig())
+    health_callback = HealthCallback(monitor, actions, record_in(tmp_path))
     fall(health_callback)
     reason = "training score fell from 1 to 0.5 (means of 1 steps)"
     assert caplog.messages == [f"step 2: health.score_collapse=stop: {reason}; stopping the run after this step"]

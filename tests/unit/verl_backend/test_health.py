@@ -21,6 +21,7 @@ from sdpo.observability.health_callback import HealthCallback
 from sdpo.observability.progress import NullCallback
 from sdpo.rewards.toy.hidden_rule import build_tokenizer
 from sdpo.trainer.actor.build import build_actor
+from sdpo.trainer.actor.health_actions import ActorHealthActions
 from sdpo.trainer.checkpoint.manager import prune_checkpoints, save_checkpoint
 from sdpo.trainer.data.samples import TrainingSample, summarize_samples
 from sdpo.trainer.logging.run_dir import RunDir
@@ -113,13 +114,14 @@ def test_the_same_metrics_raise_the_same_events_on_both_backends(
     }
     run = make_run(output_dir=str(tmp_path / "native"), **{f"health__{name}": value for name, value in health.items()})
     actor, folder = build_actor(model, run, 0), RunDir(Path(run.output_dir), run.tracking, NullCallback())
-    health_callback = HealthCallback(HealthMonitor(run.health), actor, folder.log_health_event)
+    actions = ActorHealthActions(actor, run.health)
+    health_callback = HealthCallback(HealthMonitor(run.health), actions, folder.log_health_event)
     batch, workers = build_teacher_batch(), Workers()
     on_verl = RunHealth(build_config(tmp_path / "verl", health=health), batch, workers, None)
     for step, row in enumerate(make_rows(seed), start=1):
         assert on_verl.check(step, row) == health_callback.watch(step, row)
         assert batch.factor == actor.distillation_scale
-        assert ("freeze_teacher" in workers.calls) == actor.teacher_is_frozen
+        assert ("freeze_teacher" in workers.calls) == actions.teacher_is_frozen
     folder.close()
     raised = (tmp_path / "verl" / "health_events.jsonl").read_text()
     assert raised == (tmp_path / "native" / "health_events.jsonl").read_text()

@@ -10,24 +10,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sdpo.algorithm.aggregation import compute_distillation_coef, compute_token_weights
-from sdpo.algorithm.batch import TokenBatch
-from sdpo.algorithm.importance_sampling import compute_rollout_ratio
 from sdpo.algorithm.regularization import Regularization
-from sdpo.algorithm.sums import Sums, add_sums, mean_of
+from sdpo.algorithm.sums import Sums, add_sums
 from sdpo.algorithm.teacher import Teacher
 from sdpo.config.actor import ActorConfig
-from sdpo.config.monitoring import HealthConfig
 from sdpo.config.rollout import RolloutCorrectionConfig
 from sdpo.config.self_distillation import SelfDistillationConfig
-from sdpo.kernels.chunked_log_probs import LinearHead
-from sdpo.kernels.dispatch import fused_linear_sdpo_loss
-from sdpo.kernels.fused_linear_loss import FusedOutputs
 from sdpo.models.multimodal.feature_cache import ImageFeatureCache
 from sdpo.observability import metrics
 from sdpo.observability.confidence import ClusteredMean, name_interval
-from sdpo.trainer.actor.collate import Collator, MicroBatch
+from sdpo.trainer.actor.collate import Collator
 from sdpo.trainer.actor.forward import PolicyForward
 from sdpo.trainer.actor.log_probs import LogProbs, compute_log_probs, estimate_reference_kl
+from sdpo.trainer.actor.micro_batch_loss import MicroBatchLoss
 from sdpo.trainer.actor.oom import TokenBudget
 from sdpo.trainer.actor.optimization import Optimization
 from sdpo.trainer.actor.schedule import StepSchedule
@@ -47,13 +42,12 @@ class Actor:
         collator: builds tensors from samples.
         budget: tokens per micro-batch.
         optimization: optimizer and learning rate schedule.
-        config, loss, correction, health: config sections.
+        config, loss, correction: config sections.
         schedule: sizes of mini-batches and lengths of the run.
 
     Attributes:
         version: number of completed training steps.
         distillation_scale: factor of the scheduled distillation coefficient; health checks reduce it.
-        best: trained weights of the student at its best evaluation so far; None without a copy.
     """
 
     def __init__(
@@ -70,7 +64,6 @@ class Actor:
         loss: SelfDistillationConfig,
         correction: RolloutCorrectionConfig,
         schedule: StepSchedule,
-        health: HealthConfig,
     ) -> None:
         self.student = student
         self.teacher = teacher
@@ -83,15 +76,11 @@ class Actor:
         self.optimizer = optimization.optimizer
         self.config = config
         self.loss = loss
-        self.correction = correction
         self.schedule = schedule
-        self.regularization = Regularization(config.kl_loss_coef or None, config.kl_loss_type, config.entropy_coeff)
+        regularization = Regularization(config.kl_loss_coef or None, config.kl_loss_type, config.entropy_coeff)
+        self.micro_batch_loss = MicroBatchLoss(forward, loss, correction, regularization)
         self.version = 0
         self.distillation_scale = 1.0
-        self.best: dict[str, Tensor] | None = None
-        self._health = health
-
-    # --- one training step
 
     def update_policy(
         self, samples: Sequence[TrainingSample], before_update: Callable[[], None] = lambda: None
@@ -198,11 +187,14 @@ class Actor:
         policy_weights = compute_token_weights(lengths, mode, horizon)
         distillation_weights = compute_token_weights(lengths * distilled, mode, horizon)
         distillation_weights = distillation_weights * torch.tensor([s.distillation_weight for s in samples])
+        teacher = self.teacher.policy(self.student) if self.teacher is not None else ()
         sums: Sums = {}
         for piece in self.budget.split(samples):
             batch = self.collator.collate([samples[i] for i in piece])
             weights = [w[piece].to(self.device)[batch.sample_index] for w in (policy_weights, distillation_weights)]
-            outputs, more = self._compute_loss(batch, log_probs.select(piece), weights[0], weights[1], coef, images)
+            outputs, more = self.micro_batch_loss.compute(
+                batch, teacher, log_probs.select(piece), weights[0], weights[1], coef, images
+            )
             checked = (outputs.token_losses, outputs.student_log_probs, batch.rollout_log_probs)
             broken = ~torch.stack([torch.isfinite(values) for values in checked]).all(0)
             if bool(broken.any()):
@@ -218,104 +210,8 @@ class Actor:
             images.backward()
         return sums, set()
 
-    def _compute_loss(
-        self,
-        batch: MicroBatch,
-        log_probs: LogProbs,
-        policy_weights: Tensor,
-        distillation_weights: Tensor,
-        coef: float,
-        images: ImageFeatureCache | None,
-    ) -> tuple[FusedOutputs, Sums]:
-        student = self.forward.read_student(batch, images)
-        teacher = self._read_teacher(batch, images)
-        old, ref = log_probs.pack()
-        level = self.correction.rollout_is
-        if level == "sequence" and old is None:
-            old = self.forward.score(student, batch)  # the weight of a token needs all tokens of its sequence
-        # If old is None, the student is the old policy; the loss computes its log-probabilities.
-        weights = self._compute_rollout_is_weights(old, batch)[0] if old is not None else None
-        outputs = fused_linear_sdpo_loss(
-            student,
-            teacher,
-            TokenBatch(
-                sampled_ids=batch.sampled_ids,
-                old_log_probs=old,
-                policy_weights=policy_weights,
-                advantages=batch.advantages,
-                rollout_is_weights=weights,
-                rollout_log_probs=batch.rollout_log_probs if old is None and level == "token" else None,
-                rollout_is_threshold=self.correction.rollout_is_threshold,
-                distilled=batch.distilled,
-                distillation_weights=distillation_weights,
-                distillation_coef=coef,
-                ref_log_probs=ref,
-                regularization=self.regularization,
-            ),
-            self.loss,
-            temperature=self.forward.temperature,
-        )
-        known = outputs.student_log_probs if old is None else old
-        return outputs, self._compute_rollout_is_weights(known, batch)[1]
-
-    @torch.no_grad()
-    def _read_teacher(self, batch: MicroBatch, images: ImageFeatureCache | None) -> list[LinearHead]:
-        if batch.teacher is None:
-            return []
-        assert self.teacher is not None
-        mixture = self.teacher.policy(self.student)
-        return [self.forward.read(module, batch.teacher, images, coefficient) for module, coefficient in mixture]
-
-    def _compute_rollout_is_weights(self, old: Tensor, batch: MicroBatch) -> tuple[Tensor | None, Sums]:
-        """Truncated importance weights (old policy / sampling policy) of the tokens, and their metrics."""
-        sums: Sums = {metrics.ROLLOUT_KL: mean_of(batch.rollout_log_probs - old)}
-        ratio = compute_rollout_ratio(old, batch.rollout_log_probs, batch.sample_index, self.correction.rollout_is)
-        if ratio is None:
-            return None, sums
-        threshold = self.correction.rollout_is_threshold
-        weights = ratio.clamp(max=threshold)
-        sums[metrics.ROLLOUT_IS_MEAN] = mean_of(weights)
-        sums[metrics.ROLLOUT_IS_CLIP_FRACTION] = mean_of((ratio > threshold).to(weights.dtype))
-        return weights, sums
-
     def _update(self) -> dict[str, float]:
         return self.optimization.step()
-
-    # --- actions of health checks
-
-    @property
-    def teacher_is_frozen(self) -> bool:
-        """Whether ``freeze_teacher`` has been called."""
-        return self.teacher is not None and self.teacher.kind != self.loss.teacher_regularization
-
-    def reduce_distillation(self) -> None:
-        """Reduce the distillation coefficient by the action ``reduce_weight``."""
-        self.distillation_scale = self._health.reduce(self.distillation_scale)
-
-    def snapshot_best(self) -> None:
-        """Keep a copy of the student's trained weights, if freezing a live teacher would restore it."""
-        if self._health.may_freeze and self.teacher is not None and self.teacher.module is None:
-            self.best = {name: param.detach().clone() for name, param in self._trained_parameters()}
-
-    @torch.no_grad()
-    def freeze_teacher(self) -> None:
-        """Stop the teacher's updates.
-
-        A live teacher becomes the reference model, since a recent student may already have collapsed. The weights of
-        the student's best evaluation are restored, since a collapsed student samples no successful rollouts.
-        """
-        if self.teacher is None:
-            return
-        if self.best is not None:
-            for name, param in self._trained_parameters():
-                param.copy_(self.best[name])
-            self.best = None
-        self.teacher.freeze(self.initial)
-
-    def _trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, param) for name, param in self.student.named_parameters() if param.requires_grad]
-
-    # --- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """State to resume from, without the weights of the student and of the teacher's module."""
@@ -325,7 +221,6 @@ class Actor:
             **self.optimization.state_dict(),
             "teacher": self.teacher.state_dict() if self.teacher is not None else None,
             "distillation_scale": self.distillation_scale,
-            "best": self.best,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], teacher_module: nn.Module | None) -> None:
@@ -334,9 +229,7 @@ class Actor:
         Args:
             teacher_module: weights of the teacher's module, if it has one.
         """
-        self.distillation_scale, self.best, self.version = (
-            state[name] for name in ("distillation_scale", "best", "version")
-        )
+        self.distillation_scale, self.version = state["distillation_scale"], state["version"]
         self.budget.max_tokens = min(self.budget.max_tokens, state["max_tokens_per_micro_batch"])
         self.optimization.load_state_dict(state)
         if self.teacher is not None:

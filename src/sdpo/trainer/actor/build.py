@@ -75,7 +75,6 @@ def build_actor(
             horizon=config.rollout.max_response_length,
             ref_kl_interval=config.health.ref_kl_interval,
         ),
-        health=config.health,
     )
 
 

@@ -41,6 +41,7 @@ class TrainingState:
         health_checked: whether the validation, if due, and the health checks of the step are done.
         rollouts: of the next step, if they are sampled before this step's update; else None.
         data: fingerprint of the training rows (``compute_fingerprint``).
+        best_weights: see ``ActorHealthActions.best_weights``.
         random: states of the generators of torch, numpy and Python; tasks may use them.
     """
 
@@ -50,12 +51,13 @@ class TrainingState:
     health_checked: bool
     rollouts: RolloutBatch | None
     data: str
+    best_weights: dict[str, torch.Tensor] | None = None
     random: dict[str, Any] = field(default_factory=lambda: get_random_states())
 
     def save(self, folder: Path) -> None:
         content = {
             name: getattr(self, name)
-            for name in ("actor", "health_callback", "row", "health_checked", "data", "random")
+            for name in ("actor", "health_callback", "row", "health_checked", "data", "best_weights", "random")
         }
         torch.save({**content, "rollouts": asdict(self.rollouts) if self.rollouts else None}, folder / FILE)
 

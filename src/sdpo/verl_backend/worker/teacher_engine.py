@@ -130,7 +130,7 @@ class TeacherEngine:
                 heads.append(TeacherHead(compute_at_head(module, inputs, rows, keep), is_shared))
             for each in module.modules():
                 if isinstance(each, FSDPModule):
-                    each.reshard()  # ``Teacher.step`` reads shards, which gathered weights would hide
+                    each.reshard()  # ``Teacher.update`` reads shards, which gathered weights would hide
         return heads
 
     def _keep_head(self, head: LinearHead, coefficient: float, with_weight: bool) -> LinearHead:
