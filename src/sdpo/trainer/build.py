@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,15 +10,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from sdpo.config.data import DataConfig
 from sdpo.config.loader import flatten_keys, to_yaml
 from sdpo.config.model import ModelConfig
-from sdpo.config.rollout import RolloutConfig
+from sdpo.config.monitoring import HealthConfig
 from sdpo.config.root import SDPOConfig
 from sdpo.errors import ConfigError
-from sdpo.models.generation.sampling import SamplingParams
 from sdpo.models.loading import (
     count_embeddings,
-    get_stop_token_ids,
     get_window,
     load_model,
     load_tokenizer,
@@ -48,11 +46,9 @@ from sdpo.trainer.checkpoint.state import (
 from sdpo.trainer.data.prompts import Prompt, RandomSampler, load_prompts
 from sdpo.trainer.evaluator import Evaluator
 from sdpo.trainer.logging.run_dir import RunDir, require_idle
-from sdpo.trainer.rollout.base import Engine, Sampler
-from sdpo.trainer.rollout.hf_engine import TransformersEngine
-from sdpo.trainer.rollout.local import LocalSampler
-from sdpo.trainer.rollout.process import ProcessSampler
-from sdpo.trainer.rollout.vllm_engine import VllmEngine, require_vllm
+from sdpo.trainer.rollout.base import Sampler
+from sdpo.trainer.rollout.build import build_sampler, build_sampling_params
+from sdpo.trainer.rollout.vllm_engine import require_vllm
 from sdpo.trainer.rollout.weight_sync import copy_parameters
 
 logger = logging.getLogger(__name__)
@@ -104,6 +100,7 @@ def build_components(config: SDPOConfig, progress: ProgressCallback) -> TrainerC
     torch.manual_seed(config.seed)
     require_idle(Path(config.output_dir))
     resume_state = find_resume_state(config)
+    checkpoint = resume_state.checkpoint if resume_state else None
     actor_device = resolve_device(config.actor.device, "actor.device")
     sampler_device = resolve_device(config.rollout.device, "rollout.device")
     if config.rollout.engine == "vllm":
@@ -113,49 +110,30 @@ def build_components(config: SDPOConfig, progress: ProgressCallback) -> TrainerC
     task = load_task(config.data.task, config.data.task_args)
     prepare_task(task, progress)
     reward_manager = RewardManager(task, config.reward)
+
     text_tokenizer = load_tokenizer(config.model)
     reader = load_reader(config.model, config.data.max_pixels)
     if reader is not None and config.rollout.engine == "vllm":
         raise ConfigError("rollout.engine=vllm does not sample from models that read images yet; use transformers")
-    checkpoint = resume_state.checkpoint if resume_state else None
+    tokenizer: Tokenizer = reader or text_tokenizer
     student = load_student(config.model, config.lora, checkpoint, actor_device)
+    require_same_vocabulary(student, text_tokenizer, config.model.path)
     vision = VisionAdapter(student, reader) if reader is not None else None
     if config.actor.freeze_vision_tower:
         _freeze_vision_tower(student, vision)
-    require_same_vocabulary(student, text_tokenizer, config.model.path)
-    tokenizer: Tokenizer = reader or text_tokenizer
     window = get_window(student)
-    load = partial(
-        load_prompts,
-        config=config.data,
-        tokenizer=tokenizer,
-        progress=progress,
-        window=window,
-        max_response_length=config.rollout.max_response_length,
-    )
-    prompts, validation = (
-        load(config.data.train_files, "data.train_files"),
-        load(config.data.val_files, "data.val_files"),
-    )
+    prompts, validation = _load_prompts(config.data, tokenizer, window, config.rollout.max_response_length, progress)
     _require_known_tokens([*prompts, *validation], count_embeddings(student))
-    sampling = _build_sampling_params(
-        config.rollout,
-        student,
-        text_tokenizer,
-        vision,
-        dtype=config.sampling_dtype if config.sampling_dtype != config.model.dtype else None,
-    )
+
+    sampling_dtype = config.sampling_dtype if config.sampling_dtype != config.model.dtype else None
+    sampling = build_sampling_params(config.rollout, student, text_tokenizer, vision, sampling_dtype)
     actor = build_actor(student, config, sampling.pad_token_id, vision)
     data = compute_fingerprint(prompts)
     if resume_state is not None:
         _restore(actor, config.model, resume_state, data, has_adapters=config.lora.rank > 0)
     folder = RunDir(Path(config.output_dir), config.tracking, progress, resume_state.step if resume_state else None)
     folder.write_config(to_yaml(config), asdict(config))
-    health_actions = ActorHealthActions(actor, config.health)
-    health_callback = HealthCallback(HealthMonitor(config.health), health_actions, folder.log_health_event)
-    if resume_state is not None:
-        health_callback.load_state_dict(resume_state.state.health_callback)
-        health_actions.best_weights = resume_state.state.best_weights
+    health_actions, health_callback = _build_health(config.health, actor, folder, resume_state)
     evaluator = Evaluator(
         config.eval,
         config.self_distillation,
@@ -167,7 +145,7 @@ def build_components(config: SDPOConfig, progress: ProgressCallback) -> TrainerC
         vision,
     )
     needed = config.data.max_prompt_length + config.rollout.max_response_length
-    sampler = _build_sampler(
+    sampler = build_sampler(
         config.rollout,
         replace(config.model, dtype=config.sampling_dtype),
         student,
@@ -203,24 +181,30 @@ def _freeze_vision_tower(student: PreTrainedModel, vision: VisionAdapter | None)
     freeze_vision_tower(student)
 
 
-def _build_sampling_params(
-    config: RolloutConfig,
-    student: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    vision: VisionAdapter | None,
-    dtype: str | None,
-) -> SamplingParams:
-    return SamplingParams(
-        n=config.n,
-        max_new_tokens=config.max_response_length,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        batch_size=config.max_num_seqs,
-        stop_token_ids=get_stop_token_ids(student, tokenizer),
-        pad_token_id=int(tokenizer.pad_token_id),
-        suppress_tokens=vision.placeholder_ids if vision is not None else (),
-        dtype=getattr(torch, dtype) if dtype is not None else None,
+def _load_prompts(
+    config: DataConfig, tokenizer: Tokenizer, window: int | None, max_response_length: int, progress: ProgressCallback
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Load the prompts of training and of validation."""
+    load = partial(
+        load_prompts,
+        config=config,
+        tokenizer=tokenizer,
+        progress=progress,
+        window=window,
+        max_response_length=max_response_length,
     )
+    return load(config.train_files, "data.train_files"), load(config.val_files, "data.val_files")
+
+
+def _build_health(
+    config: HealthConfig, actor: Actor, folder: RunDir, resume_state: ResumeState | None
+) -> tuple[ActorHealthActions, HealthCallback]:
+    actions = ActorHealthActions(actor, config)
+    callback = HealthCallback(HealthMonitor(config), actions, folder.log_health_event)
+    if resume_state is not None:
+        callback.load_state_dict(resume_state.state.health_callback)
+        actions.best_weights = resume_state.state.best_weights
+    return actions, callback
 
 
 def _restore(actor: Actor, config: ModelConfig, resume_state: ResumeState, data: str, *, has_adapters: bool) -> None:
@@ -245,37 +229,3 @@ def _require_known_tokens(prompts: list[Prompt], num_embeddings: int) -> None:
                 f"{prompt.row.origin}: its prompt has token {largest}, but the model of model.path has only "
                 f"{num_embeddings} embeddings; its tokenizer's files and its weights do not belong together"
             )
-
-
-def _build_sampler(
-    config: RolloutConfig,
-    model: ModelConfig,
-    student: PreTrainedModel,
-    sampling: SamplingParams,
-    device: torch.device,
-    vision: VisionAdapter | None,
-    *,
-    max_length: int,
-    max_pixels: int,
-    overlaps: bool,
-) -> Sampler:
-    """Build the sampler.
-
-    It runs in a second process if sampling overlaps with training. It uses the student's weights without a copy if it
-    runs in this process, on the student's device, and with transformers.
-
-    Args:
-        model: with the data type for sampling.
-        max_length: of prompt and response, in tokens.
-    """
-    is_vllm = config.engine == "vllm"
-    build_engine: Callable[[], Engine] = partial(TransformersEngine.from_config, model, sampling, device, max_pixels)
-    if is_vllm:
-        build_engine = partial(VllmEngine, model, sampling, device, max_length, config.kv_cache_memory_gib)
-    if overlaps:
-        return ProcessSampler(
-            student, build_engine, config.num_threads, verify_weights=is_vllm, max_restarts=config.max_restarts
-        )
-    if is_vllm or device != student.device:
-        return LocalSampler(build_engine(), verify_weights=is_vllm)
-    return LocalSampler(TransformersEngine(student, sampling, vision, is_student=True))
