@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sdpo.algorithm.aggregation import compute_token_weights
 from sdpo.algorithm.batch import TokenBatch
+from sdpo.algorithm.regularization import Regularization
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.kernels.chunked_log_probs import LinearHead, softmax_type
 from sdpo.kernels.dispatch import fused_linear_sdpo_loss
@@ -28,6 +29,10 @@ def fused_self_distillation_loss(
     rollout_is_weights: Tensor | None = None,
     advantages: Tensor | None = None,
     self_distillation_mask: Tensor | None = None,
+    ref_log_probs: Tensor | None = None,
+    kl_loss_coef: float = 0.0,
+    kl_loss_type: str = "low_var_kl",
+    entropy_coeff: float = 0.0,
     temperature: float = 1.0,
     softcap: float | None = None,
     student_bias: Tensor | None = None,
@@ -49,8 +54,12 @@ def fused_self_distillation_loss(
         old_log_probs: [N], required unless ``is_clip`` is None.
         rollout_is_weights: [N], truncated importance weights old policy / sampler.
         advantages: [N]. With advantages the loss is w * GRPO + (1 - w) * distillation, w = ``policy_loss_weight``;
-            without, it is the distillation loss alone and ``policy_loss_weight`` is ignored.
+            without, it is the distillation loss and ``policy_loss_weight`` is ignored.
         self_distillation_mask: [N], 1 at distilled tokens; by default all counted tokens.
+        ref_log_probs: [N], the reference model's, at the same temperature; required if ``kl_loss_coef`` > 0.
+        kl_loss_coef, kl_loss_type: weight >= 0 of KL(student || reference) over all counted tokens, which is added, and
+            its estimator (``sdpo.algorithm.regularization.estimate_kl``).
+        entropy_coeff: weight >= 0 of the student's entropy over all counted tokens, which is subtracted.
         temperature: of the sampler, > 0; divides the logits of student and teacher.
         softcap: logits -> softcap * tanh(logits / softcap) for student and teacher, > 0.
         student_bias, teacher_bias: [V], the heads' biases.
@@ -61,7 +70,8 @@ def fused_self_distillation_loss(
         tokens the loss is exactly 0, with a zero gradient.
 
     Raises:
-        ValueError: ``old_log_probs`` is None, but ``is_clip`` requires it.
+        ValueError: ``old_log_probs`` is None, but ``is_clip`` requires it; or ``ref_log_probs`` is None, but
+            ``kl_loss_coef`` requires it.
 
     Tokens with a non-finite value are left out and counted in ``self_distillation/nonfinite_samples``; this function
     treats each token as a sample.
@@ -71,12 +81,19 @@ def fused_self_distillation_loss(
         config = replace(config, policy_loss_weight=0.0)
     if config.is_clip is not None and old_log_probs is None:
         raise ValueError("old_log_probs is required by these settings (is_clip)")
+    regularization = None
+    if kl_loss_coef or entropy_coeff:
+        regularization = Regularization(kl_loss_coef or None, kl_loss_type, entropy_coeff)
+    if not kl_loss_coef:
+        ref_log_probs = None
+    elif ref_log_probs is None:
+        raise ValueError(f"ref_log_probs is required by kl_loss_coef={kl_loss_coef:g}")
     counted = loss_mask.bool()
     distilled = counted if self_distillation_mask is None else counted & self_distillation_mask.bool()
-    if advantages is None:
+    if advantages is None and regularization is None:
         counted = distilled
     num_counted = counted.sum()
-    for given in (old_log_probs, rollout_is_weights, advantages):
+    for given in (old_log_probs, rollout_is_weights, advantages, ref_log_probs):
         if given is not None:
             counted = counted & torch.isfinite(given)
     while True:
@@ -93,6 +110,8 @@ def fused_self_distillation_loss(
                 rollout_is_weights=None if rollout_is_weights is None else _take(rollout_is_weights, rows).detach(),
                 distilled=_take(distilled, rows),
                 distillation_weights=_average(distilled, student_hidden).expand(len(rows)),
+                ref_log_probs=None if ref_log_probs is None else _take(ref_log_probs, rows),
+                regularization=regularization,
             ),
             config,
             temperature=temperature,

@@ -469,6 +469,45 @@ def test_the_public_blend_averages_each_part_over_its_own_tokens() -> None:
     assert results[0.3][2][metrics.ADVANTAGES_MEAN] == pytest.approx(float(case.advantages[mask].mean()))
 
 
+@pytest.mark.parametrize("advantages", [True, False])
+def test_the_public_terms_for_kl_and_entropy_are_averaged_over_all_counted_tokens(advantages: bool) -> None:
+    """Alone, from the distributions: 0.3 KL - 0.2 H, over the mask and not only over distilled tokens."""
+    case = make_case()
+    mask, distilled = (torch.tensor(values, dtype=torch.bool) for values in MASKS["some"])
+    reference = case.old + 0.5 * case.advantages
+    terms = {"ref_log_probs": reference, "kl_loss_coef": 0.3, "kl_loss_type": "k3", "entropy_coeff": 0.2}
+    given = {"advantages": case.advantages} if advantages else {}
+    config = SelfDistillationConfig(alpha=0.5, policy_loss_weight=0.4)
+    student = case.student()
+    log_ratio = student.gather(-1, case.ids[:, None])[:, 0] - reference
+    kl = (torch.exp(-log_ratio) - 1.0 + log_ratio)[mask].mean()
+    entropy = -(student.exp() * student).sum(-1)[mask].mean()
+    (0.3 * kl - 0.2 * entropy).backward()
+    expected = case.gradients()
+    base, _ = run_fused(case, config, mask, distilled, 2, **given)
+    base.backward()
+    expected = [term + rest for term, rest in zip(expected, case.gradients(), strict=True)]
+    loss, values = run_fused(case, config, mask, distilled, 2, **given, **terms)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(float((base + 0.3 * kl - 0.2 * entropy).detach()), abs=1e-12)
+    for result, wanted in zip(case.gradients(), expected, strict=True):
+        torch.testing.assert_close(result, wanted, rtol=0.0, atol=1e-12)
+    assert values[metrics.KL_LOSS] == pytest.approx(float(kl.detach()), abs=1e-12)
+    assert values[metrics.ENTROPY] == pytest.approx(float(entropy.detach()), abs=1e-12)
+
+
+def test_kl_needs_the_reference_s_log_probabilities_and_drops_tokens_without_one() -> None:
+    case, mask = make_case(), torch.ones(N)
+    with pytest.raises(ValueError, match=r"ref_log_probs is required by kl_loss_coef=0\.3"):
+        run_fused(case, SelfDistillationConfig(), mask, mask, 3, kl_loss_coef=0.3)
+    reference = case.old.clone()
+    reference[2] = torch.nan
+    _, values = run_fused(case, SelfDistillationConfig(), mask, mask, 3, kl_loss_coef=0.3, ref_log_probs=reference)
+    assert values[metrics.NONFINITE_SAMPLES] == 1.0
+    _, values = run_fused(case, SelfDistillationConfig(), mask, mask, 3, ref_log_probs=reference)
+    assert values[metrics.NONFINITE_SAMPLES] == 0.0, "without the term its values are not read"
+
+
 # What is not finite, not needed, not given
 
 
