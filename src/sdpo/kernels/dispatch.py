@@ -28,7 +28,8 @@ def fused_linear_sdpo_loss(
 ) -> FusedOutputs:
     """``fused_linear_loss.fused_linear_sdpo_loss``, by CUDA kernels if the hidden states' device and type allow."""
     compute = fused_linear_loss.fused_linear_sdpo_loss
-    kind = (config.alpha, config.full_logit_distillation, config.distillation_topk is not None)
+    has_topk = config.distillation_topk is not None
+    kind = (config.alpha, config.full_logit_distillation, has_topk, batch.has_entropy_term)
     if has_cuda_kernels(student.hidden) and kernels_agree(student.hidden.device, student.hidden.dtype, *kind):
         from sdpo.kernels.cuda.fused_loss import fused_linear_sdpo_loss as compute
     return compute(student, teacher, batch, config, temperature=temperature, chunk_size=chunk_size)

@@ -13,10 +13,13 @@ import torch
 pytest.importorskip("triton", reason="has no wheel for this system")
 
 from sdpo.algorithm.batch import TokenBatch
+from sdpo.algorithm.regularization import Regularization
 from sdpo.kernels import dispatch, fused_linear_loss, self_check
 from sdpo.kernels.cuda import fused_loss
 from sdpo.kernels.self_check import kernels_agree
 
+# alpha, full_logit_distillation, whether distillation_topk is set
+KINDS = [(0.0, True, False), (0.5, True, False), (1.0, False, False), (0.5, True, True)]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -28,7 +31,7 @@ def forget() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", [(0.0, True, False), (0.5, True, False), (1.0, False, False), (0.5, True, True)])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_kernels_agree(kind: tuple[float, bool, bool], dtype: torch.dtype) -> None:
     before = torch.get_rng_state()
     with warnings.catch_warnings():
@@ -53,6 +56,34 @@ def test_others_are_not_used(wrong: Any, reason: str, monkeypatch: pytest.Monkey
         assert not kernels_agree(DEVICE, torch.float32, 0.5)
         assert not kernels_agree(DEVICE, torch.float32, 0.5)
     assert [w.category for w in caught].count(UserWarning) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS[2:])  # the smallest fraction of the gradient, and the top k's separate path
+def test_an_entropy_term_is_checked_too(kind: tuple[float, bool, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the kernel's entropy part, losses and scores are right, and the gradient is not."""
+    assert kernels_agree(DEVICE, torch.float32, *kind, has_entropy=True)
+    write = fused_loss.write_logits_gradient
+
+    def write_without(*args: Any, **how: Any) -> None:
+        write(*args[:-1], args[-1][:3], **how)
+
+    monkeypatch.setattr(fused_loss, "write_logits_gradient", write_without)
+    kernels_agree.cache_clear()
+    with pytest.warns(UserWarning, match="its gradient by hidden states differs by"):
+        assert not kernels_agree(DEVICE, torch.float32, *kind, has_entropy=True)
+
+
+def test_the_check_is_of_the_loss_that_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = []
+    monkeypatch.setattr(dispatch, "has_cuda_kernels", lambda hidden: True)
+    monkeypatch.setattr(dispatch, "kernels_agree", lambda device, dtype, *kind: bool(kinds.append(kind)))
+    monkeypatch.setattr(fused_linear_loss, "fused_linear_sdpo_loss", lambda *args, **how: None)
+    config = self_check.SelfDistillationConfig(alpha=0.5, distillation_topk=3)
+    student = fused_linear_loss.LinearHead(torch.zeros(2, 3), torch.zeros(5, 3))
+    for regularization in (None, Regularization(0.1, "kl", 0.0), Regularization(None, "kl", 0.1)):
+        tokens = TokenBatch(torch.zeros(2, dtype=torch.long), regularization=regularization)
+        dispatch.fused_linear_sdpo_loss(student, [], tokens, config)
+    assert kinds == [(0.5, True, True, False), (0.5, True, True, False), (0.5, True, True, True)]
 
 
 def test_the_portable_form_steps_in(monkeypatch: pytest.MonkeyPatch) -> None:
