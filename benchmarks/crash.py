@@ -2,9 +2,9 @@
 
     python benchmarks/crash.py              # 32 kills, about six minutes
 
-Each setting (in turn or overlapped; all weights or LoRA) runs once without interruption, and once with SIGKILL at
-random moments of training, saving and weight sync, each followed by a resume. At the end weights, teacher, AdamW's
-moments and metrics of both must be equal, bit for bit.
+Each mode (sampling and training in turn or overlapped; all weights or LoRA) runs once without interruption, and once
+with SIGKILL at random moments of training, saving and weight sync. A resume follows each kill. At the end the weights,
+the teacher, AdamW's moments and the metrics of both runs must be equal, bit for bit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from record import print_table, save
 
 CONFIG = Path(__file__).parent.parent / "configs" / "hidden_rule.yaml"
 PHASES = ("training", "saving", "weight sync")
-WAYS = {
+MODES = {
     "in turn": ["max_staleness=0"],
     "overlapped": ["max_staleness=1", "rollout.num_threads=1"],
     "in turn, LoRA": ["max_staleness=0", "lora.rank=4"],
@@ -47,84 +47,84 @@ SETTINGS = [
 ]
 
 
-def die() -> None:
+def kill_self() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_in_training(rng: random.Random) -> None:
-    """At any moment of a few steps, including saving and weight sync."""
+def kill_in_training(rng: random.Random) -> None:
+    """Kill the process at a random moment of the first steps, which include saving and weight sync."""
     from sdpo.trainer.actor.actor import Actor
 
-    learn = Actor.update_policy
+    update_policy = Actor.update_policy
 
-    def learn_for_a_while(*arguments: Any, **how: Any) -> Any:
-        if not hasattr(die_in_training, "timer"):
-            die_in_training.timer = threading.Timer(rng.uniform(0, 1.5), die)  # type: ignore[attr-defined]
-            die_in_training.timer.start()  # type: ignore[attr-defined]
-        return learn(*arguments, **how)
+    def update_policy_with_timer(*args: Any, **kwargs: Any) -> Any:
+        if not hasattr(kill_in_training, "timer"):
+            kill_in_training.timer = threading.Timer(rng.uniform(0, 1.5), kill_self)  # type: ignore[attr-defined]
+            kill_in_training.timer.start()  # type: ignore[attr-defined]
+        return update_policy(*args, **kwargs)
 
-    Actor.update_policy = learn_for_a_while  # type: ignore[method-assign]
+    Actor.update_policy = update_policy_with_timer  # type: ignore[method-assign]
 
 
-def die_in_saving(rng: random.Random) -> None:
-    """Before a random call that writes, fsyncs or renames a checkpoint or removes an older one."""
-    left = rng.randrange(45)
+def kill_in_saving(rng: random.Random) -> None:
+    """Kill the process before a random call that writes, fsyncs or renames a checkpoint or removes an older one."""
+    calls_left = rng.randrange(45)
 
-    def counted(call: Any) -> Any:
-        def count(*arguments: Any, **how: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left < 0:
-                die()
-            return call(*arguments, **how)
+    def count_calls(call: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls_left
+            calls_left -= 1
+            if calls_left < 0:
+                kill_self()
+            return call(*args, **kwargs)
 
-        return count
+        return counted
 
     import torch
     from safetensors import torch as safetensors
 
-    os.fsync, os.rename, os.unlink = counted(os.fsync), counted(os.rename), counted(os.unlink)
-    torch.save, safetensors.save_file = counted(torch.save), counted(safetensors.save_file)
+    os.fsync, os.rename, os.unlink = count_calls(os.fsync), count_calls(os.rename), count_calls(os.unlink)
+    torch.save, safetensors.save_file = count_calls(torch.save), count_calls(safetensors.save_file)
 
 
-def die_in_weight_sync(rng: random.Random) -> None:
-    """Before, during or after the copy of the weights."""
+def kill_in_weight_sync(rng: random.Random) -> None:
+    """Kill the process before, during or after the copy of the weights."""
     from sdpo.trainer.rollout import weight_sync
     from sdpo.trainer.rollout.local import LocalSampler
 
-    calls_left, part = rng.randrange(4), rng.random()
+    calls_left, fraction = rng.randrange(4), rng.random()
 
-    def write_a_part(shared: weight_sync.SharedWeights, *arguments: Any) -> None:
+    def write_partially(shared: weight_sync.SharedWeights, *args: Any) -> None:
         nonlocal calls_left
         calls_left -= 1
         tensors = dict(shared.tensors)
         if calls_left < 0:
-            for name in list(tensors)[: int(part * len(tensors))]:
-                tensors[name].fill_(part)
-            die()
-        write(shared, *arguments)
+            for name in list(tensors)[: int(fraction * len(tensors))]:
+                tensors[name].fill_(fraction)
+            kill_self()
+        write(shared, *args)
 
-    def load_weights(sampler: LocalSampler, *arguments: Any) -> None:
+    def load_weights(sampler: LocalSampler, *args: Any) -> None:
         nonlocal calls_left
         calls_left -= 1
-        if calls_left < 0 and part < 0.5:
-            die()
-        load(sampler, *arguments)
+        if calls_left < 0 and fraction < 0.5:
+            kill_self()
+        load(sampler, *args)
         if calls_left < 0:
-            die()
+            kill_self()
 
     write, load = weight_sync.SharedWeights.write, LocalSampler.load_weights
-    weight_sync.SharedWeights.write = write_a_part  # type: ignore[method-assign]
+    weight_sync.SharedWeights.write = write_partially  # type: ignore[method-assign]
     LocalSampler.load_weights = load_weights  # type: ignore[method-assign]
 
 
 def run_child(overrides: list[str], phase: str, seed: int) -> None:
-    """Run in a process that is killed in the given phase, if any."""
+    """Train in this process and kill it in the given phase, if any."""
     from sdpo import SDPOTrainer, load_config
 
-    die_in = {"training": die_in_training, "saving": die_in_saving, "weight sync": die_in_weight_sync}
-    if phase in die_in:
-        die_in[phase](random.Random(seed))
+    schedule_kill = {"training": kill_in_training, "saving": kill_in_saving, "weight sync": kill_in_weight_sync}
+    if phase in schedule_kill:
+        schedule_kill[phase](random.Random(seed))
     SDPOTrainer(load_config(CONFIG, overrides)).train()
 
 
@@ -137,30 +137,30 @@ def start(overrides: list[str], phase: str = "none", seed: int = 0) -> int:
     return done.returncode
 
 
-def differ(one: Path, two: Path) -> list[str]:
-    """Names of what differs between two run folders, in any bit."""
+def find_differences(one: Path, two: Path) -> list[str]:
+    """Names of the files that differ between two run folders, metrics without timings included."""
     import torch
     from safetensors.torch import load_file
 
     found = []
-    rows = [[_without_clock(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two)]
+    rows = [[_drop_timings(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two)]
     if rows[0] != rows[1]:
         found.append("metrics.jsonl")
-    ends = [max((run / "checkpoints").glob("step_*"), key=lambda path: int(path.name[5:])) for run in (one, two)]
-    names = [sorted(p.relative_to(end).as_posix() for p in end.rglob("*.safetensors")) for end in ends]
+    checkpoints = [max((run / "checkpoints").glob("step_*"), key=lambda path: int(path.name[5:])) for run in (one, two)]
+    names = [sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.safetensors")) for folder in checkpoints]
     if names[0] != names[1]:
         return [*found, "files"]
     for name in names[0]:
-        tensors = [load_file(end / name) for end in ends]
+        tensors = [load_file(folder / name) for folder in checkpoints]
         if not equal(*tensors):
             found.append(name)
-    states = [torch.load(end / "training_state.pt") for end in ends]
+    states = [torch.load(folder / "training_state.pt") for folder in checkpoints]
     if not equal(*(state["actor"] for state in states)) or states[0]["rollouts"] != states[1]["rollouts"]:
         found.append("training_state.pt")
     return found
 
 
-def _without_clock(line: str) -> dict[str, float]:
+def _drop_timings(line: str) -> dict[str, float]:
     return {k: v for k, v in json.loads(line).items() if not k.startswith(("timing_s/", "perf/throughput"))}
 
 
@@ -186,18 +186,19 @@ def equal(one: Any, two: Any) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=8, help="of each way of running")
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--kills", type=int, default=8, help="kills per mode")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("data/benchmark_crash"))
     options = parser.parse_args()
     rng = random.Random(options.seed)
-    place = options.folder / time.strftime("%Y%m%d_%H%M%S")
+    folder = options.folder / time.strftime("%Y%m%d_%H%M%S")
     rows: list[dict[str, Any]] = []
-    for way in options.ways:
-        common = [*SETTINGS, *WAYS[way], f"data.task_args.dir={options.folder}/task"]
-        whole, killed = (place / f"{way}_{kind}".replace(", ", "_").replace(" ", "_") for kind in ("whole", "killed"))
-        start([*common, f"output_dir={whole}"])
+    for mode in options.modes:
+        common = [*SETTINGS, *MODES[mode], f"data.task_args.dir={options.folder}/task"]
+        name = mode.replace(", ", "_").replace(" ", "_")
+        uninterrupted, killed = (folder / f"{name}_{kind}" for kind in ("uninterrupted", "killed"))
+        start([*common, f"output_dir={uninterrupted}"])
         kills: list[str] = []
         attempts = 0
         while len(kills) < options.kills:
@@ -208,12 +209,12 @@ def main() -> None:
             kills.append(phase)
         else:
             start([*common, f"output_dir={killed}"])
-        differences = differ(whole, killed)
-        rows.append({"way": way, "kills": {p: kills.count(p) for p in PHASES}, "differences": differences})
-        print(way, rows[-1]["kills"], differences or "the same", flush=True)
+        differences = find_differences(uninterrupted, killed)
+        rows.append({"way": mode, "kills": {p: kills.count(p) for p in PHASES}, "differences": differences})
+        print(mode, rows[-1]["kills"], differences or "equal", flush=True)
     tried = sum(sum(row["kills"].values()) for row in rows)
     survived = sum(sum(row["kills"].values()) for row in rows if not row["differences"])
-    columns = ["", *(f"killed in {phase}" for phase in PHASES), "differs from the uninterrupted run"]
+    columns = ["", *(f"killed in {phase}" for phase in PHASES), "differences from the uninterrupted run"]
     table = [[r["way"], *r["kills"].values(), ", ".join(r["differences"]) or "nothing"] for r in rows]
     print_table(f"Survived {survived} of {tried} kills", columns, table)
     save("crash", {"survived": survived, "tried": tried, "ways": rows})

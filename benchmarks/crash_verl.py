@@ -2,10 +2,11 @@
 
     python benchmarks/crash_verl.py         # ten kills, about ten minutes on two cores
 
-One step off policy on the CPU (``crash.py`` does the same with the native trainer). Every step is saved. All processes
-get SIGKILL at once, alternately while a checkpoint is written and at any moment of a step, each followed by a resume.
-At the end weights, teacher, AdamW's moments, the data's position and the metrics of both must be equal, bit for bit. A
-step killed after its checkpoint and before its line in metrics.jsonl has no line; these steps are counted.
+The runs train one step off policy on the CPU (``crash.py`` does the same with the native trainer) and save every step.
+The script kills all processes at once, alternately while a checkpoint is written and at a random moment of a step, and
+resumes. At the end the weights, the teacher, AdamW's moments, the data's position and the metrics of both runs must be
+equal, bit for bit. A step killed after its checkpoint and before its line in metrics.jsonl has no line; the script
+counts these steps.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from crash import CONFIG, equal
 from record import print_table, save
 
 PHASES = ("saving", "step")
-LONGEST = {"saving": 0.5, "step": 2.0}  # maximum of the seconds from the start of the phase to the kill
-LIMIT = 600  # seconds for one start
+MAX_DELAY = {"saving": 0.5, "step": 2.0}  # maximum seconds from the start of the phase to the kill
+TIMEOUT = 600  # seconds of one attempt
 NUM_STEPS = 40
 SETTINGS = [
     "max_staleness=1",
@@ -65,15 +66,15 @@ def read_step(output_dir: Path) -> int:
 
 def wait(process: psutil.Popen, output_dir: Path, phase: str | None, delay: float = 0.0) -> bool:
     """Wait for the phase and kill the run; returns False if the run ended before."""
-    end, begun_with, last = time.monotonic() + LIMIT, read_step(output_dir), None
+    deadline, first_step, last = time.monotonic() + TIMEOUT, read_step(output_dir), None
     while process.poll() is None:
-        if time.monotonic() > end:
+        if time.monotonic() > deadline:
             kill(process)
-            sys.exit(f"{output_dir}: no end after {LIMIT} s")
+            sys.exit(f"{output_dir}: the run did not end within {TIMEOUT} s")
         step = read_step(output_dir)
         is_saving = (output_dir / "checkpoints" / f"global_step_{step + 1}").exists()
-        sign = {"saving": is_saving and last == (step, False), "step": step > begun_with, None: False}[phase]
-        if sign:
+        is_due = {"saving": is_saving and last == (step, False), "step": step > first_step, None: False}[phase]
+        if is_due:
             time.sleep(delay)
             kill(process)
             return True
@@ -85,17 +86,17 @@ def wait(process: psutil.Popen, output_dir: Path, phase: str | None, delay: floa
 
 
 def kill(process: psutil.Popen) -> None:
-    family = [*process.children(recursive=True), process] if process.is_running() else []
-    for member in family:
+    processes = [*process.children(recursive=True), process] if process.is_running() else []
+    for member in processes:
         try:
             member.kill()
         except psutil.NoSuchProcess:
             continue
-    psutil.wait_procs(family, timeout=30)
+    psutil.wait_procs(processes, timeout=30)
 
 
 def read_rows(output_dir: Path) -> dict[int, dict[str, float]]:
-    """Metrics of each step without times and memory; of a step that was logged twice, the later values."""
+    """Metrics of each step without times and memory; the later values win where a step was logged twice."""
     rows: dict[int, dict[str, float]] = {}
     for path in sorted(output_dir.glob("metrics*.jsonl"), key=lambda path: path.stat().st_mtime):
         for line in path.read_text().splitlines():
@@ -105,28 +106,30 @@ def read_rows(output_dir: Path) -> dict[int, dict[str, float]]:
     return rows
 
 
-def differ(whole: Path, killed: Path) -> tuple[list[str], int]:
-    """Names of what differs between the two runs in any bit, and the number of steps without metrics in the second."""
+def find_differences(uninterrupted: Path, killed: Path) -> tuple[list[str], int]:
+    """Names of the files and steps that differ, and the number of steps that ``killed`` has not logged."""
     import torch
 
     found = []
-    ends = [run / "checkpoints" / f"global_step_{NUM_STEPS}" for run in (whole, killed)]
-    names = [sorted(p.relative_to(end).as_posix() for p in end.rglob("*") if p.is_file()) for end in ends]
+    checkpoints = [run / "checkpoints" / f"global_step_{NUM_STEPS}" for run in (uninterrupted, killed)]
+    names = [
+        sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()) for folder in checkpoints
+    ]
     if names[0] != names[1]:
         found.append("files")
     for name in sorted(set(names[0]) & set(names[1])):
-        one, two = (end / name for end in ends)
+        one, two = (folder / name for folder in checkpoints)
         if name.endswith(".pt"):
             os.environ["VERL_PLATFORM"] = "cpu"
             states = [torch.load(path, weights_only=False, map_location="cpu") for path in (one, two)]
             for state in states:
-                state.pop("rng", None)  # of the worker's process, which uses no random numbers in an update
+                state.pop("rng", None)  # an update draws no random numbers in the worker's process
             same = equal(*states)
         else:
             same = one.read_bytes() == two.read_bytes()
         if not same:
             found.append(name)
-    rows, again = read_rows(whole), read_rows(killed)
+    rows, again = read_rows(uninterrupted), read_rows(killed)
     # A resumed run starts with an evaluation, which the other run may lack.
     found += [
         f"metrics of step {step}" for step in rows if step in again and not rows[step].items() <= again[step].items()
@@ -141,24 +144,24 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("data/benchmark_crash_verl"))
     options = parser.parse_args()
     rng = random.Random(options.seed)
-    place = (options.folder / time.strftime("%Y%m%d_%H%M%S")).absolute()
-    place.mkdir(parents=True)
+    folder = (options.folder / time.strftime("%Y%m%d_%H%M%S")).absolute()
+    folder.mkdir(parents=True)
     common = [*SETTINGS, f"data.task_args.dir={options.folder.absolute()}/task"]
-    whole, killed = place / "whole", place / "killed"
-    wait(start(whole, common), whole, None)
+    uninterrupted, killed = folder / "uninterrupted", folder / "killed"
+    wait(start(uninterrupted, common), uninterrupted, None)
     print("the uninterrupted run has ended", flush=True)
     kills: list[dict[str, Any]] = []
     while len(kills) < options.kills:
         phase = PHASES[len(kills) % len(PHASES)]
-        if not wait(start(killed, common), killed, phase, rng.uniform(0.0, LONGEST[phase])):
+        if not wait(start(killed, common), killed, phase, rng.uniform(0.0, MAX_DELAY[phase])):
             break  # the run ended first
         kills.append({"phase": phase, "resumes from": read_step(killed)})
         print(kills[-1], flush=True)
     else:
         wait(start(killed, common), killed, None)
-    differences, missing = differ(whole, killed)
+    differences, missing = find_differences(uninterrupted, killed)
     rows = [[phase, sum(kill["phase"] == phase for kill in kills)] for phase in PHASES]
-    print_table(f"{len(kills)} kills; differs: {', '.join(differences) or 'nothing'}", ["killed in", ""], rows)
+    print_table(f"{len(kills)} kills; differences: {', '.join(differences) or 'nothing'}", ["killed in", ""], rows)
     print(f"metrics are missing for {missing} of {NUM_STEPS} steps")
     save("crash_verl", {"kills": kills, "differences": differences, "steps_without_metrics": missing})
 

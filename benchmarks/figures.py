@@ -1,8 +1,8 @@
-"""Validation accuracy on figures: SDPO and GRPO with equal budgets, then the trained student with exchanged images.
+"""Validation accuracy on figures: SDPO and GRPO with equal budgets, then the students on exchanged images.
 
     python benchmarks/figures.py
 
-About 15 minutes on two cores for one seed. Models, data and runs are kept in --folder and reused.
+One seed takes about 15 minutes on two cores. --folder keeps models, data and runs, and a later call reuses them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def prepare(folder: str, seed: int) -> None:
     write_rows(shuffle_images(rows, seed), Path(f"{folder}/exchanged_{seed}.parquet"))
 
 
-def learn(folder: str, config: str, seed: int, name: str) -> dict[str, Any]:
+def train_and_evaluate(folder: str, config: str, seed: int, name: str) -> dict[str, Any]:
     """Train once, then evaluate the checkpoint on the exchanged images."""
     from sdpo import SDPOTrainer, load_config
     from sdpo.observability.progress import NullCallback
@@ -46,7 +46,7 @@ def learn(folder: str, config: str, seed: int, name: str) -> dict[str, Any]:
     steps, accuracies = read_run(result.output_dir).series(ACCURACY)
 
     checkpoint = result.output_dir / "checkpoints" / f"step_{run.max_steps}"
-    parts = build_components(
+    components = build_components(
         load_config(
             CONFIGS / config,
             [
@@ -58,9 +58,9 @@ def learn(folder: str, config: str, seed: int, name: str) -> dict[str, Any]:
         ),
         NullCallback(),
     )
-    exchanged = parts.evaluator.evaluate(parts.actor.student, None)[ACCURACY]
-    parts.sampler.close()
-    parts.folder.close()
+    exchanged = components.evaluator.evaluate(components.actor.student, None)[ACCURACY]
+    components.sampler.close()
+    components.folder.close()
     return {
         "name": name,
         "seed": seed,
@@ -83,7 +83,9 @@ def main() -> None:
     run_all(prepare, [(options.folder, seed) for seed in seeds], options.workers)
     pairs = [("SDPO", "figures.yaml"), ("GRPO", "figures_grpo.yaml")]
     results = run_all(
-        learn, [(options.folder, config, seed, name) for seed in seeds for name, config in pairs], options.workers
+        train_and_evaluate,
+        [(options.folder, config, seed, name) for seed in seeds for name, config in pairs],
+        options.workers,
     )
     print_table(
         "Figures: validation exact match",

@@ -4,11 +4,11 @@
     python benchmarks/gpu_step.py --models 3B
     python benchmarks/gpu_step.py --tiny             # a trial without a GPU
 
-The model has the architecture of Qwen2.5 and random weights in bfloat16; samples are made beforehand. A phase is
-``Actor.learn`` does with the rollouts of a step: forward pass of the teacher, forward and backward pass of the
-student, loss over the full vocabulary, optimizer, teacher update. Tokens are those of student and teacher.
-Utilisation is the model's floating-point operations (without recomputation) per second of the phase, over the rate of
-large matrix products on the same GPU in the same run.
+The model has the architecture of Qwen2.5 and random weights in bfloat16. The script builds the samples before it
+measures. The training phase is ``Actor.update_policy`` on the rollouts of a step: forward pass of the teacher, forward
+and backward pass of the student, loss over the full vocabulary, optimizer, teacher update. Token counts include student
+and teacher. Utilisation is the model's floating-point operations (without recomputation) per second of the phase, over
+the rate of large matrix products on the same GPU in the same run.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ def count_operations(model: Any, lengths: Sequence[int], num_kept: int) -> int:
     """Floating-point operations of a forward pass whose output layer is computed for ``num_kept`` tokens."""
     head = model.get_output_embeddings().weight
     embeddings = {id(param): param.numel() for param in (head, model.get_input_embeddings().weight)}
-    in_layers = sum(param.numel() for param in model.parameters()) - sum(embeddings.values())
+    layer_params = sum(param.numel() for param in model.parameters()) - sum(embeddings.values())
     # Scores and weighted values: 2 operations each per pair of tokens; the causal mask leaves half of the pairs.
     # All heads together are as wide as the model.
-    a_pair = 2 * 2 * model.config.hidden_size * model.config.num_hidden_layers
-    attention = sum(a_pair * length * length // 2 for length in lengths)
-    return 2 * in_layers * sum(lengths) + attention + 2 * head.numel() * num_kept
+    per_pair = 2 * 2 * model.config.hidden_size * model.config.num_hidden_layers
+    attention = sum(per_pair * length * length // 2 for length in lengths)
+    return 2 * layer_params * sum(lengths) + attention + 2 * head.numel() * num_kept
 
 
 def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -82,37 +82,36 @@ def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         workload.write(Path(name))
         run = workload.load(Path(name), overrides)
-        parts = build_components(run, NullCallback())
-    samples = workload.build_samples(parts, run)
+        components = build_components(run, NullCallback())
+    samples = workload.build_samples(components, run)
     responses = [len(sample.response.token_ids) for sample in samples]
     student = [len(sample.prompt.token_ids) + length for sample, length in zip(samples, responses, strict=True)]
     teacher = [len(s.teacher_prompt.token_ids) + length for s, length in zip(samples, responses, strict=True)]
-    operations = [count_operations(parts.actor.student, each, sum(responses)) for each in (student, teacher)]
+    operations = [count_operations(components.actor.student, each, sum(responses)) for each in (student, teacher)]
 
-    parts.actor.update_policy(samples)
+    components.actor.update_policy(samples)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
         reset_peak()
     seconds = statistics.median(
-        time_call(device, lambda: parts.actor.update_policy(samples)) for _ in range(options.repeats)
+        time_call(device, lambda: components.actor.update_policy(samples)) for _ in range(options.repeats)
     )
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else read_peak()
-    rate = (
-        3 * operations[0] + operations[1]
-    ) / seconds  # a backward pass takes twice the operations of the forward pass
-    best = measure_products(device, options)
+    # A backward pass takes twice the operations of the forward pass.
+    rate = (3 * operations[0] + operations[1]) / seconds
+    product_rate = measure_products(device, options)
     return {
         "model": model,
-        "parameters": sum(param.numel() for param in parts.actor.student.parameters()),
+        "parameters": sum(param.numel() for param in components.actor.student.parameters()),
         "samples": len(samples),
         "response_tokens": sum(responses),
         "tokens": sum(student) + sum(teacher),
         "seconds": seconds,
         "tokens_a_second": (sum(student) + sum(teacher)) / seconds,
         "operations_a_second": rate,
-        "product_operations_a_second": best,
-        "utilisation": rate / best,
+        "product_operations_a_second": product_rate,
+        "utilisation": rate / product_rate,
         "peak_bytes": peak,
     }
 
@@ -151,7 +150,7 @@ def main() -> None:
     parser.add_argument("--max-tokens-per-micro-batch", type=int, default=16_384)
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--tiny", action="store_true", help="smallest sizes, on the CPU")
+    parser.add_argument("--tiny", action="store_true", help="run a trial with the smallest sizes on the CPU")
     parser.add_argument("--note", default="", help="other load on the machine; saved with the results")
     options = parser.parse_args()
     if options.tiny:

@@ -1,12 +1,13 @@
-"""Growth of a step's time and memory with each of its sizes: training and sampling, one size at a time, by octaves.
+"""Growth of a step's time and memory with each size of the workload, in training and in sampling.
 
     python benchmarks/growth.py            # a quarter of an hour
     python benchmarks/growth.py --axes vocabulary "prompts per step"
 
-Each point is a separate process with one thread, the fastest of several calls. Time is above the actor's time for a
-sample of one response token (optimizer and teacher, which grow with the model alone); memory is above the resident
-memory before the call, with model, teacher and optimizer loaded. The exponent is the slope of the last three points on
-logarithmic axes: 1 is linear, 0 is constant. Only attention may grow faster than linearly, with the square of a length.
+One size at a time is doubled. Each point is the fastest of several calls in a separate process with one thread. The
+training time excludes the actor's time for a sample of one response token (optimizer and teacher, which grow with the
+model alone). The memory excludes the resident memory before the call, which holds model, teacher and optimizer. The
+exponent is the slope of the last three points on logarithmic axes: 1 is linear, 0 is constant. Only attention may grow
+faster than linearly, with the square of a length.
 """
 
 from __future__ import annotations
@@ -61,32 +62,32 @@ def measure(workload: Workload, repeats: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         workload.write(Path(name))
         run = workload.load(Path(name), ["actor.num_threads=1"])
-        parts = build_components(run, NullCallback())
-    samples = workload.build_samples(parts, run)
+        components = build_components(run, NullCallback())
+    samples = workload.build_samples(components, run)
     first = samples[0].response
-    least = replace(samples[0], response=Completion(first.token_ids[:1], first.log_probs[:1], finished=False))
-    parts.sampler.load_weights(parts.actor.student, 0)
-    prompts = [prompt.tokens for prompt in parts.prompts_of(1)]
+    smallest = replace(samples[0], response=Completion(first.token_ids[:1], first.log_probs[:1], finished=False))
+    components.sampler.load_weights(components.actor.student, 0)
+    prompts = [prompt.tokens for prompt in components.prompts_of(1)]
 
     def sample() -> None:
-        parts.sampler.submit(prompts, 0)
-        parts.sampler.collect()
+        components.sampler.submit(prompts, 0)
+        components.sampler.collect()
 
-    parts.actor.update_policy([least])  # the first step allocates the optimizer's state
-    fixed, _ = find_least(lambda: parts.actor.update_policy([least]), repeats)
-    learning, learning_bytes = find_least(lambda: parts.actor.update_policy(samples), repeats)
-    sampling, sampling_bytes = find_least(sample, repeats)
+    components.actor.update_policy([smallest])  # the first step allocates the optimizer's state
+    constant, _ = measure_minimum(lambda: components.actor.update_policy([smallest]), repeats)
+    training, training_bytes = measure_minimum(lambda: components.actor.update_policy(samples), repeats)
+    sampling, sampling_bytes = measure_minimum(sample, repeats)
     return {
-        "fixed_seconds": fixed,
-        "learning_seconds": max(0.0, learning - fixed),
-        "learning_bytes": learning_bytes,
+        "fixed_seconds": constant,
+        "learning_seconds": max(0.0, training - constant),
+        "learning_bytes": training_bytes,
         "sampling_seconds": sampling,
         "sampling_bytes": sampling_bytes,
     }
 
 
-def find_least(call: Callable[[], Any], repeats: int) -> tuple[float, int]:
-    """Minimum over several calls of the seconds, and of the bytes above those before the call."""
+def measure_minimum(call: Callable[[], Any], repeats: int) -> tuple[float, int]:
+    """Minimum over several calls of the seconds and of the peak bytes above the resident memory before the call."""
     seconds, peaks = [], []
     for _ in range(repeats):
         before = reset_peak()
@@ -113,7 +114,7 @@ def main() -> None:
     parser.add_argument("--axes", nargs="+", default=list(AXES), choices=AXES, metavar="AXIS", help=", ".join(AXES))
     parser.add_argument("--factors", type=int, nargs="+", default=FACTORS, help="two or more factors")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--tiny", action="store_true", help="a trial with the smallest sizes")
+    parser.add_argument("--tiny", action="store_true", help="run a trial with the smallest sizes")
     parser.add_argument("--note", default="", help="other load on the machine; saved with the results")
     options = parser.parse_args()
     keep_freed_memory()
@@ -135,7 +136,7 @@ def main() -> None:
         axes.append({"axis": axis, "sizes": sizes, "points": points, "exponents": exponents})
         save("growth", {"note": options.note, "base": vars(base), "kernels": kernels, "measured": axes})
     print_table(
-        "A step as one size grows",
+        "Growth of a step with each size",
         ["", "training, s", "training, MB", "sampling, s", "sampling, MB"],
         tabulate(axes),
     )

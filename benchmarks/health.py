@@ -1,11 +1,11 @@
 """Health checks on runs that collapse on purpose: warnings before the score drops, and the effect of actions.
 
-Healthy runs are included, in which no check may fail.
+Two healthy configurations run as well; no check may fail in them.
 
     python benchmarks/health.py --seeds 3
 
-About 10 minutes on one core. Models, data and runs are kept in --folder and reused. docs/images/health.png is drawn
-from the collapse of the first seed.
+The script takes about 10 minutes on one core. --folder keeps models, data and runs, and a later call reuses them.
+docs/images/health.png shows the collapse of the first seed.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 from hidden_rule import ACCURACY, CONFIGS, prepare
 from record import print_table, run_all, save
 
-PICTURE = Path(__file__).parent.parent / "docs" / "images" / "health.png"
-LOST = 0.2  # drop of the validation score
+IMAGE = Path(__file__).parent.parent / "docs" / "images" / "health.png"
+SCORE_DROP = 0.2  # a validation score this far below the best counts as lost
 
 # name -> (config file, mode of the task, overrides)
 LIVE = [
@@ -49,11 +49,11 @@ RUNS: dict[str, tuple[str, str, list[str]]] = {
         ["self_distillation.teacher_regularization=trust-region"],
     ),
 }
-COLLAPSED = "live teacher"
+COLLAPSING = "live teacher"
 
 
-def learn(folder: str, name: str, seed: int) -> dict[str, Any]:
-    """Train once; return health events, validation score, and the step at which the score has lost ``LOST``."""
+def train(folder: str, name: str, seed: int) -> dict[str, Any]:
+    """Train once; return health events, validation scores, and the step at which the score has lost ``SCORE_DROP``."""
     from sdpo import SDPOTrainer, load_config
     from sdpo.report import read_run
 
@@ -74,12 +74,12 @@ def learn(folder: str, name: str, seed: int) -> dict[str, Any]:
     lost_at = None
     for step, accuracy in zip(steps, accuracies, strict=True):
         best = max(best, accuracy)
-        if lost_at is None and accuracy < best - LOST:
+        if lost_at is None and accuracy < best - SCORE_DROP:
             lost_at = step
     return {
         "name": name,
         "seed": seed,
-        "alarms": [{key: alarm[key] for key in ("step", "rule", "reason")} for alarm in record.health_events],
+        "alarms": [{key: event[key] for key in ("step", "rule", "reason")} for event in record.health_events],
         "best": best,
         "lost_at": lost_at,
         "final": accuracies[-1],
@@ -96,17 +96,17 @@ def draw(folder: str, seed: int) -> None:
     from sdpo.report import read_run
     from sdpo.report.plots import Panel, plot_panels
 
-    record = replace(read_run(find_run_dir(folder, COLLAPSED, seed)), name="live teacher")
+    record = replace(read_run(find_run_dir(folder, COLLAPSING, seed)), name="live teacher")
     panels = [
         Panel("Validation accuracy", ACCURACY, unit_range=True, smooth=False),
         Panel("Training score", metrics.SCORE_MEAN, unit_range=True),
         Panel("Entropy, nats", metrics.ENTROPY, teacher=metrics.TEACHER_ENTROPY),
         Panel("Log-prob gap, positive part", metrics.LOGPROB_DIFF_POSITIVE_PART),
         Panel("Truncated responses", metrics.RESPONSE_LENGTH_CLIP_RATIO, unit_range=True),
-        Panel("KL to the initial model, nats", metrics.REF_KL, smooth=False),
+        Panel("KL to the reference model, nats", metrics.REF_KL, smooth=False),
     ]
-    plot_panels([record], panels, PICTURE)
-    print(f"picture: {PICTURE}")
+    plot_panels([record], panels, IMAGE)
+    print(f"image: {IMAGE}")
 
 
 def main() -> None:
@@ -121,7 +121,7 @@ def main() -> None:
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     run_all(prepare, [(options.folder, mode, s) for mode in modes for s in seeds], options.workers)
     jobs = [(options.folder, name, s) for name in options.runs for s in seeds]
-    results = run_all(learn, jobs, options.workers)
+    results = run_all(train, jobs, options.workers)
     rows = [
         [
             r["name"],
@@ -134,10 +134,10 @@ def main() -> None:
         ]
         for r in results
     ]
-    columns = ["", "seed", "failed checks", f"{LOST} lost at", "best", "final", "steps"]
+    columns = ["", "seed", "failed checks", f"{SCORE_DROP} lost at", "best", "final", "steps"]
     print_table("Failed health checks, and the validation score", columns, rows)
     save("health", {"runs": results})
-    if COLLAPSED in options.runs:
+    if COLLAPSING in options.runs:
         draw(options.folder, options.first_seed)
 
 

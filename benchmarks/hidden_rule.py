@@ -1,8 +1,8 @@
-"""Validation accuracy on the hidden rule. Mode B: SDPO and GRPO with equal budgets; mode A: stability of the teachers.
+"""Validation accuracy on the hidden rule: SDPO and GRPO with equal budgets (mode B), stability of teachers (mode A).
 
     python benchmarks/hidden_rule.py --seeds 3
 
-About 25 minutes on two cores. Models, data and runs are kept in --folder and reused.
+The script takes about 25 minutes on two cores. --folder keeps models, data and runs, and a later call reuses them.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def prepare(folder: str, mode: str, seed: int) -> None:
     HiddenRule(dir=f"{folder}/{mode}_{seed}", mode=mode, seed=seed).prepare()
 
 
-def learn(folder: str, config: str, mode: str, seed: int, name: str, overrides: list[str]) -> dict[str, Any]:
-    """Train once; return accuracy before, best and final, and the seconds."""
+def train(folder: str, config: str, mode: str, seed: int, name: str, overrides: list[str]) -> dict[str, Any]:
+    """Train once; return the accuracy before training, the best and the final accuracy, and the seconds."""
     from sdpo import SDPOTrainer, load_config
     from sdpo.report import read_run
 
@@ -62,7 +62,7 @@ def learn(folder: str, config: str, mode: str, seed: int, name: str, overrides: 
 
 
 def tabulate(results: list[dict[str, Any]]) -> list[list[Any]]:
-    """One row per run, then the worst values over all seeds of a name."""
+    """One row per run, then mean and minimum of the final accuracy over all seeds of a name."""
     rows: list[list[Any]] = []
     for name in dict.fromkeys(r["name"] for r in results):
         group = [r for r in results if r["name"] == name]
@@ -93,7 +93,7 @@ def main() -> None:
         for name, overrides in TEACHERS.items()
         for s in peer_seeds
     ]
-    results = run_all(learn, jobs_b + jobs_a, options.workers)
+    results = run_all(train, jobs_b + jobs_a, options.workers)
     mode_b, mode_a = results[: len(jobs_b)], results[len(jobs_b) :]
     columns = ["", "seed", "before", "best", "final", "seconds"]
     print_table("Mode B (feedback): validation exact match", columns, tabulate(mode_b))

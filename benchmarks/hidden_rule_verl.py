@@ -1,8 +1,9 @@
-"""Validation accuracy on the hidden rule on verl: the shipped config file, one step off policy, with Ray and FSDP2.
+"""Validation accuracy on the hidden rule with the verl backend: the shipped config file, one step off policy.
 
     python benchmarks/hidden_rule_verl.py
 
-About ten minutes on two quiet cores without a GPU; the model and the run are kept in --folder and reused.
+The script starts Ray and FSDP2 and takes about ten minutes on two idle cores without a GPU. --folder keeps the model
+and the data, and a later call reuses them.
 """
 
 from __future__ import annotations

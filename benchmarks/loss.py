@@ -1,4 +1,4 @@
-"""Time and memory of the loss alone, forward and backward, from hidden states and output layer: ours and alternatives.
+"""Time and memory of the loss, forward and backward, from hidden states and output layer: ours and alternatives.
 
     python benchmarks/loss.py                                              # about four hours on one core
     python benchmarks/loss.py --tokens 256 512 --dtypes float32            # minutes
@@ -6,19 +6,19 @@
 
     floor      lower bound: four matrix products, 8 N H V operations (logits of student and teacher, gradients by hidden
                states and output layer), with the best of several chunk sizes
-    floor, oneDNN   the same products in float32 by oneDNN, where ours uses it (AMD processors with AVX-512)
+    floor, oneDNN   the same products in float32 by oneDNN, where our kernels call oneDNN (AMD processors with AVX-512)
     ours       sdpo.fused_self_distillation_loss
-    official   the formula on [1, N, V] log-probabilities of both sides, differentiated by autograd
-    trl        the functions with which TRL's SDPOTrainer computes its loss from logits
+    official   the formula on [1, N, V] log-probabilities of student and teacher, differentiated by autograd
+    trl        the functions that TRL's SDPOTrainer calls to compute its loss from logits
     liger      LigerFusedLinearJSDLoss with its defaults, compiled; liger, eager is the same without the compiler
 
-Each line is a separate process with one thread, which alternates with the floor: the time ratio is the median of the
+Each line is a separate process with one thread, which alternates with the floor. The time ratio is the median of the
 ratios of neighbouring calls. Peak memory is the highest resident set of one loss with its backward pass (on a GPU, the
 peak of allocated memory), minus the memory of the inputs (hidden states of both sides [N, H], output layers of both
 [V, H], ids, mask) and of the two gradients [N, H] and [V, H]. Half-precision logits are converted to float32 before the
 softmax, as TRL's mixed precision does; only Liger does not convert them.
 
-A line that needs more memory than --memory-gib is skipped and marked.
+The script skips and marks a line that needs more memory than --memory-gib.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from sdpo.kernels.cpu.allocator import keep_freed_memory
 
 LINES = ("floor", "floor, oneDNN", "ours", "official", "trl", "liger", "liger, eager")
 NEEDS = {"trl": "trl", "liger": "liger_kernel", "liger, eager": "liger_kernel"}
-CHUNKS = {"cpu": (64, 128, 256, 512), "cuda": (512, 1024, 2048, 4096, 8192)}  # of the floor; the fastest is chosen
+CHUNKS = {"cpu": (64, 128, 256, 512), "cuda": (512, 1024, 2048, 4096, 8192)}  # sizes tried for the floor
 
 
 def measure(case: Case, chunk: int) -> dict[str, Any]:
-    """Time and memory of one line, alternating with the floor; ``skipped`` has the reason if it failed."""
+    """Measure time and memory of one line in turn with the floor; if it fails, return the reason as ``skipped``."""
     import torch
 
     torch.set_num_threads(1)
@@ -56,7 +56,7 @@ def measure(case: Case, chunk: int) -> dict[str, Any]:
         resource.setrlimit(resource.RLIMIT_DATA, (case.memory_bytes, case.memory_bytes))
     try:
         return _measure(case, chunk)
-    except RuntimeError as error:  # a compiler's message may be pages long
+    except RuntimeError as error:  # keep one line: a compiler's message may have pages
         message = str(error)
         if re.search("allocate memory|out of memory|Cannot allocate", message):
             return {"skipped": f"needs more than {case.memory_bytes / 2**30:.1f} GiB"}
@@ -71,8 +71,8 @@ def _measure(case: Case, chunk: int) -> dict[str, Any]:
     if case.line.startswith("floor"):
         products = partial(run_floor_by_onednn, chunk, inputs) if "oneDNN" in case.line else floor
         peak = _find_peak(case, inputs, products)
-        turns = [(_time(case.device, floor), _time(case.device, products)) for _ in range(case.repeats)]
-        return _summarize(turns) | {"peak_bytes": peak}
+        pairs = [(_time(case.device, floor), _time(case.device, products)) for _ in range(case.repeats)]
+        return _summarize(pairs) | {"peak_bytes": peak}
     losses: list[Any] = []
 
     def line() -> None:
@@ -85,20 +85,20 @@ def _measure(case: Case, chunk: int) -> dict[str, Any]:
     norms = [float(leaf.grad.float().norm()) for leaf in (inputs.hidden, inputs.head)]
     inputs.hidden.grad = inputs.head.grad = None
     floor()
-    turns = [(_time(case.device, floor), _time(case.device, line)) for _ in range(case.repeats)]
-    return _summarize(turns) | {"peak_bytes": peak, "loss": float(losses[-1]), "gradient_norms": norms}
+    pairs = [(_time(case.device, floor), _time(case.device, line)) for _ in range(case.repeats)]
+    return _summarize(pairs) | {"peak_bytes": peak, "loss": float(losses[-1]), "gradient_norms": norms}
 
 
-def _summarize(turns: list[tuple[float, float]]) -> dict[str, float]:
+def _summarize(pairs: list[tuple[float, float]]) -> dict[str, float]:
     """Summarize pairs of seconds of the floor and of the line."""
     return {
-        "seconds": statistics.median(seconds for _, seconds in turns),
-        "of_floor": statistics.median(seconds / of_floor for of_floor, seconds in turns),
+        "seconds": statistics.median(seconds for _, seconds in pairs),
+        "of_floor": statistics.median(seconds / floor_seconds for floor_seconds, seconds in pairs),
     }
 
 
 def _find_peak(case: Case, inputs: Inputs, step: Callable[[], None]) -> int:
-    """Peak bytes above inputs and gradients of the second call; the first compiles and warms up."""
+    """Peak bytes of the second call above inputs and gradients; the first call compiles and warms up."""
     import torch
 
     step()
@@ -130,7 +130,7 @@ def _time(device: str, step: Callable[[], None]) -> float:
 
 
 def choose_chunk(case: Case) -> tuple[int, dict[str, Any]]:
-    """Tokens per chunk with which the four products are fastest, and the kernels they use."""
+    """Tokens per chunk with the fastest four products, and a description of the kernels that compute the products."""
     import torch
 
     torch.set_num_threads(1)
@@ -146,18 +146,18 @@ def has_line(line: str, setting: str) -> bool:
 
 
 def measure_alone(case: Case, chunk: int) -> dict[str, Any]:
-    if "oneDNN" in case.line and not _goes_to_onednn(case):
-        return {"skipped": "ours goes to torch's own products here"}
+    if "oneDNN" in case.line and not _calls_onednn(case):
+        return {"skipped": "our loss calls torch's products here"}
     package = NEEDS.get(case.line)
     if package is not None and importlib.util.find_spec(package) is None:
         return {"skipped": f"{package} is not installed"}
     try:
         return run_all(measure, [(case, chunk)], workers=1)[0]
     except BrokenProcessPool:
-        return {"skipped": f"its process ended, within {case.memory_bytes / 2**30:.1f} GiB"}
+        return {"skipped": f"the process died with a memory limit of {case.memory_bytes / 2**30:.1f} GiB"}
 
 
-def _goes_to_onednn(case: Case) -> bool:
+def _calls_onednn(case: Case) -> bool:
     import torch
 
     from sdpo.kernels.cpu.onednn import goes_to_onednn
@@ -187,44 +187,44 @@ def main() -> None:
         "--settings-tokens", type=int, help="token count at which all divergences are measured; default: the second"
     )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--repeats", type=int, default=3, help="turns")
+    parser.add_argument("--repeats", type=int, default=3, help="calls per line")
     parser.add_argument("--memory-gib", type=float, help="memory of a line's process; default: free memory minus 1 GiB")
     parser.add_argument(
         "--return-memory", action="store_true", help="let glibc return freed memory to the system, in all lines"
     )
     parser.add_argument("--note", default="", help="other load on the machine; saved with the results")
-    chosen = parser.parse_args()
-    if not chosen.return_memory:
+    options = parser.parse_args()
+    if not options.return_memory:
         keep_freed_memory()
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-    memory = int((chosen.memory_gib or _find_free_gib(chosen.device) - 1) * 2**30)
-    at = chosen.settings_tokens or chosen.tokens[min(1, len(chosen.tokens) - 1)]
-    sizes = (chosen.hidden, chosen.vocab, chosen.device, chosen.repeats, memory)
+    memory = int((options.memory_gib or _find_free_gib(options.device) - 1) * 2**30)
+    settings_tokens = options.settings_tokens or options.tokens[min(1, len(options.tokens) - 1)]
+    sizes = (options.hidden, options.vocab, options.device, options.repeats, memory)
     results: dict[str, Any] = {
-        "note": chosen.note,
-        "vocab_size": chosen.vocab,
-        "hidden_size": chosen.hidden,
-        "device": chosen.device,
-        "repeats": chosen.repeats,
+        "note": options.note,
+        "vocab_size": options.vocab,
+        "hidden_size": options.hidden,
+        "device": options.device,
+        "repeats": options.repeats,
         "memory_gib": memory / 2**30,
         "floor_chunk": {},
         "measured": [],
     }
-    for dtype in chosen.dtypes:
-        trial = Case("floor", "", min(max(CHUNKS[chosen.device]), max(chosen.tokens)), dtype, *sizes)
+    for dtype in options.dtypes:
+        trial = Case("floor", "", min(max(CHUNKS[options.device]), max(options.tokens)), dtype, *sizes)
         (chunk, results["kernels"]) = run_all(choose_chunk, [(trial,)], workers=1)[0]
         results["floor_chunk"][dtype] = chunk
-        for tokens in chosen.tokens:
-            for setting in list(SETTINGS) if tokens == at else ["Jensen-Shannon"]:
-                lines = [line for line in chosen.lines if has_line(line, setting)]
+        for tokens in options.tokens:
+            for setting in list(SETTINGS) if tokens == settings_tokens else ["Jensen-Shannon"]:
+                lines = [line for line in options.lines if has_line(line, setting)]
                 for line in [line for line in lines if setting == "Jensen-Shannon" or not line.startswith("floor")]:
                     case = Case(line, setting, tokens, dtype, *sizes)
                     row = {key: asdict(case)[key] for key in ("tokens", "dtype", "setting", "line")}
                     results["measured"].append(row | measure_alone(case, chunk))
                     print(*tabulate(results["measured"][-1:])[0], flush=True)
-        save("loss" if chosen.device == "cpu" else "loss_gpu", results)
+        save("loss" if options.device == "cpu" else "loss_gpu", results)
     print_table(
-        f"Loss and gradients, vocabulary {chosen.vocab}, hidden size {chosen.hidden}, {chosen.device}, one thread",
+        f"Loss and gradients, vocabulary {options.vocab}, hidden size {options.hidden}, {options.device}, one thread",
         ["tokens", "dtype", "setting", "line", "seconds", "over the floor", "peak MB"],
         tabulate(results["measured"]),
     )

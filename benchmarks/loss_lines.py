@@ -1,4 +1,4 @@
-"""Inputs and implementations of the loss benchmarks: the four products, ours, official formula, TRL, Liger."""
+"""Inputs and implementations for the loss benchmarks: the four products, ours, official formula, TRL, Liger."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def build_inputs(case: Case) -> Inputs:
         return torch.randn(*shape, device=case.device, dtype=getattr(torch, case.dtype))
 
     n, h, v = case.tokens, case.hidden, case.vocab
-    scale = h**-0.5  # in place, so that no freed memory is counted in the peak
+    scale = h**-0.5  # applied in place, so that the peak does not include freed memory
     return Inputs(
         draw(n, h).requires_grad_(),
         draw(v, h).mul_(scale).requires_grad_(),
@@ -68,15 +68,15 @@ def run_floor(chunk: int, inputs: Inputs) -> None:
 
     hidden, head = inputs.hidden.detach(), inputs.head.detach()
     with torch.no_grad():
-        by_head = torch.zeros_like(head)
+        grad_head = torch.zeros_like(head)
         grad_hidden = torch.empty_like(hidden)
-        for some, shown, out in zip(
+        for student, teacher, out in zip(
             hidden.split(chunk), inputs.teacher_hidden.split(chunk), grad_hidden.split(chunk), strict=True
         ):
-            logits = torch.mm(some, head.T)
-            torch.mm(shown, inputs.teacher_head.T, out=logits)
+            logits = torch.mm(student, head.T)
+            torch.mm(teacher, inputs.teacher_head.T, out=logits)
             torch.mm(logits, head, out=out)
-            by_head.addmm_(logits.T, some)
+            grad_head.addmm_(logits.T, student)
 
 
 def run_floor_by_onednn(chunk: int, inputs: Inputs) -> None:
@@ -86,20 +86,20 @@ def run_floor_by_onednn(chunk: int, inputs: Inputs) -> None:
 
     hidden, head = inputs.hidden.detach(), inputs.head.detach()
     with torch.no_grad():
-        by_head = torch.zeros_like(head)
+        grad_head = torch.zeros_like(head)
         grad_hidden = torch.zeros_like(hidden)
         logits = torch.empty(chunk, len(head))
-        for some, shown, out in zip(
+        for student, teacher, out in zip(
             hidden.split(chunk), inputs.teacher_hidden.split(chunk), grad_hidden.split(chunk), strict=True
         ):
-            of_chunk = logits[: len(some)]
-            multiply_into(of_chunk, some, head)
-            multiply_into(of_chunk, shown, inputs.teacher_head)
-            for columns, rows, more in zip(
-                of_chunk.split(PIECE_ROWS, dim=1), head.split(PIECE_ROWS), by_head.split(PIECE_ROWS), strict=True
+            chunk_logits = logits[: len(student)]
+            multiply_into(chunk_logits, student, head)
+            multiply_into(chunk_logits, teacher, inputs.teacher_head)
+            for columns, rows, grad_rows in zip(
+                chunk_logits.split(PIECE_ROWS, dim=1), head.split(PIECE_ROWS), grad_head.split(PIECE_ROWS), strict=True
             ):
                 out += multiply(columns, rows.T)
-                more += multiply(columns.T, some.T)
+                grad_rows += multiply(columns.T, student.T)
 
 
 def compute_ours(settings: dict[str, Any], x: Inputs) -> Any:
@@ -111,7 +111,7 @@ def compute_ours(settings: dict[str, Any], x: Inputs) -> Any:
 
 
 def compute_logits(x: Inputs) -> tuple[Any, Any]:
-    """[1, N, V] of student and teacher, in float32."""
+    """Logits [1, N, V] of student and teacher, in float32."""
     import torch
 
     student = (x.hidden[None] @ x.head.T).float()
@@ -132,8 +132,8 @@ def compute_official(settings: dict[str, Any], x: Inputs) -> Any:
         token_losses = (student - teacher).detach() * student
         return (token_losses * x.mask).sum() / x.mask.sum()
     if topk is not None:
-        student, kept = student.topk(topk, dim=-1)
-        teacher = teacher.gather(-1, kept)
+        student, topk_ids = student.topk(topk, dim=-1)
+        teacher = teacher.gather(-1, topk_ids)
         student, teacher = (torch.cat([side, _compute_tail(side)], dim=-1) for side in (student, teacher))
     if alpha == 0.0:
         token_losses = kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
@@ -142,27 +142,26 @@ def compute_official(settings: dict[str, Any], x: Inputs) -> Any:
     else:
         weights = torch.tensor([1 - alpha, alpha], device=student.device).log()
         mixture = torch.logsumexp(torch.stack([student + weights[0], teacher + weights[1]]), dim=0)
-        of_student, of_teacher = (
+        student_kl, teacher_kl = (
             kl_div(mixture, side, reduction="none", log_target=True).sum(-1) for side in (student, teacher)
         )
-        token_losses = (1 - alpha) * of_student + alpha * of_teacher
+        token_losses = (1 - alpha) * student_kl + alpha * teacher_kl
     return (token_losses * x.mask).sum() / x.mask.sum()
 
 
-def _compute_tail(kept: Any) -> Any:
-    """log(1 - sum of the kept entries' probabilities)."""
+def _compute_tail(topk_log_probs: Any) -> Any:
+    """Logarithm of the probability outside the top k: log(1 - sum of the kept probabilities)."""
     import torch
 
-    return torch.log(-torch.expm1(torch.logsumexp(kept, dim=-1, keepdim=True).clamp(max=-1e-7)))
+    return torch.log(-torch.expm1(torch.logsumexp(topk_log_probs, dim=-1, keepdim=True).clamp(max=-1e-7)))
 
 
 def compute_trl(settings: dict[str, Any], x: Inputs) -> Any:
     from trl.experimental.sdpo import loss_utils
 
     temperature = 1.0
-    student, teacher = (
-        side / temperature for side in compute_logits(x)
-    )  # as TRL's trainer does, also for a temperature of 1
+    # TRL's trainer divides by the temperature, also by a temperature of 1.
+    student, teacher = (side / temperature for side in compute_logits(x))
     if not settings.get("full_logit_distillation", True):
         token_losses = loss_utils.compute_sampled_token_self_distillation_loss(
             student, teacher, x.ids[None], distillation_alpha=settings["alpha"]

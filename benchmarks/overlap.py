@@ -1,10 +1,10 @@
-"""Overlap of sampling and training: time of a step over max(sampling, training), for both values of max_staleness.
+"""Overlap of sampling and training: time of a step over max(sampling, training), for max_staleness 0 and 1.
 
     python benchmarks/overlap.py
 
 Perfect overlap is 1.0 with staleness 1; without overlap the ratio is (sampling + training) / max. Sampler and actor
-have one thread each. The sizes are chosen so that both take about the same time, where overlap saves most. The two runs
-alternate in slices, so that other load on the machine affects both.
+have one thread each. With the chosen sizes both take about the same time, where overlap saves the most. The runs of the
+two settings alternate in slices, so that other load on the machine affects both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from record import print_table, save
 
 CONFIG = Path(__file__).parent.parent / "configs" / "hidden_rule.yaml"
-WARM_UP = 3  # skipped steps: first calls allocate, and the first batch does not overlap with training
+WARM_UP = 3  # skipped steps: the first calls allocate, and the first batch does not overlap with training
 
 
 def measure(folder: str, staleness: int, steps: int, overrides: list[str]) -> list[dict[str, float]]:
@@ -59,14 +59,14 @@ def main() -> None:
     table: list[list[Any]] = []
     results: dict[str, Any] = {}
     for staleness, measured in rows.items():
-        step, sampling, learning = (
+        step, sampling, training = (
             statistics.median(row[f"timing_s/{name}"] for row in measured) for name in ("step", "gen", "update_actor")
         )
         ratio = statistics.median(
             row["timing_s/step"] / max(row["timing_s/gen"], row["timing_s/update_actor"]) for row in measured
         )
-        table.append([f"staleness {staleness}", step, sampling, learning, ratio])
-        results[f"staleness_{staleness}"] = dict(step=step, sampling=sampling, learning=learning, ratio=ratio)
+        table.append([f"staleness {staleness}", step, sampling, training, ratio])
+        results[f"staleness_{staleness}"] = dict(step=step, sampling=sampling, learning=training, ratio=ratio)
     speedup = results["staleness_0"]["step"] / results["staleness_1"]["step"]
     print_table("Seconds per step (medians)", ["", "step", "sampling", "training", "step / max"], table)
     print(f"a step with staleness 0 takes {speedup:.2f} times as long as one with staleness 1")

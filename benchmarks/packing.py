@@ -1,11 +1,11 @@
-"""Forward and backward pass over rollouts of one prompt: padded, packed, packed with a shared prompt, and predicted.
+"""Forward and backward pass over the rollouts of one prompt: padded, packed, and packed with a shared prompt.
 
     python benchmarks/packing.py
 
-Each line is a forward and a backward pass of 8 rollouts (16 for a second table), responses between a quarter of the
-longest and the longest, by a random Qwen2 of 5M parameters without its output layer, float32, one thread. The three
-forms alternate in one process; the table has medians. "Predicted" is the cost model's ratio of shared to packed, by
-which the actor decides.
+Each line is a forward and a backward pass of 2, 8 or 16 rollouts in float32 on one thread, by a random Qwen2 of 5M
+parameters without its output layer. Responses have between a quarter of the maximum length and the maximum length. The
+three forms alternate in one process; the table has medians. "Predicted" is the cost model's ratio of shared to packed;
+the actor chooses a form by this ratio.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def measure(model: Any, cost: Any, prompt_length: int, num_rollouts: int, repeat
         "apart": [PrefixGroup(0, (length,)) for length in lengths],
         "shared": [PrefixGroup(prompt_length, lengths)],
     }
-    rows = {name: pack_sequences(f, prompts, responses, positions, cost, device) for name, f in groups.items()}
+    rows = {name: pack_sequences(form, prompts, responses, positions, cost, device) for name, form in groups.items()}
     rows["padded"] = pad_sequences(prompts, responses, 0, device)
 
     def run(name: str) -> None:
@@ -52,9 +52,9 @@ def measure(model: Any, cost: Any, prompt_length: int, num_rollouts: int, repeat
     seconds: dict[str, list[float]] = {name: [] for name in rows}
     for repeat in range(repeats + 1):
         for name in rows:
-            taken = _time(lambda name=name: run(name))
+            elapsed = _time(lambda name=name: run(name))
             if repeat:
-                seconds[name].append(taken)
+                seconds[name].append(elapsed)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = [shared / apart for shared, apart in zip(seconds["shared"], seconds["apart"], strict=True)]
     return {
@@ -68,9 +68,9 @@ def measure(model: Any, cost: Any, prompt_length: int, num_rollouts: int, repeat
     }
 
 
-def _time(work: Callable[[], None]) -> float:
+def _time(call: Callable[[], None]) -> float:
     started = time.perf_counter()
-    work()
+    call()
     return time.perf_counter() - started
 
 

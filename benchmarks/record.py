@@ -1,4 +1,4 @@
-"""Common functions of the benchmarks: processes, peak memory, description of the machine, tables, result files."""
+"""Functions that the benchmarks share: processes, peak memory, description of the machine, tables, result files."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-# Folder of the results; BENCHMARK_RESULTS names another for a trial.
+# Folder of the results; a trial sets BENCHMARK_RESULTS to another folder.
 RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", Path(__file__).parent / "results"))
 ALLOCATION = ("THP_MEM_ALLOC_ENABLE", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")  # of torch and of glibc
 
 
 def run_all(work: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], workers: int) -> list[Any]:
-    """Call ``work(*arguments)`` for each, in at most ``workers`` processes at a time; results in order."""
+    """Call ``work`` with each tuple of arguments in at most ``workers`` processes; return the results in order."""
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        return [future.result() for future in [pool.submit(work, *each) for each in arguments]]
+        return [future.result() for future in [pool.submit(work, *values) for values in arguments]]
 
 
 def reset_peak() -> int:
@@ -43,7 +43,7 @@ def reset_peak() -> int:
 
 
 def read_peak() -> int:
-    """Peak of the resident set since ``reset_peak``, in bytes."""
+    """Peak bytes of the resident set since ``reset_peak``."""
     return _read_status("VmHWM")
 
 
@@ -54,7 +54,7 @@ def _read_status(name: str) -> int:
 
 
 def compute_slope(points: Sequence[tuple[float, float]]) -> float | None:
-    """Exponent p of the fit y ~ x^p to the last three points (x, y); None if a y is not above 0."""
+    """Exponent p of the fit y ~ x^p to the last three points (x, y); None unless every y is above 0."""
     if min(y for _, y in points[-3:]) <= 0:
         return None
     xs, ys = zip(*((math.log(x), math.log(y)) for x, y in points[-3:]), strict=True)
@@ -62,7 +62,7 @@ def compute_slope(points: Sequence[tuple[float, float]]) -> float | None:
 
 
 def median_of(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Median of each column of the rows."""
+    """Median of each column."""
     return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
 
 
@@ -119,8 +119,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
 
 
 def save(name: str, results: Mapping[str, Any]) -> None:
-    """Write the numbers with machine and versions to ``NAME.json``."""
+    """Write the results with machine and versions to ``NAME.json``."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"machine": describe_machine(), **results}, indent=2) + "\n")
-    print(f"numbers: {path}")
+    print(f"results: {path}")

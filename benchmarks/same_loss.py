@@ -3,8 +3,9 @@
     python benchmarks/same_loss.py main HEAD                # two git revisions
     python benchmarks/same_loss.py main src --steps 20      # a revision and a folder that contains sdpo/
 
-Both train the same tiny model on the same data, with this interpreter. Every number of ``metrics.jsonl`` except the
-timings has to be equal, bit for bit; exit code 1 if one differs. Metrics may have been renamed (``RENAMED_METRICS``).
+Both versions train the same tiny model on the same data with this interpreter. Every number of ``metrics.jsonl`` except
+the timings has to be equal, bit for bit; the exit code is 1 if a number differs. A renamed metric counts as the same
+metric (``RENAMED_METRICS``).
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def main() -> int:
     parser.add_argument("old", help="git revision or source folder")
     parser.add_argument("new", help="git revision or source folder")
     parser.add_argument("--steps", type=int, default=5, help="training steps (default: 5)")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings for both")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings for both versions")
     options = parser.parse_args()
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)

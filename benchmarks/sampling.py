@@ -1,10 +1,10 @@
-"""Time of sampling, compared with the bare forward passes (lower bound) and with transformers' generate.
+"""Time of sampling, compared with forward passes alone (lower bound) and with transformers' generate.
 
     python benchmarks/sampling.py
 
-One random Qwen2 in one process; the forms alternate: ``generate``; ours; ours with torch's linear layers; and the
-floor, bare forward passes of as many tokens without cache and sampling, with either kind of linear layers. No response
-stops early, so that all do the same work. Medians over the rounds.
+One random Qwen2 samples in one process. These methods alternate: ``generate``; ours; ours with torch's linear layers;
+and the lower bound, forward passes over the same number of tokens without cache and sampling, with either kind of
+linear layers. No response stops early, so that all methods do the same work. The table has medians over the rounds.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ PROMPTS, ROLLOUTS, PROMPT_LENGTH, RESPONSE_LENGTH = 8, 8, 56, 64
 VOCABULARIES = (4096, 32768)
 
 
-def build_ways(model: Qwen2ForCausalLM) -> dict[str, Callable[[], Any]]:
+def build_methods(model: Qwen2ForCausalLM) -> dict[str, Callable[[], Any]]:
     rows = PROMPTS * ROLLOUTS
     models = {False: model, True: copy.deepcopy(model)}
     speed_up_linear_layers(models[True])
     prompts = torch.randint(3, model.config.vocab_size, (PROMPTS, PROMPT_LENGTH))
     repeated = prompts.repeat_interleave(ROLLOUTS, dim=0)
     token, position = repeated[:, :1], torch.zeros(rows, 1, dtype=torch.long)
-    decoding = SamplingParams(
+    sampling_params = SamplingParams(
         n=ROLLOUTS,
         max_new_tokens=RESPONSE_LENGTH,
         temperature=1.0,
@@ -58,9 +58,9 @@ def build_ways(model: Qwen2ForCausalLM) -> dict[str, Callable[[], Any]]:
         )
 
     def sample(*, fast: bool) -> None:
-        sample_responses([(models[fast], 1.0)], [TokenPrompt(ids) for ids in prompts.tolist()], decoding, seed=0)
+        sample_responses([(models[fast], 1.0)], [TokenPrompt(ids) for ids in prompts.tolist()], sampling_params, seed=0)
 
-    def read(*, fast: bool) -> None:
+    def run_forward(*, fast: bool) -> None:
         with torch.no_grad():
             models[fast](prompts, use_cache=False, logits_to_keep=1)
             for _ in range(RESPONSE_LENGTH - 1):
@@ -70,8 +70,8 @@ def build_ways(model: Qwen2ForCausalLM) -> dict[str, Callable[[], Any]]:
         "generate": generate,
         "ours": lambda: sample(fast=True),
         "ours_torch_linear": lambda: sample(fast=False),
-        "forward_passes": lambda: read(fast=True),
-        "forward_passes_torch_linear": lambda: read(fast=False),
+        "forward_passes": lambda: run_forward(fast=True),
+        "forward_passes_torch_linear": lambda: run_forward(fast=False),
     }
 
 
@@ -83,28 +83,30 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     table, results = [], {}
     for vocab_size in VOCABULARIES:
-        ways = build_ways(Workload(vocab_size, num_heads=8, num_key_value_heads=8).build_model().eval())
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        methods = build_methods(Workload(vocab_size, num_heads=8, num_key_value_heads=8).build_model().eval())
+        seconds: dict[str, list[float]] = {name: [] for name in methods}
         for round_ in range(options.rounds + 1):
-            for name, way in ways.items():
+            for name, method in methods.items():
                 started = time.perf_counter()
-                way()
+                method()
                 if round_:  # the first round is a warm-up
                     seconds[name].append(time.perf_counter() - started)
         medians = {name: statistics.median(times) for name, times in seconds.items()}
         ratios = {
-            name: statistics.median(own / theirs for own, theirs in zip(times, seconds["generate"], strict=True))
+            name: statistics.median(
+                own / of_generate for own, of_generate in zip(times, seconds["generate"], strict=True)
+            )
             for name, times in seconds.items()
         }
-        for name in ways:
+        for name in methods:
             table.append([f"{vocab_size:,}: {name}", medians[name], min(seconds[name]), ratios[name]])
         results[str(vocab_size)] = {
             name: {"median": medians[name], "fastest": min(seconds[name]), "over_generate": ratios[name]}
-            for name in ways
+            for name in methods
         }
     print_table(
         f"Seconds for {PROMPTS} prompts x {ROLLOUTS} rollouts, {PROMPT_LENGTH} + {RESPONSE_LENGTH} tokens",
-        ["vocabulary: form", "median", "fastest", "over generate"],
+        ["vocabulary: method", "median", "fastest", "over generate"],
         table,
     )
     save("sampling", {"rounds": options.rounds, "threads": options.threads, "load": os.getloadavg()[0], **results})

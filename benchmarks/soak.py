@@ -2,9 +2,9 @@
 
     python benchmarks/soak.py               # about six minutes
 
-Resident memory of actor and sampler, open file descriptors of both and shared memory are read at intervals. The slope
-of each over the second half is by Theil and Sen (the median of the slopes between all pairs), so that a single jump
-does not count. Without a leak it is zero up to fluctuations of the allocators.
+The script reads resident memory, shared memory, open file descriptors and threads of actor and sampler at intervals.
+The slope of each over the second half is the Theil-Sen estimate (the median of the slopes between all pairs), so that a
+single jump does not count. Without a leak the slope is zero up to fluctuations of the allocators.
 """
 
 from __future__ import annotations
@@ -21,21 +21,20 @@ from typing import Any
 from record import print_table, save
 
 CONFIG = Path(__file__).parent.parent / "configs" / "hidden_rule.yaml"
-EVERY = 20
+INTERVAL = 20  # steps
 
 
 def measure() -> dict[str, float]:
-    """Memory, files and threads of this process and its children now (Linux)."""
-    sampler = _find_child("sdpo-sampler")
-    pids = {"actor": os.getpid(), "sampler": sampler}
-    found: dict[str, float] = {}
+    """Current memory, open files and threads of this process and of the sampler's process (Linux)."""
+    pids = {"actor": os.getpid(), "sampler": _find_child("sdpo-sampler")}
+    values: dict[str, float] = {}
     for name, pid in pids.items():
         status = Path(f"/proc/{pid}/status").read_text()
-        found[f"{name}: resident, MB"] = _read(status, "VmRSS") / 1024
-        found[f"{name}: shared, MB"] = _read(status, "RssShmem") / 1024
-        found[f"{name}: open files"] = len(os.listdir(f"/proc/{pid}/fd"))
-        found[f"{name}: threads"] = _read(status, "Threads")
-    return found
+        values[f"{name}: resident, MB"] = _read(status, "VmRSS") / 1024
+        values[f"{name}: shared, MB"] = _read(status, "RssShmem") / 1024
+        values[f"{name}: open files"] = len(os.listdir(f"/proc/{pid}/fd"))
+        values[f"{name}: threads"] = _read(status, "Threads")
+    return values
 
 
 def _find_child(name: str) -> int:
@@ -51,7 +50,7 @@ def _read(status: str, name: str) -> int:
 
 
 def compute_slope(points: list[tuple[int, float]]) -> float:
-    """Median of the slopes between all pairs of points (Theil and Sen)."""
+    """Median of the slopes between all pairs of points (Theil-Sen)."""
     return statistics.median((y2 - y1) / (x2 - x1) for (x1, y1), (x2, y2) in combinations(points, 2))
 
 
@@ -65,12 +64,12 @@ def main() -> None:
     from sdpo.kernels.cpu.allocator import keep_freed_memory
     from sdpo.observability.progress import NullCallback
 
-    seen: list[tuple[int, dict[str, float]]] = []
+    history: list[tuple[int, dict[str, float]]] = []
 
-    class Watch(NullCallback):
+    class Recorder(NullCallback):
         def on_metrics(self, step: int, values: Mapping[str, float]) -> None:
-            if step and step % EVERY == 0 and step < options.steps:
-                seen.append((step, measure()))
+            if step and step % INTERVAL == 0 and step < options.steps:
+                history.append((step, measure()))
 
     keep_freed_memory()
     run = load_config(
@@ -87,13 +86,19 @@ def main() -> None:
             "self_distillation.ema_update_rate=0.01",
         ],
     )
-    SDPOTrainer(run, Watch()).train()
-    half = [(step, held) for step, held in seen if step > options.steps // 2]
+    SDPOTrainer(run, Recorder()).train()
+    second_half = [(step, values) for step, values in history if step > options.steps // 2]
     rows: list[list[Any]] = []
-    for name in seen[0][1]:
-        slope = 1000 * compute_slope([(step, held[name]) for step, held in half])
-        rows.append([name, seen[0][1][name], half[0][1][name], half[-1][1][name], slope])
-    columns = ["", f"step {seen[0][0]}", f"step {half[0][0]}", f"step {half[-1][0]}", "slope in 1,000 steps"]
+    for name in history[0][1]:
+        slope = 1000 * compute_slope([(step, values[name]) for step, values in second_half])
+        rows.append([name, history[0][1][name], second_half[0][1][name], second_half[-1][1][name], slope])
+    columns = [
+        "",
+        f"step {history[0][0]}",
+        f"step {second_half[0][0]}",
+        f"step {second_half[-1][0]}",
+        "slope per 1,000 steps",
+    ]
     print_table(f"{options.steps} steps, staleness 1", columns, rows)
     results = [dict(zip(("name", "first", "half", "last", "slope_in_1000_steps"), row, strict=True)) for row in rows]
     save("soak", {"steps": options.steps, "held": results})

@@ -1,8 +1,9 @@
-"""Startup time: ``sdpo --help``, and ``sdpo train`` of a tiny model to the end of its first step.
+"""Startup time of ``sdpo --help``, and of ``sdpo train`` with a tiny model until the end of the first step.
 
     python benchmarks/startup.py
 
-Medians from the start of the process, with existing model and data, compared with Python and the imports alone.
+The table has medians from the start of the process, with existing model and data, and the times of Python and of the
+imports alone.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ def time_command(command: list[str]) -> float:
     return time.perf_counter() - started
 
 
-def time_first_step(folder: Path, run_file: Path) -> float:
-    """Seconds until ``metrics.jsonl`` has its first row; then the run is stopped."""
+def time_first_step(folder: Path, config_file: Path) -> float:
+    """Seconds until ``metrics.jsonl`` has its first row; kills the run afterwards."""
     output_dir = Path(tempfile.mkdtemp(dir=folder))
     rows, log = output_dir / "run" / "metrics.jsonl", output_dir / "log"
     started = time.perf_counter()
-    command = [*SDPO, "train", str(run_file), f"output_dir={output_dir}/run", "max_steps=1000"]
+    command = [*SDPO, "train", str(config_file), f"output_dir={output_dir}/run", "max_steps=1000"]
     with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
         while not (rows.is_file() and "\n" in rows.read_text()):
             if process.poll() is not None:
-                raise RuntimeError(f"it ended before its first step:\n{log.read_text()}")
+                raise RuntimeError(f"the run ended before its first step:\n{log.read_text()}")
             time.sleep(0.005)
         seconds = time.perf_counter() - started
         process.kill()
@@ -65,14 +66,14 @@ def main() -> None:
             "sdpo train, first step": partial(time_first_step, folder, folder / "run.yaml"),
         }
         seconds: dict[str, list[float]] = {line: [] for line in lines}
-        for turn in range(options.repeats + 1):
+        for repeat in range(options.repeats + 1):
             for line, measure in lines.items():
                 value = measure()
-                if turn > 0:  # the first repeat fills the file cache
+                if repeat > 0:  # the first repeat fills the file cache
                     seconds[line].append(value)
     measured: dict[str, Any] = {
-        line: {"seconds": statistics.median(many), "slowest": max(many), "target": TARGETS.get(line)}
-        for line, many in seconds.items()
+        line: {"seconds": statistics.median(values), "slowest": max(values), "target": TARGETS.get(line)}
+        for line, values in seconds.items()
     }
     print_table(
         f"Seconds from the start of the process, {options.repeats} repeats",

@@ -1,20 +1,21 @@
-"""A complete training step compared with TRL's SDPOTrainer: same model, prompts, lengths, divergence and teacher.
+"""Time and memory of a training step compared with TRL's SDPOTrainer: same model, lengths, divergence and teacher.
 
     python benchmarks/step_trl.py                        # half an hour
     python benchmarks/step_trl.py --vocab 4096 --steps 2 --rounds 1
 
-A random Qwen2 of 5.2 million parameters (at 4,096 tokens; tied output layer), 8 prompts x 8 rollouts, 56 prompt tokens
-and 64 response tokens, none of which ends early; float32, one thread, an EMA teacher, Jensen-Shannon with alpha 0.5. On
-both sides every sample is distilled from the same feedback in the same words, so that the teacher's prompts have equal
-lengths. TRL runs forward and backward pass with all 64 samples at once, and with 8 at a time. Ours splits by tokens: by
-its default, and by the tokens of 8 samples. Sides alternate, each time in a new process.
+Both sides train a random Qwen2 of 5.2 million parameters (at a vocabulary of 4,096; tied output layer) on 8 prompts x 8
+rollouts of 56 prompt tokens and 64 response tokens. No response ends early. Both use float32, one thread, an EMA
+teacher and Jensen-Shannon with alpha 0.5, and distill every sample from the same feedback in the same words, so that
+the teacher's prompts have equal lengths. TRL runs forward and backward pass with all 64 samples at once, and with 8 at
+a time. Ours splits by tokens: by its default, and by the tokens of 8 samples. Sides alternate, each time in a new
+process.
 
     sampling   the rollouts
-    learning   teacher, student, loss, backward pass, optimizer, the teacher's update
+    learning   teacher, student, loss, backward pass, optimizer, teacher update
     rest       the remainder of a step
 
-Peak memory is the highest resident set of the process; above imports is the peak minus the resident memory after the
-imports: models, optimizer and everything that a step needs.
+Peak memory is the highest resident set of the process. Memory above imports is the peak minus the resident memory
+after the imports: models, optimizer and everything that a step needs.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ from sdpo.kernels.cpu.allocator import keep_freed_memory
 TOPK = 100
 SETTINGS = {"full vocabulary": None, f"top {TOPK} with tail": TOPK}
 WARM_UP = 1  # skipped steps
-TEMPLATE_LENGTH = 24  # maximum tokens of the words around the feedback
+TEMPLATE_LENGTH = 24  # maximum tokens of the template around the feedback
 
 
 def run_ours(folder: str, workload: Workload, topk: int | None, steps: int, at_once: int | None) -> dict[str, Any]:
-    """Medians over the steps, tokens per step, bytes; ``at_once`` samples per forward pass, or by default."""
+    """Medians over the steps, tokens per step and bytes, with ``at_once`` samples per forward pass or the default."""
     import torch
 
     from sdpo import SDPOTrainer
@@ -59,7 +60,7 @@ def run_ours(folder: str, workload: Workload, topk: int | None, steps: int, at_o
     run = workload.load(Path(folder), overrides)
     rows = list(read_run(SDPOTrainer(run).train().output_dir).rows)[WARM_UP:]
     peak = read_peak()
-    parts = [
+    timings = [
         {
             "sampling": row["timing_s/gen"],
             "learning": row["timing_s/update_actor"],
@@ -71,7 +72,7 @@ def run_ours(folder: str, workload: Workload, topk: int | None, steps: int, at_o
     num_samples = workload.num_prompts * workload.n
     assert all(row["self_distillation/reprompt_sample_fraction"] == 1.0 for row in rows)
     return {
-        **median_of(parts),
+        **median_of(timings),
         "response_tokens": rows[0]["response_length/mean"] * num_samples,
         "teacher_prompt_tokens": _count_teacher_tokens(run, workload),
         "peak_bytes": peak,
@@ -88,7 +89,7 @@ def _count_teacher_tokens(run: Any, workload: Workload) -> int:
 
 
 def run_trl(folder: str, workload: Workload, topk: int | None, steps: int, at_once: int) -> dict[str, Any]:
-    """The same by TRL, ``at_once`` samples per forward pass; with the parts of its training."""
+    """Medians, tokens, bytes and the parts of training by TRL, with ``at_once`` samples per forward pass."""
     import pyarrow.parquet as pq
     import torch
     from datasets import Dataset
@@ -135,8 +136,8 @@ def run_trl(folder: str, workload: Workload, topk: int | None, steps: int, at_on
             with timed("loss"):
                 return super()._compute_self_distillation_loss(*args, **kwargs)
 
-    class Clock(TrainerCallback):
-        """Times of a step, from one start to the next; training ends after the teacher's update."""
+    class StepTimer(TrainerCallback):
+        """Times each step from its start to the start of the next; training ends after the teacher update."""
 
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             self.finish()
@@ -193,7 +194,7 @@ def run_trl(folder: str, workload: Workload, topk: int | None, steps: int, at_on
         callbacks=None,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Clock())  # the last callback, after the one that updates the teacher
+    trainer.add_callback(StepTimer())  # runs last, after the callback that updates the teacher
     backward = trainer.accelerator.backward
 
     def timed_backward(*args: Any, **kwargs: Any) -> None:
@@ -215,26 +216,26 @@ def prepare(folder: str, workload: Workload) -> dict[str, Any]:
 
 
 def compare(folder: str, workload: Workload, topk: int | None, options: argparse.Namespace) -> dict[str, Any]:
-    """Medians over the rounds by side, and ratios to the next run of ours with as many samples at once."""
+    """Medians over the rounds by side, and ratios to our run with the same number of samples at once."""
     num_samples = workload.num_prompts * workload.n
-    few = max(1, num_samples // 8)
+    eighth = max(1, num_samples // 8)
     sides: dict[str, Any] = {
         "ours": (run_ours, None, None),
         f"TRL, {num_samples} at once": (run_trl, num_samples, "ours"),
-        f"ours, {few} at once": (run_ours, few, None),
-        f"TRL, {few} at once": (run_trl, few, f"ours, {few} at once"),
+        f"ours, {eighth} at once": (run_ours, eighth, None),
+        f"TRL, {eighth} at once": (run_trl, eighth, f"ours, {eighth} at once"),
     }
     measured: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for _ in range(options.rounds):
-        for side, (work, at_once, _) in sides.items():
-            measured[side] += run_all(work, [(folder, workload, topk, options.steps, at_once)], workers=1)
+        for side, (run, at_once, _) in sides.items():
+            measured[side] += run_all(run, [(folder, workload, topk, options.steps, at_once)], workers=1)
     result = {}
-    for side, (_, _, ours) in sides.items():
+    for side, (_, _, our_side) in sides.items():
         result[side] = median_of(measured[side])
-        if ours is not None:
+        if our_side is not None:
             result[side]["ours_over_it"] = {
                 name: statistics.median(
-                    m[name] / it[name] for m, it in zip(measured[ours], measured[side], strict=True)
+                    ours[name] / other[name] for ours, other in zip(measured[our_side], measured[side], strict=True)
                 )
                 for name in ("step", "sampling", "learning", "peak_bytes", "bytes_above_imports")
             }
@@ -246,14 +247,14 @@ def tabulate(measured: list[dict[str, Any]]) -> list[list[Any]]:
     for row in measured:
         for side, m in row["sides"].items():
             ratios = m.get("ours_over_it")
-            shares = [ratios["step"], ratios["bytes_above_imports"]] if ratios else ["", ""]
+            cells = [ratios["step"], ratios["bytes_above_imports"]] if ratios else ["", ""]
             table.append(
                 [
                     f"{row['vocab_size']}, {row['setting']}: {side}",
                     *(m[part] for part in ("sampling", "learning", "rest", "step")),
                     round(m["peak_bytes"] / 10**6),
                     round(m["bytes_above_imports"] / 10**6),
-                    *shares,
+                    *cells,
                 ]
             )
     return table
@@ -289,7 +290,7 @@ def main() -> None:
         results = {"note": options.note, "options": vars(options), "kernels": kernels}
         save("step_trl", results | {"measured": measured})
     print_table(
-        f"Seconds per step of {options.prompts} x {options.n} rollouts, and MB: peak, above imports, ours / it",
+        f"Seconds per step of {options.prompts} x {options.n} rollouts, and MB: peak, above imports, ours / TRL",
         ["", "sampling", "learning", "rest", "step", "peak", "above", "time", "memory"],
         tabulate(measured),
     )

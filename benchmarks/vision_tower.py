@@ -2,10 +2,10 @@
 
     python benchmarks/vision_tower.py
 
-A step of n = 8 rollouts per prompt with an image each, sampling and training (student, EMA teacher, full vocabulary),
-by the native trainer and with a tower pass per sequence: n at sampling, n of the student with its graph, n of the
-teacher. Samples and weights are the same; the two forms alternate. The model is random and small, with the proportions
-of Qwen2.5-VL-3B: an eighth of its widths, a quarter of its depths.
+A step samples and trains on n = 8 rollouts per prompt, with one image per prompt (student, EMA teacher, full
+vocabulary). The native trainer runs the tower once per image. The naive form runs it once per sequence: n passes at
+sampling, n of the student with its graph, n of the teacher. Samples and weights are the same; the two forms alternate.
+The model is random and small, with the proportions of Qwen2.5-VL-3B: an eighth of its widths, a quarter of its depths.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ from sdpo.trainer.data.prompts import Prompt
 from sdpo.trainer.data.samples import TrainingSample
 
 
-class TowerForEachSequence(ImageFeatureCache):
-    """Naive form: no features are cached, and the student's tower keeps its graph."""
+class TowerPerSequence(ImageFeatureCache):
+    """Naive form: caches no features, and keeps the graph of the student's tower."""
 
     def select(self, model: nn.Module, images: Sequence[bytes]) -> list[ImageFeatures]:
         pixels = [self.reader.read_pixels(image) for image in images]
@@ -131,13 +131,13 @@ def build_samples(
             advantage=0.0,
             distillation_weight=1.0,
         )
-        for prompt, many in zip(prompts, responses, strict=True)
-        for response in many
+        for prompt, rollouts in zip(prompts, responses, strict=True)
+        for response in rollouts
     ]
 
 
 def measure(folder: Path, options: argparse.Namespace, frozen: bool) -> dict[str, dict[str, float]]:
-    """Median seconds of sampling and training, by form."""
+    """Median seconds of sampling and training of both forms."""
     run = build_run(folder, options, frozen)
     model, reader = load_model(run.model, torch.device("cpu")), load_reader(run.model, 10**6)
     assert reader is not None
@@ -145,27 +145,29 @@ def measure(folder: Path, options: argparse.Namespace, frozen: bool) -> dict[str
     if frozen:
         freeze_vision_tower(model)
     prompts = build_prompts(vision, options)
-    decoding = SamplingParams(options.n, options.response, 1.0, 1.0, 64, [], 0, vision.placeholder_ids)
+    sampling_params = SamplingParams(options.n, options.response, 1.0, 1.0, 64, [], 0, vision.placeholder_ids)
 
     def sample(naive: bool) -> list[list[Completion]]:
         copies, n = (options.n, 1) if naive else (1, options.n)
-        asked = [prompt.tokens for prompt in prompts for _ in range(copies)]
-        return sample_responses([(model, 1.0)], asked, replace(decoding, n=n), 0, vision)
+        submitted = [prompt.tokens for prompt in prompts for _ in range(copies)]
+        return sample_responses([(model, 1.0)], submitted, replace(sampling_params, n=n), 0, vision)
 
     samples = build_samples(vision, prompts, sample(naive=False), run)
     actor = build_actor(model, run, 0, vision)
-    seconds: dict[str, dict[str, list[float]]] = {way: {"sampling": [], "learning": []} for way in ("ours", "naive")}
+    seconds: dict[str, dict[str, list[float]]] = {form: {"sampling": [], "learning": []} for form in ("ours", "naive")}
     for _ in range(options.repeats):
-        for way, kind in (("ours", ImageFeatureCache), ("naive", TowerForEachSequence)):
-            forward_module.ImageFeatureCache = kind  # type: ignore[misc]
+        for form, cache_class in (("ours", ImageFeatureCache), ("naive", TowerPerSequence)):
+            forward_module.ImageFeatureCache = cache_class  # type: ignore[misc]
             times = [time.perf_counter()]
-            sample(naive=way == "naive")
+            sample(naive=form == "naive")
             times.append(time.perf_counter())
             actor.update_policy(samples)
             times.append(time.perf_counter())
-            seconds[way]["sampling"].append(times[1] - times[0])
-            seconds[way]["learning"].append(times[2] - times[1])
-    return {way: {part: statistics.median(many) for part, many in parts.items()} for way, parts in seconds.items()}
+            seconds[form]["sampling"].append(times[1] - times[0])
+            seconds[form]["learning"].append(times[2] - times[1])
+    return {
+        form: {part: statistics.median(values) for part, values in parts.items()} for form, parts in seconds.items()
+    }
 
 
 def main() -> None:

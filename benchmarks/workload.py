@@ -1,7 +1,7 @@
 """Workload of the benchmarks: a random Qwen2, prompts of exact lengths, responses that never end early.
 
-This file is also the task of benchmarks of complete steps: every response fails and gets the row's ground truth as
-feedback, so that every sample is distilled and its teacher's prompt is known beforehand.
+This file is also the task of the benchmarks of complete steps. Every response fails and gets the row's ground truth as
+feedback, so that every sample is distilled and the length of every teacher prompt is known beforehand.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from sdpo.config.loader import load_config
 from sdpo.config.root import SDPOConfig
 
-END = "<|never|>"  # its id has no logit
+END = "<|never|>"  # probability 0
 
 
 def compute_score(row: Any, response: str) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def compute_score(row: Any, response: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Workload:
-    """Sizes of a step; lengths in tokens, the prompt's including the chat template."""
+    """Sizes of a step, lengths in tokens; the prompt's length includes the chat template."""
 
     vocab_size: int = 4096
     hidden_size: int = 256
@@ -42,7 +42,7 @@ class Workload:
     feedback_length: int = 32
 
     def build_model(self, pad_token_id: int | None = None) -> Any:
-        """The random Qwen2 alone, for benchmarks without text."""
+        """Build the random Qwen2, for benchmarks without text."""
         import torch
         from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -61,8 +61,8 @@ class Workload:
         )
         torch.manual_seed(0)
         model = Qwen2ForCausalLM(config)
-        # No layer changes the first number of every hidden state. Through it the last token, which would end
-        # a response, has probability 0.
+        # No layer changes the first entry of a hidden state. This entry gives the last token, which would end a
+        # response, the probability 0.
         with torch.no_grad():
             embeddings = model.get_input_embeddings().weight
             embeddings[:, 0] = 1.0
@@ -74,7 +74,7 @@ class Workload:
         return model.to(getattr(torch, self.dtype))
 
     def write(self, folder: Path) -> None:
-        """Fill a folder with ``model/``, ``train.parquet`` and ``run.yaml``."""
+        """Write ``model/``, ``train.parquet`` and ``run.yaml`` to the folder."""
         import pyarrow as pa
         import pyarrow.parquet as pq
         from transformers.utils import logging
@@ -98,7 +98,7 @@ class Workload:
         rows = []
         for _ in range(self.num_prompts):
             prompt = "".join(rng.choices("0123456789", k=num_digits))
-            assert count(prompt) == self.prompt_length, "the tokenizer joins digits"
+            assert count(prompt) == self.prompt_length, "the tokenizer must not merge digits"
             rows.append(
                 {
                     "data_source": "random",
@@ -135,7 +135,7 @@ class Workload:
     def load(self, folder: Path, overrides: Sequence[str] = ()) -> SDPOConfig:
         return load_config(folder / "run.yaml", overrides)
 
-    def build_samples(self, parts: Any, run: SDPOConfig) -> list[Any]:
+    def build_samples(self, components: Any, run: SDPOConfig) -> list[Any]:
         """Samples of one step with random responses instead of sampled ones."""
         from sdpo.models.generation.sampling import Completion
         from sdpo.trainer.data.samples import build_samples
@@ -147,14 +147,20 @@ class Workload:
             [Completion(rng.choices(ids, k=self.response_length), log_probs, finished=False) for _ in range(self.n)]
             for _ in range(self.num_prompts)
         ]
-        prompts = parts.prompts_of(1)
+        prompts = components.prompts_of(1)
         return build_samples(
-            parts.reward_manager, parts.tokenizer, prompts, responses, run.self_distillation, parts.window, rng
+            components.reward_manager,
+            components.tokenizer,
+            prompts,
+            responses,
+            run.self_distillation,
+            components.window,
+            rng,
         )
 
 
 def build_tokenizer(vocab_size: int) -> Any:
-    """The toy tasks' tokenizer with as many tokens as the model has logits; the last token ends a response."""
+    """Build the toy tasks' tokenizer with ``vocab_size`` tokens; the last token ends a response."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -163,7 +169,7 @@ def build_tokenizer(vocab_size: int) -> Any:
 
     content = json.loads(build_tokenizer([], CHAT_TEMPLATE).backend_tokenizer.to_str())
     vocabulary = content["model"]["vocab"]
-    assert len(vocabulary) <= vocab_size, f"the templates' words alone are {len(vocabulary)} tokens"
+    assert len(vocabulary) <= vocab_size, f"vocab_size={vocab_size}: the templates need {len(vocabulary)} tokens"
     vocabulary.update({f"<{i}>": i for i in range(len(vocabulary), vocab_size - 1)})
     vocabulary[END] = vocab_size - 1
     return PreTrainedTokenizerFast(

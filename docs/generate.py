@@ -137,8 +137,8 @@ PERFORMANCE = """\
 # Performance
 
 Time and memory, compared with a lower bound and with other implementations. `docs/generate.py` makes every table from
-`benchmarks/results/*.json`; the command above a table repeats the measurement. `benchmarks/notes.md` lists what was
-tried and did not help.
+`benchmarks/results/*.json`; the command above a table repeats the measurement. `benchmarks/notes.md` lists
+optimization attempts.
 
 Ratios are medians of interleaved measurements, in one process or in alternating processes, each with one thread. TRL
 and Liger come with the extra `bench`, on Python 3.11 or 3.12; lines whose package is missing are left out:

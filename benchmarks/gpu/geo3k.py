@@ -1,13 +1,13 @@
-"""Three steps of configs/geo3k_1gpu.yaml on Qwen2.5-VL-3B's architecture with random weights: memory and time.
+"""Memory and time of three steps of configs/geo3k_1gpu.yaml on Qwen2.5-VL-3B's architecture with random weights.
 
     python benchmarks/gpu/geo3k.py FOLDER                   # one GPU of 80 GB, about four minutes
     python benchmarks/gpu/geo3k.py FOLDER --engine train    # the same config file on the native trainer
     python benchmarks/gpu/geo3k.py FOLDER --tiny            # a trial without a GPU
 
-Needs no network: weights are random, ``sdpo data geo3k --drawn`` draws the problems, the tokenizer is the toy task's.
-No response ends early (``ignore_eos``), so a micro-batch is as large as the config file allows; only the number of
-prompts per step is smaller than in the config file. Prints the peak GPU memory of nvidia-smi, in total and per phase as
-verl reports it, and the seconds of each phase; writes FOLDER/geo3k.json.
+The script needs no network: the weights are random, ``sdpo data geo3k --drawn`` draws the problems, and the tokenizer
+comes from the toy task. No response ends early (``ignore_eos``), so a micro-batch is as large as the config file
+allows. Only the number of prompts per step is smaller than in the config file. The script prints nvidia-smi's peak GPU
+memory, verl's peak per phase and the seconds of each phase, and writes FOLDER/geo3k.json.
 """
 
 from __future__ import annotations
@@ -24,11 +24,18 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 ARCHITECTURE = ROOT / "tests" / "golden" / "qwen2_5_vl_3b" / "config.json"
 TINY_TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-SHOWN = ("perf/", "timing_s/", "self_distillation/loss", "response_length/mean", "actor/grad_norm", "training/rollout_")
+PRINTED = (
+    "perf/",
+    "timing_s/",
+    "self_distillation/loss",
+    "response_length/mean",
+    "actor/grad_norm",
+    "training/rollout_",
+)
 
 
 def write_model(folder: Path, *, tiny: bool) -> None:
-    """Write a model of this architecture with random weights and the special tokens of the toy task."""
+    """Write a model of Qwen2.5-VL's architecture with random weights and the special tokens of the toy task."""
     import torch
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -59,12 +66,12 @@ def write_model(folder: Path, *, tiny: bool) -> None:
     )
 
 
-class MemoryWatch(threading.Thread):
-    """Peak memory in use on the first GPU, in MiB, by nvidia-smi twice per second."""
+class MemorySampler(threading.Thread):
+    """Memory in use on the first GPU, in MiB; queries nvidia-smi twice per second."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.most = 0
+        self.peak = 0
         self.over_time: list[tuple[float, int]] = []
         self.start()
 
@@ -76,7 +83,7 @@ class MemoryWatch(threading.Thread):
                 used = int(subprocess.run(query, capture_output=True, text=True).stdout.split()[0])
             except (OSError, IndexError, ValueError):
                 return
-            self.most = max(self.most, used)
+            self.peak = max(self.peak, used)
             self.over_time.append((round(time.perf_counter() - started, 1), used))
             time.sleep(0.5)
 
@@ -127,22 +134,22 @@ def main() -> int:
 
         write_drawn_geometry(folder / "data", 64, 16)
         print(f"model and data written in {time.perf_counter() - started:.0f} s", flush=True)
-    watch, started = MemoryWatch(), time.perf_counter()
+    memory, started = MemorySampler(), time.perf_counter()
     command = [*build_command(folder, options), *options.overrides]
     log = folder / f"{options.engine}.log"
     with log.open("w") as output:
         code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
     lines = log.read_text(errors="replace").splitlines()
-    print(f"exit code {code} after {time.perf_counter() - started:.0f} s; at most {watch.most} MiB in use")
+    print(f"exit code {code} after {time.perf_counter() - started:.0f} s; peak GPU memory {memory.peak} MiB")
     metrics = folder / "run" / "metrics.jsonl"
     rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     for row in rows:
         values = row.get("data", row)
-        shown = {k: round(v, 4) for k, v in values.items() if k.startswith(SHOWN) and isinstance(v, (int, float))}
-        print(json.dumps({"step": row.get("step"), **shown}))
+        printed = {k: round(v, 4) for k, v in values.items() if k.startswith(PRINTED) and isinstance(v, (int, float))}
+        print(json.dumps({"step": row.get("step"), **printed}))
     if code:
         print("\n".join(line[:300] for line in lines[-40:]))
-    result = {"command": command, "code": code, "most_mib": watch.most, "memory": watch.over_time, "rows": rows}
+    result = {"command": command, "code": code, "peak_mib": memory.peak, "memory": memory.over_time, "rows": rows}
     (folder / "geo3k.json").write_text(json.dumps(result))
     return code
 

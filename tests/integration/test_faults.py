@@ -205,7 +205,7 @@ def test_a_sampler_that_is_killed(
 
 @FORKS
 def test_a_learner_that_is_killed(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/crash.py", "--kills", "3", "--ways", "overlapped", "--folder", tmp_path]
+    command = [sys.executable, "benchmarks/crash.py", "--kills", "3", "--modes", "overlapped", "--folder", tmp_path]
     environment = {**os.environ, "BENCHMARK_RESULTS": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

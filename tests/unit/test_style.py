@@ -10,6 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PLACES = [  # those that have been rewritten; the rest follows
     "src",
+    "benchmarks",
+    "tests/integration/test_benchmarks.py",
     *(
         f"tests/unit/trainer/test_{name}.py"
         for name in ("checkpoint", "export", "prompts", "resume", "run_dir", "sampler", "samples", "state")
