@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import importlib.util
 import json
 import os
 import subprocess
