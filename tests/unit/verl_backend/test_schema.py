@@ -29,7 +29,7 @@ from sdpo.models.multimodal.processor import load_without_videos
 from sdpo.verl_backend.config.schema import read_health, read_regularization, read_self_distillation
 from sdpo.verl_backend.driver.tools import load_tool_schemas
 from sdpo.verl_backend.entrypoint.compose import compose_config
-from sdpo.verl_backend.entrypoint.main import main, train
+from sdpo.verl_backend.entrypoint.main import forward_environment, main, train
 
 ACTOR = "actor_rollout_ref.actor"
 MODEL = "actor_rollout_ref.model"
@@ -310,6 +310,22 @@ def test_the_command_line_refuses_and_helps(files: list[str], capsys: pytest.Cap
     assert "usage" in capsys.readouterr().out
     main(["--config-name", "sdpo_sync", "--cfg", *files])
     assert "trainer_mode: sync" in capsys.readouterr().out
+
+
+def test_workers_of_a_running_cluster_get_this_process_s_variables(
+    compose: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VERL_FILE_LOGGER_PATH", "/run/metrics.jsonl")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.delenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", raising=False)
+    config = compose("+ray_kwargs.ray_init.runtime_env.env_vars.OMP_NUM_THREADS='2'")
+    monkeypatch.setenv("VERL_PLATFORM", "cpu")
+    forward_environment(config)
+    expected = {"VERL_FILE_LOGGER_PATH": "/run/metrics.jsonl", "OMP_NUM_THREADS": "2", "VERL_PLATFORM": "cpu"}
+    assert dict(config.ray_kwargs.ray_init.runtime_env.env_vars) == expected
+    config = compose()
+    forward_environment(config)
+    assert config.ray_kwargs.ray_init.runtime_env.env_vars.OMP_NUM_THREADS == "3"
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from sdpo.observability.health_callback import HEALTH_EVENTS_FILE
 from sdpo.observability.progress import NullCallback, ProgressCallback
 from sdpo.rewards.base import load_task, prepare_task
 from sdpo.verl_backend.config.to_verl import VerlOverrides
-from sdpo.verl_backend.entrypoint.main import CPU, main
+from sdpo.verl_backend.entrypoint.main import CPU, METRICS_PATH, main
 
 METRICS = "metrics.jsonl"
 
@@ -46,7 +46,7 @@ def build_command(translated: VerlOverrides, output_dir: str | Path, overrides: 
         notes.append("no CUDA device: Ray gets placeholder GPUs, and transformers samples instead of vLLM")
     if translated.unused:
         notes.append(f"no effect on verl: {', '.join(translated.unused)}")
-    environment = {"VERL_FILE_LOGGER_PATH": str(Path(output_dir).absolute() / METRICS)}
+    environment = {METRICS_PATH: str(Path(output_dir).absolute() / METRICS)}
     return Command(environment, [*arguments, *translated.overrides, *overrides], notes)
 
 

@@ -20,6 +20,12 @@ from sdpo.verl_backend.entrypoint.model_checks import check_model
 
 USAGE = "usage: python -m sdpo.verl_backend.entrypoint.main [--config-name NAME] [--cfg] [key=value ...]"
 CPU = "+device=cpu"
+CPU_ENVIRONMENT = {
+    "VERL_PLATFORM": "cpu",
+    "OMP_NUM_THREADS": "1",  # of Ray's workers; tiny models are slower with two threads
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+METRICS_PATH = "VERL_FILE_LOGGER_PATH"
 PLACEHOLDER_RESOURCES = ("num_cpus", "num_gpus", "object_store_memory")  # in cpu/config/device/cpu.yaml
 
 
@@ -35,9 +41,10 @@ def train(config: DictConfig) -> None:
     if config.trainer.device == "cpu" and joins_cluster(config):
         for name in PLACEHOLDER_RESOURCES:  # ray.init refuses resources for a cluster that already runs
             config.ray_kwargs.ray_init[name] = None
+    forward_environment(config)
     check_model(config)
     check_machine(config)
-    metrics = os.environ.get("VERL_FILE_LOGGER_PATH")
+    metrics = os.environ.get(METRICS_PATH)
     if metrics is not None:
         Path(metrics).parent.mkdir(parents=True, exist_ok=True)  # verl's logger does not
     from verl.plugin.platform.platform_manager import PlatformRegistry
@@ -57,6 +64,16 @@ def train(config: DictConfig) -> None:
         raise getattr(error, "cause", error) from None
     if stopped_by:
         print(f"stopped by a health check: {stopped_by}", file=sys.stderr)
+
+
+def forward_environment(config: DictConfig) -> None:
+    """Pass variables of this process to Ray's workers; in a running cluster they inherit the cluster's environment.
+
+    Without it, verl would write the metrics of such a run into the folder in which the cluster was started.
+    """
+    found = {name: os.environ[name] for name in (METRICS_PATH, *CPU_ENVIRONMENT) if name in os.environ}
+    given = config.ray_kwargs.ray_init.runtime_env.get("env_vars") or {}
+    OmegaConf.update(config, "ray_kwargs.ray_init.runtime_env.env_vars", {**found, **given}, force_add=True)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -81,9 +98,8 @@ def main(arguments: Sequence[str]) -> None:
         else:
             overrides.append(argument)
     if CPU in overrides:
-        os.environ.setdefault("VERL_PLATFORM", "cpu")
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # of Ray's workers; tiny models are slower with two threads
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        for variable, value in CPU_ENVIRONMENT.items():
+            os.environ.setdefault(variable, value)
     config = compose_config(name, overrides)
     if show:
         print(OmegaConf.to_yaml(config))

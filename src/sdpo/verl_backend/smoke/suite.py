@@ -28,7 +28,7 @@ from sdpo.errors import ConfigError, SDPOError
 from sdpo.rewards.toy.figures import PICTURE_SIZE, Figures
 from sdpo.rewards.toy.hidden_rule import HiddenRule
 from sdpo.verl_backend.config.to_verl import quote
-from sdpo.verl_backend.entrypoint.main import CPU
+from sdpo.verl_backend.entrypoint.main import CPU, METRICS_PATH
 from sdpo.verl_backend.smoke import checks
 from sdpo.verl_backend.smoke.checks import STEPS, Finished
 
@@ -171,7 +171,7 @@ def _start(arguments: Sequence[str], folder: Path, log: Path, end: int) -> int:
         "VLLM_USE_FLASHINFER_SAMPLER": "0",  # compiling its kernels takes longer than three steps
         "RAY_USAGE_STATS_ENABLED": "0",
         **os.environ,
-        "VERL_FILE_LOGGER_PATH": str(folder / f"metrics.{end}.jsonl"),
+        METRICS_PATH: str(folder / f"metrics.{end}.jsonl"),
     }
     with log.open("w") as output:
         process = subprocess.Popen(
