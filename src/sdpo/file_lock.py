@@ -25,6 +25,9 @@ def lock_file(path: Path, owner: str) -> IO[str]:
         file.seek(0)
         with file:
             raise FileLocked(file.read().strip()) from None
+    except OSError:
+        file.close()
+        raise
     file.truncate(0)
     file.write(f"{owner}\n")
     file.flush()

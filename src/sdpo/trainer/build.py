@@ -30,6 +30,7 @@ from sdpo.models.multimodal.vision_tower import VisionAdapter, freeze_vision_tow
 from sdpo.observability.health import HealthMonitor
 from sdpo.observability.health_callback import HealthCallback
 from sdpo.observability.progress import ProgressCallback
+from sdpo.observability.run_folder import require_idle
 from sdpo.prompting.tokenization import Tokenizer
 from sdpo.rewards.base import load_task, prepare_task
 from sdpo.rewards.manager import RewardManager
@@ -45,7 +46,7 @@ from sdpo.trainer.checkpoint.state import (
 )
 from sdpo.trainer.data.prompts import Prompt, RandomSampler, load_prompts
 from sdpo.trainer.evaluator import Evaluator
-from sdpo.trainer.logging.run_dir import RunDir, require_idle
+from sdpo.trainer.logging.run_dir import RunDir
 from sdpo.trainer.rollout.base import Sampler
 from sdpo.trainer.rollout.build import build_sampler, build_sampling_params
 from sdpo.trainer.rollout.vllm_engine import require_vllm

@@ -16,9 +16,9 @@ from sdpo.errors import CheckpointError
 from sdpo.models.loading import load_model, load_tokenizer
 from sdpo.models.lora.adapters import merge_adapters
 from sdpo.models.multimodal.processor import load_reader
+from sdpo.observability.run_folder import CONFIG_FILE
 from sdpo.trainer.checkpoint.manager import verify_checkpoint
 from sdpo.trainer.checkpoint.state import TrainingState, load_student, load_teacher_module
-from sdpo.trainer.logging.run_dir import CONFIG_FILE
 
 CPU = torch.device("cpu")
 

@@ -12,9 +12,9 @@ from typing import Any
 from sdpo.config.loader import load_config
 from sdpo.config.root import SDPOConfig, iterate_settings
 from sdpo.errors import CheckpointError
+from sdpo.observability.run_folder import CONFIG_FILE
 from sdpo.trainer.checkpoint.manager import find_newest
 from sdpo.trainer.checkpoint.state import TrainingState
-from sdpo.trainer.logging.run_dir import CONFIG_FILE
 
 logger = logging.getLogger(__name__)
 

@@ -10,15 +10,15 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from sdpo.config.monitoring import TrackingConfig
 from sdpo.errors import ConfigError
-from sdpo.file_lock import FileLocked, lock_file
 from sdpo.observability import metrics
 from sdpo.observability.health_callback import HEALTH_EVENTS_FILE, drop_events_after
 from sdpo.observability.json_lines import append_json_line, read_json_lines, write_json_lines
 from sdpo.observability.progress import ProgressCallback
+from sdpo.observability.run_folder import CONFIG_FILE, lock_folder, move_earlier_run, require_idle
 from sdpo.prompting.images import format_content
 from sdpo.trainer.data.samples import TrainingSample
 from sdpo.trainer.logging.trackers import Tracker, build_trackers, require_trackers
@@ -26,8 +26,6 @@ from sdpo.trainer.logging.trackers import Tracker, build_trackers, require_track
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
-CONFIG_FILE = "run.yaml"
-LOCK_FILE = ".lock"
 PACKAGES = ("sdpo", "torch", "transformers", "omegaconf", "pyarrow", "numpy")
 
 
@@ -58,9 +56,11 @@ class RunDir:
         try:
             require_idle(self.path)
             if resumed_step is None:
-                _move_earlier_run(self.path)
+                moved = move_earlier_run(self.path)
+                if moved is not None:
+                    logger.info(f"output_dir={self.path}: moved the earlier run to {moved}")
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.path)
+            self._lock = lock_folder(self.path)
             kept = _read_rows_before(self.path / METRICS_FILE, resumed_step) if resumed_step is not None else []
             write_json_lines(self.path / METRICS_FILE, kept)
             if resumed_step is not None:
@@ -139,43 +139,8 @@ class RunDir:
             ) from error
 
 
-def require_idle(path: Path) -> None:
-    """Check that no other run is writing to the folder.
-
-    Raises:
-        ConfigError: another run is writing to it; the message names its process.
-    """
-    if (path / LOCK_FILE).is_file():
-        with contextlib.suppress(OSError):  # opening the run folder reports it
-            _lock(path).close()
-
-
-def _lock(path: Path) -> IO[str]:
-    """Lock the folder until the returned file is closed or the process ends."""
-    try:
-        return lock_file(path / LOCK_FILE, f"process {os.getpid()} on {platform.node()}")
-    except FileLocked as owner:
-        raise ConfigError(
-            f"output_dir={path}: another run is writing to it ({owner}); wait for it, stop it, or name another folder"
-        ) from None
-
-
 def _read_rows_before(path: Path, step: int) -> list[dict[str, float]]:
     return [row for row in read_json_lines(path) if row[metrics.STEP] < step]
-
-
-def _move_earlier_run(path: Path) -> None:
-    """Move an earlier run in the folder aside; raise if the folder contains anything else."""
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
-    if not (path / CONFIG_FILE).is_file():
-        raise ConfigError(f"output_dir={path}: exists and is no run folder; name another folder")
-    number = 1
-    while path.with_name(f"{path.name}.{number}").exists():
-        number += 1
-    moved = path.with_name(f"{path.name}.{number}")
-    path.rename(moved)
-    logger.info(f"output_dir={path}: moved the earlier run to {moved}")
 
 
 def _collect_versions() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 from collections.abc import Sequence
@@ -9,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from omegaconf import DictConfig
 
 from sdpo.config.loader import save_config
 from sdpo.config.root import SDPOConfig
-from sdpo.errors import ConfigError
-from sdpo.observability.health_callback import HEALTH_EVENTS_FILE
+from sdpo.errors import CheckpointError, ConfigError
 from sdpo.observability.progress import NullCallback, ProgressCallback
+from sdpo.observability.run_folder import CONFIG_FILE, lock_folder, move_earlier_run, require_idle
 from sdpo.rewards.base import load_task, prepare_task
 from sdpo.verl_backend.config.to_verl import VerlOverrides
 from sdpo.verl_backend.entrypoint.main import CPU, METRICS_PATH, main
@@ -51,27 +53,64 @@ def build_command(translated: VerlOverrides, output_dir: str | Path, overrides: 
 
 
 def launch(config: SDPOConfig, command: Command, progress: ProgressCallback | None = None) -> None:
-    """Train until the end. A run with checkpoints resumes from the last one.
+    """Train until the end; ``resume_mode`` does what it does on the native trainer.
 
     Raises:
-        ConfigError: a setting or file is wrong; Ray has not been started.
+        ConfigError: a setting or file is wrong, or another run is writing to the folder; Ray has not been started.
+        CheckpointError: ``resume_mode=required`` and there is no checkpoint; Ray has not been started.
     """
     prepare_task(load_task(config.data.task, config.data.task_args), progress or NullCallback())
+    os.environ.update(command.environment)
+    with contextlib.ExitStack() as locks:
+        main(command.arguments, lambda composed: locks.enter_context(open_folder(config, composed)))
+
+
+def open_folder(config: SDPOConfig, composed: DictConfig) -> contextlib.AbstractContextManager[object]:
+    """Create and lock the run's folder; move an earlier run aside unless this run resumes it.
+
+    Args:
+        config: the run's.
+        composed: verl's, in which an override may select another checkpoint.
+
+    Returns:
+        The lock, which ends when it is closed.
+
+    Raises:
+        ConfigError, CheckpointError: see ``launch``.
+    """
     folder = Path(config.output_dir)
+    resumes = _has_checkpoint(composed.trainer)
+    if config.resume_mode == "required" and not resumes:
+        raise CheckpointError(
+            f"output_dir={folder}: has no complete checkpoint to resume from; start with resume_mode=auto"
+        )
     try:
+        require_idle(folder)
+        moved = None if resumes else move_earlier_run(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / "run.yaml")
+        save_config(config, folder / CONFIG_FILE)
+        _move_aside(folder / METRICS)
     except OSError as error:
         raise ConfigError(f"output_dir={folder}: cannot be written ({error.strerror}); name another folder") from error
-    _move_aside(folder / METRICS)
-    if config.resume_mode == "disable":
-        _move_aside(folder / HEALTH_EVENTS_FILE)
-    os.environ.update(command.environment)
-    main(command.arguments)
+    if moved is not None:
+        print(f"output_dir={folder}: moved the earlier run to {moved}", flush=True)
+    try:
+        return lock_folder(folder)
+    except OSError:  # some network file systems have no locks
+        return contextlib.nullcontext()
+
+
+def _has_checkpoint(trainer: DictConfig) -> bool:
+    """Whether verl will resume from a checkpoint."""
+    from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
+
+    if trainer.resume_mode == "auto":
+        return find_latest_ckpt_path(trainer.default_local_dir) is not None
+    return bool(trainer.resume_mode == "resume_path")
 
 
 def _move_aside(path: Path) -> None:
-    """Rename an earlier run's file to the next free number, since this run starts the file from the beginning."""
+    """Rename a resumed run's file to the next free number, since this start writes the file from the beginning."""
     number = 1
     while path.with_suffix(f".{number}.jsonl").exists():
         number += 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -29,8 +29,12 @@ METRICS_PATH = "VERL_FILE_LOGGER_PATH"
 PLACEHOLDER_RESOURCES = ("num_cpus", "num_gpus", "object_store_memory")  # in cpu/config/device/cpu.yaml
 
 
-def train(config: DictConfig) -> None:
+def train(config: DictConfig, before_start: Callable[[DictConfig], object] | None = None) -> None:
     """Start Ray and train until the end.
+
+    Args:
+        config: from ``compose_config``.
+        before_start: called after all checks, before Ray starts.
 
     Raises:
         ConfigError: this machine lacks something, or the model cannot be loaded or used, and Ray has not been started;
@@ -44,6 +48,8 @@ def train(config: DictConfig) -> None:
     forward_environment(config)
     check_model(config)
     check_machine(config)
+    if before_start is not None:
+        before_start(config)
     metrics = os.environ.get(METRICS_PATH)
     if metrics is not None:
         Path(metrics).parent.mkdir(parents=True, exist_ok=True)  # verl's logger does not
@@ -76,8 +82,8 @@ def forward_environment(config: DictConfig) -> None:
     OmegaConf.update(config, "ray_kwargs.ray_init.runtime_env.env_vars", {**found, **given}, force_add=True)
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run the command line.
+def main(arguments: Sequence[str], before_start: Callable[[DictConfig], object] | None = None) -> None:
+    """Run the command line; ``before_start`` is called after all checks, before Ray starts.
 
     Raises:
         ConfigError: see ``compose_config`` and ``train``.
@@ -104,7 +110,7 @@ def main(arguments: Sequence[str]) -> None:
     if show:
         print(OmegaConf.to_yaml(config))
         return
-    train(config)
+    train(config, before_start)
 
 
 if __name__ == "__main__":
