@@ -1,4 +1,4 @@
-"""The metrics by which one sees that a training is not well, against distributions written out in float64."""
+"""Health metrics of the actor compared with values computed in float64."""
 
 from __future__ import annotations
 
@@ -26,31 +26,34 @@ def student(make_model: Callable[..., Any]) -> Any:
 
 
 @torch.no_grad()
-def distributions(module: nn.Module, prompt: Sequence[int], sample: TrainingSample, run: SDPOConfig) -> Tensor:
-    """[T, V] log-probabilities."""
+def compute_log_probs(module: nn.Module, prompt: Sequence[int], sample: TrainingSample, run: SDPOConfig) -> Tensor:
+    """Log-probabilities [T, V]."""
     ids = torch.tensor([[*prompt, *sample.response.token_ids]])
     return (module(input_ids=ids).logits[0, len(prompt) - 1 : -1] / run.rollout.temperature).log_softmax(-1)
 
 
-def sampled(rows: Tensor, sample: TrainingSample) -> Tensor:
+def select_sampled(rows: Tensor, sample: TrainingSample) -> Tensor:
     return rows.gather(-1, torch.tensor(sample.response.token_ids)[:, None])[:, 0]
 
 
-def gaps_of(
+def compute_gaps(
     module: nn.Module, samples: Sequence[TrainingSample], run: SDPOConfig
 ) -> list[tuple[TrainingSample, Tensor]]:
-    """At the first step, where the teacher's weights are the student's."""
+    """Teacher minus student log-probs at the first step, where both have the same weights."""
     gaps = []
     for sample in samples:
         if sample.teacher_prompt.token_ids is not None:
-            theirs = sampled(distributions(module, sample.teacher_prompt.token_ids, sample, run), sample)
-            gaps.append((sample, theirs - sampled(distributions(module, sample.prompt.token_ids, sample, run), sample)))
+            teacher, student = (
+                select_sampled(compute_log_probs(module, prompt.token_ids, sample, run), sample)
+                for prompt in (sample.teacher_prompt, sample.prompt)
+            )
+            gaps.append((sample, teacher - student))
     return gaps
 
 
-def test_gap_by_sign(student: Any, make_run: MakeRun, make_samples: MakeSamples) -> None:
+def test_log_prob_gap_by_sign(student: Any, make_run: MakeRun, make_samples: MakeSamples) -> None:
     run, samples = make_run(), make_samples()
-    gaps = torch.cat([gap for _, gap in gaps_of(student, samples, run)])
+    gaps = torch.cat([gap for _, gap in compute_gaps(student, samples, run)])
     assert 0 < int((gaps > 0).sum()) < len(gaps)
     values = build_actor(student, run, 0).update_policy(samples)
     positive_fraction = float((gaps > 0).double().mean())
@@ -66,15 +69,15 @@ def test_gap_by_sign(student: Any, make_run: MakeRun, make_samples: MakeSamples)
 
 
 @pytest.mark.parametrize("max_tokens_per_micro_batch", [1, 60, 100_000])
-def test_intervals_of_entropy_and_gap_are_over_prompts(
+def test_intervals_of_entropy_and_gap_cluster_by_prompt(
     max_tokens_per_micro_batch: int, student: Any, make_run: MakeRun, make_samples: MakeSamples
 ) -> None:
     run, samples = make_run(actor__max_tokens_per_micro_batch=max_tokens_per_micro_batch), make_samples()
     entropy, gap = ClusteredMean(), ClusteredMean()
     for sample in samples:
-        rows = distributions(student, sample.prompt.token_ids, sample, run)
+        rows = compute_log_probs(student, sample.prompt.token_ids, sample, run)
         entropy.add(id(sample.prompt), float(-(rows.exp() * rows).sum()), len(rows))
-    for sample, values in gaps_of(student, samples, run):
+    for sample, values in compute_gaps(student, samples, run):
         gap.add(id(sample.prompt), float(values.sum()), len(values))
     assert entropy.num_clusters == run.data.train_batch_size
     values = build_actor(student, run, 0).update_policy(samples)
@@ -86,7 +89,7 @@ def test_intervals_of_entropy_and_gap_are_over_prompts(
 
 
 @pytest.mark.parametrize("kind", ["ema", "frozen"])
-def test_kl_to_the_initial_model_is_that_of_the_sampled_tokens(
+def test_reference_kl_is_estimated_from_the_sampled_tokens(
     kind: str, make_model: Callable[..., Any], make_run: MakeRun, make_samples: MakeSamples
 ) -> None:
     initial, student = (make_model(dtype=torch.float64) for _ in range(2))
@@ -97,10 +100,11 @@ def test_kl_to_the_initial_model_is_that_of_the_sampled_tokens(
     assert first[metrics.REF_KL] == 0.0
     expected = ClusteredMean()
     for sample in samples:
-        ours, theirs = (
-            sampled(distributions(m, sample.prompt.token_ids, sample, run), sample) for m in (student, initial)
+        new, initial_log_probs = (
+            select_sampled(compute_log_probs(m, sample.prompt.token_ids, sample, run), sample)
+            for m in (student, initial)
         )
-        expected.add(id(sample.prompt), float((ours - theirs).sum()), len(ours))
+        expected.add(id(sample.prompt), float((new - initial_log_probs).sum()), len(new))
     second = actor.update_policy(samples)
     assert second[metrics.REF_KL] == pytest.approx(expected.mean, **PRECISE)
     assert second[metrics.REF_KL] != 0.0
@@ -109,12 +113,12 @@ def test_kl_to_the_initial_model_is_that_of_the_sampled_tokens(
     assert metrics.REF_KL not in actor.update_policy(samples)
 
 
-def test_no_copy_is_kept_where_it_is_not_compared_with(student: Any, make_run: MakeRun) -> None:
+def test_no_reference_model_is_kept_without_a_use(student: Any, make_run: MakeRun) -> None:
     assert build_actor(student, make_run(), 0).initial is None
 
 
 @pytest.mark.parametrize(
-    ("token_ids", "share"),
+    ("token_ids", "fraction"),
     [
         ([1, 2, 3, 4, 1, 2, 3, 4], 1 / 5),  # 1234 2341 3412 4123 1234
         ([7] * 8, 4 / 5),
@@ -124,11 +128,11 @@ def test_no_copy_is_kept_where_it_is_not_compared_with(student: Any, make_run: M
         ([], None),
     ],
 )
-def test_repeated_4grams_by_hand(token_ids: list[int], share: float | None) -> None:
-    assert compute_repetition(token_ids) == (None if share is None else pytest.approx(share))
+def test_fraction_of_repeated_4grams(token_ids: list[int], fraction: float | None) -> None:
+    assert compute_repetition(token_ids) == (None if fraction is None else pytest.approx(fraction))
 
 
-def test_intervals_of_what_the_rollouts_tell(make_run: MakeRun, make_samples: MakeSamples) -> None:
+def test_intervals_of_rollout_metrics(make_run: MakeRun, make_samples: MakeSamples) -> None:
     run, samples = make_run(), make_samples()
     values = summarize_samples(samples, run.self_distillation)
     prompts = [id(s.prompt) for s in samples]

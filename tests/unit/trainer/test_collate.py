@@ -1,4 +1,4 @@
-"""Micro-batches: nothing lost, nothing over budget, and logits as if each sample stood alone, unpacked and unpadded."""
+"""Micro-batches contain every sample within the budget, and give the logits of each sample alone."""
 
 from __future__ import annotations
 
@@ -21,23 +21,22 @@ from sdpo.trainer.data.samples import TrainingSample
 
 CPU = torch.device("cpu")
 LENGTHS = st.tuples(st.integers(1, 30), st.integers(0, 40), st.lists(st.integers(1, 20), min_size=1, max_size=4))
-SHARES = AttentionCostModel(
-    flops_per_token=1.0, flops_per_pair=0.0, flops_per_call=0.0
-)  # reading a token is all that costs
+# Only tokens have a cost, so that shared prompts always pay off.
+SHARES = AttentionCostModel(flops_per_token=1.0, flops_per_pair=0.0, flops_per_call=0.0)
 NEVER_SHARES = AttentionCostModel(flops_per_token=0.0, flops_per_pair=1.0, flops_per_call=1e9)
 COSTS = {"padded": None, "packed": NEVER_SHARES, "shared": SHARES}
 
 
-def read_tokens(batcher: Collator, samples: Sequence[TrainingSample]) -> int:
-    """Counted on the tensors themselves."""
-    batch = batcher.collate(samples)
+def count_tokens(collator: Collator, samples: Sequence[TrainingSample]) -> int:
+    """Tokens in the tensors of a batch."""
+    batch = collator.collate(samples)
     return batch.student.token_ids.numel() + (0 if batch.teacher is None else batch.teacher.token_ids.numel())
 
 
 @pytest.mark.parametrize("cost", COSTS.values(), ids=COSTS)
 @settings(deadline=None)
 @given(lengths=st.lists(LENGTHS, min_size=1, max_size=8), max_tokens=st.integers(1, 400))
-def test_every_sample_once_and_within_the_budget(
+def test_each_sample_is_in_one_micro_batch_within_the_budget(
     make_sample: Callable[..., TrainingSample],
     cost: AttentionCostModel | None,
     lengths: list[tuple[int, int, list[int]]],
@@ -49,33 +48,35 @@ def test_every_sample_once_and_within_the_budget(
         for length in response_lengths:
             samples.append(make_sample(prompt, [4] * length, [5] * teacher_length if teacher_length else None))
             prompt = samples[-1].prompt
-    batcher = Collator(0, CPU, cost=cost)
-    pieces = batcher.split(samples, max_tokens)
-    assert sorted(i for piece in pieces for i in piece) == list(range(len(samples)))
-    for piece in pieces:
-        assert len(piece) == 1 or read_tokens(batcher, [samples[i] for i in piece]) <= max_tokens
-    if cost is not None:  # a piece ends where one more sample would have been too much
-        for piece, following in pairwise(pieces):
-            assert read_tokens(batcher, [samples[i] for i in [*piece, following[0]]]) > max_tokens
+    collator = Collator(0, CPU, cost=cost)
+    micro_batches = collator.split(samples, max_tokens)
+    assert sorted(i for micro_batch in micro_batches for i in micro_batch) == list(range(len(samples)))
+    for micro_batch in micro_batches:
+        assert len(micro_batch) == 1 or count_tokens(collator, [samples[i] for i in micro_batch]) <= max_tokens
+    if cost is not None:  # one more sample would exceed the budget
+        for micro_batch, following in pairwise(micro_batches):
+            assert count_tokens(collator, [samples[i] for i in [*micro_batch, following[0]]]) > max_tokens
 
 
 @pytest.mark.parametrize(("cost", "sizes"), [(None, [3, 3, 3, 1]), (NEVER_SHARES, [3, 3, 3, 1]), (SHARES, [9, 1])])
-def test_the_budget_is_used(
+def test_micro_batches_fill_the_budget(
     make_sample: Callable[..., TrainingSample], cost: AttentionCostModel | None, sizes: list[int]
 ) -> None:
-    """Ten rollouts of one prompt, each 6 + 4 tokens and 16 + 4 for the teacher: three fit in 100. With what all of them
-    begin with read once, they are 22 tokens and 8 more a rollout."""
+    """Ten rollouts of one prompt have 6 + 4 tokens each, and 16 + 4 for the teacher, so that three fit into 100.
+
+    With shared prompts they have 22 tokens, and 8 more per rollout.
+    """
     samples = [make_sample([3] * 6, [4] * 4, [5] * 16)]
     samples += [make_sample(samples[0].prompt, [4] * 4, [5] * 16) for _ in range(9)]
-    batcher = Collator(0, CPU, cost=cost)
-    assert [len(piece) for piece in batcher.split(samples, 100)] == sizes
-    assert [len(piece) for piece in batcher.split(samples, 300)] == [10]
-    assert [len(piece) for piece in batcher.split(samples, 29)] == [1] * 10
+    collator = Collator(0, CPU, cost=cost)
+    assert [len(micro_batch) for micro_batch in collator.split(samples, 100)] == sizes
+    assert [len(micro_batch) for micro_batch in collator.split(samples, 300)] == [10]
+    assert [len(micro_batch) for micro_batch in collator.split(samples, 29)] == [1] * 10
 
 
 @pytest.mark.parametrize("undistilled", [(), (1, 4), (0, 1, 2, 3, 4, 5)])
 @pytest.mark.parametrize("cost", COSTS.values(), ids=COSTS)
-def test_logits_are_those_of_each_sample_alone(
+def test_logits_equal_those_of_each_sample_alone(
     make_model: Callable[..., Any],
     make_samples: Callable[..., list[TrainingSample]],
     plain_logits: Callable[..., Tensor],
@@ -86,7 +87,7 @@ def test_logits_are_those_of_each_sample_alone(
     samples = make_samples(undistilled=undistilled)
     distilled = [s for i, s in enumerate(samples) if i not in undistilled]
     expected = [plain_logits(student, s.prompt.token_ids, s.response.token_ids) for s in samples]
-    by_teacher = [plain_logits(teacher, s.teacher_prompt.token_ids, s.response.token_ids) for s in distilled]
+    expected_teacher = [plain_logits(teacher, s.teacher_prompt.token_ids, s.response.token_ids) for s in distilled]
     if cost is not None:
         assert enable_packing(student) is not None
         assert enable_packing(teacher) is not None
@@ -100,10 +101,10 @@ def test_logits_are_those_of_each_sample_alone(
         assert batch.teacher is None
         return
     assert batch.teacher is not None
-    torch.testing.assert_close(compute(teacher, batch.teacher), torch.cat(by_teacher), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(compute(teacher, batch.teacher), torch.cat(expected_teacher), atol=1e-5, rtol=1e-5)
 
 
-def test_packed_values_stand_beside_their_tokens(make_samples: Callable[..., list[TrainingSample]]) -> None:
+def test_values_per_token_are_in_the_order_of_the_tokens(make_samples: Callable[..., list[TrainingSample]]) -> None:
     samples = make_samples(undistilled=(1, 4))
     batch = Collator(0, CPU).collate(samples)
     tokens = [(i, k) for i, s in enumerate(samples) for k in range(len(s.response.token_ids))]
@@ -115,7 +116,7 @@ def test_packed_values_stand_beside_their_tokens(make_samples: Callable[..., lis
     torch.testing.assert_close(batch.advantages, torch.tensor([samples[i].advantage for i, _ in tokens]))
 
 
-def test_two_samples_padded_by_hand(make_sample: Callable[..., TrainingSample]) -> None:
+def test_padding_of_two_samples(make_sample: Callable[..., TrainingSample]) -> None:
     batch = Collator(0, CPU).collate([make_sample([3], [4, 5, 2]), make_sample([6, 7], [8], [9, 9, 9])])
     assert isinstance(batch.student, PaddedSequences)
     assert batch.student.token_ids.tolist() == [[0, 3, 4, 5, 2], [6, 7, 8, 0, 0]]
@@ -127,8 +128,8 @@ def test_two_samples_padded_by_hand(make_sample: Callable[..., TrainingSample]) 
     assert batch.teacher.token_ids.tolist() == [[9, 9, 9, 8]]
 
 
-def test_three_samples_packed_by_hand(make_sample: Callable[..., TrainingSample]) -> None:
-    """Two rollouts of one prompt, whose teacher prompts begin with the same two tokens, and one of another."""
+def test_packing_of_three_samples(make_sample: Callable[..., TrainingSample]) -> None:
+    """Two rollouts share a prompt and the first two tokens of their teacher prompts; the third rollout has another."""
     first = make_sample([3, 6], [4, 5, 2], [7, 8, 9])
     samples = [first, make_sample(first.prompt, [5, 2], [7, 8, 3, 3]), make_sample([3, 6], [4])]
     batch = Collator(0, CPU, cost=SHARES).collate(samples)

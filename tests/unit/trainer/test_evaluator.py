@@ -1,4 +1,4 @@
-"""Held-out accuracy with answers laid down by hand, and whose weights and which context the teacher answers with."""
+"""Validation accuracy with scripted responses, and the weights and context that the teacher uses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sdpo.trainer.evaluator import Evaluator
 MakeRun = Callable[..., SDPOConfig]
 TOKENIZER = build_tokenizer()
 NO_FAILURES = {"val-aux/reward/num_failures": 0}
-DECODING = SamplingParams(8, 8, 1.0, 1.0, 64, [TOKENIZER.eos_token_id], 0)
+SAMPLING_PARAMS = SamplingParams(8, 8, 1.0, 1.0, 64, [TOKENIZER.eos_token_id], 0)
 
 
 class Reversal:
@@ -45,8 +45,8 @@ def prompt(text: str, source: str = "near") -> Prompt:
 PROMPTS = [prompt("123"), prompt("456"), prompt("78", "far"), prompt("90", "far")]
 
 
-class Scripted:
-    """Stands in for decoding: what each module answers, by the text that it is given."""
+class ScriptedSampling:
+    """Replacement for ``sample_responses``: a function per module maps a prompt's text to the response."""
 
     def __init__(self) -> None:
         self.answers: dict[nn.Module, Callable[[str, int], str]] = {}
@@ -56,65 +56,67 @@ class Scripted:
         self,
         policy: Any,
         prompts: Sequence[TokenPrompt],
-        decoding: SamplingParams,
+        sampling_params: SamplingParams,
         seed: int,
         vision: VisionAdapter | None,
     ) -> Any:
         module = policy[0][0]
-        self.calls.append((module, [list(p.token_ids) for p in prompts], decoding, seed))
+        self.calls.append((module, [list(p.token_ids) for p in prompts], sampling_params, seed))
         texts = [TOKENIZER.decode(list(p.token_ids)) for p in prompts]
         return [
-            [Completion(TOKENIZER(self.answers[module](text, k))["input_ids"], [], True) for k in range(decoding.n)]
+            [
+                Completion(TOKENIZER(self.answers[module](text, k))["input_ids"], [], True)
+                for k in range(sampling_params.n)
+            ]
             for text in texts
         ]
 
 
 @pytest.fixture
-def scripted(monkeypatch: pytest.MonkeyPatch) -> Scripted:
-    scripted = Scripted()
+def scripted(monkeypatch: pytest.MonkeyPatch) -> ScriptedSampling:
+    scripted = ScriptedSampling()
     monkeypatch.setattr(evaluator, "sample_responses", scripted)
     return scripted
 
 
 def evaluate(run: SDPOConfig, student: nn.Module, teacher: Teacher | None) -> dict[str, float]:
     reward_manager = RewardManager(Reversal(), run.reward)
-    return Evaluator(run.eval, run.self_distillation, reward_manager, TOKENIZER, PROMPTS, DECODING, None).evaluate(
-        student, teacher
-    )  # type: ignore[arg-type]
+    return Evaluator(
+        run.eval, run.self_distillation, reward_manager, TOKENIZER, PROMPTS, SAMPLING_PARAMS, None
+    ).evaluate(student, teacher)  # type: ignore[arg-type]
 
 
-def copier(text: str, _: int) -> str:
-    """Answers what the feedback says; without any, nothing."""
+def copy_feedback(text: str, _: int) -> str:
+    """Return the solution in the feedback, or an empty response without feedback."""
     return text.split("Expected: ")[1].split("\n")[0] if "Expected: " in text else ""
 
 
-def means(values: dict[str, float]) -> dict[str, float]:
-    """Without their intervals."""
+def drop_intervals(values: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in values.items() if "/ci95_" not in name}
 
 
-def test_greedy_accuracy_by_data_source(make_run: MakeRun, scripted: Scripted) -> None:
+def test_greedy_accuracy_by_data_source(make_run: MakeRun, scripted: ScriptedSampling) -> None:
     student = nn.Linear(1, 1)
     scripted.answers[student] = lambda text, _: "321" if "123" in text else "87" if "78" in text else "09"
     values = evaluate(make_run(), student, None)
-    assert means(values) == {"val-core/near/acc/mean@1": 0.5, "val-core/far/acc/mean@1": 1.0, **NO_FAILURES}
+    assert drop_intervals(values) == {"val-core/near/acc/mean@1": 0.5, "val-core/far/acc/mean@1": 1.0, **NO_FAILURES}
     ends = [values[name] for name in ci95_names("val-core/near/acc/mean@1")]
     assert ends == pytest.approx(compute_wilson_interval(0.5, 2))
-    [(_, ids, decoding, _)] = scripted.calls
+    [(_, ids, sampling_params, _)] = scripted.calls
     assert ids == [p.token_ids for p in PROMPTS]
-    assert (decoding.n, decoding.temperature) == (1, 0.0)
+    assert (sampling_params.n, sampling_params.temperature) == (1, 0.0)
 
 
-def test_accuracy_of_several_samples(make_run: MakeRun, scripted: Scripted) -> None:
+def test_accuracy_of_several_responses_per_prompt(make_run: MakeRun, scripted: ScriptedSampling) -> None:
     student = nn.Linear(1, 1)
     right = {"123": [0, 2], "456": [], "78": [3], "90": [0, 1, 2, 3]}
 
     def answer(text: str, k: int) -> str:
-        return next(digits[::-1] if k in places else "0" for digits, places in right.items() if digits in text)
+        return next(digits[::-1] if k in indices else "0" for digits, indices in right.items() if digits in text)
 
     scripted.answers[student] = answer
     values = evaluate(make_run(eval__n=4, eval__temperature=0.6, eval__top_p=0.9), student, None)
-    assert means(values) == {
+    assert drop_intervals(values) == {
         "val-core/near/acc/mean@1": 0.5,
         "val-core/far/acc/mean@1": 0.5,
         "val-core/near/acc/mean@4": 0.25,
@@ -128,10 +130,10 @@ def test_accuracy_of_several_samples(make_run: MakeRun, scripted: Scripted) -> N
     assert (several.n, several.temperature, several.top_p) == (4, 0.6, 0.9)
 
 
-def test_what_cannot_be_graded_is_left_out_and_counted(make_run: MakeRun, scripted: Scripted) -> None:
-    """Where 0 would be the score, nobody would see that the grader failed."""
+def test_unscored_responses_are_excluded_and_counted(make_run: MakeRun, scripted: ScriptedSampling) -> None:
+    """A score of 0 would hide the failure of the reward function."""
 
-    class Fails:
+    class FailingReward:
         def compute_score(self, row: Row, response: str) -> float:
             if response == "13":
                 raise ZeroDivisionError
@@ -144,10 +146,10 @@ def test_what_cannot_be_graded_is_left_out_and_counted(make_run: MakeRun, script
     evaluator = Evaluator(
         run.eval,
         run.self_distillation,
-        RewardManager(Fails(), run.reward),
+        RewardManager(FailingReward(), run.reward),
         TOKENIZER,
         PROMPTS,
-        DECODING,
+        SAMPLING_PARAMS,
         None,
     )
     expected = {
@@ -155,26 +157,26 @@ def test_what_cannot_be_graded_is_left_out_and_counted(make_run: MakeRun, script
         "val-core/far/acc/mean@1": 0.0,
         "val-core/near/acc/mean@4": 1 / 2,
         "val-core/far/acc/mean@4": 2 / 7,
-        "val-core/near/acc/best@4/mean": 1.0,  # of the one prompt that has a grade
+        "val-core/near/acc/best@4/mean": 1.0,  # one prompt has a score
         "val-core/far/acc/best@4/mean": 0.5,
         "val-aux/reward/num_failures": 2 + 7,
     }
-    assert means(evaluator.evaluate(student, None)) == expected
-    assert means(evaluator.evaluate(student, None)) == expected  # counted anew each time
+    assert drop_intervals(evaluator.evaluate(student, None)) == expected
+    assert drop_intervals(evaluator.evaluate(student, None)) == expected  # the count starts at 0 in each evaluation
 
 
-def test_the_teacher_answers_with_its_weights_and_its_context(make_run: MakeRun, scripted: Scripted) -> None:
+def test_teacher_responds_with_its_weights_and_context(make_run: MakeRun, scripted: ScriptedSampling) -> None:
     run = make_run(self_distillation__demonstration_source="none", self_distillation__include_environment_feedback=True)
     student = nn.Linear(1, 1)
     teacher = build_teacher(student, run.self_distillation)
     assert teacher.module is not None
     scripted.answers[student] = lambda text, _: "321" if "123" in text else "0"
-    scripted.answers[teacher.module] = copier
+    scripted.answers[teacher.module] = copy_feedback
     values = evaluate(run, student, teacher)
-    assert means(values) == {
+    assert drop_intervals(values) == {
         "val-core/near/acc/mean@1": 0.5,
         "val-core/far/acc/mean@1": 0.0,
-        # The right answer got no feedback, so its teacher has nothing to be shown.
+        # The correct response got no feedback, so the teacher has no context for this prompt.
         "val-teacher/near/prompted_fraction": 0.5,
         "val-teacher/far/prompted_fraction": 1.0,
         "val-teacher/near/acc/mean@1": 1.0,
@@ -185,9 +187,7 @@ def test_the_teacher_answers_with_its_weights_and_its_context(make_run: MakeRun,
     }
 
 
-def test_the_teacher_s_gain_is_over_the_student_s_answers_to_the_same_prompts(
-    make_run: MakeRun, scripted: Scripted
-) -> None:
+def test_teacher_minus_student_compares_the_same_prompts(make_run: MakeRun, scripted: ScriptedSampling) -> None:
     student = nn.Linear(1, 1)
     run = make_run(self_distillation__demonstration_source="ground_truth")
     teacher = build_teacher(student, run.self_distillation)
@@ -204,7 +204,7 @@ def test_the_teacher_s_gain_is_over_the_student_s_answers_to_the_same_prompts(
 
 
 @pytest.mark.parametrize("source", ["none", "successful_rollout", "ground_truth"])
-def test_the_teacher_s_context_is_that_of_training(make_run: MakeRun, scripted: Scripted, source: str) -> None:
+def test_teacher_context_equals_that_of_training(make_run: MakeRun, scripted: ScriptedSampling, source: str) -> None:
     run = make_run(
         eval__n=2,
         self_distillation__demonstration_source=source,
@@ -217,7 +217,7 @@ def test_the_teacher_s_context_is_that_of_training(make_run: MakeRun, scripted: 
     def answer(text: str, k: int) -> str:
         return "321" if k == 1 and "123" in text else str(k)
 
-    scripted.answers |= {student: answer, teacher.module: copier}
+    scripted.answers |= {student: answer, teacher.module: copy_feedback}
     values = evaluate(run, student, teacher)
     [contexts] = [ids for module, ids, _, _ in scripted.calls if module is teacher.module]
     responses = [
@@ -233,11 +233,11 @@ def test_the_teacher_s_context_is_that_of_training(make_run: MakeRun, scripted: 
         None,
         random.Random(0),
     )
-    shown = {
+    expected = {
         i: next((s.teacher_prompt.token_ids for s in samples if s.prompt is p and s.is_distilled), None)
         for i, p in enumerate(PROMPTS)
     }
-    assert contexts == [ids for ids in shown.values() if ids is not None]
+    assert contexts == [ids for ids in expected.values() if ids is not None]
     assert len(contexts) == {"none": 4, "successful_rollout": 1, "ground_truth": 4}[source]
     assert (
         values["val-teacher/near/prompted_fraction"]
@@ -249,15 +249,17 @@ def test_the_teacher_s_context_is_that_of_training(make_run: MakeRun, scripted: 
     assert ("val-teacher/far/acc/mean@1" in values) == (source != "successful_rollout")
 
 
-def test_the_trust_region_s_teacher_is_both_models(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trust_region_teacher_mixes_both_models(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(self_distillation__teacher_regularization="trust-region", self_distillation__ema_update_rate=0.25)
     student = nn.Linear(1, 1)
     teacher = build_teacher(student, run.self_distillation)
     policies = []
 
-    def respond(policy: Any, prompts: Sequence[TokenPrompt], decoding: SamplingParams, seed: int, vision: Any) -> Any:
+    def respond(
+        policy: Any, prompts: Sequence[TokenPrompt], sampling_params: SamplingParams, seed: int, vision: Any
+    ) -> Any:
         policies.append(list(policy))
-        return [[Completion([5], [], True)] * decoding.n for _ in prompts]
+        return [[Completion([5], [], True)] * sampling_params.n for _ in prompts]
 
     monkeypatch.setattr(evaluator, "sample_responses", respond)
     evaluate(run, student, teacher)
@@ -267,16 +269,18 @@ def test_the_trust_region_s_teacher_is_both_models(make_run: MakeRun, monkeypatc
 @pytest.mark.parametrize(
     "settings", [{"eval__evaluate_teacher": False}, {"self_distillation__policy_loss_weight": 1.0}]
 )
-def test_no_teacher_is_asked(make_run: MakeRun, scripted: Scripted, settings: dict[str, Any]) -> None:
+def test_teacher_is_not_evaluated_if_disabled_or_absent(
+    make_run: MakeRun, scripted: ScriptedSampling, settings: dict[str, Any]
+) -> None:
     run = make_run(**settings)
     student = nn.Linear(1, 1)
     teacher = build_teacher(student, run.self_distillation) if run.self_distillation.distills else None
     scripted.answers[student] = lambda *_: "0"
     values = evaluate(run, student, teacher)
-    assert means(values) == {"val-core/near/acc/mean@1": 0.0, "val-core/far/acc/mean@1": 0.0, **NO_FAILURES}
+    assert drop_intervals(values) == {"val-core/near/acc/mean@1": 0.0, "val-core/far/acc/mean@1": 0.0, **NO_FAILURES}
 
 
-def test_every_evaluation_draws_the_same_noise(make_run: MakeRun, make_model: Any) -> None:
+def test_every_evaluation_samples_with_the_same_seed(make_run: MakeRun, make_model: Any) -> None:
     model = make_model(vocab_size=len(TOKENIZER))
     run = make_run(eval__n=3)
 
@@ -290,7 +294,7 @@ def test_every_evaluation_draws_the_same_noise(make_run: MakeRun, make_model: An
         RewardManager(Length(), run.reward),
         TOKENIZER,
         PROMPTS,
-        DECODING,
+        SAMPLING_PARAMS,
         None,
     )
     assert evaluator.evaluate(model, None) == evaluator.evaluate(model, None)

@@ -1,4 +1,4 @@
-"""Broken and odd image files on their whole way into a run: read, or named in one line, or skipped and counted."""
+"""Malformed and unusual image files in a run: the run reads, rejects in one line, or skips and counts them."""
 
 from __future__ import annotations
 
@@ -35,20 +35,24 @@ def save(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def cases() -> Iterator[tuple[str, bytes, bool | None]]:
-    """Name, file, and whether it must be readable; None where either is right, so long as nothing else happens."""
+    """Name, file content, and whether it must be readable; None if both results are correct."""
     good = {
         kind: save(Image.open(BytesIO(make_image(0))), kind) for kind in ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")
     }
     for kind, data in good.items():
-        yield f"whole {kind}", data, True
-        for share in (0.02, 0.2, 0.5, 0.9):
-            yield f"{kind} cut off at {share}", data[: int(len(data) * share)], False if share < 0.6 else None
+        yield f"complete {kind}", data, True
+        for fraction in (0.02, 0.2, 0.5, 0.9):
+            yield (
+                f"{kind} truncated at {fraction}",
+                data[: int(len(data) * fraction)],
+                False if fraction < 0.6 else None,
+            )
         rng = random.Random(kind)
         for number in range(8):
-            broken = bytearray(data)
+            changed = bytearray(data)
             for _ in range(number + 1):
-                broken[rng.randrange(len(broken))] = rng.randrange(256)
-            yield f"{kind} with {number + 1} bytes changed", bytes(broken), None
+                changed[rng.randrange(len(changed))] = rng.randrange(256)
+            yield f"{kind} with {number + 1} bytes changed", bytes(changed), None
     for mode in MODES:
         kind = "TIFF" if mode in ("CMYK", "I", "F", "LAB") else "PNG"
         yield f"mode {mode}", save(Image.new(mode, (60, 60)), kind), True
@@ -94,7 +98,7 @@ def load(file: str, reader: MultimodalProcessor, config: DataConfig) -> list[Pro
 
 
 @pytest.mark.parametrize(("name", "data", "readable"), CASES, ids=[name for name, _, _ in CASES])
-def test_read_or_named_in_one_line(
+def test_image_is_read_or_rejected_in_one_line(
     reader: MultimodalProcessor,
     make_run: Callable[..., SDPOConfig],
     tmp_path: Path,
@@ -112,24 +116,24 @@ def test_read_or_named_in_one_line(
         assert str(error).startswith(f"data.train_files: {file}: row 1: ")
         assert str(error).endswith("; set data.filter_unreadable_images=true to skip such rows")
         assert "\n" not in str(error)
-        assert "0x" not in str(error), "an object's address says nothing"
+        assert "0x" not in str(error), "the message must not contain an object's address"
         return
     assert readable is not False
     assert len(prompts) == 2
     assert all(value.isfinite().all() for value in reader.read_pixels(data).values())
 
 
-def test_all_at_once_are_skipped_and_counted(
+def test_unreadable_rows_are_skipped_and_counted(
     reader: MultimodalProcessor,
     make_run: Callable[..., SDPOConfig],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    sure = [(data, readable) for _, data, readable in CASES if readable is not None]
-    num_bad = sum(not readable for _, readable in sure)
-    file = write(tmp_path / "rows.parquet", [data for data, _ in sure])
+    decided = [(data, readable) for _, data, readable in CASES if readable is not None]
+    num_bad = sum(not readable for _, readable in decided)
+    file = write(tmp_path / "rows.parquet", [data for data, _ in decided])
     run = make_run(data__filter_unreadable_images=True)
     prompts = load(file, reader, run.data)
-    assert [p.images[0] for p in prompts] == [data for data, readable in sure if readable]
+    assert [p.images[0] for p in prompts] == [data for data, readable in decided if readable]
     [message] = caplog.messages
-    assert message.startswith(f"data.train_files: skipped {num_bad} of {len(sure)} rows; the first: ")
+    assert message.startswith(f"data.train_files: skipped {num_bad} of {len(decided)} rows; the first: ")
