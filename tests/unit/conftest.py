@@ -1,4 +1,4 @@
-"""A tiny model with sharp distributions, runs and samples made by hand: most tests here need no file at all."""
+"""Fixtures of the unit tests: a tiny model with sharp distributions, configs, and samples without files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def make_model() -> MakeModel:
-    """A random Qwen2 with 12 tokens, whose next-token distribution depends sharply on all that it has read."""
+    """Factory of a random Qwen2 with 12 tokens; its next-token distribution depends strongly on all earlier tokens."""
 
     def make(seed: int = 0, dtype: torch.dtype = torch.float32, **settings: Any) -> PreTrainedModel:
         shape = {
@@ -78,20 +78,19 @@ def model(make_model: MakeModel) -> PreTrainedModel:
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
-    """A run from settings by dotted name, dots written as two underscores; what is not named is small and plain."""
+    """Factory of a small config; keyword arguments change settings, with two underscores for a dot."""
     return build_run_maker(tmp_path)
 
 
 @pytest.fixture(scope="session")
 def make_run_in(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
-    """The same for fixtures that several tests share."""
+    """``make_run`` for fixtures of session scope."""
     return build_run_maker(tmp_path_factory.mktemp("run"))
 
 
 def build_run_maker(tmp_path: Path) -> MakeRun:
-
     def make(**settings: Any) -> SDPOConfig:
-        plain: dict[str, Any] = {
+        defaults: dict[str, Any] = {
             "output_dir": str(tmp_path / "run"),
             "max_steps": 4,
             "model__path": str(tmp_path / "model"),
@@ -104,7 +103,7 @@ def build_run_maker(tmp_path: Path) -> MakeRun:
         }
         by_section: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
         top: dict[str, Any] = {}
-        for key, value in {**plain, **settings}.items():
+        for key, value in {**defaults, **settings}.items():
             section, _, name = key.partition("__")
             if name:
                 by_section[section][name] = value
@@ -117,10 +116,10 @@ def build_run_maker(tmp_path: Path) -> MakeRun:
 
 @pytest.fixture
 def make_task_run(make_run: MakeRun, hidden_rule_dir: Path) -> MakeRun:
-    """The same for the offline task, small enough that a step takes a fraction of a second."""
+    """``make_run`` for the offline task, with sizes at which a step takes a fraction of a second."""
 
     def make(**settings: Any) -> SDPOConfig:
-        plain: dict[str, Any] = {
+        defaults: dict[str, Any] = {
             "max_steps": 3,
             "eval_steps": 0,
             "model__path": str(hidden_rule_dir / "model"),
@@ -132,14 +131,14 @@ def make_task_run(make_run: MakeRun, hidden_rule_dir: Path) -> MakeRun:
             "self_distillation__demonstration_source": "none",
             "self_distillation__include_environment_feedback": True,
         }
-        return make_run(**{**plain, **settings})
+        return make_run(**{**defaults, **settings})
 
     return make
 
 
 @pytest.fixture(scope="session")
 def make_sample() -> MakeSample:
-    """A sample of given token ids; ``teacher=None`` is one that is not distilled. A prompt of another may be given."""
+    """Factory of a sample from token ids or another sample's prompt; ``teacher=None`` makes an undistilled sample."""
 
     def make(
         prompt: Sequence[int] | Prompt,
@@ -170,9 +169,9 @@ def make_sample() -> MakeSample:
 
 @pytest.fixture(scope="session")
 def make_samples(make_sample: MakeSample) -> Callable[..., list[TrainingSample]]:
-    """Random samples of all lengths, some of them not distilled, none with token 11 in it.
+    """Factory of random samples of all lengths, some of them undistilled, without token 11.
 
-    Three rollouts share a prompt, and their teacher prompts begin alike.
+    Each three rollouts share a prompt and the first tokens of their teacher prompts.
     """
 
     def make(num_samples: int = 6, seed: int = 0, undistilled: Sequence[int] = (1,)) -> list[TrainingSample]:
@@ -183,16 +182,16 @@ def make_samples(make_sample: MakeSample) -> Callable[..., list[TrainingSample]]
             return torch.randint(3, VOCABULARY - 1, (length,), generator=generator).tolist()
 
         samples: list[TrainingSample] = []
-        shown: list[int] = []
+        shared: list[int] = []
         for i in range(num_samples):
             response = [*ids(1, 7), STOP]
             prompt: Any = ids(2, 9) if i % 3 == 0 else samples[-1].prompt
-            shown = ids(3, 12) if i % 3 == 0 else shown
+            shared = ids(3, 12) if i % 3 == 0 else shared
             samples.append(
                 make_sample(
                     prompt,
                     response,
-                    None if i in undistilled else shown + ids(1, 8),
+                    None if i in undistilled else shared + ids(1, 8),
                     log_probs=(-3 * torch.rand(len(response), generator=generator)).tolist(),
                     advantage=float(torch.randn(1, generator=generator)),
                     weight=0.5 + 0.1 * i,
@@ -205,7 +204,7 @@ def make_samples(make_sample: MakeSample) -> Callable[..., list[TrainingSample]]
 
 @pytest.fixture(scope="session")
 def plain_logits() -> Callable[..., Tensor]:
-    """What predicts each response token by one forward pass of one sample: no cache, no padding, no mask."""
+    """Logits of each response token from one forward pass of one sample, without cache, padding and mask."""
 
     @torch.no_grad()
     def compute(model: nn.Module, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
@@ -217,26 +216,26 @@ def plain_logits() -> Callable[..., Tensor]:
 
 @pytest.fixture(scope="session")
 def vision_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a tiny model of a family that reads images."""
-    made: dict[str, Path] = {}
+    """Folder of a tiny model of a vision-language family."""
+    built: dict[str, Path] = {}
 
     def get(family: str) -> Path:
-        if family not in made:
-            made[family] = build_vision_model(family, tmp_path_factory.mktemp(family))
-        return made[family]
+        if family not in built:
+            built[family] = build_vision_model(family, tmp_path_factory.mktemp(family))
+        return built[family]
 
     return get
 
 
 @pytest.fixture
 def vision_model(vision_dir: Callable[[str], Path]) -> Callable[[str], LoadedModel]:
-    """That model, loaded anew, so that a test may train it."""
+    """Load a separate copy of this model, so that a test may train it."""
     return lambda family: load_vision_model(vision_dir(family))
 
 
 @pytest.fixture(scope="session")
 def hidden_rule_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The offline task with an untrained model and few rows."""
+    """Folder of the offline task with an untrained model and few rows."""
     folder = tmp_path_factory.mktemp("task") / "hidden_rule"
     HiddenRule(str(folder), pretrain_steps=0, num_train=40, num_test=8).prepare()
     return folder
@@ -244,7 +243,7 @@ def hidden_rule_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def count_peak(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable[[], Any]], int]:
-    """Bytes that a call allocates at its worst moment, of tensors on the CPU that were not there before."""
+    """Peak bytes of the CPU tensors that a call allocates."""
     trace = tmp_path_factory.mktemp("trace") / "trace.json"
 
     def count(call: Callable[[], Any]) -> int:
@@ -256,19 +255,19 @@ def count_peak(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable[[
         profile.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
         span = next(e for e in events if e.get("name") == "counted call")
-        held, peak = 0, 0
-        made: dict[int, int] = {}
+        allocated, peak = 0, 0
+        sizes: dict[int, int] = {}
         for event in sorted((e for e in events if e.get("name") == "[memory]"), key=itemgetter("ts")):
             if not span["ts"] <= event["ts"] <= span["ts"] + span["dur"]:
-                continue  # a profile may carry what an earlier one left behind
+                continue  # a profile may contain events of an earlier profile
             address, size = event["args"]["Addr"], event["args"]["Bytes"]
-            held -= made.pop(address, 0) if size > 0 else 0  # whose release went unnoticed
+            allocated -= sizes.pop(address, 0) if size > 0 else 0  # the profiler missed its release
             if size > 0:
-                made[address] = size
-                held += size
+                sizes[address] = size
+                allocated += size
             else:
-                held -= made.pop(address, 0)
-            peak = max(peak, held)
+                allocated -= sizes.pop(address, 0)
+            peak = max(peak, allocated)
         return peak
 
     return count

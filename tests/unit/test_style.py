@@ -12,19 +12,11 @@ PLACES = [  # those that have been rewritten; the rest follows
     "src",
     "benchmarks",
     "tests/integration/test_benchmarks.py",
-    *(
-        f"tests/unit/trainer/test_{name}.py"
-        for name in ("checkpoint", "export", "prompts", "resume", "run_dir", "sampler", "samples", "state")
-    ),
-    "tests/unit/trainer/test_vllm_engine.py",
-    "tests/unit/trainer/test_weight_sync.py",
+    "tests/unit/trainer",
     "tests/unit/models",
     "tests/unit/prompting",
     "configs",
     "tests/unit/test_shipped_configs.py",
-    "tests/unit/trainer/test_images.py",
-    "tests/unit/trainer/test_memory_estimate.py",
-    "tests/unit/verl_backend/test_memory_estimate.py",
     "examples",
     "tests/unit/report",
     "tests/unit/rewards",

@@ -32,7 +32,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_the_manifest_has_every_file(tmp_path: Path) -> None:
+def test_manifest_lists_every_file(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path, 3, 0.5, write)
     assert folder == tmp_path / "step_3"
     assert names(tmp_path) == ["step_3"]
@@ -47,7 +47,7 @@ def test_the_manifest_has_every_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fails", ["write", "_fsync_and_hash", "_sync", "rename"])
-def test_a_failure_at_any_moment_leaves_what_was_saved_before(
+def test_failure_at_any_moment_leaves_the_earlier_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
     save_checkpoint(tmp_path, 3, None, write)
@@ -88,7 +88,7 @@ def flip(path: Path) -> None:
         ("manifest.json", Path.unlink, "manifest.json: FileNotFoundError"),
     ],
 )
-def test_damage_is_named_and_the_one_before_is_taken(
+def test_damaged_checkpoint_is_reported_and_the_earlier_one_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: Callable[[Path], None], fault: str | None
 ) -> None:
     for step in (9, 10):
@@ -106,7 +106,7 @@ def test_damage_is_named_and_the_one_before_is_taken(
     assert names(tmp_path) == ["step_10", "step_9"]
 
 
-def test_none_is_found_where_all_are_damaged_or_there_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_checkpoint_is_found_if_all_are_damaged_or_absent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert find_newest(tmp_path / "nowhere") is None
     save_checkpoint(tmp_path, 1, None, write)
     (tmp_path / "step_1" / "weights").unlink()
@@ -125,7 +125,7 @@ def test_none_is_found_where_all_are_damaged_or_there_is_none(tmp_path: Path, ca
         (9, 0, [1, 2, 3, 4, 5, 6]),
     ],
 )
-def test_the_newest_and_the_best_are_kept(
+def test_latest_and_best_checkpoints_are_kept(
     tmp_path: Path, save_total_limit: int, save_best_limit: int, kept: list[int]
 ) -> None:
     for step, score in enumerate([0.2, 0.9, None, 0.9, None, 0.1], start=1):
@@ -134,7 +134,7 @@ def test_the_newest_and_the_best_are_kept(
     assert names(tmp_path) == [f"step_{step}" for step in kept]
 
 
-def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_unwritable_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("no folder")
     with pytest.raises(
         SDPOError, match=r"step_1: cannot be saved \(.*Not a directory.*\); earlier checkpoints are intact"
@@ -142,7 +142,7 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
         save_checkpoint(tmp_path / "checkpoints", 1, None, write)
 
 
-def test_an_error_of_the_program_stays_one(tmp_path: Path) -> None:
+def test_internal_error_is_raised_unchanged(tmp_path: Path) -> None:
     def fail(_: Path) -> None:
         raise RuntimeError("a shape is wrong")
 

@@ -31,12 +31,12 @@ CHECKPOINT = "checkpoints/step_3"
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module) -> Tensor:
+def compute_logits(model: nn.Module) -> Tensor:
     return model.eval()(input_ids=IDS).logits.float()
 
 
-def run_and_keep(config: SDPOConfig, monkeypatch: pytest.MonkeyPatch) -> Actor:
-    """Train and return the actor at the end."""
+def train_and_return_actor(config: SDPOConfig, monkeypatch: pytest.MonkeyPatch) -> Actor:
+    """Train and return the actor of the last checkpoint."""
     kept: list[Actor] = []
     save = trainer.save_models
 
@@ -61,7 +61,7 @@ def run_and_keep(config: SDPOConfig, monkeypatch: pytest.MonkeyPatch) -> Actor:
     ],
     ids=["full", "lora", "some", "bfloat16"],
 )
-def test_the_export_computes_the_same(
+def test_exported_model_computes_equal_logits(
     make_task_run: MakeRun,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -70,7 +70,7 @@ def test_the_export_computes_the_same(
     tolerance: float,
 ) -> None:
     config = make_task_run(**SETTINGS, **settings, self_distillation__teacher_regularization=kind)
-    actor = run_and_keep(config, monkeypatch)
+    actor = train_and_return_actor(config, monkeypatch)
     assert actor.teacher is not None and actor.teacher.module is not None
     checkpoint = Path(config.output_dir) / CHECKPOINT
     models = {}
@@ -79,34 +79,36 @@ def test_the_export_computes_the_same(
         models[name] = AutoModelForCausalLM.from_pretrained(tmp_path / name)
         assert not list((tmp_path / name).glob("adapter*"))
         assert models[name].dtype == module.dtype
-        torch.testing.assert_close(logits_of(models[name]), logits_of(module), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(compute_logits(models[name]), compute_logits(module), rtol=tolerance, atol=tolerance)
         assert AutoTokenizer.from_pretrained(tmp_path / name).vocab_size == actor.student.config.vocab_size
-    assert (logits_of(models["s"]) - logits_of(models["t"])).abs().max() > 10 * tolerance or "model__dtype" in settings
+    assert (
+        compute_logits(models["s"]) - compute_logits(models["t"])
+    ).abs().max() > 10 * tolerance or "model__dtype" in settings
     if "model__dtype" in settings:  # the teacher's module has the same merged weights
         for name, param in actor.teacher.module.named_parameters():
             assert torch.equal(param, models["t"].get_parameter(name))
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"teacher_regularization": "live"}, "is the student; export it without --teacher"),
         ({"teacher_regularization": "trust-region"}, "mixes the logits of two models"),
         ({"policy_loss_weight": 1.0}, "does not exist with self_distillation.policy_loss_weight=1"),
     ],
 )
-def test_a_teacher_that_is_no_model_is_refused(
-    make_task_run: MakeRun, tmp_path: Path, settings: dict[str, Any], said: str
+def test_export_of_a_teacher_without_a_model_is_refused(
+    make_task_run: MakeRun, tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
     changes = {f"self_distillation__{name}": value for name, value in settings.items()}
     config = make_task_run(**{**SETTINGS, "max_steps": 1}, **changes)
     SDPOTrainer(config).train()
-    with pytest.raises(SDPOError, match=said):
+    with pytest.raises(SDPOError, match=message):
         export_model(Path(config.output_dir) / "checkpoints/step_1", tmp_path / "out", teacher=True)
     assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_exported_leaves_nothing(make_task_run: MakeRun, tmp_path: Path) -> None:
+def test_failed_export_leaves_no_folder(make_task_run: MakeRun, tmp_path: Path) -> None:
     config = make_task_run(**{**SETTINGS, "max_steps": 1}, **LORA)
     SDPOTrainer(config).train()
     checkpoint, out = Path(config.output_dir) / "checkpoints/step_1", tmp_path / "out"

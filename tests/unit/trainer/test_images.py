@@ -78,13 +78,13 @@ def step_images(loaded: LoadedModel, frozen: bool = False) -> ImageFeatureCache:
     return ImageFeatureCache(loaded.vision.reader, student=loaded.model, frozen=frozen, precision=torch.no_grad)
 
 
-# --- 1: the same numbers as for a single sample
+# --- 1: logits
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("num_samples", [1, 6])
 @pytest.mark.parametrize("packs", [True, False])
-def test_logits_of_student_and_teacher_are_those_of_each_sample_alone(
+def test_logits_of_student_and_teacher_equal_those_of_each_sample_alone(
     vision_model: VisionModel, make_run: MakeRun, family: str, num_samples: int, packs: bool
 ) -> None:
     loaded = vision_model(family)
@@ -147,7 +147,7 @@ class Counter:
         ({"actor__mini_batch_size": 2, "actor__freeze_vision_tower": True}, 3, 0, 0),
     ],
 )
-def test_every_image_of_a_step_goes_through_a_tower_once(
+def test_vision_tower_reads_each_image_of_a_step_once(
     vision_model: VisionModel,
     make_run: MakeRun,
     monkeypatch: pytest.MonkeyPatch,
@@ -199,7 +199,7 @@ class NaiveImages:
         {"lora__rank": 2},
     ],
 )
-def test_a_step_is_that_of_a_tower_for_each_sequence(
+def test_step_equals_a_step_with_a_tower_run_per_sequence(
     vision_model: VisionModel, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, family: str, settings: dict[str, Any]
 ) -> None:
     run = make_run(data__train_batch_size=3, rollout__n=2, actor__max_tokens_per_micro_batch=250, **settings)
@@ -229,7 +229,7 @@ def test_a_step_is_that_of_a_tower_for_each_sequence(
     assert moved == ({False, True} if run.trains_vision else {False})
 
 
-def test_a_sample_that_is_not_finite_leaves_nothing_in_the_tower(vision_model: VisionModel, make_run: MakeRun) -> None:
+def test_nonfinite_sample_leaves_no_gradient_in_the_tower(vision_model: VisionModel, make_run: MakeRun) -> None:
     """The mini-batch is repeated without the sample; gradients that images had collected are discarded."""
     run = make_run(data__train_batch_size=3, rollout__n=2, actor__max_tokens_per_micro_batch=1)
     weights = []
@@ -290,7 +290,7 @@ def make_image_run(make_run: MakeRun, vision_dir: Callable[[str], Path], tmp_pat
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("max_staleness", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_run_with_images(make_image_run: MakeRun, family: str, max_staleness: int) -> None:
+def test_run_with_images(make_image_run: MakeRun, family: str, max_staleness: int) -> None:
     result = SDPOTrainer(make_image_run(family, max_staleness=max_staleness)).train()
     rows = [json.loads(line) for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
     assert all(row[metrics.DISTILLATION_LOSS] > 0 for row in rows[1:])
@@ -328,7 +328,7 @@ def test_checkpointing_and_autocast_reach_the_tower(
     assert setting != "autocast" or not torch.allclose(gradient, other_gradient, rtol=1e-4, atol=0), "not in bfloat16"
 
 
-def test_a_frozen_tower_stays(make_image_run: MakeRun, vision_model: VisionModel) -> None:
+def test_frozen_tower_keeps_its_weights(make_image_run: MakeRun, vision_model: VisionModel) -> None:
     result = SDPOTrainer(make_image_run(actor__freeze_vision_tower=True)).train()
     from safetensors.torch import load_file
 
@@ -343,14 +343,14 @@ def test_a_frozen_tower_stays(make_image_run: MakeRun, vision_model: VisionModel
     assert False in same[False]
 
 
-def test_a_language_model_has_nothing_to_freeze(make_task_run: MakeRun) -> None:
+def test_freeze_vision_tower_is_refused_for_a_language_model(make_task_run: MakeRun) -> None:
     with pytest.raises(
         SDPOError, match=r"actor\.freeze_vision_tower=true, but the model has no vision tower; remove it"
     ):
         SDPOTrainer(make_task_run(actor__freeze_vision_tower=True)).train()
 
 
-def test_a_language_model_reads_no_images(make_task_run: MakeRun, tmp_path: Path) -> None:
+def test_images_are_refused_for_a_language_model(make_task_run: MakeRun, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "images.parquet", (0, 1))
     with pytest.raises(
         SDPOError, match=r"images\.parquet: row 1: has images, but the model of model\.path has no vision tower"
@@ -358,7 +358,7 @@ def test_a_language_model_reads_no_images(make_task_run: MakeRun, tmp_path: Path
         SDPOTrainer(make_task_run(data__train_files=[file])).train()
 
 
-def test_vllm_is_refused(make_image_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_with_images_is_refused(make_image_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sdpo.trainer.build.require_vllm", lambda device: None)
     with pytest.raises(SDPOError, match=r"rollout\.engine=vllm does not sample from models that read images yet"):
         SDPOTrainer(make_image_run(rollout__engine="vllm")).train()
@@ -377,7 +377,7 @@ def test_vllm_is_refused(make_image_run: MakeRun, monkeypatch: pytest.MonkeyPatc
         ({"images": [{"bytes": None, "path": "nowhere.png"}]}, r"image nowhere\.png: cannot be read"),
     ],
 )
-def test_rows_that_cannot_be_read_are_refused_or_skipped(
+def test_unreadable_rows_are_refused_or_skipped(
     make_image_run: MakeRun,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -403,7 +403,7 @@ def test_rows_that_cannot_be_read_are_refused_or_skipped(
     assert any("data.train_files: skipped 1 of 4 rows; the first:" in text for text in caplog.messages)
 
 
-def test_drawn_geometry_by_the_grader_of_geometry3k(make_image_run: MakeRun, tmp_path: Path) -> None:
+def test_drawn_geometry_with_the_reward_function_of_geometry3k(make_image_run: MakeRun, tmp_path: Path) -> None:
     """A small Geometry3k: rows of its schema, with texts and several images, and its reward function."""
     write_drawn_geometry(tmp_path / "drawn", num_train=24, num_test=6)
     run = make_image_run(

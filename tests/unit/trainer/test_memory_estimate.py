@@ -1,4 +1,4 @@
-"""The dry run's figures against the allocations of an actual model."""
+"""Memory estimates of the dry run compared with the allocations of a model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CountPeak = Callable[[Callable[[], Any]], int]
 MakeRun = Callable[..., SDPOConfig]
 
 
-def test_weights_and_moments_are_as_large_as_they_turn_out(
+def test_estimate_of_weights_and_moments_matches_the_allocations(
     make_model: Callable[..., Any], make_run: MakeRun, make_samples: Any, tmp_path: Path
 ) -> None:
     make_model().save_pretrained(tmp_path / "model")
@@ -44,7 +44,7 @@ def test_weights_and_moments_are_as_large_as_they_turn_out(
     assert estimate.persistent["student"] == estimate.persistent["teacher"] == estimate.training["gradients"] == size
     assert estimate.persistent["AdamW's moments"] == moments
     assert estimate.tokens_per_step == 2 * 3 * (24 + 8)
-    assert estimate.sampler["weights"] == 0, "it samples with the student's weights"
+    assert estimate.sampler["weights"] == 0, "the sampler uses the student's weights"
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_weights_and_moments_are_as_large_as_they_turn_out(
         ({"optim__name": "adamw_8bit"}, "persistent", "AdamW's moments", 0.5 * (1 + 4 / 256)),
     ],
 )
-def test_what_settings_change(
+def test_effect_of_settings_on_the_estimate(
     make_model: Callable[..., Any],
     make_run: MakeRun,
     tmp_path: Path,
@@ -94,7 +94,7 @@ def test_what_settings_change(
         (4, {"evaluate_teacher": False}, 4 * 32),
     ],
 )
-def test_the_cache_holds_keys_and_values_of_all_that_is_decoded_side_by_side(
+def test_estimate_of_the_kv_cache_for_parallel_sequences(
     make_model: Callable[..., Any],
     make_run: MakeRun,
     tmp_path: Path,
@@ -114,7 +114,7 @@ def test_the_cache_holds_keys_and_values_of_all_that_is_decoded_side_by_side(
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_frozen_tower_has_weights_and_nothing_else(make_run: MakeRun, frozen: bool) -> None:
+def test_frozen_tower_has_no_gradients_and_moments(make_run: MakeRun, frozen: bool) -> None:
     half = {"model__dtype": "bfloat16", "optim__betas": [0.9, 0.95]}
     estimate = MemoryEstimator(make_run(model__path=str(GOLDEN), actor__freeze_vision_tower=frozen, **half)).estimate()
     language, tower = 3_085_938_688, 668_684_288
@@ -124,7 +124,7 @@ def test_a_frozen_tower_has_weights_and_nothing_else(make_run: MakeRun, frozen: 
     assert estimate.training["gradients"] == 2 * trained
     assert estimate.persistent["AdamW's moments"] == 4 * trained
     assert estimate.persistent["teacher's float32 average"] == 4 * (language + tower)
-    # 2 prompts of 2048 tokens, all of them of images, 2048 values each: the student's, their gradient, the teacher's
+    # 2 prompts of 2048 image tokens, 2048 values each: the student's features, their gradient, the teacher's features
     assert estimate.persistent["image features of a step"] == 2 * 2048 * 2048 * 2 * (1 if frozen else 3)
     # AdamW's two tensors for the embeddings; a slice of the student in float32 is smaller.
     assert estimate.phases["optimizer step"] == {"temporary tensors": 2 * 2 * 151_936 * 2048} and 2**26 < 151_936 * 2048
@@ -132,7 +132,7 @@ def test_a_frozen_tower_has_weights_and_nothing_else(make_run: MakeRun, frozen: 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["ema", "snapshot", "frozen", "live"])
-def test_adapters_and_what_follows_them_are_as_large_as_they_turn_out(
+def test_estimate_of_adapters_matches_the_allocations(
     make_model: Callable[..., Any], make_run: MakeRun, make_samples: Any, tmp_path: Path, dtype: str, kind: str
 ) -> None:
     make_model().save_pretrained(tmp_path / "model")
@@ -166,7 +166,7 @@ def test_adapters_and_what_follows_them_are_as_large_as_they_turn_out(
     )
 
 
-def test_phases_follow_each_other_and_do_not_add_up() -> None:
+def test_peak_is_the_maximum_over_phases() -> None:
     phases = {"a": {"x": 5, "y": 1}, "b": {"x": 7}}
     estimate = MemoryEstimate(
         1, 1, persistent={"held": 10, "more": 2}, training={"g": 1}, phases=phases, sampler={"cache": 9}
@@ -188,25 +188,25 @@ def test_phases_follow_each_other_and_do_not_add_up() -> None:
     assert list_memory(estimate)[-2:] == [("sampler: cache", 9), ("actor and sampler, peak", 21)]
 
 
-# ---- against the allocations of a step -------------------------------------------------------------------------------
+# ---- allocations of a step
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_logits_take_the_same_however_many_tokens_there_are(
+def test_memory_of_the_logits_does_not_depend_on_the_token_count(
     make_model: Callable[..., Any], make_run: MakeRun, make_sample: Any, count_peak: CountPeak, dtype: str
 ) -> None:
-    """This model's logits are much larger than the rest: all of them would be 12 and 50 MB, several times."""
-    many, peaks = 16_384, []
+    """The complete logits would take 12 and 50 MB several times, much more than the rest."""
+    vocab_size, peaks = 16_384, []
     for num_samples in (6, 24):
         config = make_run(
             rollout__max_response_length=32, model__dtype=dtype, optim__betas=[0.9, 0.95], self_distillation__alpha=0.5
         )
-        actor = build_actor(make_model(vocab_size=many, dtype=getattr(torch, dtype)), config, 0)
+        actor = build_actor(make_model(vocab_size=vocab_size, dtype=getattr(torch, dtype)), config, 0)
         samples = [make_sample([3, 4], range(3, 35), [3, 4, 5]) for _ in range(num_samples)]
         actor.update_policy(samples)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(chunked_log_probs, "BUFFER_BYTES", 32 * many * 4)  # 2 MB
+            patch.setattr(chunked_log_probs, "BUFFER_BYTES", 32 * vocab_size * 4)  # 2 MB
             peaks.append(count_peak(lambda actor=actor, samples=samples: actor.update_policy(samples)))
     assert max(peaks) < 30e6
     assert peaks[1] < 1.1 * peaks[0]
@@ -215,7 +215,7 @@ def test_logits_take_the_same_however_many_tokens_there_are(
 @pytest.mark.slow
 @pytest.mark.parametrize(("rank", "dtype"), [(0, "float32"), (8, "float32"), (8, "bfloat16")])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_step_stays_below_what_was_said_of_it(
+def test_step_stays_below_the_estimate(
     make_model: Callable[..., Any],
     make_run: MakeRun,
     make_sample: Any,
@@ -253,7 +253,7 @@ def test_a_step_stays_below_what_was_said_of_it(
     assert bound / (8 if rank else 6) < count_peak(lambda: actor.update_policy(samples)) <= bound
 
 
-def test_a_model_that_is_made_on_first_use_has_no_size_yet(make_run: MakeRun, tmp_path: Path) -> None:
+def test_model_that_is_built_on_first_use_has_no_estimate(make_run: MakeRun, tmp_path: Path) -> None:
     estimate = MemoryEstimator(
         make_run(data__task_args={"dir": str(tmp_path / "none")}, model__path=str(tmp_path / "none/m"))
     ).estimate()
@@ -264,7 +264,7 @@ def test_a_model_that_is_made_on_first_use_has_no_size_yet(make_run: MakeRun, tm
 @pytest.mark.slow
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
 @pytest.mark.parametrize("vocab_size", [64, 4096])  # mostly the cache; mostly token sampling
-def test_sampling_stays_below_what_was_said_of_it(
+def test_sampling_stays_below_the_estimate(
     make_model: Callable[..., Any],
     make_run: MakeRun,
     count_peak: CountPeak,
@@ -284,9 +284,9 @@ def test_sampling_stays_below_what_was_said_of_it(
         eval__max_prompts=1,
     )
     bound = sum(MemoryEstimator(config).estimate().sampler.values())
-    decoding = SamplingParams(
+    sampling_params = SamplingParams(
         n=4, max_new_tokens=64, temperature=1.0, top_p=top_p, batch_size=16, stop_token_ids=[], pad_token_id=0
     )
     prompts = [TokenPrompt([5] * 64)] * 4
-    sample_responses([(model, 1.0)], prompts, decoding, seed=0)
-    assert bound / 6 < count_peak(lambda: sample_responses([(model, 1.0)], prompts, decoding, seed=0)) <= bound
+    sample_responses([(model, 1.0)], prompts, sampling_params, seed=0)
+    assert bound / 6 < count_peak(lambda: sample_responses([(model, 1.0)], prompts, sampling_params, seed=0)) <= bound

@@ -38,13 +38,13 @@ def test_every_epoch_is_a_permutation(num_rows: int, batch_size: int, seed: int,
     assert order.epoch(num_steps) == pytest.approx(num_steps * batch_size / num_rows)
 
 
-def test_any_step_can_be_asked_for_at_any_time() -> None:
-    forth, back = (RandomSampler(50, 7, shuffle=True, seed=3) for _ in range(2))
+def test_batches_can_be_requested_in_any_order() -> None:
+    forward, backward = (RandomSampler(50, 7, shuffle=True, seed=3) for _ in range(2))
     steps = range(1, 30)
-    assert [forth.batch(k) for k in steps] == [back.batch(k) for k in reversed(steps)][::-1]
+    assert [forward.batch(k) for k in steps] == [backward.batch(k) for k in reversed(steps)][::-1]
 
 
-def test_the_seed_and_the_epoch_decide_the_order() -> None:
+def test_order_depends_on_seed_and_epoch() -> None:
     first, same, other = (RandomSampler(50, 50, shuffle=True, seed=s) for s in (0, 0, 1))
     assert first.batch(1) == same.batch(1)
     assert first.batch(1) != other.batch(1)
@@ -52,11 +52,11 @@ def test_the_seed_and_the_epoch_decide_the_order() -> None:
     assert first.batch(1) != list(range(50))
 
 
-def test_no_row_leads_every_epoch() -> None:
+def test_first_row_of_an_epoch_is_uniform() -> None:
     order = RandomSampler(5, 5, shuffle=True, seed=0)
-    leaders = Counter(order.batch(step)[0] for step in range(1, 1001))
+    first_rows = Counter(order.batch(step)[0] for step in range(1, 1001))
     # The expected count is 200; 60 is 4.7 standard deviations.
-    assert all(abs(leaders[row] - 200) < 60 for row in range(5))
+    assert all(abs(first_rows[row] - 200) < 60 for row in range(5))
 
 
 # --- the prompts
@@ -88,7 +88,7 @@ def load(config: SDPOConfig, file: str, window: int | None = None) -> list[Any]:
     )
 
 
-def test_prompts_are_encoded_with_the_header_of_the_answer(make_run: MakeRun, write: Any) -> None:
+def test_prompts_end_with_the_generation_prompt(make_run: MakeRun, write: Any) -> None:
     prompts = load(make_run(), write(["123", "45"]))
     tokenizer = build_tokenizer()
     assert [p.token_ids for p in prompts] == [encode_prompt(tokenizer, p.row.prompt) for p in prompts]
@@ -99,7 +99,7 @@ def test_prompts_are_encoded_with_the_header_of_the_answer(make_run: MakeRun, wr
 OVERHEAD = 8
 
 
-def test_the_length_of_the_tests_prompts(make_run: MakeRun, write: Any) -> None:
+def test_prompt_length_in_tokens(make_run: MakeRun, write: Any) -> None:
     assert [len(p.token_ids) - OVERHEAD for p in load(make_run(), write(["1", "12345"]))] == [1, 5]
 
 
@@ -111,7 +111,7 @@ def test_the_length_of_the_tests_prompts(make_run: MakeRun, write: Any) -> None:
         (OVERHEAD + 4 + 8, "the model's window of 20 minus rollout.max_response_length=8"),
     ],
 )
-def test_a_prompt_that_is_too_long_is_refused_or_skipped(
+def test_overlong_prompt_is_refused_or_skipped(
     make_run: MakeRun, write: Any, caplog: pytest.LogCaptureFixture, window: int | None, reason: str
 ) -> None:
     limit = OVERHEAD + 4
@@ -128,7 +128,7 @@ def test_a_prompt_that_is_too_long_is_refused_or_skipped(
     assert caplog.messages == ["data.train_files: skipped 2 of 5 rows with overlong prompts"]
 
 
-def test_no_prompt_is_left(make_run: MakeRun, write: Any) -> None:
+def test_data_without_a_short_enough_prompt_is_refused(make_run: MakeRun, write: Any) -> None:
     config = make_run(data__max_prompt_length=3, data__filter_overlong_prompts=True)
     with pytest.raises(
         SDPOError, match=rf"no row is left: .*rows\.parquet: row 0 has {OVERHEAD + 1} prompt tokens, more than 3"
@@ -136,6 +136,6 @@ def test_no_prompt_is_left(make_run: MakeRun, write: Any) -> None:
         load(config, write(["1"]))
 
 
-def test_a_window_without_room_for_a_prompt(make_run: MakeRun, write: Any) -> None:
+def test_window_without_room_for_a_prompt_is_refused(make_run: MakeRun, write: Any) -> None:
     with pytest.raises(SDPOError, match=r"rollout\.max_response_length=8: leaves no room .* window of 8 tokens"):
         load(make_run(), write(["1"]), window=8)

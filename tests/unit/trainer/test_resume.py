@@ -57,15 +57,18 @@ def kill_in_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(Actor, "_update", killed)
 
 
-def rows_of(config: SDPOConfig) -> list[dict[str, float]]:
+def read_rows(config: SDPOConfig) -> list[dict[str, float]]:
     rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith("timing_s/") and k != metrics.THROUGHPUT} for row in rows]
 
 
-def assert_same_end(resumed: SDPOConfig, whole: SDPOConfig) -> None:
+def assert_same_end(resumed: SDPOConfig, uninterrupted: SDPOConfig) -> None:
     """Compare student, teacher, optimizer state, rollouts in flight and metrics."""
-    assert rows_of(resumed) == rows_of(whole)
-    folders = [Path(config.output_dir) / "checkpoints" / f"step_{whole.max_steps}" for config in (resumed, whole)]
+    assert read_rows(resumed) == read_rows(uninterrupted)
+    folders = [
+        Path(config.output_dir) / "checkpoints" / f"step_{uninterrupted.max_steps}"
+        for config in (resumed, uninterrupted)
+    ]
     for name in ("model.safetensors", "teacher/model.safetensors"):
         one, two = (load_file(folder / name) for folder in folders)
         assert one.keys() == two.keys()
@@ -110,7 +113,7 @@ def log_infos(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize("max_staleness", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("killed_in", [2, 4])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_killed_run_goes_on_to_the_same_end(
+def test_killed_run_resumes_to_the_same_result(
     make_task_run: MakeRun,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -122,8 +125,8 @@ def test_a_killed_run_goes_on_to_the_same_end(
     if precision not in ("float32", "bfloat16"):
         pytest.importorskip("torchao")
     settings = {**SETTINGS, "max_staleness": max_staleness, "save_steps": 1, **PRECISIONS[precision]}
-    whole = make_task_run(**settings, output_dir=str(tmp_path / "whole"))
-    SDPOTrainer(whole).train()
+    uninterrupted = make_task_run(**settings, output_dir=str(tmp_path / "uninterrupted"))
+    SDPOTrainer(uninterrupted).train()
     config = make_task_run(**settings, output_dir=str(tmp_path / "killed"))
     with monkeypatch.context() as patch:
         kill_in_step(patch, killed_in)
@@ -131,10 +134,10 @@ def test_a_killed_run_goes_on_to_the_same_end(
             SDPOTrainer(config).train()
     SDPOTrainer(replace(config, resume_mode="required")).train()
     assert any(text.startswith(f"resuming after step {killed_in - 1} from ") for text in caplog.messages)
-    assert_same_end(config, whole)
+    assert_same_end(config, uninterrupted)
 
 
-def test_another_process_knows_the_moments_of_8_bits(make_task_run: MakeRun) -> None:
+def test_another_process_loads_8_bit_moments(make_task_run: MakeRun) -> None:
     """``torch.load`` needs torchao's types; importing transformers imports them."""
     pytest.importorskip("torchao")
     config = make_task_run(**SETTINGS, optim__name="adamw_8bit", max_staleness=0)
@@ -157,11 +160,11 @@ def send_in_step(
     monkeypatch: pytest.MonkeyPatch, step: int, where: str, number: signal.Signals, times: int = 1
 ) -> None:
     """Send a signal in a training step: before, after the first, or after the second of its two updates."""
-    update, accumulate, learn = Actor._update, Actor._accumulate_gradients, Actor.update_policy
+    update, accumulate, update_policy = Actor._update, Actor._accumulate_gradients, Actor.update_policy
     sent: list[int] = []
 
-    def send(actor: Actor, learned: int) -> None:
-        if actor.version + 1 - learned == step and len(sent) < times:
+    def send(actor: Actor, steps_done: int) -> None:
+        if actor.version + 1 - steps_done == step and len(sent) < times:
             for _ in range(times):
                 sent.append(number)
                 os.kill(os.getpid(), number)
@@ -175,8 +178,8 @@ def send_in_step(
         send(actor, 0)
         return values
 
-    def after(actor: Actor, *arguments: Any, **how: Any) -> Any:
-        values = learn(actor, *arguments, **how)
+    def after(actor: Actor, *args: Any, **kwargs: Any) -> Any:
+        values = update_policy(actor, *args, **kwargs)
         send(actor, 1)
         return values
 
@@ -191,7 +194,7 @@ def send_in_step(
 @pytest.mark.parametrize("max_staleness", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("where", "saved"), [("before", 2), ("between", 3), ("after", 3)])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_saves_its_last_whole_step_and_goes_on_to_the_same_end(
+def test_stopped_run_saves_its_last_complete_step_and_resumes_to_the_same_result(
     make_task_run: MakeRun,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -201,7 +204,7 @@ def test_a_stopped_run_saves_its_last_whole_step_and_goes_on_to_the_same_end(
     number: signal.Signals,
 ) -> None:
     settings = {**SETTINGS, "max_staleness": max_staleness, "save_steps": 0, "eval_steps": 3}
-    SDPOTrainer(whole := make_task_run(**settings, output_dir=str(tmp_path / "whole"))).train()
+    SDPOTrainer(uninterrupted := make_task_run(**settings, output_dir=str(tmp_path / "uninterrupted"))).train()
     config = make_task_run(**settings, output_dir=str(tmp_path / "stopped"))
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
@@ -210,24 +213,24 @@ def test_a_stopped_run_saves_its_last_whole_step_and_goes_on_to_the_same_end(
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert [p.name for p in (Path(config.output_dir) / "checkpoints").iterdir()] == [f"step_{saved}"]
     assert SDPOTrainer(replace(config, resume_mode="auto")).train().interrupt_signal is None
-    assert_same_end(config, whole)
+    assert_same_end(config, uninterrupted)
 
 
-def test_a_second_signal_between_two_updates_stops_at_once_and_saves_nothing_that_is_no_step(
+def test_second_signal_between_two_updates_stops_without_saving(
     make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    SDPOTrainer(whole := make_task_run(**SETTINGS, output_dir=str(tmp_path / "whole"))).train()
+    SDPOTrainer(uninterrupted := make_task_run(**SETTINGS, output_dir=str(tmp_path / "uninterrupted"))).train()
     config = make_task_run(**SETTINGS)
     with monkeypatch.context() as patch:
         send_in_step(patch, 4, "between", signal.SIGINT, times=2)
         assert SDPOTrainer(config).train().interrupt_signal == "SIGINT"
     assert caplog.messages[-1] == "stopped during an update; the latest checkpoint is of step 2"
     SDPOTrainer(replace(config, resume_mode="auto")).train()
-    assert_same_end(config, whole)
+    assert_same_end(config, uninterrupted)
 
 
 @pytest.mark.slow
-def test_rollouts_that_take_longer_than_may_be_waited_for_are_left_out_and_that_is_said(
+def test_rollouts_beyond_the_shutdown_timeout_are_discarded_with_a_warning(
     make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = make_task_run(**SETTINGS, max_staleness=1, shutdown_timeout=0.0)
@@ -240,10 +243,10 @@ def test_rollouts_that_take_longer_than_may_be_waited_for_are_left_out_and_that_
         SDPOTrainer(config).train()
     assert caplog.messages[-1] == "in-flight rollouts were discarded; the resumed run will not be bit-for-bit identical"
     SDPOTrainer(replace(config, resume_mode="required")).train()
-    assert [row[metrics.STALENESS] for row in rows_of(config) if metrics.STALENESS in row] == [0, 1, 1, 0, 1]
+    assert [row[metrics.STALENESS] for row in read_rows(config) if metrics.STALENESS in row] == [0, 1, 1, 0, 1]
 
 
-def test_an_error_saves_the_last_whole_step_too(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_saves_the_last_complete_step(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_task_run(**{**SETTINGS, "save_steps": 0})
 
     def fail(actor: Actor, *arguments: Any) -> Any:
@@ -273,20 +276,20 @@ def stopped(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> SDPOConf
     return config
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
+def test_run_resumes_from_the_checkpoint_before_a_damaged_one(
     stopped: SDPOConfig, make_task_run: MakeRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    SDPOTrainer(whole := make_task_run(**SETTINGS, output_dir=str(tmp_path / "whole"))).train()
+    SDPOTrainer(uninterrupted := make_task_run(**SETTINGS, output_dir=str(tmp_path / "uninterrupted"))).train()
     damaged = Path(stopped.output_dir) / "checkpoints" / "step_4"
     (damaged / FILE).write_bytes((damaged / FILE).read_bytes()[:-1])
     caplog.clear()
     SDPOTrainer(replace(stopped, resume_mode="auto")).train()
     assert caplog.messages[0].startswith(f"{damaged} is damaged ({FILE} has ")
     assert caplog.messages[1] == f"resuming after step 2 from {damaged.with_name('step_2')}"
-    assert_same_end(stopped, whole)
+    assert_same_end(stopped, uninterrupted)
 
 
-def test_without_a_complete_checkpoint_auto_begins_and_required_refuses(
+def test_auto_starts_and_required_refuses_without_a_complete_checkpoint(
     stopped: SDPOConfig, make_task_run: MakeRun, caplog: pytest.LogCaptureFixture
 ) -> None:
     for path in (Path(stopped.output_dir) / "checkpoints").glob("step_*/manifest.json"):
@@ -319,12 +322,14 @@ def change(config: SDPOConfig, key: str, value: Any) -> SDPOConfig:
         ("self_distillation.teacher_regularization", "frozen"),
     ],
 )
-def test_a_setting_that_would_make_it_another_run_is_refused(stopped: SDPOConfig, key: str, value: Any) -> None:
+def test_change_of_a_fixed_setting_is_refused(stopped: SDPOConfig, key: str, value: Any) -> None:
     with pytest.raises(SDPOError, match=rf"^{key}={value!r}: was .* when the run started and must not"):
         SDPOTrainer(replace(change(stopped, key, value), resume_mode="required")).train()
 
 
-def test_other_settings_are_said_and_take_effect(stopped: SDPOConfig, caplog: pytest.LogCaptureFixture) -> None:
+def test_change_of_another_setting_is_logged_and_takes_effect(
+    stopped: SDPOConfig, caplog: pytest.LogCaptureFixture
+) -> None:
     config = change(
         change(replace(stopped, resume_mode="required"), "optim.lr", 1e-4), "tracking.log_completions_steps", 1
     )
@@ -339,16 +344,18 @@ def test_other_settings_are_said_and_take_effect(stopped: SDPOConfig, caplog: py
     assert (Path(config.output_dir) / "rollouts" / "step_5.txt").exists()
 
 
-def test_other_rows_are_refused(stopped: SDPOConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_change_of_the_training_rows_is_refused(stopped: SDPOConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "compute_fingerprint", lambda prompts: "others")
     with pytest.raises(SDPOError, match=r"^data\.train_files: the rows differ from those of the checkpoint"):
         SDPOTrainer(replace(stopped, resume_mode="required")).train()
 
 
-def test_a_finished_run_is_finished_again_and_may_be_prolonged(make_task_run: MakeRun, tmp_path: Path) -> None:
-    SDPOTrainer(whole := make_task_run(max_steps=4, save_steps=2, output_dir=str(tmp_path / "whole"))).train()
+def test_complete_run_can_be_repeated_and_extended(make_task_run: MakeRun, tmp_path: Path) -> None:
+    SDPOTrainer(
+        uninterrupted := make_task_run(max_steps=4, save_steps=2, output_dir=str(tmp_path / "uninterrupted"))
+    ).train()
     SDPOTrainer(config := make_task_run(max_steps=2, save_steps=2, output_dir=str(tmp_path / "short"))).train()
-    rows = rows_of(config)
+    rows = read_rows(config)
     with pytest.raises(
         SDPOError, match=r"^max_steps=1: the run in output_dir=.* has trained 2 steps already; raise it$"
     ):
@@ -357,26 +364,26 @@ def test_a_finished_run_is_finished_again_and_may_be_prolonged(make_task_run: Ma
     metrics_file = Path(config.output_dir) / "metrics.jsonl"
     metrics_file.write_text("".join(metrics_file.read_text().splitlines(keepends=True)[:-1]))
     result = SDPOTrainer(replace(config, resume_mode="auto")).train()
-    assert rows_of(config) == rows and result.metrics[metrics.STEP] == 2
+    assert read_rows(config) == rows and result.metrics[metrics.STEP] == 2
     longer = replace(config, max_steps=4, resume_mode="auto")
     SDPOTrainer(longer).train()
     # only the shorter run is evaluated after step 2
-    rows = [{k: v for k, v in row.items() if not k.startswith("val-")} for row in rows_of(longer)]
-    assert rows == [{k: v for k, v in row.items() if not k.startswith("val-")} for row in rows_of(whole)]
+    rows = [{k: v for k, v in row.items() if not k.startswith("val-")} for row in read_rows(longer)]
+    assert rows == [{k: v for k, v in row.items() if not k.startswith("val-")} for row in read_rows(uninterrupted)]
 
 
-def test_two_runs_in_one_folder_are_one_too_many(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_run_in_one_folder_is_refused(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_task_run(**SETTINGS)
     refused: list[str] = []
-    learn = Actor.update_policy
+    update_policy = Actor.update_policy
 
-    def start_another(actor: Actor, *arguments: Any, **how: Any) -> Any:
+    def start_another(actor: Actor, *args: Any, **kwargs: Any) -> Any:
         for resume_mode in ("disable", "auto", "required"):
             with pytest.raises(SDPOError) as caught:
                 SDPOTrainer(replace(config, resume_mode=resume_mode)).train()
             refused.append(str(caught.value))
         monkeypatch.undo()
-        return learn(actor, *arguments, **how)
+        return update_policy(actor, *args, **kwargs)
 
     monkeypatch.setattr(Actor, "update_policy", start_another)
     SDPOTrainer(config).train()
@@ -385,10 +392,10 @@ def test_two_runs_in_one_folder_are_one_too_many(make_task_run: MakeRun, monkeyp
         text.startswith(f"output_dir={config.output_dir}: another run is writing to it (process {os.getpid()} on ")
         for text in refused
     )
-    assert [row[metrics.STEP] for row in rows_of(config)] == [0, 1, 2, 3, 4, 5]
+    assert [row[metrics.STEP] for row in read_rows(config)] == [0, 1, 2, 3, 4, 5]
 
 
-def test_health_events_and_their_actions_are_resumed(
+def test_run_resumes_with_health_events_and_actions(
     make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A health check freezes a live teacher; the run is killed before and after that."""
@@ -406,9 +413,9 @@ def test_health_events_and_their_actions_are_resumed(
         "health__length_fall": 1.0,
         "health__ref_kl_interval": 1,
     }
-    whole = make_task_run(**settings, output_dir=str(tmp_path / "whole"))
-    SDPOTrainer(whole).train()
-    events = (Path(whole.output_dir) / "health_events.jsonl").read_text()
+    uninterrupted = make_task_run(**settings, output_dir=str(tmp_path / "uninterrupted"))
+    SDPOTrainer(uninterrupted).train()
+    events = (Path(uninterrupted.output_dir) / "health_events.jsonl").read_text()
     frozen_at = min(json.loads(line)["step"] for line in events.splitlines() if '"freeze_teacher"' in line)
     assert 1 < frozen_at < 5
     for killed_in in {frozen_at, frozen_at + 1}:
@@ -419,4 +426,4 @@ def test_health_events_and_their_actions_are_resumed(
                 SDPOTrainer(config).train()
         SDPOTrainer(replace(config, resume_mode="required")).train()
         assert (Path(config.output_dir) / "health_events.jsonl").read_text() == events
-        assert_same_end(config, whole)
+        assert_same_end(config, uninterrupted)

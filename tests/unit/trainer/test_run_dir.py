@@ -27,7 +27,7 @@ MakeRun = Callable[..., SDPOConfig]
 MakeSample = Callable[..., TrainingSample]
 
 
-class Listening(NullCallback):
+class RecordingCallback(NullCallback):
     def __init__(self) -> None:
         self.rows: list[tuple[int, dict[str, float]]] = []
 
@@ -43,7 +43,7 @@ def open_run_dir(
     return folder
 
 
-def test_the_resolved_run_reloads_to_an_equal_one(make_run: MakeRun) -> None:
+def test_written_config_loads_to_an_equal_config(make_run: MakeRun) -> None:
     config = make_run(
         data__task_args={"dir": "x", "num_train": 3},
         data__train_files=["a.parquet", "b.parquet"],
@@ -57,7 +57,7 @@ def test_the_resolved_run_reloads_to_an_equal_one(make_run: MakeRun) -> None:
     assert folder.path == Path(config.output_dir)
 
 
-def test_versions_are_those_installed(make_run: MakeRun) -> None:
+def test_versions_of_installed_packages_are_written(make_run: MakeRun) -> None:
     folder = open_run_dir(make_run())
     folder.close()
     versions = json.loads((folder.path / "versions.json").read_text())
@@ -67,19 +67,19 @@ def test_versions_are_those_installed(make_run: MakeRun) -> None:
     assert {"python", "platform", "sdpo"} <= versions.keys()
 
 
-def test_rows_reach_the_file_at_once_and_everybody_who_listens(make_run: MakeRun) -> None:
-    listening = Listening()
-    folder = open_run_dir(make_run(), listening)
+def test_rows_reach_file_and_callback_immediately(make_run: MakeRun) -> None:
+    callback = RecordingCallback()
+    folder = open_run_dir(make_run(), callback)
     folder.log(0, {metrics.LOSS: 1, "a": 2.5})
     folder.log(1, {metrics.LOSS: 0.5})
     rows = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
     assert rows == [{metrics.STEP: 0, metrics.LOSS: 1, "a": 2.5}, {metrics.STEP: 1, metrics.LOSS: 0.5}]
-    assert listening.rows == [(0, rows[0]), (1, rows[1])]
+    assert callback.rows == [(0, rows[0]), (1, rows[1])]
     assert folder.final == {metrics.STEP: 1, metrics.LOSS: 0.5, "a": 2.5}
     folder.close()
 
 
-def test_an_earlier_run_is_moved_aside(make_run: MakeRun, caplog: pytest.LogCaptureFixture) -> None:
+def test_earlier_run_is_moved_aside(make_run: MakeRun, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     contents = []
     for number in range(3):
@@ -94,7 +94,7 @@ def test_an_earlier_run_is_moved_aside(make_run: MakeRun, caplog: pytest.LogCapt
     assert caplog.messages == [f"output_dir={path}: moved the earlier run to {path}.{k}" for k in (1, 2)]
 
 
-def test_an_empty_folder_is_used(make_run: MakeRun) -> None:
+def test_empty_folder_is_used(make_run: MakeRun) -> None:
     config = make_run()
     Path(config.output_dir).mkdir()
     open_run_dir(config).close()
@@ -102,7 +102,7 @@ def test_an_empty_folder_is_used(make_run: MakeRun) -> None:
 
 
 @pytest.mark.parametrize("as_file", [False, True])
-def test_what_is_no_run_folder_is_refused_and_left(make_run: MakeRun, as_file: bool) -> None:
+def test_folder_of_another_program_is_refused_and_unchanged(make_run: MakeRun, as_file: bool) -> None:
     config = make_run()
     path = Path(config.output_dir)
     if as_file:
@@ -116,7 +116,7 @@ def test_what_is_no_run_folder_is_refused_and_left(make_run: MakeRun, as_file: b
     assert as_file or [p.name for p in path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_folder_that_cannot_be_made_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
+def test_folder_that_cannot_be_created_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SDPOError, match=r"^output_dir=.*/file/run: cannot be written \(Not a directory\)$"):
         open_run_dir(make_run(output_dir=str(tmp_path / "file" / "run")))
@@ -125,7 +125,7 @@ def test_a_folder_that_cannot_be_made_is_refused(make_run: MakeRun, tmp_path: Pa
 # --- rollouts
 
 
-def described(sample: TrainingSample, number: int) -> TrainingSample:
+def add_texts(sample: TrainingSample, number: int) -> TrainingSample:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Solution: {number}?"}]
     return replace(
         sample,
@@ -135,9 +135,9 @@ def described(sample: TrainingSample, number: int) -> TrainingSample:
     )
 
 
-def test_rollouts_show_all_that_made_them(make_run: MakeRun, make_sample: MakeSample) -> None:
+def test_rollout_file_has_prompt_response_and_teacher_context(make_run: MakeRun, make_sample: MakeSample) -> None:
     folder = open_run_dir(make_run(tracking__log_completions_steps=2, tracking__num_completions=8))
-    samples = [described(make_sample([3], [4, 2], advantage=-0.5), k) for k in range(3)]
+    samples = [add_texts(make_sample([3], [4, 2], advantage=-0.5), k) for k in range(3)]
     truncated = replace(samples[0].response, finished=False)
     samples.append(replace(make_sample([3], [4]), text="no teacher", response=truncated))
     folder.save_rollouts(1, samples)
@@ -155,7 +155,7 @@ def test_rollouts_show_all_that_made_them(make_run: MakeRun, make_sample: MakeSa
 
 
 @pytest.mark.parametrize(("every", "expected"), [(2, [1, 2, 4]), (1, [1, 2, 3, 4, 5]), (10, [1]), (0, [])])
-def test_rollouts_are_written_every_so_many_steps(
+def test_rollouts_are_written_at_the_configured_interval(
     make_run: MakeRun, make_sample: MakeSample, every: int, expected: list[int]
 ) -> None:
     folder = open_run_dir(make_run(tracking__log_completions_steps=every))
@@ -168,11 +168,11 @@ def test_rollouts_are_written_every_so_many_steps(
 
 
 @pytest.mark.parametrize(("num_samples", "expected"), [(2, [0, 1]), (3, [0, 1, 2]), (7, [0, 2, 4]), (30, [0, 10, 20])])
-def test_rollouts_come_from_the_whole_batch(
+def test_written_rollouts_are_spread_over_the_batch(
     make_run: MakeRun, make_sample: MakeSample, num_samples: int, expected: list[int]
 ) -> None:
     folder = open_run_dir(make_run(tracking__num_completions=3))
-    folder.save_rollouts(1, [described(make_sample([3], [4]), k) for k in range(num_samples)])
+    folder.save_rollouts(1, [add_texts(make_sample([3], [4]), k) for k in range(num_samples)])
     folder.close()
     text = (folder.path / "rollouts" / "step_1.txt").read_text()
     assert [int(part.split()[1]) for part in text.split("--- response\n")[1:]] == expected
@@ -181,7 +181,7 @@ def test_rollouts_come_from_the_whole_batch(
 # --- trackers
 
 
-def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_touched(
+def test_missing_tracker_is_refused_before_the_folder_changes(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     open_run_dir(make_run()).close()
@@ -213,9 +213,9 @@ class FakeTracker:
 
 
 @pytest.mark.parametrize("backend", ["wandb", "trackio"])
-@pytest.mark.parametrize(("name", "shown"), [(None, "run"), ("mine", "mine")])
+@pytest.mark.parametrize(("name", "expected_name"), [(None, "run"), ("mine", "mine")])
 def test_rows_reach_wandb_and_trackio(
-    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, backend: str, name: str | None, shown: str
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, backend: str, name: str | None, expected_name: str
 ) -> None:
     fake = FakeTracker()
     monkeypatch.setattr(trackers.importlib, "import_module", {backend: fake}.__getitem__)
@@ -225,7 +225,7 @@ def test_rows_reach_wandb_and_trackio(
     folder.close()
     [(_, arguments), (_, row), _] = fake.calls
     assert [call for call, _ in fake.calls] == ["init", "log", "finish"]
-    assert (arguments["project"], arguments["name"]) == ("p", shown)
+    assert (arguments["project"], arguments["name"]) == ("p", expected_name)
     assert arguments["config"]["optim"]["lr"] == config.optim.lr
     assert row == (3, {metrics.STEP: 3, metrics.LOSS: 0.5})
 
@@ -243,7 +243,7 @@ def test_rows_reach_tensorboard(make_run: MakeRun) -> None:
     assert [(e.step, e.value) for e in events.Scalars(metrics.LOSS)] == [(0, 0.0), (1, 0.5), (2, 1.0)]
 
 
-def test_a_line_that_a_killed_run_left_half_written_is_left_out(make_run: MakeRun) -> None:
+def test_incomplete_last_line_of_a_killed_run_is_removed(make_run: MakeRun) -> None:
     folder = open_run_dir(config := make_run())
     for step in (1, 2, 3):
         folder.log(step, {metrics.LOSS: step})

@@ -1,4 +1,4 @@
-"""Both samplers give the same rollouts; the separate process reports its errors and is always ended."""
+"""Both samplers return equal rollouts; the sampler process reports errors and always ends."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from sdpo.trainer.rollout.process import ProcessSampler
 
 MakeModel = Callable[..., Any]
 PROMPTS = [TokenPrompt(ids) for ids in ([5, 6, 7], [9, 3], [8, 8, 8, 8])]
-DECODING = SamplingParams(
+SAMPLING_PARAMS = SamplingParams(
     n=3, max_new_tokens=8, temperature=0.8, top_p=1.0, batch_size=4, stop_token_ids=[2], pad_token_id=0
 )
 
 
-def test_the_local_sampler_samples_with_the_student_itself(make_model: MakeModel) -> None:
+def test_local_sampler_uses_the_student(make_model: MakeModel) -> None:
     student = make_model()
-    sampler = LocalSampler(TransformersEngine(student, DECODING))
+    sampler = LocalSampler(TransformersEngine(student, SAMPLING_PARAMS))
     sampler.load_weights(student, 3)
     sampler.submit(PROMPTS, 7)
     rollouts = sampler.collect()
-    assert rollouts.responses == sample_responses([(student, 1.0)], PROMPTS, DECODING, 7)
+    assert rollouts.responses == sample_responses([(student, 1.0)], PROMPTS, SAMPLING_PARAMS, 7)
     assert rollouts.policy_version == 3
     assert rollouts.seconds > 0
 
 
-def test_a_local_copy_keeps_the_weights_that_it_was_given(make_model: MakeModel) -> None:
+def test_local_copy_keeps_the_synced_weights(make_model: MakeModel) -> None:
     student, copy = make_model(), make_model(seed=1)
-    sampler = LocalSampler(TransformersEngine(copy, DECODING))
+    sampler = LocalSampler(TransformersEngine(copy, SAMPLING_PARAMS))
     sampler.load_weights(student, 0)
-    expected = sample_responses([(student, 1.0)], PROMPTS, DECODING, 7)
+    expected = sample_responses([(student, 1.0)], PROMPTS, SAMPLING_PARAMS, 7)
     with torch.no_grad():
         student.lm_head.weight.zero_()
     sampler.submit(PROMPTS, 7)
@@ -55,7 +55,7 @@ def test_a_local_copy_keeps_the_weights_that_it_was_given(make_model: MakeModel)
     sampler.submit(PROMPTS, 7)
     rollouts = sampler.collect()
     assert rollouts.policy_version == 1
-    assert rollouts.responses == sample_responses([(student, 1.0)], PROMPTS, DECODING, 7) != expected
+    assert rollouts.responses == sample_responses([(student, 1.0)], PROMPTS, SAMPLING_PARAMS, 7) != expected
 
 
 @pytest.fixture
@@ -63,11 +63,11 @@ def start(make_model: MakeModel, tmp_path: Path) -> Iterator[Callable[[], Proces
     started: list[ProcessSampler] = []
     make_model(seed=1).save_pretrained(tmp_path)
 
-    def start(**how: Any) -> ProcessSampler:
+    def start(**settings: Any) -> ProcessSampler:
         """Start a sampler; the weights on the disk are not the student's."""
         config = ModelConfig(path=str(tmp_path))
-        build_engine = partial(TransformersEngine.from_config, config, DECODING, torch.device("cpu"), 10**6)
-        started.append(ProcessSampler(make_model(), build_engine, 1, **how))
+        build_engine = partial(TransformersEngine.from_config, config, SAMPLING_PARAMS, torch.device("cpu"), 10**6)
+        started.append(ProcessSampler(make_model(), build_engine, 1, **settings))
         return started[-1]
 
     yield start
@@ -83,7 +83,7 @@ def assert_close(actual: list[list[Completion]], expected: list[list[Completion]
 
 
 @pytest.mark.slow
-def test_a_process_samples_with_the_weights_of_its_version_and_tells_its_errors(
+def test_process_samples_with_the_synced_weights_and_reports_errors(
     start: Callable[[], ProcessSampler], make_model: MakeModel
 ) -> None:
     sampler = start()
@@ -97,7 +97,7 @@ def test_a_process_samples_with_the_weights_of_its_version_and_tells_its_errors(
             student.lm_head.weight.zero_()  # training continues while the process samples
         rollouts = sampler.collect()
         assert rollouts.policy_version == version
-        expected = sample_responses([(make_model(seed=seed), 1.0)], PROMPTS, DECODING, 7)
+        expected = sample_responses([(make_model(seed=seed), 1.0)], PROMPTS, SAMPLING_PARAMS, 7)
         assert_close(rollouts.responses, expected)
 
     sampler.submit([TokenPrompt([99])], 7)
@@ -111,7 +111,7 @@ def test_a_process_samples_with_the_weights_of_its_version_and_tells_its_errors(
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_is_reported_and_one_that_is_closed_goes_quietly(
+def test_killed_process_is_reported_and_closed_process_ends_silently(
     start: Callable[[], ProcessSampler], make_model: MakeModel, capfd: pytest.CaptureFixture[str]
 ) -> None:
     killed, closed = start(), start()
@@ -130,7 +130,7 @@ def test_a_process_that_is_killed_is_reported_and_one_that_is_closed_goes_quietl
     killed.collect()
     killed.submit(PROMPTS * 100_000, 7)
     os.kill(pid, signal.SIGKILL)
-    for ask in (
+    for call in (
         killed.collect,
         lambda: killed.submit(PROMPTS, 7),
         lambda: killed.load_weights(make_model(), 1),
@@ -138,11 +138,11 @@ def test_a_process_that_is_killed_is_reported_and_one_that_is_closed_goes_quietl
         with pytest.raises(
             SDPOError, match=r"^rollout\.max_restarts=0: the sampling process was killed by SIGKILL and no restart is"
         ):
-            ask()
+            call()
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_is_started_again_and_samples_the_same(
+def test_killed_process_is_restarted_and_returns_equal_rollouts(
     start: Callable[..., ProcessSampler], make_model: MakeModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     sampler = start(max_restarts=2)
@@ -150,7 +150,7 @@ def test_a_process_that_is_killed_is_started_again_and_samples_the_same(
     sampler.load_weights(student, 5)
     with torch.no_grad():
         student.lm_head.weight.zero_()  # a restart uses the weights of the last sync
-    expected = sample_responses([(make_model(seed=2), 1.0)], PROMPTS, DECODING, 7)
+    expected = sample_responses([(make_model(seed=2), 1.0)], PROMPTS, SAMPLING_PARAMS, 7)
 
     def kill() -> None:
         os.kill(sampler._process.pid or 0, signal.SIGKILL)
@@ -174,9 +174,9 @@ def test_a_process_that_is_killed_is_started_again_and_samples_the_same(
 
 
 @pytest.mark.slow
-def test_a_persons_mistake_that_the_process_finds_stays_one(make_model: MakeModel) -> None:
+def test_user_error_in_the_process_is_raised_as_such(make_model: MakeModel) -> None:
     config = ModelConfig(path="/nowhere")
-    build_engine = partial(TransformersEngine.from_config, config, DECODING, torch.device("cpu"), 10**6)
+    build_engine = partial(TransformersEngine.from_config, config, SAMPLING_PARAMS, torch.device("cpu"), 10**6)
     sampler = ProcessSampler(make_model(), build_engine, 1)
     with pytest.raises(SDPOError, match=r"^model\.path: /nowhere: no such folder$"):
         sampler.collect()
@@ -203,7 +203,7 @@ class LoggingEngine:
 
 
 @pytest.mark.slow
-def test_log_records_of_the_process_reach_this_one(
+def test_log_records_of_the_process_reach_the_parent(
     make_model: MakeModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

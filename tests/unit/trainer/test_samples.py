@@ -28,19 +28,19 @@ class Exact:
         self.feedback = feedback
 
     def compute_score(self, row: Row, response: str) -> RewardOutput:
-        truth = row.ground_truth or ""
-        score = 1.0 if response == truth else 0.5 * (len(response) == len(truth))
-        return RewardOutput(score, f"Expected: {truth}" if self.feedback and score < 1 else None)
+        ground_truth = row.ground_truth or ""
+        score = 1.0 if response == ground_truth else 0.5 * (len(response) == len(ground_truth))
+        return RewardOutput(score, f"Expected: {ground_truth}" if self.feedback and score < 1 else None)
 
 
 def reward_manager(task: Task) -> RewardManager:
     return RewardManager(task, RewardConfig(max_failure_fraction=0.5))
 
 
-def prompt(text: str, truth: str) -> Prompt:
+def prompt(text: str, ground_truth: str) -> Prompt:
     messages = [{"role": "user", "content": text}]
     ids = TOKENIZER.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    return Prompt(Row("x", messages, {"ground_truth": truth}), list(ids))
+    return Prompt(Row("x", messages, {"ground_truth": ground_truth}), list(ids))
 
 
 def response(text: str, finished: bool = True) -> Completion:
@@ -62,7 +62,7 @@ def build(task: Any = None, window: int | None = 128, seed: int = 0, **settings:
     )
 
 
-def test_samples_come_prompt_by_prompt_with_their_scores() -> None:
+def test_samples_are_in_the_order_of_prompts_with_scores() -> None:
     samples = build()
     assert [s.text for s in samples] == ["21", "12", "7", "543543", "1", "345"]
     assert [s.reward.score for s in samples] == [1, 0.5, 0, 0, 0, 0.5]
@@ -71,20 +71,20 @@ def test_samples_come_prompt_by_prompt_with_their_scores() -> None:
 
 
 def test_advantages_are_relative_to_the_group() -> None:
-    plain = [s.advantage for s in build(norm_adv_by_std_in_grpo=False)]
-    assert plain == pytest.approx([0.5, 0, -0.5, -1 / 6, -1 / 6, 1 / 3])
-    normed = [s.advantage for s in build()]
+    unnormalized = [s.advantage for s in build(norm_adv_by_std_in_grpo=False)]
+    assert unnormalized == pytest.approx([0.5, 0, -0.5, -1 / 6, -1 / 6, 1 / 3])
+    normalized = [s.advantage for s in build()]
     deviation = 0.5  # sample standard deviation of 1, 0.5, 0
-    assert normed[:3] == pytest.approx([0.5 / deviation, 0, -0.5 / deviation], rel=1e-4)
+    assert normalized[:3] == pytest.approx([0.5 / deviation, 0, -0.5 / deviation], rel=1e-4)
 
 
-def test_weights_by_difficulty() -> None:
+def test_distillation_weights_by_prompt_difficulty() -> None:
     assert [s.distillation_weight for s in build()] == [1.0] * 6
     weights = [s.distillation_weight for s in build(weight_by_prompt_difficulty=True)]
     assert weights == pytest.approx([(1 / 3 * 2 / 3) ** 0.5] * 3 + [0] * 3)
 
 
-def test_the_teacher_reads_its_demonstration_and_then_the_same_response() -> None:
+def test_teacher_prompt_contains_the_demonstration() -> None:
     samples = build(demonstration_source="successful_rollout")
     assert [s.is_distilled for s in samples] == [False, True, True, False, False, False]
     for sample in samples[1:3]:
@@ -93,34 +93,34 @@ def test_the_teacher_reads_its_demonstration_and_then_the_same_response() -> Non
         assert "Correct solution:\n\n21\n" in text
         assert text.endswith("<|im_start|>assistant\n")
     assert samples[0].teacher_prompt.token_ids is None
-    truth = build(demonstration_source="ground_truth")
-    assert [s.demonstration.solution for s in truth] == ["21"] * 3 + ["543"] * 3
+    ground_truth = build(demonstration_source="ground_truth")
+    assert [s.demonstration.solution for s in ground_truth] == ["21"] * 3 + ["543"] * 3
 
 
-def test_feedback_reaches_the_teacher_of_its_own_sample() -> None:
+def test_feedback_reaches_the_teacher_of_the_same_sample() -> None:
     samples = build(Exact(feedback=True), demonstration_source="none", include_environment_feedback=True)
     assert [s.demonstration.feedback for s in samples] == [None] + ["Expected: 21"] * 2 + ["Expected: 543"] * 3
     assert [s.is_distilled for s in samples] == [False] + [True] * 5
 
 
-def test_plain_grpo_prepares_nothing_for_a_teacher() -> None:
+def test_grpo_builds_no_teacher_prompts() -> None:
     assert not any(s.is_distilled for s in build(Exact(feedback=True), policy_loss_weight=1.0))
 
 
-def test_the_window_leaves_room_for_each_response() -> None:
+def test_teacher_prompt_leaves_room_for_the_response_in_the_window() -> None:
     """A window that fits the teacher's prompt with a response of 4 tokens truncates it for one of 6 tokens."""
-    whole = build(demonstration_source="ground_truth", window=None)
-    size = len(whole[5].teacher_prompt.token_ids or []) + len(whole[5].response.token_ids)
+    complete = build(demonstration_source="ground_truth", window=None)
+    size = len(complete[5].teacher_prompt.token_ids or []) + len(complete[5].response.token_ids)
     truncated = build(demonstration_source="ground_truth", window=size)
-    assert truncated[5].teacher_prompt == whole[5].teacher_prompt
-    assert len(whole[3].response.token_ids) == 6 and len(whole[5].response.token_ids) == 4
+    assert truncated[5].teacher_prompt == complete[5].teacher_prompt
+    assert len(complete[3].response.token_ids) == 6 and len(complete[5].response.token_ids) == 4
     assert truncated[3].teacher_prompt.truncated
     for sample in truncated:
         if sample.teacher_prompt.token_ids is not None:
             assert len(sample.teacher_prompt.token_ids) + len(sample.response.token_ids) <= size
 
 
-def test_the_summary_by_hand() -> None:
+def test_summary_of_six_samples() -> None:
     settings: dict[str, Any] = {
         "demonstration_source": "successful_rollout",
         "environment_feedback_only_without_solution": False,
@@ -154,14 +154,14 @@ def test_the_summary_by_hand() -> None:
     }
 
 
-def test_the_summary_counts_what_did_not_fit() -> None:
+def test_summary_counts_overlong_teacher_prompts() -> None:
     settings: dict[str, Any] = {"demonstration_source": "ground_truth", "max_reprompt_len": 10}
     values = summarize_samples(build(**settings), SelfDistillationConfig(**settings))
     assert values[metrics.OVERLONG_FRACTION] == 1
     assert values[metrics.REPROMPT_FRACTION] == 0
 
 
-def test_a_prompt_that_is_twice_in_a_batch_is_two_groups() -> None:
+def test_repeated_prompt_in_a_batch_has_two_groups() -> None:
     """If a step has more prompts than the data has rows, each appearance of a row is a separate group."""
     config = SelfDistillationConfig()
     twice = [PROMPTS[0], PROMPTS[0]]
@@ -182,8 +182,8 @@ class FailsOn:
         return Exact(feedback=True).compute_score(row, response)
 
 
-def test_a_response_that_was_not_graded_teaches_nothing() -> None:
-    """Advantages, weights and demonstrations of the group are computed without it."""
+def test_unscored_response_is_not_used() -> None:
+    """Advantages, weights and demonstrations of the group exclude it."""
     settings: dict[str, Any] = {
         "demonstration_source": "successful_rollout_then_ground_truth",
         "include_environment_feedback": True,
@@ -207,12 +207,12 @@ def test_a_response_that_was_not_graded_teaches_nothing() -> None:
     assert values[metrics.REPROMPT_FRACTION] == pytest.approx(5 / 6)
 
 
-def test_a_step_in_which_nothing_was_graded_has_no_scores() -> None:
-    class Broken:
+def test_step_without_scored_responses_has_no_score_metrics() -> None:
+    class FailingReward:
         def compute_score(self, row: Row, response: str) -> float:
             raise ZeroDivisionError
 
-    tolerant = RewardManager(Broken(), RewardConfig(max_failure_fraction=1.0))
+    tolerant = RewardManager(FailingReward(), RewardConfig(max_failure_fraction=1.0))
     config = SelfDistillationConfig()
     samples = build_samples(tolerant, TOKENIZER, PROMPTS, RESPONSES, config, None, random.Random(0))
     values = summarize_samples(samples, config)

@@ -49,7 +49,7 @@ def assert_same_model(folder: Path, model: torch.nn.Module, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["ema", "trust-region", "frozen", "snapshot"])
-def test_student_teacher_and_tokenizer_load(
+def test_transformers_loads_student_teacher_and_tokenizer(
     make_model: MakeModel, make_run: MakeRun, make_samples: MakeSamples, tmp_path: Path, dtype: torch.dtype, kind: str
 ) -> None:
     config = make_run(
@@ -75,7 +75,7 @@ def test_student_teacher_and_tokenizer_load(
 
 
 @pytest.mark.parametrize("settings", [{"teacher_regularization": "live"}, {"policy_loss_weight": 1.0}])
-def test_no_teacher_is_saved_where_there_is_none(
+def test_no_teacher_is_saved_without_a_teacher_model(
     model: Any, make_run: MakeRun, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     config = make_run(**{f"self_distillation__{name}": value for name, value in settings.items()})
@@ -83,7 +83,7 @@ def test_no_teacher_is_saved_where_there_is_none(
     assert not (tmp_path / "teacher").exists()
 
 
-def test_the_state_comes_back_as_it_was(
+def test_loaded_state_equals_the_saved_state(
     model: Any, make_run: MakeRun, make_samples: MakeSamples, tmp_path: Path
 ) -> None:
     actor = build_actor(model, make_run(), 0)
@@ -103,13 +103,13 @@ def test_the_state_comes_back_as_it_was(
         assert all(torch.equal(loaded.actor["moments"][number][name], value) for name, value in moments.items())
 
 
-def test_a_state_of_another_version_is_refused(tmp_path: Path) -> None:
+def test_state_of_another_version_is_refused(tmp_path: Path) -> None:
     torch.save({"actor": {}}, tmp_path / FILE)
     with pytest.raises(SDPOError, match=r"training_state\.pt: cannot be read by this version \(KeyError\)"):
         TrainingState.load(tmp_path)
 
 
-def test_other_rows_have_another_fingerprint() -> None:
+def test_different_rows_have_different_fingerprints() -> None:
     def prompts(*token_ids: list[int], answer: str = "1") -> list[Prompt]:
         return [Prompt(Row("", [], {"ground_truth": answer}), ids) for ids in token_ids]
 
@@ -119,7 +119,7 @@ def test_other_rows_have_another_fingerprint() -> None:
     assert len({compute_fingerprint(p) for p in [same, *others]}) == 5
 
 
-def test_states_of_generators_do_not_depend_on_when_they_are_set() -> None:
+def test_restored_generators_repeat_their_numbers() -> None:
     states = get_random_states()
     first = [torch.rand(2), np.random.rand(2), random.gauss(0, 1)]
     set_random_states(states)

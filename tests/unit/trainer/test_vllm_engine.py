@@ -14,7 +14,7 @@ from sdpo.trainer.rollout.vllm_engine import require_vllm
     ("device", "command"),
     [("cpu", "pip install --no-deps -r requirements-vllm.txt"), ("cuda:0", "pip install vllm")],
 )
-def test_without_vllm_the_command_that_installs_it_is_named(
+def test_error_without_vllm_has_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch, device: str, command: str
 ) -> None:
     monkeypatch.setattr(vllm_engine.importlib.util, "find_spec", lambda name: None)
@@ -24,6 +24,6 @@ def test_without_vllm_the_command_that_installs_it_is_named(
 
 
 @pytest.mark.parametrize("device", ["cuda:1", "mps"])
-def test_a_device_that_vllm_would_not_sample_on_is_refused(device: str) -> None:
+def test_device_that_vllm_cannot_use_is_refused(device: str) -> None:
     with pytest.raises(SDPOError, match=rf"^rollout\.device={device}: .* on cpu or on the first visible GPU only; "):
         require_vllm(torch.device(device))
