@@ -143,7 +143,7 @@ def test_an_installed_trl_without_the_value_head_does_no_harm(
 def test_responses_are_cut_off_at_the_limit_and_not_at_the_longest_of_the_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Three responses of 2, 3 and 3 tokens, all shorter than the limit of 8."""
+    """Three responses of 2, 3 and 3 tokens, all shorter than the limit of 8; our metrics are computed once per step."""
 
     def nested(values: float) -> torch.Tensor:
         return torch.nested.as_nested_tensor([torch.full((n,), values) for n in (2, 3, 3)], layout=torch.jagged)
@@ -158,6 +158,13 @@ def test_responses_are_cut_off_at_the_limit_and_not_at_the_longest_of_the_batch(
         "algorithm": {"use_kl_in_reward": False},
         "actor_rollout_ref": {"rollout": {}, "model": {}},
     }
+    calls: list[Any] = []
+    summarize = v1_trainers.summarize_rollouts
+    monkeypatch.setattr(v1_trainers, "summarize_rollouts", lambda *args: calls.append(args) or summarize(*args))
+    monkeypatch.setattr(PPOTrainerSync, "step", lambda trainer, values, timing: batch)
+    batch = SimpleNamespace(keys=["a", "b", "c"], partition_id="train", tags=tags)
+    health = SimpleNamespace(check=lambda step, values: checked.update(values) or {}, is_stopped=False)
+    checked: dict[str, Any] = {}
     found = {}
     for kind in (PPOTrainerSync, v1_trainers.SelfDistillationSyncTrainer):
         trainer = object.__new__(kind)
@@ -165,8 +172,9 @@ def test_responses_are_cut_off_at_the_limit_and_not_at_the_longest_of_the_batch(
         trainer.use_critic, trainer._rollout_moe_lb_metrics_accumulator = False, None
         trainer.resource_pool_manager = SimpleNamespace(get_n_gpus=lambda: 1)
         trainer.scores, trainer.lengths = [2.0, 3.0, 3.0], [2, 3, 3]
+        trainer.health, trainer.global_steps = health, 1
         values: dict[str, Any] = {}
-        batch = SimpleNamespace(keys=["a", "b", "c"], partition_id="train", tags=tags)
+        trainer.step(values, {})
         trainer._compute_metrics(batch, values, {"step": 1.0}, global_steps=1, epoch=0)
         found[kind] = values
     stock, ours = found.values()
@@ -174,6 +182,8 @@ def test_responses_are_cut_off_at_the_limit_and_not_at_the_longest_of_the_batch(
     assert ours[metrics.RESPONSE_LENGTH_CLIP_RATIO] == 0
     for name in (metrics.SCORE_MEAN, metrics.RESPONSE_LENGTH_MEAN):
         assert ours[name] == pytest.approx(stock[name]) == pytest.approx(8 / 3)
+    assert calls == [([2.0, 3.0, 3.0], [2, 3, 3], 8)]
+    assert checked == {name: ours[name] for name in checked} and metrics.RESPONSE_LENGTH_CLIP_RATIO in checked
 
 
 def test_a_checkpoint_is_removed_with_its_folder_and_after_a_resume_too(tmp_path: Path) -> None:

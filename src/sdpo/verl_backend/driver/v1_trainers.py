@@ -55,6 +55,7 @@ class TeacherBatchMixin(FailedRewardsMixin, HealthChecksMixin):
         # Of the step's samples so far: scores (NaN for a failed reward) and response lengths in tokens.
         self.scores: list[float] = []
         self.lengths: list[int] = []
+        self.rollout_metrics: dict[str, float] = {}  # of the last complete step
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()  # type: ignore[misc]
@@ -149,12 +150,13 @@ class TeacherBatchMixin(FailedRewardsMixin, HealthChecksMixin):
     def _compute_metrics(self, batch: Any, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         super()._compute_metrics(batch, metrics, *args, **kwargs)  # type: ignore[misc]
         replace_scores(metrics, self.scores, self.config)
-        metrics |= summarize_rollouts(self.scores, self.lengths, self.config.data.max_response_length)
+        metrics |= self.rollout_metrics  # verl has overwritten them
         self.scores, self.lengths = [], []
 
     def step(self, metrics: dict[str, Any], timing_raw: dict[str, Any]) -> Any:
         batch = super().step(metrics, timing_raw)  # type: ignore[misc]
-        metrics |= summarize_rollouts(self.scores, self.lengths, self.config.data.max_response_length)
+        self.rollout_metrics = summarize_rollouts(self.scores, self.lengths, self.config.data.max_response_length)
+        metrics |= self.rollout_metrics
         metrics |= self.health.check(self.global_steps, metrics)
         if self.health.is_stopped:
             self._end_here()
