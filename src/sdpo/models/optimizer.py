@@ -37,15 +37,21 @@ def choose_optimizer(config: OptimConfig) -> tuple[str, str, dict[str, Any]]:
 
 
 def require_optimizer(module: str, setting: str) -> None:
-    """Check that the optimizer's package is installed.
+    """Check that an optimizer's package is installed, on both backends.
+
+    Args:
+        module: of the optimizer, e.g. ``torchao.optim``.
+        setting: that selects the optimizer, for the message.
 
     Raises:
-        ConfigError: ``module`` cannot be imported.
+        ConfigError: ``module`` cannot be imported; the message has the command that installs it.
     """
     try:
         importlib.import_module(module)
     except ImportError as error:
-        raise ConfigError(f"{setting}: {module} cannot be imported ({error}); pip install 'sdpo[torchao]'") from error
+        package = module.partition(".")[0]
+        name = "'sdpo[torchao]'" if package == "torchao" else package
+        raise ConfigError(f"{setting}: {module} cannot be imported ({error}); pip install {name}") from error
 
 
 def build_optimizer(params: Sequence[torch.nn.Parameter], config: OptimConfig) -> Optimizer:

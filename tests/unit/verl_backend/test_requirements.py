@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import socket
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,14 +13,16 @@ import torch
 from omegaconf import DictConfig
 from transformers import Qwen2Config, Qwen3Config
 
+from sdpo.config.actor import OptimConfig
 from sdpo.errors import SDPOError
+from sdpo.models.optimizer import build_optimizer
 from sdpo.rewards.toy import figures, hidden_rule
 from sdpo.verl_backend.entrypoint import requirements
 from sdpo.verl_backend.entrypoint.compose import compose_config
 from sdpo.verl_backend.entrypoint.model_checks import check_head_size
 
 MODEL, ROLLOUT, OPTIM = "actor_rollout_ref.model", "actor_rollout_ref.rollout", "actor_rollout_ref.actor.optim"
-EVERYTHING = {"vllm", "cupy", "torchao", "torch"}
+EVERYTHING = {"vllm", "cupy", "torch"}
 
 
 @pytest.fixture
@@ -71,16 +74,34 @@ def test_what_can_run(check: Callable[..., None], name: str, num_gpus: int, over
             {"overrides": [f"{MODEL}.override_config.attn_implementation=flash_attention_2"]},
             r"flash-attn is not installed; pip install flash-attn .* or use sdpa",
         ),
-        (
-            {"overrides": [f"{OPTIM}.optimizer_impl=torchao.optim"], "without": "torchao"},
-            r"optimizer_impl=torchao\.optim: torchao is not installed; pip install torchao",
-        ),
     ],
 )
 def test_what_is_missing_is_named(check: Callable[..., None], wrong: dict[str, Any], message: str) -> None:
     settings = dict(wrong)
     with pytest.raises(SDPOError, match=message):
         check(*settings.pop("overrides", ()), **settings)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_missing_optimizer_has_one_message_on_both_backends(
+    device: str, check: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(SDPOError) as native:
+        build_optimizer([torch.nn.Parameter(torch.zeros(1))], OptimConfig(name="adamw_8bit"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VERL_PLATFORM", device)
+        with pytest.raises(SDPOError) as on_verl:
+            check(f"{OPTIM}.optimizer_impl=torchao.optim", f"trainer.device={device}")
+        with pytest.raises(SDPOError, match="bitsandbytes.optim cannot be imported .*; pip install bitsandbytes$"):
+            check(f"{OPTIM}.optimizer_impl=bitsandbytes.optim", f"trainer.device={device}")
+    setting, _, message = str(native.value).partition(": ")
+    assert setting == "optim.name=adamw_8bit"
+    assert str(on_verl.value) == f"{OPTIM}.optimizer_impl=torchao.optim: {message}"
+    assert message.startswith("torchao.optim cannot be imported (") and message.endswith(
+        "; pip install 'sdpo[torchao]'"
+    )
 
 
 def test_taking_turns_needs_no_cupy(check: Callable[..., None]) -> None:

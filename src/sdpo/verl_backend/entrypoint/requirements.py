@@ -1,4 +1,4 @@
-"""Checks of devices and packages for a run on GPUs, before Ray starts."""
+"""Checks of devices and packages, before Ray starts."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from ray._private.utils import get_ray_address_file, read_ray_address
 
 from sdpo.errors import ConfigError
+from sdpo.models.optimizer import require_optimizer
 
 ROLLOUT, MODEL, OPTIM = "actor_rollout_ref.rollout", "actor_rollout_ref.model", "actor_rollout_ref.actor.optim"
 
@@ -25,6 +26,8 @@ def check_machine(config: DictConfig) -> None:
     Raises:
         ConfigError: the first missing device or package, with the command or setting that fixes it.
     """
+    module = config.actor_rollout_ref.actor.optim.get("optimizer_impl") or "torch.optim"
+    require_optimizer(module, f"{OPTIM}.optimizer_impl={module}")
     if config.trainer.device != "cuda":
         return
     for problem in _find_problems(config):
@@ -32,7 +35,7 @@ def check_machine(config: DictConfig) -> None:
 
 
 def _find_problems(config: DictConfig) -> Iterator[str]:
-    rollout, optim = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor.optim
+    rollout = config.actor_rollout_ref.rollout
     if not joins_cluster(config):
         yield from _find_missing_devices(config)
     if rollout.name == "vllm" and not _is_installed("vllm"):
@@ -47,9 +50,6 @@ def _find_problems(config: DictConfig) -> Iterator[str]:
             f"{MODEL}.override_config.attn_implementation=flash_attention_2: flash-attn is not installed; "
             "pip install flash-attn --no-build-isolation, or use sdpa (in a config file: model.attn_implementation)"
         )
-    package = str(optim.get("optimizer_impl") or "torch").partition(".")[0]
-    if not _is_installed(package):
-        yield f"{OPTIM}.optimizer_impl={optim.optimizer_impl}: {package} is not installed; pip install {package}"
 
 
 def joins_cluster(config: DictConfig) -> bool:
