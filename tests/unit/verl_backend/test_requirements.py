@@ -94,7 +94,7 @@ def test_a_missing_optimizer_has_one_message_on_both_backends(
         patch.setenv("VERL_PLATFORM", device)
         with pytest.raises(SDPOError) as on_verl:
             check(f"{OPTIM}.optimizer_impl=torchao.optim", f"trainer.device={device}")
-        with pytest.raises(SDPOError, match="bitsandbytes.optim cannot be imported .*; pip install bitsandbytes$"):
+        with pytest.raises(SDPOError, match=r"bitsandbytes\.optim cannot be imported .*; pip install bitsandbytes$"):
             check(f"{OPTIM}.optimizer_impl=bitsandbytes.optim", f"trainer.device={device}")
     setting, _, message = str(native.value).partition(": ")
     assert setting == "optim.name=adamw_8bit"
