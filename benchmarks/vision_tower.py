@@ -37,9 +37,10 @@ from sdpo.models.multimodal import vision_tower
 from sdpo.models.multimodal.feature_cache import ImageFeatureCache
 from sdpo.models.multimodal.processor import encode_png, load_reader
 from sdpo.models.multimodal.vision_tower import ImageFeatures, VisionAdapter, freeze_vision_tower
-from sdpo.prompting.demonstrations import PrivilegedContext
+from sdpo.prompting.demonstrations import PrivilegedContext, ScoredRollout
+from sdpo.prompting.teacher_context import TeacherContext
 from sdpo.prompting.tokenization import encode_teacher_prompt
-from sdpo.rewards.base import RewardOutput, Row
+from sdpo.rewards.base import Row
 from sdpo.rewards.toy import base, figures
 from sdpo.trainer.actor import forward as forward_module
 from sdpo.trainer.actor.build import build_actor
@@ -118,20 +119,19 @@ def build_prompts(vision: VisionAdapter, options: argparse.Namespace) -> list[Pr
 def build_samples(
     vision: VisionAdapter, prompts: Sequence[Prompt], responses: Sequence[Sequence[Completion]], run: SDPOConfig
 ) -> Any:
+    shown = PrivilegedContext(solution="12")
     return [
         TrainingSample(
             prompt=prompt,
             response=response,
-            text="",
-            reward=RewardOutput(0.0),
-            demonstration=PrivilegedContext(solution="12"),
-            teacher_prompt=encode_teacher_prompt(
-                vision.reader, prompt.row.prompt, PrivilegedContext(solution="12"), run.self_distillation
+            rollout=ScoredRollout(group_id, "", 0.0),
+            context=TeacherContext(
+                shown, encode_teacher_prompt(vision.reader, prompt.row.prompt, shown, run.self_distillation)
             ),
             advantage=0.0,
             distillation_weight=1.0,
         )
-        for prompt, rollouts in zip(prompts, responses, strict=True)
+        for group_id, (prompt, rollouts) in enumerate(zip(prompts, responses, strict=True))
         for response in rollouts
     ]
 

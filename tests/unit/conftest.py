@@ -17,9 +17,10 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from sdpo.config.field import Section
 from sdpo.config.root import SDPOConfig
 from sdpo.models.generation.sampling import Completion
-from sdpo.prompting.demonstrations import PrivilegedContext
+from sdpo.prompting.demonstrations import PrivilegedContext, ScoredRollout
+from sdpo.prompting.teacher_context import TeacherContext
 from sdpo.prompting.tokenization import TeacherPrompt
-from sdpo.rewards.base import RewardOutput, Row
+from sdpo.rewards.base import Row
 from sdpo.rewards.toy.hidden_rule import HiddenRule
 from sdpo.trainer.data.prompts import Prompt
 from sdpo.trainer.data.samples import TrainingSample
@@ -156,10 +157,11 @@ def make_sample() -> MakeSample:
         return TrainingSample(
             prompt=prompt,
             response=Completion(list(response), list(log_probs or [-2.0] * len(response)), finished=True),
-            text="",
-            reward=RewardOutput(score),
-            demonstration=PrivilegedContext(solution=None if teacher is None else "!"),
-            teacher_prompt=TeacherPrompt(None if teacher is None else list(teacher), [], truncated=False),
+            rollout=ScoredRollout(id(prompt), "", score),
+            context=TeacherContext(
+                PrivilegedContext(solution=None if teacher is None else "!"),
+                TeacherPrompt(None if teacher is None else list(teacher), [], truncated=False),
+            ),
             advantage=advantage,
             distillation_weight=weight,
         )

@@ -23,7 +23,6 @@ from sdpo.kernels import fused_linear_loss
 from sdpo.models.generation.sampling import SamplingParams, sample_responses
 from sdpo.models.multimodal.processor import TokenPrompt
 from sdpo.observability import metrics
-from sdpo.rewards.base import RewardOutput
 from sdpo.trainer.actor import micro_batch_loss
 from sdpo.trainer.actor.actor import Actor, LogProbs
 from sdpo.trainer.actor.build import build_actor
@@ -489,7 +488,8 @@ def make_nonfinite(sample: TrainingSample, part: str) -> TrainingSample:
         ids = [11, *sample.response.token_ids[1:]]
         return replace(sample, response=replace(sample.response, token_ids=ids))
     ids = [11, *(sample.teacher_prompt.token_ids or [])]
-    return replace(sample, teacher_prompt=replace(sample.teacher_prompt, token_ids=ids))
+    prompt = replace(sample.teacher_prompt, token_ids=ids)
+    return replace(sample, context=replace(sample.context, prompt=prompt))
 
 
 @pytest.mark.parametrize("budget", [1, 10**6])
@@ -542,7 +542,8 @@ def test_unscored_sample_is_dropped(
         rollout__n=3,
     )
     samples = make_samples(undistilled=(1,))
-    failed = [replace(s, reward=RewardOutput(math.nan), advantage=0.0) if i == 1 else s for i, s in enumerate(samples)]
+    failed = list(samples)
+    failed[1] = replace(failed[1], rollout=replace(failed[1].rollout, score=math.nan), advantage=0.0)
     complete, without = build_actor(make_model(), run, 0), build_actor(make_model(), run, 0)
     steps, expected_steps = record_steps(complete), record_steps(without)
     values = complete.update_policy(failed)

@@ -137,7 +137,7 @@ def test_intervals_of_rollout_metrics(make_run: MakeRun, make_samples: MakeSampl
     values = summarize_samples(samples, run.self_distillation)
     prompts = [id(s.prompt) for s in samples]
     for name, numbers in (
-        (metrics.SCORE_MEAN, [s.reward.score for s in samples]),
+        (metrics.SCORE_MEAN, [s.rollout.score for s in samples]),
         (metrics.RESPONSE_LENGTH_MEAN, [float(len(s.response.token_ids)) for s in samples]),
     ):
         assert [values[end] for end in metrics.ci95_names(name)] == pytest.approx(

@@ -28,10 +28,11 @@ from sdpo.models.output_head import build_linear_head, compute_dense_logits
 from sdpo.models.packing.layout import PackedSequences
 from sdpo.models.packing.support import enable_packing
 from sdpo.observability import metrics
-from sdpo.prompting.demonstrations import PrivilegedContext
+from sdpo.prompting.demonstrations import PrivilegedContext, ScoredRollout
 from sdpo.prompting.images import collect_images
+from sdpo.prompting.teacher_context import TeacherContext
 from sdpo.prompting.tokenization import encode_teacher_prompt
-from sdpo.rewards.base import RewardOutput, Row
+from sdpo.rewards.base import Row
 from sdpo.rewards.toy.synthetic_geometry import write_drawn_geometry
 from sdpo.trainer.actor.actor import Actor
 from sdpo.trainer.actor.build import build_actor
@@ -63,10 +64,8 @@ def make_samples(
                 TrainingSample(
                     prompt=prompt,
                     response=Completion(response, [-2.0] * len(response), finished=True),
-                    text="",
-                    reward=RewardOutput(float(i)),
-                    demonstration=shown,
-                    teacher_prompt=teacher,
+                    rollout=ScoredRollout(i, "", float(i)),
+                    context=TeacherContext(shown, teacher),
                     advantage=0.5 - i,
                     distillation_weight=1.0,
                 )

@@ -64,8 +64,8 @@ def build(task: Any = None, window: int | None = 128, seed: int = 0, **settings:
 
 def test_samples_are_in_the_order_of_prompts_with_scores() -> None:
     samples = build()
-    assert [s.text for s in samples] == ["21", "12", "7", "543543", "1", "345"]
-    assert [s.reward.score for s in samples] == [1, 0.5, 0, 0, 0, 0.5]
+    assert [s.rollout.response for s in samples] == ["21", "12", "7", "543543", "1", "345"]
+    assert [s.rollout.score for s in samples] == [1, 0.5, 0, 0, 0, 0.5]
     assert [s.prompt for s in samples] == [PROMPTS[0]] * 3 + [PROMPTS[1]] * 3
     assert [s.response for s in samples] == RESPONSES[0] + RESPONSES[1]
 
@@ -88,18 +88,18 @@ def test_teacher_prompt_contains_the_demonstration() -> None:
     samples = build(demonstration_source="successful_rollout")
     assert [s.is_distilled for s in samples] == [False, True, True, False, False, False]
     for sample in samples[1:3]:
-        assert sample.demonstration.solution == "21"
+        assert sample.context.demonstration.solution == "21"
         text = TOKENIZER.decode(sample.teacher_prompt.token_ids)
         assert "Correct solution:\n\n21\n" in text
         assert text.endswith("<|im_start|>assistant\n")
     assert samples[0].teacher_prompt.token_ids is None
     ground_truth = build(demonstration_source="ground_truth")
-    assert [s.demonstration.solution for s in ground_truth] == ["21"] * 3 + ["543"] * 3
+    assert [s.context.demonstration.solution for s in ground_truth] == ["21"] * 3 + ["543"] * 3
 
 
 def test_feedback_reaches_the_teacher_of_the_same_sample() -> None:
     samples = build(Exact(feedback=True), demonstration_source="none", include_environment_feedback=True)
-    assert [s.demonstration.feedback for s in samples] == [None] + ["Expected: 21"] * 2 + ["Expected: 543"] * 3
+    assert [s.context.demonstration.feedback for s in samples] == [None] + ["Expected: 21"] * 2 + ["Expected: 543"] * 3
     assert [s.is_distilled for s in samples] == [False] + [True] * 5
 
 
@@ -166,7 +166,7 @@ def test_repeated_prompt_in_a_batch_has_two_groups() -> None:
     config = SelfDistillationConfig()
     twice = [PROMPTS[0], PROMPTS[0]]
     samples = build_samples(reward_manager(Exact()), TOKENIZER, twice, RESPONSES, config, None, random.Random(0))
-    assert [s.reward.score for s in samples] == [1, 0.5, 0, 0, 0, 0]
+    assert [s.rollout.score for s in samples] == [1, 0.5, 0, 0, 0, 0]
     assert [round(s.advantage, 3) for s in samples[3:]] == [0, 0, 0]
 
 
@@ -194,8 +194,8 @@ def test_unscored_response_is_not_used() -> None:
     samples = build(FailsOn("12"), **settings)
     failed, others = samples[1], [samples[0], samples[2]]
     assert [s.is_scored for s in samples] == [True, False, True, True, True, True]
-    assert (failed.is_distilled, failed.advantage, failed.reward.feedback) == (False, 0.0, None)
-    assert [s.demonstration.solution for s in others] == ["21", "21"]
+    assert (failed.is_distilled, failed.advantage, failed.rollout.feedback) == (False, 0.0, None)
+    assert [s.context.demonstration.solution for s in others] == ["21", "21"]
     deviation = 0.5**0.5  # sample standard deviation of 1 and 0
     assert [s.advantage for s in others] == pytest.approx([0.5 / deviation, -0.5 / deviation], rel=1e-4)
     assert [s.distillation_weight for s in others] == [0.5, 0.5]  # success rate 1/2

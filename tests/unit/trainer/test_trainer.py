@@ -356,7 +356,7 @@ def test_metrics_of_a_row_are_consistent(make_task_run: MakeRun, monkeypatch: py
         assert row[metrics.THROUGHPUT] == pytest.approx(tokens / row[metrics.TIME_STEP])
         assert row[metrics.EPOCH] == pytest.approx(step * 4 / 40)
         assert row[metrics.RESPONSE_LENGTH_MEAN] == sum(len(r.token_ids) for r in responses) / 8
-        assert row[metrics.SCORE_MEAN] == sum(s.reward.score for s in samples) / 8
+        assert row[metrics.SCORE_MEAN] == sum(s.rollout.score for s in samples) / 8
         assert row[metrics.TIME_STEP] >= row[metrics.TIME_SAMPLE] + row[metrics.TIME_LEARN]
 
 

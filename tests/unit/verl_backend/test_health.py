@@ -313,7 +313,7 @@ def test_the_student_of_another_teacher_is_not_remembered(settings: dict[str, An
 def test_rollouts_are_summarized_as_on_the_native_trainer(make_samples: Callable[..., list[TrainingSample]]) -> None:
     samples = make_samples()
     expected = summarize_samples(samples, SelfDistillationConfig())
-    scores, lengths = [s.reward.score for s in samples], [len(s.response.token_ids) for s in samples]
+    scores, lengths = [s.rollout.score for s in samples], [len(s.response.token_ids) for s in samples]
     values = summarize_rollouts(scores, lengths, max_length=max(lengths) + 1)
     assert values[metrics.SCORE_MEAN] == pytest.approx(expected[metrics.SCORE_MEAN])
     assert values[metrics.RESPONSE_LENGTH_MEAN] == pytest.approx(expected[metrics.RESPONSE_LENGTH_MEAN])

@@ -16,9 +16,10 @@ from sdpo.models.generation.sampling import Completion
 from sdpo.models.lora.adapters import add_adapters
 from sdpo.models.multimodal.vision_tower import freeze_vision_tower
 from sdpo.observability import metrics
-from sdpo.prompting.demonstrations import PrivilegedContext
+from sdpo.prompting.demonstrations import PrivilegedContext, ScoredRollout
+from sdpo.prompting.teacher_context import TeacherContext
 from sdpo.prompting.tokenization import TeacherPrompt, encode_teacher_prompt
-from sdpo.rewards.base import RewardOutput, Row
+from sdpo.rewards.base import Row
 from sdpo.trainer.actor.build import build_actor
 from sdpo.trainer.data.prompts import Prompt
 from sdpo.trainer.data.samples import TrainingSample
@@ -43,10 +44,8 @@ def make_samples(loaded: LoadedModel) -> list[TrainingSample]:
             TrainingSample(
                 prompt=Prompt(Row("tiny", messages, {}), list(loaded.encode(messages).token_ids)),
                 response=Completion(ids, (-5 * torch.rand(length, generator=generator)).tolist(), finished=False),
-                text="",
-                reward=RewardOutput(0.0),
-                demonstration=shown,
-                teacher_prompt=TeacherPrompt(None, [], False) if i in UNDISTILLED else teacher,
+                rollout=ScoredRollout(i, "", 0.0),
+                context=TeacherContext(shown, TeacherPrompt(None, [], False) if i in UNDISTILLED else teacher),
                 advantage=float(torch.randn(1, generator=generator)),
                 distillation_weight=1.0,
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,34 +14,42 @@ from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.models.generation.sampling import Completion
 from sdpo.observability import metrics
 from sdpo.observability.confidence import ClusteredMean, name_interval
-from sdpo.prompting.demonstrations import PrivilegedContext, ScoredRollout, compute_success_rates
+from sdpo.prompting.demonstrations import ScoredRollout, compute_success_rates
 from sdpo.prompting.teacher_context import TeacherContext, build_teacher_contexts, compute_reprompt_metrics
 from sdpo.prompting.tokenization import TeacherPrompt, Tokenizer
-from sdpo.rewards.base import RewardOutput
 from sdpo.rewards.manager import RewardManager
 from sdpo.trainer.data.prompts import Prompt
 
 
 @dataclass(frozen=True)
 class TrainingSample:
-    """One rollout with everything the loss needs; the score is NaN if the reward function failed."""
+    """One rollout with everything the loss needs.
+
+    Attributes:
+        response: the sampled tokens and their log-probabilities.
+        rollout: the response's text with its score and feedback.
+        context: the teacher's prompt and what it shows.
+        distillation_weight: factor of the sample's distillation term.
+    """
 
     prompt: Prompt
     response: Completion
-    text: str
-    reward: RewardOutput
-    demonstration: PrivilegedContext
-    teacher_prompt: TeacherPrompt
+    rollout: ScoredRollout
+    context: TeacherContext
     advantage: float
     distillation_weight: float
 
     @property
     def is_distilled(self) -> bool:
-        return self.teacher_prompt.token_ids is not None
+        return self.context.is_distilled
 
     @property
     def is_scored(self) -> bool:
-        return not math.isnan(self.reward.score)
+        return self.rollout.is_scored
+
+    @property
+    def teacher_prompt(self) -> TeacherPrompt:
+        return self.context.prompt
 
 
 def score_responses(
@@ -79,31 +86,30 @@ def build_samples(
     flat = [response for group_responses in responses for response in group_responses]
     contexts = build_teacher_contexts(
         tokenizer,
-        [prompts[g.group_id].row.prompt for g in scored],
+        [prompts[rollout.group_id].row.prompt for rollout in scored],
         scored,
         [None if window is None else window - len(response.token_ids) for response in flat],
         config,
         rng,
     )
-    scores = torch.tensor([g.score for g in scored])
-    groups = torch.tensor([g.group_id for g in scored])
+    scores = torch.tensor([rollout.score for rollout in scored])
+    groups = torch.tensor([rollout.group_id for rollout in scored])
     advantages = compute_group_advantages(scores, groups, norm_by_std=config.norm_adv_by_std_in_grpo).tolist()
     weights = [1.0] * len(scored)
     if config.weight_by_prompt_difficulty:
         rates = compute_success_rates(scored, config.success_reward_threshold)
         weights = compute_prompt_weights(torch.tensor(rates)).tolist()
+    columns = zip(scored, flat, contexts, advantages, weights, strict=True)
     return [
         TrainingSample(
-            prompt=prompts[g.group_id],
+            prompt=prompts[rollout.group_id],
             response=response,
-            text=g.response,
-            reward=RewardOutput(g.score, g.feedback),
-            demonstration=context.demonstration,
-            teacher_prompt=context.prompt,
+            rollout=rollout,
+            context=context,
             advantage=advantage,
             distillation_weight=weight,
         )
-        for g, response, context, advantage, weight in zip(scored, flat, contexts, advantages, weights, strict=True)
+        for rollout, response, context, advantage, weight in columns
     ]
 
 
@@ -113,7 +119,7 @@ def summarize_samples(samples: Sequence[TrainingSample], config: SelfDistillatio
     def mean(values: Sequence[float]) -> float:
         return sum(values) / len(values)
 
-    scores = [s.reward.score for s in samples if s.is_scored]
+    scores = [s.rollout.score for s in samples if s.is_scored]
     lengths = [len(s.response.token_ids) for s in samples]
     prompt_lengths = [len(s.prompt.token_ids) for s in samples]
     values = {
@@ -131,19 +137,17 @@ def summarize_samples(samples: Sequence[TrainingSample], config: SelfDistillatio
             metrics.SCORE_MAX: max(scores),
             metrics.SCORE_MIN: min(scores),
         }
-    prompts = [id(s.prompt) for s in samples]
-    scored_prompts = [id(s.prompt) for s in samples if s.is_scored]
+    groups = [s.rollout.group_id for s in samples]
+    scored_groups = [s.rollout.group_id for s in samples if s.is_scored]
     for name, mean_of in (
-        (metrics.SCORE_MEAN, ClusteredMean.of(scores, scored_prompts)),
-        (metrics.RESPONSE_LENGTH_MEAN, ClusteredMean.of(lengths, prompts)),
+        (metrics.SCORE_MEAN, ClusteredMean.of(scores, scored_groups)),
+        (metrics.RESPONSE_LENGTH_MEAN, ClusteredMean.of(lengths, groups)),
     ):
         values |= name_interval(name, mean_of.normal_interval())
-    truncated = ClusteredMean.of([not s.response.finished for s in samples], prompts)
+    truncated = ClusteredMean.of([not s.response.finished for s in samples], groups)
     values |= name_interval(metrics.RESPONSE_LENGTH_CLIP_RATIO, truncated.wilson_interval())
     values |= _summarize_repetition(samples)
-    scored = [ScoredRollout(id(s.prompt), s.text, s.reward.score, s.reward.feedback) for s in samples]
-    contexts = [TeacherContext(s.demonstration, s.teacher_prompt) for s in samples]
-    return values | compute_reprompt_metrics(scored, contexts, config)
+    return values | compute_reprompt_metrics([s.rollout for s in samples], [s.context for s in samples], config)
 
 
 def compute_repetition(token_ids: Sequence[int], length: int = 4) -> float | None:
@@ -157,7 +161,7 @@ def _summarize_repetition(samples: Sequence[TrainingSample]) -> dict[str, float]
     for sample in samples:
         fraction = compute_repetition(sample.response.token_ids)
         if fraction is not None:
-            repeated.add(id(sample.prompt), fraction, 1)
+            repeated.add(sample.rollout.group_id, fraction, 1)
     if repeated.num_clusters == 0:
         return {}
     return {metrics.REPEATED_4GRAMS: repeated.mean} | name_interval(metrics.REPEATED_4GRAMS, repeated.wilson_interval())

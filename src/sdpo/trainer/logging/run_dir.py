@@ -157,17 +157,17 @@ def _describe(sample: TrainingSample) -> str:
     def conversation(messages: Sequence[Mapping[str, Any]]) -> str:
         return "\n".join(f"[{message['role']}] {format_content(message['content'])}" for message in messages)
 
-    verdict = f"score {sample.reward.score:g}" if sample.is_scored else "not scored"
+    verdict = f"score {sample.rollout.score:g}" if sample.is_scored else "not scored"
     parts = [
         f"=== {verdict}, advantage {sample.advantage:g}, {len(sample.response.token_ids)} tokens",
         "--- prompt",
         conversation(sample.prompt.row.prompt),
         "--- response" + ("" if sample.response.finished else " (truncated)"),
-        sample.text,
+        sample.rollout.response,
         "--- ground truth",
         sample.prompt.row.ground_truth or "(none)",
         "--- feedback",
-        sample.reward.feedback or "(none)",
+        sample.rollout.feedback or "(none)",
         "--- teacher's prompt" + (" (truncated)" if sample.teacher_prompt.truncated else ""),
         conversation(sample.teacher_prompt.messages) if sample.is_distilled else "(not distilled)",
     ]
