@@ -18,7 +18,6 @@ from sdpo.errors import SDPOError
 from sdpo.observability import metrics
 from sdpo.observability.progress import NullCallback, ProgressCallback
 from sdpo.prompting.tokenization import TeacherPrompt
-from sdpo.rewards.base import RewardOutput
 from sdpo.trainer.data.samples import TrainingSample
 from sdpo.trainer.logging import trackers
 from sdpo.trainer.logging.run_dir import RunDir
@@ -129,9 +128,8 @@ def add_texts(sample: TrainingSample, number: int) -> TrainingSample:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Solution: {number}?"}]
     return replace(
         sample,
-        text=f"answer {number}",
-        reward=RewardOutput(0.25, f"feedback {number}"),
-        teacher_prompt=TeacherPrompt([1, 2], messages, truncated=number == 2),
+        rollout=replace(sample.rollout, response=f"answer {number}", score=0.25, feedback=f"feedback {number}"),
+        context=replace(sample.context, prompt=TeacherPrompt([1, 2], messages, truncated=number == 2)),
     )
 
 
@@ -139,7 +137,8 @@ def test_rollout_file_has_prompt_response_and_teacher_context(make_run: MakeRun,
     folder = open_run_dir(make_run(tracking__log_completions_steps=2, tracking__num_completions=8))
     samples = [add_texts(make_sample([3], [4, 2], advantage=-0.5), k) for k in range(3)]
     truncated = replace(samples[0].response, finished=False)
-    samples.append(replace(make_sample([3], [4]), text="no teacher", response=truncated))
+    without = make_sample([3], [4])
+    samples.append(replace(without, rollout=replace(without.rollout, response="no teacher"), response=truncated))
     folder.save_rollouts(1, samples)
     folder.close()
     text = (folder.path / "rollouts" / "step_1.txt").read_text()

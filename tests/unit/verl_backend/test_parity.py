@@ -25,6 +25,8 @@ from sdpo.config.model import LoraConfig
 from sdpo.config.root import SDPOConfig
 from sdpo.models.lora.adapters import add_adapters
 from sdpo.observability import metrics
+from sdpo.prompting.demonstrations import PrivilegedContext
+from sdpo.prompting.teacher_context import TeacherContext
 from sdpo.prompting.tokenization import TeacherPrompt
 from sdpo.rewards.toy.hidden_rule import build_tokenizer
 from sdpo.trainer.actor.build import build_actor
@@ -189,8 +191,8 @@ def native(
     everything = samples
     for name, settings in all_runs().items():
         run = make_run_in(data__train_batch_size=PROMPTS, rollout__n=N, **{"optim__lr": 1e-3, **settings})
-        nothing = TeacherPrompt(None, [], truncated=False)
-        samples = [s if run.self_distillation.distills else replace(s, teacher_prompt=nothing) for s in everything]
+        nothing = TeacherContext(PrivilegedContext(), TeacherPrompt(None, [], truncated=False))
+        samples = [s if run.self_distillation.distills else replace(s, context=nothing) for s in everything]
         student = build_student(build_model(name), run)
         initial = {name: param.detach().clone() for name, param in get_adapter_weights(student).items()}
         actor = build_actor(student, run, pad_token_id=0)
