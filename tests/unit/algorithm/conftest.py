@@ -1,4 +1,4 @@
-"""Lets the tests of this folder import the reference that stands beside them."""
+"""Make ``numpy_reference`` importable for the tests of this folder."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The SDPO loss a second time, straight from the formulas: float64, one token at a time, nothing of torch or of sdpo.
+"""Independent reference of the SDPO loss: the formulas in float64, one token at a time, without torch and sdpo.
 
-Gradients need no calculus: every function takes complex numbers, and the imaginary part of f(x + ih) over h is the
-derivative of f to the last digit. Where the loss stops the gradient, the real part is taken.
+Gradients are complex-step derivatives: every function takes complex numbers, and the imaginary part of f(x + ih) over h
+is the derivative of f to the last digit. Where the loss stops the gradient, the reference uses the real part.
 
-Run as a program it rewrites the golden file, ``tests/golden/self_distillation_loss.json``.
+Run as a script, this file rewrites the golden file ``tests/golden/self_distillation_loss.json``.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ def divergence(student: Array, teacher: Array, alpha: float) -> Any:
     return (1 - alpha) * kl(student, mixture) + alpha * kl(teacher, mixture)
 
 
-def with_tail(kept: Array) -> Array:
-    total = np.exp(kept).sum()
+def append_tail(topk: Array) -> Array:
+    total = np.exp(topk).sum()
     log_total = np.log(total)
     if log_total.real > -1e-7:
         log_total = np.full_like(log_total, -1e-7)
-    return np.append(kept, np.log(-np.expm1(log_total)))
+    return np.append(topk, np.log(-np.expm1(log_total)))
 
 
-def renormalized(kept: Array) -> Array:
-    return kept - np.log(np.exp(kept).sum())
+def renormalize(topk: Array) -> Array:
+    return topk - np.log(np.exp(topk).sum())
 
 
 def entropy(log_probs: Array) -> Any:
@@ -66,16 +66,16 @@ def entropy(log_probs: Array) -> Any:
 def token_loss(
     student: Array, teacher: Array, token: int, old_log_prob: float, rollout_weight: float, settings: Mapping[str, Any]
 ) -> Any:
-    """What one distilled token costs, from both sides' log-probabilities [V]."""
+    """Loss of one distilled token from the log-probabilities [V] of student and teacher."""
     if not settings.get("full_logit_distillation", True):
         log_ratio = student[token].real - teacher[token]
         value, size = log_ratio * student[token], abs(log_ratio)
     else:
         topk = settings.get("distillation_topk")
         if topk is not None:
-            kept = np.argsort(-student.real, kind="stable")[:topk]
-            complete = with_tail if settings.get("distillation_add_tail", True) else renormalized
-            pair = complete(student[kept]), complete(teacher[kept])
+            ids = np.argsort(-student.real, kind="stable")[:topk]
+            complete = append_tail if settings.get("distillation_add_tail", True) else renormalize
+            pair = complete(student[ids]), complete(teacher[ids])
         else:
             pair = student, teacher
         value = divergence(*pair, settings.get("alpha", 0.0))
@@ -92,7 +92,7 @@ def token_loss(
 
 
 def aggregate(token_losses: list[list[Any]], mode: str, horizon: int) -> Any:
-    """Token losses of each sample to one number; a sample without tokens does not exist."""
+    """Aggregate the token losses of each sample; ignore samples without tokens."""
     samples = [losses for losses in token_losses if losses]
     if not samples:
         return 0.0
@@ -109,7 +109,7 @@ def aggregate(token_losses: list[list[Any]], mode: str, horizon: int) -> Any:
 
 @dataclass(frozen=True)
 class Batch:
-    """A padded batch: logits [B, T, V], everything else [B, T], the mask of samples [B]."""
+    """A padded batch: logits [B, T, V], mask of samples [B], all other arrays [B, T]."""
 
     student_logits: Array
     teacher_logits: Array
@@ -119,19 +119,19 @@ class Batch:
     response_mask: Array
     self_distillation_mask: Array
 
-    def where(self, keep: Array) -> Batch:
-        """The batch of some of its samples, in the order in which ``keep`` names them."""
-        return replace(self, **{name: values[keep] for name, values in vars(self).items()})
+    def select(self, samples: Array) -> Batch:
+        """Select samples, by index or mask."""
+        return replace(self, **{name: values[samples] for name, values in vars(self).items()})
 
 
 def make_batch(num_samples: int = 3, num_tokens: int = 4, vocab_size: int = 5, seed: int = 0) -> Batch:
-    """Responses of different lengths (the last sample not distilled if there are three or more)."""
+    """Batch of responses with different lengths; of three or more samples, the last is not distilled."""
     rng = np.random.default_rng(seed)
     shape = (num_samples, num_tokens)
     student_logits = rng.normal(size=(*shape, vocab_size)) * 1.5
     tokens = rng.integers(vocab_size, size=shape)
-    taken = np.apply_along_axis(log_softmax, -1, student_logits)
-    taken = np.take_along_axis(taken, tokens[..., None], -1)[..., 0]
+    token_log_probs = np.apply_along_axis(log_softmax, -1, student_logits)
+    token_log_probs = np.take_along_axis(token_log_probs, tokens[..., None], -1)[..., 0]
     lengths = np.array([num_tokens - i % num_tokens for i in range(num_samples)])
     sample_mask = np.ones(num_samples)
     if num_samples > 2:
@@ -140,7 +140,7 @@ def make_batch(num_samples: int = 3, num_tokens: int = 4, vocab_size: int = 5, s
         student_logits=student_logits,
         teacher_logits=rng.normal(size=(*shape, vocab_size)) * 1.5,
         tokens=tokens,
-        old_log_probs=taken + rng.normal(size=shape),
+        old_log_probs=token_log_probs + rng.normal(size=shape),
         rollout_is_weights=rng.uniform(0.2, 2.0, size=shape),
         response_mask=(np.arange(num_tokens) < lengths[:, None]).astype(float),
         self_distillation_mask=sample_mask,
@@ -148,7 +148,7 @@ def make_batch(num_samples: int = 3, num_tokens: int = 4, vocab_size: int = 5, s
 
 
 def loss(batch: Batch, settings: Mapping[str, Any], mode: str = "token-mean") -> Any:
-    """The distillation loss of a batch."""
+    """Distillation loss of a batch."""
     token_losses: list[list[Any]] = []
     for b in range(len(batch.tokens)):
         token_losses.append([])
@@ -168,12 +168,12 @@ def loss(batch: Batch, settings: Mapping[str, Any], mode: str = "token-mean") ->
 
 
 def gradient(batch: Batch, settings: Mapping[str, Any], mode: str = "token-mean") -> Array:
-    """Derivatives of ``loss`` by each of the student's logits, [B, T, V]."""
+    """Gradient [B, T, V] of ``loss`` by the student's logits."""
     result = np.zeros(batch.student_logits.shape)
-    for place in np.ndindex(*result.shape):
+    for index in np.ndindex(*result.shape):
         logits = batch.student_logits.astype(complex)
-        logits[place] += 1j * STEP
-        result[place] = np.imag(loss(replace(batch, student_logits=logits), settings, mode)) / STEP
+        logits[index] += 1j * STEP
+        result[index] = np.imag(loss(replace(batch, student_logits=logits), settings, mode)) / STEP
     return result
 
 

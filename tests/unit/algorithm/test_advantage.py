@@ -1,4 +1,4 @@
-"""Group-relative advantages against verl's definition, as a loop."""
+"""Group-relative advantages compared with verl's definition, written as a loop."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 NAN, INF = math.nan, math.inf
 
 
-def by_loop(scores: Sequence[float], groups: Sequence[int], norm_by_std: bool) -> list[float]:
-    """(score - mean) / (sample deviation + 1e-6) over the group's finite scores; 0 alone in the group or not finite."""
+def reference(scores: Sequence[float], groups: Sequence[int], norm_by_std: bool) -> list[float]:
+    """(score - mean) / (deviation + 1e-6) over the group's finite scores; 0 for non-finite and for single scores."""
     result = []
     for score, group in zip(scores, groups, strict=True):
         members = [s for s, g in zip(scores, groups, strict=True) if g == group and math.isfinite(s)]
@@ -30,33 +30,37 @@ def by_loop(scores: Sequence[float], groups: Sequence[int], norm_by_std: bool) -
     return result
 
 
-def ours(scores: Sequence[float], groups: Sequence[int], norm_by_std: bool) -> list[float]:
+def compute(scores: Sequence[float], groups: Sequence[int], norm_by_std: bool) -> list[float]:
     tensor = torch.tensor(scores, dtype=torch.float64)
     return compute_group_advantages(tensor, torch.tensor(groups), norm_by_std=norm_by_std).tolist()
 
 
-def test_by_hand() -> None:
+def test_advantages_of_two_groups() -> None:
     # Group 4: mean 1/2, deviation sqrt((4 * 1/4) / 3) = sqrt(1/3); group 9: 3 and 5, mean 4, deviation sqrt 2.
     scores, groups = [1.0, 3.0, 0.0, 1.0, 5.0, 0.0], [4, 9, 4, 4, 9, 4]
-    assert ours(scores, groups, False) == pytest.approx([0.5, -1.0, -0.5, 0.5, 1.0, -0.5], abs=1e-15)
+    assert compute(scores, groups, False) == pytest.approx([0.5, -1.0, -0.5, 0.5, 1.0, -0.5], abs=1e-15)
     a, b = 0.5 / (math.sqrt(1 / 3) + 1e-6), 1 / (math.sqrt(2) + 1e-6)
-    assert ours(scores, groups, True) == pytest.approx([a, -b, -a, a, b, -a], abs=1e-14)
-    assert ours(scores, groups, True) == pytest.approx(by_loop(scores, groups, True), abs=1e-14)
+    assert compute(scores, groups, True) == pytest.approx([a, -b, -a, a, b, -a], abs=1e-14)
+    assert compute(scores, groups, True) == pytest.approx(reference(scores, groups, True), abs=1e-14)
 
 
 @pytest.mark.parametrize("norm_by_std", [True, False])
-def test_cases_at_the_edge(norm_by_std: bool) -> None:
-    assert ours([], [], norm_by_std) == []
-    # Alone in the group: nothing to compare with (verl keeps the raw score).
-    assert ours([7.0], [0], norm_by_std) == [0.0]
-    assert ours([2.0, 2.0, 2.0], [1, 1, 1], norm_by_std) == [0.0, 0.0, 0.0]
-    # Not finite: 0, and as if it were not there for the rest; all alike, or one left, is 0 too.
-    for bad in (NAN, INF, -INF):
-        assert ours([bad, bad], [0, 0], norm_by_std) == [0.0, 0.0]
-        assert ours([bad, 3.0], [0, 0], norm_by_std) == [0.0, 0.0]
-        rest = ours([1.0, 4.0, 1.0], [0, 0, 0], norm_by_std)
-        assert ours([1.0, bad, 4.0, 1.0], [0, 0, 0, 0], norm_by_std) == pytest.approx([rest[0], 0.0, *rest[1:]])
-        assert ours([bad, 1.0, 4.0], [1, 0, 0], norm_by_std) == ours([8.0, 1.0, 4.0], [1, 0, 0], norm_by_std)
+def test_single_equal_and_nonfinite_scores(norm_by_std: bool) -> None:
+    assert compute([], [], norm_by_std) == []
+    # A single rollout has advantage 0; verl keeps the raw score.
+    assert compute([7.0], [0], norm_by_std) == [0.0]
+    assert compute([2.0, 2.0, 2.0], [1, 1, 1], norm_by_std) == [0.0, 0.0, 0.0]
+    # A non-finite score has advantage 0 and does not affect the group. One finite score, or none, gives 0 too.
+    for nonfinite in (NAN, INF, -INF):
+        assert compute([nonfinite, nonfinite], [0, 0], norm_by_std) == [0.0, 0.0]
+        assert compute([nonfinite, 3.0], [0, 0], norm_by_std) == [0.0, 0.0]
+        rest = compute([1.0, 4.0, 1.0], [0, 0, 0], norm_by_std)
+        assert compute([1.0, nonfinite, 4.0, 1.0], [0, 0, 0, 0], norm_by_std) == pytest.approx(
+            [rest[0], 0.0, *rest[1:]]
+        )
+        assert compute([nonfinite, 1.0, 4.0], [1, 0, 0], norm_by_std) == compute(
+            [8.0, 1.0, 4.0], [1, 0, 0], norm_by_std
+        )
 
 
 @PROPERTY
@@ -68,27 +72,27 @@ def test_cases_at_the_edge(norm_by_std: bool) -> None:
     ),
     norm_by_std=st.booleans(),
 )
-def test_any_scores_in_any_order_of_groups(rows: list[tuple[float, int]], norm_by_std: bool) -> None:
+def test_advantages_of_random_scores_and_groups(rows: list[tuple[float, int]], norm_by_std: bool) -> None:
     scores, groups = zip(*rows, strict=True)
-    # A deviation near 1e-6 divides rounding by rounding: bounded, but not comparable digit by digit.
-    result = ours(scores, groups, norm_by_std)
-    assert result == pytest.approx(by_loop(scores, groups, norm_by_std), abs=1e-7)
+    # With a deviation near 1e-6 both results are ratios of rounding errors: bounded, but not equal in all digits.
+    result = compute(scores, groups, norm_by_std)
+    assert result == pytest.approx(reference(scores, groups, norm_by_std), abs=1e-7)
     for group in set(groups):
         assert sum(a for a, g in zip(result, groups, strict=True) if g == group) == pytest.approx(0.0, abs=1e-7)
 
 
-def test_float32_and_whole_numbers() -> None:
+def test_float32_and_integer_scores() -> None:
     scores, groups = [1, 0, 0, 3], [5, 5, 2, 2]
     for norm_by_std in (True, False):
-        expected = by_loop(scores, groups, norm_by_std)
-        for kind in (torch.float32, torch.int64):
-            tensor = torch.tensor(scores, dtype=kind)
+        expected = reference(scores, groups, norm_by_std)
+        for dtype in (torch.float32, torch.int64):
+            tensor = torch.tensor(scores, dtype=dtype)
             result = compute_group_advantages(tensor, torch.tensor(groups), norm_by_std=norm_by_std)
             assert result.dtype == torch.float32
             assert result.tolist() == pytest.approx(expected, rel=1e-6)
 
 
-def test_scores_are_left_as_they_are() -> None:
+def test_scores_are_not_modified() -> None:
     scores = torch.tensor([1.0, NAN, 3.0])
     compute_group_advantages(scores, torch.tensor([0, 0, 0]))
     assert scores[0] == 1.0

@@ -1,4 +1,4 @@
-"""Packed tokens: selection, and what is filled in from the student's log-probabilities."""
+"""TokenBatch: selection of rows, and defaults computed from the student's log-probabilities."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def double(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def test_selection_takes_rows_of_every_tensor_and_keeps_the_rest() -> None:
+def test_selection_applies_to_every_tensor_and_keeps_other_fields() -> None:
     tensors = {name: torch.arange(5) + 10 * i for i, name in enumerate(NAMES)}
     batch = TokenBatch(**tensors, **OTHERS)
     assert {*NAMES, *OTHERS} == {field.name for field in fields(TokenBatch)}
     for rows in (slice(1, 3), torch.tensor([4, 0])):
-        chosen = batch.select(rows)
+        selected = batch.select(rows)
         for name in NAMES:
-            assert torch.equal(getattr(chosen, name), tensors[name][rows]), name
-        assert {name: getattr(chosen, name) for name in OTHERS} == OTHERS
+            assert torch.equal(getattr(selected, name), tensors[name][rows]), name
+        assert {name: getattr(selected, name) for name in OTHERS} == OTHERS
     assert TokenBatch().select(slice(0, 2)) == TokenBatch()
 
 
-def test_without_old_log_probs_the_student_is_the_old_policy() -> None:
+def test_student_is_the_old_policy_without_old_log_probs() -> None:
     student = double(-1.0, -2.0).requires_grad_()
     batch = TokenBatch().complete(student)
     assert batch.old_log_probs is not None and not batch.old_log_probs.requires_grad
@@ -44,7 +44,7 @@ def test_without_old_log_probs_the_student_is_the_old_policy() -> None:
     assert TokenBatch(old_log_probs=double(-3.0, -4.0)).complete(student).old_log_probs is not None
 
 
-def test_rollout_weights_are_truncated_ratios_of_the_old_policy_unless_given() -> None:
+def test_rollout_weights_default_to_truncated_ratios_of_the_old_policy() -> None:
     # Ratios 1/2 and 4, truncated at 3.
     student, rollout = double(-9.0, -9.0), double(-1.0, -1.0)
     old = rollout + double(math.log(0.5), math.log(4.0))
@@ -57,8 +57,8 @@ def test_rollout_weights_are_truncated_ratios_of_the_old_policy_unless_given() -
     assert given.complete(student).rollout_is_weights is given.rollout_is_weights
 
 
-def test_distilled_values_are_the_tensor_itself_if_all_tokens_are_distilled() -> None:
+def test_at_distilled_returns_the_same_tensor_if_all_tokens_are_distilled() -> None:
     values = double(1.0, 2.0, 3.0)
     assert TokenBatch().at_distilled(values, 3) is values
-    some = TokenBatch(distilled=torch.tensor([True, False, True]))
-    assert some.at_distilled(values, 2).tolist() == [1.0, 3.0]
+    partly_distilled = TokenBatch(distilled=torch.tensor([True, False, True]))
+    assert partly_distilled.at_distilled(values, 2).tolist() == [1.0, 3.0]

@@ -1,4 +1,4 @@
-"""The divergences: against numbers worked out by hand, finite differences, closed forms and known inequalities."""
+"""Divergences compared with values computed by hand, finite differences, closed forms and known inequalities."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ INF = float("inf")
 LOG2, LOG3 = math.log(2), math.log(3)
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 
-# Two distributions over four tokens whose divergences can be worked out on paper.
+# Two distributions over four tokens, whose divergences are computed by hand below.
 STUDENT = [1 / 2, 1 / 4, 1 / 8, 1 / 8]
 TEACHER = [1 / 8, 1 / 2, 1 / 8, 1 / 4]
 
@@ -40,12 +40,12 @@ def log(*probabilities: float) -> Tensor:
     return torch.tensor(probabilities, dtype=torch.float64).log()
 
 
-def same(kept: Tensor) -> Tensor:
-    return kept
+def identity(log_probs: Tensor) -> Tensor:
+    return log_probs
 
 
 LEVELS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
-    "full": (4, same),
+    "full": (4, identity),
     "tail": (2, add_tail),
     "renormalised": (2, renormalize),
 }
@@ -54,7 +54,7 @@ LEVELS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
 #   forward  1/8 log(1/4) + 1/2 log 2 + 0 + 1/4 log 2   = (-1/4 + 1/2 + 1/4) log 2 = 1/2 log 2
 #   reverse  1/2 log 4 + 1/4 log(1/2) + 0 + 1/8 log(1/2) = (1 - 1/4 - 1/8) log 2   = 5/8 log 2
 #   0.5: m = (5/16 3/8 1/8 3/16);   0.3: m = 0.7 student + 0.3 teacher = (.3875 .325 .125 .1625)
-# Tail: the student's top two are the first two tokens, so student (1/2 1/4 | 1/4), teacher (1/8 1/2 | 3/8).
+# Tail: the top two tokens of the student are the first two, so student (1/2 1/4 | 1/4), teacher (1/8 1/2 | 3/8).
 #   forward  1/8 log(1/4) + 1/2 log 2 + 3/8 log(3/2)    = 3/8 log 3 - 1/8 log 2
 #   reverse  1/2 log 4 + 1/4 log(1/2) + 1/4 log(2/3)    = log 2 - 1/4 log 3
 #   0.5: m = (5/16 3/8 5/16);   0.3: m = (.3875 .325 .2875)
@@ -85,7 +85,7 @@ BY_HAND = {
 
 @pytest.mark.parametrize(("level", "alpha"), BY_HAND)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])
-def test_value_worked_out_by_hand(level: str, alpha: float, dtype: torch.dtype, tolerance: float) -> None:
+def test_value_equals_the_value_by_hand(level: str, alpha: float, dtype: torch.dtype, tolerance: float) -> None:
     kept, complete = LEVELS[level]
     student, teacher = (complete(log(*p[:kept]).to(dtype)) for p in (STUDENT, TEACHER))
     value = compute_divergence(student, teacher, alpha)
@@ -93,17 +93,18 @@ def test_value_worked_out_by_hand(level: str, alpha: float, dtype: torch.dtype, 
     assert float(value) == pytest.approx(BY_HAND[level, alpha], abs=tolerance)
 
 
-def test_the_reference_agrees_with_the_hand() -> None:
+def test_reference_equals_the_values_by_hand() -> None:
     for (level, alpha), expected in BY_HAND.items():
         kept, _ = LEVELS[level]
-        complete = {"full": lambda x: x, "tail": reference.with_tail, "renormalised": reference.renormalized}[level]
+        complete = {"full": lambda x: x, "tail": reference.append_tail, "renormalised": reference.renormalize}[level]
         student, teacher = (complete(np.log(np.array(p[:kept]))) for p in (STUDENT, TEACHER))
         assert reference.divergence(student, teacher, alpha) == pytest.approx(expected, abs=1e-14)
 
 
-def test_sampled_token_value_and_gradient_by_hand() -> None:
-    # Token 0: log s = -log 2, log t = -3 log 2, so the log-ratio is 2 log 2; the loss is that times log s, and its
-    # gradient by log s that alone. Token 1: log s = -2 log 2, log t = -log 2, log-ratio -log 2.
+def test_value_and_gradient_of_the_sampled_token_surrogate() -> None:
+    # The loss is the log-ratio times log s, and the gradient by log s is the log-ratio.
+    # Token 0: log s = -log 2, log t = -3 log 2, log-ratio 2 log 2.
+    # Token 1: log s = -2 log 2, log t = -log 2, log-ratio -log 2.
     student = log(1 / 2, 1 / 4).requires_grad_()
     teacher = log(1 / 8, 1 / 2).requires_grad_()
     losses = compute_sampled_token_surrogate(student, teacher)
@@ -114,17 +115,17 @@ def test_sampled_token_value_and_gradient_by_hand() -> None:
     assert teacher.grad is None
 
 
-def test_entropy_by_hand() -> None:
-    # 1/2 log 2 + 1/4 log 4 + 2/8 log 8 = 7/4 log 2; an impossible token changes nothing.
+def test_entropy() -> None:
+    # 1/2 log 2 + 1/4 log 4 + 2/8 log 8 = 7/4 log 2; a token of probability 0 adds nothing.
     assert float(compute_entropy(log(*STUDENT))) == pytest.approx(7 / 4 * LOG2, abs=1e-15)
     assert float(compute_entropy(log(*STUDENT, 0.0))) == pytest.approx(7 / 4 * LOG2, abs=1e-15)
     assert float(compute_entropy(log(1.0, 0.0))) == 0.0
 
 
-def test_tail_and_renormalisation_by_hand() -> None:
+def test_tail_and_renormalisation() -> None:
     assert add_tail(log(1 / 2, 1 / 4)).exp().tolist() == pytest.approx([1 / 2, 1 / 4, 1 / 4], abs=1e-15)
     assert renormalize(log(1 / 2, 1 / 4)).exp().tolist() == pytest.approx([2 / 3, 1 / 3], abs=1e-15)
-    # Nothing is left for the tail: it keeps 1 - exp(-1e-7) instead of log 0, with no gradient through the clamp.
+    # If the kept probabilities sum to 1, the tail is clamped to 1 - exp(-1e-7), without gradient.
     kept = log(3 / 4, 1 / 4).requires_grad_()
     tail = add_tail(kept)[-1]
     assert float(tail.detach()) == pytest.approx(math.log(-math.expm1(TAIL_LOG_SUM_MAX)), abs=1e-12)
@@ -133,14 +134,14 @@ def test_tail_and_renormalisation_by_hand() -> None:
     assert kept.grad.tolist() == [0.0, 0.0]
 
 
-def test_a_tiny_tail_is_computed_without_cancellation() -> None:
-    # In float32 exp(-1e-6) is a multiple of 2^-24, and 1 - exp(-1e-6) so wrong by a percent; expm1 is not.
+def test_small_tail_is_computed_without_cancellation() -> None:
+    # In float32, exp(-1e-6) is a multiple of 2^-24, so that 1 - exp(-1e-6) has an error of a percent; expm1 has not.
     tail = add_tail(torch.tensor([-1e-6], dtype=torch.float32))[-1]
     assert float(tail) == pytest.approx(math.log(-math.expm1(-1e-6)), abs=1e-5)
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
-def test_alpha_outside_its_range_is_refused(alpha: float) -> None:
+def test_alpha_out_of_range_is_refused(alpha: float) -> None:
     with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\]"):
         compute_divergence(log(0.5, 0.5), log(0.5, 0.5), alpha)
 
@@ -154,7 +155,7 @@ def random_logits(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("level", LEVELS)
-def test_gradients_by_finite_differences(level: str, alpha: float) -> None:
+def test_gradients_equal_finite_differences(level: str, alpha: float) -> None:
     kept, complete = LEVELS[level]
     indices = random_logits(3, 6).topk(3 if kept < 4 else 6, dim=-1).indices
 
@@ -162,14 +163,14 @@ def test_gradients_by_finite_differences(level: str, alpha: float) -> None:
         student, teacher = (x.log_softmax(-1).gather(-1, indices) for x in (student_logits, teacher_logits))
         return compute_divergence(complete(student), complete(teacher), alpha)
 
-    # By both sides: nothing here stops the teacher's gradient; the loss does that.
-    both = random_logits(3, 6).requires_grad_(), random_logits(3, 6, seed=1).requires_grad_()
-    assert gradcheck(value, both, atol=1e-8)
+    # Both sides have a gradient here; the loss stops the teacher's gradient.
+    inputs = random_logits(3, 6).requires_grad_(), random_logits(3, 6, seed=1).requires_grad_()
+    assert gradcheck(value, inputs, atol=1e-8)
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
-def test_gradients_by_the_logits_in_closed_form(alpha: float) -> None:
-    """With p the student and t the teacher, the gradient by the student's logits is
+def test_gradients_by_the_logits_equal_the_closed_form(alpha: float) -> None:
+    """Closed form of the gradient by the student's logits, with student p and teacher t.
 
     forward KL    p - t
     reverse KL    p (log(p / t) - KL(p || t)): Prop. 2.1, each entry by its advantage over the mean advantage
@@ -189,7 +190,7 @@ def test_gradients_by_the_logits_in_closed_form(alpha: float) -> None:
     np.testing.assert_allclose(logits.grad.numpy(), expected, atol=1e-14)
 
 
-def test_the_sampled_token_surrogate_has_the_reverse_kl_s_gradient_in_expectation() -> None:
+def test_expected_gradient_of_the_sampled_token_surrogate_is_that_of_the_reverse_kl() -> None:
     logits, teacher = random_logits(7).requires_grad_(), random_logits(7, seed=1).log_softmax(-1)
     student = logits.log_softmax(-1)
     gradients = [
@@ -215,8 +216,8 @@ def distributions(pair: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
 
 @PROPERTY
 @given(pair=logits(2, 5), alpha=st.sampled_from(ALPHAS))
-def test_between_its_bounds(pair: np.ndarray[Any, Any], alpha: float) -> None:
-    """Pinsker from below, so it is 0 only where both agree; the binary entropy of alpha from above."""
+def test_divergence_is_within_its_bounds(pair: np.ndarray[Any, Any], alpha: float) -> None:
+    """The lower bound is Pinsker's inequality, so only equal distributions give 0; the upper is the binary entropy."""
     student, teacher = distributions(pair)
     distance = float((student.exp() - teacher.exp()).abs().sum())
     value = float(compute_divergence(student, teacher, alpha))
@@ -228,7 +229,9 @@ def test_between_its_bounds(pair: np.ndarray[Any, Any], alpha: float) -> None:
 
 @PROPERTY
 @given(one=logits(5), alpha=st.sampled_from(ALPHAS), level=st.sampled_from(sorted(LEVELS)))
-def test_zero_in_value_and_gradient_where_both_agree(one: np.ndarray[Any, Any], alpha: float, level: str) -> None:
+def test_value_and_gradient_are_zero_for_equal_distributions(
+    one: np.ndarray[Any, Any], alpha: float, level: str
+) -> None:
     kept, complete = LEVELS[level]
     student_logits = torch.from_numpy(one).requires_grad_()
     student = complete(student_logits.log_softmax(-1)[: kept + 1])
@@ -236,57 +239,57 @@ def test_zero_in_value_and_gradient_where_both_agree(one: np.ndarray[Any, Any], 
     value.backward()
     assert float(value.detach()) == pytest.approx(0.0, abs=1e-14)
     assert student_logits.grad is not None
-    # The tail's logarithm has a derivative of 1 / tail, up to 1e7, which rounding of 1e-16 is multiplied by.
+    # The derivative of the tail's logarithm is 1 / tail, up to 1e7, which multiplies a rounding error of 1e-16.
     assert student_logits.grad.abs().max() < (1e-8 if level == "tail" else 1e-14)
 
 
 @PROPERTY
 @given(pair=logits(2, 5), alpha=st.sampled_from(ALPHAS))
-def test_a_difference_gives_a_gradient(pair: np.ndarray[Any, Any], alpha: float) -> None:
+def test_different_distributions_have_a_gradient(pair: np.ndarray[Any, Any], alpha: float) -> None:
     student_logits = torch.from_numpy(pair[0]).requires_grad_()
     student, teacher = student_logits.log_softmax(-1), torch.from_numpy(pair[1]).log_softmax(-1)
     value = compute_divergence(student, teacher, alpha)
     value.backward()
     assert student_logits.grad is not None
-    # Convex along the segment to the teacher: value <= -grad . (teacher - student) in probabilities. By logits z, the
-    # gradient g of f relates as g_i = p_i (f_i - mean f), so sum (t/p - 1) g = f . (t - p).
+    # The divergence is convex along the segment to the teacher: value <= -grad . (teacher - student) in probabilities.
+    # The gradient by the logits is g_i = p_i (f_i - mean f) for the gradient f, so sum (t/p - 1) g = f . (t - p).
     p, t = student.detach().exp(), teacher.exp()
     assert float(value.detach()) <= float(-((t / p - 1) * student_logits.grad).sum()) + 1e-9
 
 
 @PROPERTY
 @given(pair=logits(2, 5), shifts=arrays(np.float64, (2, 1), elements=st.floats(-50, 50)), alpha=st.sampled_from(ALPHAS))
-def test_a_shift_of_the_logits_changes_nothing(pair: Any, shifts: Any, alpha: float) -> None:
+def test_divergence_does_not_depend_on_a_shift_of_the_logits(pair: Any, shifts: Any, alpha: float) -> None:
     value = compute_divergence(*distributions(pair), alpha)
     assert float(compute_divergence(*distributions(pair + shifts), alpha)) == pytest.approx(float(value), abs=1e-12)
 
 
 @PROPERTY
 @given(pair=logits(2, 5), order=st.permutations(range(5)), alpha=st.sampled_from(ALPHAS))
-def test_the_order_of_the_vocabulary_changes_nothing(pair: Any, order: list[int], alpha: float) -> None:
+def test_divergence_does_not_depend_on_the_order_of_the_vocabulary(pair: Any, order: list[int], alpha: float) -> None:
     value = compute_divergence(*distributions(pair), alpha)
     assert float(compute_divergence(*distributions(pair[:, order]), alpha)) == pytest.approx(float(value), abs=1e-12)
 
 
 @PROPERTY
 @given(pair=logits(2, 5), alpha=st.floats(0.01, 0.99))
-def test_symmetry_of_alpha(pair: np.ndarray[Any, Any], alpha: float) -> None:
+def test_exchanged_sides_with_1_minus_alpha_give_the_same_value(pair: np.ndarray[Any, Any], alpha: float) -> None:
     student, teacher = distributions(pair)
-    there = compute_divergence(student, teacher, alpha)
-    assert float(there) == pytest.approx(float(compute_divergence(teacher, student, 1 - alpha)), abs=1e-13)
-    assert float(there) == pytest.approx(reference.divergence(student.numpy(), teacher.numpy(), alpha), abs=1e-12)
+    value = compute_divergence(student, teacher, alpha)
+    assert float(value) == pytest.approx(float(compute_divergence(teacher, student, 1 - alpha)), abs=1e-13)
+    assert float(value) == pytest.approx(reference.divergence(student.numpy(), teacher.numpy(), alpha), abs=1e-12)
 
 
-def test_symmetry_of_the_end_points() -> None:
+def test_forward_kl_is_the_reverse_kl_of_exchanged_sides() -> None:
     student, teacher = log(*STUDENT), log(*TEACHER)
     assert compute_divergence(student, teacher, 0.0) == compute_divergence(teacher, student, 1.0)
 
 
 @pytest.mark.parametrize("end", [0.0, 1.0])
-def test_the_interpolation_over_alpha_tends_to_the_kls(end: float) -> None:
-    """Divided by alpha (1 - alpha), that is; undivided it tends to 0, which is why the end points stand apart."""
+def test_scaled_interpolation_tends_to_the_kl_at_the_end_points(end: float) -> None:
+    """Divided by alpha (1 - alpha), it tends to the KL; undivided to 0, so the end points are special cases."""
     student, teacher = log(*STUDENT), log(*TEACHER)
-    # alpha -> 0: m -> student, the student's part is of second order, and alpha KL(teacher || student) is what is left.
+    # alpha -> 0: m -> student, the student's part is of second order, and alpha KL(teacher || student) remains.
     weight = 1e-7
     alpha = weight if end == 0.0 else 1 - weight
     value = float(compute_divergence(student, teacher, alpha))
@@ -295,14 +298,14 @@ def test_the_interpolation_over_alpha_tends_to_the_kls(end: float) -> None:
 
 @PROPERTY
 @given(pair=logits(2, 6), alpha=st.sampled_from(ALPHAS))
-def test_top_k_with_all_entries_is_the_full_vocabulary(pair: np.ndarray[Any, Any], alpha: float) -> None:
-    """The tail cannot hold less than 1 - exp(-1e-7), but it does so on both sides, where it contributes
+def test_top_k_of_all_entries_equals_the_full_vocabulary(pair: np.ndarray[Any, Any], alpha: float) -> None:
+    """The clamped tails of 1 - exp(-1e-7) of both sides cancel.
 
     forward / reverse   tail * log(tail / tail)   = 0
-    between             the same, m having that tail too,
+    between             the same, because m has the same tail
 
-    so what is left is rounding: in float64 below 1e-12. In float32 the sum of all probabilities is off by some 1e-7 on
-    each side, so the tails lie between 1e-7 and about 1e-6, and 1e-6 * log(10) bounds what they add.
+    The remaining rounding error is below 1e-12 in float64. In float32 the sum of all probabilities has an error of
+    about 1e-7 per side, so the tails lie between 1e-7 and about 1e-6, and 1e-6 * log(10) bounds their contribution.
     """
     for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         student, teacher = (x.to(dtype).log_softmax(-1) for x in torch.from_numpy(pair))
@@ -315,10 +318,10 @@ def test_top_k_with_all_entries_is_the_full_vocabulary(pair: np.ndarray[Any, Any
 
 @PROPERTY
 @given(pair=logits(2, 6, size=6.0), alpha=st.sampled_from(ALPHAS), k=st.integers(1, 4))
-def test_merging_entries_into_a_tail_loses_divergence(pair: np.ndarray[Any, Any], alpha: float, k: int) -> None:
-    """Data processing: with the tail the divergence is at most the full one, and it grows with k.
+def test_tail_reduces_the_divergence(pair: np.ndarray[Any, Any], alpha: float, k: int) -> None:
+    """By the data processing inequality, the divergence with tail is at most the full divergence, and grows with k.
 
-    Logits of at most 6 keep every tail above its floor; the next test says what happens below.
+    Logits of at most 6 keep every tail above its minimum; the next test covers smaller tails.
     """
     student, teacher = distributions(pair)
     kept, indices = student.topk(k + 1)
@@ -329,28 +332,28 @@ def test_merging_entries_into_a_tail_loses_divergence(pair: np.ndarray[Any, Any]
     assert large <= float(compute_divergence(student, teacher, alpha)) + 1e-12
 
 
-def test_the_tail_s_floor_bounds_what_a_vanished_tail_costs() -> None:
-    """Student tail 1e-12, teacher tail 1/4: forward 1/4 log(1/4 / 1e-7) + 3/4 log(3/4), with 1e-7 in place of 1e-12."""
+def test_minimum_of_the_tail_bounds_the_divergence() -> None:
+    """Student tail 1e-12, clamped to 1e-7, and teacher tail 1/4: forward KL 1/4 log(1/4 / 1e-7) + 3/4 log(3/4)."""
     value = float(compute_divergence(add_tail(log(1 - 1e-12)), add_tail(log(0.75)), 0.0))
     assert value == pytest.approx(math.log(0.25 / 1e-7) / 4 + math.log(0.75) * 3 / 4, abs=1e-7)
 
 
-# Ruled-out tokens
+# Tokens of probability 0
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize(
-    ("student", "teacher", "infinite_at"),
+    ("student", "teacher", "infinite_alphas"),
     [
-        ((0.5, 0.5, 0.0), (0.25, 0.75, 0.0), ()),  # on both sides: as if the entry were not there
-        ((0.5, 0.5, 0.0), (0.25, 0.5, 0.25), (0.0,)),  # the student rules out what the teacher would do
-        ((0.5, 0.25, 0.25), (0.25, 0.75, 0.0), (1.0,)),  # the teacher rules out what the student would do
-        ((1.0, 0.0), (0.0, 1.0), (0.0, 1.0)),  # nothing in common: the bound of the Jensen-Shannon divergence is met
+        ((0.5, 0.5, 0.0), (0.25, 0.75, 0.0), ()),  # 0 on both sides: the entry adds nothing
+        ((0.5, 0.5, 0.0), (0.25, 0.5, 0.25), (0.0,)),  # 0 for the student alone
+        ((0.5, 0.25, 0.25), (0.25, 0.75, 0.0), (1.0,)),  # 0 for the teacher alone
+        ((1.0, 0.0), (0.0, 1.0), (0.0, 1.0)),  # disjoint: the upper bound of the Jensen-Shannon divergence
     ],
 )
-def test_ruled_out_tokens(student: Any, teacher: Any, infinite_at: Any, alpha: float) -> None:
+def test_tokens_of_probability_zero(student: Any, teacher: Any, infinite_alphas: Any, alpha: float) -> None:
     expected = INF
-    if alpha not in infinite_at:
+    if alpha not in infinite_alphas:
         pairs = list(zip(student, teacher, strict=True))
         m = [(1 - alpha) * s + alpha * t for s, t in pairs]
         reverse = sum(s * math.log(s / x) for (s, t), x in zip(pairs, m if alpha < 1 else teacher, strict=True) if s)
@@ -362,19 +365,19 @@ def test_ruled_out_tokens(student: Any, teacher: Any, infinite_at: Any, alpha: f
     if expected == INF:
         return
     value.backward()
-    # By the logits: p - t for the forward KL, else scale p (log(p / m) - mean); a token that the student rules out
-    # gains nothing by a change of its logit, and has no such term.
-    by_hand = [s - t if s else 0.0 for s, t in zip(student, teacher, strict=True)]
+    # The gradient by the logits is p - t for the forward KL, else scale p (log(p / m) - mean). It is 0 for a token of
+    # probability 0 under the student.
+    expected_gradient = [s - t if s else 0.0 for s, t in zip(student, teacher, strict=True)]
     if alpha > 0:
         scale, other = (1.0, teacher) if alpha == 1 else (1 - alpha, m)
         log_ratio = [math.log(s / x) if s else 0.0 for s, x in zip(student, other, strict=True)]
         mean = sum(s * x for s, x in zip(student, log_ratio, strict=True))
-        by_hand = [scale * s * (x - mean) for s, x in zip(student, log_ratio, strict=True)]
+        expected_gradient = [scale * s * (x - mean) for s, x in zip(student, log_ratio, strict=True)]
     assert student_logits.grad is not None
-    assert student_logits.grad.tolist() == pytest.approx(by_hand, abs=1e-14)
+    assert student_logits.grad.tolist() == pytest.approx(expected_gradient, abs=1e-14)
 
 
-def test_disjoint_distributions_reach_the_binary_entropy() -> None:
+def test_divergence_of_disjoint_distributions_is_the_binary_entropy() -> None:
     for alpha in (0.1, 0.3, 0.5, 0.9):
         value = float(compute_divergence(log(1.0, 0.0), log(0.0, 1.0), alpha))
         assert value == pytest.approx(-alpha * math.log(alpha) - (1 - alpha) * math.log(1 - alpha), abs=1e-15)
@@ -382,8 +385,8 @@ def test_disjoint_distributions_reach_the_binary_entropy() -> None:
 
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("fill", [-1e9, torch.finfo(torch.float32).min])
-def test_tokens_masked_by_a_large_negative_logit_count_as_ruled_out(alpha: float, fill: float) -> None:
-    """Models mask with the smallest finite number as often as with -inf."""
+def test_large_negative_logit_acts_as_probability_zero(alpha: float, fill: float) -> None:
+    """Models mask tokens with the smallest finite number or with -inf."""
     student_logits = torch.tensor([0.3, -0.2, fill], requires_grad=True)
     teacher = torch.tensor([1.0, 0.1, fill]).log_softmax(-1)
     value = compute_divergence(student_logits.log_softmax(-1), teacher, alpha)
@@ -395,7 +398,7 @@ def test_tokens_masked_by_a_large_negative_logit_count_as_ruled_out(alpha: float
     assert student_logits.grad[2] == 0.0
 
 
-def test_kl_s_gradient_reaches_both_sides() -> None:
+def test_kl_has_gradients_by_both_sides() -> None:
     p, q = log(*STUDENT).requires_grad_(), log(*TEACHER).requires_grad_()
     compute_kl(p, q).backward()
     assert p.grad is not None

@@ -1,4 +1,4 @@
-"""KL to a reference policy and entropy in the loss: numbers by hand."""
+"""Loss terms for the KL to a reference model and for the entropy, compared with values computed by hand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sdpo.algorithm.loss import compute_loss
 from sdpo.algorithm.regularization import Regularization, estimate_kl
 from sdpo.config.actor import KL_LOSS_TYPES
 
-# Log-probabilities of student and reference: twice as likely, three times less likely, equal.
+# The student's probability is twice the reference's, a third of it, and equal.
 LOG_PROBS = [math.log(0.6), math.log(0.1), math.log(0.5)]
 REF_LOG_PROBS = [math.log(0.3), math.log(0.3), math.log(0.5)]
 LOG_2, LOG_3 = math.log(2), math.log(3)
@@ -36,7 +36,7 @@ def double(values: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KL_LOSS_TYPES)
-def test_the_estimates_by_hand(kind: str) -> None:
+def test_kl_estimates_and_gradients(kind: str) -> None:
     name = kind.removesuffix("+")
     values, gradients = BY_HAND[SYNONYMS.get(name, name)]
     if kind != name:
@@ -49,8 +49,8 @@ def test_the_estimates_by_hand(kind: str) -> None:
     assert log_probs.grad.tolist() == pytest.approx(gradients, abs=1e-14)
 
 
-def test_the_low_variance_estimate_is_bounded() -> None:
-    """exp(30), exp(3) and a student far above the reference: all beyond 10, where there is no gradient."""
+def test_low_variance_estimate_is_clamped() -> None:
+    """The estimates of exp(30), exp(3) and a student far above the reference exceed 10, where the gradient is 0."""
     log_probs = double([-30.0, -3.0, -1.0]).requires_grad_()
     estimate = estimate_kl(log_probs, double([0.0, 0.0, -18.0]), "low_var_kl")
     assert estimate.tolist() == pytest.approx([10.0, 10.0, 10.0])
@@ -58,13 +58,13 @@ def test_the_low_variance_estimate_is_bounded() -> None:
     assert log_probs.grad is not None and log_probs.grad.tolist() == [0.0, 0.0, 0.0]
 
 
-def test_an_unknown_estimate_is_an_error() -> None:
+def test_unknown_estimate_is_refused() -> None:
     with pytest.raises(ValueError, match="full"):
         estimate_kl(double([0.0]), double([0.0]), "full")
 
 
-def test_the_terms_are_weighted_sums_over_all_response_tokens() -> None:
-    """No teacher and no advantage: the loss is 0.4 (w . KL) - 0.3 (w . H) by hand."""
+def test_terms_are_weighted_sums_over_all_response_tokens() -> None:
+    """Without teacher and advantages, the loss is 0.4 (w . KL) - 0.3 (w . H)."""
     student = double(LOG_PROBS).requires_grad_()
     entropies = double([0.9, 0.2, 1.5]).requires_grad_()
     weights = double([0.5, 0.25, 0.25])
@@ -78,14 +78,14 @@ def test_the_terms_are_weighted_sums_over_all_response_tokens() -> None:
     kl = 0.5 * LOG_2**2 / 2 + 0.25 * LOG_3**2 / 2
     entropy = 0.5 * 0.9 + 0.25 * 0.2 + 0.25 * 1.5
     assert float(outputs.loss.detach()) == pytest.approx(0.4 * kl - 0.3 * entropy, abs=1e-14)
-    # A total, as it is weighted already.
+    # The count is 0, because the total is weighted already.
     total, count = outputs.sums["kl_loss"]
     assert (float(total), int(count)) == (pytest.approx(kl, abs=1e-14), 0)
     outputs.loss.backward()
     assert student.grad is not None and entropies.grad is not None
     assert student.grad.tolist() == pytest.approx([0.4 * 0.5 * LOG_2, -0.4 * 0.25 * LOG_3, 0.0], abs=1e-14)
     assert entropies.grad.tolist() == pytest.approx([-0.15, -0.075, -0.075], abs=1e-14)
-    # A weight of 0 measures the KL and leaves the loss alone.
+    # With coefficients of 0, the KL is measured and the loss does not change.
     batch = replace(batch, regularization=Regularization(0.0, "mse", 0.0))
     measured = compute_loss(batch, tokens, SelfDistillationConfig())
     assert float(measured.loss.detach()) == 0.0

@@ -1,4 +1,4 @@
-"""The rules between settings that the algorithm rests on, and that a refusal names setting, value and range."""
+"""Validation of self_distillation settings; an error has the setting, its value and its range."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "described"),
+    ("name", "value", "allowed"),
     [
         ("alpha", -0.1, "in [0, 1]"),
         ("alpha", 1.5, "in [0, 1]"),
@@ -33,16 +33,16 @@ NAN, INF = float("nan"), float("inf")
         ("teacher_sync_steps", 0, "in [1, inf)"),
     ],
 )
-def test_out_of_range(name: str, value: Any, described: str) -> None:
+def test_value_out_of_range_is_refused(name: str, value: Any, allowed: str) -> None:
     with pytest.raises(ValueError) as caught:
         SelfDistillationConfig(**{name: value})
     message = str(caught.value)
     assert f"self_distillation.{name}={value}: " in message
-    assert described in message
+    assert allowed in message
 
 
 @pytest.mark.parametrize(
-    ("together", "named"),
+    ("settings", "fragments"),
     [
         ({"full_logit_distillation": False, "alpha": 0.5}, ("self_distillation.alpha", "must be 1", "0.5")),
         ({"full_logit_distillation": False, "alpha": 0.0}, ("self_distillation.alpha", "must be 1", "0.0")),
@@ -60,14 +60,14 @@ def test_out_of_range(name: str, value: Any, described: str) -> None:
         ),
     ],
 )
-def test_settings_that_contradict_each_other(together: dict[str, Any], named: tuple[str, ...]) -> None:
+def test_contradictory_settings_are_refused(settings: dict[str, Any], fragments: tuple[str, ...]) -> None:
     with pytest.raises(ValueError) as caught:
-        SelfDistillationConfig(**together)
-    assert all(part in str(caught.value) for part in named)
+        SelfDistillationConfig(**settings)
+    assert all(fragment in str(caught.value) for fragment in fragments)
 
 
 @pytest.mark.parametrize(
-    "together",
+    "settings",
     [
         {"full_logit_distillation": False, "alpha": 1.0},
         {"full_logit_distillation": False, "alpha": 1.0, "divergence_clip": 5.0, "is_clip": None},
@@ -78,6 +78,6 @@ def test_settings_that_contradict_each_other(together: dict[str, Any], named: tu
         {"ema_update_rate": 0.0, "clip_ratio_low": 0.0, "clip_ratio_high": 0.0},
     ],
 )
-def test_settings_at_the_edge_of_what_is_allowed(together: dict[str, Any]) -> None:
-    config = SelfDistillationConfig(**together)
-    assert {name: getattr(config, name) for name in together} == together
+def test_settings_at_the_limits_are_accepted(settings: dict[str, Any]) -> None:
+    config = SelfDistillationConfig(**settings)
+    assert {name: getattr(config, name) for name in settings} == settings

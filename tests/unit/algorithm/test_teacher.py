@@ -1,4 +1,4 @@
-"""The teacher's weights: the moving average in closed form, and every kind of teacher by the logits it gives."""
+"""The teacher: closed form of the moving average, and logits of every kind of teacher."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ DTYPES = (torch.float32, torch.bfloat16)
 # The moving average
 
 
-def test_one_step_by_hand() -> None:
+def test_one_ema_update() -> None:
     teacher, student = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 2.0])
-    place = teacher.data_ptr()
+    address = teacher.data_ptr()
     assert sdpo.update_teacher_ema([teacher], [student], 0.25) is None
     assert teacher.tolist() == [1.5, -1.0]
     assert student.tolist() == [3.0, 2.0]
-    assert teacher.data_ptr() == place
+    assert teacher.data_ptr() == address
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.05, 0.5, 0.9])
-def test_many_steps_in_closed_form(rate: float) -> None:
-    """teacher_t = (1-r)^t theta_0 + sum over s of r (1-r)^(t-s) theta_s, with a student that moves."""
+def test_many_ema_updates_equal_the_closed_form(rate: float) -> None:
+    """teacher_t = (1-r)^t theta_0 + sum over s of r (1-r)^(t-s) theta_s, with a student that changes."""
     rng = np.random.default_rng(0)
     start, students = rng.normal(size=(2, 3)), rng.normal(size=(60, 2, 3))
     teacher = torch.from_numpy(start.copy())
@@ -52,20 +52,20 @@ def test_rates_0_and_1_are_exact() -> None:
         assert torch.equal(teacher, expected)
 
 
-def test_a_float32_average_of_a_bfloat16_student_does_not_stall() -> None:
-    """In bfloat16 nearly all of the gap is left after 200 steps at 0.05; it should be 0.95^200, four in 100 000."""
+def test_float32_average_of_a_bfloat16_student_converges() -> None:
+    """After 200 steps at rate 0.05, 0.95^200 of the gap remains; in bfloat16 more than 0.9 remains."""
     start, target = torch.full((8,), 1.0), torch.full((8,), 1.0625)
     assert torch.equal(target.bfloat16().float(), target)
-    average, stalled = start.clone(), start.bfloat16()
+    average, bfloat16_average = start.clone(), start.bfloat16()
     for _ in range(200):
         sdpo.update_teacher_ema([average], [target.bfloat16()], 0.05)
-        stalled.lerp_(target.bfloat16(), 0.05)
-    left, left_in_bfloat16 = ((target - x.float()).abs().max().item() / 0.0625 for x in (average, stalled))
-    assert left == pytest.approx(0.95**200, abs=2e-5)
-    assert left_in_bfloat16 > 0.9
+        bfloat16_average.lerp_(target.bfloat16(), 0.05)
+    gap, bfloat16_gap = ((target - x.float()).abs().max().item() / 0.0625 for x in (average, bfloat16_average))
+    assert gap == pytest.approx(0.95**200, abs=2e-5)
+    assert bfloat16_gap > 0.9
 
 
-def test_any_iterable_and_several_tensors() -> None:
+def test_ema_update_accepts_iterables() -> None:
     student, teacher = nn.Linear(3, 2), nn.Linear(3, 2).double()
     before = [p.detach().clone() for p in teacher.parameters()]
     sdpo.update_teacher_ema(teacher.parameters(), (p.bfloat16() for p in student.parameters()), 0.5)
@@ -76,7 +76,9 @@ def test_any_iterable_and_several_tensors() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("at_once", [1, 7, 100, 5000])
-def test_slices_and_groups_change_no_bit(dtype: torch.dtype, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slices_and_groups_do_not_change_the_result(
+    dtype: torch.dtype, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = [(97, 53), (), (5,), (0, 3), (1, 301), (31, 3, 7), (4097,)]
     teachers = [torch.randn(shape, generator=generator) for shape in shapes]
@@ -89,7 +91,7 @@ def test_slices_and_groups_change_no_bit(dtype: torch.dtype, at_once: int, monke
         assert torch.equal(one, other)
 
 
-def test_no_more_of_a_student_is_cast_at_once_than_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ema_update_casts_limited_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     counts: list[int] = []
     lerp = torch._foreach_lerp_
 
@@ -119,7 +121,9 @@ def test_no_more_of_a_student_is_cast_at_once_than_is_said(monkeypatch: pytest.M
         ([torch.zeros(2).half()], [torch.ones(2).half()], 0.1, "must be float32.*float16"),
     ],
 )
-def test_what_the_average_refuses(teacher: list[Tensor], student: list[Tensor], rate: float, message: str) -> None:
+def test_invalid_arguments_of_the_ema_update_are_refused(
+    teacher: list[Tensor], student: list[Tensor], rate: float, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         sdpo.update_teacher_ema(teacher, student, rate)
     assert all((t == 0).all() for t in teacher)
@@ -129,7 +133,7 @@ def test_what_the_average_refuses(teacher: list[Tensor], student: list[Tensor], 
 
 
 class Tiny(nn.Module):
-    """Linear logits, with a tied weight and a dropout that must be off in the teacher."""
+    """A linear model with a tied weight, and with a dropout that must be off in the teacher."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -149,24 +153,24 @@ class Tiny(nn.Module):
 X = torch.tensor([[0.5, -1.0, 2.0, 0.25], [1.0, 0.0, -0.5, 3.0]])
 
 
-def weights_of(module: nn.Module) -> list[np.ndarray[Any, Any]]:
+def copy_weights(module: nn.Module) -> list[np.ndarray[Any, Any]]:
     return [p.detach().double().numpy().copy() for p in module.parameters()]
 
 
-def logits_of(weights: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+def compute_logits(weights: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
     w, b = weights
     return X.double().numpy() @ w.T @ w.T + b
 
 
 def teacher_logits(teacher: Teacher, student: nn.Module) -> np.ndarray[Any, Any]:
-    """The policy's logits, in float64 so that only the weights carry the model's precision."""
+    """Logits of the teacher in float64, so that only the weights have the model's precision."""
     total = 0.0
     for module, coefficient in teacher.policy(student):
-        total = total + coefficient * logits_of(weights_of(module))
+        total = total + coefficient * compute_logits(copy_weights(module))
     return np.asarray(total)
 
 
-def move(student: nn.Module, step: int) -> None:
+def perturb(student: nn.Module, step: int) -> None:
     generator = torch.Generator().manual_seed(100 + step)
     with torch.no_grad():
         for param in student.parameters():
@@ -179,84 +183,84 @@ def build(kind: str, dtype: torch.dtype = torch.float32, **settings: Any) -> tup
     return student, build_teacher(student, SelfDistillationConfig(teacher_regularization=kind, **settings))
 
 
-RATE, EVERY, STEPS = 0.3, 3, 8
+RATE, SYNC_STEPS, STEPS = 0.3, 3, 8
 History = list[list[np.ndarray[Any, Any]]]
 
 
-def averaged(history: History) -> np.ndarray[Any, Any]:
+def compute_ema_logits(history: History) -> np.ndarray[Any, Any]:
     average = history[0]
     for weights in history[1:]:
         average = [(1 - RATE) * a + RATE * w for a, w in zip(average, weights, strict=True)]
-    return logits_of(average)
+    return compute_logits(average)
 
 
 EXPECTED: dict[str, Callable[[History], np.ndarray[Any, Any]]] = {
-    "ema": averaged,
-    "trust-region": lambda history: (1 - RATE) * logits_of(history[0]) + RATE * logits_of(history[-1]),
-    "frozen": lambda history: logits_of(history[0]),
-    "live": lambda history: logits_of(history[-1]),
-    "snapshot": lambda history: logits_of(history[(len(history) - 1) // EVERY * EVERY]),
+    "ema": compute_ema_logits,
+    "trust-region": lambda history: (1 - RATE) * compute_logits(history[0]) + RATE * compute_logits(history[-1]),
+    "frozen": lambda history: compute_logits(history[0]),
+    "live": lambda history: compute_logits(history[-1]),
+    "snapshot": lambda history: compute_logits(history[(len(history) - 1) // SYNC_STEPS * SYNC_STEPS]),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_teacher_gives_the_logits_it_promises(kind: str, dtype: torch.dtype) -> None:
-    student, teacher = build(kind, dtype, ema_update_rate=RATE, teacher_sync_steps=EVERY)
-    history = [weights_of(student)]
-    np.testing.assert_allclose(teacher_logits(teacher, student), logits_of(history[0]), atol=1e-5)
-    # What the bfloat16 module rounds away of the average: 2^-9 of weights up to 3, twice, times inputs up to 3.
+def test_logits_of_every_kind_of_teacher(kind: str, dtype: torch.dtype) -> None:
+    student, teacher = build(kind, dtype, ema_update_rate=RATE, teacher_sync_steps=SYNC_STEPS)
+    history = [copy_weights(student)]
+    np.testing.assert_allclose(teacher_logits(teacher, student), compute_logits(history[0]), atol=1e-5)
+    # Rounding of the average in the bfloat16 module: 2^-9 of weights up to 3, twice, times inputs up to 3.
     tolerance = 0.15 if (kind, dtype) == ("ema", torch.bfloat16) else 2e-5
     for step in range(1, STEPS + 1):
-        move(student, step)
-        history.append(weights_of(student))
+        perturb(student, step)
+        history.append(copy_weights(student))
         if kind == "trust-region":
-            # Between the student's update and the teacher's step too: the student's part is the student as it is.
+            # Before the teacher update, the mixture uses the current student too.
             np.testing.assert_allclose(teacher_logits(teacher, student), EXPECTED[kind](history), atol=tolerance)
         teacher.update(student)
         np.testing.assert_allclose(teacher_logits(teacher, student), EXPECTED[kind](history), atol=tolerance)
-    # The kinds differ by far more than the tolerance, so that none passes for another.
+    # The kinds differ by more than the tolerance, so that the test distinguishes them.
     others = [EXPECTED[other](history) for other in KINDS if other != kind]
     assert all(np.abs(teacher_logits(teacher, student) - other).max() > 0.3 for other in others)
 
 
-def test_the_logits_are_those_of_the_forward_pass() -> None:
+def test_logits_equal_the_forward_pass() -> None:
     student, teacher = build("trust-region", ema_update_rate=RATE)
-    move(student, 1)
+    perturb(student, 1)
     student.eval()
     with torch.no_grad():
         total = sum(coefficient * module(X) for module, coefficient in teacher.policy(student))
     np.testing.assert_allclose(total.numpy(), teacher_logits(teacher, student), atol=1e-5)
 
 
-def test_the_trust_region_is_a_geometric_mixture() -> None:
+def test_trust_region_is_a_geometric_mixture() -> None:
     student, teacher = build("trust-region", ema_update_rate=RATE)
-    start = logits_of(weights_of(student))
-    move(student, 1)
+    start = compute_logits(copy_weights(student))
+    perturb(student, 1)
 
     def softmax(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         powers = np.exp(logits - logits.max(-1, keepdims=True))
         return powers / powers.sum(-1, keepdims=True)
 
-    mixture = softmax(start) ** (1 - RATE) * softmax(logits_of(weights_of(student))) ** RATE
+    mixture = softmax(start) ** (1 - RATE) * softmax(compute_logits(copy_weights(student))) ** RATE
     np.testing.assert_allclose(
         softmax(teacher_logits(teacher, student)), mixture / mixture.sum(-1, keepdims=True), atol=1e-6
     )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_average_of_a_model_does_not_stall(dtype: torch.dtype) -> None:
+def test_average_of_a_model_converges(dtype: torch.dtype) -> None:
     student, teacher = build("ema", dtype, ema_update_rate=0.05)
-    start = weights_of(student)
+    start = copy_weights(student)
     with torch.no_grad():
         for param in student.parameters():
-            param.mul_(1.0625)  # below the stalling point of bfloat16 at this rate
-    target = weights_of(student)
+            param.mul_(1.0625)  # a bfloat16 average would not change at this rate
+    target = copy_weights(student)
     for _ in range(200):
         teacher.update(student)
     assert teacher.module is not None
-    for before, after, goal in zip(start, weights_of(teacher.module), target, strict=True):
-        # 0.95^200 of the gap is left, and what the module's own precision rounds away.
+    for before, after, goal in zip(start, copy_weights(teacher.module), target, strict=True):
+        # 0.95^200 of the gap remains, and the rounding error of the module's precision.
         rounding = 2.0**-8 if dtype == torch.bfloat16 else 1e-6
         assert (np.abs(after - goal) <= 0.95**200 * np.abs(before - goal) + rounding * np.abs(goal)).all()
         assert np.abs(before - goal).max() > 10 * rounding * np.abs(goal).max()
@@ -264,7 +268,7 @@ def test_the_average_of_a_model_does_not_stall(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "live"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_teacher_and_student_share_nothing(kind: str, dtype: torch.dtype) -> None:
+def test_teacher_and_student_share_no_memory(kind: str, dtype: torch.dtype) -> None:
     student, teacher = build(kind, dtype, ema_update_rate=1.0, teacher_sync_steps=1)
     assert teacher.module is not None
 
@@ -273,19 +277,19 @@ def test_teacher_and_student_share_nothing(kind: str, dtype: torch.dtype) -> Non
 
     for step in range(3):
         assert storages(student).isdisjoint(storages(teacher.module))
-        before = weights_of(teacher.module)
-        move(student, step)
-        for one, other in zip(before, weights_of(teacher.module), strict=True):
+        before = copy_weights(teacher.module)
+        perturb(student, step)
+        for one, other in zip(before, copy_weights(teacher.module), strict=True):
             np.testing.assert_array_equal(one, other)
-        # At rate 1, every step, the teacher is a copy: the nearest that it comes to sharing.
+        # With rate 1 the teacher is a copy of the student after each step.
         teacher.update(student)
     if kind in ("ema", "snapshot"):
-        for one, other in zip(weights_of(student), weights_of(teacher.module), strict=True):
+        for one, other in zip(copy_weights(student), copy_weights(teacher.module), strict=True):
             np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_teacher_is_frozen_and_the_student_is_left_alone(kind: str) -> None:
+def test_teacher_has_no_gradients_and_the_student_is_not_modified(kind: str) -> None:
     student, teacher = build(kind)
     student(X).sum().backward()
     gradients = [p.grad.clone() for p in student.parameters() if p.grad is not None]
@@ -311,21 +315,23 @@ def test_the_teacher_is_frozen_and_the_student_is_left_alone(kind: str) -> None:
 def test_tied_weights_stay_tied_and_are_averaged_once(dtype: torch.dtype) -> None:
     student, teacher = build("ema", dtype, ema_update_rate=0.5)
     assert teacher.module is not None
-    start = weights_of(student)
-    move(student, 1)
+    start = copy_weights(student)
+    perturb(student, 1)
     teacher.update(student)
     assert teacher.module.second.weight is teacher.module.first.weight
-    after = (start[0] + weights_of(student)[0]) / 2
-    np.testing.assert_allclose(weights_of(teacher.module)[0], after, rtol=2.0**-8 if dtype == torch.bfloat16 else 1e-6)
+    after = (start[0] + copy_weights(student)[0]) / 2
+    np.testing.assert_allclose(
+        copy_weights(teacher.module)[0], after, rtol=2.0**-8 if dtype == torch.bfloat16 else 1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", ["trust-region", "frozen"])
-def test_a_fixed_teacher_has_the_initial_weights_to_the_bit(kind: str) -> None:
+def test_fixed_teacher_keeps_the_initial_weights_exactly(kind: str) -> None:
     student, teacher = build(kind, torch.bfloat16)
-    start = weights_of(student)
+    start = copy_weights(student)
     for step in range(3):
-        move(student, step)
+        perturb(student, step)
         teacher.update(student)
     assert teacher.module is not None
-    for one, other in zip(start, weights_of(teacher.module), strict=True):
+    for one, other in zip(start, copy_weights(teacher.module), strict=True):
         np.testing.assert_array_equal(one, other)
