@@ -6,7 +6,7 @@ average is kept in float32 for every model dtype, and the weights of the forward
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -39,14 +39,23 @@ def update_teacher_ema(teacher_params: Iterable[Tensor], student_params: Iterabl
         raise ValueError(
             f"teacher_params must be float32, got {half[0]}: small updates round to zero; pass a float32 copy"
         )
-    for pairs in _group(_split_large(teachers, students)):
-        casted = [s.to(device=t.device, dtype=t.dtype) for t, s in pairs]
-        torch._foreach_lerp_([t for t, _ in pairs], casted, ema_rate)
+    average_pairs(zip(teachers, students, strict=True), ema_rate)
 
 
-def _split_large(teachers: Sequence[Tensor], students: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of tensors, with large tensors split along their first axis."""
-    for teacher, student in zip(teachers, students, strict=True):
+@torch.no_grad()
+def average_pairs(pairs: Iterable[tuple[Tensor, Tensor]], ema_rate: float) -> None:
+    """As ``update_teacher_ema``, without its checks, for pairs of teacher's and student's tensors.
+
+    Pairs are read as the update proceeds, so that tensors that are computed on the way are not in memory together.
+    """
+    for group in _group(_split_large(pairs)):
+        casted = [s.to(device=t.device, dtype=t.dtype) for t, s in group]
+        torch._foreach_lerp_([t for t, _ in group], casted, ema_rate)
+
+
+def _split_large(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Split large tensors along their first axis."""
+    for teacher, student in pairs:
         if teacher.dim() == 0 or teacher.numel() <= ENTRIES_AT_ONCE:
             yield teacher, student.detach()
             continue

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdpo.algorithm.ema import update_teacher_ema
+from sdpo.algorithm.ema import average_pairs
 from sdpo.algorithm.teacher_weights import ModuleWeights, TeacherWeights, copy_tensors
 from sdpo.config.self_distillation import SelfDistillationConfig
 
@@ -66,7 +66,7 @@ class Teacher:
         if self.weights is None:
             return
         if self.kind == "ema":
-            update_teacher_ema(self.weights.values.values(), self.weights.read_student(student), self.rate)
+            average_pairs(zip(self.weights.values.values(), self.weights.read_student(student), strict=True), self.rate)
         elif self.kind == "snapshot" and self.num_steps % self.snapshot_every == 0:
             copy_tensors(self.weights.values.values(), self.weights.read_student(student))
         else:

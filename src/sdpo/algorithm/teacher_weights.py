@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -21,8 +21,8 @@ class TeacherWeights(Protocol):
     def saved_with_module(self) -> bool:
         """Whether ``values`` are the module's parameters, so that saving the module saves them."""
 
-    def read_student(self, student: nn.Module) -> Sequence[Tensor]:
-        """The student's tensors, with the shapes and order of ``values``."""
+    def read_student(self, student: nn.Module) -> Iterable[Tensor]:
+        """The student's tensors, with the shapes and order of ``values``; computed tensors one at a time."""
 
     def write_module(self) -> None:
         """Make the module compute with ``values``."""
@@ -48,8 +48,8 @@ class ModuleWeights:
     def saved_with_module(self) -> bool:
         return self._average is None
 
-    def read_student(self, student: nn.Module) -> Sequence[Tensor]:
-        return list(get_shards(student).values())
+    def read_student(self, student: nn.Module) -> Iterable[Tensor]:
+        return get_shards(student).values()
 
     def write_module(self) -> None:
         if self._average is not None:

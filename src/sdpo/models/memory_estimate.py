@@ -158,10 +158,13 @@ def update_bytes(model: ModelSize, num_averaged: int, param_bytes: int) -> int:
     AdamW makes two tensors of a parameter's size at a time on a CPU, and none on a GPU, where it is one kernel.
 
     Args:
-        num_averaged: from ``count_averaged_params``. They are cast slice by slice; LoRA's deltas are made together.
+        num_averaged: from ``count_averaged_params``. They are cast slice by slice; LoRA's deltas are computed one at a
+            time, from a product of the same size, while the previous ones are averaged.
     """
     if model.lora is not None:
-        return max(2 * model.lora.num_params * 4, num_averaged * 4)
+        largest = min(model.lora.largest_adapted_param, num_averaged)
+        deltas = min(num_averaged, max(ENTRIES_AT_ONCE, largest) + largest) + largest
+        return max(2 * model.lora.num_params * 4, deltas * 4)
     return max(2 * model.largest_param * param_bytes, min(num_averaged, ENTRIES_AT_ONCE) * 4)
 
 

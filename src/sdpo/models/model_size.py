@@ -65,11 +65,13 @@ class LoraSize:
     Attributes:
         num_params: parameters of the adapters.
         num_adapted_params: parameters of the layers that have adapters.
+        largest_adapted_param: values of the largest of their weights.
         saved_values_per_token: values that all adapters save for the backward pass: their inputs, and those times A.
     """
 
     num_params: int
     num_adapted_params: int
+    largest_adapted_param: int
     saved_values_per_token: int
 
 
@@ -167,6 +169,7 @@ def _measure_lora(model: PreTrainedModel, lora: LoraConfig) -> LoraSize:
     return LoraSize(
         num_params=lora.rank * sum(sum(weight.shape) for weight in weights),
         num_adapted_params=sum(weight.numel() for weight in weights),
+        largest_adapted_param=max(weight.numel() for weight in weights),
         saved_values_per_token=sum(weight.shape[1] + lora.rank for weight in weights),
     )
 

@@ -14,6 +14,7 @@ from sdpo.config.root import SDPOConfig
 from sdpo.kernels import chunked_log_probs
 from sdpo.models.generation.sampling import SamplingParams, sample_responses
 from sdpo.models.lora.adapters import add_adapters
+from sdpo.models.lora.teacher import build_lora_teacher
 from sdpo.models.memory_estimate import MemoryEstimate
 from sdpo.models.multimodal.processor import TokenPrompt
 from sdpo.report.dry_run import list_memory
@@ -210,6 +211,38 @@ def test_memory_of_the_logits_does_not_depend_on_the_token_count(
             peaks.append(count_peak(lambda actor=actor, samples=samples: actor.update_policy(samples)))
     assert max(peaks) < 30e6
     assert peaks[1] < 1.1 * peaks[0]
+
+
+@pytest.mark.parametrize("at_once", [1, 2000, 2**26])
+@pytest.mark.parametrize("kind", ["ema", "snapshot"])
+def test_deltas_of_adapters_are_computed_one_at_a_time(
+    make_model: Callable[..., Any],
+    make_run: MakeRun,
+    count_peak: CountPeak,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    at_once: int,
+) -> None:
+    for module in ("algorithm.ema", "models.memory_estimate"):
+        monkeypatch.setattr(f"sdpo.{module}.ENTRIES_AT_ONCE", at_once)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 64, "num_hidden_layers": 6}
+    student = make_model(**shape)
+    student.save_pretrained(tmp_path / "model")
+    config = make_run(
+        lora__rank=1,
+        model__dtype="float32",
+        self_distillation__teacher_regularization=kind,
+        self_distillation__teacher_sync_steps=1,
+    )
+    bound = MemoryEstimator(config).estimate().phases["optimizer step"]["temporary tensors"]
+    add_adapters(student, config.lora)
+    teacher = build_lora_teacher(student, config.self_distillation)
+    assert teacher.weights is not None
+    together = sum(4 * value.numel() for value in teacher.weights.values.values())
+    peak = count_peak(lambda: teacher.update(student))
+    assert peak <= bound + 64  # scalars
+    assert (peak < together / 4) == (kind == "snapshot" or at_once < 2**26)
 
 
 @pytest.mark.slow

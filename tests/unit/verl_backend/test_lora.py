@@ -106,6 +106,18 @@ def test_the_teacher_computes_with_its_deltas_in_the_students_module(
     assert (expected["student"] - expected["teacher"]).abs().max() > 0.1
 
 
+def test_shards_of_deltas_are_computed_one_at_a_time(
+    build: Callable[..., tuple[Any, Teacher]], count_peak: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sdpo.algorithm.ema.ENTRIES_AT_ONCE", 1)
+    student, teacher = build("ema")
+    move(student, 0)
+    assert teacher.weights is not None
+    sizes = [4 * value.numel() for value in teacher.weights.values.values()]
+    # The delta that is averaged, the next one and its product before scaling; and the gathered A.
+    assert count_peak(lambda: teacher.update(student)) < 3.5 * max(sizes) < sum(sizes) / 2
+
+
 def test_an_error_in_the_teachers_pass_leaves_the_student_as_it_was(build: Callable[..., tuple[Any, Teacher]]) -> None:
     student, teacher = build("ema")
     move(student, 0)

@@ -6,7 +6,7 @@ So the matrix s B A is averaged, in float32.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +39,8 @@ class TeacherDeltas:
     def values(self) -> Mapping[str, Tensor]:
         return self._values
 
-    def read_student(self, student: nn.Module) -> Sequence[Tensor]:
-        return [compute_delta(layer) for layer in get_adapted_layers(student).values()]
+    def read_student(self, student: nn.Module) -> Iterator[Tensor]:
+        return (compute_delta(layer) for layer in get_adapted_layers(student).values())
 
     @torch.no_grad()
     def write_module(self) -> None:

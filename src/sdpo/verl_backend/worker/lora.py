@@ -7,7 +7,7 @@ the same way. The teacher's forward pass gathers D layer by layer and adds it to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -44,7 +44,7 @@ def wrap_with_adapters(model: PreTrainedModel, config: LoraConfig) -> nn.Module:
 class ShardedDeltas:
     """The teacher's deltas D in float32, by the adapted weight's name in the plain model.
 
-    ``values`` and ``read`` return this rank's shards [own outputs, inputs]; ``full`` has the sharded tensors.
+    ``values`` and ``read_student`` return this rank's shards [own outputs, inputs]; ``full`` has the sharded tensors.
     """
 
     saved_with_module = False
@@ -60,8 +60,8 @@ class ShardedDeltas:
     def values(self) -> Mapping[str, Tensor]:
         return {name: delta.to_local() for name, delta in self.full.items()}
 
-    def read_student(self, student: nn.Module) -> Sequence[Tensor]:
-        return [_compute_own_delta(layer) for layer in get_adapted_layers(student).values()]
+    def read_student(self, student: nn.Module) -> Iterator[Tensor]:
+        return (_compute_own_delta(layer) for layer in get_adapted_layers(student).values())
 
     def write_module(self) -> None:
         """Do nothing: the teacher's forward pass reads ``full``."""
