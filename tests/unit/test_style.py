@@ -11,6 +11,8 @@ ROOT = Path(__file__).parents[2]
 PLACES = [  # those that have been rewritten; the rest follows
     "src",
     "benchmarks",
+    "tests/unit/algorithm",
+    "tests/unit/kernels",
     "tests/integration/test_benchmarks.py",
     "tests/unit/trainer",
     "tests/unit/models",

@@ -1,4 +1,4 @@
-"""The loss from hidden states against the one from next-token distributions: value, gradients, metrics, memory."""
+"""The loss from hidden states compared with the loss from distributions: value, gradients, metrics, memory."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ MASKS = {
 
 @dataclass(frozen=True)
 class Case:
-    """N tokens of a student and a teacher that see other prompts; ``shared`` is the student's head as the teacher's."""
+    """N tokens of a student and of a teacher with other hidden states."""
 
     hidden: Tensor
     head: Tensor
@@ -108,9 +108,9 @@ def make_case(dtype: torch.dtype = torch.float64, *, tied: bool = False, size: t
         rollout=torch.rand(n, generator=generator, dtype=torch.float64) + 0.3,
         advantages=normal(n).double(),
     )
-    taken = case.student().detach().double().gather(-1, case.ids[:, None])[:, 0]
+    token_log_probs = case.student().detach().double().gather(-1, case.ids[:, None])[:, 0]
     ratios = torch.tensor([0.5, 1.05, 2.5, 0.6, 3.0, 0.95, 1.5], dtype=torch.float64).repeat(n // 7 + 1)[:n]
-    return replace(case, old=taken - ratios.log())
+    return replace(case, old=token_log_probs - ratios.log())
 
 
 def run_fused(
@@ -138,18 +138,18 @@ def run_fused(
     )
 
 
-def run_materialised(
+def run_reference(
     case: Case, config: SelfDistillationConfig, mask: Tensor, distilled: Tensor
 ) -> tuple[Tensor, dict[str, float]]:
-    """The official function, on N samples of one token each."""
+    """The loss from distributions on N samples of one token each."""
     student, teacher = case.student(), case.teacher()
-    kept: dict[str, Tensor] = {}
+    distributions: dict[str, Tensor] = {}
     if config.distillation_topk is not None:
-        student_kept, indices = student.topk(config.distillation_topk, dim=-1)
-        kept = {"student_topk_log_probs": student_kept[:, None]}
-        kept |= {"teacher_topk_log_probs": teacher.gather(-1, indices)[:, None]}
+        student_topk, indices = student.topk(config.distillation_topk, dim=-1)
+        distributions = {"student_topk_log_probs": student_topk[:, None]}
+        distributions |= {"teacher_topk_log_probs": teacher.gather(-1, indices)[:, None]}
     elif config.full_logit_distillation:
-        kept = {"student_all_log_probs": student[:, None], "teacher_all_log_probs": teacher[:, None]}
+        distributions = {"student_all_log_probs": student[:, None], "teacher_all_log_probs": teacher[:, None]}
     return compute_self_distillation_loss(
         student.gather(-1, case.ids[:, None]),
         teacher.gather(-1, case.ids[:, None]),
@@ -158,19 +158,19 @@ def run_materialised(
         old_log_probs=case.old[:, None],
         self_distillation_mask=distilled,
         rollout_is_weights=case.rollout[:, None],
-        **kept,
+        **distributions,
     )
 
 
 def assert_same_run(case: Case, config: SelfDistillationConfig, mask: Tensor, distilled: Tensor, size: Any) -> None:
-    loss, values = run_materialised(case, config, mask, distilled)
+    loss, values = run_reference(case, config, mask, distilled)
     (3.0 * loss).backward()
     expected = case.gradients()
     fused_loss, fused_values = run_fused(case, config, mask, distilled, size)
     (3.0 * fused_loss).backward()
     assert float(fused_loss.detach()) == pytest.approx(float(loss.detach()), abs=1e-10)
-    for result, wanted in zip(case.gradients(), expected, strict=True):
-        torch.testing.assert_close(result, wanted, rtol=0.0, atol=1e-10)
+    for result, reference in zip(case.gradients(), expected, strict=True):
+        torch.testing.assert_close(result, reference, rtol=0.0, atol=1e-10)
     if bool((mask.bool() & distilled.bool()).any()):
         assert {name: fused_values[name] for name in values} == pytest.approx(values, abs=1e-10)
     else:
@@ -182,11 +182,11 @@ def assert_same_run(case: Case, config: SelfDistillationConfig, mask: Tensor, di
 
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("level", LEVELS)
-def test_value_gradients_and_metrics_are_the_materialised_ones(level: str, clip: str) -> None:
-    chosen = LEVELS[level] | CLIPS[clip]
+def test_value_gradients_and_metrics_equal_the_reference(level: str, clip: str) -> None:
+    overrides = LEVELS[level] | CLIPS[clip]
     if level == "sampled token":
-        chosen.pop("teacher_entropy_beta", None)
-    config = SelfDistillationConfig(**chosen)
+        overrides.pop("teacher_entropy_beta", None)
+    config = SelfDistillationConfig(**overrides)
     for masks in MASKS.values():
         mask, distilled = (torch.tensor(values) for values in masks)
         for size in (1, 3, N, 50):
@@ -194,24 +194,24 @@ def test_value_gradients_and_metrics_are_the_materialised_ones(level: str, clip:
 
 
 @pytest.mark.parametrize("level", ["full, alpha=0.5", "tail, alpha=0.0", "sampled token"])
-def test_a_head_shared_with_the_teacher_learns_as_the_student_s_alone(level: str) -> None:
+def test_head_shared_with_the_teacher_has_only_the_gradient_of_the_student(level: str) -> None:
     config = SelfDistillationConfig(**LEVELS[level])
     case = make_case(tied=True)
     assert case.teacher_head is case.head
     assert_same_run(case, config, torch.ones(N), torch.ones(N), 3)
 
 
-def test_softcap_bounds_the_logits_before_the_temperature() -> None:
+def test_softcap_applies_before_the_temperature() -> None:
     case = replace(make_case(), softcap=1.5)
     for level in ("full, alpha=0.3", "tail, alpha=1.0", "sampled token"):
         assert_same_run(case, SelfDistillationConfig(**LEVELS[level]), torch.ones(N), torch.ones(N), 2)
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_logits_of_thousands(level: str) -> None:
-    """Most probabilities underflow, in float64 too; exp of the logits themselves would overflow.
+def test_large_logits(level: str) -> None:
+    """Most probabilities underflow even in float64, and exp of the logits would overflow.
 
-    Logits of 3,000 are off by 3,000 * 2^-53, and hidden states of 1,000 multiply that.
+    Logits of 3,000 have errors of 3,000 * 2^-53, and hidden states of 1,000 multiply them.
     """
     case = make_case()
     hidden, teacher_hidden = (1000.0 * h.detach() for h in (case.hidden, case.teacher_hidden))
@@ -219,55 +219,55 @@ def test_logits_of_thousands(level: str) -> None:
     assert float((hidden @ case.head.T).max().detach()) > 2000
     assert int((case.student().exp() == 0).sum()) > N * V // 2
     config = SelfDistillationConfig(**LEVELS[level], is_clip=None)
-    loss, _ = run_materialised(case, config, torch.ones(N), torch.ones(N))
+    loss, _ = run_reference(case, config, torch.ones(N), torch.ones(N))
     loss.backward()
     expected = case.gradients()
     fused_loss, _ = run_fused(case, config, torch.ones(N), torch.ones(N), 3)
     fused_loss.backward()
     assert float(fused_loss.detach()) == pytest.approx(float(loss.detach()), rel=1e-12)
-    for result, wanted in zip(case.gradients(), expected, strict=True):
-        torch.testing.assert_close(result, wanted, rtol=1e-12, atol=1e-9)
+    for result, reference in zip(case.gradients(), expected, strict=True):
+        torch.testing.assert_close(result, reference, rtol=1e-12, atol=1e-9)
 
 
-def test_gradients_by_finite_differences() -> None:
-    """The Jensen-Shannon divergence with both clips off, since those scale by what is held constant."""
+def test_gradients_equal_finite_differences() -> None:
+    """Jensen-Shannon divergence without clips, because the gradient stops at the factors of the clips."""
     case = replace(make_case(), softcap=2.0)
     config = SelfDistillationConfig(alpha=0.4, is_clip=None)
 
     def value(hidden: Tensor, head: Tensor, bias: Tensor) -> Tensor:
-        moved = replace(case, hidden=hidden, head=head, bias=bias)
-        return run_fused(moved, config, torch.ones(N), torch.ones(N), 3)[0]
+        changed = replace(case, hidden=hidden, head=head, bias=bias)
+        return run_fused(changed, config, torch.ones(N), torch.ones(N), 3)[0]
 
     assert torch.autograd.gradcheck(value, case.leaves(), atol=1e-8)
 
 
 @pytest.mark.parametrize("level", ["full, alpha=0.0", "full, alpha=0.5", "full, alpha=1.0", "sampled token"])
-def test_bfloat16_is_float32_within_its_rounding(level: str) -> None:
-    """Logits of size 12 at most are rounded by 2^-9 of that each, gradients by 2^-9 of their largest entry's size."""
+def test_bfloat16_is_close_to_float32(level: str) -> None:
+    """Logits of at most 12 have relative rounding errors of 2^-9, gradients errors of 2^-9 of the largest entry."""
     config = SelfDistillationConfig(**LEVELS[level])
     half = replace(make_case(torch.bfloat16, size=(70, 40, 16)), temperature=1.0)
     tensors = {name: value for name, value in vars(half).items() if isinstance(value, Tensor)}
     floats = {name: value.detach().float() for name, value in tensors.items() if value.dtype == torch.bfloat16}
-    whole = replace(half, **floats)
-    for leaf in whole.leaves():
+    full_precision = replace(half, **floats)
+    for leaf in full_precision.leaves():
         leaf.requires_grad_()
     mask = torch.ones(70)
     results = []
-    for case in (whole, half):
+    for case in (full_precision, half):
         loss, _ = run_fused(case, config, mask, mask, 16)
         loss.backward()
         assert [leaf.grad.dtype for leaf in case.leaves() if leaf.grad is not None] == 3 * [case.head.dtype]
         results.append((float(loss.detach()), case.gradients()))
-    (expected, gradients), (loss_in_half, half_gradients) = results
-    assert loss_in_half == pytest.approx(expected, rel=0.02)
-    for wanted, result in zip(gradients, half_gradients, strict=True):
-        assert float((result.float() - wanted).norm() / wanted.norm()) < 0.02
+    (expected, gradients), (half_loss, half_gradients) = results
+    assert half_loss == pytest.approx(expected, rel=0.02)
+    for reference, result in zip(gradients, half_gradients, strict=True):
+        assert float((result.float() - reference).norm() / reference.norm()) < 0.02
 
 
-def test_no_tensor_is_as_large_as_all_tokens_times_the_vocabulary() -> None:
-    """64 tokens of 400 entries in chunks of 8: the largest is a chunk's 8 * 400, the head having 400 * 3 only."""
+def test_no_tensor_has_the_size_of_all_logits() -> None:
+    """64 tokens of 400 entries in chunks of 8: the largest tensor has the 8 * 400 logits of a chunk."""
 
-    class Largest(TorchDispatchMode):
+    class SizeRecorder(TorchDispatchMode):
         numel = 0
 
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -280,17 +280,17 @@ def test_no_tensor_is_as_large_as_all_tokens_times_the_vocabulary() -> None:
     mask = (torch.arange(64) % 5 > 0).int()
     for level in LEVELS:
         for clip in ("divergence clip", "teacher entropy"):
-            chosen = LEVELS[level] | (CLIPS[clip] if level != "sampled token" else {})
-            with Largest() as largest:
-                config = SelfDistillationConfig(**chosen, policy_loss_weight=0.5)
+            overrides = LEVELS[level] | (CLIPS[clip] if level != "sampled token" else {})
+            with SizeRecorder() as recorder:
+                config = SelfDistillationConfig(**overrides, policy_loss_weight=0.5)
                 run_fused(case, config, torch.ones(64), mask, 8, advantages=case.advantages)[0].backward()
-            assert largest.numel == 8 * 400, level
+            assert recorder.numel == 8 * 400, level
 
 
-# The blend, in the form of the engines
+# The loss as the actors call it
 
 
-def run_engine_form(
+def assert_equals_compute_loss(
     case: Case,
     config: SelfDistillationConfig,
     distilled: Tensor | None,
@@ -298,7 +298,7 @@ def run_engine_form(
     trust: float = 0.0,
     **changes: Any,
 ) -> None:
-    """Weights of every kind, tokens of which some are distilled; trust > 0: a teacher of two models' logits."""
+    """Compare with compute_loss, with all kinds of weights; ``trust > 0`` mixes the logits of two models as teacher."""
     generator = torch.Generator().manual_seed(5)
     weights = {
         name: torch.rand(N, generator=generator, dtype=torch.float64)
@@ -322,21 +322,21 @@ def run_engine_form(
         policy = [replace(first, coefficient=1.0 - trust), replace(second, coefficient=trust)] if trust else [first]
         logits = sum(part.coefficient * (part.hidden @ part.weight.T + part.bias) for part in policy)
         teacher = (logits / case.temperature).log_softmax(-1).detach()
-    read = read_distributions(case.student(), teacher, tokens, config)
-    expected = compute_loss(tokens, read, config)
+    distributions = read_distributions(case.student(), teacher, tokens, config)
+    expected = compute_loss(tokens, distributions, config)
     expected.loss.backward()
     gradients = case.gradients()
     student = LinearHead(case.hidden, case.head, case.bias)
     outputs = fused_linear_sdpo_loss(student, policy, tokens, config, temperature=case.temperature, chunk_size=size)
     outputs.loss.backward()
-    close = {"rtol": 0.0, "atol": 1e-10}
-    torch.testing.assert_close(outputs.loss, expected.loss, **close)
-    torch.testing.assert_close(outputs.token_losses, expected.token_losses.detach(), **close)
-    torch.testing.assert_close(outputs.student_log_probs, read.student_log_probs.detach(), **close)
-    if read.teacher_log_probs is not None:
-        torch.testing.assert_close(outputs.teacher_log_probs, read.teacher_log_probs, **close)
-    for result, wanted in zip(case.gradients(), gradients, strict=True):
-        torch.testing.assert_close(result, wanted, **close)
+    tolerances = {"rtol": 0.0, "atol": 1e-10}
+    torch.testing.assert_close(outputs.loss, expected.loss, **tolerances)
+    torch.testing.assert_close(outputs.token_losses, expected.token_losses.detach(), **tolerances)
+    torch.testing.assert_close(outputs.student_log_probs, distributions.student_log_probs.detach(), **tolerances)
+    if distributions.teacher_log_probs is not None:
+        torch.testing.assert_close(outputs.teacher_log_probs, distributions.teacher_log_probs, **tolerances)
+    for result, reference in zip(case.gradients(), gradients, strict=True):
+        torch.testing.assert_close(result, reference, **tolerances)
     assert outputs.sums.keys() == expected.sums.keys()
     for name, (total, count) in expected.sums.items():
         assert float(outputs.sums[name][0]) == pytest.approx(float(total), abs=1e-10), name
@@ -345,23 +345,23 @@ def run_engine_form(
 
 @pytest.mark.parametrize("policy_loss_weight", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("level", LEVELS)
-def test_the_blend_is_that_of_compute_loss(level: str, policy_loss_weight: float) -> None:
+def test_grpo_and_sdpo_equal_compute_loss(level: str, policy_loss_weight: float) -> None:
     config = SelfDistillationConfig(
         **LEVELS[level], policy_loss_weight=policy_loss_weight, is_clip=1.1, divergence_clip=0.1
     )
-    some = torch.tensor([True, False, True, True, False, True, True])
-    for distilled in (some, torch.ones(N, dtype=torch.bool), torch.zeros(N, dtype=torch.bool), None):
+    partly_distilled = torch.tensor([True, False, True, True, False, True, True])
+    for distilled in (partly_distilled, torch.ones(N, dtype=torch.bool), torch.zeros(N, dtype=torch.bool), None):
         for size in (1, 3, N, 50):
-            run_engine_form(make_case(), config, distilled, size)
+            assert_equals_compute_loss(make_case(), config, distilled, size)
 
 
 @pytest.mark.parametrize("policy_loss_weight", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("level", LEVELS)
-def test_kl_to_a_reference_and_entropy_are_those_of_compute_loss(level: str, policy_loss_weight: float) -> None:
+def test_kl_to_a_reference_and_entropy_equal_compute_loss(level: str, policy_loss_weight: float) -> None:
     config = SelfDistillationConfig(
         **LEVELS[level], policy_loss_weight=policy_loss_weight, is_clip=1.1, divergence_clip=0.1
     )
-    some = torch.tensor([True, False, True, True, False, True, True])
+    partly_distilled = torch.tensor([True, False, True, True, False, True, True])
     case = make_case()
     reference = case.old + 0.5 * case.advantages
     for terms in (
@@ -370,74 +370,74 @@ def test_kl_to_a_reference_and_entropy_are_those_of_compute_loss(level: str, pol
         Regularization(None, "kl", 0.2),
     ):
         changes = {"regularization": terms, "ref_log_probs": reference if terms.kl_loss_coef is not None else None}
-        for distilled in (some, torch.ones(N, dtype=torch.bool), None):
+        for distilled in (partly_distilled, torch.ones(N, dtype=torch.bool), None):
             for size in (3, 50):
-                run_engine_form(case, config, distilled, size, **changes)
+                assert_equals_compute_loss(case, config, distilled, size, **changes)
 
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("rows", [1, 2])
-def test_blocks_within_a_chunk_change_nothing(level: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_result_does_not_depend_on_the_block_size(level: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sdpo.kernels.chunked_log_probs.BLOCK_BYTES", rows * V * 8)
     config = SelfDistillationConfig(**LEVELS[level], policy_loss_weight=0.3, divergence_clip=0.1)
-    some = torch.tensor([True, False, True, True, True, True, True])
+    partly_distilled = torch.tensor([True, False, True, True, True, True, True])
     for size in (3, N):
-        run_engine_form(make_case(), config, some, size)
-    assert_same_run(replace(make_case(), softcap=1.5), config, some, torch.ones(N), N)
+        assert_equals_compute_loss(make_case(), config, partly_distilled, size)
+    assert_same_run(replace(make_case(), softcap=1.5), config, partly_distilled, torch.ones(N), N)
 
 
 @pytest.mark.parametrize("level", ["full, alpha=0.0", "renormalised, alpha=0.5", "sampled token"])
-def test_a_teacher_of_two_models_logits(level: str) -> None:
+def test_teacher_of_two_models(level: str) -> None:
     config = SelfDistillationConfig(**LEVELS[level], policy_loss_weight=0.2)
-    some = torch.tensor([True, False, True, True, False, True, True])
-    run_engine_form(make_case(), config, some, 2, trust=0.35)
+    partly_distilled = torch.tensor([True, False, True, True, False, True, True])
+    assert_equals_compute_loss(make_case(), config, partly_distilled, 2, trust=0.35)
 
 
 @pytest.mark.parametrize("level", ["full, alpha=0.5", "tail, alpha=1.0", "sampled token"])
-def test_rollout_weights_made_in_the_pass_are_the_truncated_ratios_by_token(level: str) -> None:
-    case, some = make_case(), torch.tensor([True, False, True, True, False, True, True])
+def test_rollout_weights_computed_by_the_loss_are_truncated_ratios(level: str) -> None:
+    case, partly_distilled = make_case(), torch.tensor([True, False, True, True, False, True, True])
     config = SelfDistillationConfig(**LEVELS[level], policy_loss_weight=0.3)
-    own = case.student().detach().gather(-1, case.ids[:, None])[:, 0]
+    log_probs = case.student().detach().gather(-1, case.ids[:, None])[:, 0]
     ratios = torch.tensor([0.4, 0.9, 1.5, 0.7, 30.0, 1.9, 1.0], dtype=torch.float64)
-    made = {"rollout_is_weights": None, "rollout_log_probs": own - ratios.log(), "rollout_is_threshold": 1.7}
-    by_own = torch.tensor([0.4, 0.9, 1.5, 0.7, 1.7, 1.7, 1.0], dtype=torch.float64)
-    by_old = ((case.old - own).exp() * ratios).clamp(max=1.7)
-    assert not torch.allclose(by_own, by_old)
-    for old, weights in ((None, by_own), (case.old, by_old)):
-        run_engine_form(case, config, some, 2, old_log_probs=old, **made)
+    computed = {"rollout_is_weights": None, "rollout_log_probs": log_probs - ratios.log(), "rollout_is_threshold": 1.7}
+    on_policy_weights = torch.tensor([0.4, 0.9, 1.5, 0.7, 1.7, 1.7, 1.0], dtype=torch.float64)
+    off_policy_weights = ((case.old - log_probs).exp() * ratios).clamp(max=1.7)
+    assert not torch.allclose(on_policy_weights, off_policy_weights)
+    for old, weights in ((None, on_policy_weights), (case.old, off_policy_weights)):
+        assert_equals_compute_loss(case, config, partly_distilled, 2, old_log_probs=old, **computed)
         results = []
-        # Weights that are given win over those that could be made.
-        for changes in (made, {"rollout_is_weights": weights}, made | {"rollout_is_weights": weights}):
+        # Given weights take precedence over computed weights.
+        for changes in (computed, {"rollout_is_weights": weights}, computed | {"rollout_is_weights": weights}):
             tokens = TokenBatch(
                 case.ids,
                 old_log_probs=old,
                 policy_weights=torch.ones(N),
                 advantages=case.advantages,
-                distilled=some,
+                distilled=partly_distilled,
                 distillation_weights=torch.ones(N),
             )
             outputs = fused_linear_sdpo_loss(
                 LinearHead(case.hidden, case.head, case.bias),
-                [LinearHead(case.teacher_hidden[some], case.teacher_head, case.teacher_bias)],
+                [LinearHead(case.teacher_hidden[partly_distilled], case.teacher_head, case.teacher_bias)],
                 replace(tokens, **changes),
                 config,
                 temperature=case.temperature,
             )
             outputs.loss.backward()
             results.append((outputs.token_losses, *case.gradients()))
-        for made_in_pass, given, both in zip(*results, strict=True):
-            torch.testing.assert_close(made_in_pass, given, rtol=0.0, atol=1e-10)
+        for computed_result, given, both in zip(*results, strict=True):
+            torch.testing.assert_close(computed_result, given, rtol=0.0, atol=1e-10)
             assert torch.equal(both, given)
 
 
 @pytest.mark.parametrize("size", [1, 3, N, None])
-def test_log_probabilities_of_the_sampled_tokens_and_entropies(size: int | None) -> None:
+def test_score_tokens(size: int | None) -> None:
     case = replace(make_case(), softcap=1.5)
     student = LinearHead(case.hidden, case.head, case.bias, case.softcap)
     result, entropies = score_tokens(student, case.ids, temperature=case.temperature, chunk_size=size)
     distributions = case.student().detach()
-    wanted = distributions.gather(-1, case.ids[:, None])[:, 0]
-    torch.testing.assert_close(result, wanted, rtol=0.0, atol=1e-12)
+    reference = distributions.gather(-1, case.ids[:, None])[:, 0]
+    torch.testing.assert_close(result, reference, rtol=0.0, atol=1e-12)
     torch.testing.assert_close(entropies, -(distributions.exp() * distributions).sum(-1), rtol=0.0, atol=1e-12)
     assert not result.requires_grad
     none, _ = score_tokens(LinearHead(case.hidden[:0], case.head), case.ids[:0])
@@ -446,7 +446,7 @@ def test_log_probabilities_of_the_sampled_tokens_and_entropies(size: int | None)
     assert score_tokens(half, case.ids, chunk_size=size)[0].dtype == torch.float32
 
 
-def test_the_public_blend_averages_each_part_over_its_own_tokens() -> None:
+def test_public_loss_averages_each_part_over_its_tokens() -> None:
     case = make_case()
     mask, distilled = (torch.tensor(values, dtype=torch.bool) for values in MASKS["some"])
     both = mask & distilled
@@ -456,22 +456,24 @@ def test_the_public_blend_averages_each_part_over_its_own_tokens() -> None:
         loss, values = run_fused(case, config, mask, distilled, 2, advantages=case.advantages)
         loss.backward()
         results[coef] = float(loss.detach()), case.gradients(), values
-    alone, _ = run_fused(case, SelfDistillationConfig(alpha=0.5, policy_loss_weight=0.3), mask, distilled, 2)
-    assert results[0.0][0] == pytest.approx(float(alone.detach()), abs=1e-14)
-    # PPO by hand: ratio 1 / what made old from it, bounds 0.8 and 1.2, at the tokens of the mask.
+    without_advantages, _ = run_fused(
+        case, SelfDistillationConfig(alpha=0.5, policy_loss_weight=0.3), mask, distilled, 2
+    )
+    assert results[0.0][0] == pytest.approx(float(without_advantages.detach()), abs=1e-14)
+    # PPO loss: the ratios of make_case, clipped to 0.8 and 1.2, at the tokens of the mask.
     ratio = torch.tensor([0.5, 1.05, 2.5, 0.6, 3.0, 0.95, 1.5], dtype=torch.float64)
-    worse = torch.maximum(-case.advantages * ratio, -case.advantages * ratio.clamp(0.8, 1.2)) * case.rollout
-    assert results[1.0][0] == pytest.approx(float(worse[mask].mean()), abs=1e-12)
+    policy_losses = torch.maximum(-case.advantages * ratio, -case.advantages * ratio.clamp(0.8, 1.2)) * case.rollout
+    assert results[1.0][0] == pytest.approx(float(policy_losses[mask].mean()), abs=1e-12)
     assert results[0.3][0] == pytest.approx(0.3 * results[1.0][0] + 0.7 * results[0.0][0], abs=1e-12)
-    for blend, grpo, sdpo in zip(results[0.3][1], results[1.0][1], results[0.0][1], strict=True):
-        torch.testing.assert_close(blend, 0.3 * grpo + 0.7 * sdpo, rtol=0.0, atol=1e-12)
+    for mixed, grpo, sdpo in zip(results[0.3][1], results[1.0][1], results[0.0][1], strict=True):
+        torch.testing.assert_close(mixed, 0.3 * grpo + 0.7 * sdpo, rtol=0.0, atol=1e-12)
     assert int(both.sum()) != int(mask.sum())
     assert results[0.3][2][metrics.ADVANTAGES_MEAN] == pytest.approx(float(case.advantages[mask].mean()))
 
 
 @pytest.mark.parametrize("advantages", [True, False])
-def test_the_public_terms_for_kl_and_entropy_are_averaged_over_all_counted_tokens(advantages: bool) -> None:
-    """Alone, from the distributions: 0.3 KL - 0.2 H, over the mask and not only over distilled tokens."""
+def test_public_terms_for_kl_and_entropy_are_averaged_over_the_response_mask(advantages: bool) -> None:
+    """The reference is 0.3 KL - 0.2 H from the distributions, averaged over the mask, not over distilled tokens."""
     case = make_case()
     mask, distilled = (torch.tensor(values, dtype=torch.bool) for values in MASKS["some"])
     reference = case.old + 0.5 * case.advantages
@@ -490,13 +492,13 @@ def test_the_public_terms_for_kl_and_entropy_are_averaged_over_all_counted_token
     loss, values = run_fused(case, config, mask, distilled, 2, **given, **terms)
     loss.backward()
     assert float(loss.detach()) == pytest.approx(float((base + 0.3 * kl - 0.2 * entropy).detach()), abs=1e-12)
-    for result, wanted in zip(case.gradients(), expected, strict=True):
-        torch.testing.assert_close(result, wanted, rtol=0.0, atol=1e-12)
+    for result, reference in zip(case.gradients(), expected, strict=True):
+        torch.testing.assert_close(result, reference, rtol=0.0, atol=1e-12)
     assert values[metrics.KL_LOSS] == pytest.approx(float(kl.detach()), abs=1e-12)
     assert values[metrics.ENTROPY] == pytest.approx(float(entropy.detach()), abs=1e-12)
 
 
-def test_kl_needs_the_reference_s_log_probabilities_and_drops_tokens_without_one() -> None:
+def test_kl_needs_ref_log_probs_and_drops_nonfinite_tokens() -> None:
     case, mask = make_case(), torch.ones(N)
     with pytest.raises(ValueError, match=r"ref_log_probs is required by kl_loss_coef=0\.3"):
         run_fused(case, SelfDistillationConfig(), mask, mask, 3, kl_loss_coef=0.3)
@@ -505,46 +507,46 @@ def test_kl_needs_the_reference_s_log_probabilities_and_drops_tokens_without_one
     _, values = run_fused(case, SelfDistillationConfig(), mask, mask, 3, kl_loss_coef=0.3, ref_log_probs=reference)
     assert values[metrics.NONFINITE_SAMPLES] == 1.0
     _, values = run_fused(case, SelfDistillationConfig(), mask, mask, 3, ref_log_probs=reference)
-    assert values[metrics.NONFINITE_SAMPLES] == 0.0, "without the term its values are not read"
+    assert values[metrics.NONFINITE_SAMPLES] == 0.0, "without the term, its log-probs must not be read"
 
 
-# What is not finite, not needed, not given
+# Non-finite, unused and missing values
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("place", ["hidden", "teacher_hidden", "old", "rollout"])
-def test_a_token_that_is_not_finite_is_left_out_and_counted(place: str, value: float) -> None:
+@pytest.mark.parametrize("field", ["hidden", "teacher_hidden", "old", "rollout"])
+def test_nonfinite_token_is_dropped_and_counted(field: str, value: float) -> None:
     config = SelfDistillationConfig(alpha=0.5)
     case, mask = make_case(), torch.ones(N)
-    broken = getattr(case, place).detach().clone()
-    broken[2] = value
-    bad = replace(case, **{place: broken.requires_grad_(place == "hidden")})
+    changed = getattr(case, field).detach().clone()
+    changed[2] = value
+    nonfinite = replace(case, **{field: changed.requires_grad_(field == "hidden")})
     mask_without = mask.clone()
     mask_without[2] = 0
-    loss, values = run_fused(bad, config, mask, mask, 3)
+    loss, values = run_fused(nonfinite, config, mask, mask, 3)
     loss.backward()
-    gradients = bad.gradients()
-    wanted, wanted_values = run_fused(case, config, mask_without, mask, 3)
-    wanted.backward()
-    assert float(loss.detach()) == pytest.approx(float(wanted.detach()), abs=1e-14)
+    gradients = nonfinite.gradients()
+    reference, reference_values = run_fused(case, config, mask_without, mask, 3)
+    reference.backward()
+    assert float(loss.detach()) == pytest.approx(float(reference.detach()), abs=1e-14)
     for result, expected in zip(gradients, case.gradients(), strict=True):
         torch.testing.assert_close(result, expected, rtol=0.0, atol=1e-14)
-    assert values == pytest.approx(wanted_values | {metrics.NONFINITE_SAMPLES: 1.0}, abs=1e-14)
-    # Where the mask leaves it out already, it is no finding.
-    assert run_fused(bad, config, mask_without, mask, 3)[1] == pytest.approx(wanted_values, abs=1e-14)
+    assert values == pytest.approx(reference_values | {metrics.NONFINITE_SAMPLES: 1.0}, abs=1e-14)
+    # A masked token is not counted.
+    assert run_fused(nonfinite, config, mask_without, mask, 3)[1] == pytest.approx(reference_values, abs=1e-14)
 
 
-def test_a_sampled_token_that_the_teacher_rules_out_is_left_out_as_in_the_official_function() -> None:
+def test_sampled_token_of_teacher_probability_zero_is_dropped() -> None:
     case = make_case()
     case.teacher_bias[case.ids[2]] = -torch.inf
-    num_broken = int((case.ids == case.ids[2]).sum())
+    num_dropped = int((case.ids == case.ids[2]).sum())
     mask = torch.ones(N)
     assert_same_run(case, SelfDistillationConfig(alpha=0.0), mask, mask, 3)
     _, values = run_fused(case, SelfDistillationConfig(alpha=0.0), mask, mask, 3)
-    assert values[metrics.NONFINITE_SAMPLES] == num_broken < N
+    assert values[metrics.NONFINITE_SAMPLES] == num_dropped < N
 
 
-def test_a_token_that_is_not_finite_stands_in_the_token_losses() -> None:
+def test_nonfinite_token_has_a_nonfinite_token_loss() -> None:
     case = make_case()
     hidden = case.hidden.detach().clone()
     hidden[4] = float("nan")
@@ -556,11 +558,11 @@ def test_a_token_that_is_not_finite_stands_in_the_token_losses() -> None:
     assert torch.isfinite(outputs.token_losses).tolist() == [True] * 4 + [False] + [True] * 2
 
 
-def test_only_what_requires_a_gradient_gets_one() -> None:
+def test_gradients_only_for_tensors_that_require_them() -> None:
     config, mask = SelfDistillationConfig(alpha=0.5), torch.ones(N)
     case = make_case()
     run_fused(case, config, mask, mask, 3)[0].backward()
-    grad_hidden, by_head, grad_bias = case.gradients()
+    grad_hidden, grad_head, grad_bias = case.gradients()
     case.head.requires_grad_(False)
     run_fused(case, config, mask, mask, 3, student_bias=case.bias.detach())[0].backward()
     assert (case.head.grad, case.bias.grad) == (None, None)
@@ -569,14 +571,14 @@ def test_only_what_requires_a_gradient_gets_one() -> None:
     case.hidden.requires_grad_(False)
     run_fused(case, config, mask, mask, 3)[0].backward()
     assert case.hidden.grad is None
-    assert torch.equal(case.gradients()[1], by_head)
+    assert torch.equal(case.gradients()[1], grad_head)
     with torch.no_grad():
         loss, _ = run_fused(case, config, mask, mask, 3)
     assert not loss.requires_grad
     assert grad_bias.abs().sum() > 0
 
 
-def test_a_backward_pass_may_be_repeated() -> None:
+def test_backward_pass_can_be_repeated() -> None:
     case, mask = make_case(), torch.ones(N)
     loss, _ = run_fused(case, SelfDistillationConfig(), mask, mask, 3)
     loss.backward(retain_graph=True)
@@ -586,7 +588,7 @@ def test_a_backward_pass_may_be_repeated() -> None:
         torch.testing.assert_close(2.0 * once, twice, rtol=1e-15, atol=0.0)
 
 
-def test_a_ratio_needs_the_old_policy() -> None:
+def test_is_clip_needs_old_log_probs() -> None:
     with pytest.raises(ValueError, match="old_log_probs is required"):
         run_fused(make_case(), SelfDistillationConfig(), torch.ones(N), torch.ones(N), 3, old_log_probs=None)
     loss, _ = run_fused(
@@ -595,14 +597,14 @@ def test_a_ratio_needs_the_old_policy() -> None:
     assert float(loss.detach()) > 0
 
 
-def test_the_default_chunk_keeps_the_student_s_logits_below_156_megabytes() -> None:
+def test_default_chunk_keeps_the_student_logits_below_156_megabytes() -> None:
     assert choose_chunk_size(151_936, torch.bfloat16) == 513  # 513 * 151,936 * 2 bytes = 155.9 MB
     assert choose_chunk_size(151_936, torch.float32) == 256
     assert choose_chunk_size(10**9, torch.float32) == 1
     assert choose_chunk_size(151_936, torch.bfloat16, torch.device("cpu")) == 513
 
 
-def test_on_cuda_the_default_chunk_takes_an_eighth_of_the_free_memory_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_chunk_on_cuda_takes_at_most_an_eighth_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     free = 10**12
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**12))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * 10**8)
@@ -610,14 +612,14 @@ def test_on_cuda_the_default_chunk_takes_an_eighth_of_the_free_memory_at_most(mo
     device = torch.device("cuda", 0)
     assert choose_chunk_size(151_936, torch.bfloat16, device) == 921  # 280 MB
     free = 10**9
-    assert choose_chunk_size(100_000, torch.bfloat16, device) == 750  # (1 GB + 0.2 GB that the cache holds) / 8
+    assert choose_chunk_size(100_000, torch.bfloat16, device) == 750  # (1 GB + 0.2 GB in the allocator's cache) / 8
 
 
-# Sizes, pieces, precision
+# Chunk sizes and precision
 
 
 @pytest.mark.parametrize("size", [1, 4, 63, 64, 65, 640])
-def test_slices_are_as_equal_as_round_lengths_can_be(size: int) -> None:
+def test_slices_have_equal_round_lengths(size: int) -> None:
     slices = list(cut_slice(640, size))
     assert [i for s in slices for i in range(s.start, s.stop)] == list(range(640))
     lengths = [s.stop - s.start for s in slices]
@@ -627,47 +629,47 @@ def test_slices_are_as_equal_as_round_lengths_can_be(size: int) -> None:
     assert list(cut_slice(0, size)) == []
 
 
-def test_what_is_left_of_an_odd_length_is_cut_into_few() -> None:
+def test_rest_of_an_odd_length_has_few_slices() -> None:
     assert [s.stop - s.start for s in cut_slice(1999, 512)] == [480, 480, 480, 480, 72, 7]
     assert max(len(list(cut_slice(length, 4096))) for length in range(1, 4097)) == 3
 
 
-# Not the top k: rounding exchanges which entries are kept.
+# Without top k, because rounding changes the kept entries.
 @pytest.mark.parametrize("level", [level for level in LEVELS if "full" in level or level == "sampled token"])
-def test_bfloat16_is_within_its_rounding_of_float64_in_any_pieces(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The head's gradient in pieces of 3 of 40 rows, two pieces a part. What is exact is taken from the same numbers.
+def test_bfloat16_with_small_blocks_is_close_to_float64(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head's gradient is computed in blocks of 3 of 40 rows, two blocks per part, from the same bfloat16 inputs.
 
-    A bfloat16 has 8 bits, so it is off by 2^-9 of itself at most: logits, and so probabilities by as much as their size
-    (about 8); then the gradient by the logits, and its products.
+    bfloat16 has 8 bits, so relative errors of at most 2^-9: in the logits, with a size of about 8, and hence in the
+    probabilities; then in the gradient by the logits, and in its products.
     """
     monkeypatch.setattr("sdpo.kernels.head_grad.PIECE_BYTES", 3 * 16 * 4)
     monkeypatch.setattr("sdpo.kernels.head_grad.PART_PIECES", 2)
     config = SelfDistillationConfig(**LEVELS[level], is_clip=None)
     half = replace(make_case(torch.bfloat16, size=(70, 40, 16)), temperature=1.0)
     tensors = {name: value for name, value in vars(half).items() if isinstance(value, Tensor)}
-    whole = replace(half, **{n: v.detach().double() for n, v in tensors.items() if v.dtype == torch.bfloat16})
-    for leaf in whole.leaves():
+    full_precision = replace(half, **{n: v.detach().double() for n, v in tensors.items() if v.dtype == torch.bfloat16})
+    for leaf in full_precision.leaves():
         leaf.requires_grad_()
     mask = torch.ones(70)
     for size in (16, 70):
         results = []
-        for case in (whole, half):
+        for case in (full_precision, half):
             loss, _ = run_fused(case, config, mask, mask, size)
             loss.backward()
             assert [leaf.grad.dtype for leaf in case.leaves() if leaf.grad is not None] == 3 * [case.head.dtype]
             results.append((float(loss.detach()), case.gradients()))
-        (expected, gradients), (loss_in_half, half_gradients) = results
-        assert loss_in_half == pytest.approx(expected, rel=0.01)
-        for wanted, result in zip(gradients, half_gradients, strict=True):
-            assert float((result.double() - wanted).norm() / wanted.norm()) < 0.015
+        (expected, gradients), (half_loss, half_gradients) = results
+        assert half_loss == pytest.approx(expected, rel=0.01)
+        for reference, result in zip(gradients, half_gradients, strict=True):
+            assert float((result.double() - reference).norm() / reference.norm()) < 0.015
 
 
-def test_in_bfloat16_many_chunks_are_summed_up_in_float32() -> None:
-    """2,048 equal tokens in chunks of 8: a sum in bfloat16 stands still when a chunk is 2^-9 of it."""
+def test_bfloat16_gradients_of_many_chunks_are_summed_in_float32() -> None:
+    """2,048 equal tokens in chunks of 8: a bfloat16 sum stops growing when a chunk is 2^-9 of the sum."""
     case = replace(make_case(torch.bfloat16, size=(7, 40, 16)), temperature=1.0)
-    many = {name: getattr(case, name).detach()[:1].repeat(2048, 1) for name in ("hidden", "teacher_hidden")}
+    hidden_states = {name: getattr(case, name).detach()[:1].repeat(2048, 1) for name in ("hidden", "teacher_hidden")}
     ids, old, rollout = (getattr(case, name)[:1].repeat(2048) for name in ("ids", "old", "rollout"))
-    case = replace(case, ids=ids, old=old, rollout=rollout, **many)
+    case = replace(case, ids=ids, old=old, rollout=rollout, **hidden_states)
     mask = torch.ones(2048)
     gradients = []
     for size in (8, 2048):
@@ -679,10 +681,10 @@ def test_in_bfloat16_many_chunks_are_summed_up_in_float32() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("level", ["full, alpha=0.0", "full, alpha=0.5", "tail, alpha=1.0", "sampled token"])
-def test_memory_does_not_grow_with_the_tokens(
+def test_memory_does_not_grow_with_the_number_of_tokens(
     level: str, dtype: torch.dtype, count_peak: Callable[[Callable[[], Any]], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """V = 2,000, H = 4, chunks of 32, blocks of 4. A token itself costs its gradient and some numbers."""
+    """V = 2,000, H = 4, chunks of 32, blocks of 4; each token adds its gradient and a few scalars."""
     monkeypatch.setattr("sdpo.kernels.chunked_log_probs.BLOCK_BYTES", 4 * 2000 * 4)
     config = SelfDistillationConfig(**LEVELS[level])
     peaks = {}
@@ -696,6 +698,6 @@ def test_memory_does_not_grow_with_the_tokens(
         peaks[number] = count_peak(run)
     # The student's logits, the teacher's, ten blocks in float32, gradients of head and bias.
     logits = 32 * 2000 * dtype.itemsize
-    both = 2.0 if dtype == torch.float32 else 1.25
-    assert peaks[96] < both * logits + 10 * 4 * 2000 * 4 + 3 * 2000 * 5 * 4 + 96 * 300
+    copies = 2.0 if dtype == torch.float32 else 1.25
+    assert peaks[96] < copies * logits + 10 * 4 * 2000 * 4 + 3 * 2000 * 5 * 4 + 96 * 300
     assert peaks[288] - peaks[96] < 192 * 300 < logits

@@ -1,4 +1,4 @@
-"""Gradients of KL and entropy terms from hidden states: by hand, and by finite differences."""
+"""Gradients of the KL and entropy terms from hidden states: values by hand, and finite differences."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def double(values: Any) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def test_the_entropy_s_gradient_by_logits_by_hand() -> None:
+def test_gradient_of_the_entropy_by_the_logits() -> None:
     """Probabilities 1/2, 1/4, 1/4 and 0: H = 1.5 log 2, and dH / dz_j = -s_j (log s_j + H)."""
     head = torch.eye(4, dtype=torch.float64)
     bias = double([0.0, 0.0, 0.0, -math.inf])
@@ -37,7 +37,7 @@ def test_the_entropy_s_gradient_by_logits_by_hand() -> None:
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
-def test_the_gradients_by_finite_differences(softcap: float | None) -> None:
+def test_gradients_equal_finite_differences(softcap: float | None) -> None:
     generator = torch.Generator().manual_seed(2)
     hidden, head, bias = (
         torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()

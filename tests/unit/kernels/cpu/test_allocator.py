@@ -1,4 +1,4 @@
-"""Freed memory is handed out again: pages are asked of the system once."""
+"""keep_freed_memory makes glibc reuse freed memory instead of requesting new pages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import resource, torch
 {call}
 def use():
     torch.zeros(16_000_000).add_(1)  # 64 MB
-for _ in range(20):  # until the heap has its size
+for _ in range(20):  # until the heap has its final size
     use()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
@@ -34,17 +34,17 @@ def count_faults(call: str, **variables: str) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's setting")
-def test_pages_are_asked_of_the_system_once() -> None:
-    assert count_faults("") > 10 * 1000  # a tenth of what pages of 4 KB would be, for larger ones
+def test_freed_pages_are_reused() -> None:
+    assert count_faults("") > 10 * 1000  # a tenth of the faults with 4 KB pages; the system may use larger pages
     assert count_faults(KEEP) < 100
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's setting")
-def test_what_the_environment_says_already_is_left_alone() -> None:
+def test_variables_of_the_environment_take_precedence() -> None:
     assert count_faults(KEEP, MALLOC_MMAP_MAX_="65536") > 10 * 1000
 
 
-def test_processes_started_later_inherit_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_child_processes_inherit_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     environment: dict[str, str] = {}
     monkeypatch.setattr(os, "environ", environment)
     monkeypatch.setattr(allocator.ctypes, "CDLL", lambda _: object())  # a C library without such a setting

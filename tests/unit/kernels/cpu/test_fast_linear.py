@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN against float64 and torch's own, forward and backward."""
+"""Linear layers by oneDNN compared with float64 and with torch's layers, forward and backward."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sdpo.kernels.cpu import fast_linear
-from sdpo.kernels.cpu import onednn as products
+from sdpo.kernels.cpu import onednn as onednn_module
 from sdpo.kernels.cpu.fast_linear import FastLinear, speed_up_linear_layers
 from sdpo.kernels.cpu.onednn import find_round_length, multiply, prefers_onednn, round_up_rows
 
@@ -19,10 +19,10 @@ SHAPES: list[tuple[tuple[int, ...], int, int]] = [((1,), 1, 1), ((7,), 5, 3), ((
 
 @pytest.fixture(params=[True, False], ids=["onednn", "mkl"])
 def onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Both ways, whatever this machine prefers."""
-    monkeypatch.setattr(products, "prefers_onednn", lambda: request.param)
+    """Run a test with oneDNN and with MKL, on any machine."""
+    monkeypatch.setattr(onednn_module, "prefers_onednn", lambda: request.param)
     monkeypatch.setattr(fast_linear, "prefers_onednn", lambda: request.param)
-    monkeypatch.setattr(products, "MIN_SIZE", 1)
+    monkeypatch.setattr(onednn_module, "MIN_SIZE", 1)
     return bool(request.param)
 
 
@@ -47,7 +47,7 @@ def test_products(rows: tuple[int, ...], width: int, out: int, has_bias: bool) -
 
 @pytest.mark.usefixtures("onednn")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_types_are_torch_s_own(dtype: torch.dtype) -> None:
+def test_other_dtypes_use_torch(dtype: torch.dtype) -> None:
     left, right = torch.randn(4, 8).to(dtype), torch.randn(3, 8).to(dtype)
     assert multiply(left, right).equal(left @ right.T)
 
@@ -65,13 +65,13 @@ def test_gradients(
     onednn: bool, rows: tuple[int, ...], width: int, out: int, has_bias: bool, frozen: str | None
 ) -> None:
     torch.manual_seed(0)
-    plain = nn.Linear(width, out, bias=has_bias)
-    fast = copy.deepcopy(plain)
-    speed_up_linear_layers(fast)
-    assert type(fast) is (FastLinear if onednn else nn.Linear)
+    reference = nn.Linear(width, out, bias=has_bias)
+    accelerated = copy.deepcopy(reference)
+    speed_up_linear_layers(accelerated)
+    assert type(accelerated) is (FastLinear if onednn else nn.Linear)
     inputs = torch.randn(*rows, width)
     results = []
-    for layer in (fast, plain.double()):
+    for layer in (accelerated, reference.double()):
         dtype = next(layer.parameters()).dtype
         if frozen == "weight":
             layer.requires_grad_(False)
@@ -82,37 +82,37 @@ def test_gradients(
             torch.testing.assert_close(actual.double(), expected, atol=1e-4, rtol=1e-5)
 
 
-def test_a_model_keeps_its_names_and_its_copies_are_as_fast(onednn: bool) -> None:
+def test_model_keeps_parameter_names_and_copies_keep_fast_layers(onednn: bool) -> None:
     model: Any = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     names = list(model.state_dict())
     speed_up_linear_layers(model)
-    twin = copy.deepcopy(model)
-    assert list(twin.state_dict()) == names
-    assert (type(twin[0]) is FastLinear) == onednn
+    duplicate = copy.deepcopy(model)
+    assert list(duplicate.state_dict()) == names
+    assert (type(duplicate[0]) is FastLinear) == onednn
     with torch.no_grad():
-        twin[0].weight.zero_()
+        duplicate[0].weight.zero_()
     assert model[0].weight.abs().sum() > 0
 
 
 @pytest.mark.usefixtures("onednn")
-def test_autocast_and_other_types_are_torch_s_own() -> None:
+def test_autocast_and_other_dtypes_use_torch() -> None:
     torch.manual_seed(0)
-    plain = nn.Linear(16, 8)
-    fast = copy.deepcopy(plain)
-    fast.__class__ = FastLinear
+    reference = nn.Linear(16, 8)
+    accelerated = copy.deepcopy(reference)
+    accelerated.__class__ = FastLinear
     input = torch.randn(5, 16)
     with torch.autocast("cpu", torch.bfloat16):
-        assert fast(input).dtype == torch.bfloat16
-        assert fast(input).equal(plain(input))
-    assert fast.double()(input.double()).equal(plain.double()(input.double()))
+        assert accelerated(input).dtype == torch.bfloat16
+        assert accelerated(input).equal(reference(input))
+    assert accelerated.double()(input.double()).equal(reference.double()(input.double()))
 
 
-def test_the_rule_never_depends_on_timing() -> None:
+def test_choice_of_onednn_is_deterministic() -> None:
     prefers_onednn.cache_clear()
     assert {prefers_onednn(), prefers_onednn.__wrapped__(), prefers_onednn.__wrapped__()} == {prefers_onednn()}
 
 
-def test_lengths_are_rounded_to_eight_an_octave() -> None:
+def test_lengths_are_rounded_to_eight_values_per_octave() -> None:
     assert [find_round_length(n) for n in (1, 15, 16, 17, 31, 33, 1000, 1024, 1025, 4095)] == [
         *(1, 15, 16, 16, 30, 32, 960, 1024, 1024, 3840)
     ]

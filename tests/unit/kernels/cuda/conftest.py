@@ -1,4 +1,4 @@
-"""The kernels with blocks small enough that a vocabulary of 75 takes three of them."""
+"""Launch the kernels with blocks of 32 entries, so that a vocabulary of 75 needs three blocks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def _small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     pytest.importorskip("triton")
     from sdpo.kernels.cuda import logits_gradient, row_statistics
 
-    small = row_statistics.Launch(32, 1)
-    monkeypatch.setattr(row_statistics, "STATISTICS_LAUNCH", small)
-    monkeypatch.setattr(row_statistics, "JENSEN_SHANNON_LAUNCH", small)
-    monkeypatch.setattr(logits_gradient, "GRADIENT_LAUNCH", small)
+    launch = row_statistics.Launch(32, 1)
+    monkeypatch.setattr(row_statistics, "STATISTICS_LAUNCH", launch)
+    monkeypatch.setattr(row_statistics, "JENSEN_SHANNON_LAUNCH", launch)
+    monkeypatch.setattr(logits_gradient, "GRADIENT_LAUNCH", launch)

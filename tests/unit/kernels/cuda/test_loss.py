@@ -1,6 +1,6 @@
-"""The loss's form for CUDA against float64 references: on a GPU compiled, elsewhere in Triton's interpreter.
+"""The CUDA loss compared with float64 references: compiled on a GPU, else in Triton's interpreter.
 
-float32 has a precision of 6e-8; losses and gradients here are of size 10 at most, made of 75 entries.
+float32 has a precision of 6e-8; the losses and gradients here sum 75 entries and are at most 10.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def load_reference() -> Any:
 
 @dataclass(frozen=True)
 class Case:
-    """N tokens in float64; a teacher of two models, of which tests take the first alone or both."""
+    """N tokens in float64, with a teacher of one or two models."""
 
     hidden: Tensor
     head: Tensor
@@ -86,14 +86,14 @@ class Case:
         dtype: torch.dtype,
         chunk_size: int | None = 3,
     ) -> tuple[FusedOutputs, list[Tensor]]:
-        """Outputs, and gradients by hidden states, head and bias, of three times the loss."""
+        """Outputs of the loss, and gradients of three times the loss by hidden states, head and bias."""
         leaves = [x.to(dtype, copy=True).requires_grad_() for x in (self.hidden, self.head, self.bias)]
         student = LinearHead(leaves[0], leaves[1], leaves[2] if self.has_bias else None, self.softcap)
-        wide = dtype if dtype == torch.float64 else torch.float32
+        float_dtype = dtype if dtype == torch.float64 else torch.float32
         tokens = replace(
             self.tokens,
             **{
-                name: value.to(wide)
+                name: value.to(float_dtype)
                 for name, value in vars(self.tokens).items()
                 if isinstance(value, Tensor) and value.is_floating_point()
             },
@@ -122,12 +122,12 @@ def make_case(num_tokens: int = N, vocab_size: int = V, hidden_size: int = H, di
 
     hidden, head, bias = normal(num_tokens, hidden_size), normal(vocab_size, hidden_size), normal(vocab_size, scale=0.3)
     ids = torch.randint(vocab_size, (num_tokens,), generator=generator).to(DEVICE)
-    own, _ = chunked_log_probs.score_tokens(LinearHead(hidden, head, bias), ids, temperature=0.7)
-    every = torch.arange(num_tokens, device=DEVICE)
-    masks = {"all": every >= 0, "some": every % 3 != 1, "none": None}
+    log_probs, _ = chunked_log_probs.score_tokens(LinearHead(hidden, head, bias), ids, temperature=0.7)
+    indices = torch.arange(num_tokens, device=DEVICE)
+    masks = {"all": indices >= 0, "some": indices % 3 != 1, "none": None}
     tokens = TokenBatch(
         sampled_ids=ids,
-        old_log_probs=own - normal(num_tokens, scale=0.4),
+        old_log_probs=log_probs - normal(num_tokens, scale=0.4),
         policy_weights=uniform() / num_tokens,
         advantages=normal(num_tokens),
         rollout_is_weights=uniform(),
@@ -147,28 +147,28 @@ def make_case(num_tokens: int = N, vocab_size: int = V, hidden_size: int = H, di
 
 
 def assert_same(case: Case, config: SelfDistillationConfig, chunk_size: int | None = 3) -> None:
-    """In float32, what the portable form gives in float64: every output, every gradient, every metric's sum."""
-    wanted, wanted_gradients = case.run(fused_linear_loss.fused_linear_sdpo_loss, config, torch.float64, chunk_size)
+    """Compare outputs, gradients and metric sums in float32 with those of the portable loss in float64."""
+    expected, expected_gradients = case.run(fused_linear_loss.fused_linear_sdpo_loss, config, torch.float64, chunk_size)
     result, gradients = case.run(fused_loss.fused_linear_sdpo_loss, config, torch.float32, chunk_size)
     for name in ("loss", "token_losses", "student_log_probs", "student_entropies", "teacher_log_probs"):
         torch.testing.assert_close(
-            getattr(result, name).double(), getattr(wanted, name), rtol=TOLERANCE, atol=TOLERANCE, msg=name
+            getattr(result, name).double(), getattr(expected, name), rtol=TOLERANCE, atol=TOLERANCE, msg=name
         )
-    for one, other in zip(gradients, wanted_gradients, strict=True):
+    for one, other in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=TOLERANCE, atol=TOLERANCE)
-    assert result.sums.keys() == wanted.sums.keys()
-    for name, (total, count) in wanted.sums.items():
+    assert result.sums.keys() == expected.sums.keys()
+    for name, (total, count) in expected.sums.items():
         assert float(result.sums[name][0]) == pytest.approx(float(total), rel=TOLERANCE, abs=TOLERANCE * N), name
         assert int(result.sums[name][1]) == int(count), name
 
 
-# Against the formulas, and against the portable form
+# Comparison with the formulas and with the portable loss
 
 
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("level", LEVELS)
-def test_value_and_gradient_are_those_of_the_formulas(level: str, clip: str) -> None:
-    """Hidden states that are logits, under a head that is the identity: their gradient is that by the logits."""
+def test_value_and_gradient_equal_the_formulas(level: str, clip: str) -> None:
+    """With the identity as head, hidden states are logits, and their gradient is the gradient by the logits."""
     settings = LEVELS[level] | CLIPS[clip]
     if level == "sampled token":
         settings.pop("teacher_entropy_beta", None)
@@ -196,19 +196,19 @@ def test_value_and_gradient_are_those_of_the_formulas(level: str, clip: str) -> 
     outputs.loss.backward()
     assert float(outputs.loss.detach()) == pytest.approx(reference.loss(batch, settings), rel=TOLERANCE)
     assert hidden.grad is not None
-    wanted = torch.tensor(reference.gradient(batch, settings))[mask]
-    torch.testing.assert_close(hidden.grad.double().cpu(), wanted, rtol=TOLERANCE, atol=1e-6)
+    expected = torch.tensor(reference.gradient(batch, settings))[mask]
+    torch.testing.assert_close(hidden.grad.double().cpu(), expected, rtol=TOLERANCE, atol=1e-6)
 
 
 @pytest.mark.parametrize("distilled", ["all", "some", "none"])
 @pytest.mark.parametrize("level", LEVELS)
-def test_the_blend_of_packed_tokens_is_the_portable_form_s(level: str, distilled: str) -> None:
+def test_loss_of_packed_tokens_equals_the_portable_loss(level: str, distilled: str) -> None:
     config = SelfDistillationConfig(**LEVELS[level], policy_loss_weight=0.3, divergence_clip=0.2)
     assert_same(make_case(distilled=distilled), config)
 
 
 @pytest.mark.parametrize("level", ["full, alpha=0.0", "full, alpha=0.3", "tail, alpha=0.5", "sampled token"])
-def test_softcap_temperature_and_no_bias(level: str) -> None:
+def test_softcap_temperature_and_missing_bias(level: str) -> None:
     config = SelfDistillationConfig(**LEVELS[level])
     assert_same(replace(make_case(), softcap=1.5, temperature=1.3), config)
     assert_same(replace(make_case(), has_bias=False, temperature=1.0), config)
@@ -216,67 +216,67 @@ def test_softcap_temperature_and_no_bias(level: str) -> None:
 
 @pytest.mark.parametrize("level", ["full, alpha=0.5", "renormalised, alpha=1.0", "sampled token"])
 @pytest.mark.parametrize("softcap", [None, 1.5])
-def test_a_teacher_of_two_models_logits(level: str, softcap: float | None) -> None:
+def test_teacher_of_two_models(level: str, softcap: float | None) -> None:
     config = SelfDistillationConfig(**LEVELS[level], policy_loss_weight=0.2)
     assert_same(replace(make_case(), num_teachers=2, softcap=softcap), config)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 50, None])
-def test_the_chunk_size_changes_nothing(chunk_size: int | None) -> None:
+def test_result_does_not_depend_on_the_chunk_size(chunk_size: int | None) -> None:
     assert_same(make_case(), SelfDistillationConfig(alpha=0.5), chunk_size)
 
 
-def test_rollout_weights_made_in_the_pass() -> None:
+def test_rollout_weights_computed_by_the_loss() -> None:
     case = make_case()
     assert case.tokens.old_log_probs is not None
-    made = replace(
+    tokens = replace(
         case.tokens,
         rollout_is_weights=None,
         rollout_log_probs=case.tokens.old_log_probs - 0.5,
         rollout_is_threshold=1.2,
     )
     for old in (None, case.tokens.old_log_probs):
-        assert_same(replace(case, tokens=replace(made, old_log_probs=old)), SelfDistillationConfig(alpha=0.5))
+        assert_same(replace(case, tokens=replace(tokens, old_log_probs=old)), SelfDistillationConfig(alpha=0.5))
 
 
-def test_plain_policy_optimization_with_a_teacher_that_is_not_used() -> None:
+def test_policy_loss_alone_with_an_unused_teacher() -> None:
     assert_same(make_case(), SelfDistillationConfig(policy_loss_weight=1.0))
 
 
 @pytest.mark.parametrize("level", ["full, alpha=0.0", "full, alpha=0.5", "full, alpha=1.0"])
-def test_logits_of_thousands(level: str) -> None:
-    """Most probabilities underflow. In float32 logits of 3,000, and so log-ratios, are off by 3,000 * 2^-24 = 2e-4.
+def test_large_logits(level: str) -> None:
+    """Most probabilities underflow. In float32, logits of 3,000 have errors of 3,000 * 2^-24 = 2e-4.
 
-    By as much is the gradient by the logits; hidden states of 1,000 multiply that in the head's.
+    Log-ratios and gradients by the logits have the same error; hidden states of 1,000 multiply it in the head's.
     """
     case = make_case()
     case = replace(case, hidden=500 * case.hidden, teacher_hidden=500 * case.teacher_hidden)
     config = SelfDistillationConfig(**LEVELS[level], is_clip=None)
-    wanted, wanted_gradients = case.run(fused_linear_loss.fused_linear_sdpo_loss, config, torch.float64)
+    expected, expected_gradients = case.run(fused_linear_loss.fused_linear_sdpo_loss, config, torch.float64)
     result, gradients = case.run(fused_loss.fused_linear_sdpo_loss, config, torch.float32)
-    assert float(result.loss.detach()) == pytest.approx(float(wanted.loss.detach()), rel=1e-5)
-    for one, other, multiplier in zip(gradients, wanted_gradients, (1, 1000, 1), strict=True):
+    assert float(result.loss.detach()) == pytest.approx(float(expected.loss.detach()), rel=1e-5)
+    for one, other, multiplier in zip(gradients, expected_gradients, (1, 1000, 1), strict=True):
         torch.testing.assert_close(one.double(), other, rtol=2e-3, atol=5e-4 * multiplier)
 
 
-# Not the top k: rounding exchanges which entries are kept.
+# Without top k, because rounding changes the kept entries.
 @pytest.mark.parametrize("level", [*FULL, *SAMPLED])
-def test_bfloat16_is_within_its_rounding_of_float64(level: str) -> None:
-    """A bfloat16 is off by 2^-9 of itself: logits of size 8, then the gradient by the logits, and its products."""
+def test_bfloat16_is_close_to_float64(level: str) -> None:
+    """bfloat16 has relative errors of 2^-9, in logits of size 8, in the gradient by the logits and in its products."""
     case = make_case(num_tokens=20, hidden_size=16)
     config = SelfDistillationConfig(**LEVELS[level], is_clip=None)
     half = {name: x.bfloat16().double() for name, x in vars(case).items() if isinstance(x, Tensor)}
     case = replace(case, **half, temperature=1.0)
-    wanted, wanted_gradients = case.run(fused_linear_loss.fused_linear_sdpo_loss, config, torch.float64)
+    expected, expected_gradients = case.run(fused_linear_loss.fused_linear_sdpo_loss, config, torch.float64)
     result, gradients = case.run(fused_loss.fused_linear_sdpo_loss, config, torch.bfloat16, chunk_size=8)
-    assert float(result.loss.detach()) == pytest.approx(float(wanted.loss.detach()), rel=0.01)
-    for one, other in zip(gradients, wanted_gradients, strict=True):
+    assert float(result.loss.detach()) == pytest.approx(float(expected.loss.detach()), rel=0.01)
+    for one, other in zip(gradients, expected_gradients, strict=True):
         assert one.dtype == torch.bfloat16
         assert float((one.double() - other).norm() / other.norm()) < 0.015
 
 
-def test_hidden_states_in_half_precision_under_a_float32_head() -> None:
-    """As under autocast: the head's gradient has the head's type and is summed up in it."""
+def test_half_precision_hidden_states_with_a_float32_head() -> None:
+    """As with autocast, the head's gradient has the head's dtype and is summed in this dtype."""
     case = make_case(num_tokens=12)
     tokens = replace(case.tokens, old_log_probs=None, rollout_is_weights=None, advantages=None)
     gradients = []
@@ -293,18 +293,18 @@ def test_hidden_states_in_half_precision_under_a_float32_head() -> None:
     assert float((gradients[0] - gradients[1]).norm() / gradients[0].norm()) < 2**-8
 
 
-# Its parts
+# Parts of the loss
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
-def test_log_probabilities_of_the_sampled_tokens_and_entropies(softcap: float | None) -> None:
+def test_score_tokens(softcap: float | None) -> None:
     case = make_case()
     student = LinearHead(case.hidden, case.head, case.bias, softcap)
-    wanted = chunked_log_probs.score_tokens(student, case.tokens.sampled_ids, temperature=0.7)
+    expected = chunked_log_probs.score_tokens(student, case.tokens.sampled_ids, temperature=0.7)
     single = LinearHead(case.hidden.float(), case.head.float(), case.bias.float(), softcap)
     for size in (1, 3, None):
         result = fused_loss.score_tokens(single, case.tokens.sampled_ids, temperature=0.7, chunk_size=size)
-        for one, other in zip(result, wanted, strict=True):
+        for one, other in zip(result, expected, strict=True):
             assert one.dtype == torch.float32 and not one.requires_grad
             torch.testing.assert_close(one.double(), other, rtol=TOLERANCE, atol=TOLERANCE)
     none = fused_loss.score_tokens(LinearHead(case.hidden[:0].float(), case.head.float()), case.tokens.sampled_ids[:0])
@@ -312,24 +312,24 @@ def test_log_probabilities_of_the_sampled_tokens_and_entropies(softcap: float | 
 
 
 @pytest.mark.parametrize("k", [1, 3, 40, V])
-def test_the_top_k_are_the_largest(k: int) -> None:
+def test_top_k_are_the_largest_entries(k: int) -> None:
     generator = torch.Generator().manual_seed(1)
     values = torch.randn(6, V, generator=generator)
-    values[1, 3:] = -torch.inf  # fewer than k are possible: the rest is taken of those ruled out
+    values[1, 3:] = -torch.inf  # fewer than k finite entries
     values[2] = values[2].round()  # equal entries
     values[3] = values[3].sort().values
     student = Logits(values.to(DEVICE), None, None, 0.5)
     ids = torch.zeros(6, dtype=torch.long, device=DEVICE)
     maxima = compute_row_statistics(student, None, ids, group_maxima=True).group_maxima
     assert maxima is not None
-    found = select_top_ids(student, maxima, k).cpu()
-    assert found.min() >= 0 and found.max() < V
-    assert all(len(set(row.tolist())) == k for row in found)
-    wanted, _ = topk_support(values, k)
-    assert torch.equal(values.gather(-1, found).sort(descending=True).values, wanted)
+    ids = select_top_ids(student, maxima, k).cpu()
+    assert ids.min() >= 0 and ids.max() < V
+    assert all(len(set(row.tolist())) == k for row in ids)
+    expected, _ = topk_support(values, k)
+    assert torch.equal(values.gather(-1, ids).sort(descending=True).values, expected)
 
 
-def test_a_bias_decides_with_the_logits_which_are_the_top_k() -> None:
+def test_top_k_includes_the_bias() -> None:
     values, bias = torch.zeros(1, V), torch.arange(V) % 7 * 1.0
     student = Logits(values.to(DEVICE), bias.to(DEVICE), None, 1.0)
     ids = torch.zeros(1, dtype=torch.long, device=DEVICE)
@@ -338,38 +338,38 @@ def test_a_bias_decides_with_the_logits_which_are_the_top_k() -> None:
     assert set(bias[select_top_ids(student, maxima, 10)[0].cpu()].tolist()) == {6.0}
 
 
-# What is not finite
+# Non-finite values
 
 
-def test_entries_that_are_ruled_out_cost_nothing() -> None:
-    """A bias of -inf: on both sides no more than a smaller vocabulary; on the teacher's alone, infinite reverse KL."""
+def test_entries_of_probability_zero() -> None:
+    """A bias of -inf on both sides adds nothing; on the teacher's side alone, the reverse KL is infinite."""
     case = make_case(distilled="all")
-    taken = case.tokens.sampled_ids
-    free = next(i for i in range(V) if i not in taken.tolist())
+    sampled_ids = case.tokens.sampled_ids
+    unsampled_id = next(i for i in range(V) if i not in sampled_ids.tolist())
     bias, teacher_bias = case.bias.clone(), case.teacher_bias.clone()
-    bias[free] = teacher_bias[free] = -torch.inf
+    bias[unsampled_id] = teacher_bias[unsampled_id] = -torch.inf
     both = replace(case, bias=bias, teacher_bias=teacher_bias)
     for level in ("full, alpha=0.0", "full, alpha=0.5", "full, alpha=1.0", "sampled token"):
         assert_same(both, SelfDistillationConfig(**LEVELS[level], is_clip=None))
-    alone = replace(case, teacher_bias=teacher_bias)
-    assert_same(alone, SelfDistillationConfig(alpha=0.5, is_clip=None))
-    outputs, _ = alone.run(fused_loss.fused_linear_sdpo_loss, SelfDistillationConfig(alpha=1.0), torch.float32)
+    teacher_only = replace(case, teacher_bias=teacher_bias)
+    assert_same(teacher_only, SelfDistillationConfig(alpha=0.5, is_clip=None))
+    outputs, _ = teacher_only.run(fused_loss.fused_linear_sdpo_loss, SelfDistillationConfig(alpha=1.0), torch.float32)
     assert torch.isposinf(outputs.token_losses).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("place", ["hidden", "teacher_hidden"])
-def test_a_token_that_is_not_finite_stands_in_the_token_losses(place: str, value: float) -> None:
+@pytest.mark.parametrize("field", ["hidden", "teacher_hidden"])
+def test_nonfinite_token_has_a_nonfinite_token_loss(field: str, value: float) -> None:
     case = make_case(distilled="all")
-    broken = getattr(case, place).clone()
-    broken[4] = value
-    outputs, _ = replace(case, **{place: broken}).run(
+    values = getattr(case, field).clone()
+    values[4] = value
+    outputs, _ = replace(case, **{field: values}).run(
         fused_loss.fused_linear_sdpo_loss, SelfDistillationConfig(alpha=0.5), torch.float32
     )
     assert torch.isfinite(outputs.token_losses).tolist() == [i != 4 for i in range(N)]
 
 
-def test_no_token_at_all() -> None:
+def test_empty_batch() -> None:
     case = make_case()
     hidden, head = case.hidden[:0].float().requires_grad_(), case.head.float().requires_grad_()
     none = case.tokens.select(slice(0, 0))
@@ -380,7 +380,7 @@ def test_no_token_at_all() -> None:
     assert head.grad is not None and not head.grad.any()
 
 
-def test_without_gradients_only_the_loss_is_computed() -> None:
+def test_loss_without_gradients() -> None:
     case = make_case()
     assert case.tokens.distilled is not None
     student = LinearHead(case.hidden.float(), case.head.float())
@@ -389,20 +389,20 @@ def test_without_gradients_only_the_loss_is_computed() -> None:
     config = SelfDistillationConfig(alpha=0.5)
     outputs = fused_loss.fused_linear_sdpo_loss(student, [teacher], tokens, config, temperature=0.7)
     assert not outputs.loss.requires_grad
-    of_head = replace(student, weight=student.weight.clone().requires_grad_())
-    other = fused_loss.fused_linear_sdpo_loss(of_head, [teacher], tokens, config, temperature=0.7)
+    with_grad = replace(student, weight=student.weight.clone().requires_grad_())
+    other = fused_loss.fused_linear_sdpo_loss(with_grad, [teacher], tokens, config, temperature=0.7)
     other.loss.backward()
     assert torch.equal(other.loss.detach(), outputs.loss)
-    assert of_head.weight.grad is not None and of_head.hidden.grad is None
+    assert with_grad.weight.grad is not None and with_grad.hidden.grad is None
 
 
 # Operations and memory
 
-READS_OF_THE_DEVICE = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal.default", "unique")
+SYNCHRONIZING = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal.default", "unique")
 
 
-class Watch(TorchDispatchMode):
-    """Counts operations that move or compute something; refuses those for which the host waits."""
+class OperationCounter(TorchDispatchMode):
+    """Counts operations except views; raises on operations that synchronize with the device."""
 
     VIEWS = ("view", "slice", "select", "t.default", "permute", "transpose", "expand", "unsqueeze", "alias", "detach")
 
@@ -410,16 +410,16 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.counts: Counter[str] = Counter()
         self.largest = 0
-        self.watched = True
+        self.is_active = True
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(function).removeprefix("aten.")
-        if self.watched and any(part in name for part in READS_OF_THE_DEVICE):
-            raise AssertionError(f"the host waits for {name}")
+        if self.is_active and any(part in name for part in SYNCHRONIZING):
+            raise AssertionError(f"{name} synchronizes with the device")
         if "index" in name and any(x.dtype == torch.bool for x in tree_leaves(args[1]) if isinstance(x, Tensor)):
-            raise AssertionError(f"{name} by a mask: the host waits for its count")
+            raise AssertionError(f"{name} by a mask synchronizes with the device")
         result = function(*args, **(kwargs or {}))
-        if self.watched:
+        if self.is_active:
             self.counts[name] += not any(part in name for part in (*self.VIEWS, "empty"))
             sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
             self.largest = max([self.largest, *sizes])
@@ -427,32 +427,32 @@ class Watch(TorchDispatchMode):
 
 
 @pytest.fixture
-def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
-    """What torch does beside the kernels; the interpreter itself works with torch too."""
-    watched = Watch()
+def counter(monkeypatch: pytest.MonkeyPatch) -> OperationCounter:
+    """Count torch's operations outside of the kernels, because the interpreter uses torch too."""
+    counter = OperationCounter()
     for module, names in (
         (fused_loss, ("compute_row_statistics", "write_logits_gradient")),
         (chunks, ("mix_logits",)),
         (importlib.import_module("sdpo.kernels.cuda.top_k"), ("_gather_candidates",)),
     ):
         for name in names:
-            monkeypatch.setattr(module, name, _unwatched(watched, getattr(module, name)))
-    return watched
+            monkeypatch.setattr(module, name, _pause_counter(counter, getattr(module, name)))
+    return counter
 
 
-def _unwatched(watched: Watch, function: Callable[..., Any]) -> Callable[..., Any]:
+def _pause_counter(counter: OperationCounter, function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        watched.watched = False
+        counter.is_active = False
         try:
             return function(*args, **kwargs)
         finally:
-            watched.watched = True
+            counter.is_active = True
 
     return call
 
 
 @pytest.mark.parametrize(
-    ("settings", "most"),
+    ("settings", "max_operations"),
     [
         ({"alpha": 0.0, "is_clip": None}, 39),
         ({"alpha": 0.5, "is_clip": None}, 39),
@@ -464,10 +464,10 @@ def _unwatched(watched: Watch, function: Callable[..., Any]) -> Callable[..., An
         ({"alpha": 0.5, "distillation_topk": 5, "distillation_add_tail": False}, 185),
     ],
 )
-def test_a_chunk_reads_nothing_of_the_device_and_takes_few_operations(
-    settings: dict[str, Any], most: int, watch: Watch
+def test_chunk_takes_few_operations_without_synchronization(
+    settings: dict[str, Any], max_operations: int, counter: OperationCounter
 ) -> None:
-    """A chunk of four tokens, its teacher in two halves: five operations of the chunk, the rest twice."""
+    """A chunk of four tokens with the teacher in two halves: five operations per chunk, the others twice."""
     counts: dict[int, Counter[str]] = {}
     for number in (8, 12):
         case = make_case(num_tokens=number, distilled="all")
@@ -479,49 +479,49 @@ def test_a_chunk_reads_nothing_of_the_device_and_takes_few_operations(
         if not settings.get("policy_loss_weight"):
             floats["advantages"] = floats["policy_weights"] = None
         tokens = replace(case.tokens, **floats)
-        watch.counts.clear()
-        with watch:
+        counter.counts.clear()
+        with counter:
             fused_loss.fused_linear_sdpo_loss(
                 student, [teacher], tokens, SelfDistillationConfig(**settings), chunk_size=4
             )
-        counts[number] = Counter(watch.counts)
-    of_chunk = counts[12] - counts[8]
-    assert of_chunk.total() <= most, of_chunk
+        counts[number] = Counter(counter.counts)
+    per_chunk = counts[12] - counts[8]
+    assert per_chunk.total() <= max_operations, per_chunk
 
 
-def test_tokens_of_which_some_are_distilled_are_sorted_without_reading_the_mask(watch: Watch) -> None:
+def test_partly_distilled_tokens_are_sorted_without_synchronization(counter: OperationCounter) -> None:
     case = make_case()
     assert case.tokens.distilled is not None
     student = LinearHead(case.hidden.float().requires_grad_(), case.head.float().requires_grad_())
     teacher = LinearHead(case.teacher_hidden[case.tokens.distilled].float(), case.teacher_head.float())
     for topk in (None, 5):
         config = SelfDistillationConfig(alpha=0.5, policy_loss_weight=0.4, distillation_topk=topk)
-        with watch:
+        with counter:
             outputs = fused_loss.fused_linear_sdpo_loss(student, [teacher], case.tokens, config, chunk_size=3)
         assert torch.isfinite(outputs.token_losses).all()
 
 
 @pytest.mark.parametrize("level", ["full, alpha=0.5", "tail, alpha=0.5", "sampled token"])
-def test_no_tensor_is_as_large_as_all_tokens_times_the_vocabulary(level: str, watch: Watch) -> None:
-    """20 tokens of 75 entries in chunks of 8, rows of the buffers 80 apart; candidates of the top k are fewer."""
+def test_no_tensor_has_the_size_of_all_logits(level: str, counter: OperationCounter) -> None:
+    """20 tokens of 75 entries in chunks of 8; rows of the buffers have 80 entries, and the top k fewer candidates."""
 
     def compute(*args: Any, **kwargs: Any) -> FusedOutputs:
-        with watch:
+        with counter:
             return fused_loss.fused_linear_sdpo_loss(*args, **kwargs)
 
     make_case(num_tokens=20).run(compute, SelfDistillationConfig(**LEVELS[level]), torch.float32, 8)
-    assert watch.largest <= 8 * 96
+    assert counter.largest <= 8 * 96
 
 
-def test_chunks_are_even_and_of_whole_tiles() -> None:
-    cut = chunks.cut_evenly
-    assert [(s.start, s.stop) for s in cut(0, 8192, 2048)] == [(i * 2048, (i + 1) * 2048) for i in range(4)]
-    assert [s.stop - s.start for s in cut(5, 5 + 2100, 2048)] == [1152, 948]
-    assert [s.stop - s.start for s in cut(0, 7, 3)] == [3, 3, 1]
-    assert list(cut(4, 4, 3)) == []
+def test_chunks_are_even_and_multiples_of_tiles() -> None:
+    cut_evenly = chunks.cut_evenly
+    assert [(s.start, s.stop) for s in cut_evenly(0, 8192, 2048)] == [(i * 2048, (i + 1) * 2048) for i in range(4)]
+    assert [s.stop - s.start for s in cut_evenly(5, 5 + 2100, 2048)] == [1152, 948]
+    assert [s.stop - s.start for s in cut_evenly(0, 7, 3)] == [3, 3, 1]
+    assert list(cut_evenly(4, 4, 3)) == []
 
 
-def test_the_default_chunk_keeps_the_buffers_below_a_gigabyte() -> None:
+def test_default_chunk_keeps_the_buffers_below_a_gigabyte() -> None:
     def choose(vocab_size: int, dtype: torch.dtype, buffers: float) -> int:
         head = LinearHead(torch.empty(0, 1, dtype=dtype), torch.empty(vocab_size, 1))
         return chunks.choose_chunk_size(head, buffers)
@@ -534,10 +534,10 @@ def test_the_default_chunk_keeps_the_buffers_below_a_gigabyte() -> None:
     assert choose(10**8, torch.float32, 1.5) == 128
 
 
-# Which form a device gets
+# Dispatch by device
 
 
-def test_a_cpu_gets_the_portable_form() -> None:
+def test_cpu_uses_the_portable_loss() -> None:
     assert not dispatch.has_cuda_kernels(torch.empty(1))
     assert not dispatch.has_cuda_kernels(torch.empty(1, dtype=torch.float64, device=DEVICE))
     case = make_case(distilled="all").run
@@ -549,15 +549,15 @@ def test_a_cpu_gets_the_portable_form() -> None:
     assert torch.equal(one.token_losses, other.token_losses)
 
 
-def test_the_public_loss_and_the_engines_go_through_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_public_loss_uses_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "has_cuda_kernels", lambda hidden: True)
     case = make_case()
     assert case.tokens.distilled is not None
     mask = torch.ones(N, device=DEVICE)
     mask[2] = 0
     results = []
-    for dtype, usable in ((torch.float64, False), (torch.float32, True)):
-        monkeypatch.setattr(dispatch, "has_cuda_kernels", lambda hidden, usable=usable: usable)
+    for dtype, is_usable in ((torch.float64, False), (torch.float32, True)):
+        monkeypatch.setattr(dispatch, "has_cuda_kernels", lambda hidden, is_usable=is_usable: is_usable)
         hidden, head = (x.to(dtype, copy=True).requires_grad_() for x in (case.hidden, case.head))
         loss, values = fused_self_distillation_loss(
             hidden,
@@ -582,10 +582,10 @@ def test_the_public_loss_and_the_engines_go_through_the_kernels(monkeypatch: pyt
 @pytest.mark.parametrize("factor", [1.0, 0.3, -2.0])
 def test_scaling(dtype: torch.dtype, factor: float) -> None:
     values = torch.linspace(-1.0, 1.0, 8192 + 75, device=DEVICE).to(dtype)
-    kept, number = values.clone(), torch.tensor(factor, device=DEVICE)
+    original, number = values.clone(), torch.tensor(factor, device=DEVICE)
     scaled = scale(values, number)
     assert scaled.dtype == dtype
     # The interpreter rounds towards zero.
     tolerance = 2.0**-7 if dtype == torch.bfloat16 else 1e-7
     torch.testing.assert_close(scaled, (values.float() * number).to(dtype), rtol=tolerance, atol=0.0)
-    assert torch.equal(values, kept)
+    assert torch.equal(values, original)

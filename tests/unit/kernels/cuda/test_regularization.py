@@ -1,4 +1,4 @@
-"""KL and entropy terms in the loss's form for CUDA against the portable one in float64; see ``test_cuda_loss``."""
+"""KL and entropy terms of the CUDA loss compared with the portable loss in float64; see ``test_loss.py``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,11 @@ TERMS = {
 
 
 def run(
-    compute: Any, config: SelfDistillationConfig, terms: Regularization, some: Tensor | None, dtype: torch.dtype
+    compute: Any,
+    config: SelfDistillationConfig,
+    terms: Regularization,
+    distilled_mask: Tensor | None,
+    dtype: torch.dtype,
 ) -> tuple[FusedOutputs, list[Tensor]]:
     generator = torch.Generator().manual_seed(4)
 
@@ -49,12 +53,14 @@ def run(
         old_log_probs=normal(N) - 4.0,
         policy_weights=normal(N).abs(),
         advantages=normal(N),
-        distilled=some,
+        distilled=distilled_mask,
         distillation_weights=normal(N).abs(),
         ref_log_probs=normal(N) - 4.0,
         regularization=terms,
     )
-    teacher = [LinearHead(teacher_hidden[some], teacher_head, softcap=2.0)] if some is not None else []
+    teacher = (
+        [LinearHead(teacher_hidden[distilled_mask], teacher_head, softcap=2.0)] if distilled_mask is not None else []
+    )
     outputs = compute(LinearHead(*leaves, softcap=2.0), teacher, tokens, config, temperature=0.7, chunk_size=3)
     (3.0 * outputs.loss).backward()
     return outputs, [leaf.grad for leaf in leaves if leaf.grad is not None]
@@ -63,15 +69,19 @@ def run(
 @pytest.mark.parametrize("distilled", ["some", "none"])
 @pytest.mark.parametrize("name", TERMS)
 @pytest.mark.parametrize("level", LEVELS)
-def test_the_terms_and_their_gradients_are_the_portable_ones(level: str, name: str, distilled: str) -> None:
+def test_terms_and_gradients_equal_the_portable_loss(level: str, name: str, distilled: str) -> None:
     config = SelfDistillationConfig(**LEVELS[level], policy_loss_weight=0.3)
-    some = torch.tensor([True, False, True, True, False, True, True], device=DEVICE) if distilled == "some" else None
-    expected, wanted = run(fused_linear_loss.fused_linear_sdpo_loss, config, TERMS[name], some, torch.float64)
-    outputs, gradients = run(fused_loss.fused_linear_sdpo_loss, config, TERMS[name], some, torch.float32)
-    close = {"rtol": 1e-5, "atol": 1e-5, "check_dtype": False}
-    torch.testing.assert_close(outputs.token_losses, expected.token_losses, **close)
-    for result, reference in zip(gradients, wanted, strict=True):
-        torch.testing.assert_close(result, reference, **close)
+    distilled_mask = (
+        torch.tensor([True, False, True, True, False, True, True], device=DEVICE) if distilled == "some" else None
+    )
+    expected, expected_gradients = run(
+        fused_linear_loss.fused_linear_sdpo_loss, config, TERMS[name], distilled_mask, torch.float64
+    )
+    outputs, gradients = run(fused_loss.fused_linear_sdpo_loss, config, TERMS[name], distilled_mask, torch.float32)
+    tolerances = {"rtol": 1e-5, "atol": 1e-5, "check_dtype": False}
+    torch.testing.assert_close(outputs.token_losses, expected.token_losses, **tolerances)
+    for result, reference in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(result, reference, **tolerances)
     assert outputs.sums.keys() == expected.sums.keys()
     assert ("kl_loss" in outputs.sums) == (name != "entropy")
     for metric, (total, _) in expected.sums.items():

@@ -1,4 +1,4 @@
-"""Kernels that compute something else than the portable form, or nothing, are not used."""
+"""Dispatch does not use kernels that fail or differ from the portable loss."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(autouse=True)
-def forget() -> Iterator[None]:
+def clear_cache() -> Iterator[None]:
     kernels_agree.cache_clear()
     yield
     kernels_agree.cache_clear()
@@ -32,7 +32,7 @@ def forget() -> Iterator[None]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_kernels_agree(kind: tuple[float, bool, bool], dtype: torch.dtype) -> None:
+def test_kernels_agree_with_the_portable_loss(kind: tuple[float, bool, bool], dtype: torch.dtype) -> None:
     before = torch.get_rng_state()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -41,7 +41,7 @@ def test_the_kernels_agree(kind: tuple[float, bool, bool], dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize(
-    ("wrong", "reason"),
+    ("corrupt", "reason"),
     [
         (lambda outputs: replace(outputs, token_losses=1.1 * outputs.token_losses), "its loss differs by 1.0e-01"),
         (lambda outputs: replace(outputs, loss=-1.0 * outputs.loss), "its gradient by hidden states differs by 2.0e"),
@@ -49,35 +49,35 @@ def test_the_kernels_agree(kind: tuple[float, bool, bool], dtype: torch.dtype) -
         (lambda outputs: 1 / 0, "ZeroDivisionError: division by zero"),
     ],
 )
-def test_others_are_not_used(wrong: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_kernels_are_not_used(corrupt: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compute = fused_loss.fused_linear_sdpo_loss
-    monkeypatch.setattr(fused_loss, "fused_linear_sdpo_loss", lambda *args, **how: wrong(compute(*args, **how)))
+    monkeypatch.setattr(fused_loss, "fused_linear_sdpo_loss", lambda *args, **kwargs: corrupt(compute(*args, **kwargs)))
     with pytest.warns(UserWarning, match=f"not used on {DEVICE}, torch.float32: {reason}") as caught:
         assert not kernels_agree(DEVICE, torch.float32, 0.5)
         assert not kernels_agree(DEVICE, torch.float32, 0.5)
     assert [w.category for w in caught].count(UserWarning) == 1
 
 
-@pytest.mark.parametrize("kind", KINDS[2:])  # the smallest fraction of the gradient, and the top k's separate path
-def test_an_entropy_term_is_checked_too(kind: tuple[float, bool, bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the kernel's entropy part, losses and scores are right, and the gradient is not."""
+@pytest.mark.parametrize("kind", KINDS[2:])  # the smallest fraction of the gradient, and the separate path of the top k
+def test_self_check_covers_the_entropy_term(kind: tuple[float, bool, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the entropy part of the kernel, loss and log-probs are correct, and the gradient is wrong."""
     assert kernels_agree(DEVICE, torch.float32, *kind, has_entropy=True)
     write = fused_loss.write_logits_gradient
 
-    def write_without(*args: Any, **how: Any) -> None:
-        write(*args[:-1], args[-1][:3], **how)
+    def write_without_entropy(*args: Any, **kwargs: Any) -> None:
+        write(*args[:-1], args[-1][:3], **kwargs)
 
-    monkeypatch.setattr(fused_loss, "write_logits_gradient", write_without)
+    monkeypatch.setattr(fused_loss, "write_logits_gradient", write_without_entropy)
     kernels_agree.cache_clear()
     with pytest.warns(UserWarning, match="its gradient by hidden states differs by"):
         assert not kernels_agree(DEVICE, torch.float32, *kind, has_entropy=True)
 
 
-def test_the_check_is_of_the_loss_that_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_self_check_covers_the_configured_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = []
     monkeypatch.setattr(dispatch, "has_cuda_kernels", lambda hidden: True)
     monkeypatch.setattr(dispatch, "kernels_agree", lambda device, dtype, *kind: bool(kinds.append(kind)))
-    monkeypatch.setattr(fused_linear_loss, "fused_linear_sdpo_loss", lambda *args, **how: None)
+    monkeypatch.setattr(fused_linear_loss, "fused_linear_sdpo_loss", lambda *args, **kwargs: None)
     config = self_check.SelfDistillationConfig(alpha=0.5, distillation_topk=3)
     student = fused_linear_loss.LinearHead(torch.zeros(2, 3), torch.zeros(5, 3))
     for regularization in (None, Regularization(0.1, "kl", 0.0), Regularization(None, "kl", 0.1)):
@@ -86,11 +86,11 @@ def test_the_check_is_of_the_loss_that_is_computed(monkeypatch: pytest.MonkeyPat
     assert kinds == [(0.5, True, True, False), (0.5, True, True, False), (0.5, True, True, True)]
 
 
-def test_the_portable_form_steps_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_portable_loss_replaces_wrong_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
     monkeypatch.setattr(dispatch, "has_cuda_kernels", lambda hidden: True)
-    monkeypatch.setattr(fused_linear_loss, "fused_linear_sdpo_loss", lambda *args, **how: used.append("portable"))
-    monkeypatch.setattr(fused_loss, "fused_linear_sdpo_loss", lambda *args, **how: used.append("kernels"))
+    monkeypatch.setattr(fused_linear_loss, "fused_linear_sdpo_loss", lambda *args, **kwargs: used.append("portable"))
+    monkeypatch.setattr(fused_loss, "fused_linear_sdpo_loss", lambda *args, **kwargs: used.append("kernels"))
     config = self_check.SelfDistillationConfig()
     student = fused_linear_loss.LinearHead(torch.zeros(2, 3), torch.zeros(5, 3))
     for agree in (True, False):
