@@ -1,4 +1,4 @@
-"""What every test needs: one thread a process, no network, and no CUDA where there is none, nor Triton's compiler."""
+"""Shared test setup: one thread per process, no network, Triton's interpreter and no GPU tests without a GPU."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from pathlib import Path
 
 import pytest
 
-# Read when torch is first imported, here and in the processes that tests start; importing torch now to say the same
-# would cost seconds in tests that do without it.
+# torch reads these variables when it is first imported, also in processes that tests start. An import of torch here
+# would take seconds in tests that do not use torch.
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Triton has to know before it is first imported that its kernels are to be interpreted.
+# Triton reads this variable when it is first imported.
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if not for_gpu:
+    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_tests:
         return
     import torch
 
     if not torch.cuda.is_available():
-        for item in for_gpu:
+        for item in gpu_tests:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

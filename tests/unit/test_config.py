@@ -1,4 +1,4 @@
-"""The config file: accepted and refused content, and one-line messages with the fix."""
+"""Config files and overrides: accepted values, refused values, and one-line error messages with the fix."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def load(tmp_path: Path) -> Callable[..., SDPOConfig]:
 
 @pytest.fixture
 def refusal(load: Callable[..., SDPOConfig]) -> Callable[..., str]:
-    """The message of the error for a config file and overrides."""
+    """Return the error message for a config file and overrides."""
 
     def refusal(*overrides: str, text: str = MINIMAL) -> str:
         with pytest.raises(SDPOError) as caught:
@@ -50,14 +50,14 @@ def refusal(load: Callable[..., SDPOConfig]) -> Callable[..., str]:
     return refusal
 
 
-def value_of(run: SDPOConfig, key: str) -> Any:
+def get_value(run: SDPOConfig, key: str) -> Any:
     value: Any = run
     for name in key.split("."):
         value = getattr(value, name)
     return value
 
 
-def test_the_defaults_are_those_of_the_paper(load: Callable[..., SDPOConfig]) -> None:
+def test_defaults_are_those_of_the_paper(load: Callable[..., SDPOConfig]) -> None:
     config = load().self_distillation
     assert config == SelfDistillationConfig()
     assert config.full_logit_distillation is True
@@ -68,7 +68,7 @@ def test_the_defaults_are_those_of_the_paper(load: Callable[..., SDPOConfig]) ->
     assert config.teacher_regularization == "ema"
 
 
-def test_every_follow_up_option_is_off_by_default() -> None:
+def test_options_of_later_papers_are_off_by_default() -> None:
     config = SelfDistillationConfig()
     assert config.distillation_topk is None
     assert config.divergence_clip is None
@@ -79,11 +79,11 @@ def test_every_follow_up_option_is_off_by_default() -> None:
 
 
 @pytest.mark.parametrize("key", SETTINGS)
-def test_every_setting_says_what_it_means(key: str) -> None:
+def test_every_setting_has_a_help_text(key: str) -> None:
     assert SETTINGS[key].metadata["help"].endswith((".", "..."))
 
 
-def test_every_number_has_a_range_but_a_reward_which_may_be_any() -> None:
+def test_every_number_except_the_reward_threshold_has_a_range() -> None:
     unbounded = {key for key, f in NUMERIC.items() if not describe_range(f.metadata)}
     assert unbounded == {"self_distillation.success_reward_threshold"}
 
@@ -91,8 +91,8 @@ def test_every_number_has_a_range_but_a_reward_which_may_be_any() -> None:
 # --- values ---------------------------------------------------------------------------------------------------------
 
 
-def outside(metadata: Any) -> list[float]:
-    """A number beyond each end of the range."""
+def list_values_out_of_range(metadata: Any) -> list[float]:
+    """One number beyond each end of the range."""
     ge, gt, le = metadata["ge"], metadata["gt"], metadata["le"]
     return [
         *([ge - 1] if ge is not None else []),
@@ -102,18 +102,14 @@ def outside(metadata: Any) -> list[float]:
 
 
 @pytest.mark.parametrize("setting", ["alpha=4", "target_modules=[q_proj]"])
-def test_settings_of_adapters_need_adapters(
-    refusal: Callable[..., str], load: Callable[..., SDPOConfig], setting: str
-) -> None:
+def test_lora_settings_need_a_rank(refusal: Callable[..., str], load: Callable[..., SDPOConfig], setting: str) -> None:
     name = setting.split("=")[0]
-    said = refusal(f"lora.{setting}")
-    assert re.search(rf"lora\.{name}=\S+: has no effect with lora.rank=0; set lora.rank or remove it$", said)
+    message = refusal(f"lora.{setting}")
+    assert re.search(rf"lora\.{name}=\S+: has no effect with lora.rank=0; set lora.rank or remove it$", message)
     assert load(f"lora.{setting}", "lora.rank=2").lora.rank == 2
 
 
-def test_adapters_leave_the_tower_alone_so_that_it_need_not_be_frozen(
-    refusal: Callable[..., str], load: Callable[..., SDPOConfig]
-) -> None:
+def test_freeze_vision_tower_is_refused_with_lora(refusal: Callable[..., str], load: Callable[..., SDPOConfig]) -> None:
     assert "actor.freeze_vision_tower=true: has no effect with lora.rank=2" in refusal(
         "lora.rank=2", "actor.freeze_vision_tower=true"
     )
@@ -121,94 +117,92 @@ def test_adapters_leave_the_tower_alone_so_that_it_need_not_be_frozen(
     assert [run.trains_vision for run in runs] == [True, False, False]
 
 
-NEEDS = {"lora.alpha": {"rank": 4}}  # required by the setting
+NEEDS = {"lora.alpha": {"rank": 4}}  # other settings that a setting requires
 
 
 def build(key: str, value: Any) -> Any:
-    """Build the section of a setting with this value, 100 times faster than by reading a file."""
+    """Build the section of a setting with this value, which is 100 times faster than loading a file."""
     section, _, name = key.rpartition(".")
-    kind = type(getattr(SDPOConfig(), section)) if section else SDPOConfig
-    return getattr(kind(**{**NEEDS.get(key, {}), name: value}), name)
+    section_class = type(getattr(SDPOConfig(), section)) if section else SDPOConfig
+    return getattr(section_class(**{**NEEDS.get(key, {}), name: value}), name)
 
 
-BEYOND = [(key, value) for key, f in NUMERIC.items() for value in outside(f.metadata)]
+OUT_OF_RANGE = [(key, value) for key, f in NUMERIC.items() for value in list_values_out_of_range(f.metadata)]
 
 
-@pytest.mark.parametrize(("key", "value"), BEYOND, ids=[f"{key}={value}" for key, value in BEYOND])
-def test_a_number_out_of_range_is_refused(key: str, value: float) -> None:
+@pytest.mark.parametrize(("key", "value"), OUT_OF_RANGE, ids=[f"{key}={value}" for key, value in OUT_OF_RANGE])
+def test_number_out_of_range_is_refused(key: str, value: float) -> None:
     with pytest.raises(SDPOError) as caught:
         build(key, value)
     assert str(caught.value) == f"{key}={value}: must be {describe_range(NUMERIC[key].metadata)}"
 
 
-ENDS = [(key, f.metadata[end]) for key, f in NUMERIC.items() for end in ("ge", "le") if f.metadata[end] is not None]
+LIMITS = [(key, f.metadata[end]) for key, f in NUMERIC.items() for end in ("ge", "le") if f.metadata[end] is not None]
 
 
-@pytest.mark.parametrize(("key", "value"), ENDS, ids=[f"{key}={value}" for key, value in ENDS])
-def test_the_ends_of_a_closed_range_are_in_it(key: str, value: float) -> None:
+@pytest.mark.parametrize(("key", "value"), LIMITS, ids=[f"{key}={value}" for key, value in LIMITS])
+def test_limits_of_a_closed_range_are_accepted(key: str, value: float) -> None:
     assert build(key, value) == value
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("key", sorted({key for key, _ in BEYOND}))
-def test_a_number_is_finite(key: str, value: float) -> None:
+@pytest.mark.parametrize("key", sorted({key for key, _ in OUT_OF_RANGE}))
+def test_nonfinite_number_is_refused(key: str, value: float) -> None:
     with pytest.raises(SDPOError, match=f"{key}={value}: must be in"):
         build(key, value)
 
 
-def test_the_ranges_hold_for_files_and_overrides(refusal: Callable[..., str]) -> None:
-    said = "self_distillation.alpha=1.5: must be in [0, 1]"
-    assert said in refusal("self_distillation.alpha=1.5")
-    assert said in refusal(text=MINIMAL + "self_distillation: {alpha: 1.5}\n")
+def test_ranges_apply_to_files_and_overrides(refusal: Callable[..., str]) -> None:
+    message = "self_distillation.alpha=1.5: must be in [0, 1]"
+    assert message in refusal("self_distillation.alpha=1.5")
+    assert message in refusal(text=MINIMAL + "self_distillation: {alpha: 1.5}\n")
 
 
 @pytest.mark.parametrize("key", NUMERIC)
-def test_a_word_is_not_a_number(refusal: Callable[..., str], key: str) -> None:
+def test_text_is_refused_as_a_number(refusal: Callable[..., str], key: str) -> None:
     message = refusal(f"{key}=many")
     assert key in message
     assert "'many'" in message
 
 
 @pytest.mark.parametrize("key", [key for key, f in NUMERIC.items() if str(f.type).startswith("int")])
-def test_a_fraction_is_not_a_count(refusal: Callable[..., str], key: str) -> None:
+def test_float_is_refused_as_an_integer(refusal: Callable[..., str], key: str) -> None:
     assert key in refusal(f"{key}=1.5")
 
 
 @pytest.mark.parametrize("key", [key for key, f in SETTINGS.items() if "None" not in str(f.type)])
-def test_null_only_where_it_means_something(refusal: Callable[..., str], key: str) -> None:
+def test_null_is_refused_for_mandatory_settings(refusal: Callable[..., str], key: str) -> None:
     assert key in refusal(f"{key}=null")
 
 
 @pytest.mark.parametrize("key", [key for key, f in SETTINGS.items() if "None" in str(f.type)])
-def test_null_leaves_out_what_is_optional(load: Callable[..., SDPOConfig], key: str) -> None:
-    assert value_of(load(f"{key}=null"), key) is None
+def test_null_is_accepted_for_optional_settings(load: Callable[..., SDPOConfig], key: str) -> None:
+    assert get_value(load(f"{key}=null"), key) is None
 
 
 @pytest.mark.parametrize("key", CHOICES)
-def test_a_choice_is_one_of_those_listed(
-    load: Callable[..., SDPOConfig], refusal: Callable[..., str], key: str
-) -> None:
-    several = str(CHOICES[key].type).startswith("list")
-    form = "{}=[{}]" if several else "{}={}"
-    message = refusal(form.format(key, "nonsense"))
-    value = "['nonsense']" if several else "nonsense"
+def test_choice_must_be_one_of_the_list(load: Callable[..., SDPOConfig], refusal: Callable[..., str], key: str) -> None:
+    is_list = str(CHOICES[key].type).startswith("list")
+    template = "{}=[{}]" if is_list else "{}={}"
+    message = refusal(template.format(key, "nonsense"))
+    value = "['nonsense']" if is_list else "nonsense"
     assert f"{key}={value}: must be {describe_range(CHOICES[key].metadata)}" in message
     for choice in CHOICES[key].metadata["choices"]:
         extra = {
             "none": ["self_distillation.include_environment_feedback=true"],
             "bfloat16": ["optim.betas=[0.9,0.95]"],
         }.get(choice, [])
-        chosen = value_of(load(form.format(key, choice), *extra), key)
-        assert chosen == ([choice] if several else choice)
+        loaded = get_value(load(template.format(key, choice), *extra), key)
+        assert loaded == ([choice] if is_list else choice)
 
 
 @pytest.mark.parametrize("key", ["data.train_files", "tracking.report_to"])
-def test_a_list_is_written_in_brackets(load: Callable[..., SDPOConfig], refusal: Callable[..., str], key: str) -> None:
+def test_list_needs_brackets(load: Callable[..., SDPOConfig], refusal: Callable[..., str], key: str) -> None:
     assert f"{key}=wandb: must be a list" in refusal(f"{key}=wandb")
-    assert value_of(load(f"{key}=[wandb]"), key) == ["wandb"]
+    assert get_value(load(f"{key}=[wandb]"), key) == ["wandb"]
 
 
-def test_python_gets_the_same_refusals() -> None:
+def test_python_api_refuses_the_same_values() -> None:
     with pytest.raises(ValueError, match=r"self_distillation\.alpha=1\.5: must be in \[0, 1\]"):
         SelfDistillationConfig(alpha=1.5)
     with pytest.raises(ValueError, match=r"self_distillation\.is_clip=nan: must be in \(0, inf\)"):
@@ -217,13 +211,13 @@ def test_python_gets_the_same_refusals() -> None:
         SelfDistillationConfig(policy_loss_weight=True)
 
 
-# --- settings that depend on each other -----------------------------------------------------------------------------
+# --- dependent settings ---------------------------------------------------------------------------------------------
 
 SAMPLED = "self_distillation.full_logit_distillation=false"
 
 
 @pytest.mark.parametrize(
-    ("overrides", "named"),
+    ("overrides", "fragment"),
     [
         ([SAMPLED], "self_distillation.alpha"),
         ([SAMPLED, "self_distillation.alpha=0.5"], "self_distillation.alpha"),
@@ -245,8 +239,8 @@ SAMPLED = "self_distillation.full_logit_distillation=false"
         (["actor.mini_batch_size=5"], "actor.mini_batch_size=5: must divide data.train_batch_size=32"),
     ],
 )
-def test_settings_that_contradict_each_other(refusal: Callable[..., str], overrides: list[str], named: str) -> None:
-    assert named in refusal(*overrides)
+def test_contradictory_settings_are_refused(refusal: Callable[..., str], overrides: list[str], fragment: str) -> None:
+    assert fragment in refusal(*overrides)
 
 
 @pytest.mark.parametrize(
@@ -258,11 +252,11 @@ def test_settings_that_contradict_each_other(refusal: Callable[..., str], overri
         ["actor.mini_batch_size=8"],
     ],
 )
-def test_settings_that_go_together(load: Callable[..., SDPOConfig], overrides: list[str]) -> None:
+def test_compatible_settings_are_accepted(load: Callable[..., SDPOConfig], overrides: list[str]) -> None:
     load(*overrides)
 
 
-def test_plain_grpo_has_no_distillation(load: Callable[..., SDPOConfig]) -> None:
+def test_grpo_has_no_distillation(load: Callable[..., SDPOConfig]) -> None:
     assert not load("self_distillation.policy_loss_weight=1").self_distillation.distills
     assert load("self_distillation.policy_loss_weight=0.9").self_distillation.distills
 
@@ -271,7 +265,7 @@ def test_plain_grpo_has_no_distillation(load: Callable[..., SDPOConfig]) -> None
 
 
 @pytest.mark.parametrize(
-    ("wrong", "meant"),
+    ("wrong", "suggestion"),
     [
         ("optim.rl", "optim.lr"),
         ("self_distillation.ema_rate", "self_distillation.ema_update_rate"),
@@ -284,28 +278,28 @@ def test_plain_grpo_has_no_distillation(load: Callable[..., SDPOConfig]) -> None
         ("+seed", "seed"),
     ],
 )
-def test_an_unknown_key_names_the_nearest(refusal: Callable[..., str], wrong: str, meant: str) -> None:
-    unknown = wrong.split(".")[0] if meant == "optim" else wrong
-    assert f"command line: unknown key {unknown}; did you mean {meant}?" in refusal(f"{wrong}=1")
+def test_unknown_key_is_refused_with_a_suggestion(refusal: Callable[..., str], wrong: str, suggestion: str) -> None:
+    unknown = wrong.split(".")[0] if suggestion == "optim" else wrong
+    assert f"command line: unknown key {unknown}; did you mean {suggestion}?" in refusal(f"{wrong}=1")
 
 
-def test_an_unknown_key_of_the_file_names_the_file(refusal: Callable[..., str], tmp_path: Path) -> None:
+def test_error_of_a_key_in_the_file_has_the_file_name(refusal: Callable[..., str], tmp_path: Path) -> None:
     assert f"{tmp_path / 'run.yaml'}: unknown key optim.rl" in refusal(text=MINIMAL + "optim: {rl: 1}\n")
 
 
-def test_a_key_like_no_other_leads_to_the_list(refusal: Callable[..., str]) -> None:
+def test_unknown_key_without_a_similar_key_refers_to_the_docs(refusal: Callable[..., str]) -> None:
     assert "docs/configuration.md" in refusal("zzqq=1")
 
 
 @pytest.mark.parametrize("value", ["3", "null", "[1]", "a"])
-def test_a_section_is_not_a_value(refusal: Callable[..., str], value: str) -> None:
+def test_value_for_a_section_is_refused(refusal: Callable[..., str], value: str) -> None:
     assert ": must be a section of settings" in refusal(f"optim={value}")
     assert "run.yaml: optim=" in refusal(text=f"{MINIMAL}optim: {value}\n")
     assert ": must be a section of settings" in refusal(text=f"{MINIMAL}optim: {value}\n")
 
 
 @pytest.mark.parametrize("key", ["output_dir", "model.path", "data.task"])
-def test_what_is_mandatory_is_asked_for(refusal: Callable[..., str], key: str) -> None:
+def test_missing_mandatory_setting_is_reported(refusal: Callable[..., str], key: str) -> None:
     mandatory = {"output_dir": "a", "model.path": "m", "data.task": "t"}
     del mandatory[key]
     message = refusal(*(f"{k}={v}" for k, v in mandatory.items()), text="")
@@ -315,13 +309,13 @@ def test_what_is_mandatory_is_asked_for(refusal: Callable[..., str], key: str) -
 # --- files and overrides --------------------------------------------------------------------------------------------
 
 
-def test_a_missing_file(tmp_path: Path) -> None:
+def test_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(SDPOError, match=r"absent\.yaml: no such config file"):
         load_config(tmp_path / "absent.yaml")
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "fragment"),
     [
         ("optim: {lr: [1\nseed: {", "not a YAML file"),
         ("seed: 1\nseed: 2\n", "duplicate key seed"),
@@ -330,18 +324,18 @@ def test_a_missing_file(tmp_path: Path) -> None:
         ("just words", "unknown key just words"),
     ],
 )
-def test_a_file_that_is_no_run(refusal: Callable[..., str], tmp_path: Path, text: str, said: str) -> None:
+def test_invalid_file_is_refused(refusal: Callable[..., str], tmp_path: Path, text: str, fragment: str) -> None:
     message = refusal(text=text)
     assert message.startswith(f"{tmp_path / 'run.yaml'}: ")
-    assert said in message
+    assert fragment in message
 
 
 @pytest.mark.parametrize("override", ["optim.lr", "=3", "", "optim.lr=[1,"])
-def test_an_override_that_is_none(refusal: Callable[..., str], override: str) -> None:
+def test_malformed_override_is_refused(refusal: Callable[..., str], override: str) -> None:
     assert f"override {override!r}" in refusal(override) or f"overrides {override}" in refusal(override)
 
 
-def test_an_override_beats_the_file_and_the_last_one_the_others(load: Callable[..., SDPOConfig]) -> None:
+def test_overrides_take_precedence_over_the_file_and_earlier_overrides(load: Callable[..., SDPOConfig]) -> None:
     run = load(
         "optim.lr=2e-3",
         "optim.lr=3e-3",
@@ -354,7 +348,7 @@ def test_an_override_beats_the_file_and_the_last_one_the_others(load: Callable[.
     assert run.seed == 7
 
 
-def test_what_the_command_line_breaks_is_not_blamed_on_the_file_alone(refusal: Callable[..., str]) -> None:
+def test_error_message_has_the_source_of_the_value(refusal: Callable[..., str]) -> None:
     assert "run.yaml + command line: optim.lr=-1.0: must be" in refusal("optim.lr=-1")
     assert "run.yaml: optim.lr=-1.0: must be" in refusal(text=MINIMAL + "optim: {lr: -1}\n")
 
@@ -371,7 +365,7 @@ def test_interpolation(
     assert "optim.lr=-1.0: must be in (0, inf)" in refusal("optim.lr=${optim.weight_decay}", "optim.weight_decay=-1")
 
 
-def test_a_saved_run_is_the_same_run(load: Callable[..., SDPOConfig], tmp_path: Path) -> None:
+def test_saved_config_loads_to_an_equal_config(load: Callable[..., SDPOConfig], tmp_path: Path) -> None:
     run = load(
         "seed=5",
         "optim.lr=3e-7",
@@ -388,14 +382,12 @@ def test_a_saved_run_is_the_same_run(load: Callable[..., SDPOConfig], tmp_path: 
     assert run.data.task_args == {"length": 8, "names": ["x", "y"], "deep": {"k": None}}
 
 
-def test_a_run_cannot_be_changed_under_way(load: Callable[..., SDPOConfig]) -> None:
+def test_config_is_immutable(load: Callable[..., SDPOConfig]) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         load().optim.lr = 1.0  # type: ignore[misc]
 
 
-def test_what_verl_alone_has_may_be_nested_or_dotted_and_comes_back_from_a_saved_run(
-    load: Callable[..., SDPOConfig], tmp_path: Path
-) -> None:
+def test_verl_section_accepts_nested_and_dotted_keys(load: Callable[..., SDPOConfig], tmp_path: Path) -> None:
     text = MINIMAL + "verl:\n  trainer: {n_gpus_per_node: 8, empty: {}}\n  trainer.nnodes: 2\n  +a.b: [1]\n"
     run = load("verl.trainer.nnodes=3", text=text)
     flat = {"trainer.nnodes": 3, "+a.b": [1], "trainer.n_gpus_per_node": 8, "trainer.empty": {}}
@@ -404,24 +396,24 @@ def test_what_verl_alone_has_may_be_nested_or_dotted_and_comes_back_from_a_saved
     assert load_config(tmp_path / "saved.yaml") == run
 
 
-def test_verls_settings_are_a_mapping(refusal: Callable[..., str]) -> None:
+def test_verl_section_must_be_a_mapping(refusal: Callable[..., str]) -> None:
     assert "verl" in refusal(text=MINIMAL + "verl: 3\n")
 
 
-def test_a_second_moment_in_bfloat16_must_be_able_to_decay(
-    load: Callable[..., SDPOConfig], refusal: Callable[..., str]
-) -> None:
-    """A step without gradient removes 1 - beta of it, which bfloat16 can represent only above 2^-8."""
+def test_beta2_too_large_for_bfloat16_is_refused(load: Callable[..., SDPOConfig], refusal: Callable[..., str]) -> None:
+    """A step without gradient removes 1 - beta of the second moment, which bfloat16 only represents above 2^-8."""
     half = "model.dtype=bfloat16"
     message = refusal(half)
     assert "optim.betas=[0.9,0.999] with model.dtype=bfloat16" in message and "optim.betas=[0.9,0.95]" in message
     assert "optim.betas=[0.9,0.997]" in refusal(half, "optim.betas=[0.9,0.997]")
-    assert "optim.betas=[0.9,0.999]" in refusal(half, "optim.name=adamw_8bit"), "small tensors keep theirs in bfloat16"
+    assert "optim.betas=[0.9,0.999]" in refusal(half, "optim.name=adamw_8bit"), (
+        "the moments of small tensors stay in bfloat16"
+    )
     for allowed in (["optim.betas=[0.9,0.996]"], ["lora.rank=2"]):
         assert load(half, *allowed).model.dtype == "bfloat16"
 
 
-def test_rounding_at_random_is_refused_where_nothing_is_rounded(
+def test_stochastic_rounding_without_effect_is_refused(
     load: Callable[..., SDPOConfig], refusal: Callable[..., str]
 ) -> None:
     on, half = "optim.stochastic_rounding=true", ["model.dtype=bfloat16", "optim.betas=[0.9,0.95]"]
@@ -473,16 +465,16 @@ def load_official(tmp_path: Path, change: tuple[str, str] = ("", ""), *overrides
     return load_config(path, [*mandatory, *overrides]).self_distillation
 
 
-def test_the_official_section_loads_unchanged(tmp_path: Path) -> None:
+def test_official_section_loads_unchanged(tmp_path: Path) -> None:
     config = load_official(tmp_path)
     assert (config.alpha, config.distillation_topk, config.is_clip) == (0.5, 100, 2.0)
     assert config.ema_update_rate == 0.05 and config.success_reward_threshold == 0.5
     assert config.solution_template == "\nCorrect solution:\n\n{successful_previous_attempt}"
     assert load_official(tmp_path, ("teacher_update_rate: 0.05", "teacher_update_rate: 0.01")).ema_update_rate == 0.01
     assert load_official(tmp_path, ("", ""), "self_distillation.teacher_update_rate=0.2").ema_update_rate == 0.2
-    # Of the other keys the defaults are the official ones, except those that docs/algorithm.md lists.
+    # All other defaults are the official ones, except those that docs/algorithm.md lists.
     differs = {"alpha", "distillation_topk", "success_reward_threshold"}
-    differs |= {"reprompt_template", "solution_template", "feedback_template"}  # in white space at the end
+    differs |= {"reprompt_template", "solution_template", "feedback_template"}  # differ in trailing white space
     default = SelfDistillationConfig()
     changed = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(default, f.name)}
     assert changed == differs
@@ -496,18 +488,18 @@ def test_the_official_section_loads_unchanged(tmp_path: Path) -> None:
         (("alpha: 0.5", "ema_update_rate: 0.1"), "teacher_update_rate and ema_update_rate are the same setting"),
     ],
 )
-def test_official_settings_that_are_not_implemented(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+def test_unimplemented_official_setting_is_refused(tmp_path: Path, change: tuple[str, str], message: str) -> None:
     with pytest.raises(SDPOError, match=message):
         load_official(tmp_path, change)
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED_KEYS.items())
-def test_a_renamed_key_is_refused_with_its_new_name(refusal: Callable[..., str], old: str, new: str) -> None:
+def test_renamed_key_is_refused_with_its_new_name(refusal: Callable[..., str], old: str, new: str) -> None:
     assert new in SETTINGS and old not in SETTINGS
     assert refusal(f"{old}=1") == f"command line: {old} is now {new}; rename it"
 
 
-def test_a_renamed_key_in_the_file_is_refused(refusal: Callable[..., str]) -> None:
+def test_renamed_key_in_the_file_is_refused(refusal: Callable[..., str]) -> None:
     assert refusal(text="sampler:\n  batch_size: 8\n").endswith(
         "sampler.batch_size is now rollout.max_num_seqs; rename it"
     )

@@ -17,22 +17,22 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-RUN_FILE = re.compile(r"\bconfigs/[\w./-]+\.ya?ml\b")
+CONFIG_FILE = re.compile(r"\bconfigs/[\w./-]+\.ya?ml\b")
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
 
 
-def code_blocks(text: str) -> str:
-    """The code blocks of a page; a block of ``text`` is a drawing, without commands."""
+def extract_code(text: str) -> str:
+    """Code blocks of a page, without blocks of ``text``, which are drawings."""
     blocks = re.findall(r"^ *```([^\n]*)\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL)
     return "\n".join(code for language, code in blocks if language != "text")
 
 
-def commands(text: str) -> Iterator[list[str]]:
-    """The ``sdpo ...`` lines of the code blocks, as words; text after ``#`` is a comment."""
-    for line in code_blocks(text.replace("\\\n", " ")).splitlines():
+def list_commands(text: str) -> Iterator[list[str]]:
+    """The ``sdpo ...`` lines of the code blocks, split into words without comments."""
+    for line in extract_code(text.replace("\\\n", " ")).splitlines():
         words = shlex.split(line, comments=True)
         while words and (words[0] == "$" or re.fullmatch(r"[A-Z_]+=.*", words[0])):
             words.pop(0)
@@ -40,12 +40,12 @@ def commands(text: str) -> Iterator[list[str]]:
             yield words[1:]
 
 
-def broken_links(page: Path, text: str) -> list[str]:
+def find_broken_links(page: Path, text: str) -> list[str]:
     targets = [target.partition("#")[0] for target in LINK.findall(text) if not re.match(r"[a-z]+:", target)]
     return [target for target in targets if target and not (page.parent / target).exists()]
 
 
-def unknown_command(words: list[str]) -> str | None:
+def find_unknown_command(words: list[str]) -> str | None:
     import typer
 
     from sdpo.cli import app
@@ -60,14 +60,14 @@ def unknown_command(words: list[str]) -> str | None:
     return None
 
 
-def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+def test_site_builds_without_warnings(tmp_path: Path) -> None:
     result = run("-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site"))
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "site" / "configuration.html").is_file()
 
 
 @pytest.mark.parametrize("text", ["[a](absent.md)", "[a](metrics.md#absent)"])
-def test_a_dead_link_breaks_the_site(tmp_path: Path, text: str) -> None:
+def test_broken_link_fails_the_build(tmp_path: Path, text: str) -> None:
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "index.md").write_text(f"# Home\n\n{text}\n")
     (tmp_path / "docs" / "metrics.md").write_text("# Metrics\n")
@@ -78,7 +78,7 @@ def test_a_dead_link_breaks_the_site(tmp_path: Path, text: str) -> None:
     assert "absent" in result.stderr
 
 
-def test_the_generated_pages_are_up_to_date() -> None:
+def test_generated_pages_are_up_to_date() -> None:
     result = run("docs/generate.py", "--check")
     assert result.returncode == 0, result.stdout + result.stderr
 
@@ -93,21 +93,21 @@ def test_every_setting_and_metric_is_documented() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_what_a_page_names_exists(page: Path) -> None:
+def test_links_config_files_and_commands_of_a_page_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    assert broken_links(page, text) == []
-    assert [name for name in RUN_FILE.findall(text) if not (ROOT / name).is_file()] == []
-    for words in commands(text):
-        assert unknown_command(words) is None, f"sdpo {shlex.join(words)}"
+    assert find_broken_links(page, text) == []
+    assert [name for name in CONFIG_FILE.findall(text) if not (ROOT / name).is_file()] == []
+    for words in list_commands(text):
+        assert find_unknown_command(words) is None, f"sdpo {shlex.join(words)}"
         if words[:1] == ["train"] and (ROOT / words[1]).is_file():
             load_config(ROOT / words[1], [word for word in words[2:] if "=" in word and not word.startswith("-")])
 
 
-def test_what_a_page_names_in_vain_is_found() -> None:
+def test_broken_link_and_unknown_command_are_found() -> None:
     page = "[a](absent.md) [b](https://example.org) [c](#here) [d](README.md#part)\n\n"
     page += (
         "```bash\n$ OMP_NUM_THREADS=1 .venv/bin/sdpo train configs/a.yaml \\\n  seed=1  # twice\nls\n```\nsdpo prose\n"
     )
-    assert broken_links(ROOT / "page.md", page) == ["absent.md"]
-    assert list(commands(page)) == [["train", "configs/a.yaml", "seed=1"]]
-    assert unknown_command(["trian", "configs/a.yaml"]) == "trian"
+    assert find_broken_links(ROOT / "page.md", page) == ["absent.md"]
+    assert list(list_commands(page)) == [["train", "configs/a.yaml", "seed=1"]]
+    assert find_unknown_command(["trian", "configs/a.yaml"]) == "trian"

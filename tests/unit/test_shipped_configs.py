@@ -18,16 +18,16 @@ CONFIGS = ROOT / "configs"
 SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
 GEO3K = sorted(CONFIGS.glob("geo3k_*.yaml"))
 ON_VERL = [path for path in GEO3K if path.stem != "geo3k_1gpu"]
-# config.json alone; a dry run reads no other file of a model
+# a dry run only reads the model's config.json
 MODEL = f"model.path={ROOT / 'tests' / 'golden' / 'qwen2_5_vl_3b'}"
 
 
-def test_the_runs_that_make_names_are_shipped() -> None:
+def test_configs_of_make_run_are_shipped() -> None:
     assert {"hidden_rule.yaml", "hidden_rule_grpo.yaml"} <= {path.name for path in SHIPPED}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_a_shipped_run_is_read(path: Path) -> None:
+def test_shipped_config_loads(path: Path) -> None:
     config = load_config(path)
     assert config.output_dir == f"runs/{path.stem}", "a separate folder per config file"
 
@@ -44,46 +44,46 @@ def dry_run(path: Path, *overrides: str, on_verl: bool = False) -> MemoryEstimat
     return MemoryEstimator(config, to_verl_overrides(config).overrides).estimate()
 
 
-def test_there_is_a_file_for_each_machine() -> None:
+def test_geo3k_has_a_config_per_machine() -> None:
     assert [path.stem for path in GEO3K] == ["geo3k_1gpu", "geo3k_2gpus", "geo3k_2nodes", "geo3k_8gpus"]
 
 
 @pytest.mark.parametrize("path", GEO3K, ids=lambda path: path.stem)
-def test_a_run_on_geometry_fits_into_80_gb(path: Path) -> None:
+def test_geo3k_fits_into_80_gb(path: Path) -> None:
     estimate = dry_run(path)
     assert estimate.num_params == 3_754_622_976
     assert max(estimate.actor_peak, estimate.sampler_peak) < 72 * 2**30, (
-        "of 79.6 GiB; the rest is for CUDA, NCCL and fragmentation"
+        "at most 72 of 79.6 GiB, so that CUDA, NCCL and fragmentation have space"
     )
 
 
-def test_the_file_for_one_gpu_fits_on_verl_too() -> None:
+def test_config_for_one_gpu_also_fits_on_verl() -> None:
     estimate = dry_run(CONFIGS / "geo3k_1gpu.yaml", on_verl=True)
     assert estimate.colocated and estimate.actor_peak < 72 * 2**30
     page = (ROOT / "docs" / "geo3k_memory.md").read_text()
-    held, learning = sum(estimate.persistent.values()), sum(estimate.training.values())
+    persistent, training = sum(estimate.persistent.values()), sum(estimate.training.values())
     for size in (
-        held + sum(estimate.sampler.values()),
-        held + learning + max(sum(p.values()) for p in estimate.phases.values()),
+        persistent + sum(estimate.sampler.values()),
+        persistent + training + max(sum(p.values()) for p in estimate.phases.values()),
     ):
         assert format_bytes(size) in page
 
 
 @pytest.mark.parametrize("path", GEO3K, ids=lambda path: path.stem)
-def test_the_table_in_a_config_file_is_what_a_dry_run_prints(path: Path) -> None:
-    remarks = re.findall(r"^#   (\S.*?) +([\d.]+ [KMG]iB)$", path.read_text(), flags=re.MULTILINE)
-    assert remarks == [(name, format_bytes(size)) for name, size in list_memory(dry_run(path))]
+def test_memory_table_of_a_config_equals_the_dry_run(path: Path) -> None:
+    comments = re.findall(r"^#   (\S.*?) +([\d.]+ [KMG]iB)$", path.read_text(), flags=re.MULTILINE)
+    assert comments == [(name, format_bytes(size)) for name, size in list_memory(dry_run(path))]
     assert f"configs/{path.name} --dry-run" in path.read_text()
 
 
-def test_the_page_has_the_same_table() -> None:
+def test_memory_table_of_the_page_equals_the_dry_run() -> None:
     page = (ROOT / "docs" / "geo3k_memory.md").read_text()
     lines = [
         line.strip("| ").split("|") for line in page.splitlines() if re.match(r"\| (at most|actor|sampler)\b", line)
     ]
     (_, *names), *rows = [[cell.strip() for cell in line] for line in lines]
-    for place, name in enumerate(names, start=1):
-        written = {row[0]: row[place] for row in rows if len(row) > place and row[place]}
+    for column, name in enumerate(names, start=1):
+        written = {row[0]: row[column] for row in rows if len(row) > column and row[column]}
         expected = {
             re.sub(r" and sampler| on each of \d+ GPUs", "", item): format_bytes(size)
             for item, size in list_memory(dry_run(CONFIGS / f"{name}.yaml"))
@@ -91,7 +91,7 @@ def test_the_page_has_the_same_table() -> None:
         assert written == expected, name
 
 
-def test_the_full_vocabulary_fits_as_the_page_says() -> None:
+def test_memory_of_the_full_vocabulary_equals_the_page() -> None:
     page = (ROOT / "docs" / "geo3k_memory.md").read_text().replace("\n", " ")
     path, full = CONFIGS / "geo3k_2gpus.yaml", "self_distillation.distillation_topk=null"
     assert load_config(path).actor.max_tokens_per_micro_batch == 8192
@@ -115,20 +115,22 @@ def test_the_full_vocabulary_fits_as_the_page_says() -> None:
 
 
 @pytest.mark.parametrize("path", GEO3K, ids=lambda path: path.stem)
-def test_a_peers_solution_fits_as_the_page_says(path: Path) -> None:
-    shown = [
+def test_memory_with_successful_rollouts_as_demonstrations(path: Path) -> None:
+    overrides = [
         "self_distillation.demonstration_source=successful_rollout_then_ground_truth",
         "self_distillation.max_reprompt_len=4608",
     ]
-    assert dry_run(path, *shown, "eval.evaluate_teacher=false").actor_peak < 72 * 2**30
-    assert (dry_run(path, *shown).actor_peak < 72 * 2**30) == (path in ON_VERL)
+    assert dry_run(path, *overrides, "eval.evaluate_teacher=false").actor_peak < 72 * 2**30
+    assert (dry_run(path, *overrides).actor_peak < 72 * 2**30) == (path in ON_VERL)
 
 
 @pytest.mark.parametrize(
     ("name", "actors", "samplers"),
     [("geo3k_2gpus", (1, 1), (1, 1)), ("geo3k_8gpus", (1, 4), (1, 4)), ("geo3k_2nodes", (1, 8), (1, 8))],
 )
-def test_a_run_on_verl_composes(name: str, actors: tuple[int, int], samplers: tuple[int, int], tmp_path: Path) -> None:
+def test_config_composes_for_verl(
+    name: str, actors: tuple[int, int], samplers: tuple[int, int], tmp_path: Path
+) -> None:
     from sdpo.verl_backend.config.schema import read_self_distillation
     from sdpo.verl_backend.config.to_verl import to_verl_overrides
     from sdpo.verl_backend.entrypoint.compose import compose_config
@@ -151,11 +153,13 @@ def test_a_run_on_verl_composes(name: str, actors: tuple[int, int], samplers: tu
     assert precision.mixed_precision.param_dtype == "bf16"
     assert precision.model_dtype == "fp32"
     optim = config.actor_rollout_ref.actor.optim
-    small = ("torchao.optim", "AdamW8bit")
-    assert (optim.optimizer_impl, optim.optimizer) == (small if name == "geo3k_2gpus" else ("torch.optim", "AdamW"))
+    adamw_8bit = ("torchao.optim", "AdamW8bit")
+    assert (optim.optimizer_impl, optim.optimizer) == (
+        adamw_8bit if name == "geo3k_2gpus" else ("torch.optim", "AdamW")
+    )
 
 
-def test_the_files_differ_only_in_what_the_machine_asks_for() -> None:
+def test_geo3k_configs_differ_only_in_settings_of_the_machine() -> None:
     machine = {"output_dir", "max_staleness", "verl", "optim.name", "actor.max_tokens_per_micro_batch"}
     machine |= {"actor.freeze_vision_tower", "rollout.max_num_seqs", "eval.max_prompts", "tracking.name"}
     first, *others = [OmegaConf.structured(load_config(path)) for path in GEO3K]

@@ -492,8 +492,8 @@ def test_public_terms_for_kl_and_entropy_are_averaged_over_the_response_mask(adv
     loss, values = run_fused(case, config, mask, distilled, 2, **given, **terms)
     loss.backward()
     assert float(loss.detach()) == pytest.approx(float((base + 0.3 * kl - 0.2 * entropy).detach()), abs=1e-12)
-    for result, reference in zip(case.gradients(), expected, strict=True):
-        torch.testing.assert_close(result, reference, rtol=0.0, atol=1e-12)
+    for result, expected_gradient in zip(case.gradients(), expected, strict=True):
+        torch.testing.assert_close(result, expected_gradient, rtol=0.0, atol=1e-12)
     assert values[metrics.KL_LOSS] == pytest.approx(float(kl.detach()), abs=1e-12)
     assert values[metrics.ENTROPY] == pytest.approx(float(entropy.detach()), abs=1e-12)
 

@@ -322,11 +322,11 @@ def test_top_k_are_the_largest_entries(k: int) -> None:
     ids = torch.zeros(6, dtype=torch.long, device=DEVICE)
     maxima = compute_row_statistics(student, None, ids, group_maxima=True).group_maxima
     assert maxima is not None
-    ids = select_top_ids(student, maxima, k).cpu()
-    assert ids.min() >= 0 and ids.max() < V
-    assert all(len(set(row.tolist())) == k for row in ids)
+    top_ids = select_top_ids(student, maxima, k).cpu()
+    assert top_ids.min() >= 0 and top_ids.max() < V
+    assert all(len(set(row.tolist())) == k for row in top_ids)
     expected, _ = topk_support(values, k)
-    assert torch.equal(values.gather(-1, ids).sort(descending=True).values, expected)
+    assert torch.equal(values.gather(-1, top_ids).sort(descending=True).values, expected)
 
 
 def test_top_k_includes_the_bias() -> None:
