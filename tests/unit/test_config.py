@@ -348,6 +348,16 @@ def test_overrides_take_precedence_over_the_file_and_earlier_overrides(load: Cal
     assert run.seed == 7
 
 
+def test_empty_override_replaces_a_mapping_of_the_file(load: Callable[..., SDPOConfig], tmp_path: Path) -> None:
+    (tmp_path / "args.yaml").write_text(
+        "{model: {path: m}, data: {task: t, task_args: {a: 1}, train_files: [x], val_files: [y]},"
+        " output_dir: o, max_steps: 1, verl: {a.b: 1}}"
+    )
+    assert load_config(tmp_path / "args.yaml", ["data.task_args.b=2"]).data.task_args == {"a": 1, "b": 2}
+    config = load_config(tmp_path / "args.yaml", ["data.task_args={}", "verl={}"])
+    assert (config.data.task_args, config.verl) == ({}, {})
+
+
 def test_error_message_has_the_source_of_the_value(refusal: Callable[..., str]) -> None:
     assert "run.yaml + command line: optim.lr=-1.0: must be" in refusal("optim.lr=-1")
     assert "run.yaml: optim.lr=-1.0: must be" in refusal(text=MINIMAL + "optim: {lr: -1}\n")

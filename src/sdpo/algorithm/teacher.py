@@ -45,7 +45,7 @@ class Teacher:
         assert (module is None) == (self.kind == "live"), "only the live teacher has no module"
         self.weights: TeacherWeights | None = None
         if module is not None and is_updated(config):
-            self.weights = weights or ModuleWeights(module, averaged=self.kind == "ema")
+            self.weights = weights or ModuleWeights(module, averaged=is_averaged(config))
 
     def policy(self, student: nn.Module) -> LogitMixture:
         """Modules and the coefficients of their logits: one module, or two for the trust region.
@@ -100,6 +100,11 @@ class Teacher:
 def is_updated(config: SelfDistillationConfig) -> bool:
     """Whether the teacher's module changes during training."""
     return config.teacher_regularization in ("ema", "snapshot")
+
+
+def is_averaged(config: SelfDistillationConfig) -> bool:
+    """Whether the teacher's weights are an average, which is kept in float32 because updates round away in bfloat16."""
+    return config.teacher_regularization == "ema"
 
 
 def build_teacher(student: nn.Module, config: SelfDistillationConfig) -> Teacher:

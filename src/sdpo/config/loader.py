@@ -22,6 +22,7 @@ from sdpo.errors import ConfigError, SDPOError
 MAX_YAML_DEPTH = 50
 MAX_YAML_NODES = 100_000
 
+_MAPPINGS = tuple(key for key, f in iterate_settings() if str(f.type).startswith("dict"))
 _SECTIONS = tuple(f.name for f in dataclasses.fields(SDPOConfig) if f.default_factory is not dataclasses.MISSING)
 
 
@@ -97,6 +98,9 @@ def _build_config(sources: Sequence[tuple[str, DictConfig]]) -> SDPOConfig:
         if isinstance(values.get("verl"), Mapping):
             source["verl"] = flatten_keys(values["verl"])  # nested and dotted forms of a key become equal
         try:
+            for key in _MAPPINGS:
+                if OmegaConf.select(source, key) == {}:  # merging an empty mapping would change nothing
+                    OmegaConf.update(merged, key, {}, merge=False)
             merged = OmegaConf.merge(merged, source)
         except OmegaConfBaseException as error:
             raise ConfigError(f"{origin}: {_explain(error)}") from error

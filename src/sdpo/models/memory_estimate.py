@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sdpo.algorithm.ema import ENTRIES_AT_ONCE
-from sdpo.algorithm.teacher import is_updated
+from sdpo.algorithm.teacher import is_averaged, is_updated
 from sdpo.config.actor import ActorConfig
 from sdpo.config.data import DataConfig
 from sdpo.config.rollout import RolloutConfig
@@ -142,7 +142,7 @@ def count_averaged_params(model: ModelSize, config: SelfDistillationConfig, dtyp
         return 0
     if model.lora is not None:
         return model.lora.num_adapted_params
-    return model.num_params if config.teacher_regularization == "ema" and dtype != "float32" else 0
+    return model.num_params if is_averaged(config) and dtype != "float32" else 0
 
 
 def moment_bytes(optimizer: str, num_params: int, param_bytes: int) -> int:

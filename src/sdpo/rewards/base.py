@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import math
 import sys
 import traceback
@@ -81,7 +82,9 @@ def load_task(name: str, args: Mapping[str, Any]) -> Task:
         except SDPOError:
             raise
         except TypeError as error:
-            raise DataError(f"data.task_args: {name}: {' '.join(str(error).split())}") from error
+            accepted = ", ".join(inspect.signature(module.build_task).parameters) or "no arguments"
+            reason = " ".join(str(error).split())
+            raise DataError(f"data.task_args: {name}: {reason}; it accepts {accepted}") from error
         except Exception as error:  # a custom task may raise anything
             raise DataError(f"data.task_args: {name}: {_explain(error, name)}") from error
     if not hasattr(module, "compute_score"):
@@ -89,7 +92,10 @@ def load_task(name: str, args: Mapping[str, Any]) -> Task:
             f"data.task={name}: defines neither compute_score(row, response) nor build_task(**task_args); add one"
         )
     if args:
-        raise DataError(f"data.task_args: {name} takes no arguments; remove them, or define build_task(**task_args)")
+        raise DataError(
+            f"data.task_args: {name} takes no arguments; remove them (data.task_args={{}}), or define "
+            "build_task(**task_args)"
+        )
     return module
 
 

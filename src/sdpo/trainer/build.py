@@ -48,8 +48,7 @@ from sdpo.trainer.data.prompts import Prompt, RandomSampler, load_prompts
 from sdpo.trainer.evaluator import Evaluator
 from sdpo.trainer.logging.run_dir import RunDir
 from sdpo.trainer.rollout.base import Sampler
-from sdpo.trainer.rollout.build import build_sampler, build_sampling_params
-from sdpo.trainer.rollout.vllm_engine import require_vllm
+from sdpo.trainer.rollout.build import ENGINES, build_sampler, build_sampling_params
 from sdpo.trainer.rollout.weight_sync import copy_parameters
 
 logger = logging.getLogger(__name__)
@@ -104,8 +103,8 @@ def build_components(config: SDPOConfig, progress: ProgressCallback) -> TrainerC
     checkpoint = resume_state.checkpoint if resume_state else None
     actor_device = resolve_device(config.actor.device, "actor.device")
     sampler_device = resolve_device(config.rollout.device, "rollout.device")
-    if config.rollout.engine == "vllm":
-        require_vllm(sampler_device)
+    engine = ENGINES[config.rollout.engine]
+    engine.require(sampler_device)
     if config.lora.rank:
         require_peft()
     task = load_task(config.data.task, config.data.task_args)
@@ -114,8 +113,10 @@ def build_components(config: SDPOConfig, progress: ProgressCallback) -> TrainerC
 
     text_tokenizer = load_tokenizer(config.model)
     reader = load_reader(config.model, config.data.max_pixels)
-    if reader is not None and config.rollout.engine == "vllm":
-        raise ConfigError("rollout.engine=vllm does not sample from models that read images yet; use transformers")
+    if reader is not None and not engine.reads_images:
+        raise ConfigError(
+            f"rollout.engine={config.rollout.engine} does not sample from models that read images yet; use transformers"
+        )
     tokenizer: Tokenizer = reader or text_tokenizer
     student = load_student(config.model, config.lora, checkpoint, actor_device)
     require_same_vocabulary(student, text_tokenizer, config.model.path)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sdpo.errors import SDPOError
-from sdpo.rewards.base import InvalidRewardError, RewardOutput, Row, load_task, parse_reward
+from sdpo.rewards.base import BUILT_IN, InvalidRewardError, RewardOutput, Row, load_task, parse_reward
 from sdpo.rewards.rows import load_rows
 from sdpo.rewards.toy.hidden_rule import HiddenRule
 
@@ -144,8 +144,8 @@ def test_arguments_reach_the_task(tmp_path: Path) -> None:
     [
         (None, {}, "no such file"),
         ("x = 1", {}, "defines neither compute_score"),
-        (GRADERS["float"], {"value": 1}, "takes no arguments"),
-        (GRADERS["dataclass"], {"valeu": 1}, "unexpected keyword argument 'valeu'"),
+        (GRADERS["float"], {"value": 1}, r"takes no arguments; remove them \(data.task_args=\{\}\)"),
+        (GRADERS["dataclass"], {"valeu": 1}, "unexpected keyword argument 'valeu'; it accepts value"),
         ("def compute_score(row, response)", {}, r"SyntaxError: expected ':' \(task.py, line 1\)"),
         ("x = 1\ny = 1 / 0\n", {}, r"ZeroDivisionError: division by zero, .*task\.py:2"),
         ("def build_task(*, size):\n    raise KeyError(size)", {"size": 3}, r"KeyError: 3, .*task\.py:2"),
@@ -161,9 +161,7 @@ def test_a_task_that_cannot_be_had(tmp_path: Path, source: str | None, args: Any
 
 @pytest.mark.parametrize("name", ["hiden_rule", "no.such.task", "", ".task", "a b", "json.nothing", "folder/task"])
 def test_a_task_that_there_is_not(name: str) -> None:
-    with pytest.raises(
-        SDPOError, match=rf"data\.task={re.escape(name)}: no such task; use figures, geo3k, hidden_rule"
-    ):
+    with pytest.raises(SDPOError, match=rf"data\.task={re.escape(name)}: no such task; use {', '.join(BUILT_IN)}"):
         load_task(name, {})
 
 

@@ -40,6 +40,7 @@ from sdpo.trainer.actor.collate import Collator
 from sdpo.trainer.actor.forward import PolicyForward
 from sdpo.trainer.data.prompts import Prompt
 from sdpo.trainer.data.samples import TrainingSample
+from sdpo.trainer.rollout.vllm_engine import VllmEngine
 from sdpo.trainer.trainer import SDPOTrainer
 
 VisionModel = Callable[[str], LoadedModel]
@@ -358,7 +359,7 @@ def test_images_are_refused_for_a_language_model(make_task_run: MakeRun, tmp_pat
 
 
 def test_vllm_with_images_is_refused(make_image_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sdpo.trainer.build.require_vllm", lambda device: None)
+    monkeypatch.setattr(VllmEngine, "require", staticmethod(lambda device: None))
     with pytest.raises(SDPOError, match=r"rollout\.engine=vllm does not sample from models that read images yet"):
         SDPOTrainer(make_image_run(rollout__engine="vllm")).train()
 

@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -17,9 +18,11 @@ import pytest
 import torch
 
 from sdpo.config.model import ModelConfig
+from sdpo.config.rollout import RolloutConfig
 from sdpo.errors import SDPOError
 from sdpo.models.generation.sampling import Completion, SamplingParams, sample_responses
 from sdpo.models.multimodal.processor import TokenPrompt
+from sdpo.trainer.rollout.build import ENGINES
 from sdpo.trainer.rollout.hf_engine import TransformersEngine
 from sdpo.trainer.rollout.local import LocalSampler
 from sdpo.trainer.rollout.process import ProcessSampler
@@ -29,6 +32,23 @@ PROMPTS = [TokenPrompt(ids) for ids in ([5, 6, 7], [9, 3], [8, 8, 8, 8])]
 SAMPLING_PARAMS = SamplingParams(
     n=3, max_new_tokens=8, temperature=0.8, top_p=1.0, batch_size=4, stop_token_ids=[2], pad_token_id=0
 )
+
+
+def build_engine_of(config: ModelConfig) -> Callable[[], TransformersEngine]:
+    return partial(
+        TransformersEngine.from_config,
+        RolloutConfig(),
+        config,
+        SAMPLING_PARAMS,
+        torch.device("cpu"),
+        max_length=100,
+        max_pixels=10**6,
+    )
+
+
+def test_engines_are_the_choices_of_the_config() -> None:
+    (choices,) = (f.metadata["choices"] for f in fields(RolloutConfig) if f.name == "engine")
+    assert list(ENGINES) == list(choices)
 
 
 def test_local_sampler_uses_the_student(make_model: MakeModel) -> None:
@@ -66,7 +86,7 @@ def start(make_model: MakeModel, tmp_path: Path) -> Iterator[Callable[[], Proces
     def start(**settings: Any) -> ProcessSampler:
         """Start a sampler; the weights on the disk are not the student's."""
         config = ModelConfig(path=str(tmp_path))
-        build_engine = partial(TransformersEngine.from_config, config, SAMPLING_PARAMS, torch.device("cpu"), 10**6)
+        build_engine = build_engine_of(config)
         started.append(ProcessSampler(make_model(), build_engine, 1, **settings))
         return started[-1]
 
@@ -176,7 +196,7 @@ def test_killed_process_is_restarted_and_returns_equal_rollouts(
 @pytest.mark.slow
 def test_user_error_in_the_process_is_raised_as_such(make_model: MakeModel) -> None:
     config = ModelConfig(path="/nowhere")
-    build_engine = partial(TransformersEngine.from_config, config, SAMPLING_PARAMS, torch.device("cpu"), 10**6)
+    build_engine = build_engine_of(config)
     sampler = ProcessSampler(make_model(), build_engine, 1)
     with pytest.raises(SDPOError, match=r"^model\.path: /nowhere: no such folder$"):
         sampler.collect()

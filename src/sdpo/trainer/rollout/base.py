@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from sdpo.models.generation.sampling import Completion
+from sdpo.config.model import ModelConfig
+from sdpo.config.rollout import RolloutConfig
+from sdpo.models.generation.sampling import Completion, SamplingParams
 from sdpo.models.multimodal.processor import TokenPrompt
 from sdpo.trainer.rollout.weight_sync import WeightChecksum
 
@@ -45,7 +48,41 @@ class Sampler(Protocol):
 
 
 class Engine(Protocol):
-    """A model that generates responses."""
+    """A model that generates responses; ``ENGINES`` in ``build.py`` lists the classes by name.
+
+    Attributes:
+        reads_images: whether it samples from models that read images.
+        verify_weights: whether ``load`` needs a checksum to verify a weight sync.
+    """
+
+    reads_images: ClassVar[bool]
+    verify_weights: ClassVar[bool]
+
+    @staticmethod
+    def require(device: torch.device) -> None:
+        """Check that the engine's package is installed and supports the device.
+
+        Raises:
+            DataError: one of both is not the case.
+        """
+
+    @classmethod
+    def from_config(
+        cls,
+        config: RolloutConfig,
+        model: ModelConfig,
+        sampling: SamplingParams,
+        device: torch.device,
+        *,
+        max_length: int,
+        max_pixels: int,
+    ) -> Engine:
+        """Load the model of the config for sampling.
+
+        Args:
+            max_length: of prompt and response, in tokens.
+            max_pixels: of an image.
+        """
 
     def sample(self, prompts: Sequence[TokenPrompt], seed: int) -> list[list[Completion]]:
         """Sample responses per prompt, in the prompts' order; deterministic for a seed."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -18,6 +17,9 @@ from sdpo.trainer.rollout.hf_engine import TransformersEngine
 from sdpo.trainer.rollout.local import LocalSampler
 from sdpo.trainer.rollout.process import ProcessSampler
 from sdpo.trainer.rollout.vllm_engine import VllmEngine
+
+# By the name in rollout.engine.
+ENGINES: dict[str, type[Engine]] = {"transformers": TransformersEngine, "vllm": VllmEngine}
 
 
 def build_sampling_params(
@@ -66,14 +68,18 @@ def build_sampler(
         model: with the data type for sampling.
         max_length: of prompt and response, in tokens.
     """
-    is_vllm = config.engine == "vllm"
-    build_engine: Callable[[], Engine] = partial(TransformersEngine.from_config, model, sampling, device, max_pixels)
-    if is_vllm:
-        build_engine = partial(VllmEngine, model, sampling, device, max_length, config.kv_cache_memory_gib)
+    engine = ENGINES[config.engine]
+    build_engine = partial(
+        engine.from_config, config, model, sampling, device, max_length=max_length, max_pixels=max_pixels
+    )
     if overlaps:
         return ProcessSampler(
-            student, build_engine, config.num_threads, verify_weights=is_vllm, max_restarts=config.max_restarts
+            student,
+            build_engine,
+            config.num_threads,
+            verify_weights=engine.verify_weights,
+            max_restarts=config.max_restarts,
         )
-    if is_vllm or device != student.device:
-        return LocalSampler(build_engine(), verify_weights=is_vllm)
-    return LocalSampler(TransformersEngine(student, sampling, vision, is_student=True))
+    if engine is TransformersEngine and device == student.device:
+        return LocalSampler(TransformersEngine(student, sampling, vision, is_student=True))
+    return LocalSampler(build_engine(), verify_weights=engine.verify_weights)

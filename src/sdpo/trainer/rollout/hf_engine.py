@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from sdpo.config.model import ModelConfig
+from sdpo.config.rollout import RolloutConfig
 from sdpo.models.generation.sampling import Completion, SamplingParams, sample_responses
 from sdpo.models.loading import load_model
 from sdpo.models.multimodal.processor import TokenPrompt, load_reader
@@ -22,6 +24,9 @@ class TransformersEngine:
         is_student: ``model`` is the student itself, so weight syncs copy nothing.
     """
 
+    reads_images: ClassVar[bool] = True
+    verify_weights: ClassVar[bool] = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -35,13 +40,23 @@ class TransformersEngine:
         self._vision = vision
         self._is_student = is_student
 
+    @staticmethod
+    def require(device: torch.device) -> None:
+        pass
+
     @classmethod
     def from_config(
-        cls, config: ModelConfig, decoding: SamplingParams, device: torch.device, max_pixels: int
+        cls,
+        config: RolloutConfig,
+        model: ModelConfig,
+        sampling: SamplingParams,
+        device: torch.device,
+        *,
+        max_length: int,
+        max_pixels: int,
     ) -> TransformersEngine:
-        """Load another copy of the model."""
-        model, reader = load_model(config, device), load_reader(config, max_pixels)
-        return cls(model, decoding, VisionAdapter(model, reader) if reader is not None else None)
+        loaded, reader = load_model(model, device), load_reader(model, max_pixels)
+        return cls(loaded, sampling, VisionAdapter(loaded, reader) if reader is not None else None)
 
     def sample(self, prompts: Sequence[TokenPrompt], seed: int) -> list[list[Completion]]:
         return sample_responses([(self._model, 1.0)], prompts, self._decoding, seed, self._vision)

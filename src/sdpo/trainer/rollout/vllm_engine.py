@@ -12,12 +12,13 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from sdpo.config.model import ModelConfig
+from sdpo.config.rollout import RolloutConfig
 from sdpo.errors import DataError
 from sdpo.models.generation.sampling import Completion, SamplingParams
 from sdpo.models.multimodal.processor import TokenPrompt
@@ -64,6 +65,26 @@ class VllmEngine:
     Raises:
         DataError: vLLM cannot start with these arguments.
     """
+
+    reads_images: ClassVar[bool] = False
+    verify_weights: ClassVar[bool] = True
+
+    @staticmethod
+    def require(device: torch.device) -> None:
+        require_vllm(device)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: RolloutConfig,
+        model: ModelConfig,
+        sampling: SamplingParams,
+        device: torch.device,
+        *,
+        max_length: int,
+        max_pixels: int,
+    ) -> VllmEngine:
+        return cls(model, sampling, device, max_length, config.kv_cache_memory_gib)
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 
+from sdpo.algorithm.teacher import is_averaged
 from sdpo.config.root import SDPOConfig
 from sdpo.models.memory_estimate import (
     BYTES,
@@ -139,8 +140,8 @@ class MemoryEstimator:
     def _teacher_bytes(self) -> int:
         if self.model.lora is not None:
             return 4 * self.num_averaged
-        is_averaged = self.config.self_distillation.teacher_regularization == "ema"
-        return self.model.num_params * (4 if is_averaged else self.param_bytes) * self.has_teacher_module
+        value_bytes = 4 if is_averaged(self.config.self_distillation) else self.param_bytes
+        return self.model.num_params * value_bytes * self.has_teacher_module
 
     def training(self) -> dict[str, int]:
         """What a GPU also holds while it trains.

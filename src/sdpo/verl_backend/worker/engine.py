@@ -25,6 +25,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from sdpo.algorithm.regularization import Regularization
 from sdpo.algorithm.sums import Sums, add_sums
+from sdpo.algorithm.teacher import is_averaged
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.errors import ConfigError
 from sdpo.kernels.chunked_log_probs import LinearHead
@@ -162,7 +163,7 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
 
     def _build_teacher_module(self) -> nn.Module:
         # A moving average is float32 for every data type of the student; FSDP2 casts gathered weights.
-        dtype = "fp32" if self.config.teacher_regularization == "ema" else self.engine_config.model_dtype
+        dtype = "fp32" if is_averaged(self.config) else self.engine_config.model_dtype
         with self._changed_config(model_dtype=dtype):
             module: nn.Module = self._build_fsdp_module(self._build_module())
         return module.requires_grad_(False).eval()
