@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from sdpo import load_config
+from sdpo.config.loader import to_yaml
 from sdpo.config.root import SDPOConfig
 from sdpo.errors import SDPOError
 from sdpo.verl_backend.config.to_verl import to_verl_overrides
@@ -40,15 +42,19 @@ def read(folder: Path) -> dict[str, str]:
     }
 
 
-def compose(config: SDPOConfig, **trainer: str) -> DictConfig:
-    """The part of verl's configuration that is read."""
+def open_of(config: SDPOConfig, **trainer: str) -> contextlib.AbstractContextManager[object]:
+    return open_folder(Path(config.output_dir), config.resume_mode, to_yaml(config), compose_trainer(config, **trainer))
+
+
+def compose_trainer(config: SDPOConfig, **trainer: str) -> DictConfig:
+    """The section of verl's configuration that is read."""
     translated = [override.partition("=") for override in to_verl_overrides(config).overrides]
     plain = {key.removeprefix("trainer."): value.strip('"') for key, _, value in translated if key[:8] == "trainer."}
-    return OmegaConf.create({"trainer": {**plain, **trainer}})
+    return OmegaConf.create({**plain, **trainer})
 
 
 def open_once(config: SDPOConfig, **trainer: str) -> None:
-    with open_folder(config, compose(config, **trainer)):
+    with open_of(config, **trainer):
         pass
 
 
@@ -118,7 +124,7 @@ def test_two_runs_in_one_folder_are_one_too_many(resume_mode: str, make_run: Mak
     config = make_run(resume_mode=resume_mode)
     write(Path(config.output_dir), EARLIER)
     first = make_run(resume_mode="auto", output_dir=config.output_dir)
-    with open_folder(first, compose(first)):
+    with open_of(first):
         with pytest.raises(SDPOError, match="another run is writing to it"):
             open_once(config)
         assert "checkpoints/global_step_3/data.pt" in read(Path(config.output_dir))

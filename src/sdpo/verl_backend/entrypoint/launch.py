@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from sdpo.config.loader import save_config
+from sdpo.config.loader import to_yaml
 from sdpo.config.root import SDPOConfig
 from sdpo.errors import CheckpointError, ConfigError
 from sdpo.observability.progress import NullCallback, ProgressCallback
@@ -61,16 +61,22 @@ def launch(config: SDPOConfig, command: Command, progress: ProgressCallback | No
     """
     prepare_task(load_task(config.data.task, config.data.task_args), progress or NullCallback())
     os.environ.update(command.environment)
+    folder, resume_mode, text = Path(config.output_dir), config.resume_mode, to_yaml(config)
     with contextlib.ExitStack() as locks:
-        main(command.arguments, lambda composed: locks.enter_context(open_folder(config, composed)))
+        main(
+            command.arguments,
+            lambda composed: locks.enter_context(open_folder(folder, resume_mode, text, composed.trainer)),
+        )
 
 
-def open_folder(config: SDPOConfig, composed: DictConfig) -> contextlib.AbstractContextManager[object]:
+def open_folder(
+    folder: Path, resume_mode: str, config_text: str, trainer: DictConfig
+) -> contextlib.AbstractContextManager[object]:
     """Create and lock the run's folder; move an earlier run aside unless this run resumes it.
 
     Args:
-        config: the run's.
-        composed: verl's, in which an override may select another checkpoint.
+        config_text: the run's config as YAML, saved in the folder.
+        trainer: verl's section, in which an override may select another checkpoint.
 
     Returns:
         The lock, which ends when it is closed.
@@ -78,9 +84,8 @@ def open_folder(config: SDPOConfig, composed: DictConfig) -> contextlib.Abstract
     Raises:
         ConfigError, CheckpointError: see ``launch``.
     """
-    folder = Path(config.output_dir)
-    resumes = _has_checkpoint(composed.trainer)
-    if config.resume_mode == "required" and not resumes:
+    resumes = _has_checkpoint(trainer)
+    if resume_mode == "required" and not resumes:
         raise CheckpointError(
             f"output_dir={folder}: has no complete checkpoint to resume from; start with resume_mode=auto"
         )
@@ -88,7 +93,7 @@ def open_folder(config: SDPOConfig, composed: DictConfig) -> contextlib.Abstract
         require_idle(folder)
         moved = None if resumes else move_earlier_run(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / CONFIG_FILE)
+        (folder / CONFIG_FILE).write_text(config_text, encoding="utf-8")
         _move_aside(folder / METRICS)
     except OSError as error:
         raise ConfigError(f"output_dir={folder}: cannot be written ({error.strerror}); name another folder") from error
