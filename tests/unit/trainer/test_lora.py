@@ -16,6 +16,7 @@ from torch.func import functional_call
 
 from sdpo import compute_self_distillation_loss
 from sdpo.config.model import ModelConfig
+from sdpo.config.rollout import RolloutConfig
 from sdpo.config.root import SDPOConfig
 from sdpo.errors import SDPOError
 from sdpo.models.generation.sampling import SamplingParams, sample_responses
@@ -200,7 +201,13 @@ def test_sampler_process_uses_the_merged_weights(make_model: MakeModel, make_run
     student = build_student(make_model, run)
     make_model().save_pretrained(tmp_path)
     build_engine = partial(
-        TransformersEngine.from_config, ModelConfig(path=str(tmp_path)), SAMPLING_PARAMS, torch.device("cpu"), 10**6
+        TransformersEngine.from_config,
+        RolloutConfig(),
+        ModelConfig(path=str(tmp_path)),
+        SAMPLING_PARAMS,
+        torch.device("cpu"),
+        max_length=100,
+        max_pixels=10**6,
     )
     sampler = ProcessSampler(student, build_engine, 1)
     try:

@@ -97,7 +97,8 @@ def read_regularization(actor: DictConfig) -> Regularization:
         given = ActorConfig(**{name: actor[name] for name in names})
     except SDPOError as error:
         raise ConfigError(str(error).replace("actor.", f"{ACTOR}.", 1)) from None
-    return Regularization(given.kl_loss_coef if actor.use_kl_loss else None, given.kl_loss_type, given.entropy_coeff)
+    kl_loss_coef = float(given.kl_loss_coef) if actor.use_kl_loss else None
+    return Regularization(kl_loss_coef, given.kl_loss_type, float(given.entropy_coeff))  # verl's defaults are integers
 
 
 def import_sampler(rollout: DictConfig) -> None:
