@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Int, Real
 from torch import Tensor
 
 
 def compute_group_advantages(
-    scores: Tensor, group_index: Tensor, *, norm_by_std: bool = True, epsilon: float = 1e-6
-) -> Tensor:
+    scores: Real[Tensor, "B"], group_index: Int[Tensor, "B"], *, norm_by_std: bool = True, epsilon: float = 1e-6
+) -> Float[Tensor, "B"]:
     """Score minus the group's mean score, optionally divided by the group's standard deviation.
 
     Args:
-        scores: [B], the responses' scores.
-        group_index: [B], integers; equal for responses to the same prompt.
+        scores: the responses' scores.
+        group_index: equal for responses to the same prompt.
         norm_by_std: divide by the group's sample standard deviation (Bessel-corrected, as verl does) plus ``epsilon``;
             without it the advantages are those of Dr. GRPO.
 
     Returns:
-        [B]. A response without others in its group gets 0 (departure from verl, which keeps the raw score). A
-        non-finite score gets 0 and is left out of its group's statistics.
+        A response without others in its group gets 0 (departure from verl, which keeps the raw score). A non-finite
+        score gets 0 and is left out of its group's statistics.
 
     Source: DeepSeekMath (arXiv 2402.03300), section 4.1; verl ``compute_grpo_outcome_advantage``.
     """

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Real
 from torch import Tensor
 
 from sdpo.config.self_distillation import SelfDistillationConfig
 
 
-def compute_token_weights(num_tokens: Tensor, loss_agg_mode: str, horizon: int | None = None) -> Tensor:
+def compute_token_weights(
+    num_tokens: Real[Tensor, "B"], loss_agg_mode: str, horizon: int | None = None
+) -> Float[Tensor, "B"]:
     """Weight of a token of each sample in the aggregated loss.
 
     Args:
-        num_tokens: [B], counted tokens of each sample; samples with 0 are left out of the mean over sequences.
+        num_tokens: counted tokens of each sample; samples with 0 are left out of the mean over sequences.
         loss_agg_mode: ``token-mean`` 1 / all tokens; ``seq-mean-token-sum`` 1 / sequences; ``seq-mean-token-mean``
             1 / (sequences * the sample's tokens); ``seq-mean-token-sum-norm`` 1 / (sequences * horizon).
         horizon: constant of ``seq-mean-token-sum-norm``, in tokens; ignored by the other modes.
 
     Returns:
-        [B] float, at least float32.
+        At least float32.
 
     Raises:
         ValueError: unknown mode, or a missing horizon.
@@ -47,6 +50,6 @@ def compute_distillation_coef(config: SelfDistillationConfig, step: int, max_ste
     return config.distillation_coef_start + progress * (config.distillation_coef_end - config.distillation_coef_start)
 
 
-def compute_prompt_weights(success_rates: Tensor) -> Tensor:
-    """sqrt(p (1 - p)) of each sample's prompt, [B] in [0, 0.5]; 0 if all rollouts succeed or all fail."""
+def compute_prompt_weights(success_rates: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
+    """sqrt(p (1 - p)) of each sample's prompt, in [0, 0.5]; 0 if all rollouts succeed or all fail."""
     return (success_rates * (1.0 - success_rates)).clamp(min=0).sqrt()

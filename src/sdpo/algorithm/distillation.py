@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sdpo.algorithm.batch import TokenBatch
@@ -14,21 +15,23 @@ from sdpo.algorithm.topk import complete_topk
 from sdpo.config.self_distillation import SelfDistillationConfig
 
 
-def _complete(log_probs: Tensor | None, config: SelfDistillationConfig) -> Tensor:
-    """Compared distributions of student or teacher, [M, V]; with top-k, completed."""
+def _complete(
+    log_probs: Float[Tensor, "M V"] | Float[Tensor, "M K"] | None, config: SelfDistillationConfig
+) -> Float[Tensor, "M C"]:
+    """Compared distributions of student or teacher; with top-k, completed."""
     assert log_probs is not None
     return log_probs if config.distillation_topk is None else complete_topk(log_probs, config)
 
 
-def _compute_clip_factor(divergence: Tensor, limit: float) -> Tensor:
+def _compute_clip_factor(divergence: Float[Tensor, "M"], limit: float) -> Float[Tensor, "M"]:
     # Scaled, not clamped: a clamp would zero the gradient of the tokens with the largest divergence.
     return limit / divergence.detach().abs().clamp(min=limit)
 
 
 def _compare(
-    tokens: TokenDistributions, student_log_probs: Tensor, config: SelfDistillationConfig
-) -> tuple[Tensor, Tensor]:
-    """Loss and divergence in nats of each distilled token, [M] each, from the sampled tokens' log-probabilities [M]."""
+    tokens: TokenDistributions, student_log_probs: Float[Tensor, "M"], config: SelfDistillationConfig
+) -> tuple[Float[Tensor, "M"], Float[Tensor, "M"]]:
+    """Loss and divergence in nats of each distilled token, from the sampled tokens' log-probabilities."""
     if not config.full_logit_distillation:
         # The surrogate's value is not a divergence; the log-ratio, of either sign, estimates the divergence.
         assert tokens.teacher_log_probs is not None
@@ -44,8 +47,8 @@ def _compare(
 
 def compute_distillation_token_losses(
     batch: TokenBatch, tokens: TokenDistributions, config: SelfDistillationConfig
-) -> tuple[Tensor, TokenValues]:
-    """Loss of each distilled token [M] before aggregation, and the values of its metrics."""
+) -> tuple[Float[Tensor, "M"], TokenValues]:
+    """Loss of each distilled token before aggregation, and the values of its metrics."""
     assert tokens.teacher_log_probs is not None
     num_distilled = len(tokens.teacher_log_probs)
     student_log_probs = batch.at_distilled(tokens.student_log_probs, num_distilled)

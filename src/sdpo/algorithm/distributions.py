@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sdpo.algorithm.batch import TokenBatch
@@ -19,29 +20,32 @@ class TokenDistributions:
     Only the student's tensors and the divergence receive gradients.
     """
 
-    student_log_probs: Tensor  # [N] log-probabilities of the sampled tokens
-    student_entropies: Tensor | None = None  # [N] in nats; with gradient if the loss has an entropy term
-    teacher_log_probs: Tensor | None = None  # [M]; None: no token is distilled
-    teacher_entropies: Tensor | None = None  # [M] of complete distributions
-    student_distribution: Tensor | None = None  # [M, V] or [M, K] log-probabilities (K: the student's top k)
-    teacher_distribution: Tensor | None = None  # [M, V] or [M, K], same entries
-    divergence: Tensor | None = None  # [M], if already computed
-    compared_teacher_entropies: Tensor | None = None  # [M] of what the divergence compares, if already computed
+    student_log_probs: Float[Tensor, "N"]  # of the sampled tokens
+    student_entropies: Float[Tensor, "N"] | None = None  # in nats; with gradient if the loss has an entropy term
+    teacher_log_probs: Float[Tensor, "M"] | None = None  # None: no token is distilled
+    teacher_entropies: Float[Tensor, "M"] | None = None  # of complete distributions
+    student_distribution: Float[Tensor, "M C"] | None = None  # log-probabilities: all, or the student's top k
+    teacher_distribution: Float[Tensor, "M C"] | None = None  # of the same entries
+    divergence: Float[Tensor, "M"] | None = None  # if already computed
+    compared_teacher_entropies: Float[Tensor, "M"] | None = None  # of what the divergence compares, if computed
 
 
-def gather_log_probs(log_probs: Tensor, token_ids: Tensor) -> Tensor:
-    """Entries of ``token_ids`` [N] in distributions [N, V], as [N]."""
+def gather_log_probs(log_probs: Float[Tensor, "N V"], token_ids: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
+    """Entries of ``token_ids`` in distributions."""
     return log_probs.gather(-1, token_ids[:, None])[:, 0]
 
 
 def read_distributions(
-    student: Tensor, teacher: Tensor | None, batch: TokenBatch, config: SelfDistillationConfig
+    student: Float[Tensor, "N V"],
+    teacher: Float[Tensor, "M V"] | None,
+    batch: TokenBatch,
+    config: SelfDistillationConfig,
 ) -> TokenDistributions:
     """The loss's values from complete distributions.
 
     Args:
-        student: [N, V] log-probabilities, normalised, with gradient.
-        teacher: [M, V] log-probabilities, normalised; None if no token is distilled.
+        student: log-probabilities, normalised, with gradient.
+        teacher: log-probabilities, normalised; None if no token is distilled.
     """
     assert batch.sampled_ids is not None
     tokens = TokenDistributions(

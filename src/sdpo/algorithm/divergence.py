@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 # Upper bound of log(sum p) for the tail log(1 - sum p), as in the official code.
@@ -21,8 +22,8 @@ TAIL_LOG_SUM_MAX = -1e-7
 LOG_ZERO = -1e4
 
 
-def compute_kl(p_log_probs: Tensor, q_log_probs: Tensor) -> Tensor:
-    """KL(p || q) of distributions [..., V], giving [...]; gradients reach both.
+def compute_kl(p_log_probs: Float[Tensor, "*axes C"], q_log_probs: Float[Tensor, "*axes C"]) -> Float[Tensor, "*axes"]:
+    """KL(p || q) of distributions; gradients reach both.
 
     An entry with p = 0 (log-probability ``-inf``) contributes 0 and no gradient for every q; an entry with q = 0 and
     p > 0 makes the divergence infinite.
@@ -31,8 +32,10 @@ def compute_kl(p_log_probs: Tensor, q_log_probs: Tensor) -> Tensor:
     return (p_log_probs.exp() * log_ratio).sum(-1)
 
 
-def compute_divergence(student_log_probs: Tensor, teacher_log_probs: Tensor, alpha: float) -> Tensor:
-    """Divergence for ``alpha`` of distributions [..., V] (or [..., K], with a tail or renormalised).
+def compute_divergence(
+    student_log_probs: Float[Tensor, "*axes C"], teacher_log_probs: Float[Tensor, "*axes C"], alpha: float
+) -> Float[Tensor, "*axes"]:
+    """Divergence for ``alpha`` of distributions: complete, or of kept entries with a tail or renormalised.
 
     Both get gradients. Range of a Jensen-Shannon divergence: [0, H(alpha)] with H the binary entropy, so at most log 2
     (at alpha = 0.5).
@@ -53,19 +56,21 @@ def compute_divergence(student_log_probs: Tensor, teacher_log_probs: Tensor, alp
     return (1.0 - alpha) * compute_kl(student, mixture) + alpha * compute_kl(teacher, mixture)
 
 
-def add_tail(topk_log_probs: Tensor) -> Tensor:
-    """Append a bucket with the remaining mass, log(1 - sum p): [..., K] -> [..., K + 1]."""
+def add_tail(topk_log_probs: Float[Tensor, "*axes K"]) -> Float[Tensor, "*axes K+1"]:
+    """Append a bucket with the remaining mass, log(1 - sum p)."""
     log_sum = torch.logsumexp(topk_log_probs, dim=-1, keepdim=True).clamp(max=TAIL_LOG_SUM_MAX)
     return torch.cat([topk_log_probs, torch.log(-torch.expm1(log_sum))], dim=-1)
 
 
-def renormalize(topk_log_probs: Tensor) -> Tensor:
-    """Normalise the kept entries [..., K] to a distribution."""
+def renormalize(topk_log_probs: Float[Tensor, "*axes K"]) -> Float[Tensor, "*axes K"]:
+    """Normalise the kept entries to a distribution."""
     return topk_log_probs - torch.logsumexp(topk_log_probs, dim=-1, keepdim=True)
 
 
-def compute_sampled_token_surrogate(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-    """Loss [...] from the sampled token's log-probabilities [...], with the reverse KL's gradient in expectation.
+def compute_sampled_token_surrogate(
+    student_log_probs: Float[Tensor, "*axes"], teacher_log_probs: Float[Tensor, "*axes"]
+) -> Float[Tensor, "*axes"]:
+    """Loss from the sampled token's log-probabilities, with the reverse KL's gradient in expectation.
 
     stopgrad(log student - log teacher) * log student: the score-function form (Prop. 2.1 for the sampled entry). Its
     *value* is not a divergence and may be negative.
@@ -73,6 +78,6 @@ def compute_sampled_token_surrogate(student_log_probs: Tensor, teacher_log_probs
     return (student_log_probs - teacher_log_probs).detach() * student_log_probs
 
 
-def compute_entropy(log_probs: Tensor) -> Tensor:
-    """Entropy in nats of distributions [..., V], giving [...]; an entry of probability 0 contributes 0."""
+def compute_entropy(log_probs: Float[Tensor, "*axes C"]) -> Float[Tensor, "*axes"]:
+    """Entropy in nats of distributions; an entry of probability 0 contributes 0."""
     return -(log_probs.exp() * log_probs.clamp(min=LOG_ZERO)).sum(-1)

@@ -11,29 +11,31 @@ staleness. The log-probabilities of the three policies:
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 # Keeps exp() finite in every floating-point type; the official code uses the same bound.
 MAX_LOG_RATIO = 20.0
 
 
-def compute_ratio(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
-    """exp(log_probs - reference), exponent clamped to [-20, 20]; any shape; no gradient by the reference."""
+def compute_ratio(
+    log_probs: Float[Tensor, "*axes"], reference_log_probs: Float[Tensor, "*axes"]
+) -> Float[Tensor, "*axes"]:
+    """exp(log_probs - reference), exponent clamped to [-20, 20]; no gradient by the reference."""
     return (log_probs - reference_log_probs.detach()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def compute_rollout_ratio(
-    old_log_probs: Tensor, rollout_log_probs: Tensor, sample_index: Tensor, level: str
-) -> Tensor | None:
+    old_log_probs: Float[Tensor, "N"], rollout_log_probs: Float[Tensor, "N"], sample_index: Int[Tensor, "N"], level: str
+) -> Float[Tensor, "N"] | None:
     """Importance ratio old policy / sampler of packed tokens, before truncation.
 
     Args:
-        old_log_probs, rollout_log_probs: [N].
-        sample_index: [N] integers from 0, each token's sample.
+        sample_index: each token's sample, from 0.
         level: ``"token"``; ``"sequence"``, the product over the sample's tokens, at each token; or ``"none"``.
 
     Returns:
-        [N], positive, without gradient; None for ``"none"``.
+        Positive, without gradient; None for ``"none"``.
 
     Raises:
         ValueError: unknown level.

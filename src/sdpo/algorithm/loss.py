@@ -6,7 +6,7 @@ SDPO: the divergence between student and teacher at each distilled token, times 
 policy, times the truncated rollout weight. GRPO: PPO's clipped surrogate with group-relative advantages, at every
 response token. KL to the reference model and entropy: see ``regularization``.
 
-The functions take packed tokens [N]; ``distillation`` has the SDPO part, ``official`` the official function of padded
+The functions take packed tokens; ``distillation`` has the SDPO part, ``official`` the official function of padded
 batches.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sdpo.algorithm.batch import TokenBatch
@@ -30,15 +31,15 @@ from sdpo.config.self_distillation import SelfDistillationConfig
 class LossOutputs:
     """The loss to differentiate, its contributions by token, and sums for metrics."""
 
-    loss: Tensor  # scalar
-    token_losses: Tensor  # [N] weighted contribution of each token; their sum is the loss
+    loss: Float[Tensor, ""]
+    token_losses: Float[Tensor, "N"]  # weighted contribution of each token; their sum is the loss
     sums: Sums
 
 
 def compute_policy_token_losses(
-    batch: TokenBatch, student_log_probs: Tensor, config: SelfDistillationConfig
-) -> tuple[Tensor, TokenValues]:
-    """PPO's clipped surrogate of each response token [N] before aggregation, and the values of its metrics.
+    batch: TokenBatch, student_log_probs: Float[Tensor, "N"], config: SelfDistillationConfig
+) -> tuple[Float[Tensor, "N"], TokenValues]:
+    """PPO's clipped surrogate of each response token before aggregation, and the values of its metrics.
 
     Source: PPO (arXiv 1707.06347) eq. 7 with separate bounds (DAPO, arXiv 2503.14476). Departure from verl: no dual
     clip.
@@ -56,8 +57,8 @@ def compute_policy_token_losses(
 
 def compute_regularization_token_losses(
     batch: TokenBatch, tokens: TokenDistributions, regularization: Regularization
-) -> tuple[Tensor, TokenValues]:
-    """Weighted KL and entropy terms of each response token [N], and the values of their metrics."""
+) -> tuple[Float[Tensor, "N"], TokenValues]:
+    """Weighted KL and entropy terms of each response token, and the values of their metrics."""
     assert batch.policy_weights is not None
     losses, values = torch.zeros_like(tokens.student_log_probs), {}
     if regularization.kl_loss_coef is not None:
@@ -73,8 +74,8 @@ def compute_regularization_token_losses(
 
 def compute_token_losses(
     batch: TokenBatch, tokens: TokenDistributions, config: SelfDistillationConfig
-) -> tuple[Tensor, TokenValues]:
-    """Contribution of each token to the blended loss, [N], and the metrics' values for ``reduce_values``."""
+) -> tuple[Float[Tensor, "N"], TokenValues]:
+    """Contribution of each token to the blended loss, and the metrics' values for ``reduce_values``."""
     batch = batch.complete(tokens.student_log_probs)
     assert batch.old_log_probs is not None
     # Zeros with a graph, so that backward works even if no token is distilled.

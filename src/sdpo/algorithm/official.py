@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from sdpo.algorithm.aggregation import compute_token_weights
@@ -27,36 +28,36 @@ METRIC_NAMES = {
 
 
 def compute_self_distillation_loss(
-    student_log_probs: Tensor,
-    teacher_log_probs: Tensor,
-    response_mask: Tensor,
+    student_log_probs: Float[Tensor, "B T"],
+    teacher_log_probs: Float[Tensor, "B T"],
+    response_mask: Shaped[Tensor, "B T"],
     self_distillation_config: SelfDistillationConfig,
-    old_log_probs: Tensor | None = None,
-    student_all_log_probs: Tensor | None = None,
-    teacher_all_log_probs: Tensor | None = None,
-    student_topk_log_probs: Tensor | None = None,
-    teacher_topk_log_probs: Tensor | None = None,
-    self_distillation_mask: Tensor | None = None,
+    old_log_probs: Float[Tensor, "B T"] | None = None,
+    student_all_log_probs: Float[Tensor, "B T V"] | None = None,
+    teacher_all_log_probs: Float[Tensor, "B T V"] | None = None,
+    student_topk_log_probs: Float[Tensor, "B T K"] | None = None,
+    teacher_topk_log_probs: Float[Tensor, "B T K"] | None = None,
+    self_distillation_mask: Shaped[Tensor, "B"] | None = None,
     loss_agg_mode: str = "token-mean",
-    rollout_is_weights: Tensor | None = None,
-) -> tuple[Tensor, dict[str, float]]:
+    rollout_is_weights: Float[Tensor, "B T"] | None = None,
+) -> tuple[Float[Tensor, ""], dict[str, float]]:
     """Distillation loss of a padded batch, with the signature of the official function (lasgroup/SDPO).
 
     Args:
-        student_log_probs: [B, T], log-probabilities of the sampled tokens, with gradient.
-        teacher_log_probs: [B, T], the teacher's for the same tokens; never receives a gradient.
-        response_mask: [B, T], 1 at response tokens.
+        student_log_probs: of the sampled tokens, with gradient.
+        teacher_log_probs: the teacher's for the same tokens; never receives a gradient.
+        response_mask: 1 at response tokens.
         self_distillation_config: divergence, level and clips. ``policy_loss_weight`` is not applied: the result is the
             distillation loss alone.
-        old_log_probs: [B, T], required unless ``is_clip`` is None.
-        student_all_log_probs, teacher_all_log_probs: [B, T, V], for the full vocabulary.
-        student_topk_log_probs, teacher_topk_log_probs: [B, T, K], both at the student's top k, for top-k.
-        self_distillation_mask: [B], 1 for samples with teacher context.
+        old_log_probs: required unless ``is_clip`` is None.
+        student_all_log_probs, teacher_all_log_probs: for the full vocabulary.
+        student_topk_log_probs, teacher_topk_log_probs: both at the student's top k, for top-k.
+        self_distillation_mask: 1 for samples with teacher context.
         loss_agg_mode: see ``compute_token_weights``; the horizon of ``seq-mean-token-sum-norm`` is T.
-        rollout_is_weights: [B, T], truncated importance weights old policy / sampler.
+        rollout_is_weights: truncated importance weights old policy / sampler.
 
     Returns:
-        The scalar loss and its metrics. Without distilled tokens the loss is exactly 0, with a zero gradient.
+        The loss and its metrics. Without distilled tokens the loss is exactly 0, with a zero gradient.
 
     Raises:
         ValueError: a tensor that the settings require is missing.
@@ -113,9 +114,11 @@ def compute_self_distillation_loss(
 
 
 def _find_nonfinite_tokens(
-    mask: Tensor, token_values: Sequence[Tensor | None], distributions: Sequence[Tensor | None]
-) -> Tensor:
-    """Mask [B, T] of tokens with a non-finite value; ``-inf`` in a distribution is valid (probability 0)."""
+    mask: Bool[Tensor, "B T"],
+    token_values: Sequence[Float[Tensor, "B T"] | None],
+    distributions: Sequence[Float[Tensor, "B T C"] | None],
+) -> Bool[Tensor, "B T"]:
+    """Mask of tokens with a non-finite value; ``-inf`` in a distribution is valid (probability 0)."""
     broken = torch.zeros_like(mask)
     for values in token_values:
         if values is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 # Bounds of the log-ratio before exp, and of the estimate, in ``low_var_kl``: verl's.
@@ -34,18 +35,17 @@ class Regularization:
     entropy_coeff: float
 
 
-def estimate_kl(log_probs: Tensor, ref_log_probs: Tensor, kl_loss_type: str) -> Tensor:
+def estimate_kl(
+    log_probs: Float[Tensor, "*axes"], ref_log_probs: Float[Tensor, "*axes"], kl_loss_type: str
+) -> Float[Tensor, "*axes"]:
     """Estimate KL(student || reference) of each token in nats, from the log-probabilities of the sampled token.
 
     Args:
-        log_probs: [...], with gradient.
-        ref_log_probs: [...], never receives a gradient.
+        log_probs: with gradient.
+        ref_log_probs: never receives a gradient.
         kl_loss_type: with d = log student - log reference, ``kl`` (``k1``): d; ``abs``: |d|; ``mse`` (``k2``): d^2 / 2;
             ``low_var_kl`` (``k3``): exp(-d) - 1 + d. With a trailing ``+``: the same value,
             with the gradient of ``mse``, which in expectation is the KL divergence's.
-
-    Returns:
-        [...]
 
     Raises:
         ValueError: unknown type.
@@ -61,7 +61,7 @@ def estimate_kl(log_probs: Tensor, ref_log_probs: Tensor, kl_loss_type: str) -> 
     return surrogate - surrogate.detach() + value.detach()
 
 
-def _estimate(log_ratio: Tensor, name: str) -> Tensor:
+def _estimate(log_ratio: Float[Tensor, "*axes"], name: str) -> Float[Tensor, "*axes"]:
     if name == "kl":
         return log_ratio
     if name == "abs":

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
+@runtime_checkable
 class TeacherWeights(Protocol):
     """Teacher tensors, by name, that are updated from the student's, and how they get into the teacher's module."""
 

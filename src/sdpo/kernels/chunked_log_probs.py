@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sdpo.algorithm.distributions import gather_log_probs
@@ -27,15 +28,15 @@ ACCELERATOR_BLOCK_BYTES = 60_000_000
 
 @dataclass(frozen=True)
 class LinearHead:
-    """Logits [N, V] before they are computed: hidden states and head.
+    """Logits before they are computed: hidden states and head.
 
     logits = coefficient * softcap * tanh((hidden @ weight.T + bias) / softcap); without a soft-cap, coefficient
     times the head's output. The product has the hidden states' type, all later operations ``softmax_type``.
     """
 
-    hidden: Tensor  # [N, H]
-    weight: Tensor  # [V, H]
-    bias: Tensor | None = None  # [V]
+    hidden: Float[Tensor, "N H"]
+    weight: Float[Tensor, "V H"]
+    bias: Float[Tensor, "V"] | None = None
     softcap: float | None = None  # > 0
     coefficient: float = 1.0  # of this model in a policy that adds the logits of several models
 
@@ -109,14 +110,14 @@ class ChunkedLogProbs:
 
 
 def score_tokens(
-    student: LinearHead, sampled_ids: Tensor, *, temperature: float = 1.0, chunk_size: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the sampled tokens [N] and entropies of their distributions in nats, [N] each.
+    student: LinearHead, sampled_ids: Int[Tensor, "N"], *, temperature: float = 1.0, chunk_size: int | None = None
+) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
+    """Log-probabilities of the sampled tokens, and entropies of their distributions in nats.
 
     Detached, of type ``softmax_type``.
 
     Args:
-        student: [N, H].
+        student: N tokens.
         temperature: of the sampler, > 0.
         chunk_size: tokens per chunk, >= 1; by default ``choose_chunk_size``.
     """

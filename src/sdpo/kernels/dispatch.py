@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sdpo.algorithm.batch import TokenBatch
@@ -36,8 +37,8 @@ def fused_linear_sdpo_loss(
 
 
 def score_tokens(
-    student: LinearHead, sampled_ids: Tensor, *, temperature: float = 1.0, chunk_size: int | None = None
-) -> tuple[Tensor, Tensor]:
+    student: LinearHead, sampled_ids: Int[Tensor, "N"], *, temperature: float = 1.0, chunk_size: int | None = None
+) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
     """``sdpo.kernels.chunked_log_probs.score_tokens``, by CUDA kernels if the hidden states' device and type allow."""
     score = chunked_log_probs.score_tokens
     if has_cuda_kernels(student.hidden) and kernels_agree(student.hidden.device, student.hidden.dtype):
@@ -45,7 +46,7 @@ def score_tokens(
     return score(student, sampled_ids, temperature=temperature, chunk_size=chunk_size)
 
 
-def has_cuda_kernels(hidden: Tensor) -> bool:
+def has_cuda_kernels(hidden: Float[Tensor, "N H"]) -> bool:
     """Whether ``sdpo.kernels.cuda`` supports hidden states of this device and type."""
     return hidden.is_cuda and hidden.dtype != torch.float64 and _supports_kernels(hidden.device)
 

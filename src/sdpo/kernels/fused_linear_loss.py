@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sdpo.algorithm.batch import TokenBatch
@@ -48,9 +49,9 @@ HALF_PRECISION_TEACHER_DIVISOR = 4
 class FusedOutputs(LossOutputs):
     """The loss to differentiate; all other tensors are detached."""
 
-    student_log_probs: Tensor  # [N] of the sampled tokens
-    student_entropies: Tensor  # [N] in nats
-    teacher_log_probs: Tensor  # [M]
+    student_log_probs: Float[Tensor, "N"]  # of the sampled tokens
+    student_entropies: Float[Tensor, "N"]  # in nats
+    teacher_log_probs: Float[Tensor, "M"]
 
 
 def fused_linear_sdpo_loss(
@@ -65,8 +66,8 @@ def fused_linear_sdpo_loss(
     """Compute from hidden states what ``read_distributions`` and ``compute_loss`` compute from distributions.
 
     Args:
-        student: [N, H]; its hidden states, weight and bias get gradients if they require them.
-        teacher: [M, H] each, the distilled tokens' rows in order; several models' logits are added (trust region).
+        student: N tokens; its hidden states, weight and bias get gradients if they require them.
+        teacher: M tokens each, the distilled tokens' rows in order; several models' logits are added (trust region).
             Empty if no token is distilled. Never receives a gradient, not even for a head shared with the student.
         batch: the N tokens, with ``sampled_ids``.
         temperature: of the sampler, > 0; divides the logits of student and teacher.

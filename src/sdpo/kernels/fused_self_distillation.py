@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from sdpo.algorithm.aggregation import compute_token_weights
@@ -17,56 +18,56 @@ from sdpo.observability import metrics
 
 
 def fused_self_distillation_loss(
-    student_hidden: Tensor,
-    student_head: Tensor,
-    teacher_hidden: Tensor,
-    teacher_head: Tensor,
-    sampled_ids: Tensor,
-    loss_mask: Tensor,
+    student_hidden: Float[Tensor, "N H"],
+    student_head: Float[Tensor, "V H"],
+    teacher_hidden: Float[Tensor, "N H_teacher"],
+    teacher_head: Float[Tensor, "V H_teacher"],
+    sampled_ids: Int[Tensor, "N"],
+    loss_mask: Shaped[Tensor, "N"],
     self_distillation_config: SelfDistillationConfig,
     *,
-    old_log_probs: Tensor | None = None,
-    rollout_is_weights: Tensor | None = None,
-    advantages: Tensor | None = None,
-    self_distillation_mask: Tensor | None = None,
-    ref_log_probs: Tensor | None = None,
+    old_log_probs: Float[Tensor, "N"] | None = None,
+    rollout_is_weights: Float[Tensor, "N"] | None = None,
+    advantages: Float[Tensor, "N"] | None = None,
+    self_distillation_mask: Shaped[Tensor, "N"] | None = None,
+    ref_log_probs: Float[Tensor, "N"] | None = None,
     kl_loss_coef: float = 0.0,
     kl_loss_type: str = "low_var_kl",
     entropy_coeff: float = 0.0,
     temperature: float = 1.0,
     softcap: float | None = None,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
+    student_bias: Float[Tensor, "V"] | None = None,
+    teacher_bias: Float[Tensor, "V"] | None = None,
     chunk_size: int | None = None,
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Float[Tensor, ""], dict[str, float]]:
     """``compute_self_distillation_loss`` from hidden states, averaged over the counted tokens (``token-mean``).
 
     Memory does not grow with N times V. Loss and gradients are equal up to rounding, computed in one pass.
 
     Args:
-        student_hidden: [N, H], inputs of the student's head at the positions that predict the sampled tokens.
-        student_head: [V, H], the head's weight. Both get gradients, as does ``student_bias``.
-        teacher_hidden: [N, H'], inputs of the teacher's head for the same tokens; read at distilled tokens.
-        teacher_head: [V, H'], may be ``student_head``; the teacher never receives a gradient.
-        sampled_ids: [N], the sampled tokens.
-        loss_mask: [N], 1 at tokens that count. Values at other tokens are ignored.
+        student_hidden: inputs of the student's head at the positions that predict the sampled tokens.
+        student_head: the head's weight. Both get gradients, as does ``student_bias``.
+        teacher_hidden: inputs of the teacher's head for the same tokens; read at distilled tokens.
+        teacher_head: may be ``student_head``; the teacher never receives a gradient.
+        sampled_ids: the sampled tokens.
+        loss_mask: 1 at tokens that count. Values at other tokens are ignored.
         self_distillation_config: divergence, level and clips.
-        old_log_probs: [N], required unless ``is_clip`` is None.
-        rollout_is_weights: [N], truncated importance weights old policy / sampler.
-        advantages: [N]. With advantages the loss is w * GRPO + (1 - w) * distillation, w = ``policy_loss_weight``;
+        old_log_probs: required unless ``is_clip`` is None.
+        rollout_is_weights: truncated importance weights old policy / sampler.
+        advantages: with advantages the loss is w * GRPO + (1 - w) * distillation, w = ``policy_loss_weight``;
             without, it is the distillation loss and ``policy_loss_weight`` is ignored.
-        self_distillation_mask: [N], 1 at distilled tokens; by default all counted tokens.
-        ref_log_probs: [N], the reference model's, at the same temperature; required if ``kl_loss_coef`` > 0.
+        self_distillation_mask: 1 at distilled tokens; by default all counted tokens.
+        ref_log_probs: the reference model's, at the same temperature; required if ``kl_loss_coef`` > 0.
         kl_loss_coef, kl_loss_type: weight >= 0 of KL(student || reference) over all counted tokens, which is added, and
             its estimator (``sdpo.algorithm.regularization.estimate_kl``).
         entropy_coeff: weight >= 0 of the student's entropy over all counted tokens, which is subtracted.
         temperature: of the sampler, > 0; divides the logits of student and teacher.
         softcap: logits -> softcap * tanh(logits / softcap) for student and teacher, > 0.
-        student_bias, teacher_bias: [V], the heads' biases.
+        student_bias, teacher_bias: the heads' biases.
         chunk_size: tokens per chunk, >= 1; by default ``choose_chunk_size``.
 
     Returns:
-        The scalar loss and its metrics; distillation metrics are missing if no token is distilled. Without counted
+        The loss and its metrics; distillation metrics are missing if no token is distilled. Without counted
         tokens the loss is exactly 0, with a zero gradient.
 
     Raises:

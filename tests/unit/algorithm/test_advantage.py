@@ -32,7 +32,8 @@ def reference(scores: Sequence[float], groups: Sequence[int], norm_by_std: bool)
 
 def compute(scores: Sequence[float], groups: Sequence[int], norm_by_std: bool) -> list[float]:
     tensor = torch.tensor(scores, dtype=torch.float64)
-    return compute_group_advantages(tensor, torch.tensor(groups), norm_by_std=norm_by_std).tolist()
+    index = torch.tensor(groups, dtype=torch.long)
+    return compute_group_advantages(tensor, index, norm_by_std=norm_by_std).tolist()
 
 
 def test_advantages_of_two_groups() -> None:

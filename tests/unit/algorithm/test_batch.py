@@ -24,7 +24,8 @@ def double(*values: float) -> Tensor:
 
 
 def test_selection_applies_to_every_tensor_and_keeps_other_fields() -> None:
-    tensors = {name: torch.arange(5) + 10 * i for i, name in enumerate(NAMES)}
+    tensors = {name: torch.arange(5.0) + 10 * i for i, name in enumerate(NAMES)}
+    tensors |= {"sampled_ids": torch.arange(5), "distilled": torch.arange(5) % 2 == 0}
     batch = TokenBatch(**tensors, **OTHERS)
     assert {*NAMES, *OTHERS} == {field.name for field in fields(TokenBatch)}
     for rows in (slice(1, 3), torch.tensor([4, 0])):

@@ -93,7 +93,7 @@ def build_samples(
         rng,
     )
     scores = torch.tensor([rollout.score for rollout in scored])
-    groups = torch.tensor([rollout.group_id for rollout in scored])
+    groups = torch.tensor([rollout.group_id for rollout in scored], dtype=torch.long)
     advantages = compute_group_advantages(scores, groups, norm_by_std=config.norm_adv_by_std_in_grpo).tolist()
     weights = [1.0] * len(scored)
     if config.weight_by_prompt_difficulty:

@@ -94,7 +94,7 @@ def correct_advantages(
     if config.algorithm.adv_estimator != "grpo":
         return corrected
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-    index = torch.tensor([numbers[group] for group in groups])
+    index = torch.tensor([numbers[group] for group in groups], dtype=torch.long)
     own = compute_group_advantages(
         rewards.masked_fill(mask, math.nan), index, norm_by_std=config.algorithm.norm_adv_by_std_in_grpo
     )

@@ -538,8 +538,8 @@ def test_default_chunk_keeps_the_buffers_below_a_gigabyte() -> None:
 
 
 def test_cpu_uses_the_portable_loss() -> None:
-    assert not dispatch.has_cuda_kernels(torch.empty(1))
-    assert not dispatch.has_cuda_kernels(torch.empty(1, dtype=torch.float64, device=DEVICE))
+    assert not dispatch.has_cuda_kernels(torch.empty(1, 1))
+    assert not dispatch.has_cuda_kernels(torch.empty(1, 1, dtype=torch.float64, device=DEVICE))
     case = make_case(distilled="all").run
     config = SelfDistillationConfig(alpha=0.5)
     one, other = (
