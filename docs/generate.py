@@ -113,8 +113,8 @@ def metric_names() -> str:
         ("Earlier", "Now"), ((f"`{old}`", f"`{new}`") for old, new in renamed.items())
     )
     return page + (
-        f"\nBeside `self_distillation/distilled_sample_fraction`, `{metrics.SUCCESS_SAMPLE_FRACTION}` had the meaning "
-        f"of `{metrics.ROLLOUT_SUCCESS_FRACTION}`, and is read as such.\n"
+        f"\nIn runs with `self_distillation/distilled_sample_fraction`, `{metrics.SUCCESS_SAMPLE_FRACTION}` had the "
+        f"meaning of `{metrics.ROLLOUT_SUCCESS_FRACTION}`, and `sdpo report` reads it as such.\n"
     )
 
 
@@ -141,7 +141,7 @@ Time and memory, compared with a lower bound and with other implementations. `do
 optimization attempts.
 
 Ratios are medians of interleaved measurements, in one process or in alternating processes, each with one thread. TRL
-and Liger come with the extra `bench`, on Python 3.11 or 3.12; lines whose package is missing are left out:
+and Liger come with the extra `bench`, on Python 3.11 or 3.12; lines whose package is missing are skipped:
 
 ```bash
 pip install torch==2.13.0                # where there is no GPU: --index-url https://download.pytorch.org/whl/cpu
@@ -170,7 +170,7 @@ LOSS_GPU = """\
 The same on one GPU in bfloat16, at a hidden size of 2,048 and a vocabulary of 151,936. **ours, as the engines call it**
 is `sdpo.kernels.dispatch.fused_linear_sdpo_loss`, without the masks and means of the public function.
 
-Targets: at most 1.25 times the floor for whole distributions, 1.15 for the sampled token and 1.5 for the top k; at most
+Targets: at most 1.25 times the floor for complete distributions, 1.15 for the sampled token and 1.5 for the top k; at most
 1 GB above inputs and gradients at any number of tokens.
 
 Memory traffic of the kernels between the products at 8,192 tokens, computed; a pass is one read or write of a matrix of
@@ -195,8 +195,8 @@ Target: at most 0.5 times TRL's time and 0.4 times its memory.
 """
 
 GROWTH = """\
-Time and memory of a step as one size grows over three octaves and the others stay: exponents over the last two octaves,
-after the constant part is subtracted. 1 is linear.
+Time and memory of a step as one size grows over three octaves and the others are constant: exponents over the last two
+octaves, after the constant part is subtracted. 1 is linear.
 
 Target: no exponent above 1 in tokens or vocabulary.
 """
@@ -211,8 +211,8 @@ Utilisation is the model's operations per second over those of large matrix prod
 """
 
 OVERLAP = """\
-Time of a step over the longer of sampling and training, with both in turn (staleness 0) and at the same time (staleness
-1): 1.00 is perfect overlap.
+Time of a step over the longer of sampling and training. With staleness 0 both alternate, with staleness 1 they run at
+the same time; 1.00 is perfect overlap.
 """
 
 SAMPLING = """\
@@ -226,8 +226,8 @@ prompt. "Predicted" is the ratio of shared to packed by the cost model that deci
 """
 
 VISION_TOWER = """\
-Time of a step with an image per prompt whose vision tower runs once per sequence, over the time of a step where it runs
-once per step.
+Time of a step whose vision tower runs once per sequence, over the time of a step whose vision tower runs once per step;
+one image per prompt.
 """
 
 
@@ -278,14 +278,14 @@ def step_trl_table(results: Mapping[str, Any]) -> str:
     rows = []
     for entry in results["measured"]:
         for side, m in entry["sides"].items():
-            shares = m.get("ours_over_it")
+            ratios = m.get("ours_over_it")
             rows.append(
                 (
                     f"{entry['vocab_size']:,}, {entry['setting']}",
                     side,
                     *(f"{m[part]:.2f}" for part in ("sampling", "learning", "rest", "step")),
                     megabytes(m["peak_bytes"]),
-                    *((f"{shares['step']:.2f}", f"{shares['bytes_above_imports']:.2f}") if shares else ("", "")),
+                    *((f"{ratios['step']:.2f}", f"{ratios['bytes_above_imports']:.2f}") if ratios else ("", "")),
                 )
             )
     parts = ("Sampling, s", "Training, s", "Rest, s", "Step, s", "Peak MB")
@@ -337,7 +337,7 @@ def overlap_table(results: Mapping[str, Any]) -> str:
         (f"staleness {i}", *(f"{m[part]:.2f}" for part in ("sampling", "learning", "step", "ratio")))
         for i, m in ((i, results[f"staleness_{i}"]) for i in (0, 1))
     )
-    return table(("", "Sampling, s", "Training, s", "Step, s", "Step over the longer"), rows)
+    return table(("", "Sampling, s", "Training, s", "Step, s", "Step / longer"), rows)
 
 
 def sampling_table(results: Mapping[str, Any]) -> str:
@@ -413,7 +413,7 @@ class Measurement:
 
 
 MEASUREMENTS: Sequence[Measurement] = (
-    Measurement("loss", "The loss, on a processor", LOSS, "benchmarks/loss.py", loss_table),
+    Measurement("loss", "The loss, on a CPU", LOSS, "benchmarks/loss.py", loss_table),
     Measurement(
         "loss_gpu",
         "The loss, on a GPU",
@@ -457,7 +457,7 @@ def describe_origin(results: Mapping[str, Any]) -> str:
 
 
 def architecture() -> str:
-    """The page with its file tree replaced by the present one."""
+    """The page with the current file tree."""
     page = (DOCS / "architecture.md").read_text(encoding="utf-8")
     before, _, rest = page.partition("<!-- files -->\n")
     after = rest.partition("<!-- /files -->")[2]
@@ -465,7 +465,7 @@ def architecture() -> str:
 
 
 def list_files(folder: Path, depth: int = 0) -> str:
-    """One line per Python file, with the first line of its docstring; folders first, those of ``__init__.py``."""
+    """One line per file or package, with the first line of its docstring; packages first."""
     tree = ""
     for path in sorted(folder.iterdir(), key=lambda path: (path.is_file(), path.name)):
         source = path / "__init__.py" if path.is_dir() else path

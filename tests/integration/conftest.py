@@ -1,4 +1,4 @@
-"""The offline task with an untrained model, and a config file on it that takes about a second."""
+"""Fixtures of the integration tests: the offline task with an untrained model, and a config file for a short run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def hidden_rule_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def write_config_file(hidden_rule_dir: Path, tmp_path: Path) -> Callable[[], Path]:
-    """Writes ``run.yaml``, whose run folder is ``run`` beside it."""
+    """Return a function that writes ``run.yaml`` with the run folder ``run`` in the same folder."""
 
     def write() -> Path:
         arguments = "".join(f"    {name}: {value}\n" for name, value in ARGUMENTS.items())

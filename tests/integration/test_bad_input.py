@@ -1,7 +1,7 @@
-"""Hundreds of broken run files and data files, by the way that ``sdpo train`` takes them.
+"""Hundreds of invalid config files, data files and models, loaded like ``sdpo train`` does.
 
-Each either trains a step or is refused in one line that names the field, the row or the place in the file, in bounded
-time, and leaves nothing behind. Everything is drawn from fixed seeds.
+Each either trains a step, or is refused in bounded time with one line that names the field, the row or the location in
+the file, and leaves no files. All mutations have fixed seeds.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from sdpo.config.root import iterate_settings
 from sdpo.observability.progress import NullCallback
 from sdpo.rewards.toy.hidden_rule import build_tokenizer
 
-NUM_RUN_FILES = 500
+NUM_CONFIG_FILES = 500
 NUM_DATA_FILES = 300
-SECONDS = 20  # a run takes a tenth of one
+SECONDS = 20  # a run takes a tenth of a second
 
 TASK = """
 def build_task(salt=0, kind="a"):
@@ -121,26 +121,26 @@ NUMBERS = ("int", "float", "int | None", "float | None")
 # ---- one attempt ----------------------------------------------------------------------------------------------------
 
 
-class Hang(BaseException):
+class Timeout(BaseException):
     pass
 
 
-class Enough(Exception):
-    """A step was trained: the file is valid, however many steps it asks for."""
+class StepTrained(Exception):
+    """Ends a run after one step, which shows that the file is valid."""
 
 
-class Watch(NullCallback):
+class StopAfterOneStep(NullCallback):
     def on_metrics(self, step: int, values: Mapping[str, float]) -> None:
         if step >= 1:
-            raise Enough
+            raise StepTrained
 
 
 @contextmanager
-def watchdog(seconds: float) -> Iterator[None]:
-    def bark(number: int, frame: FrameType | None) -> None:
-        raise Hang
+def limit_time(seconds: float) -> Iterator[None]:
+    def raise_timeout(number: int, frame: FrameType | None) -> None:
+        raise Timeout
 
-    before = signal.signal(signal.SIGALRM, bark)
+    before = signal.signal(signal.SIGALRM, raise_timeout)
     signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
@@ -151,15 +151,17 @@ def watchdog(seconds: float) -> Iterator[None]:
 
 @dataclass
 class Attempts:
-    """What became of the mutated files; ``defects`` are those that neither trained nor were refused as they should."""
+    """Outcomes of the mutated files; ``defects`` has the files that neither trained nor had a correct refusal."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     messages: list[str] = field(default_factory=list)
     defects: list[str] = field(default_factory=list)
 
-    def note(self, kind: str, text: str, error: BaseException | None, left: set[str], names: Sequence[str]) -> None:
+    def record(
+        self, kind: str, text: str, error: BaseException | None, new_files: set[str], names: Sequence[str]
+    ) -> None:
         complaints = []
-        if error is None or isinstance(error, Enough):
+        if error is None or isinstance(error, StepTrained):
             self.outcomes[f"{kind}: trained"] += 1
         elif isinstance(error, SDPOError):
             self.outcomes[f"{kind}: refused"] += 1
@@ -169,39 +171,39 @@ class Attempts:
                 complaints.append(f"the message is not one readable line: {message!r:.300}")
             if not any(name in message for name in names):
                 complaints.append(f"the message names none of {', '.join(names)}: {message}")
-            if left:
-                complaints.append(f"left behind: {', '.join(sorted(left))} after {message}")
+            if new_files:
+                complaints.append(f"new files: {', '.join(sorted(new_files))} after {message}")
         else:
-            place = traceback.extract_tb(error.__traceback__)
-            where = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in place[::-1][:6])
+            frames = traceback.extract_tb(error.__traceback__)
+            where = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in frames[::-1][:6])
             complaints.append(f"{type(error).__name__}: {error!s:.300} at {where}")
         self.defects += [f"{kind}: {complaint}\n  {text}" for complaint in complaints]
 
 
-def list_files(place: Path) -> set[str]:
-    return {str(path.relative_to(place)) for path in place.rglob("*")}
+def list_files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def attempt(run_file: Path, overrides: Sequence[str] = ()) -> tuple[BaseException | None, set[str]]:
-    """Load and train as ``sdpo train`` does; the error, and what is there that was not."""
+def attempt(config_file: Path, overrides: Sequence[str] = ()) -> tuple[BaseException | None, set[str]]:
+    """Load and train as ``sdpo train`` does; return the error and the new files."""
     before = list_files(Path())
     try:
-        with watchdog(SECONDS):
-            SDPOTrainer(load_config(run_file, overrides), Watch()).train()
+        with limit_time(SECONDS):
+            SDPOTrainer(load_config(config_file, overrides), StopAfterOneStep()).train()
         error: BaseException | None = None
-    except (Exception, Hang, SystemExit) as caught:
+    except (Exception, Timeout, SystemExit) as caught:
         error = caught
     torch.set_num_threads(1)
-    left = list_files(Path()) - before
-    for name in left:
+    new_files = list_files(Path()) - before
+    for name in new_files:
         path = Path(name)
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    return error, left
+    return error, new_files
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model, its data and a task."""
+def work_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a tiny model, data and a task."""
     folder = tmp_path_factory.mktemp("bad_input")
     tokenizer = build_tokenizer()
     torch.manual_seed(0)
@@ -229,8 +231,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _in_place(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
+def _change_to_work_dir(work_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(work_dir)
 
 
 def make_row(i: int) -> dict[str, Any]:
@@ -242,12 +244,12 @@ def make_row(i: int) -> dict[str, Any]:
     }
 
 
-# ---- run files ------------------------------------------------------------------------------------------------------
+# ---- config files ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Mutated:
-    """A mutated file: its kind of mutation, its content, and the names of which a refusal must have one."""
+class MutatedFile:
+    """Kind of the mutation, content of the file, and names; a refusal must contain one of the names."""
 
     kind: str
     content: bytes
@@ -284,7 +286,7 @@ OVERRIDE_VALUES = [
 ]  # fmt: skip
 
 
-def mutate_run_file(rng: random.Random) -> Mutated:
+def mutate_config_file(rng: random.Random) -> MutatedFile:
     return rng.choices([change_value, change_keys, change_text, replace_text, add_overrides], [50, 14, 20, 8, 8])[0](
         rng
     )
@@ -294,27 +296,28 @@ def dump(settings: Any) -> bytes:
     return yaml.dump(settings, allow_unicode=True, sort_keys=False).encode("utf-8", "surrogatepass")
 
 
-def leaves(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, ...]]:
+def list_paths(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, ...]]:
     paths: list[tuple[str, ...]] = []
     for key, value in settings.items():
         paths.append((key,))
         if isinstance(value, dict):
-            paths += [(key, *rest) for rest in leaves(value)]
+            paths += [(key, *rest) for rest in list_paths(value)]
     return paths
 
 
-def change_value(rng: random.Random) -> Mutated:
-    """One to three settings, those of the file and others, get another value."""
+def change_value(rng: random.Random) -> MutatedFile:
+    """Change one to three settings, in the file or not, to another value."""
     settings = copy.deepcopy(BASE)
     names = []
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
-        path = rng.choice([*leaves(BASE), *(tuple(key.split(".")) for key in KEYS)])
+        path = rng.choice([*list_paths(BASE), *(tuple(key.split(".")) for key in KEYS)])
         value = copy.deepcopy(rng.choice(VALUES))
         if FIELDS.get(".".join(path)) in NUMBERS and rng.random() < 0.7:
-            value = rng.choice([v for v in VALUES if type(v) in (int, float)])  # else the type alone is refused
+            # A number, so that the range is checked, not only the type.
+            value = rng.choice([v for v in VALUES if type(v) in (int, float)])
         elif FIELDS.get(".".join(path)) == "str" and rng.random() < 0.7:
             value = rng.choice([v for v in VALUES if isinstance(v, str)])
-        if path[0] == "max_staleness" and value == 1:  # right, and takes a process of its own
+        if path[0] == "max_staleness" and value == 1:  # valid, but starts a separate process
             value = 2
         node: Any = settings
         for key in path[:-1]:
@@ -323,69 +326,69 @@ def change_value(rng: random.Random) -> Mutated:
             node = node[key]
         node[path[-1]] = value
         names.append(".".join(path))
-    return Mutated("value", dump(settings), names)
+    return MutatedFile("value", dump(settings), names)
 
 
-def change_keys(rng: random.Random) -> Mutated:
-    """Keys are deleted, renamed, said twice, moved into another section, or wrapped."""
+def change_keys(rng: random.Random) -> MutatedFile:
+    """Delete, rename, duplicate, move or wrap a key."""
     settings = copy.deepcopy(BASE)
-    path = rng.choice(leaves(BASE))
+    path = rng.choice(list_paths(BASE))
     node: Any = settings
     for key in path[:-1]:
         node = node[key]
-    how = rng.choice(["delete", "rename", "twice", "move", "wrap", "odd"])
+    mutation = rng.choice(["delete", "rename", "twice", "move", "wrap", "odd"])
     value = node.pop(path[-1])
-    if how == "rename":
+    if mutation == "rename":
         letters = list(path[-1])
         rng.shuffle(letters)
         node["".join(letters)] = value
-        return Mutated("keys", dump(settings), ["".join(letters), ".".join(path)])
-    if how == "twice":
-        return Mutated("keys", dump(BASE) + dump({path[0]: BASE[path[0]]}), [path[0]])
-    if how == "move":
+        return MutatedFile("keys", dump(settings), ["".join(letters), ".".join(path)])
+    if mutation == "twice":
+        return MutatedFile("keys", dump(BASE) + dump({path[0]: BASE[path[0]]}), [path[0]])
+    if mutation == "move":
         other = rng.choice([name for name, section in BASE.items() if isinstance(section, dict)])
         (settings.get(other) or settings)[path[-1]] = value
-        return Mutated("keys", dump(settings), [path[-1], ".".join(path)])
-    if how == "wrap":
+        return MutatedFile("keys", dump(settings), [path[-1], ".".join(path)])
+    if mutation == "wrap":
         node[path[-1]] = {path[-1]: value}
-        return Mutated("keys", dump(settings), [".".join(path)])
-    if how == "odd":
+        return MutatedFile("keys", dump(settings), [".".join(path)])
+    if mutation == "odd":
         key = rng.choice([None, 1, 1.5, True, "", " ", "a.b", "é", "\0", "a" * 3000, path[-1].upper()])
         node[key] = value
-        return Mutated("keys", dump(settings), ["unknown key", ".".join(path[:-1]) or "run.yaml"])
-    return Mutated("keys", dump(settings), [".".join(path)])
+        return MutatedFile("keys", dump(settings), ["unknown key", ".".join(path[:-1]) or "run.yaml"])
+    return MutatedFile("keys", dump(settings), [".".join(path)])
 
 
-def change_text(rng: random.Random) -> Mutated:
-    """Characters and lines are deleted, inserted, exchanged and cut off."""
+def change_text(rng: random.Random) -> MutatedFile:
+    """Delete, insert or duplicate characters and lines, or truncate the file."""
     text = bytearray(dump(BASE))
     for _ in range(rng.randint(1, 4)):
         at = rng.randrange(len(text) + 1)
-        how = rng.choice(["delete", "insert", "cut", "line", "indent", "tab", "copy"])
-        if how == "delete":
+        mutation = rng.choice(["delete", "insert", "cut", "line", "indent", "tab", "copy"])
+        if mutation == "delete":
             del text[at : at + rng.randint(1, 5)]
-        elif how == "insert":
+        elif mutation == "insert":
             text[at:at] = rng.choice(INSERTED)
-        elif how == "cut":
+        elif mutation == "cut":
             del text[at:]
         else:
             lines = text.splitlines(keepends=True) or [bytearray()]
             line = rng.randrange(len(lines))
-            if how == "line":
+            if mutation == "line":
                 del lines[line]
-            elif how == "indent":
+            elif mutation == "indent":
                 lines[line] = bytearray(b" " * rng.randint(1, 5)) + lines[line].lstrip()
-            elif how == "tab":
+            elif mutation == "tab":
                 lines[line] = bytearray(b"\t") + lines[line]
             else:
                 lines.insert(rng.randrange(len(lines) + 1), lines[line])
             text = bytearray(b"".join(lines))
-    return Mutated("text", bytes(text), ["run.yaml", *KEYS])
+    return MutatedFile("text", bytes(text), ["run.yaml", *KEYS])
 
 
-def replace_text(rng: random.Random) -> Mutated:
-    """Files that were never a run."""
-    good = dump(BASE)
+def replace_text(rng: random.Random) -> MutatedFile:
+    """Replace the file by one that is no config file."""
+    valid = dump(BASE)
     bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30)
     )
@@ -393,45 +396,46 @@ def replace_text(rng: random.Random) -> Mutated:
     contents: list[bytes] = [
         b"", b" ", b"\n\n", b"# nothing\n", b"null", b"---\n...\n", b"x", b"1", b"[]", b"- output_dir: run\n", b"{}",
         b"\0" * 100,
-        rng.randbytes(500), b"PAR1" + rng.randbytes(200), b"\xef\xbb\xbf" + good, good.decode().encode("utf-16"),
-        good.decode().encode("utf-16-be"), good.replace(b"\n", b"\r\n"), good + b"\n---\n" + good, good + b"\n...\n",
-        b"x" * 200_000, b"[" * 3000, b"{a: " * 3000, deep.encode(), bomb.encode(), good + bomb.encode(),
-        b"verl:\n" + b"".join(b" " + b" " * i + b"a:\n" for i in range(300)) + good,
-        b"<<: &a {seed: 1}\n" + good, b"a: &a {b: *a}\n", b"seed: !!python/object/apply:os.getcwd []\n" + good,
-        b"seed: !!int x\n" + good, b"seed: !!binary aGVsbG8=\n" + good, b"seed: !!set {a, b}\n" + good,
-        b"seed: !unknown 3\n" + good,
-        b"seed: 0o17\n" + good.replace(b"seed: 3\n", b""), b"seed: 1:30:00\n" + good.replace(b"seed: 3\n", b""),
-        good.replace(b"token-mean", "tok\xe9n-mean".encode("latin-1")), good.replace(b"output_dir: run",
+        rng.randbytes(500), b"PAR1" + rng.randbytes(200), b"\xef\xbb\xbf" + valid, valid.decode().encode("utf-16"),
+        valid.decode().encode("utf-16-be"), valid.replace(b"\n", b"\r\n"), valid + b"\n---\n" + valid,
+        valid + b"\n...\n",
+        b"x" * 200_000, b"[" * 3000, b"{a: " * 3000, deep.encode(), bomb.encode(), valid + bomb.encode(),
+        b"verl:\n" + b"".join(b" " + b" " * i + b"a:\n" for i in range(300)) + valid,
+        b"<<: &a {seed: 1}\n" + valid, b"a: &a {b: *a}\n", b"seed: !!python/object/apply:os.getcwd []\n" + valid,
+        b"seed: !!int x\n" + valid, b"seed: !!binary aGVsbG8=\n" + valid, b"seed: !!set {a, b}\n" + valid,
+        b"seed: !unknown 3\n" + valid,
+        b"seed: 0o17\n" + valid.replace(b"seed: 3\n", b""), b"seed: 1:30:00\n" + valid.replace(b"seed: 3\n", b""),
+        valid.replace(b"token-mean", "tok\xe9n-mean".encode("latin-1")), valid.replace(b"output_dir: run",
         b"output_dir: &r run\nx: *r"),
-        good.replace(b": 1.0", b": *nothing"), b"%YAML 9.9\n---\n" + good, b"? [a, b]\n: 1\n" + good,
+        valid.replace(b": 1.0", b": *nothing"), b"%YAML 9.9\n---\n" + valid, b"? [a, b]\n: 1\n" + valid,
     ]  # fmt: skip
-    return Mutated("whole file", rng.choice(contents), ["run.yaml", *KEYS])
+    return MutatedFile("complete file", rng.choice(contents), ["run.yaml", *KEYS])
 
 
-def add_overrides(rng: random.Random) -> Mutated:
-    """A good file, and bad settings on the command line."""
+def add_overrides(rng: random.Random) -> MutatedFile:
+    """Add invalid overrides to a valid file."""
     overrides = []
     names = ["override", "command line"]
     for _ in range(rng.randint(1, 2)):
         key, value = rng.choice([*KEYS, *ODD_KEYS]), rng.choice(OVERRIDE_VALUES)
         overrides.append(rng.choice([f"{key}={value}", f"{key}={value}", f"{key} = {value}", f"{key}:{value}", key]))
         names.append(key if key in KEYS else "override")
-    return Mutated("override", dump(BASE), names, overrides)
+    return MutatedFile("override", dump(BASE), names, overrides)
 
 
 @pytest.mark.slow
-def test_run_files(place: Path) -> None:
-    rng = random.Random("run files")
+def test_config_files() -> None:
+    rng = random.Random("config files")
     attempts = Attempts()
-    run_file = Path("run.yaml")
-    for _ in range(NUM_RUN_FILES):
-        mutated = mutate_run_file(rng)
-        run_file.write_bytes(mutated.content)
-        error, left = attempt(run_file, mutated.overrides)
+    config_file = Path("run.yaml")
+    for _ in range(NUM_CONFIG_FILES):
+        mutated = mutate_config_file(rng)
+        config_file.write_bytes(mutated.content)
+        error, new_files = attempt(config_file, mutated.overrides)
         difference = describe(mutated)
-        attempts.note(mutated.kind, difference, error, left, mutated.names)
-    run_file.unlink()
-    finish(attempts, NUM_RUN_FILES)
+        attempts.record(mutated.kind, difference, error, new_files, mutated.names)
+    config_file.unlink()
+    finish(attempts, NUM_CONFIG_FILES)
 
 
 # ---- data files -----------------------------------------------------------------------------------------------------
@@ -467,32 +471,32 @@ ROLES: list[Any] = [
 
 
 def mutate_row(rng: random.Random, row: dict[str, Any]) -> list[str]:
-    """Change a row in place; what a refusal may name besides the row."""
-    how = rng.choice(["cell", "cell", "drop", "message", "message", "messages", "truth", "images"])
-    if how == "cell":
+    """Change a row in place; return the names that a refusal may contain instead of the row."""
+    mutation = rng.choice(["cell", "cell", "drop", "message", "message", "messages", "truth", "images"])
+    if mutation == "cell":
         column = rng.choice([*row, "ability", "images"])
         row[column] = copy.deepcopy(rng.choice(CELLS))
         return [column]
-    if how == "drop":
+    if mutation == "drop":
         column = rng.choice(list(row))
         del row[column]
         return [column]
-    if how == "truth":
+    if mutation == "truth":
         row["reward_model"] = rng.choice([{}, {"style": "rule"}, {"ground_truth": copy.deepcopy(rng.choice(CELLS))}])
-    elif how == "images":
+    elif mutation == "images":
         row["images"] = rng.choice(
             [[], [b"x"], [{"bytes": b"", "path": None}], [{"bytes": None, "path": "no.png"}], [3], ["no"]]
         )
-    elif how == "message":
+    elif mutation == "message":
         message = row["prompt"][0]
         key = rng.choice(["role", "content", "content"])
         value = rng.choice(ROLES if key == "role" else CELLS + PARTS)
         message[key] = copy.deepcopy(value)
-        if isinstance(value, bytes):  # and so is the whole column
+        if isinstance(value, bytes):  # the complete column has this type
             return ["row 0"]
         if rng.random() < 0.2:
             del message[rng.choice(list(message))]
-        if rng.random() < 0.5:  # so that there is a user
+        if rng.random() < 0.5:  # adds a user message
             row["prompt"].append({"role": "user", "content": "1"})
     else:
         user = row["prompt"][0]
@@ -504,29 +508,30 @@ def mutate_row(rng: random.Random, row: dict[str, Any]) -> list[str]:
     return []
 
 
-def mutate_data_file(rng: random.Random) -> Mutated:
+def mutate_data_file(rng: random.Random) -> MutatedFile:
     rows = [make_row(i) for i in range(4)]
-    how = rng.choices(["row", "file"], [75, 25])[0]
-    if how == "row":
-        place = rng.randrange(4)
-        names = mutate_row(rng, rows[place])
-        for candidates, number in ((rows, place), ([rows[place]], 0)):  # alone, if it makes a column of several types
+    mutation = rng.choices(["row", "file"], [75, 25])[0]
+    if mutation == "row":
+        index = rng.randrange(4)
+        names = mutate_row(rng, rows[index])
+        # Without the other rows, if the column would have several types.
+        for candidates, number in ((rows, index), ([rows[index]], 0)):
             try:
                 content = write_parquet(pa.Table.from_pylist(candidates))
             except (pa.ArrowException, TypeError, OverflowError):
                 continue
-            return Mutated("row", content, [f"row {number}", *names])
-        return mutate_data_file(rng)  # nothing that a file can hold
+            return MutatedFile("row", content, [f"row {number}", *names])
+        return mutate_data_file(rng)  # no Parquet file can contain this value
     table = pa.Table.from_pylist(rows)
     content = write_parquet(table)
     kind = rng.choice(["cut", "flip", "flip", "odd", "odd", "table"])
     if kind == "cut":
         content = content[: rng.randrange(len(content))]
     elif kind == "flip":
-        broken = bytearray(content)
+        damaged = bytearray(content)
         for _ in range(rng.randint(1, 8)):
-            broken[rng.randrange(len(broken))] = rng.randrange(256)
-        content = bytes(broken)
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        content = bytes(damaged)
     elif kind == "odd":
         buffer = io.BytesIO()
         with pa.ipc.new_file(buffer, table.schema) as writer:
@@ -548,7 +553,7 @@ def mutate_data_file(rng: random.Random) -> Mutated:
             ]
         )
     else:
-        named = dict(zip(table.column_names, table.columns, strict=True))
+        columns = dict(zip(table.column_names, table.columns, strict=True))
         content = write_parquet(
             rng.choice(
                 [
@@ -557,16 +562,19 @@ def mutate_data_file(rng: random.Random) -> Mutated:
                     pa.table([*table.columns, table.column(1)], names=[*table.column_names, "prompt"]),
                     table.rename_columns([name.upper() for name in table.column_names]),
                     table.append_column("é\n", pa.array([1] * 4)),
-                    pa.table({**named, "data_source": named["data_source"].dictionary_encode()}),
-                    pa.table({**named, "data_source": pa.array(["x"] * 4, pa.large_string())}),
+                    pa.table({**columns, "data_source": columns["data_source"].dictionary_encode()}),
+                    pa.table({**columns, "data_source": pa.array(["x"] * 4, pa.large_string())}),
                     pa.table(
-                        {**named, "prompt": pa.array([[("role", "user"), ("content", "1")]] * 4, pa.map_("str", "str"))}
+                        {
+                            **columns,
+                            "prompt": pa.array([[("role", "user"), ("content", "1")]] * 4, pa.map_("str", "str")),
+                        }
                     ),
-                    pa.table({**named, "prompt": pa.nulls(4)}),
+                    pa.table({**columns, "prompt": pa.nulls(4)}),
                 ]
             )
         )
-    return Mutated(f"file, {kind}", content, ["bad.parquet"])
+    return MutatedFile(f"file, {kind}", content, ["bad.parquet"])
 
 
 def write_parquet(table: pa.Table) -> bytes:
@@ -576,7 +584,7 @@ def write_parquet(table: pa.Table) -> bytes:
 
 
 @pytest.mark.slow
-def test_data_files(place: Path) -> None:
+def test_data_files() -> None:
     rng = random.Random("data files")
     attempts = Attempts()
     for _ in range(NUM_DATA_FILES):
@@ -586,12 +594,12 @@ def test_data_files(place: Path) -> None:
         settings = {**BASE, "data": {**BASE["data"], setting: ["bad.parquet"], "train_batch_size": 4}}
         settings["actor"] = {**BASE["actor"], "mini_batch_size": None}
         Path("run.yaml").write_bytes(dump(settings))
-        error, left = attempt(Path("run.yaml"))
+        error, new_files = attempt(Path("run.yaml"))
         try:
             content = repr(pq.read_table("bad.parquet").to_pylist())
         except Exception:
             content = repr(mutated.content)
-        attempts.note(mutated.kind, content[:600], error, left, mutated.names)
+        attempts.record(mutated.kind, content[:600], error, new_files, mutated.names)
     finish(attempts, NUM_DATA_FILES)
 
 
@@ -599,7 +607,7 @@ def test_data_files(place: Path) -> None:
 
 
 def edit_json(file: str, **changes: Any) -> Callable[[Path], None]:
-    """Change a file's top-level keys; None removes one."""
+    """Change top-level keys of a file; None removes a key."""
 
     def edit(folder: Path) -> None:
         content = {**json.loads((folder / file).read_text()), **changes}
@@ -612,12 +620,12 @@ def write(file: str, content: bytes) -> Callable[[Path], None]:
     return lambda folder: (folder / file).write_bytes(content) and None
 
 
-def cut(file: str, share: float) -> Callable[[Path], None]:
-    def cut_off(folder: Path) -> None:
+def truncate(file: str, fraction: float) -> Callable[[Path], None]:
+    def write_part(folder: Path) -> None:
         content = (folder / file).read_bytes()
-        (folder / file).write_bytes(content[: int(len(content) * share)])
+        (folder / file).write_bytes(content[: int(len(content) * fraction)])
 
-    return cut_off
+    return write_part
 
 
 def change_weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
@@ -638,45 +646,45 @@ def remove(*files: str) -> Callable[[Path], None]:
 
 
 NORM = "model.norm.weight"
-BROKEN_MODELS: dict[str, Callable[[Path], None]] = {
+DAMAGED_MODELS: dict[str, Callable[[Path], None]] = {
     "no config": remove("config.json"),
     "no weights": remove("model.safetensors"),
     "no tokenizer": remove("tokenizer.json", "tokenizer_config.json"),
-    "nothing": lambda folder: [file.unlink() for file in folder.iterdir()] and None,
+    "no file": lambda folder: [file.unlink() for file in folder.iterdir()] and None,
     **{f"config is {text!r}": write("config.json", text) for text in (b"", b"{", b"[]", b"3", b"\xff\0", b"{}")},
-    "architecture unknown": edit_json("config.json", model_type="no_such_model"),
+    "unknown architecture": edit_json("config.json", model_type="no_such_model"),
     "another architecture": edit_json("config.json", model_type="gpt2", architectures=["GPT2LMHeadModel"]),
     "an encoder": edit_json("config.json", model_type="t5", architectures=["T5ForConditionalGeneration"]),
     "no model_type": edit_json("config.json", model_type=None),
     "hidden_size null": edit_json("config.json", hidden_size=None),
-    "hidden_size a text": edit_json("config.json", hidden_size="big"),
-    "hidden_size another": edit_json("config.json", hidden_size=32),
+    "hidden_size is a text": edit_json("config.json", hidden_size="big"),
+    "other hidden_size": edit_json("config.json", hidden_size=32),
     "hidden_size 0": edit_json("config.json", hidden_size=0),
     "hidden_size negative": edit_json("config.json", hidden_size=-16),
-    "no head": edit_json("config.json", num_attention_heads=0),
-    "heads that do not divide": edit_json("config.json", num_attention_heads=3),
+    "no attention head": edit_json("config.json", num_attention_heads=0),
+    "hidden_size is no multiple of the heads": edit_json("config.json", num_attention_heads=3),
     "more layers": edit_json("config.json", num_hidden_layers=2),
-    "an activation that is not": edit_json("config.json", hidden_act="no_such"),
+    "unknown activation": edit_json("config.json", hidden_act="no_such"),
     "vocabulary smaller than the weights": edit_json("config.json", vocab_size=100),
     "vocabulary larger than the weights": edit_json("config.json", vocab_size=1000),
     "window of 1": edit_json("config.json", max_position_embeddings=1),
-    **{f"weights cut at {share}": cut("model.safetensors", share) for share in (0, 0.001, 0.1, 0.5, 0.99)},
+    **{f"weights truncated to {part}": truncate("model.safetensors", part) for part in (0, 0.001, 0.1, 0.5, 0.99)},
     "weights are text": write("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"),
-    "a weight lacks": change_weights(lambda weights: weights.pop(NORM)),
-    "a weight of another name": change_weights(lambda weights: weights.update(other=weights.pop(NORM))),
-    "a weight of another shape": change_weights(lambda weights: weights.update({NORM: torch.ones(3)})),
-    "all weights lack": change_weights(dict.clear),
-    "embeddings of fewer tokens": change_weights(
+    "missing weight": change_weights(lambda weights: weights.pop(NORM)),
+    "weight with another name": change_weights(lambda weights: weights.update(other=weights.pop(NORM))),
+    "weight with another shape": change_weights(lambda weights: weights.update({NORM: torch.ones(3)})),
+    "no weight": change_weights(dict.clear),
+    "embeddings with fewer tokens": change_weights(
         lambda weights: weights.update(
             {name: weights[name][:50].clone() for name in ("model.embed_tokens.weight", "lm_head.weight")}
         )
     ),
-    **{f"tokenizer cut at {share}": cut("tokenizer.json", share) for share in (0, 0.1, 0.9)},
+    **{f"tokenizer truncated to {part}": truncate("tokenizer.json", part) for part in (0, 0.1, 0.9)},
     "tokenizer is a list": write("tokenizer.json", b"[]"),
     "tokenizer is empty": write("tokenizer.json", b"{}"),
-    "tokenizer of a class that is not": edit_json("tokenizer_config.json", tokenizer_class="NoSuchTokenizer"),
+    "unknown tokenizer class": edit_json("tokenizer_config.json", tokenizer_class="NoSuchTokenizer"),
     "tokenizer's config is a list": write("tokenizer_config.json", b"[]"),
-    "tokenizer without an end": edit_json("tokenizer_config.json", eos_token=None),
+    "tokenizer without eos_token": edit_json("tokenizer_config.json", eos_token=None),
     "no chat template": lambda folder: (
         edit_json("tokenizer_config.json", chat_template=None)(folder),
         (folder / "chat_template.jinja").unlink(missing_ok=True),
@@ -684,32 +692,32 @@ BROKEN_MODELS: dict[str, Callable[[Path], None]] = {
     "chat template that does not parse": write("chat_template.jinja", b"{% for %}"),
     "chat template that raises": write("chat_template.jinja", b"{{ raise_exception('roles must alternate') }}"),
     "chat template that divides": write("chat_template.jinja", b"{{ 1 / 0 }}"),
-    "chat template that writes nothing": write("chat_template.jinja", b" "),
-    "generation config broken": write("generation_config.json", b"{"),
-    "generation config ends with a text": edit_json("generation_config.json", eos_token_id="x"),
+    "empty chat template": write("chat_template.jinja", b" "),
+    "malformed generation config": write("generation_config.json", b"{"),
+    "eos_token_id is a text": edit_json("generation_config.json", eos_token_id="x"),
 }  # fmt: skip
 
 
 @pytest.mark.slow
-def test_models(place: Path) -> None:
+def test_models() -> None:
     attempts = Attempts()
     settings = {**BASE, "model": {"path": "broken"}}
-    for name, damage in BROKEN_MODELS.items():
+    for name, damage in DAMAGED_MODELS.items():
         shutil.copytree("model", "broken")
         damage(Path("broken"))
         Path("run.yaml").write_bytes(dump(settings))
-        error, left = attempt(Path("run.yaml"))
-        attempts.note(
-            "model", name, error, left, ["model.path: ", "data.train_files: train.parquet: row 0", "window of 1"]
+        error, new_files = attempt(Path("run.yaml"))
+        attempts.record(
+            "model", name, error, new_files, ["model.path: ", "data.train_files: train.parquet: row 0", "window of 1"]
         )
-        if error is None or isinstance(error, Enough):
+        if error is None or isinstance(error, StepTrained):
             attempts.messages.append(f"model: trained: {name}")
         shutil.rmtree("broken")
-    finish(attempts, len(BROKEN_MODELS))
-    assert attempts.outcomes["model: refused"] >= len(BROKEN_MODELS) - 5
+    finish(attempts, len(DAMAGED_MODELS))
+    assert attempts.outcomes["model: refused"] >= len(DAMAGED_MODELS) - 5
 
 
-def describe(mutated: Mutated) -> str:
+def describe(mutated: MutatedFile) -> str:
     before = dump(BASE).decode().splitlines()
     after = mutated.content.decode("utf-8", "backslashreplace").splitlines()
     changed = [line for line in after if line not in before] + [f"(no) {line}" for line in before if line not in after]

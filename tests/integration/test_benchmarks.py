@@ -178,7 +178,7 @@ def test_loss_benchmark(run_benchmark: Callable[..., Any]) -> None:
     assert ours["gradient_norms"] == pytest.approx(official["gradient_norms"], rel=1e-4)
     assert results["kernels"]["threads"] == 1 and results["kernels"]["MALLOC_MMAP_MAX_"] == "0"
     assert "official" in output
-    table = read_rows(page, "The loss, on a processor")
+    table = read_rows(page, "The loss, on a CPU")
     assert len(table) == len(rows)
     for cells, row in zip(table, results["measured"], strict=True):
         assert cells[2:4] == [row["setting"], row["line"]]

@@ -1,4 +1,4 @@
-"""The command line: commands, errors in input and in tasks, Ctrl-C."""
+"""The command line: commands, user errors, errors of tasks, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Outcome(NamedTuple):
 
 @pytest.fixture
 def sdpo(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """The entry point in this process; starting an interpreter per call would take minutes."""
+    """Call the entry point in this process; an interpreter per call would take minutes."""
 
     def call(*arguments: object) -> Outcome:
         capfd.readouterr()
@@ -46,14 +46,14 @@ def sdpo(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
         try:
             cli.main()
             code = 0
-        except SystemExit as ended:
-            code = int(ended.code or 0)
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
         return Outcome(code, *capfd.readouterr())
 
     return call
 
 
-def rows_of(output_dir: Path) -> list[dict[str, float]]:
+def read_rows(output_dir: Path) -> list[dict[str, float]]:
     file = output_dir / "metrics.jsonl"
     # The last line may be incomplete.
     return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.is_file() else []
@@ -71,7 +71,7 @@ def test_help_lists_the_commands(sdpo: Callable[..., Outcome]) -> None:
     assert "hidden-rule" in sdpo("data", "--help").out
 
 
-def test_a_dry_run_prints_the_run_and_writes_nothing(
+def test_dry_run_prints_the_config_and_writes_no_files(
     sdpo: Callable[..., Outcome], write_config_file: WriteConfigFile, tmp_path: Path
 ) -> None:
     file = write_config_file()
@@ -85,7 +85,7 @@ def test_a_dry_run_prints_the_run_and_writes_nothing(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["resolved.yaml", "run.yaml"]
 
 
-def test_a_dry_run_does_not_make_the_task(
+def test_dry_run_does_not_prepare_the_task(
     sdpo: Callable[..., Outcome], write_config_file: WriteConfigFile, tmp_path: Path
 ) -> None:
     outcome = sdpo("train", write_config_file(), f"data.task_args.dir={tmp_path}/later", "--dry-run")
@@ -94,7 +94,7 @@ def test_a_dry_run_does_not_make_the_task(
     assert [p.name for p in tmp_path.iterdir()] == ["run.yaml"]
 
 
-def test_a_dry_run_on_verl_counts_each_gpus_share(
+def test_dry_run_on_verl_prints_memory_per_gpu(
     sdpo: Callable[..., Outcome], write_config_file: WriteConfigFile, tmp_path: Path
 ) -> None:
     arguments = [write_config_file(), "max_staleness=1", "verl.trainer.nnodes=2"]
@@ -108,7 +108,7 @@ def test_a_dry_run_on_verl_counts_each_gpus_share(
     assert printed.code == 0 and printed.out.strip().endswith("trainer.nnodes=2 trainer.nnodes=4")
 
 
-def test_a_native_run_says_once_that_verls_settings_do_nothing(
+def test_native_run_warns_once_about_verl_settings(
     sdpo: Callable[..., Outcome], write_config_file: WriteConfigFile
 ) -> None:
     outcome = sdpo("train", write_config_file(), "max_steps=1", "eval_steps=0", "verl.trainer.nnodes=2")
@@ -116,7 +116,7 @@ def test_a_native_run_says_once_that_verls_settings_do_nothing(
     assert (outcome.out + outcome.err).count("ignored by the native trainer: verl.trainer.nnodes") == 1
 
 
-def test_data_makes_model_and_rows(
+def test_data_command_writes_model_and_rows(
     sdpo: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short = hidden_rule.Mode(length=5, num_rules=8, target_is_pretrained=True, pretrain_steps=2)
@@ -125,19 +125,17 @@ def test_data_makes_model_and_rows(
     assert outcome.code == 0 and outcome.err == ""
     assert json.loads((tmp_path / "x" / "recipe.json").read_text())["seed"] == 3
     assert len(pq.read_table(tmp_path / "x" / "train.parquet")) == 3000
-    HiddenRule(str(tmp_path / "x"), mode="peers", seed=3).prepare()  # as a config file with these arguments does
+    HiddenRule(str(tmp_path / "x"), mode="peers", seed=3).prepare()  # as a run with these arguments does
 
 
-def test_the_doctor_finds_that_the_native_trainer_runs_here() -> None:
+def test_doctor_finds_the_native_trainer() -> None:
     done = subprocess.run([*COMMAND, "doctor"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^native +yes$", done.stdout, re.MULTILINE)
     assert re.search(rf"torch +>=2.6 +{re.escape(version('torch'))} +ok", done.stdout)
 
 
-def test_the_doctor_says_by_its_exit_code_that_nothing_runs(
-    sdpo: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_doctor_exits_with_1_if_no_backend_runs(sdpo: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "find_version", lambda name: None)
     outcome = sdpo("doctor")
     assert outcome.code == 1 and outcome.err == ""
@@ -145,10 +143,12 @@ def test_the_doctor_says_by_its_exit_code_that_nothing_runs(
 
 
 @pytest.mark.slow
-def test_a_run_and_its_report(sdpo: Callable[..., Outcome], write_config_file: WriteConfigFile, tmp_path: Path) -> None:
+def test_run_export_and_report(
+    sdpo: Callable[..., Outcome], write_config_file: WriteConfigFile, tmp_path: Path
+) -> None:
     done = subprocess.run([*COMMAND, "train", write_config_file(), "seed=5"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert [row[STEP] for row in rows_of(tmp_path / "run")] == [0, 1, 2]
+    assert [row[STEP] for row in read_rows(tmp_path / "run")] == [0, 1, 2]
     assert f"run folder: {tmp_path}/run" in done.stdout
     assert "step 2/2" in done.stdout
     assert load_config(tmp_path / "run" / "run.yaml").seed == 5
@@ -158,7 +158,9 @@ def test_a_run_and_its_report(sdpo: Callable[..., Outcome], write_config_file: W
     exported = sdpo("export", checkpoint, tmp_path / "teacher", "--teacher")
     assert (exported.code, exported.out) == (0, f"model: {tmp_path}/teacher\n")
     assert (tmp_path / "teacher" / "model.safetensors").is_file()
-    assert one_line(sdpo("export", checkpoint, tmp_path / "teacher")).endswith("exists already; name another folder\n")
+    assert get_error_line(sdpo("export", checkpoint, tmp_path / "teacher")).endswith(
+        "exists already; name another folder\n"
+    )
 
     outcome = sdpo("report", tmp_path / "run")
     assert outcome.code == 0
@@ -167,10 +169,10 @@ def test_a_run_and_its_report(sdpo: Callable[..., Outcome], write_config_file: W
     assert "<html" in (tmp_path / "run" / "report.html").read_text()
 
 
-# --- mistakes --------------------------------------------------------------------------------------------------------
+# --- user errors -----------------------------------------------------------------------------------------------------
 
 
-def one_line(outcome: Outcome) -> str:
+def get_error_line(outcome: Outcome) -> str:
     assert outcome.code == 2
     assert outcome.out == ""
     assert outcome.err.startswith("error: ") and outcome.err.endswith("\n")
@@ -179,7 +181,7 @@ def one_line(outcome: Outcome) -> str:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "complaints"),
+    ("overrides", "fragments"),
     [
         (["optim.weight_decy=1"], ["unknown key optim.weight_decy", "did you mean optim.weight_decay?"]),
         (["optim.lr=fast"], ["optim.lr", "fast"]),
@@ -201,55 +203,55 @@ def one_line(outcome: Outcome) -> str:
     ],
     ids=lambda value: value[0] if "=" in value[0] else "",
 )
-def test_a_wrong_setting(
+def test_invalid_setting(
     sdpo: Callable[..., Outcome],
     write_config_file: WriteConfigFile,
     tmp_path: Path,
     overrides: list[str],
-    complaints: list[str],
+    fragments: list[str],
 ) -> None:
-    error = one_line(sdpo("train", write_config_file(), *overrides))
-    for complaint in complaints:
-        assert complaint in error
-    assert [p.name for p in tmp_path.iterdir()] == ["run.yaml"], "a mistake leaves no run folder"
+    error = get_error_line(sdpo("train", write_config_file(), *overrides))
+    for fragment in fragments:
+        assert fragment in error
+    assert [p.name for p in tmp_path.iterdir()] == ["run.yaml"], "a user error must not leave a run folder"
 
 
-def test_a_config_file_that_is_missing(sdpo: Callable[..., Outcome], tmp_path: Path) -> None:
-    assert f"{tmp_path}/none.yaml: no such config file" in one_line(sdpo("train", tmp_path / "none.yaml"))
+def test_missing_config_file(sdpo: Callable[..., Outcome], tmp_path: Path) -> None:
+    assert f"{tmp_path}/none.yaml: no such config file" in get_error_line(sdpo("train", tmp_path / "none.yaml"))
 
 
-def test_a_report_of_what_is_no_run(sdpo: Callable[..., Outcome], tmp_path: Path) -> None:
-    assert f"{tmp_path}: no metrics.jsonl" in one_line(sdpo("report", tmp_path))
+def test_report_of_a_folder_without_a_run(sdpo: Callable[..., Outcome], tmp_path: Path) -> None:
+    assert f"{tmp_path}: no metrics.jsonl" in get_error_line(sdpo("report", tmp_path))
 
 
-def test_an_empty_data_set(sdpo: Callable[..., Outcome], write_config_file: WriteConfigFile, tmp_path: Path) -> None:
+def test_empty_data_set(sdpo: Callable[..., Outcome], write_config_file: WriteConfigFile, tmp_path: Path) -> None:
     file, empty = write_config_file(), tmp_path / "empty.parquet"
     schema = pq.read_table(load_config(file).data.train_files[0]).schema
     pq.write_table(pa.Table.from_pylist([], schema=schema), empty)
-    assert f"data.val_files: {empty}: no rows" in one_line(sdpo("train", file, f"data.val_files=[{empty}]"))
+    assert f"data.val_files: {empty}: no rows" in get_error_line(sdpo("train", file, f"data.val_files=[{empty}]"))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_without_a_chat_template(
+def test_model_without_a_chat_template(
     sdpo: Callable[..., Outcome], write_config_file: WriteConfigFile, hidden_rule_dir: Path, tmp_path: Path
 ) -> None:
     model = Path(shutil.copytree(hidden_rule_dir / "model", tmp_path / "model"))
     (model / "chat_template.jinja").unlink()
-    error = one_line(sdpo("train", write_config_file(), f"model.path={model}"))
+    error = get_error_line(sdpo("train", write_config_file(), f"model.path={model}"))
     assert "model.path: its tokenizer has no chat template" in error
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_folder_that_holds_something_else(
+def test_output_dir_with_other_files(
     sdpo: Callable[..., Outcome], write_config_file: WriteConfigFile, tmp_path: Path
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
-    assert "exists and is no run folder" in one_line(sdpo("train", write_config_file()))
+    assert "exists and is no run folder" in get_error_line(sdpo("train", write_config_file()))
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
-def test_a_reward_function_that_returns_no_score(
+def test_reward_function_without_a_finite_score(
     sdpo: Callable[..., Outcome], write_config_file: WriteConfigFile, tmp_path: Path
 ) -> None:
     (tmp_path / "task.py").write_text("def compute_score(row, response):\n    return float('nan')")
@@ -269,25 +271,25 @@ def test_a_reward_function_that_returns_no_score(
 
 
 @pytest.mark.slow
-def test_a_wrong_column_in_a_process_of_its_own(write_config_file: WriteConfigFile, tmp_path: Path) -> None:
-    """What the libraries write while they load is not among the lines that a person gets."""
+def test_missing_column_in_a_separate_process(write_config_file: WriteConfigFile, tmp_path: Path) -> None:
+    """The output contains only the error, no messages of libraries."""
     file, wrong = write_config_file(), tmp_path / "wrong.parquet"
     table = pq.read_table(load_config(file).data.train_files[0])
     pq.write_table(table.rename_columns(["data_source", "question", "ability", "reward_model", "extra_info"]), wrong)
     done = subprocess.run([*COMMAND, "train", file, f"data.train_files=[{wrong}]"], capture_output=True, text=True)
-    error = one_line(Outcome(done.returncode, done.stdout, done.stderr))
+    error = get_error_line(Outcome(done.returncode, done.stdout, done.stderr))
     assert f"data.train_files: {wrong}: column 'prompt' is missing; it has data_source, question, ability" in error
     assert not (tmp_path / "run").exists()
 
 
-def test_an_error_in_the_task_is_one_line_with_its_type_and_place(
+def test_error_in_the_task_is_one_line_with_type_and_location(
     sdpo: Callable[..., Outcome], write_config_file: WriteConfigFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: Any) -> None:
+    def raise_key_error(*_: Any) -> None:
         raise KeyError("score")
 
-    monkeypatch.setattr(HiddenRule, "compute_score", broken)
-    error = one_line(sdpo("train", write_config_file()))
+    monkeypatch.setattr(HiddenRule, "compute_score", raise_key_error)
+    error = get_error_line(sdpo("train", write_config_file()))
     assert "test.parquet: row 0: KeyError: 'score' (" in error and "test_cli.py:" in error
 
 
@@ -298,12 +300,12 @@ def test_an_error_in_the_task_is_one_line_with_its_type_and_place(
 @pytest.mark.parametrize(
     ("max_staleness", "num_rows"),
     [(0, 3), (1, 3), (1, 0)],
-    ids=["in turn", "in parallel", "while the sampler starts"],
+    ids=["in turn", "overlapped", "while the sampler starts"],
 )
 def test_ctrl_c_saves_and_stops(
     write_config_file: WriteConfigFile, tmp_path: Path, max_staleness: int, num_rows: int
 ) -> None:
-    """As a terminal does it: every process of the run gets the signal."""
+    """Every process of the run gets SIGINT, as in a terminal."""
     overrides = [f"max_staleness={max_staleness}", "max_steps=100000", "eval.val_before_train=false"]
     output_dir = tmp_path / "run"
     process = subprocess.Popen(
@@ -312,12 +314,12 @@ def test_ctrl_c_saves_and_stops(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # A shell that runs the suite in the background makes it deaf to Ctrl-C, and so all that it starts.
+        # A shell that runs the tests in the background makes them and their child processes ignore SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         deadline = time.monotonic() + 120
-        while not (output_dir / "metrics.jsonl").exists() or len(rows_of(output_dir)) < num_rows:
+        while not (output_dir / "metrics.jsonl").exists() or len(read_rows(output_dir)) < num_rows:
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -334,6 +336,6 @@ def test_ctrl_c_saves_and_stops(
     assert f"run folder: {output_dir}" in out
     assert time.monotonic() - sent < 20
     [checkpoint] = (output_dir / "checkpoints").iterdir()
-    last = int(rows_of(output_dir)[-1][STEP]) if num_rows else 0
+    last = int(read_rows(output_dir)[-1][STEP]) if num_rows else 0
     assert checkpoint.name in (f"step_{last}", f"step_{last + 1}")
     AutoModelForCausalLM.from_pretrained(checkpoint)

@@ -1,4 +1,4 @@
-"""The claim itself, made small: a rule that no rollout ever follows is learned from feedback, and not from scores."""
+"""The main claim at a small size: SDPO learns a rule from feedback that GRPO cannot learn from scores."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ ACCURACY = "val-core/hidden_rule/acc/mean@1"
 TEACHER_ACCURACY = "val-teacher/hidden_rule/acc/mean@1"
 
 
-def rows_of(run: SDPOConfig) -> list[dict[str, float]]:
+def read_rows(run: SDPOConfig) -> list[dict[str, float]]:
     return [json.loads(line) for line in (Path(run.output_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow
 def test_sdpo_learns_the_hidden_rule_and_grpo_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The shipped runs with 5 digits in place of 8, 4 rollouts in place of 8, and fewer steps."""
+    """Run the shipped configs with 5 digits instead of 8, 4 rollouts instead of 8, and fewer steps."""
     shorter = Mode(length=5, num_rules=9, target_is_pretrained=False, pretrain_steps=0)
     monkeypatch.setitem(hidden_rule.MODES, "feedback", shorter)
     HiddenRule(str(tmp_path / "task"), **ARGUMENTS).prepare()
@@ -34,20 +34,20 @@ def test_sdpo_learns_the_hidden_rule_and_grpo_does_not(tmp_path: Path, monkeypat
         arguments = [f"data.task_args.{key}={value}" for key, value in {"dir": tmp_path / "task", **ARGUMENTS}.items()]
         run = load_config(CONFIGS / name, [*arguments, f"output_dir={tmp_path / name}", "rollout.n=4", *overrides])
         SDPOTrainer(run).train()
-        return rows_of(run)
+        return read_rows(run)
 
     sdpo = run_shipped("hidden_rule.yaml", "max_steps=60", "eval_steps=0")
     assert sdpo[0][ACCURACY] <= 0.05
-    assert sdpo[0][TEACHER_ACCURACY] >= 0.95, "the model must be able to use what its teacher's prompt tells it"
+    assert sdpo[0][TEACHER_ACCURACY] >= 0.95, "the model must be able to use the teacher context"
     assert sdpo[-1][ACCURACY] >= 0.95
 
     adapted = run_shipped("hidden_rule_lora.yaml", "max_steps=80", "eval_steps=0")
-    assert adapted[0][ACCURACY] == sdpo[0][ACCURACY], "adapters change nothing at first"
+    assert adapted[0][ACCURACY] == sdpo[0][ACCURACY], "adapters must not change the initial model"
     assert adapted[-1][ACCURACY] >= 0.95
 
     grpo = run_shipped("hidden_rule_grpo.yaml", "max_steps=20", "eval_steps=0")
     assert len(grpo) == 21
-    # A permutation of 5 digits is hit by chance now and then; of 8 it is not.
+    # Rollouts sometimes match a permutation of 5 digits by chance, and almost never one of 8.
     without_success = [row for row in grpo[1:] if row[metrics.SCORE_MAX] == 0]
     assert len(without_success) >= 10
     assert all(row[metrics.GRAD_NORM] == row[metrics.ADVANTAGES_MEAN] == 0 for row in without_success)

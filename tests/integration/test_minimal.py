@@ -1,4 +1,4 @@
-"""``examples/sdpo_minimal.py`` against the native trainer: the same rollouts give the same losses and weights."""
+"""``examples/sdpo_minimal.py`` compared with the native trainer: equal rollouts give equal losses and weights."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def minimal() -> ModuleType:
     return module
 
 
-def test_it_is_short() -> None:
+def test_example_has_at_most_300_lines() -> None:
     assert len(FILE.read_text().splitlines()) <= 300
 
 
 def write_sensitive_model(folder: Path) -> None:
-    """A model whose next-token distribution changes with the solution in the prompt: larger weights."""
+    """Write a model with larger weights, so that the solution in the prompt affects the next-token distribution."""
     HiddenRule(str(folder), **TASK).prepare()
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     with torch.no_grad():
@@ -52,7 +52,7 @@ def write_sensitive_model(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_losses_and_weights_are_the_trainers(minimal: ModuleType, tmp_path: Path, alpha: float) -> None:
+def test_losses_and_weights_equal_the_native_trainer(minimal: ModuleType, tmp_path: Path, alpha: float) -> None:
     torch.set_num_threads(1)
     write_sensitive_model(tmp_path / "task")
     overrides = [
@@ -72,47 +72,47 @@ def test_losses_and_weights_are_the_trainers(minimal: ModuleType, tmp_path: Path
         "tracking.log_completions_steps=0",
     ]
     run = load_config(ROOT / "configs" / "hidden_rule.yaml", overrides)
-    parts = build_components(run, NullCallback())
+    components = build_components(run, NullCallback())
     settings = minimal.Settings(n=2, max_response_length=8, alpha=alpha, lr=1e-3)
     torch.manual_seed(0)
-    student = copy.deepcopy(parts.actor.student).eval()
+    student = copy.deepcopy(components.actor.student).eval()
     teacher = copy.deepcopy(student).requires_grad_(False)
     optimizer = minimal.build_optimizer(student, settings)
     for step in (1, 2):
-        prompts = parts.prompts_of(step)
+        prompts = components.prompts_of(step)
         problems = [minimal.Problem(list(p.row.prompt), p.row.ground_truth) for p in prompts]
-        rollouts = [minimal.roll_out(student, parts.tokenizer, problem, settings) for problem in problems]
+        rollouts = [minimal.roll_out(student, components.tokenizer, problem, settings) for problem in problems]
         responses = [
-            [Completion(r.response_ids, [0.0] * len(r.response_ids), True) for r in of_prompt] for of_prompt in rollouts
+            [Completion(r.response_ids, [0.0] * len(r.response_ids), True) for r in group] for group in rollouts
         ]
         samples = build_samples(
-            parts.reward_manager,
-            parts.tokenizer,
+            components.reward_manager,
+            components.tokenizer,
             prompts,
             responses,
             run.self_distillation,
-            parts.window,
+            components.window,
             random.Random(0),
         )
-        flat = [rollout for of_prompt in rollouts for rollout in of_prompt]
+        flat = [rollout for group in rollouts for rollout in group]
         assert [list(s.prompt.token_ids) for s in samples] == [r.prompt_ids for r in flat]
         assert [list(s.teacher_prompt.token_ids or []) for s in samples] == [r.teacher_prompt_ids for r in flat]
-        values = parts.actor.update_policy(samples)
+        values = components.actor.update_policy(samples)
         loss, norm = minimal.update(student, teacher, optimizer, flat, settings)
         assert loss > 1e-3
         assert values[metrics.DISTILLATION_LOSS] == pytest.approx(loss, rel=1e-4)
         assert values[metrics.GRAD_NORM] == pytest.approx(norm, rel=1e-4)
-        for own, theirs in zip(student.parameters(), parts.actor.student.parameters(), strict=True):
-            torch.testing.assert_close(own, theirs, rtol=0.0, atol=2e-5)
-    parts.sampler.close()
+        for param, expected in zip(student.parameters(), components.actor.student.parameters(), strict=True):
+            torch.testing.assert_close(param, expected, rtol=0.0, atol=2e-5)
+    components.sampler.close()
 
 
 @pytest.mark.slow
-def test_it_runs(tmp_path: Path) -> None:
+def test_example_runs(tmp_path: Path) -> None:
     HiddenRule(str(tmp_path / "task"), pretrain_steps=10, num_train=4, num_test=2).prepare()
     (tmp_path / "rows.jsonl").write_text('{"question": "1 2 3", "answer": "4"}\n' * 4)
     command = [sys.executable, FILE, "--model", tmp_path / "task" / "model", "--data", tmp_path / "rows.jsonl"]
-    small = ["--steps", "2", "--n", "2", "--prompts-per-step", "2", "--max-response-length", "8"]
-    done = subprocess.run([*map(str, command), *small], capture_output=True, text=True)
+    sizes = ["--steps", "2", "--n", "2", "--prompts-per-step", "2", "--max-response-length", "8"]
+    done = subprocess.run([*map(str, command), *sizes], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [line.split()[1] for line in done.stdout.splitlines()] == ["1", "2"]

@@ -1,4 +1,4 @@
-"""A real vLLM engine samples what transformers would, with the weights of the last sync. ``make test-vllm``."""
+"""An engine of vLLM samples like transformers, with the weights of the last sync; run by ``make test-vllm``."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parents[2]
-# The last is longer than what vLLM caches of a prompt in one piece, which no other weights may find.
+# The last prompt is longer than a block of vLLM's prefix cache, which must not be used after a weight sync.
 PROMPTS = [TokenPrompt(ids) for ids in [[5, 6, 7], [9, 3], [8, 8, 8, 8], [40, 1] * 70]]
 STOP_TOKENS = [2, 11, 30]
-DECODING = SamplingParams(
+SAMPLING_PARAMS = SamplingParams(
     n=3, max_new_tokens=12, temperature=0.8, top_p=1.0, batch_size=8, stop_token_ids=STOP_TOKENS, pad_token_id=0
 )
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ Start = Callable[..., VllmEngine]
 
 
 def make_model(seed: int, tied: bool = False, num_attention_heads: int = 2) -> PreTrainedModel:
-    """A random Qwen2 with heads of 32, the least that vLLM takes on a CPU, and sharp distributions."""
+    """Build a random Qwen2 with sharp distributions, and heads of 32, the minimum of vLLM on a CPU."""
     config = Qwen2Config(
         vocab_size=48,
         hidden_size=64,
@@ -72,13 +72,17 @@ def make_model(seed: int, tied: bool = False, num_attention_heads: int = 2) -> P
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts an engine with weights on the disk that are none of the test's students'."""
+    """Start an engine whose weights on the disk differ from the students' weights."""
     started: list[VllmEngine] = []
 
-    def start(decoding: SamplingParams = DECODING, kv_cache_memory_gib: float = 0.01, **shape: Any) -> VllmEngine:
+    def start(
+        sampling_params: SamplingParams = SAMPLING_PARAMS, kv_cache_memory_gib: float = 0.01, **shape: Any
+    ) -> VllmEngine:
         make_model(seed=99, **shape).save_pretrained(tmp_path)
         config = ModelConfig(path=str(tmp_path))
-        started.append(VllmEngine(config, decoding, CPU, max_length=160, kv_cache_memory_gib=kv_cache_memory_gib))
+        started.append(
+            VllmEngine(config, sampling_params, CPU, max_length=160, kv_cache_memory_gib=kv_cache_memory_gib)
+        )
         return started[-1]
 
     yield start
@@ -87,39 +91,39 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 
 @torch.no_grad()
-def largest_difference(
-    student: PreTrainedModel, sampled: Sequence[Sequence[Completion]], decoding: SamplingParams
+def compute_max_difference(
+    student: PreTrainedModel, sampled: Sequence[Sequence[Completion]], sampling_params: SamplingParams
 ) -> float:
-    """Between the log-probs of the responses and those that a forward pass of the student gives."""
-    largest = 0.0
+    """Maximum difference between the log-probs of the responses and those of a forward pass of the student."""
+    maximum = 0.0
     for prompt, responses in zip(PROMPTS, sampled, strict=True):
         for response in responses:
             token_ids = torch.tensor([*prompt.token_ids, *response.token_ids])
             logits = student(input_ids=token_ids[None]).logits[0, len(prompt.token_ids) - 1 : -1]
-            log_probs = compute_sampling_log_probs(logits, decoding.temperature, decoding.top_p)
-            ours = log_probs.gather(-1, token_ids[len(prompt.token_ids) :, None])[:, 0]
-            largest = max(largest, (ours - torch.tensor(response.log_probs)).abs().max().item())
-    return largest
+            log_probs = compute_sampling_log_probs(logits, sampling_params.temperature, sampling_params.top_p)
+            expected = log_probs.gather(-1, token_ids[len(prompt.token_ids) :, None])[:, 0]
+            maximum = max(maximum, (expected - torch.tensor(response.log_probs)).abs().max().item())
+    return maximum
 
 
 @pytest.mark.parametrize(("tied", "top_p"), [(False, 1.0), (True, 1.0), (True, 0.8)])
-def test_log_probs_are_the_students_after_every_weight_sync(start: Start, tied: bool, top_p: float) -> None:
-    decoding = replace(DECODING, top_p=top_p)
-    sampler = LocalSampler(start(decoding, tied=tied), verify_weights=True)
+def test_log_probs_equal_the_students_after_every_weight_sync(start: Start, tied: bool, top_p: float) -> None:
+    sampling_params = replace(SAMPLING_PARAMS, top_p=top_p)
+    sampler = LocalSampler(start(sampling_params, tied=tied), verify_weights=True)
     student, generator = make_model(seed=0, tied=tied), torch.Generator().manual_seed(0)
     for version in range(4):
         sampler.load_weights(student, version)
         sampler.submit(PROMPTS, seed=version)
         rollouts = sampler.collect()
         assert rollouts.policy_version == version
-        assert largest_difference(student, rollouts.responses, decoding) < 1e-4
+        assert compute_max_difference(student, rollouts.responses, sampling_params) < 1e-4
         with torch.no_grad():
             for param in student.parameters():
                 param.add_(0.05 * torch.randn(param.shape, generator=generator))
-        assert largest_difference(student, rollouts.responses, decoding) > 0.1
+        assert compute_max_difference(student, rollouts.responses, sampling_params) > 0.1
 
 
-def test_weights_that_arrive_in_part_are_noticed(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_incomplete_weight_sync_is_detected(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = LocalSampler(start(tied=True), verify_weights=True)
     sampler.load_weights(make_model(seed=0, tied=True), 0)
     monkeypatch.setattr(vllm_engine, "_repack_tied_head", lambda model: None)
@@ -130,7 +134,7 @@ def test_weights_that_arrive_in_part_are_noticed(start: Start, monkeypatch: pyte
         sampler.load_weights(make_model(seed=1, tied=True), 1)
 
 
-def test_the_same_seed_gives_the_same_responses(start: Start) -> None:
+def test_equal_seeds_give_equal_responses(start: Start) -> None:
     sampler, student = LocalSampler(start(), verify_weights=True), make_model(seed=0)
 
     def sample(seed: int, prompts: Sequence[TokenPrompt] = PROMPTS) -> list[list[Completion]]:
@@ -141,25 +145,25 @@ def test_the_same_seed_gives_the_same_responses(start: Start) -> None:
     first = sample(7)
     assert sample(7) == first
     assert sample(8) != first
-    # No two responses share their noise: not those of one prompt, and not those of a prompt that comes twice.
+    # All responses have different random numbers, also those of equal prompts.
     twice = list(chain(*sample(7, [PROMPTS[0], PROMPTS[0]])))
-    assert len({tuple(response.token_ids) for response in twice}) == 2 * DECODING.n
+    assert len({tuple(response.token_ids) for response in twice}) == 2 * SAMPLING_PARAMS.n
 
 
-def test_responses_end_where_those_of_transformers_end(start: Start) -> None:
-    nearly_greedy = replace(DECODING, temperature=0.02, n=2)  # so that both draw the same tokens
+def test_responses_end_like_those_of_transformers(start: Start) -> None:
+    nearly_greedy = replace(SAMPLING_PARAMS, temperature=0.02, n=2)  # so that both sample the same tokens
     student = make_model(seed=0)
     sampler = LocalSampler(start(nearly_greedy), verify_weights=True)
     sampler.load_weights(student, 0)
     sampler.submit(PROMPTS, 0)
-    ours = list(chain(*sampler.collect().responses))
-    theirs = list(chain(*sample_responses([(student, 1.0)], PROMPTS, nearly_greedy, seed=0)))
-    assert [(r.token_ids, r.finished) for r in ours] == [(r.token_ids, r.finished) for r in theirs]
-    assert {r.finished for r in ours} == {True, False}
-    assert {r.token_ids[-1] for r in ours if r.finished} - {STOP_TOKENS[0]}, "a stop token beside the model's own"
+    vllm_responses = list(chain(*sampler.collect().responses))
+    hf_responses = list(chain(*sample_responses([(student, 1.0)], PROMPTS, nearly_greedy, seed=0)))
+    assert [(r.token_ids, r.finished) for r in vllm_responses] == [(r.token_ids, r.finished) for r in hf_responses]
+    assert {r.finished for r in vllm_responses} == {True, False}
+    assert {r.token_ids[-1] for r in vllm_responses if r.finished} - {STOP_TOKENS[0]}, "an additional stop token"
 
 
-def test_the_cache_has_the_size_that_it_is_given_or_the_engine_does_not_start(start: Start) -> None:
+def test_cache_has_the_configured_size_or_the_engine_does_not_start(start: Start) -> None:
     def num_blocks(engine: VllmEngine) -> int:
         return engine._llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
 
@@ -171,7 +175,7 @@ def test_the_cache_has_the_size_that_it_is_given_or_the_engine_does_not_start(st
         start(kv_cache_memory_gib=1e-6)
 
 
-def test_the_learner_in_the_same_process_keeps_its_threads_and_its_randomness(start: Start) -> None:
+def test_engine_does_not_change_threads_and_generators_of_the_process(start: Start) -> None:
     torch.set_num_threads(2)
     torch.manual_seed(5)
     random.seed(5)
@@ -188,9 +192,9 @@ def test_the_learner_in_the_same_process_keeps_its_threads_and_its_randomness(st
 
 @pytest.fixture(scope="module")
 def task_args(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The hidden rule with an untrained model of two heads of 32: vLLM would take the shipped one's for heads of 16.
+    """Arguments of the hidden rule with an untrained model of two heads of 32, because vLLM needs heads of at least 32.
 
-    Its weights are large enough that it hears what its teacher's prompt tells.
+    The weights are large enough for the teacher context to have an effect.
     """
     args = {"dir": str(tmp_path_factory.mktemp("task") / "data"), "pretrain_steps": 0, "num_train": 200, "num_test": 10}
     build_hidden_rule_model = hidden_rule.build_model
@@ -211,7 +215,7 @@ def task_args(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1])
-def test_a_run_trains_on_what_vllm_samples(task_args: dict[str, Any], tmp_path: Path, max_staleness: int) -> None:
+def test_run_trains_on_rollouts_of_vllm(task_args: dict[str, Any], tmp_path: Path, max_staleness: int) -> None:
     overrides = {
         **{f"data.task_args.{name}": value for name, value in task_args.items()},
         "output_dir": tmp_path / "run",
@@ -239,6 +243,6 @@ def test_a_run_trains_on_what_vllm_samples(task_args: dict[str, Any], tmp_path: 
         assert differences[0] < 1e-5 < min(differences[1:])
 
 
-def test_a_model_that_vllm_cannot_sample_from_is_refused(start: Start) -> None:
+def test_model_that_vllm_does_not_support_is_refused(start: Start) -> None:
     with pytest.raises(SDPOError, match=r"^rollout\.engine=vllm: vLLM cannot sample from .*head_dim=16"):
         start(num_attention_heads=4)
