@@ -170,8 +170,8 @@ LOSS_GPU = """\
 The same on one GPU in bfloat16, at a hidden size of 2,048 and a vocabulary of 151,936. **ours, as the engines call it**
 is `sdpo.kernels.dispatch.fused_linear_sdpo_loss`, without the masks and means of the public function.
 
-Targets: at most 1.25 times the floor for complete distributions, 1.15 for the sampled token and 1.5 for the top k; at most
-1 GB above inputs and gradients at any number of tokens.
+Targets: at most 1.25 times the floor for complete distributions, 1.15 for the sampled token and 1.5 for the top k; at
+most 1 GB above inputs and gradients at any number of tokens.
 
 Memory traffic of the kernels between the products at 8,192 tokens, computed; a pass is one read or write of a matrix of
 logits, 2.49 GB. For comparison, the four products take 29.2 ms on an H200 (measured), whose memory bandwidth is 4.8
