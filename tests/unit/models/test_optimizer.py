@@ -115,7 +115,7 @@ def test_change_of_the_weights_compared_with_float32(
     ids=["plain", "8-bit", "random", "8-bit random"],
 )
 def test_optimizer_resumes_bit_for_bit_from_a_file(config: OptimConfig, dtype: torch.dtype, tmp_path: Any) -> None:
-    """Stochastic rounding too, since its random numbers come from torch's generator."""
+    """Stochastic rounding resumes too, because its random numbers come from torch's generator."""
     if choose_optimizer(config)[0] != "torch.optim":
         pytest.importorskip("torchao")
     torch.manual_seed(3)
@@ -147,7 +147,7 @@ def test_size_of_8_bit_moments() -> None:
     assert moment.scale.numel() * moment.scale.element_size() == 512 * 4
 
 
-# ---- what rounding takes --------------------------------------------------------------------------------------------
+# ---- updates lost to rounding ---------------------------------------------------------------------------------------
 
 
 def measure(config: OptimConfig, dtype: torch.dtype, num_steps: int, lr: float = 1e-5) -> tuple[list[Any], list[str]]:

@@ -198,7 +198,7 @@ def test_gradient_checkpointing_repeats_the_layout() -> None:
         torch.testing.assert_close(actual, wanted, atol=1e-12, rtol=1e-10)
 
 
-# ---- what is shared -------------------------------------------------------------------------------------------------
+# ---- shared prefixes ------------------------------------------------------------------------------------------------
 
 
 def test_common_prefix_of_prompts() -> None:

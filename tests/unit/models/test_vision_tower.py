@@ -87,7 +87,7 @@ def test_image_is_processed_once(vision_model: VisionModel, monkeypatch: pytest.
 def test_positions_need_no_second_image_processing(
     vision_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step may have more images than the cache of prepared images holds."""
+    """A step may have more images than the maximum of the cache of processed images."""
     monkeypatch.setattr(processing_module, "CACHED_IMAGES", 1)
     loaded = load_vision_model(vision_dir("qwen2_5_vl"))
     prompt = loaded.encode(make_messages(3))

@@ -64,4 +64,4 @@ def test_coverage_of_the_interval() -> None:
         low, high = ClusteredMean.of(values, range(len(values))).normal_interval()
         trusted_too_much += low <= 0 <= high
     assert 0.93 <= covered / 1000 <= 0.97
-    assert trusted_too_much / 1000 < 0.7  # as if rollouts of one prompt knew nothing of each other
+    assert trusted_too_much / 1000 < 0.7  # assumes independent rollouts of a prompt

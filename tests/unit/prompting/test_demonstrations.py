@@ -41,7 +41,7 @@ def test_demonstration_is_a_successful_rollout_of_the_group() -> None:
         *rollouts(0.0, 1.0, 0.5, group_id=1, ground_truth="4"),
         *rollouts(0.0, 0.0, group_id=2, ground_truth="5"),
     ]
-    # interleaved, as a batch may come
+    # groups of a batch may be interleaved
     samples = [samples[i] for i in (3, 0, 1, 4, 2)]
     assert solutions(samples, demonstration_source="successful_rollout") == [None, "1:1", None, None, "1:1"]
     assert solutions(samples, demonstration_source="successful_rollout_then_ground_truth") == [

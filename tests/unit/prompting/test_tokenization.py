@@ -211,7 +211,7 @@ def test_feedback_is_dropped_without_space_for_both(tokenizer: PreTrainedTokeniz
     prompt = encode(tokenizer, PrivilegedContext("7" * 500, "8" * 500), both - 1)
     assert shown_texts(tokenizer, prompt) == ("7" * (both - one), "")
     assert prompt.truncated
-    # the solution is complete, the feedback was left out
+    # the solution is complete, the feedback is dropped
     prompt = encode(tokenizer, PrivilegedContext("7", "8" * 500), both - 1)
     assert shown_texts(tokenizer, prompt) == ("7", "")
     assert prompt.truncated

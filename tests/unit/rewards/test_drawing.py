@@ -177,7 +177,7 @@ def number(picture: Picture, label: str) -> float:
 
 
 def solve(problem: Problem) -> float:
-    """The answer from what is drawn, by another way than the problem was made."""
+    """Compute the answer from the drawing, independently of the construction of the problem."""
     first, *others = problem.pictures or (Picture(b""),)
     match problem.kind:
         case "hypotenuse":

@@ -247,7 +247,7 @@ def test_invalid_arguments_are_refused(args: dict[str, Any], complaint: str) -> 
     assert complaint in str(caught.value)
 
 
-# --- what pretraining teaches
+# --- pretraining
 
 
 @pytest.mark.slow

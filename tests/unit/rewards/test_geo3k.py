@@ -89,16 +89,16 @@ def test_differences_from_verl_are_documented_with_reasons() -> None:
         ("0.66", r"\frac { 2 } { 3 }", False),
         ("0.05", r"\frac { 1 } { 19 }", False),  # right to its digits, but off by 5 %
         ("0.00", r"\frac { 1 } { 300 }", False),
-        # of a truth with decimals: what rounds to it, within 1 %
+        # ground truth with decimals: values that round to it, within 1 %
         ("8.66", "8.7", True),
         ("8.64", "8.7", False),
         ("8.75", "8.7", True),  # a half may have been rounded either way
         ("8.76", "8.7", False),
         ("0.54", "0.5", False),  # rounds to it, but off by 8 %
         ("33", "32.9", False),
-        ("32.9", "32.93", False),  # fewer digits than asked for
+        ("32.9", "32.93", False),  # fewer digits than required
         (r"\frac{26}{3}", "8.7", True),
-        # of a whole truth: that number
+        # integer ground truth: only this number
         ("10.00", "10", True),
         ("10.001", "10", False),
         ("9.9999", "10", False),

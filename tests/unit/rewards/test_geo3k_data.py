@@ -96,7 +96,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-# --- what is written -------------------------------------------------------------------------------------------------
+# --- written files ---------------------------------------------------------------------------------------------------
 
 
 def test_files_have_the_rows_of_verl(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

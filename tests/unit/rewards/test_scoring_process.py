@@ -39,7 +39,7 @@ def compute_score(row, response):
                 time.sleep(600)
             except BaseException:
                 pass
-    if response == "lock":  # one call of C code that holds the interpreter's lock, for minutes
+    if response == "lock":  # a call of C code that holds the interpreter's lock for minutes
         return sum(range(10**12))
     if response == "refuse":
         raise SDPOError("data.task: no such language")
@@ -92,7 +92,7 @@ def test_arguments_reach_the_task(make: Make) -> None:
 )
 def test_failure_affects_one_response(make: Make, monkeypatch: pytest.MonkeyPatch, response: str, reason: str) -> None:
     scorer = make()
-    scorer.compute_score(ROW, "4")  # what follows is without the start of the process
+    scorer.compute_score(ROW, "4")  # so that the next call does not include the start of the process
     began = time.monotonic()
     with pytest.raises(RewardFailure, match=reason):
         scorer.compute_score(ROW, response)

@@ -1,4 +1,4 @@
-"""The process that reads expressions: cut off when it hangs, in every thread, and gone when its owner is."""
+"""The worker process that parses expressions: timeouts in every thread, and its end with the owner."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sdpo.rewards.worker_process import WorkerProcess, WorkerTimeout
 
 pytest.importorskip("math_verify")
 
-LONG = 60.0  # on a busy machine; nothing here takes that long
+LONG = 60.0  # more than any test takes on a busy machine
 ENDLESS = "(x+y+z)^{300}"
 
 
