@@ -22,7 +22,7 @@ def make_states(rows: int, tokens: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("repeats", [1, 3])
-def test_it_holds_what_transformers_layer_holds(repeats: int) -> None:
+def test_layer_holds_the_same_values_as_transformers(repeats: int) -> None:
     torch.manual_seed(0)
     ours, theirs = PreallocatedCacheLayer(CAPACITY), DynamicLayer()
 
@@ -52,7 +52,7 @@ def test_it_holds_what_transformers_layer_holds(repeats: int) -> None:
     assert ours.get_seq_length() > PROMPT + MIN_GROWTH + 7
 
 
-def test_a_prompt_that_is_read_once_need_not_be_repeated() -> None:
+def test_shared_prompt_is_stored_once() -> None:
     layer = PreallocatedCacheLayer(CAPACITY)
     prompt, token = make_states(2, PROMPT), make_states(2, 1)
     before = prompt[0].clone()
@@ -62,7 +62,7 @@ def test_a_prompt_that_is_read_once_need_not_be_repeated() -> None:
     assert torch.equal(prompt[0], before), "the model's own tensor was written to"
 
 
-def test_a_token_is_written_in_place_until_there_is_no_room() -> None:
+def test_tokens_are_written_in_place_up_to_the_capacity() -> None:
     layer = PreallocatedCacheLayer(CAPACITY)
     layer.update(*make_states(2, PROMPT))
     layer.batch_repeat_interleave(2)
@@ -77,7 +77,7 @@ def test_a_token_is_written_in_place_until_there_is_no_room() -> None:
         layer.update(*make_states(4, 1))
 
 
-def test_a_sliding_window_stays_transformers_own(make_model: Any, plain_logits: Any) -> None:
+def test_sliding_window_layers_use_transformers_cache(make_model: Any, plain_logits: Any) -> None:
     layers = ["full_attention", "sliding_attention"]
     model = make_model(use_sliding_window=True, sliding_window=4, layer_types=layers)
     cache = build_cache(model.config, CAPACITY)

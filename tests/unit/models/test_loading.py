@@ -37,7 +37,7 @@ def edit(file: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_weights_come_in_the_type_asked_for(folder: Path, dtype: str) -> None:
+def test_weights_have_the_configured_dtype(folder: Path, dtype: str) -> None:
     whole = load_model(ModelConfig(path=str(folder)), CPU)
     model = load_model(ModelConfig(path=str(folder), dtype=dtype), CPU)
     assert not model.training
@@ -45,7 +45,7 @@ def test_the_weights_come_in_the_type_asked_for(folder: Path, dtype: str) -> Non
         assert torch.equal(param, reference.to(getattr(torch, dtype)))
 
 
-def test_the_meta_model_has_the_shapes_and_nothing_else(folder: Path) -> None:
+def test_meta_model_has_shapes_without_values(folder: Path) -> None:
     meta = build_meta_model(ModelConfig(path=str(folder)))
     whole = load_model(ModelConfig(path=str(folder)), CPU)
     assert [(n, p.shape) for n, p in meta.named_parameters()] == [(n, p.shape) for n, p in whole.named_parameters()]
@@ -61,34 +61,32 @@ def save_plain_tokenizer(folder: Path, **special: str) -> None:
     plain.save_pretrained(folder)
 
 
-def test_a_tokenizer_without_padding_pads_with_its_end(folder: Path) -> None:
+def test_tokenizer_without_pad_token_pads_with_eos(folder: Path) -> None:
     save_plain_tokenizer(folder, eos_token="<|im_end|>")
     tokenizer = load_tokenizer(ModelConfig(path=str(folder)))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
 
 
 @pytest.mark.parametrize(("configured", "expected"), [(2, [2]), (7, [2, 7]), ([9, 7], [2, 7, 9]), (None, [2])])
-def test_responses_stop_at_the_tokenizer_s_end_and_the_model_s(
-    folder: Path, configured: Any, expected: list[int]
-) -> None:
+def test_stop_tokens_include_those_of_tokenizer_and_model(folder: Path, configured: Any, expected: list[int]) -> None:
     model = load_model(ModelConfig(path=str(folder)), CPU)
     assert model.generation_config is not None
     model.generation_config.eos_token_id = configured
     assert get_stop_token_ids(model, load_tokenizer(ModelConfig(path=str(folder)))) == expected
 
 
-def test_the_window_is_the_configuration_s(folder: Path) -> None:
+def test_window_is_read_from_the_model_config(folder: Path) -> None:
     assert get_window(load_model(ModelConfig(path=str(folder)), CPU)) == 256
 
 
 @pytest.mark.parametrize("name", ["cpu", "auto"])
-def test_devices_that_there_are(name: str) -> None:
+def test_available_devices(name: str) -> None:
     expected = "cuda" if name == "auto" and torch.cuda.is_available() else "cpu"
     assert resolve_device(name, "actor.device").type == expected
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "gpu", "cpu:x", ""])
-def test_devices_that_there_are_not(name: str) -> None:
+def test_missing_devices_are_refused(name: str) -> None:
     with pytest.raises(SDPOError, match=r"^rollout\.device: no device .* here \(.*\); use auto or cpu$"):
         resolve_device(name, "rollout.device")
 
@@ -102,7 +100,7 @@ def test_devices_that_there_are_not(name: str) -> None:
         (lambda f: (f / "config.json").write_text("{"), "cannot be loaded"),
     ],
 )
-def test_a_folder_that_is_no_model(folder: Path, load: Any, breaking: Any, complaint: str) -> None:
+def test_folder_without_a_model_is_refused(folder: Path, load: Any, breaking: Any, complaint: str) -> None:
     breaking(folder)
     with pytest.raises(SDPOError) as caught:
         load(ModelConfig(path=str(folder)))
@@ -112,13 +110,13 @@ def test_a_folder_that_is_no_model(folder: Path, load: Any, breaking: Any, compl
 
 
 @pytest.mark.parametrize("load", [lambda c: load_model(c, CPU), build_meta_model])
-def test_an_architecture_that_nobody_knows(folder: Path, load: Any) -> None:
+def test_unknown_architecture_is_refused(folder: Path, load: Any) -> None:
     edit(folder / "config.json", model_type="no_such_model")
     with pytest.raises(SDPOError, match=rf"^model\.path: {folder}: cannot be loaded \(.*no_such_model"):
         load(ModelConfig(path=str(folder)))
 
 
-def test_weights_that_are_missing_or_broken(folder: Path) -> None:
+def test_missing_or_damaged_weights_are_refused(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(SDPOError, match="cannot be loaded"):
         load_model(ModelConfig(path=str(folder)), CPU)
@@ -127,7 +125,7 @@ def test_weights_that_are_missing_or_broken(folder: Path) -> None:
         load_model(ModelConfig(path=str(folder)), CPU)
 
 
-def test_a_tokenizer_that_is_missing_or_cannot_end(folder: Path) -> None:
+def test_missing_tokenizer_or_eos_token_is_refused(folder: Path) -> None:
     save_plain_tokenizer(folder)
     with pytest.raises(SDPOError, match="no end-of-sequence token"):
         load_tokenizer(ModelConfig(path=str(folder)))
@@ -137,6 +135,6 @@ def test_a_tokenizer_that_is_missing_or_cannot_end(folder: Path) -> None:
         load_tokenizer(ModelConfig(path=str(folder)))
 
 
-def test_a_hub_name_without_a_network() -> None:
+def test_hub_name_without_a_network_is_refused() -> None:
     with pytest.raises(SDPOError, match=r"model\.path: nowhere/no-such-model: cannot be loaded"):
         load_model(ModelConfig(path="nowhere/no-such-model"), CPU)

@@ -53,7 +53,7 @@ def adapted(make_model: MakeModel) -> Any:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_at_first_nothing_changes_and_adapters_alone_learn_in_float32(
+def test_new_adapters_change_no_logits_and_only_they_train_in_float32(
     make_model: MakeModel, dtype: torch.dtype
 ) -> None:
     model = make_model(dtype=dtype)
@@ -69,7 +69,7 @@ def test_at_first_nothing_changes_and_adapters_alone_learn_in_float32(
     assert logits_of(model).dtype == dtype and not torch.equal(logits_of(model), before)
 
 
-def test_chosen_layers_alone_are_adapted(make_model: MakeModel) -> None:
+def test_only_target_modules_are_adapted(make_model: MakeModel) -> None:
     model = make_model()
     add_adapters(model, LoraConfig(rank=2, target_modules=["q_proj", "1.mlp.up_proj"]))
     assert sorted(get_adapted_layers(model)) == [
@@ -80,18 +80,18 @@ def test_chosen_layers_alone_are_adapted(make_model: MakeModel) -> None:
 
 
 @pytest.mark.parametrize("name", ["lm_head", "embed_tokens", "query", "proj", ""])
-def test_what_is_no_layer_to_adapt_is_refused(make_model: MakeModel, name: str) -> None:
+def test_invalid_target_module_is_refused(make_model: MakeModel, name: str) -> None:
     with pytest.raises(SDPOError, match=rf"lora\.target_modules: '{name}' is no linear layer.*down_proj, gate_proj"):
         add_adapters(make_model(), LoraConfig(rank=2, target_modules=["q_proj", name]))
 
 
-def test_a_model_without_linear_layers_is_refused() -> None:
+def test_model_without_linear_layers_is_refused() -> None:
     with pytest.raises(SDPOError, match=r"lora\.rank: GPT2LMHeadModel has no linear layers to adapt"):
         add_adapters(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=8)), LoraConfig(rank=2))
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "llava", "gemma3"])
-def test_the_vision_tower_gets_none(vision_model: Callable[[str], Any], family: str) -> None:
+def test_vision_tower_has_no_adapters(vision_model: Callable[[str], Any], family: str) -> None:
     model = vision_model(family).model
     add_adapters(model, LoraConfig(rank=2))
     assert get_adapted_layers(model)
@@ -99,7 +99,7 @@ def test_the_vision_tower_gets_none(vision_model: Callable[[str], Any], family: 
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_merged_parameters_are_those_of_a_plain_model(make_model: MakeModel, tied: bool) -> None:
+def test_merged_parameters_equal_those_of_a_merged_model(make_model: MakeModel, tied: bool) -> None:
     plain, model = (make_model(tie_word_embeddings=tied) for _ in range(2))
     add_adapters(model, LoraConfig(rank=4, alpha=6, target_modules=["v_proj", "down_proj"]))
     scramble(model)
@@ -120,7 +120,7 @@ def test_merged_parameters_are_those_of_a_plain_model(make_model: MakeModel, tie
     torch.testing.assert_close(logits_of(plain), logits_of(model), rtol=1e-5, atol=1e-5)
 
 
-def test_of_a_model_without_adapters_they_are_its_own(make_model: MakeModel) -> None:
+def test_merged_parameters_without_adapters_are_the_parameters(make_model: MakeModel) -> None:
     model = make_model()
     model.lm_head.weight.requires_grad_(False)
     merged = MergedParameters(model)
@@ -129,7 +129,7 @@ def test_of_a_model_without_adapters_they_are_its_own(make_model: MakeModel) -> 
     assert [name for name in merged if not merged.changes(name)] == ["lm_head.weight"]
 
 
-def test_merging_keeps_what_the_model_computes(adapted: Any, tmp_path: Path) -> None:
+def test_merging_does_not_change_the_logits(adapted: Any, tmp_path: Path) -> None:
     before = logits_of(adapted)
     merge_adapters(adapted)
     torch.testing.assert_close(logits_of(adapted), before, rtol=1e-5, atol=1e-5)
@@ -138,7 +138,7 @@ def test_merging_keeps_what_the_model_computes(adapted: Any, tmp_path: Path) -> 
     assert torch.equal(logits_of(loaded), logits_of(adapted))
 
 
-def test_the_copy_is_the_model_before_and_shares_it(adapted: Any, make_model: MakeModel) -> None:
+def test_copy_without_adapters_shares_the_base_weights(adapted: Any, make_model: MakeModel) -> None:
     trained = logits_of(adapted)
     base = copy_without_adapters(adapted)
     assert torch.equal(logits_of(base), logits_of(make_model()))
@@ -148,7 +148,7 @@ def test_the_copy_is_the_model_before_and_shares_it(adapted: Any, make_model: Ma
     assert not hasattr(base, "peft_config") and adapted.peft_config
 
 
-def test_peft_loads_what_is_saved(adapted: Any, make_model: MakeModel, tmp_path: Path) -> None:
+def test_peft_loads_saved_adapters(adapted: Any, make_model: MakeModel, tmp_path: Path) -> None:
     save_adapter(adapted, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     loaded = peft.PeftModel.from_pretrained(make_model(), str(tmp_path)).eval()
@@ -159,7 +159,7 @@ def test_peft_loads_what_is_saved(adapted: Any, make_model: MakeModel, tmp_path:
         torch.testing.assert_close(merged[name], value, rtol=0, atol=1e-6)
 
 
-def test_adapters_come_back_to_the_bit(adapted: Any, make_model: MakeModel, tmp_path: Path) -> None:
+def test_loaded_adapters_equal_the_saved_adapters(adapted: Any, make_model: MakeModel, tmp_path: Path) -> None:
     save_adapter(adapted, tmp_path)
     again = make_model()
     add_adapters(again, LoraConfig(rank=4, alpha=6))
@@ -170,7 +170,9 @@ def test_adapters_come_back_to_the_bit(adapted: Any, make_model: MakeModel, tmp_
 
 
 @pytest.mark.parametrize("other", [LoraConfig(rank=3), LoraConfig(rank=4, target_modules=["q_proj"])])
-def test_other_adapters_are_refused(adapted: Any, make_model: MakeModel, tmp_path: Path, other: LoraConfig) -> None:
+def test_adapters_of_another_config_are_refused(
+    adapted: Any, make_model: MakeModel, tmp_path: Path, other: LoraConfig
+) -> None:
     save_adapter(adapted, tmp_path)
     model = make_model()
     add_adapters(model, other)

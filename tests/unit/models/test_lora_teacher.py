@@ -50,14 +50,14 @@ def product(layer: Any) -> Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_at_first_the_teacher_is_the_student(make_model: MakeModel, kind: str, dtype: torch.dtype) -> None:
+def test_new_teacher_equals_the_student(make_model: MakeModel, kind: str, dtype: torch.dtype) -> None:
     student, teacher = build(make_model, kind, dtype)
     expected = logits_of(student)
     assert all(torch.equal(logits_of(module), expected) for module, _ in teacher.policy(student))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_average_is_that_of_the_product(make_model: MakeModel, dtype: torch.dtype) -> None:
+def test_teacher_averages_the_product_of_the_adapters(make_model: MakeModel, dtype: torch.dtype) -> None:
     student, teacher = build(make_model, "ema", dtype, ema_update_rate=RATE)
     base = {
         name: layer.get_base_layer().weight.detach().double() for name, layer in get_adapted_layers(student).items()
@@ -83,7 +83,7 @@ def test_the_average_is_that_of_the_product(make_model: MakeModel, dtype: torch.
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "live"])
-def test_the_base_is_shared_and_stays(make_model: MakeModel, kind: str) -> None:
+def test_base_weights_are_shared_and_constant(make_model: MakeModel, kind: str) -> None:
     student, teacher = build(make_model, kind, teacher_sync_steps=1)
     assert teacher.module is not None
     plain = dict(make_model().named_parameters())
@@ -104,7 +104,7 @@ def test_the_base_is_shared_and_stays(make_model: MakeModel, kind: str) -> None:
     assert all(param.requires_grad == ("lora_" in name) for name, param in student.named_parameters())
 
 
-def test_a_snapshot_is_the_student_of_its_step(make_model: MakeModel) -> None:
+def test_snapshot_equals_the_student_of_its_step(make_model: MakeModel) -> None:
     student, teacher = build(make_model, "snapshot", teacher_sync_steps=2)
     students = move(student)
     expected = logits_of(student)
@@ -120,7 +120,7 @@ def test_a_snapshot_is_the_student_of_its_step(make_model: MakeModel) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_teacher_goes_on_from_its_state(make_model: MakeModel, kind: str, dtype: torch.dtype) -> None:
+def test_teacher_resumes_from_its_state(make_model: MakeModel, kind: str, dtype: torch.dtype) -> None:
     settings = {"ema_update_rate": 0.3, "teacher_sync_steps": 2}
     student, teacher = build(make_model, kind, dtype, **settings)
     students = move(student)
@@ -142,7 +142,7 @@ def test_a_teacher_goes_on_from_its_state(make_model: MakeModel, kind: str, dtyp
     assert (teacher.state_dict()["weights"] is not None) == moves
 
 
-def test_the_teacher_of_merged_weights_is_the_average_of_whole_models(make_model: MakeModel) -> None:
+def test_teacher_equals_the_average_of_merged_models(make_model: MakeModel) -> None:
     """The equivalent teacher without adapters: (1 - r) W + r (W + s B A) is W + r s B A."""
     student, teacher = build(make_model, "ema", ema_update_rate=0.25)
     next(move(student))

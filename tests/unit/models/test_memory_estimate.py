@@ -39,7 +39,7 @@ GOLDEN = Path(__file__).parents[2] / "golden" / "qwen2_5_vl_3b"
 CountPeak = Callable[[Callable[[], Any]], int]
 
 
-def test_qwen_2_5_vl_3b_counted_by_hand() -> None:
+def test_parameter_counts_of_qwen_2_5_vl_3b() -> None:
     size = measure_model(ModelConfig(path=str(GOLDEN)))
     hidden, inner, cache = 2048, 11008, 2 * 128
     attention = 2 * hidden * hidden + hidden + 2 * (hidden * cache + cache)  # biases but of the output
@@ -65,7 +65,7 @@ def test_qwen_2_5_vl_3b_counted_by_hand() -> None:
     assert (size.vocab_size, size.window) == (151936, 128000)
 
 
-def test_an_image_as_large_as_allowed_goes_through_the_tower_alone() -> None:
+def test_image_of_maximum_size_is_a_separate_chunk() -> None:
     size = measure_model(ModelConfig(path=str(GOLDEN)))
     assert size.vision_tower is not None
     patch = size.vision_tower.training_bytes_per_token(2, 2, checkpointing=True)
@@ -85,7 +85,7 @@ def load_vision_models() -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava"])
-def test_images_through_a_tower_stay_below_their_bound(family: str, count_peak: CountPeak, tmp_path: Path) -> None:
+def test_vision_tower_stays_below_its_bound(family: str, count_peak: CountPeak, tmp_path: Path) -> None:
     vision_models = load_vision_models()
     config = ModelConfig(path=str(vision_models.build_vision_model(family, tmp_path)))
     size, model, reader = measure_model(config), load_model(config, torch.device("cpu")), load_reader(config, 1_003_520)
@@ -177,7 +177,7 @@ def build_pass(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "precision"), CASES)
-def test_activations_stay_below_their_bound_and_near_it(family: str, precision: str, count_peak: CountPeak) -> None:
+def test_activations_are_close_below_their_bound(family: str, precision: str, count_peak: CountPeak) -> None:
     # oneDNN's own copies for bfloat16 products: none on AMD's processors, up to a ninth of this tiny tower on Intel's.
     workspace = 1.15 if precision == "autocast" else 1.0
     for checkpointing in (False, True):
@@ -216,7 +216,7 @@ LOSSES: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_the_loss_in_chunks_stays_below_its_bound(
+def test_chunked_loss_stays_below_its_bound(
     loss: str, dtype: torch.dtype, count_peak: CountPeak, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vocab_size, hidden_size, config = 4000, 32, SelfDistillationConfig(**LOSSES[loss])

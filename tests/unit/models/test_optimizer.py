@@ -52,7 +52,7 @@ def displacement(config: OptimConfig, dtype: torch.dtype, num_steps: int = 40) -
     return torch.cat([(p.detach().double() - b).flatten() for p, b in zip(params, before, strict=True)])
 
 
-def test_the_plain_one_is_torchs() -> None:
+def test_default_optimizer_is_adamw_of_torch() -> None:
     params = make_params(torch.float32)
     optimizer = build_optimizer(params, OptimConfig(lr=3e-4, weight_decay=0.2, betas=[0.8, 0.9]))
     assert type(optimizer) is torch.optim.AdamW
@@ -69,11 +69,11 @@ def test_the_plain_one_is_torchs() -> None:
         (SMALL_RANDOM, ("torchao.optim", "AdamW8bit", {"bf16_stochastic_round": True})),
     ],
 )
-def test_what_the_settings_name(config: OptimConfig, expected: Any) -> None:
+def test_optimizer_by_settings(config: OptimConfig, expected: Any) -> None:
     assert choose_optimizer(config) == expected
 
 
-def test_without_torchao_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_torchao_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = builtins.__import__
 
     def refuse(name: str, *arguments: Any) -> Any:
@@ -98,7 +98,7 @@ def test_without_torchao_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=["8-bit", "bfloat16", "random", "8-bit random"],
 )
-def test_how_much_of_float32s_way_is_left(
+def test_change_of_the_weights_compared_with_float32(
     config: OptimConfig, dtype: torch.dtype, cosine: tuple[float, float], length: tuple[float, float]
 ) -> None:
     if config is not PLAIN and choose_optimizer(config)[0] != "torch.optim":
@@ -114,8 +114,8 @@ def test_how_much_of_float32s_way_is_left(
     [(PLAIN, torch.float32), (SMALL, torch.float32), (RANDOM, torch.bfloat16), (SMALL_RANDOM, torch.bfloat16)],
     ids=["plain", "8-bit", "random", "8-bit random"],
 )
-def test_it_goes_on_from_a_file_to_the_bit(config: OptimConfig, dtype: torch.dtype, tmp_path: Any) -> None:
-    """Stochastic rounding too, since its random numbers come from torch's generator."""
+def test_optimizer_resumes_bit_for_bit_from_a_file(config: OptimConfig, dtype: torch.dtype, tmp_path: Any) -> None:
+    """Stochastic rounding resumes too, because its random numbers come from torch's generator."""
     if choose_optimizer(config)[0] != "torch.optim":
         pytest.importorskip("torchao")
     torch.manual_seed(3)
@@ -137,7 +137,7 @@ def test_it_goes_on_from_a_file_to_the_bit(config: OptimConfig, dtype: torch.dty
         assert torch.equal(one, other)
 
 
-def test_moments_of_8_bits_take_a_byte_a_value_and_a_scale_for_every_256() -> None:
+def test_size_of_8_bit_moments() -> None:
     pytest.importorskip("torchao")
     params = make_params(torch.float32, [(512, 256)])
     optimizer = build_optimizer(params, SMALL)
@@ -147,7 +147,7 @@ def test_moments_of_8_bits_take_a_byte_a_value_and_a_scale_for_every_256() -> No
     assert moment.scale.numel() * moment.scale.element_size() == 512 * 4
 
 
-# ---- what rounding takes --------------------------------------------------------------------------------------------
+# ---- updates lost to rounding ---------------------------------------------------------------------------------------
 
 
 def measure(config: OptimConfig, dtype: torch.dtype, num_steps: int, lr: float = 1e-5) -> tuple[list[Any], list[str]]:
@@ -164,11 +164,11 @@ def measure(config: OptimConfig, dtype: torch.dtype, num_steps: int, lr: float =
     return lost, messages
 
 
-def test_nothing_is_measured_where_nothing_is_rounded() -> None:
+def test_no_rounding_is_measured_for_float32() -> None:
     assert measure(PLAIN, torch.float32, 2) == ([None, None], [])
 
 
-def test_the_share_lost_by_hand() -> None:
+def test_fraction_lost_to_rounding() -> None:
     """At its first step AdamW moves each weight by the learning rate against the gradient's sign."""
     weights = torch.tensor([1.0, 1.0, 2.0**-9, 0.0])
     param = nn.Parameter(weights.bfloat16())
@@ -182,7 +182,7 @@ def test_the_share_lost_by_hand() -> None:
 
 
 @pytest.mark.parametrize("lr", [1e-5, 1e-3])
-def test_it_is_what_a_whole_computation_says(lr: float) -> None:
+def test_fraction_equals_that_of_all_entries(lr: float) -> None:
     """Over all entries, against the update of torch's step on float32 weights with the same initial values."""
     config = OptimConfig(lr=lr, betas=[0.9, 0.95])
     half = make_params(torch.bfloat16, [(512, 512)])
@@ -197,7 +197,7 @@ def test_it_is_what_a_whole_computation_says(lr: float) -> None:
     assert (expected > 0.8) == (lr == 1e-5)
 
 
-def test_plain_bfloat16_is_warned_of_at_the_start_and_once_more() -> None:
+def test_bfloat16_logs_a_warning_at_the_start_and_during_training() -> None:
     lost, messages = measure(OptimConfig(betas=[0.9, 0.95]), torch.bfloat16, 4)
     assert min(lost) > 0.8
     assert len(messages) == 2
@@ -205,21 +205,21 @@ def test_plain_bfloat16_is_warned_of_at_the_start_and_once_more() -> None:
     assert messages[0].startswith("bfloat16 weights: ") and "1e-05" in messages[0]
 
 
-def test_a_learning_rate_that_is_large_enough_is_no_matter() -> None:
+def test_no_warning_at_a_large_learning_rate() -> None:
     lost, messages = measure(OptimConfig(betas=[0.9, 0.95]), torch.bfloat16, 1, lr=1e-2)
     assert abs(lost[0]) < MAX_LOST
     assert len(messages) == 1 and "model.dtype" not in messages[0]
 
 
 @pytest.mark.parametrize("config", [RANDOM, SMALL_RANDOM], ids=["random", "8-bit random"])
-def test_rounded_at_random_an_update_is_kept_on_average(config: OptimConfig) -> None:
+def test_stochastic_rounding_keeps_the_update_on_average(config: OptimConfig) -> None:
     pytest.importorskip("torchao")
     lost, messages = measure(config, torch.bfloat16, 3)
     assert all(abs(share) < 0.1 for share in lost)
     assert messages == ["bfloat16 weights with stochastic rounding: updates are kept on average, with noise"]
 
 
-def test_a_step_of_learning_rate_0_has_no_share() -> None:
+def test_step_with_learning_rate_zero_has_no_fraction() -> None:
     params = make_params(torch.bfloat16)
     optimizer = build_optimizer(params, OptimConfig(betas=[0.9, 0.95]))
     rounding = UpdateRounding(optimizer, lambda text: None)
@@ -228,7 +228,7 @@ def test_a_step_of_learning_rate_0_has_no_share() -> None:
     assert rounding.take() is None
 
 
-def test_the_entries_are_drawn_by_the_seed_among_those_that_learn() -> None:
+def test_measured_entries_are_sampled_from_trained_parameters_by_seed() -> None:
     frozen, learns, whole = make_params(torch.bfloat16, [(300, 300), (300, 300), (4, 4)])
     frozen.requires_grad_(False)
     whole.data = whole.data.float()

@@ -56,7 +56,7 @@ def build(name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_logits_are_the_model_s_own(name: str) -> None:
+def test_logits_equal_those_of_the_model(name: str) -> None:
     model = build(name)
     ids = torch.arange(12)[None]
     with torch.no_grad():
@@ -81,14 +81,14 @@ def change_logits(model: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_scale_that_no_setting_names_is_measured(dtype: torch.dtype) -> None:
+def test_scale_without_a_config_key_is_measured(dtype: torch.dtype) -> None:
     model = change_logits(build("multiplied").to(dtype).train(), lambda logits: logits * -2.5)
     assert measure_logit_scale(model) == pytest.approx(-2.5, rel=1e-5 if dtype == torch.float32 else 5e-3)
     assert model.training
 
 
 @pytest.mark.parametrize("change", [torch.sigmoid, lambda logits: logits + 1.0, lambda logits: logits * float("nan")])
-def test_anything_else_is_refused(change: Callable[[Tensor], Tensor]) -> None:
+def test_other_transformations_are_refused(change: Callable[[Tensor], Tensor]) -> None:
     model = change_logits(build("divided"), change)
     with pytest.raises(SDPOError, match="GraniteForCausalLM computes logits from hidden states in an unsupported way"):
         measure_logit_scale(model)
@@ -108,7 +108,7 @@ def test_anything_else_is_refused(change: Callable[[Tensor], Tensor]) -> None:
     ],
     ids=str,
 )
-def test_forbidden_tokens_have_no_part_in_the_loss(
+def test_suppressed_tokens_are_excluded_from_the_loss(
     settings: dict[str, Any], own_bias: bool, softcap: float | None
 ) -> None:
     """Loss, metrics, gradients, log-probs and entropies equal those of a model with a smaller vocabulary."""

@@ -123,7 +123,7 @@ def differentiate(model: nn.Module, hidden: Tensor) -> list[Tensor]:
     ids=["shared", "shared without padding", "apart"],
 )
 @pytest.mark.parametrize("family", PACKABLE)
-def test_a_packed_row_reads_as_each_sequence_by_itself(
+def test_packed_row_equals_separate_sequences(
     family: str, cost: AttentionCostModel, num_read: int, num_calls: int
 ) -> None:
     torch.manual_seed(0)
@@ -144,7 +144,7 @@ def test_a_packed_row_reads_as_each_sequence_by_itself(
 
 
 @pytest.mark.parametrize("family", NOT_PACKABLE)
-def test_a_model_that_cannot_read_packed_rows_is_left_as_it_was(family: str) -> None:
+def test_unsupported_model_is_not_modified(family: str) -> None:
     model = NOT_PACKABLE[family]().train()
     kernel = model.config._attn_implementation
     before = model(input_ids=torch.arange(12)[None]).logits
@@ -154,13 +154,13 @@ def test_a_model_that_cannot_read_packed_rows_is_left_as_it_was(family: str) -> 
     torch.testing.assert_close(model(input_ids=torch.arange(12)[None]).logits, before)
 
 
-def test_another_kernel_stays() -> None:
+def test_other_attention_implementation_is_not_modified() -> None:
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation="eager"))
     assert enable_packing(model) is None
     assert model.config._attn_implementation == "eager"
 
 
-def test_padded_rows_and_caches_read_as_before() -> None:
+def test_padded_rows_and_caches_are_unaffected() -> None:
     torch.manual_seed(0)
     model = PACKABLE["qwen2"]().double().eval()
     prompts, responses, _ = make_sequences()
@@ -174,7 +174,7 @@ def test_padded_rows_and_caches_read_as_before() -> None:
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "autocast"])
-def test_half_precision(precision: str) -> None:
+def test_half_precision_packed_row(precision: str) -> None:
     torch.manual_seed(0)
     model = PACKABLE["qwen2"]().eval()
     assert enable_packing(model) is not None
@@ -187,7 +187,7 @@ def test_half_precision(precision: str) -> None:
     torch.testing.assert_close(hidden.float(), expected, atol=0.06, rtol=0.05)
 
 
-def test_gradient_checkpointing_runs_the_same_layout_again() -> None:
+def test_gradient_checkpointing_repeats_the_layout() -> None:
     torch.manual_seed(0)
     model = PACKABLE["llama"]().double().train()
     assert enable_packing(model) is not None
@@ -198,10 +198,10 @@ def test_gradient_checkpointing_runs_the_same_layout_again() -> None:
         torch.testing.assert_close(actual, wanted, atol=1e-12, rtol=1e-10)
 
 
-# ---- what is shared -------------------------------------------------------------------------------------------------
+# ---- shared prefixes ------------------------------------------------------------------------------------------------
 
 
-def test_what_prompts_begin_with() -> None:
+def test_common_prefix_of_prompts() -> None:
     def count(*prompts: list[int], images: tuple[bytes, ...] = (), image_token: int = 99) -> int:
         return count_shared_tokens([TokenPrompt(p, images) for p in prompts], [image_token])
 
@@ -219,7 +219,7 @@ def test_what_prompts_begin_with() -> None:
 
 
 @pytest.mark.parametrize(("prefix", "num_images"), [(3, 1), (1, 2), (0, 2)])
-def test_images_stand_in_a_row_as_often_as_their_tokens(prefix: int, num_images: int) -> None:
+def test_images_are_repeated_with_their_tokens(prefix: int, num_images: int) -> None:
     prompts = [TokenPrompt([1, 99, 99, 5], (b"image",)), TokenPrompt([1, 99, 99, 6], (b"image",))]
     groups = [PrefixGroup(prefix, (5, 6))] if prefix else [PrefixGroup(0, (5,)), PrefixGroup(0, (6,))]
     positions = [torch.arange(5), torch.arange(6)]
@@ -228,7 +228,7 @@ def test_images_stand_in_a_row_as_often_as_their_tokens(prefix: int, num_images:
     assert row.token_ids.tolist()[0].count(99) == 2 * num_images
 
 
-def test_sharing_pays_where_it_saves_more_than_its_calls_cost() -> None:
+def test_prefix_is_shared_if_it_saves_more_than_the_calls_cost() -> None:
     """Two rollouts: sharing saves a prompt's tokens and adds a call."""
     prompts, lengths = [TokenPrompt([1] * 10)] * 2, [5, 5]
     for flops_per_call, shares in ((9.9, True), (10.1, False)):
@@ -245,7 +245,7 @@ def test_sharing_pays_where_it_saves_more_than_its_calls_cost() -> None:
 
 
 @pytest.mark.parametrize(("flops_per_call", "num_calls"), [(1000 - 25 - 1, 2), (1000 - 25 + 1, 1)])
-def test_padding_is_taken_only_where_it_costs_less_than_a_call(flops_per_call: float, num_calls: int) -> None:
+def test_padding_is_used_only_if_it_costs_less_than_a_call(flops_per_call: float, num_calls: int) -> None:
     cost = AttentionCostModel(
         flops_per_token=0.0, flops_per_pair=1000 / (40 * 40 - 5 * 5) * 0.975, flops_per_call=flops_per_call
     )
@@ -257,7 +257,7 @@ def test_padding_is_taken_only_where_it_costs_less_than_a_call(flops_per_call: f
 
 @pytest.mark.parametrize("cost", [ALWAYS, NO_PADDING, ONE_CALL, AttentionCostModel(1, 1, 1e3)])
 @pytest.mark.parametrize(("family", "rotary"), [("llama", 16), ("gpt2", 0)])  # operations per token for rotary angles
-def test_the_cost_is_what_torch_counts(family: str, rotary: int, cost: AttentionCostModel) -> None:
+def test_cost_equals_the_operations_that_torch_counts(family: str, rotary: int, cost: AttentionCostModel) -> None:
     """Products of weights and of attention on one row, without the output layer."""
     torch.manual_seed(0)
     model = PACKABLE[family]().eval()
@@ -274,7 +274,7 @@ def test_the_cost_is_what_torch_counts(family: str, rotary: int, cost: Attention
     )
 
 
-def test_every_token_is_one_query_and_gets_its_output() -> None:
+def test_every_token_is_one_query() -> None:
     for cost in (ALWAYS, NO_PADDING, ONE_CALL):
         row, _ = pack(cost)
         queries = torch.cat([call.queries.flatten() for call in row.layout.calls])
@@ -282,7 +282,7 @@ def test_every_token_is_one_query_and_gets_its_output() -> None:
 
 
 @pytest.mark.parametrize("num_rollouts", [2, 8])
-def test_rollouts_of_a_long_prompt_share_it_on_a_real_shape(num_rollouts: int) -> None:
+def test_long_prompt_is_shared_at_a_realistic_size(num_rollouts: int) -> None:
     """With a model's cost, a prompt of 300 tokens is shared, and a prompt of one token by two rollouts is not."""
     torch.manual_seed(0)
     cost = enable_packing(PACKABLE["qwen2"]())

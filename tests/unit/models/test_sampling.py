@@ -39,7 +39,7 @@ def log_probs_of(logits: Tensor, token_ids: list[int], temperature: float) -> Te
     return (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(token_ids)[:, None])[:, 0]
 
 
-def test_a_model_of_another_data_type_samples_as_a_cast_that(make_model: Any) -> None:
+def test_autocast_samples_like_a_cast_model(make_model: Any) -> None:
     model = make_model().train()
     half = replace(DECODING, dtype=torch.bfloat16)
     before = {name: param.clone() for name, param in model.named_parameters()}
@@ -58,7 +58,7 @@ def test_a_model_of_another_data_type_samples_as_a_cast_that(make_model: Any) ->
 
 
 @pytest.mark.parametrize("batch_size", [1, 12, 1000])
-def test_log_probs_are_those_of_a_plain_forward_pass(
+def test_log_probs_equal_a_forward_pass(
     model: Any, plain_logits: PlainLogits, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compactions = []
@@ -77,7 +77,7 @@ def test_log_probs_are_those_of_a_plain_forward_pass(
         torch.testing.assert_close(torch.tensor(one.log_probs), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_response_belongs_to_its_prompt(model: Any, plain_logits: PlainLogits) -> None:
+def test_responses_are_in_the_order_of_the_prompts(model: Any, plain_logits: PlainLogits) -> None:
     """Otherwise the test above would not detect swapped prompts."""
     responses = sample_responses([(model, 1.0)], PROMPTS, DECODING, seed=1)
     for i, many in enumerate(responses):
@@ -87,7 +87,7 @@ def test_a_response_belongs_to_its_prompt(model: Any, plain_logits: PlainLogits)
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS, [[9], [10]]])
-def test_a_model_with_absolute_positions(prompts: list[list[int]], plain_logits: PlainLogits) -> None:
+def test_model_with_absolute_positions(prompts: list[list[int]], plain_logits: PlainLogits) -> None:
     """Rotary embeddings are invariant to a shift of all positions; learned embeddings are not."""
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=12, n_positions=32, n_embd=16, n_layer=1, n_head=2)).eval()
@@ -99,7 +99,7 @@ def test_a_model_with_absolute_positions(prompts: list[list[int]], plain_logits:
             torch.testing.assert_close(torch.tensor(one.log_probs), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_ends_at_the_stop_token_or_at_the_limit(model: Any) -> None:
+def test_response_ends_at_a_stop_token_or_the_limit(model: Any) -> None:
     decoding = replace(DECODING, n=16, max_new_tokens=6, stop_token_ids=[2, 5])
     responses = [one for _, one in pairs(sample_responses([(model, 1.0)], PROMPTS, decoding, seed=0))]
     for one in responses:
@@ -112,7 +112,7 @@ def test_ends_at_the_stop_token_or_at_the_limit(model: Any) -> None:
     assert any(one.finished and len(one.token_ids) == 6 for one in responses), "no stop token at the last position"
 
 
-def test_the_seed_decides(model: Any) -> None:
+def test_responses_depend_on_the_seed(model: Any) -> None:
     first, same, other = (sample_responses([(model, 1.0)], PROMPTS, DECODING, seed) for seed in (1, 1, 2))
     assert first == same
     assert first != other
@@ -123,7 +123,7 @@ def test_responses_to_one_prompt_differ(model: Any) -> None:
         assert len({tuple(one.token_ids) for one in many}) > 1
 
 
-def test_greedy_is_the_argmax_and_what_generate_gives(model: Any, plain_logits: PlainLogits) -> None:
+def test_greedy_equals_argmax_and_generate(model: Any, plain_logits: PlainLogits) -> None:
     decoding = replace(DECODING, n=1, temperature=0.0)
     for prompt, one in pairs(sample_responses([(model, 1.0)], PROMPTS, decoding, seed=0)):
         looped: list[int] = []
@@ -136,7 +136,7 @@ def test_greedy_is_the_argmax_and_what_generate_gives(model: Any, plain_logits: 
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
-def test_frequencies_are_the_probabilities(model: Any, plain_logits: PlainLogits, temperature: float) -> None:
+def test_frequencies_match_the_probabilities(model: Any, plain_logits: PlainLogits, temperature: float) -> None:
     num_samples = 4000
     decoding = replace(DECODING, n=num_samples, max_new_tokens=2, temperature=temperature, stop_token_ids=[])
     [responses] = sample_responses([(model, 1.0)], PROMPTS[:1], decoding, seed=0)
@@ -175,7 +175,7 @@ HAND_MADE = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2]).log()
         (1.0, [0, 1, 2, 3, 4]),
     ],
 )
-def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(top_p: float, nucleus: list[int]) -> None:
+def test_nucleus_is_the_smallest_set_that_reaches_top_p(top_p: float, nucleus: list[int]) -> None:
     shifted = HAND_MADE + 3.0
     log_probs = compute_sampling_log_probs(torch.stack([shifted, shifted.flip(0)]), 1.0, top_p)
     expected = torch.zeros(5)
@@ -183,14 +183,14 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(top_p: float, nucleu
     torch.testing.assert_close(log_probs.exp(), torch.stack([expected, expected.flip(0)]))
 
 
-def test_the_temperature_comes_before_the_nucleus() -> None:
+def test_temperature_applies_before_the_nucleus() -> None:
     hot = compute_sampling_log_probs(HAND_MADE, 100.0, 0.5)
     cold = compute_sampling_log_probs(HAND_MADE, 0.1, 0.5)
     assert torch.isfinite(hot).sum() == 3
     assert torch.isfinite(cold).sum() == 1
 
 
-def test_nucleus_samples_carry_renormalised_log_probs(make_model: Any, plain_logits: PlainLogits) -> None:
+def test_nucleus_log_probs_are_renormalised(make_model: Any, plain_logits: PlainLogits) -> None:
     model = make_model(dtype=torch.float64)
     decoding = replace(DECODING, top_p=0.6)
     for prompt, one in pairs(sample_responses([(model, 1.0)], PROMPTS, decoding, seed=1)):
@@ -202,7 +202,7 @@ def test_nucleus_samples_carry_renormalised_log_probs(make_model: Any, plain_log
             assert log_prob == pytest.approx(float((row[token] / row[nucleus].sum()).log()), abs=1e-5)
 
 
-def test_two_modules_answer_as_their_added_logits(make_model: Any, plain_logits: PlainLogits) -> None:
+def test_two_modules_sample_from_the_sum_of_logits(make_model: Any, plain_logits: PlainLogits) -> None:
     first, second = make_model(seed=0), make_model(seed=1)
     responses = sample_responses([(first, 0.7), (second, 0.3)], PROMPTS, DECODING, seed=1)
     for prompt, one in pairs(responses):
@@ -213,7 +213,7 @@ def test_two_modules_answer_as_their_added_logits(make_model: Any, plain_logits:
         torch.testing.assert_close(torch.tensor(one.log_probs), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_dropout_is_off_and_the_mode_is_given_back(make_model: Any) -> None:
+def test_dropout_is_off_and_the_mode_is_restored(make_model: Any) -> None:
     model = make_model(attention_dropout=0.9)
     expected = sample_responses([(model, 1.0)], PROMPTS, DECODING, seed=1)
     model.train()
@@ -222,7 +222,7 @@ def test_dropout_is_off_and_the_mode_is_given_back(make_model: Any) -> None:
 
 
 @pytest.mark.parametrize(("keep_full", "check_every"), [(0.0, 1), (0.5, 1), (1.0, 1), (1.0, 5), (0.9, 100)])
-def test_a_response_is_the_same_whenever_others_leave_the_batch(
+def test_response_does_not_depend_on_other_rows(
     model: Any, monkeypatch: pytest.MonkeyPatch, keep_full: float, check_every: int
 ) -> None:
     expected = sample_responses([(model, 1.0)], PROMPTS, DECODING, seed=1)
@@ -234,7 +234,7 @@ def test_a_response_is_the_same_whenever_others_leave_the_batch(
         assert one.log_probs == pytest.approx(other.log_probs, abs=1e-5)
 
 
-def test_forbidden_tokens_are_not_drawn_and_have_no_probability(model: Any, plain_logits: PlainLogits) -> None:
+def test_suppressed_tokens_have_probability_zero(model: Any, plain_logits: PlainLogits) -> None:
     forbidden = [3, 8]
     for decoding in (replace(DECODING, suppress_tokens=forbidden), replace(DECODING, temperature=0.0)):
         decoding = replace(decoding, suppress_tokens=forbidden)
@@ -248,7 +248,7 @@ def test_forbidden_tokens_are_not_drawn_and_have_no_probability(model: Any, plai
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.6])
-def test_logits_that_are_not_finite_are_an_error(make_model: Any, top_p: float) -> None:
+def test_nonfinite_logits_are_an_error(make_model: Any, top_p: float) -> None:
     model = make_model()
     model.lm_head.weight.data[5] = float("nan")
     with pytest.raises(FloatingPointError, match="non-finite"):
@@ -269,12 +269,12 @@ def draw(weights: Tensor, uniform: Sequence[float]) -> list[int]:
 
 
 @pytest.mark.parametrize("size", [2, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK, 1000])
-def test_the_first_and_the_last_token_can_be_drawn(size: int) -> None:
+def test_first_and_last_token_can_be_sampled(size: int) -> None:
     assert draw(torch.full((size,), 0.7), [0.0, LAST]) == [0, size - 1]
 
 
 @pytest.mark.parametrize("possible", [[3], [700], [0, 999], [127, 128], [130, 131, 500], [900, 998]])
-def test_a_token_of_probability_0_is_never_drawn(possible: list[int]) -> None:
+def test_token_of_probability_zero_is_never_sampled(possible: list[int]) -> None:
     weights = torch.zeros(1000)
     weights[possible] = torch.tensor([0.1, 0.3, 1e-30])[: len(possible)]
     total = weights.double().sum()
@@ -285,7 +285,7 @@ def test_a_token_of_probability_0_is_never_drawn(possible: list[int]) -> None:
     assert {drawn[0], drawn[-1]} == {possible[0], possible[1 if len(possible) > 1 else 0]}
 
 
-def test_drawn_in_proportion_to_the_weights() -> None:
+def test_tokens_are_sampled_in_proportion_to_the_weights() -> None:
     torch.manual_seed(0)
     num_draws, size = 40_000, 1000
     weights = torch.randn(size).exp()
@@ -297,7 +297,7 @@ def test_drawn_in_proportion_to_the_weights() -> None:
 
 
 @pytest.mark.slow
-def test_a_large_vocabulary_does_not_bias() -> None:
+def test_sampling_from_a_large_vocabulary_is_unbiased() -> None:
     """Cumulative sums in float32 are wrong for one sample in ten."""
     torch.manual_seed(0)
     size = 151_936

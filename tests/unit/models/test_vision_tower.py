@@ -59,7 +59,7 @@ def decode(loaded: LoadedModel, temperature: float = 0.8) -> list[list[Completio
 
 @every_family
 @pytest.mark.parametrize("num_images", NUM_IMAGES)
-def test_token_ids_and_pixels_are_the_processors_own(vision_model: VisionModel, family: str, num_images: int) -> None:
+def test_token_ids_and_pixels_equal_the_processors(vision_model: VisionModel, family: str, num_images: int) -> None:
     loaded = vision_model(family)
     prompt = loaded.encode(make_messages(num_images))
     plain = encode_plainly(loaded.reader, make_messages(num_images))
@@ -72,7 +72,7 @@ def test_token_ids_and_pixels_are_the_processors_own(vision_model: VisionModel, 
             assert torch.equal(torch.cat([each[name] for each in pixels]), plain[name])
 
 
-def test_an_image_is_prepared_once(vision_model: VisionModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_is_processed_once(vision_model: VisionModel, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = vision_model("qwen2_5_vl")
     prepared = []
     kind = type(loaded.reader.processor.image_processor)
@@ -84,10 +84,10 @@ def test_an_image_is_prepared_once(vision_model: VisionModel, monkeypatch: pytes
     assert len(prepared) == 1 + 3, "a probe of the image tokens, and three images"
 
 
-def test_positions_of_many_images_need_no_image_again(
+def test_positions_need_no_second_image_processing(
     vision_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step may have more images than the cache of prepared images holds."""
+    """A step may have more images than the maximum of the cache of processed images."""
     monkeypatch.setattr(processing_module, "CACHED_IMAGES", 1)
     loaded = load_vision_model(vision_dir("qwen2_5_vl"))
     prompt = loaded.encode(make_messages(3))
@@ -98,7 +98,9 @@ def test_positions_of_many_images_need_no_image_again(
     assert read == []
 
 
-def test_positions_of_equal_prompts_are_found_once(vision_model: VisionModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_positions_of_equal_prompts_are_computed_once(
+    vision_model: VisionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two rollouts of one prompt, one of another with an image, one without; a copy is the same image."""
     loaded = vision_model("qwen2_5_vl")
     first, other, text = (loaded.encode(make_messages(number)) for number in (2, 1, 0))
@@ -114,7 +116,7 @@ def test_positions_of_equal_prompts_are_found_once(vision_model: VisionModel, mo
         assert torch.equal(own[:, : len(prompt.token_ids) + 2], shorter)
 
 
-def test_the_processor_does_without_videos_and_is_saved(vision_dir: Callable[[str], Path], tmp_path: Path) -> None:
+def test_processor_without_videos_can_be_saved(vision_dir: Callable[[str], Path], tmp_path: Path) -> None:
     processor = load_processor(str(vision_dir("qwen2_5_vl")))
     assert type(processor).__name__ == "Qwen2_5_VLProcessor"
     processor.save_pretrained(tmp_path)
@@ -124,13 +126,13 @@ def test_the_processor_does_without_videos_and_is_saved(vision_dir: Callable[[st
     assert (tmp_path / "preprocessor_config.json").is_file(), "processors with videos read their settings here"
 
 
-def test_a_language_model_has_no_reader(hidden_rule_dir: Path) -> None:
+def test_language_model_has_no_processor(hidden_rule_dir: Path) -> None:
     config = ModelConfig(path=str(hidden_rule_dir / "model"))
     assert not reads_images(config)
     assert load_reader(config, 1000) is None
 
 
-def test_a_processor_that_cannot_be_loaded(vision_dir: Callable[[str], Path], tmp_path: Path) -> None:
+def test_processor_that_cannot_be_loaded_is_refused(vision_dir: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((vision_dir("llava") / "config.json").read_text())
     with pytest.raises(SDPOError, match=r"its processor cannot be loaded"):
         load_reader(ModelConfig(path=str(tmp_path)), 1000)
@@ -138,7 +140,7 @@ def test_a_processor_that_cannot_be_loaded(vision_dir: Callable[[str], Path], tm
 
 @every_family
 @pytest.mark.parametrize("num_images", [0, 1])
-def test_a_text_must_not_contain_image_tokens(vision_model: VisionModel, family: str, num_images: int) -> None:
+def test_image_token_in_a_text_is_refused(vision_model: VisionModel, family: str, num_images: int) -> None:
     loaded = vision_model(family)
     token = "<start_of_image>" if family == "gemma3" and num_images else loaded.reader.image_token
     counted = re.escape(f"a prompt with {num_images} images has {num_images + 1} {token}: its text must not contain")
@@ -148,7 +150,7 @@ def test_a_text_must_not_contain_image_tokens(vision_model: VisionModel, family:
         loaded.encode(make_messages(num_images, text=f"what is {token}?"))
 
 
-def test_the_pixel_budget_bounds_the_image_tokens(vision_dir: Callable[[str], Path]) -> None:
+def test_max_pixels_limits_the_image_tokens(vision_dir: Callable[[str], Path]) -> None:
     counts = []
     for max_pixels in (10**6, 56 * 56):
         reader = load_reader(ModelConfig(path=str(vision_dir("qwen2_5_vl"))), max_pixels)
@@ -162,7 +164,7 @@ def test_the_pixel_budget_bounds_the_image_tokens(vision_dir: Callable[[str], Pa
 
 
 @every_family
-def test_sampled_log_probs_are_those_of_a_plain_forward_pass(vision_model: VisionModel, family: str) -> None:
+def test_sampled_log_probs_equal_a_forward_pass(vision_model: VisionModel, family: str) -> None:
     loaded = vision_model(family)
     assert len({len(one.token_ids) for many in decode(loaded) for one in many}) > 2, "none leaves the batch early"
     for number, responses in zip(NUM_IMAGES, decode(loaded), strict=True):
@@ -174,7 +176,7 @@ def test_sampled_log_probs_are_those_of_a_plain_forward_pass(vision_model: Visio
 
 
 @every_family
-def test_greedy_decoding_is_that_of_generate(vision_model: VisionModel, family: str) -> None:
+def test_greedy_decoding_equals_generate(vision_model: VisionModel, family: str) -> None:
     loaded = vision_model(family)
     for number, responses in zip(NUM_IMAGES, decode(loaded, temperature=0.0), strict=True):
         inputs = encode_plainly(loaded.reader, make_messages(number))
@@ -189,7 +191,7 @@ def test_greedy_decoding_is_that_of_generate(vision_model: VisionModel, family: 
         assert all(response.token_ids == generated for response in responses)
 
 
-def test_image_tokens_are_never_drawn(vision_model: VisionModel) -> None:
+def test_image_tokens_are_never_sampled(vision_model: VisionModel) -> None:
     loaded = vision_model("qwen2_5_vl")
     with torch.no_grad():
         loaded.model.lm_head.weight[loaded.vision.placeholder_ids] *= 30
@@ -199,7 +201,7 @@ def test_image_tokens_are_never_drawn(vision_model: VisionModel) -> None:
 
 
 @every_family
-def test_the_model_looks_at_its_own_images(vision_model: VisionModel, family: str) -> None:
+def test_log_probs_depend_on_the_images(vision_model: VisionModel, family: str) -> None:
     """Outputs depend on the own image only; the tests above would not detect ignored or swapped features."""
     loaded = vision_model(family)
     messages = make_messages(1)
@@ -230,7 +232,7 @@ def batch_logits(loaded: LoadedModel, prompts: list[TokenPrompt], features: list
 
 @every_family
 @pytest.mark.parametrize("chunk_size", [1, 4_000, 2**22])
-def test_gradients_through_shared_features_are_those_of_a_tower_for_each_sequence(
+def test_gradients_through_cached_features_equal_a_tower_run_per_sequence(
     vision_model: VisionModel, family: str, chunk_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two micro-batches with five and two images: value and every gradient, chunk by chunk."""
@@ -284,7 +286,7 @@ def test_gradients_through_shared_features_are_those_of_a_tower_for_each_sequenc
 
 
 @every_family
-def test_every_distinct_image_goes_through_the_tower_once(vision_model: VisionModel, family: str) -> None:
+def test_vision_tower_runs_once_per_distinct_image(vision_model: VisionModel, family: str) -> None:
     loaded = vision_model(family)
     images = [make_image(i) for i in range(3)]
     seen = ImageFeatureCache(loaded.reader)
@@ -297,7 +299,7 @@ def test_every_distinct_image_goes_through_the_tower_once(vision_model: VisionMo
     assert passed == [2, 1]
 
 
-def test_what_is_shown_is_shown_within_only(vision_model: VisionModel) -> None:
+def test_injected_features_apply_only_inside_the_context(vision_model: VisionModel) -> None:
     loaded = vision_model("qwen3_vl")
     [features] = ImageFeatureCache(loaded.reader).select(loaded.model, [make_image(0)])
     assert len(features.by_layer) == 2, "Qwen3-VL's deepstack"
@@ -307,7 +309,7 @@ def test_what_is_shown_is_shown_within_only(vision_model: VisionModel) -> None:
     assert "get_image_features" not in vars(loaded.model.model)
 
 
-def test_the_tower_is_all_but_the_language_model(vision_model: VisionModel) -> None:
+def test_vision_tower_is_all_but_the_language_model(vision_model: VisionModel) -> None:
     for family in FAMILIES:
         model = vision_model(family).model
         tower = {id(p) for p in get_vision_tower_parameters(model)}
@@ -321,6 +323,6 @@ def test_the_tower_is_all_but_the_language_model(vision_model: VisionModel) -> N
         assert all(names.values())
 
 
-def test_a_model_without_the_common_interface_is_refused() -> None:
+def test_model_without_get_image_features_is_refused() -> None:
     with pytest.raises(SDPOError, match=r"Linear has no model\.get_image_features; it is not supported"):
         get_vision_tower_parameters(torch.nn.Linear(1, 1))

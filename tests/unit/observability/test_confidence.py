@@ -28,7 +28,7 @@ def test_clusters_of_different_size() -> None:
     assert mean.normal_interval() == pytest.approx((1 - 1.96 * 0.5, 1 + 1.96 * 0.5), abs=1e-3)
 
 
-def test_more_of_the_same_makes_no_interval_narrower() -> None:
+def test_duplicates_within_a_cluster_do_not_narrow_the_interval() -> None:
     once = ClusteredMean.of([0.0, 1.0, 1.0], "abc")
     often = ClusteredMean.of([0.0, 1.0, 1.0] * 8, "abc" * 8)
     assert often.normal_interval() == pytest.approx(once.normal_interval())
@@ -39,18 +39,18 @@ def test_more_of_the_same_makes_no_interval_narrower() -> None:
     ("fraction", "observations", "interval"),
     [(0.8, 10, (0.4902, 0.9433)), (0.0, 10, (0.0, 0.2775)), (1.0, 10, (0.7225, 1.0)), (0.5, 0, (0.0, 1.0))],
 )
-def test_wilson(fraction: float, observations: int, interval: tuple[float, float]) -> None:
+def test_wilson_interval(fraction: float, observations: int, interval: tuple[float, float]) -> None:
     assert compute_wilson_interval(fraction, observations) == pytest.approx(interval, abs=1e-4)
 
 
-def test_an_interval_that_is_not_known_has_no_name() -> None:
+def test_undefined_interval_has_no_metrics() -> None:
     alone = ClusteredMean.of([1.0, 2.0], "aa")
     assert name_interval("x", alone.normal_interval()) == {}
     assert name_interval("x", (0.25, 0.5)) == {"x/ci95_low": 0.25, "x/ci95_high": 0.5}
     assert math.isnan(ClusteredMean().mean)
 
 
-def test_the_interval_covers_the_truth_95_times_in_100() -> None:
+def test_coverage_of_the_interval() -> None:
     rng = random.Random(0)
     covered = trusted_too_much = 0
     for _ in range(1000):
@@ -64,4 +64,4 @@ def test_the_interval_covers_the_truth_95_times_in_100() -> None:
         low, high = ClusteredMean.of(values, range(len(values))).normal_interval()
         trusted_too_much += low <= 0 <= high
     assert 0.93 <= covered / 1000 <= 0.97
-    assert trusted_too_much / 1000 < 0.7  # as if rollouts of one prompt knew nothing of each other
+    assert trusted_too_much / 1000 < 0.7  # assumes independent rollouts of a prompt

@@ -73,17 +73,17 @@ BY_HAND: dict[str, tuple[Series, list[tuple[int, str]]]] = {
 
 
 @pytest.mark.parametrize("name", BY_HAND)
-def test_check_by_hand(name: str) -> None:
+def test_each_check(name: str) -> None:
     series, expected = BY_HAND[name]
     assert events_of(series) == expected
 
 
-def test_an_ignored_check_never_fails() -> None:
+def test_ignored_check_never_fails() -> None:
     for series, _ in BY_HAND.values():
         assert events_of(series, replace(BRISK, **dict.fromkeys(RULES, "ignore"))) == []
 
 
-def test_an_event_has_the_numbers() -> None:
+def test_event_has_the_values() -> None:
     monitor = HealthMonitor(replace(BRISK, score_collapse="stop"))
     events = [e for step, row in enumerate(rows_of(BY_HAND["score falls"][0]), 1) for e in monitor.check(step, row)]
     (event,) = events
@@ -92,7 +92,7 @@ def test_an_event_has_the_numbers() -> None:
     assert event.values == pytest.approx({f"{SCORE}/before": 1.0, SCORE: 0.8})
 
 
-def test_one_event_per_episode_and_another_after_recovery() -> None:
+def test_one_event_per_failure_and_another_after_recovery() -> None:
     # Fails at 7, passes at 8 (0.9) and 9 (1), which is a window, and fails again at 11.
     assert events_of({SCORE: [1, 1, 1, 1, 1, 0.8, 0.8, 1, 1, 0.8, 0.8, 0.8]}) == [
         (7, "score_collapse"),
@@ -111,7 +111,7 @@ def test_teacher_is_judged_by_its_last_evaluation() -> None:
     ]
 
 
-def test_a_change_within_the_noise_does_not_count() -> None:
+def test_change_within_the_noise_is_ignored() -> None:
     # Consecutive steps differ by 0.4, the last two by 0. Standard error of the difference between two means of two:
     # sqrt(11 / 12 * 0.4^2 / 2) = 0.27. The drop is 0.2.
     series = {SCORE: [1, 0.6] * 6 + [0.6]}
@@ -134,7 +134,7 @@ def test_no_check_fails_on_noise_alone(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_change_in_noise_is_found(seed: int) -> None:
+def test_significant_change_in_noise_is_detected(seed: int) -> None:
     rng = random.Random(seed)
     noisy = {
         SCORE: [rng.gauss(0.6, 0.05) for _ in range(100)] + [rng.gauss(0.3, 0.05) for _ in range(100)],
@@ -147,7 +147,7 @@ def test_a_change_in_noise_is_found(seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, (_, expected) in BY_HAND.items() if expected])
-def test_resumes_from_its_state(name: str) -> None:
+def test_monitor_resumes_from_its_state(name: str) -> None:
     series, expected = BY_HAND[name]
     rows = rows_of(series)
     for resumed_after in range(len(rows)):

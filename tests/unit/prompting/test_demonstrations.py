@@ -26,7 +26,7 @@ def rollouts(*scores: float, group_id: int = 0, **known: Any) -> list[ScoredRoll
     return [ScoredRollout(group_id, f"{group_id}:{i}", score, **known) for i, score in enumerate(scores)]
 
 
-def test_ground_truth_is_the_rows_own_and_blank_is_none() -> None:
+def test_blank_ground_truth_is_no_demonstration() -> None:
     samples = [
         ScoredRollout(1, "r", 0.0, ground_truth="4"),
         ScoredRollout(1, "r", 1.0, ground_truth="5"),
@@ -36,12 +36,12 @@ def test_ground_truth_is_the_rows_own_and_blank_is_none() -> None:
     assert solutions(samples, demonstration_source="ground_truth") == ["4", "5", None, None]
 
 
-def test_peer_is_a_success_of_the_same_group() -> None:
+def test_demonstration_is_a_successful_rollout_of_the_group() -> None:
     samples = [
         *rollouts(0.0, 1.0, 0.5, group_id=1, ground_truth="4"),
         *rollouts(0.0, 0.0, group_id=2, ground_truth="5"),
     ]
-    # interleaved, as a batch may come
+    # groups of a batch may be interleaved
     samples = [samples[i] for i in (3, 0, 1, 4, 2)]
     assert solutions(samples, demonstration_source="successful_rollout") == [None, "1:1", None, None, "1:1"]
     assert solutions(samples, demonstration_source="successful_rollout_then_ground_truth") == [
@@ -66,7 +66,9 @@ def test_success_is_at_least_the_threshold() -> None:
 @pytest.mark.parametrize("source", ["successful_rollout", "ground_truth", "successful_rollout_then_ground_truth"])
 @pytest.mark.parametrize("threshold", [1.0, -1e9])
 @pytest.mark.parametrize("only_failed", [False, True])
-def test_what_was_not_graded_is_shown_nothing_and_to_nobody(source: Any, threshold: float, only_failed: bool) -> None:
+def test_unscored_response_has_no_context_and_is_no_demonstration(
+    source: Any, threshold: float, only_failed: bool
+) -> None:
     settings = {"demonstration_source": source, "distill_only_failed": only_failed}
     samples = [replace(s, feedback="Wrong.") for s in rollouts(math.nan, 1.0, math.nan, 0.0, ground_truth="4")]
     shown = select(samples, success_reward_threshold=threshold, include_environment_feedback=True, **settings)
@@ -81,7 +83,7 @@ def test_what_was_not_graded_is_shown_nothing_and_to_nobody(source: Any, thresho
     seed=st.integers(0, 1000),
     exclude=st.booleans(),
 )
-def test_a_peer_is_a_success_of_the_group_and_not_itself(
+def test_demonstration_is_another_successful_rollout(
     scores: list[float], groups: list[int], seed: int, exclude: bool
 ) -> None:
     samples = [
@@ -97,7 +99,7 @@ def test_a_peer_is_a_success_of_the_group_and_not_itself(
         assert (solution in allowed) if allowed and sample.is_scored else (solution is None)
 
 
-def test_own_rollout_is_shown_only_if_allowed() -> None:
+def test_rollout_is_its_own_demonstration_only_if_allowed() -> None:
     samples = rollouts(1.0, 0.0)
     assert solutions(samples, demonstration_source="successful_rollout") == [None, "0:0"]
     assert solutions(samples, demonstration_source="successful_rollout", dont_reprompt_on_self_success=False) == [
@@ -106,7 +108,7 @@ def test_own_rollout_is_shown_only_if_allowed() -> None:
     ]
 
 
-def test_peers_are_drawn_uniformly() -> None:
+def test_demonstrations_are_sampled_uniformly() -> None:
     samples = rollouts(1.0, 0.0, 1.0, 1.0, 1.0, 1.0)
     draws, rng = 4000, random.Random(7)
     config = SelfDistillationConfig(demonstration_source="successful_rollout")
@@ -122,7 +124,7 @@ def test_peers_are_drawn_uniformly() -> None:
         assert chi_square < 18.5  # 0.1% of uniform draws exceed it, with 4 degrees of freedom
 
 
-def test_reproducible_from_the_generator() -> None:
+def test_selection_is_reproducible() -> None:
     samples = rollouts(*[1.0] * 16)
     first = solutions(samples, seed=3, demonstration_source="successful_rollout")
     assert first == solutions(samples, seed=3, demonstration_source="successful_rollout")
@@ -158,7 +160,7 @@ def test_feedback() -> None:
     assert select(samples, demonstration_source="none")[0] == PrivilegedContext(None, "too high")
 
 
-def test_reasoning_is_removed_from_peers_and_ground_truths_but_not_from_feedback() -> None:
+def test_reasoning_is_removed_from_solutions_and_not_from_feedback() -> None:
     samples = [
         ScoredRollout(0, "<think>a</think>peer", 1.0),
         ScoredRollout(0, "r", 0.0, feedback="<think>f</think>", ground_truth="b</think>truth"),
@@ -172,7 +174,7 @@ def test_reasoning_is_removed_from_peers_and_ground_truths_but_not_from_feedback
     assert solutions(samples, **kept)[1] == "b</think>truth"
 
 
-def test_a_solution_of_reasoning_alone_is_no_solution() -> None:
+def test_solution_without_text_after_the_reasoning_is_none() -> None:
     samples = [
         ScoredRollout(0, "<think>cut off", 1.0),
         ScoredRollout(0, " ", 1.0),
@@ -230,7 +232,7 @@ SETTINGS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_every_setting_changes_what_is_shown(name: str) -> None:
+def test_every_setting_changes_the_context(name: str) -> None:
     samples = [
         ScoredRollout(0, "<think>a</think>best", 1.0, feedback="right", ground_truth="4"),
         ScoredRollout(0, "fair", 0.5, feedback="nearly", ground_truth="4"),

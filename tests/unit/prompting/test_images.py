@@ -26,7 +26,7 @@ def user(content: Any) -> list[dict[str, Any]]:
 # --- messages
 
 
-def test_tags_become_parts_in_their_order() -> None:
+def test_tags_become_parts_in_order() -> None:
     placed = place_images(user("a <image> b<image><image>"), [b"1", b"2", b"3"])
     assert placed[0] == {"role": "system", "content": "Short."}
     assert placed[1]["content"] == [
@@ -45,14 +45,14 @@ def test_tags_of_several_messages_share_the_images() -> None:
     assert collect_images(place_images([first, second], [b"1", b"2"])) == (b"1", b"2")
 
 
-def test_parts_get_their_images_and_the_row_is_left_as_it_was() -> None:
+def test_parts_get_images_and_the_row_is_not_modified() -> None:
     row = user([{"type": "image"}, {"type": "text", "text": "<image> is a tag"}])
     placed = place_images(row, [b"1"])
     assert placed[1]["content"] == [{"type": "image", "image": b"1"}, {"type": "text", "text": "<image> is a tag"}]
     assert row[1]["content"][0] == {"type": "image"}
 
 
-def test_a_row_without_images_keeps_its_text() -> None:
+def test_row_without_images_keeps_its_text() -> None:
     assert place_images(user("what does <image> mean?"), []) == user("what does <image> mean?")
     assert collect_images(user("<image>")) == ()
     assert format_content("plain") == "plain"
@@ -60,7 +60,7 @@ def test_a_row_without_images_keeps_its_text() -> None:
 
 @pytest.mark.parametrize("num_tags", range(6))
 @pytest.mark.parametrize("num_images", [1, 2, 3])
-def test_as_many_tags_as_images(num_tags: int, num_images: int) -> None:
+def test_numbers_of_tags_and_images_must_match(num_tags: int, num_images: int) -> None:
     images = [bytes([i]) for i in range(num_images)]
     if num_tags == num_images:
         assert collect_images(place_images(user("<image> " * num_tags), images)) == tuple(images)
@@ -74,7 +74,7 @@ def test_as_many_tags_as_images(num_tags: int, num_images: int) -> None:
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
 
-def test_transparent_is_white() -> None:
+def test_transparent_pixels_become_white() -> None:
     """A black drawing on a transparent background; ``convert`` alone would return black on black."""
     drawing = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
     drawing.putpixel((1, 0), (0, 0, 0, 255))
@@ -85,7 +85,7 @@ def test_transparent_is_white() -> None:
     assert np.allclose(half.getpixel((0, 0)), (255, 127, 127), atol=1)
 
 
-def test_a_palette_with_and_without_a_transparent_colour() -> None:
+def test_palette_with_and_without_a_transparent_colour() -> None:
     palette = Image.new("P", (2, 1))
     palette.putpalette([*RED, *BLUE])
     palette.putpixel((1, 0), 1)
@@ -115,7 +115,7 @@ def test_other_modes_keep_their_colour(kind: str, mode: str) -> None:
         assert np.allclose(np.asarray(opened), colour, atol=3)
 
 
-def test_a_photograph_is_turned_upright() -> None:
+def test_photograph_is_rotated_upright() -> None:
     image = Image.new("RGB", (20, 10), RED)
     image.paste(BLUE, (0, 0, 10, 10))
     exif = Image.Exif()
@@ -137,11 +137,11 @@ def test_a_photograph_is_turned_upright() -> None:
     ],
 )
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_the_pixel_budget(size: tuple[int, int], max_pixels: int, expected: tuple[int, int], kind: str) -> None:
+def test_max_pixels(size: tuple[int, int], max_pixels: int, expected: tuple[int, int], kind: str) -> None:
     assert open_image(save(Image.new("RGB", size), kind), max_pixels).size == expected
 
 
-def test_a_smaller_image_shows_the_same() -> None:
+def test_downscaled_image_has_the_same_content() -> None:
     image = Image.new("RGB", (200, 100), RED)
     image.paste(BLUE, (0, 0, 100, 100))
     opened = open_image(save(image), 200)
@@ -150,11 +150,11 @@ def test_a_smaller_image_shows_the_same() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 201), (201, 1), (10_000, 49)])
-def test_a_strip_is_refused(size: tuple[int, int]) -> None:
+def test_extreme_aspect_ratio_is_refused(size: tuple[int, int]) -> None:
     with pytest.raises(SDPOError, match=rf"an image of {size[0]} x {size[1]} pixels is too narrow; at most 200 to 1"):
         open_image(save(Image.new("L", size)), 10**6)
 
 
-def test_a_bomb_is_refused_before_it_is_decoded() -> None:
+def test_decompression_bomb_is_refused_before_decoding() -> None:
     with pytest.raises(SDPOError, match=r"not a readable image \(Image size \(400000000 pixels\) exceeds limit"):
         open_image(save(Image.new("1", (20_000, 20_000))), 10**6)

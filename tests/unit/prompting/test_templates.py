@@ -36,7 +36,7 @@ def test_default_templates_give_the_official_prompt() -> None:
 
 
 @pytest.mark.parametrize("blank", [None, "", " \n"])
-def test_blank_texts_take_their_section_with_them(blank: str | None) -> None:
+def test_blank_text_removes_its_section(blank: str | None) -> None:
     assert rewritten("2+2?", PrivilegedContext("4", blank)) == f"2+2?\nCorrect solution:\n\n4\n\n{INSTRUCTION}"
     assert rewritten("2+2?", PrivilegedContext(blank, "no")) == (
         f"2+2?\nThe following is feedback from your unsuccessful earlier attempt:\n\nno\n\n{INSTRUCTION}"
@@ -66,7 +66,7 @@ def test_empty_demonstration_leaves_the_messages_unchanged() -> None:
         assert build_teacher_messages(prompt, PrivilegedContext(), CONFIG) == prompt
 
 
-def test_images_stay_where_they_are() -> None:
+def test_images_keep_their_positions() -> None:
     image, other = {"type": "image", "image": "a.png"}, {"type": "image", "image": "b.png"}
     content = [{"type": "text", "text": "Compare"}, image, {"type": "text", "text": "and {solution}"}, other]
     section = {"type": "text", "text": f"\nCorrect solution:\n\n4\n\n{INSTRUCTION}"}
@@ -98,7 +98,7 @@ def test_braces_are_text() -> None:
                 )
 
 
-def test_other_braces_of_a_template_stay() -> None:
+def test_other_braces_of_a_template_are_unchanged() -> None:
     config = SelfDistillationConfig(
         reprompt_template="{{ {x} {prompt}|{solution}|{feedback}|{feedback} }}",
         solution_template="{feedback_raw}{prompt}{successful_previous_attempt}",
@@ -111,7 +111,7 @@ def test_other_braces_of_a_template_stay() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(prompt=st.text(), solution=st.text(), feedback=st.text())
-def test_texts_arrive_verbatim(prompt: str, solution: str, feedback: str) -> None:
+def test_texts_are_inserted_verbatim(prompt: str, solution: str, feedback: str) -> None:
     config = SelfDistillationConfig(
         reprompt_template="\0{feedback}\0{prompt}\0{solution}\0",
         solution_template="s{successful_previous_attempt}",
@@ -123,7 +123,7 @@ def test_texts_arrive_verbatim(prompt: str, solution: str, feedback: str) -> Non
     assert rewritten(prompt, demonstration, config) == expected
 
 
-def test_a_repeated_prompt_is_text_only() -> None:
+def test_repeated_prompt_contains_only_text() -> None:
     config = SelfDistillationConfig(reprompt_template="{prompt} {prompt}{solution}{feedback}")
     assert rewritten("Q", PrivilegedContext("4"), config) == "Q Q\nCorrect solution:\n\n4\n\n"
     with pytest.raises(SDPOError, match=r"repeats \{prompt\}"):

@@ -84,7 +84,7 @@ def test_encode_prompt_has_the_generation_header(tokenizer: PreTrainedTokenizerF
     assert all(type(i) is int for i in ids)
 
 
-def test_encode_prompt_takes_every_form_of_ids() -> None:
+def test_encode_prompt_accepts_every_form_of_ids() -> None:
     class Returning:
         chat_template = "a template"
 
@@ -111,7 +111,7 @@ def test_tokenizer_without_a_chat_template(tokenizer_without_chat_template: PreT
     assert "\n" not in str(caught.value)
 
 
-def test_a_prompt_that_fits_is_the_template_verbatim(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_prompt_within_the_limit_is_the_template(tokenizer: PreTrainedTokenizerFast) -> None:
     counting = Counting(tokenizer)
     prompt = encode(counting, PrivilegedContext("It is 4.", "5 is wrong."), 10_000)
     assert tokenizer.decode(prompt.token_ids) == (
@@ -121,13 +121,13 @@ def test_a_prompt_that_fits_is_the_template_verbatim(tokenizer: PreTrainedTokeni
     assert prompt.token_ids == encode_prompt(tokenizer, prompt.messages)
 
 
-def test_an_empty_demonstration_is_not_encoded(tokenizer_without_chat_template: PreTrainedTokenizerFast) -> None:
+def test_empty_context_is_not_encoded(tokenizer_without_chat_template: PreTrainedTokenizerFast) -> None:
     prompt = encode(tokenizer_without_chat_template, PrivilegedContext(" ", None), 10)
     assert prompt == TeacherPrompt(None, chat("What is 2+2?"), truncated=False)
     assert not prompt.overlong
 
 
-def test_the_limit_is_reached_exactly(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_truncated_prompt_has_exactly_the_maximum_length(tokenizer: PreTrainedTokenizerFast) -> None:
     demonstration = PrivilegedContext("It is 4.", "5 is wrong.")
     whole = encode(tokenizer, demonstration, 10_000)
     length = num_tokens(whole)
@@ -136,14 +136,14 @@ def test_the_limit_is_reached_exactly(tokenizer: PreTrainedTokenizerFast) -> Non
     assert shorter.truncated and num_tokens(shorter) < length
 
 
-def test_the_smaller_limit_counts(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_smaller_limit_applies(tokenizer: PreTrainedTokenizerFast) -> None:
     demonstration = PrivilegedContext("7" * 400)
     for limit, max_length, expected in ((200, None, 200), (200, 300, 200), (300, 200, 200), (300, 300, 300)):
         assert num_tokens(encode(tokenizer, demonstration, limit, max_length=max_length)) == expected
     assert encode(tokenizer, demonstration, 300, max_length=-5).overlong
 
 
-def test_only_the_end_of_the_demonstration_is_trimmed(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_only_the_end_of_the_demonstration_is_truncated(tokenizer: PreTrainedTokenizerFast) -> None:
     solution = " ".join(str(i) for i in range(1000))
     prompt = encode(tokenizer, PrivilegedContext(solution), 200)
     shown, _ = shown_texts(tokenizer, prompt)
@@ -153,7 +153,7 @@ def test_only_the_end_of_the_demonstration_is_trimmed(tokenizer: PreTrainedToken
     assert prompt.token_ids == encode_prompt(tokenizer, prompt.messages)
 
 
-def test_earlier_turns_and_images_are_never_trimmed(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_earlier_turns_and_images_are_never_truncated(tokenizer: PreTrainedTokenizerFast) -> None:
     content: list[dict[str, Any]] = [{"type": "image"}, {"type": "text", "text": "What is shown?"}]
     messages: list[dict[str, Any]] = [
         {"role": "user", "content": "A long question. " * 10},
@@ -173,7 +173,7 @@ def test_earlier_turns_and_images_are_never_trimmed(tokenizer: PreTrainedTokeniz
     assert num_tokens(prompt) == 350
 
 
-def test_a_text_that_the_template_shows_twice_is_trimmed_no_more_than_needed(
+def test_text_that_appears_twice_is_truncated_no_more_than_needed(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     config = SelfDistillationConfig(max_reprompt_len=600, reprompt_template="{solution}{prompt}{solution}{feedback}")
@@ -194,7 +194,7 @@ def test_a_text_that_the_template_shows_twice_is_trimmed_no_more_than_needed(
         (300, 300, 2, (1, 1)),
     ],
 )
-def test_texts_share_the_room(
+def test_solution_and_feedback_share_the_space(
     tokenizer: PreTrainedTokenizerFast, num_solution: int, num_feedback: int, room: int, expected: tuple[int, int]
 ) -> None:
     # digits are a token each, since no merge contains them
@@ -205,19 +205,19 @@ def test_texts_share_the_room(
     assert num_tokens(prompt) == frame + room
 
 
-def test_feedback_is_left_out_where_there_is_no_room_for_both(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_feedback_is_dropped_without_space_for_both(tokenizer: PreTrainedTokenizerFast) -> None:
     both = num_tokens(encode(tokenizer, PrivilegedContext("7", "8"), 10_000))
     one = num_tokens(encode(tokenizer, PrivilegedContext("7"), 10_000))
     prompt = encode(tokenizer, PrivilegedContext("7" * 500, "8" * 500), both - 1)
     assert shown_texts(tokenizer, prompt) == ("7" * (both - one), "")
     assert prompt.truncated
-    # the solution is complete, the feedback was left out
+    # the solution is complete, the feedback is dropped
     prompt = encode(tokenizer, PrivilegedContext("7", "8" * 500), both - 1)
     assert shown_texts(tokenizer, prompt) == ("7", "")
     assert prompt.truncated
 
 
-def test_overlong_where_no_token_of_the_demonstration_fits(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_prompt_is_overlong_if_no_token_of_the_demonstration_fits(tokenizer: PreTrainedTokenizerFast) -> None:
     one = num_tokens(encode(tokenizer, PrivilegedContext("7"), 10_000))
     assert shown_texts(tokenizer, encode(tokenizer, PrivilegedContext("7" * 50, "8" * 50), one)) == ("7", "")
     for demonstration in (PrivilegedContext("7" * 50, "8" * 50), PrivilegedContext("7" * 50), PrivilegedContext("7")):
@@ -231,7 +231,7 @@ def test_overlong_where_no_token_of_the_demonstration_fits(tokenizer: PreTrained
 
 @settings(max_examples=100, deadline=None)
 @given(question=texts, solution=texts | words, feedback=texts | words, limit=st.integers(1, 320))
-def test_trimming_keeps_everything_but_the_ends_of_the_texts(
+def test_truncation_removes_only_the_ends_of_the_texts(
     tokenizer: PreTrainedTokenizerFast, question: str, solution: str, feedback: str, limit: int
 ) -> None:
     counting = Counting(tokenizer)
@@ -254,7 +254,7 @@ def test_trimming_keeps_everything_but_the_ends_of_the_texts(
 
 @settings(max_examples=60, deadline=None)
 @given(solution=st.text(alphabet="é数👩🔬a ", min_size=200, max_size=300), limit=st.integers(100, 250))
-def test_no_character_is_cut_in_half(tokenizer: PreTrainedTokenizerFast, solution: str, limit: int) -> None:
+def test_no_character_is_split(tokenizer: PreTrainedTokenizerFast, solution: str, limit: int) -> None:
     prompt = encode(tokenizer, PrivilegedContext("x" + solution), limit)
     shown, _ = shown_texts(tokenizer, prompt)
     assert "\ufffd" not in tokenizer.decode(prompt.token_ids)
@@ -264,14 +264,14 @@ def test_no_character_is_cut_in_half(tokenizer: PreTrainedTokenizerFast, solutio
 
 
 @pytest.mark.parametrize("limit", [200, 201, 202, 203])
-def test_half_a_character_does_not_count(tokenizer: PreTrainedTokenizerFast, limit: int) -> None:
+def test_partial_character_is_removed(tokenizer: PreTrainedTokenizerFast, limit: int) -> None:
     counting = Counting(tokenizer)
     prompt = encode(counting, PrivilegedContext("x" + "👩" * 200), limit)
     assert 0 <= limit - num_tokens(prompt) < 4  # a token per byte
     assert counting.num_prompts == 3
 
 
-def test_a_replacement_character_of_the_text_survives(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_replacement_character_of_the_text_is_kept(tokenizer: PreTrainedTokenizerFast) -> None:
     solution = "a\ufffdb" + "7" * 500
     shown, _ = shown_texts(tokenizer, encode(tokenizer, PrivilegedContext(solution), 200))
     assert shown.startswith("a\ufffdb77")
@@ -297,7 +297,7 @@ class Unaccountable:
 
 
 @pytest.mark.parametrize("tokens_per_character", [1, 2, 7, 50])
-def test_few_encodings_where_a_character_is_many_tokens_in_its_place(tokens_per_character: int) -> None:
+def test_few_encodings_for_characters_of_many_tokens(tokens_per_character: int) -> None:
     tokenizer = Unaccountable(lambda shown: 10 + tokens_per_character * shown)
     prompt = encode(tokenizer, PrivilegedContext("7" * 10_000, "7" * 10_000), 5_000)
     assert 5_000 - 10 * tokens_per_character <= num_tokens(prompt) <= 5_000
@@ -305,7 +305,7 @@ def test_few_encodings_where_a_character_is_many_tokens_in_its_place(tokens_per_
 
 
 @pytest.mark.parametrize("num_fitting", [2, 3, 100])
-def test_logarithmically_many_encodings_where_lengths_make_no_sense(num_fitting: int) -> None:
+def test_logarithmic_number_of_encodings_for_non_monotonic_lengths(num_fitting: int) -> None:
     tokenizer = Unaccountable(lambda shown: 5_001 if shown > num_fitting else 10)
     prompt = encode(tokenizer, PrivilegedContext("7" * 10_000, "7" * 10_000), 5_000)
     assert num_tokens(prompt) == 10
@@ -313,7 +313,7 @@ def test_logarithmically_many_encodings_where_lengths_make_no_sense(num_fitting:
     assert tokenizer.num_prompts <= 20
 
 
-def test_few_encodings_where_nothing_fits() -> None:
+def test_few_encodings_if_nothing_fits() -> None:
     tokenizer = Unaccountable(lambda shown: 5_001)
     assert encode(tokenizer, PrivilegedContext("7" * 10_000, "7" * 10_000), 5_000).overlong
     assert tokenizer.num_prompts == 4

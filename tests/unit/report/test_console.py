@@ -37,7 +37,7 @@ def training(step):
     return {"critic/score/mean": step / 100, "self_distillation/divergence": 2.5, "response_length/mean": 12.34}
 
 
-def test_lines_where_output_is_not_a_terminal(clock):
+def test_output_without_a_terminal(clock):
     rows = [(0, {"val-core/t/acc/mean@1": 0.0, "val-teacher/t/acc/mean@1": 0.9})]
     rows += [(step, training(step)) for step in range(1, 41)]
     rows[25][1]["val-core/t/acc/mean@1"] = 0.5
@@ -59,19 +59,19 @@ def test_no_control_codes_and_no_bar_in_a_file_even_if_colours_are_forced(clock)
     assert len(text.splitlines()) == 10
 
 
-def test_time_left_of_a_resumed_run_counts_its_own_steps_only(clock):
+def test_time_left_of_a_resumed_run_counts_only_new_steps(clock):
     rows = [(90, training(90)), (91, training(91)), (100, training(100))]
     first, second = run_and_read(1000, rows, clock).splitlines()
     assert first.endswith("length 12.3")
     assert second.endswith("2:30:00 left")  # 900 steps of 10 s each
 
 
-def test_several_data_sources_are_named(clock):
+def test_several_data_sources_are_listed(clock):
     (line,) = run_and_read(9, [(0, {"val-core/b/acc/mean@1": 0.25, "val-core/a/acc/mean@1": 1.0})], clock).splitlines()
     assert line == "step 0/9  val a 1.000  val b 0.250"
 
 
-def test_preparation_is_reported_each_tenth_and_again_for_the_next():
+def test_preparation_is_reported_in_tenths():
     file = io.StringIO()
     with ConsoleCallback(5, Console(file=file)) as callback:
         for done in range(0, 101):
@@ -81,7 +81,7 @@ def test_preparation_is_reported_each_tenth_and_again_for_the_next():
     assert file.getvalue().splitlines() == [*expected, "pretraining  0/100"]
 
 
-def test_messages_are_printed_as_they_are():
+def test_messages_are_printed_verbatim():
     file = io.StringIO()
     text = "saved [bold]x[/bold] to " + "long/" * 40
     with ConsoleCallback(5, Console(file=file, width=40)):
@@ -102,13 +102,13 @@ def test_log_records_are_printed_while_the_callback_is_entered():
     assert not logging.getLogger("sdpo").handlers and logging.getLogger("sdpo").level == logging.NOTSET
 
 
-def test_a_library_prints_warnings_alone():
+def test_libraries_print_only_warnings():
     code = "import logging; log = logging.getLogger('sdpo.x'); log.info('detail'); log.warning('warning')"
     done = subprocess.run([sys.executable, "-c", f"import sdpo; {code}"], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "warning\n")
 
 
-def test_a_terminal_gets_bars_the_latest_numbers_and_lines_of_evaluations(clock):
+def test_terminal_shows_bars_metrics_and_evaluations(clock):
     file = Terminal()
     console = Console(file=file, width=80, _environ={"TERM": "xterm"})
     with ConsoleCallback(4, console) as callback:
@@ -128,7 +128,7 @@ def test_a_terminal_gets_bars_the_latest_numbers_and_lines_of_evaluations(clock)
     assert "score 0.010  divergence 2.500  length 12.3  val 0.125  teacher 0.900" in last_frame
 
 
-def test_bars_give_the_terminal_back_when_the_run_breaks():
+def test_bars_are_removed_after_an_error():
     file = Terminal()
     with (
         pytest.raises(KeyboardInterrupt),
@@ -165,7 +165,7 @@ def test_result_table(write_run):
     assert lines[5] == ["grpo[x]", "9", "0.000", "0.010", "0.010", "-", "-", "-", "-"]
 
 
-def test_result_table_has_a_row_for_each_data_source(write_run, capsys):
+def test_result_table_has_a_row_per_data_source(write_run, capsys):
     run = read_run(write_run("run", {0: {"val-core/a/acc/mean@1": 0.1, "val-core/b/acc/mean@1": 0.2}}))
     print_result_table([run])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]

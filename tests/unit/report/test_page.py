@@ -69,7 +69,7 @@ def test_several_runs_on_one_page(runs, tmp_path):
     assert page.tags.count("h2") == 3  # the differences and each run
 
 
-def test_pictures_are_inside_and_nothing_is_fetched(runs):
+def test_images_are_embedded_and_no_url_is_loaded(runs):
     html = build_page(runs, b"light", b"dark")
     page = Page(html)
     pictures = [base64.b64encode(picture).decode() for picture in (b"dark", b"light")]
@@ -90,7 +90,7 @@ def test_equal_settings_and_a_single_run(runs):
     assert "Different settings" not in build_page(runs[:1], b"")
 
 
-def test_all_settings_are_shown_with_their_meaning(runs):
+def test_all_settings_have_a_help_text(runs):
     text = Page(build_page(runs[:1], b"")).text
     for shown in (
         "data.train_batch_size",
@@ -115,7 +115,7 @@ def test_last_rollouts_are_shown_and_escaped(runs):
     assert page.tags.count("pre") == 1
 
 
-def test_long_rollouts_are_cut(runs):
+def test_long_rollouts_are_truncated(runs):
     folder = runs[0].path / "rollouts"
     folder.mkdir()
     (folder / "step_1.txt").write_text("x" * 300_000)
@@ -124,7 +124,7 @@ def test_long_rollouts_are_cut(runs):
     assert "[... the rest is in step_1.txt]" in html
 
 
-def test_everything_a_run_names_is_escaped(write_run):
+def test_all_texts_of_a_run_are_escaped(write_run):
     hostile = "<b>\"&'"
     rows = {1: {f"val-core/{hostile}/acc/mean@1": 0.5, f"{hostile}/metric": 1.0}}
     run = read_run(write_run("a", rows, tracking={"name": hostile}, model={hostile: hostile}))
@@ -134,7 +134,7 @@ def test_everything_a_run_names_is_escaped(write_run):
     assert Page(html).text.count(hostile) >= 8
 
 
-def test_a_run_without_settings_or_accuracy_has_a_page(write_run):
+def test_page_of_a_run_without_settings_and_accuracy(write_run):
     run = read_run(write_run("a", {1: {"actor/lr": 0.5}}))
     text = Page(build_page([run], b"")).text
     assert "actor/lr" in text and "All settings" not in text

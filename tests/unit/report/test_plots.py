@@ -50,7 +50,7 @@ def test_only_panels_with_data_and_one_legend(records):
     assert [text.get_text() for text in legend.get_texts()] == ["sdpo", "grpo", "teacher"]
 
 
-def test_a_run_has_one_colour_and_its_teacher_is_dashed(records):
+def test_run_has_one_colour_and_its_teacher_a_dashed_line(records):
     lines = curves(build_figure(records))
     assert {line.get_color() for gid, line in lines.items() if gid.startswith("sdpo|")} == {LIGHT.runs[0]}
     assert {line.get_color() for gid, line in lines.items() if gid.startswith("grpo|")} == {LIGHT.runs[1]}
@@ -59,24 +59,24 @@ def test_a_run_has_one_colour_and_its_teacher_is_dashed(records):
     assert dark[f"sdpo|{SCORE}"].get_color() == DARK.runs[0]
 
 
-def test_ends_of_accuracy_are_labelled(records):
+def test_last_accuracies_are_labelled(records):
     labels = [text.get_text() for text in panels(build_figure(records))["Validation accuracy"].texts]
     assert labels == ["sdpo  1.00", "grpo  0.00"]
 
 
-def test_accuracy_spans_zero_to_one_and_a_score_beyond_it_is_seen(write_run, records):
+def test_accuracy_axis_is_zero_to_one_and_larger_scores_are_visible(write_run, records):
     axes = panels(build_figure(records))
     assert axes["Validation accuracy"].get_ylim() == axes["Training score"].get_ylim() == (-0.03, 1.03)
     beyond = read_run(write_run("beyond", {1: {SCORE: 0.0}, 2: {SCORE: 40.0}}))
     assert panels(build_figure([beyond]))["Training score"].get_ylim()[1] > 40
 
 
-def test_each_data_source_has_a_panel(write_run):
+def test_one_panel_per_data_source(write_run):
     run = read_run(write_run("a", {0: {"val-core/x/y/acc/mean@1": 0.5, "val-core/z/acc/mean@4": 0.5}}))
     assert list(panels(build_figure([run]))) == ["Validation accuracy, x/y", "Validation accuracy, z, mean@4"]
 
 
-def test_many_noisy_points_get_a_running_mean_over_the_data(write_run):
+def test_noisy_curves_have_a_running_mean(write_run):
     values = [step % 2 for step in range(100)]
     run = read_run(write_run("a", {step: {SCORE: value} for step, value in enumerate(values)}))
     figure = build_figure([run])
@@ -86,16 +86,16 @@ def test_many_noisy_points_get_a_running_mean_over_the_data(write_run):
     assert "each step (bold: running mean)" in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
-def test_running_mean_leaves_out_what_is_not_a_number():
+def test_running_mean_ignores_nan():
     nan = math.nan
     np.testing.assert_allclose(_running_mean([1, nan, 3, 5, nan, nan, nan]), [1, 2, 4, 4, 5, nan, nan])
 
 
-def test_labels_are_spread_below_the_ceiling():
+def test_labels_do_not_overlap_or_leave_the_axes():
     np.testing.assert_allclose(_spread([1.0, 0.0, 0.98, 0.99], gap=0.1, ceiling=1.05), [1.05, 0.0, 0.85, 0.95])
 
 
-def test_many_runs_have_as_many_colours():
+def test_many_runs_have_different_colours():
     for theme in (LIGHT, DARK):
         for count in (1, 7, 8, 30):
             colours = theme.run_colours(count)
@@ -103,7 +103,7 @@ def test_many_runs_have_as_many_colours():
             assert all(len(bytes.fromhex(colour[1:])) == 3 for colour in colours)
 
 
-def test_names_are_neither_formulas_nor_hidden(write_run):
+def test_run_names_are_plain_text(write_run):
     run = read_run(write_run("_cost$x_1$", {0: {ACCURACY: 0.5}}))
     figure = build_figure([run])
     figure.canvas.draw()
@@ -116,6 +116,6 @@ def test_png_is_wide_enough_to_read(records, tmp_path):
     assert width >= 1200 and height > width / 3
 
 
-def test_a_run_with_nothing_to_plot_gives_a_picture_all_the_same(write_run, tmp_path):
+def test_run_without_data_gives_an_image(write_run, tmp_path):
     run = read_run(write_run("a", {0: {}}))
     assert plot_learning_curves([run], tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -8,7 +8,7 @@ from sdpo.errors import SDPOError
 from sdpo.report import ReportPaths, write_report
 
 
-def test_report_of_two_runs_goes_to_the_first_folder_or_elsewhere(write_run, tmp_path):
+def test_report_of_two_runs_is_written_to_the_first_folder_or_out(write_run, tmp_path):
     rows = {0: {"val-core/t/acc/mean@1": 0.0}, 2: {"val-core/t/acc/mean@1": 1.0}}
     first, second = write_run("first", rows), write_run("second", rows)
     backend = matplotlib.rcParams._get("backend")
@@ -23,7 +23,7 @@ def test_report_of_two_runs_goes_to_the_first_folder_or_elsewhere(write_run, tmp
     assert elsewhere.plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_mistakes_are_one_line(write_run, tmp_path):
+def test_user_errors_are_one_line(write_run, tmp_path):
     with pytest.raises(SDPOError, match="no run folder given"):
         write_report([])
     with pytest.raises(SDPOError, match="no such run folder"):
@@ -33,12 +33,12 @@ def test_mistakes_are_one_line(write_run, tmp_path):
         write_report([write_run("a", {0: {}})], tmp_path / "file")
 
 
-def test_importing_the_package_loads_no_drawing_library():
+def test_import_of_the_package_loads_no_plotting_library():
     heavy = "{'torch', 'transformers', 'matplotlib', 'rich', 'numpy'}"
     code = f"import sys, sdpo.report, sdpo.observability.progress; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def test_drawing_and_page_need_no_torch():
+def test_plots_and_page_need_no_torch():
     code = "import sys, sdpo.report.plots, sdpo.report.page, sdpo.report.console; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -20,19 +20,19 @@ def test_series_final_and_best(write_run):
     assert (run.series("none"), run.final("none"), run.best("none")) == (([], []), None, None)
 
 
-def test_values_that_are_not_finite_are_kept_but_are_never_the_best(write_run):
+def test_nonfinite_values_are_kept_and_never_the_best(write_run):
     run = read_run(write_run("a", {1: {"x": math.inf}, 2: {"x": 3.0}, 3: {"x": math.nan}}))
     assert run.series("x")[1][:2] == [math.inf, 3.0]
     assert run.best("x") == 3.0
     assert math.isnan(run.final("x"))
 
 
-def test_entries_that_are_not_numbers_are_left_out(write_run):
+def test_entries_that_are_no_numbers_are_skipped(write_run):
     run = read_run(write_run("a", {1: {"x": None, "y": "text", "z": 4}}))
     assert dict(run.rows[0]) == {"training/global_step": 1.0, "z": 4.0}
 
 
-def test_half_written_last_line_is_tolerated(write_run):
+def test_incomplete_last_line_is_skipped(write_run):
     folder = write_run("a", {1: {"x": 1}, 2: {"x": 2}})
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"training/global_step": 3, "x')
@@ -48,7 +48,7 @@ def test_half_written_last_line_is_tolerated(write_run):
         ('{"training/global_step": NaN}', "no number under training/global_step; fix or remove the line"),
     ],
 )
-def test_a_broken_line_is_named(tmp_path, line, message):
+def test_malformed_line_is_reported(tmp_path, line, message):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"training/global_step": 1}\n\n' + line + '\n{"training/global_step": 2}\n')
     with pytest.raises(SDPOError) as error:
@@ -72,7 +72,7 @@ def test_missing_folder_missing_file_and_empty_file_are_one_line_each(tmp_path):
     assert "\n" not in message(tmp_path)
 
 
-def test_a_resumed_run_replaces_what_came_after_its_checkpoint(write_run):
+def test_resumed_run_replaces_rows_after_its_checkpoint(write_run):
     steps = [(1, 10), (2, 20), (3, 30), (4, 40), (3, 33), (4, 44)]
     run = read_run(write_run("a", [{"training/global_step": step, "x": x} for step, x in steps]))
     assert run.series("x") == ([1, 2, 3, 4], [10, 20, 33, 44])
@@ -85,14 +85,14 @@ def test_two_lines_of_one_step_are_one_row(write_run):
     assert [dict(row) for row in run.rows] == [{"training/global_step": 1, "x": 1, "y": 2}]
 
 
-def test_settings_are_flat_and_the_tracking_name_is_the_runs_name(write_run):
+def test_settings_are_flat_and_tracking_name_is_the_run_name(write_run):
     folder = write_run("a", {1: {}}, seed=3, optim={"lr": 0.1}, data={"task_args": {}}, tracking={"name": "mine"})
     run = read_run(folder)
     assert run.name == "mine"
     assert run.settings == {"seed": 3, "optim.lr": 0.1, "data.task_args": {}, "tracking.name": "mine"}
 
 
-def test_names_default_to_the_folder_and_twins_are_told_apart(write_run, monkeypatch):
+def test_names_default_to_the_folder_and_are_unique(write_run, monkeypatch):
     folders = [write_run(name, {1: {}}) for name in ("x/first/run", "y/first/run", "other")]
     assert [run.name for run in read_runs([*folders, folders[0] / ".." / "run"])] == [
         "x/first/run",
@@ -103,7 +103,7 @@ def test_names_default_to_the_folder_and_twins_are_told_apart(write_run, monkeyp
     assert read_run(".").name == "other"
 
 
-def test_headline_accuracy_is_mean_at_1_or_the_next_there_is():
+def test_headline_accuracy_is_mean_at_1_or_the_next_metric():
     names = [
         "val-core/a/acc/mean@8",
         "val-core/a/acc/mean@1",
@@ -114,7 +114,7 @@ def test_headline_accuracy_is_mean_at_1_or_the_next_there_is():
     assert find_accuracies(names) == {"a": "mean@1", "hub/name": "mean@16"}
 
 
-def test_rows_in_verls_own_form_are_read_too(tmp_path):
+def test_rows_in_the_format_of_verl_are_read(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 0, "data": {"critic/score/mean": 0.25}}\n{"step": 2, "data": {"actor/lr": 0.5, "note": "text"}}\n'
     )
@@ -122,7 +122,7 @@ def test_rows_in_verls_own_form_are_read_too(tmp_path):
     assert run.rows == [{STEP: 0, "critic/score/mean": 0.25}, {STEP: 2, "actor/lr": 0.5}]
 
 
-def test_a_run_under_the_names_of_earlier_versions_is_read_under_the_current_ones(tmp_path):
+def test_earlier_metric_names_are_replaced(tmp_path):
     old = {name: float(i) for i, name in enumerate(RENAMED_METRICS, 1)}
     old |= {
         "self_distillation/success_sample_fraction": 0.5,
@@ -157,7 +157,7 @@ def test_a_run_under_the_names_of_earlier_versions_is_read_under_the_current_one
     }
 
 
-def test_a_current_name_stays(write_run):
+def test_current_metric_names_are_unchanged(write_run):
     row = {"self_distillation/success_sample_fraction": 0.5, "self_distillation/reprompt_sample_fraction": 0.75}
     assert read_run(write_run("a", {1: row})).rows == [{STEP: 1, **row}]
 

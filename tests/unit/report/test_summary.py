@@ -30,7 +30,7 @@ def test_headline_numbers(write_run):
     }
 
 
-def test_a_row_for_each_data_source_and_one_for_a_run_never_evaluated(write_run):
+def test_row_per_data_source_and_row_for_a_run_without_evaluation(write_run):
     two = read_run(write_run("two", {5: {"val-core/b/acc/mean@1": 0.2, "val-core/a/acc/mean@1": 0.1}}))
     none = read_run(write_run("none", {1: {"critic/score/mean": 1.0}}))
     summaries = summarize([two, none])

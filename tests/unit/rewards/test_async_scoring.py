@@ -55,12 +55,12 @@ def scorer(monkeypatch: pytest.MonkeyPatch) -> AsyncScorer:
     return AsyncScorer(SimpleNamespace(compute_score=compute_score), SECONDS)
 
 
-def test_what_is_a_coroutine_function() -> None:
+def test_detection_of_coroutine_functions() -> None:
     assert is_asynchronous(SimpleNamespace(compute_score=compute_score))
     assert not is_asynchronous(SimpleNamespace(compute_score=lambda row, response: 1.0))
 
 
-def test_many_wait_side_by_side(scorer: AsyncScorer) -> None:
+def test_responses_are_awaited_concurrently(scorer: AsyncScorer) -> None:
     began = time.monotonic()
     with ThreadPoolExecutor(30) as pool:  # as verl calls it
         outputs = list(pool.map(lambda number: scorer.compute_score(ROW, str(number)), range(30)))
@@ -80,7 +80,7 @@ def test_many_wait_side_by_side(scorer: AsyncScorer) -> None:
         ("none", "sums: InvalidRewardError: the score must be a finite number, got None"),
     ],
 )
-def test_a_failure_costs_one_response(response: str, message: str, scorer: AsyncScorer) -> None:
+def test_failure_affects_one_response(response: str, message: str, scorer: AsyncScorer) -> None:
     began = time.monotonic()
     with pytest.raises(RewardFailure, match=message):
         scorer.compute_score(ROW, response)
@@ -88,24 +88,24 @@ def test_a_failure_costs_one_response(response: str, message: str, scorer: Async
     assert scorer.compute_score(ROW, "4") == RewardOutput(1.0, "not 4")
 
 
-def test_a_task_may_refuse_its_data(scorer: AsyncScorer) -> None:
+def test_task_may_refuse_its_data(scorer: AsyncScorer) -> None:
     with pytest.raises(SDPOError, match="no such language"):
         scorer.compute_score(ROW, "refuse")
 
 
-def test_the_reward_manager_awaits_a_step_at_once_and_counts_failures() -> None:
+def test_reward_manager_awaits_a_step_concurrently_and_counts_failures() -> None:
     config = RewardConfig(timeout_s=SECONDS, max_failure_fraction=0.2)
     ours = RewardManager(SimpleNamespace(compute_score=compute_score), config)
     began = time.monotonic()
     outputs = ours.compute_score([(ROW, response) for response in ["raise", "4", "hang", *map(str, range(5, 17))]])
-    assert time.monotonic() - began < SECONDS + 0.5  # one after the other takes 1.7 seconds
+    assert time.monotonic() - began < SECONDS + 0.5  # 1.7 seconds in sequence
     assert [output.score for output in outputs[3:]] == [0.0] * 12 and outputs[1].score == 1.0
     assert math.isnan(outputs[0].score) and math.isnan(outputs[2].score) and ours.num_failures == 2
     with pytest.raises(SDPOError, match=r"scoring failed for 2 of the 2 responses .* ZeroDivisionError"):
         ours.compute_score([(ROW, "raise")] * 5)
 
 
-def test_verls_reward_function_awaits_it(tmp_path: Path) -> None:
+def test_reward_function_of_verl_awaits_the_coroutine(tmp_path: Path) -> None:
     reward = pytest.importorskip("sdpo.verl_backend.rollout.reward")
     task = tmp_path / "task.py"
     task.write_text(

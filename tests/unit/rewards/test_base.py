@@ -36,7 +36,7 @@ def refusal(files: list[str]) -> str:
     return str(caught.value)
 
 
-def test_rows_come_back_as_they_were_written(write: Any) -> None:
+def test_read_rows_equal_the_written_rows(write: Any) -> None:
     full = {**ROW, "ability": "math", "extra_info": {"index": 7}}
     rows = load_rows([write([full, full]), write([ROW], "more.parquet")], "data.train_files")
     assert rows[0] == rows[1] == Row("sums", QUESTION, ROW["reward_model"], "math", {"index": 7})
@@ -45,20 +45,20 @@ def test_rows_come_back_as_they_were_written(write: Any) -> None:
 
 
 @pytest.mark.parametrize(("stored", "expected"), [(2, "2"), (None, None), ("", "")])
-def test_the_ground_truth_is_text_or_nothing(write: Any, stored: Any, expected: str | None) -> None:
+def test_ground_truth_is_a_text_or_none(write: Any, stored: Any, expected: str | None) -> None:
     [row] = load_rows([write([{**ROW, "reward_model": {"style": "rule", "ground_truth": stored}}])], "x")
     assert row.ground_truth == expected
 
 
-def test_no_file_named() -> None:
+def test_empty_list_of_files() -> None:
     assert refusal([]) == "data.train_files is empty; name at least one parquet file"
 
 
-def test_a_file_that_is_missing(tmp_path: Path) -> None:
+def test_missing_file(tmp_path: Path) -> None:
     assert refusal([f"{tmp_path}/none.parquet"]) == f"data.train_files: {tmp_path}/none.parquet: no such file"
 
 
-def test_a_file_that_is_broken(tmp_path: Path) -> None:
+def test_damaged_file(tmp_path: Path) -> None:
     (tmp_path / "rows.parquet").write_text("PAR1 and then nothing of the kind")
     assert refusal([f"{tmp_path}/rows.parquet"]).startswith(
         f"data.train_files: {tmp_path}/rows.parquet: not a readable parquet file ("
@@ -66,12 +66,12 @@ def test_a_file_that_is_broken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("column", ["data_source", "prompt", "reward_model"])
-def test_a_column_that_is_missing(write: Any, column: str) -> None:
+def test_missing_column(write: Any, column: str) -> None:
     file = write([{k: v for k, v in ROW.items() if k != column}])
     assert f"{file}: column '{column}' is missing; it has " in refusal([file])
 
 
-def test_no_row_at_all(write: Any) -> None:
+def test_file_without_rows(write: Any) -> None:
     file = write([], schema=pa.Table.from_pylist([ROW]).schema)
     assert refusal([file]) == f"data.train_files: {file}: no rows"
 
@@ -89,7 +89,7 @@ def test_no_row_at_all(write: Any) -> None:
         ({"reward_model": None}, "reward_model must have ground_truth in it"),
     ],
 )
-def test_a_row_that_makes_no_sense(write: Any, change: dict[str, Any], complaint: str) -> None:
+def test_malformed_row(write: Any, change: dict[str, Any], complaint: str) -> None:
     message = refusal([write([ROW], "good.parquet"), file := write([{**ROW, **change}])])
     assert message.startswith(f"data.train_files: {file}: row 0: ")
     assert complaint in message
@@ -98,7 +98,7 @@ def test_a_row_that_makes_no_sense(write: Any, change: dict[str, Any], complaint
 # --- tasks
 
 
-def test_a_built_in_task(tmp_path: Path) -> None:
+def test_built_in_task(tmp_path: Path) -> None:
     task = load_task("hidden_rule", {"dir": str(tmp_path), "mode": "peers"})
     assert task == HiddenRule(str(tmp_path), "peers")
 
@@ -116,7 +116,7 @@ GRADERS = {
 
 
 @pytest.mark.parametrize("kind", GRADERS)
-def test_a_task_of_one_s_own_as_a_file(tmp_path: Path, kind: str) -> None:
+def test_custom_task_as_a_file(tmp_path: Path, kind: str) -> None:
     (tmp_path / "json.py").write_text(GRADERS[kind])  # a name that a module of Python has, too
     task = load_task(f"{tmp_path}/json.py", {})
     row = Row(**ROW)
@@ -128,7 +128,7 @@ def test_a_task_of_one_s_own_as_a_file(tmp_path: Path, kind: str) -> None:
     assert json.dumps([]) == "[]"
 
 
-def test_a_task_of_one_s_own_as_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_custom_task_as_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_task_for_tests.py").write_text(GRADERS["float"])
     monkeypatch.syspath_prepend(tmp_path)
     assert parse_reward(load_task("own_task_for_tests", {}).compute_score(Row(**ROW), "2")).score == 0.5
@@ -151,7 +151,7 @@ def test_arguments_reach_the_task(tmp_path: Path) -> None:
         ("def build_task(*, size):\n    raise KeyError(size)", {"size": 3}, r"KeyError: 3, .*task\.py:2"),
     ],
 )
-def test_a_task_that_cannot_be_had(tmp_path: Path, source: str | None, args: Any, complaint: str) -> None:
+def test_task_that_cannot_be_loaded(tmp_path: Path, source: str | None, args: Any, complaint: str) -> None:
     if source is not None:
         (tmp_path / "task.py").write_text(source)
     with pytest.raises(SDPOError, match=complaint) as caught:
@@ -160,12 +160,12 @@ def test_a_task_that_cannot_be_had(tmp_path: Path, source: str | None, args: Any
 
 
 @pytest.mark.parametrize("name", ["hiden_rule", "no.such.task", "", ".task", "a b", "json.nothing", "folder/task"])
-def test_a_task_that_there_is_not(name: str) -> None:
+def test_unknown_task(name: str) -> None:
     with pytest.raises(SDPOError, match=rf"data\.task={re.escape(name)}: no such task; use {', '.join(BUILT_IN)}"):
         load_task(name, {})
 
 
-def test_a_library_that_the_task_lacks_is_not_a_missing_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_library_of_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "task_that_needs_more.py").write_text("import a_library_that_is_not_there")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(SDPOError, match=r"task_that_needs_more: cannot be imported .*'a_library_that_is_not_there'"):
@@ -186,11 +186,11 @@ def test_scores_of_all_kinds_become_floats(value: Any) -> None:
     "value",
     [None, math.nan, math.inf, "good", RewardOutput(math.nan), {"feedback": "no score"}, {"score": None}, [1, 2]],
 )
-def test_what_is_no_score_is_refused(value: Any) -> None:
+def test_invalid_score_is_refused(value: Any) -> None:
     with pytest.raises(InvalidRewardError, match=r"the score must be a finite number, got"):
         parse_reward(value)
 
 
-def test_feedback_that_is_no_text_is_refused() -> None:
+def test_invalid_feedback_is_refused() -> None:
     with pytest.raises(InvalidRewardError, match=r"feedback must be text, got \['wrong'\]"):
         parse_reward({"score": 0, "feedback": ["wrong"]})

@@ -46,7 +46,7 @@ def ink_box(drawn: Any) -> tuple[int, int, int, int]:
 # --- pictures
 
 
-def test_a_picture_is_a_png_of_the_size_asked_for() -> None:
+def test_image_is_a_png_of_the_requested_size() -> None:
     picture = draw_polygon(SQUARE, size=(140, 120))
     image = Image.open(io.BytesIO(picture.png))
     assert (image.format, image.size, image.mode) == ("PNG", (140, 120), "RGB")
@@ -58,7 +58,7 @@ def test_a_picture_is_a_png_of_the_size_asked_for() -> None:
     ("side", "box"),
     [(0, (60, 20, 80, 39)), (1, (101, 60, 120, 80)), (2, (60, 101, 80, 120)), (3, (20, 60, 39, 80))],
 )
-def test_a_side_s_label_stands_outside_its_middle(side: int, box: tuple[int, int, int, int]) -> None:
+def test_label_of_a_side_is_outside_of_its_middle(side: int, box: tuple[int, int, int, int]) -> None:
     labels = [None] * side + ["7"]
     picture = draw_polygon(SQUARE, sides=labels, size=(140, 140))
     added = darkness(picture) - darkness(draw_polygon(SQUARE, size=(140, 140)))
@@ -67,12 +67,12 @@ def test_a_side_s_label_stands_outside_its_middle(side: int, box: tuple[int, int
     assert picture.labels == {f"side {side}": "7"}
 
 
-def test_a_label_s_side_does_not_depend_on_the_way_round() -> None:
+def test_label_position_does_not_depend_on_the_direction() -> None:
     there, back = draw_polygon(SQUARE, sides=["7"]), draw_polygon(SQUARE[1::-1] + SQUARE[:1:-1], sides=["7"])
     assert there.png == back.png
 
 
-def test_an_angle_s_label_stands_inside_its_corner() -> None:
+def test_label_of_an_angle_is_inside_its_corner() -> None:
     picture = draw_polygon(SQUARE, angles=[None, "A"], right_angles=[3], size=(140, 140))
     added = darkness(picture) - darkness(draw_polygon(SQUARE, size=(140, 140)))
     assert added[41:70, 70:100].max() > 0.5, "the label"
@@ -81,7 +81,7 @@ def test_an_angle_s_label_stands_inside_its_corner() -> None:
     assert picture.labels == {"angle 1": "A", "angle 3": "right"}
 
 
-def test_a_label_stays_on_the_paper() -> None:
+def test_label_is_inside_the_image() -> None:
     corners = ((1.0, 1.0), (111.0, 1.0), (111.0, 111.0))
     shifted = darkness(draw_polygon(corners, sides=["88"], size=(112, 112)))
     assert shifted[2:15, 40:70].max() > 0.5
@@ -103,7 +103,7 @@ def test_circles() -> None:
 # --- rows
 
 
-def test_pictures_come_back_from_a_file(tmp_path: Path) -> None:
+def test_images_are_read_from_a_file(tmp_path: Path) -> None:
     first, second = draw_circle(radius="1"), draw_circle(radius="2")
     rows: list[dict[str, Any]] = [{"images": [first.to_cell(), second.to_cell()], "a": 1}, {"images": [], "a": 2}]
     write_rows(rows, tmp_path / "x.parquet")
@@ -130,7 +130,7 @@ def test_rows_are_in_the_schema_of_verl_s_geometry3k(tmp_path: Path) -> None:
     assert len(load_rows([str(tmp_path / "x.parquet")], "x")) == KINDS
 
 
-def test_the_same_seed_draws_the_same_rows() -> None:
+def test_equal_seeds_give_equal_rows() -> None:
     assert draw_geometry_rows(24, seed=1) == draw_geometry_rows(24, seed=1)
     assert draw_geometry_rows(24, seed=1) != draw_geometry_rows(24, seed=2)
     assert draw_geometry_rows(12, seed=1) == draw_geometry_rows(24, seed=1)[:12]
@@ -177,7 +177,7 @@ def number(picture: Picture, label: str) -> float:
 
 
 def solve(problem: Problem) -> float:
-    """The answer from what is drawn, by another way than the problem was made."""
+    """Compute the answer from the drawing, independently of the construction of the problem."""
     first, *others = problem.pictures or (Picture(b""),)
     match problem.kind:
         case "hypotenuse":
@@ -214,7 +214,7 @@ def solve(problem: Problem) -> float:
     raise AssertionError(problem.kind)
 
 
-def test_answers_follow_from_what_is_drawn() -> None:
+def test_answers_match_the_drawing() -> None:
     problems = draw_problems(20 * KINDS, seed=0)
     assert len({problem.kind for problem in problems}) == KINDS
     for problem in problems:
@@ -231,7 +231,7 @@ def test_all_kinds_of_answers_occur() -> None:
 # --- as files
 
 
-def test_every_answer_is_right_by_the_grader_of_geometry3k(tmp_path: Path) -> None:
+def test_reward_function_of_geometry3k_accepts_every_answer(tmp_path: Path) -> None:
     write_drawn_geometry(tmp_path, num_train=4 * KINDS, num_test=KINDS)
     rows = load_rows([str(tmp_path / "train.parquet"), str(tmp_path / "test.parquet")], "x")
     assert len(rows) == 5 * KINDS

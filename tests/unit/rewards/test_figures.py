@@ -58,13 +58,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 # --- figures
 
 
-def test_a_figure_has_its_four_digits_on_its_sides() -> None:
+def test_figure_has_four_digits_on_its_sides() -> None:
     picture = draw_quadrilateral((3, 8, 1, 6), random.Random(0))
     assert picture.labels == {"side 0": "3", "side 1": "8", "side 2": "1", "side 3": "6"}
     assert Image.open(io.BytesIO(picture.png)).size == (84, 84)
 
 
-def test_a_label_stands_where_its_visual_token_looks() -> None:
+def test_label_is_inside_the_patch_of_its_visual_token() -> None:
     plain = dict(zip(range(9), [0.0] * 9, strict=True))
     for seed in range(20):
         first, other = (
@@ -79,7 +79,7 @@ def test_a_label_stands_where_its_visual_token_looks() -> None:
     assert plain[1] > 0.9 * sum(plain.values()), "only the label of the top side was another"
 
 
-def test_the_target_does_not_come_about_by_mixing_the_pretrained_orders() -> None:
+def test_target_order_shares_nothing_with_the_pretrained_orders() -> None:
     for order in PRETRAINED_ORDERS:
         assert sorted(order) == sorted(TARGET_ORDER) == [0, 1, 2, 3]
         assert all(a != b for a, b in zip(order, TARGET_ORDER, strict=True))
@@ -123,7 +123,7 @@ def test_answers_are_the_labels_anticlockwise_from_the_top(monkeypatch: pytest.M
         assert row["images"] == [picture.to_cell()]
 
 
-def test_shuffled_images_are_another_row_s(made: Path) -> None:
+def test_shuffled_images_come_from_another_row(made: Path) -> None:
     rows = pq.read_table(made / "train.parquet").to_pylist()
     shuffled = shuffle_images(rows, seed=0)
     assert shuffled == shuffle_images(rows, seed=0) != shuffle_images(rows, seed=1)
@@ -135,7 +135,7 @@ def test_shuffled_images_are_another_row_s(made: Path) -> None:
         shuffle_images(rows[:1], seed=0)
 
 
-def test_grades_exact_answers_only() -> None:
+def test_only_exact_answers_score() -> None:
     task = load_task("figures", {"dir": "x"})
     row = Row("figures", [], {"style": "rule", "ground_truth": "3618"})
     assert task.compute_score(row, "3618") == task.compute_score(row, " 3618\n") == RewardOutput(1.0, None)
@@ -146,7 +146,7 @@ def test_grades_exact_answers_only() -> None:
 # --- tokenizer, image processor, model
 
 
-def test_the_chat_template_marks_images() -> None:
+def test_chat_template_marks_images() -> None:
     tokenizer = build_tokenizer()
     image = "<|vision_start|><|image_pad|><|vision_end|>"
     expected = f"<|im_start|>user\n{image}Read the sides.<|im_end|>\n<|im_start|>assistant\n"
@@ -157,14 +157,14 @@ def test_the_chat_template_marks_images() -> None:
     assert [tokenizer.decode(t) for t in tokenizer("3618")["input_ids"]] == list("3618")
 
 
-def test_a_shipped_run_s_prompts_fit() -> None:
+def test_prompts_of_the_shipped_config_fit() -> None:
     tokenizer = build_tokenizer()
     assert len(encode_prompt(tokenizer, MESSAGES)) + 8 <= 64, "data.max_prompt_length; an image is nine tokens"
     teacher = encode_teacher_prompt(tokenizer, MESSAGES, PrivilegedContext(solution="3618"), SelfDistillationConfig())
     assert teacher.token_ids is not None and len(teacher.token_ids) + 8 <= 64
 
 
-def test_the_image_processor_takes_a_figure_as_it_is() -> None:
+def test_image_processor_does_not_resize_a_figure() -> None:
     before = dict(Qwen2VLImageProcessorPil.size)
     processor = build_image_processor()
     assert Qwen2VLImageProcessorPil.size == before, "the class's own defaults"
@@ -172,7 +172,7 @@ def test_the_image_processor_takes_a_figure_as_it_is() -> None:
     assert processor([image], return_tensors="pt")["image_grid_thw"].tolist() == [[1, 6, 6]]
 
 
-def test_model_tokenizer_and_image_processor_load_as_any_other(made: Path) -> None:
+def test_transformers_loads_model_tokenizer_and_image_processor(made: Path) -> None:
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(made / "model")
     tokenizer = AutoTokenizer.from_pretrained(made / "model")
     assert len(tokenizer) == model.config.text_config.vocab_size
@@ -200,7 +200,7 @@ def test_model_tokenizer_and_image_processor_load_as_any_other(made: Path) -> No
 # --- making
 
 
-def test_the_same_arguments_make_the_same_bytes(made: Path, tmp_path: Path) -> None:
+def test_equal_arguments_give_equal_files(made: Path, tmp_path: Path) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -210,14 +210,14 @@ def test_the_same_arguments_make_the_same_bytes(made: Path, tmp_path: Path) -> N
     assert {"train.parquet", "model/model.safetensors", "model/preprocessor_config.json"} <= contents(made).keys()
 
 
-def test_another_seed_makes_others(made: Path, tmp_path: Path) -> None:
+def test_another_seed_gives_other_files(made: Path, tmp_path: Path) -> None:
     Figures(str(tmp_path / "other"), seed=1, **SMALL).prepare()
     other, first = contents(tmp_path / "other"), contents(made)
     for name in ("train.parquet", "test.parquet", "model/model.safetensors"):
         assert other[name] != first[name]
 
 
-def test_a_folder_made_with_other_arguments_is_refused(made: Path) -> None:
+def test_folder_with_other_arguments_is_refused(made: Path) -> None:
     before = contents(made)
     Figures(str(made), **SMALL).prepare()
     with pytest.raises(SDPOError, match="was created with"):
@@ -225,7 +225,7 @@ def test_a_folder_made_with_other_arguments_is_refused(made: Path) -> None:
     assert contents(made) == before
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_folder_with_other_content_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(SDPOError, match="exists without figures data"):
         Figures(str(tmp_path), **SMALL).prepare()
@@ -241,17 +241,17 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         ({"dir": ""}, "dir='': must be the name of a folder"),
     ],
 )
-def test_arguments_that_make_no_sense_are_refused(args: dict[str, Any], complaint: str) -> None:
+def test_invalid_arguments_are_refused(args: dict[str, Any], complaint: str) -> None:
     with pytest.raises(SDPOError, match=r"data\.task_args") as caught:
         Figures(**{"dir": "x", **args})
     assert complaint in str(caught.value)
 
 
-# --- what pretraining teaches
+# --- pretraining
 
 
 @pytest.mark.slow
-def test_pretraining_teaches_to_read_clockwise_and_to_copy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_pretrained_model_reads_clockwise_and_copies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(figures, "NUM_PRETRAINING_FIGURES", 1500)
     Figures(str(tmp_path / "x"), pretrain_steps=250, num_train=1, num_test=1).prepare()
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "x" / "model")

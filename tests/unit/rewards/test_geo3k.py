@@ -36,7 +36,7 @@ def grade_answer(answer: str, truth: str, **settings: float) -> float:
 # --- agreement with verl ---------------------------------------------------------------------------------------------
 
 
-def test_the_scores_on_record() -> None:
+def test_golden_scores() -> None:
     wrong = [
         (case["response"], case["ground_truth"], case["score"], score)
         for case in SCORES
@@ -45,7 +45,7 @@ def test_the_scores_on_record() -> None:
     assert wrong == []
 
 
-def test_the_scores_of_verl_on_record() -> None:
+def test_golden_scores_of_verl() -> None:
     pytest.importorskip("mathruler")
     verl = importlib.util.find_spec("verl")
     if verl is None or not verl.submodule_search_locations:
@@ -59,7 +59,7 @@ def test_the_scores_of_verl_on_record() -> None:
     assert [c for c in SCORES if scorer.compute_score(c["response"], c["ground_truth"]) != c["verl"]] == []
 
 
-def test_every_difference_from_verl_has_its_reason_and_stands_in_the_documentation() -> None:
+def test_differences_from_verl_are_documented_with_reasons() -> None:
     differing = [case for case in SCORES if case["score"] != case["verl"]]
     assert differing == [case for case in SCORES if case.get("reason")]
     rows = "".join(
@@ -89,16 +89,16 @@ def test_every_difference_from_verl_has_its_reason_and_stands_in_the_documentati
         ("0.66", r"\frac { 2 } { 3 }", False),
         ("0.05", r"\frac { 1 } { 19 }", False),  # right to its digits, but off by 5 %
         ("0.00", r"\frac { 1 } { 300 }", False),
-        # of a truth with decimals: what rounds to it, within 1 %
+        # ground truth with decimals: values that round to it, within 1 %
         ("8.66", "8.7", True),
         ("8.64", "8.7", False),
         ("8.75", "8.7", True),  # a half may have been rounded either way
         ("8.76", "8.7", False),
         ("0.54", "0.5", False),  # rounds to it, but off by 8 %
         ("33", "32.9", False),
-        ("32.9", "32.93", False),  # fewer digits than asked for
+        ("32.9", "32.93", False),  # fewer digits than required
         (r"\frac{26}{3}", "8.7", True),
-        # of a whole truth: that number
+        # integer ground truth: only this number
         ("10.00", "10", True),
         ("10.001", "10", False),
         ("9.9999", "10", False),
@@ -117,7 +117,7 @@ def test_numbers(answer: str, truth: str, is_right: bool) -> None:
     assert grade_answer(answer, truth) == (1.0 if is_right else 0.1)
 
 
-def test_no_tolerance_asks_for_the_exact_number() -> None:
+def test_tolerance_zero_requires_the_exact_number() -> None:
     assert grade_answer("29.73", r"2 \sqrt { 221 }", tolerance=0) == 0.1
     assert grade_answer("8.66", "8.7", tolerance=0) == 0.1
     assert grade_answer("0.50", r"\frac{1}{2}", tolerance=0) == 1.0
@@ -164,7 +164,7 @@ def test_no_tolerance_asks_for_the_exact_number() -> None:
         ("5", "x = 5"),
     ],
 )
-def test_ways_to_write_an_answer(answer: str, truth: str) -> None:
+def test_equivalent_notations(answer: str, truth: str) -> None:
     assert grade_answer(answer, truth) == 1.0
 
 
@@ -188,7 +188,7 @@ def test_ways_to_write_an_answer(answer: str, truth: str) -> None:
         ("yes", "no"),
     ],
 )
-def test_ways_to_be_wrong(answer: str, truth: str) -> None:
+def test_wrong_answers(answer: str, truth: str) -> None:
     assert grade_answer(answer, truth) == 0.1
 
 
@@ -213,7 +213,7 @@ def test_ways_to_be_wrong(answer: str, truth: str) -> None:
         ("", None),
     ],
 )
-def test_the_last_box(text: str, expected: str | None) -> None:
+def test_last_box_is_the_answer(text: str, expected: str | None) -> None:
     assert extract_boxed(text) == expected
 
 
@@ -258,25 +258,25 @@ def test_scores_and_feedback(response: str, score: float, feedback: str | None) 
     assert compute_score(response) == RewardOutput(score, feedback)
 
 
-def test_without_the_format() -> None:
+def test_response_without_the_format() -> None:
     assert compute_score(r"\boxed{5}", format_weight=0) == RewardOutput(1.0)
     assert compute_score(r"\boxed{6}", format_weight=0) == RewardOutput(0.0, "The final answer 6 is not correct.")
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.1, 0.3, 0.7, 0.9, 0.35, 1.0])
-def test_a_right_answer_in_the_right_format_is_exactly_one(weight: float) -> None:
+def test_correct_answer_in_the_format_scores_exactly_one(weight: float) -> None:
     assert compute_score(rf"{THOUGHT}\boxed{{5}}", format_weight=weight).score == 1.0
     assert compute_score(rf"{THOUGHT}\boxed{{6}}", format_weight=weight).score == weight
 
 
-def test_feedback_never_gives_the_answer_away() -> None:
+def test_feedback_does_not_reveal_the_answer() -> None:
     for case in SCORES:
         truth = case["ground_truth"]
         feedback = compute_score(case["response"], truth).feedback or ""
         assert truth not in feedback or truth in case["response"], case
 
 
-def test_the_format_is_that_of_verl() -> None:
+def test_format_equals_that_of_verl() -> None:
     pattern = re.compile(r"<think>.*</think>.*\\boxed\{.*\}.*", re.DOTALL)
     pieces = ["<think>", "</think>", "\\boxed{", "\\boxed{5}", "}", "{", "\n", "5", " ", "think>", "<"]
     rng = random.Random(0)
@@ -291,7 +291,7 @@ def test_the_format_is_that_of_verl() -> None:
 
 
 @pytest.mark.parametrize("truth", [None, "", "  \n"])
-def test_a_row_without_a_ground_truth(truth: str | None) -> None:
+def test_row_without_a_ground_truth_is_refused(truth: str | None) -> None:
     row = Row("hiyouga/geometry3k", [], {"ground_truth": truth}, extra_info={"index": 7})
     with pytest.raises(
         SDPOError, match=r"^data: row 7 of hiyouga/geometry3k has no reward_model.ground_truth; add it$"
@@ -318,7 +318,7 @@ def test_arguments_out_of_range(settings: dict[str, Any], message: str) -> None:
     assert str(caught.value) == message
 
 
-def test_math_verify_is_asked_for_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_math_verify_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sdpo.rewards.geo3k.reward.find_spec", lambda name: None)
     with pytest.raises(SDPOError, match=r"pip install 'sdpo\[geo3k\]'"):
         load_task("geo3k", {})
@@ -406,7 +406,7 @@ MANY = 10_000
     ],
     ids=lambda answer: ascii(answer[:20]),
 )
-def test_a_malformed_answer_is_wrong_and_said_to_be(answer: str) -> None:
+def test_malformed_answer_is_wrong_with_feedback(answer: str) -> None:
     start = time.monotonic()
     outcome = compute_score(rf"{THOUGHT}\boxed{{{answer}}}", timeout=2)
     # Besides the limit of two seconds a new worker may have to start, on a machine that has other things to do.
@@ -436,7 +436,7 @@ def test_a_malformed_answer_is_wrong_and_said_to_be(answer: str) -> None:
     ],
     ids=lambda response: ascii(response[:20]),
 )
-def test_a_response_of_a_megabyte(response: str) -> None:
+def test_response_of_a_megabyte(response: str) -> None:
     start = time.monotonic()
     outcome = compute_score(response)
     assert time.monotonic() - start < 10
@@ -445,7 +445,7 @@ def test_a_response_of_a_megabyte(response: str) -> None:
 
 
 @pytest.mark.parametrize("answer", ["(x+y+z)^{200}", r"\frac{1}{" * 18 + "2" + "}" * 18])
-def test_what_takes_too_long_could_not_be_read(answer: str) -> None:
+def test_timeout_counts_as_unreadable(answer: str) -> None:
     outcome = compute_score(rf"{THOUGHT}\boxed{{{answer}}}", timeout=0.3)
     assert outcome.score == 0.1
     assert outcome.feedback is not None and outcome.feedback.endswith("could not be read as a number or an expression.")
@@ -461,6 +461,6 @@ def test_plain_numbers_are_fast() -> None:
     assert scores == [1.0, 0.1] * 500
 
 
-def test_it_is_a_task_like_any_other() -> None:
+def test_task_loads_by_name() -> None:
     row = Row("hiyouga/geometry3k", [], {"ground_truth": "5"})
     assert score_once(load_task("geo3k", {"format_weight": 0.2}), row, r"\boxed{5}", None).score == 0.8

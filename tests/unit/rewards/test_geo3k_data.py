@@ -96,10 +96,10 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-# --- what is written -------------------------------------------------------------------------------------------------
+# --- written files ---------------------------------------------------------------------------------------------------
 
 
-def test_the_files_have_the_rows_of_verl(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_files_have_the_rows_of_verl(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "sdpo")
     progress = Recorder()
     before = sorted(source.rglob("*"))
@@ -130,7 +130,7 @@ def test_the_files_have_the_rows_of_verl(source: Path, tmp_path: Path, caplog: p
     }
 
 
-def test_the_files_can_be_read_by_those_who_need_them(source: Path, tmp_path: Path) -> None:
+def test_file_permissions(source: Path, tmp_path: Path) -> None:
     prepare(tmp_path / "out", source)
     file = str(tmp_path / "out" / "train.parquet")
     rows = load_rows([file], "data.train_files")
@@ -141,7 +141,7 @@ def test_the_files_can_be_read_by_those_who_need_them(source: Path, tmp_path: Pa
     assert (image.size, image.getpixel((0, 0))) == ((40, 30), (2, 20, 30))
 
 
-def test_rows_are_written_in_batches_and_stay_in_order(save: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_rows_are_written_in_batches_in_order(save: Any, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(data, "BATCH_ROWS", 4)
     prepare(tmp_path / "out", save(train=[source_row(i) for i in range(10)], test=[source_row()]))
     file = pq.ParquetFile(tmp_path / "out" / "train.parquet")
@@ -149,7 +149,7 @@ def test_rows_are_written_in_batches_and_stay_in_order(save: Any, tmp_path: Path
     assert [row["index"] for row in file.read().column("extra_info").to_pylist()] == list(range(10))
 
 
-def test_an_image_of_which_there_is_only_a_path(tmp_path: Path) -> None:
+def test_image_given_by_its_path(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(picture(1, "JPEG"))
     row = build_row(source_row(images=[{"bytes": None, "path": str(tmp_path / "a.jpg")}]), "train", 0)
     assert row["images"] == [{"bytes": picture(1, "JPEG"), "path": "a.jpg"}]
@@ -161,7 +161,7 @@ def test_several_images() -> None:
     assert row["images"] == [image, image]
 
 
-def test_old_files_are_replaced_by_complete_new_ones_only(save: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_old_files_are_replaced_only_by_complete_files(save: Any, tmp_path: Path, monkeypatch: Any) -> None:
     out = tmp_path / "out"
     out.mkdir()
     for name in ("train.parquet", "test.parquet", "other"):
@@ -228,7 +228,7 @@ GIF = picture(kind="GIF")
         ),
     ],
 )
-def test_a_row_that_cannot_be_used_is_named_and_skipped(
+def test_unusable_row_is_reported_and_skipped(
     tmp_path: Path, changes: Any, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "sdpo")
@@ -246,13 +246,13 @@ def test_a_row_that_cannot_be_used_is_named_and_skipped(
     assert [row.extra_info["index"] for row in rows] == [0, 2]
 
 
-def test_an_image_that_would_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_too_large_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # the picture has 1200; PIL refuses at twice as many
     with pytest.raises(ValueError, match="image 1 is not a readable image"):
         build_row(source_row(), "train", 0)
 
 
-def test_a_split_of_which_nothing_can_be_used(save: Any, tmp_path: Path) -> None:
+def test_split_without_usable_rows(save: Any, tmp_path: Path) -> None:
     source = save(train=[source_row()], test=[source_row(answer=None), source_row(problem="")])
     with pytest.raises(
         SDPOError, match=r"^split 'test': no row of 2 can be used; name another data set with --source$"
@@ -274,7 +274,7 @@ def refusal(out: Path, source: str | Path) -> str:
 
 
 @pytest.mark.parametrize("name", ["hiyouga/geometry3k", "nonsuch", "a b", "", "x" * 300])
-def test_the_hub_is_out_of_reach(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_without_a_network(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     message = refusal(tmp_path / "out", name or "-")
     assert message.startswith(f"--source {name or '-'}: cannot be loaded (")
@@ -284,7 +284,7 @@ def test_the_hub_is_out_of_reach(tmp_path: Path, name: str, monkeypatch: pytest.
 @pytest.mark.parametrize(
     "name", ["{tmp}/none", "./none", "~none/x", "a/b/c", "https://example.org/a.zip", "{tmp}/file"]
 )
-def test_a_folder_that_is_not_there(tmp_path: Path, name: str) -> None:
+def test_missing_folder(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("x")
     name = name.format(tmp=tmp_path)
     assert refusal(tmp_path / "out", name) == (
@@ -292,13 +292,13 @@ def test_a_folder_that_is_not_there(tmp_path: Path, name: str) -> None:
     )
 
 
-def test_a_folder_without_data(tmp_path: Path) -> None:
+def test_folder_without_data(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     assert "cannot be loaded (" in refusal(tmp_path / "out", tmp_path / "source")
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 and then nothing of the kind", b"\0" * 100])
-def test_files_that_are_broken(tmp_path: Path, content: bytes, capfd: pytest.CaptureFixture[str]) -> None:
+def test_damaged_files(tmp_path: Path, content: bytes, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "source").mkdir()
     for split in ("train", "test"):
         (tmp_path / "source" / f"{split}.parquet").write_bytes(content)
@@ -308,14 +308,14 @@ def test_files_that_are_broken(tmp_path: Path, content: bytes, capfd: pytest.Cap
 
 
 @pytest.mark.parametrize("size", [10, 500, -2000])
-def test_a_saved_data_set_that_is_cut_short(save: Any, tmp_path: Path, size: int) -> None:
+def test_truncated_saved_data_set(save: Any, tmp_path: Path, size: int) -> None:
     source = save(train=[source_row(i) for i in range(50)], test=[source_row()])
     [file] = (source / "train").glob("*.arrow")
     file.write_bytes(file.read_bytes()[:size])
     assert str(source) in refusal(tmp_path / "out", source)
 
 
-def test_rows_that_turn_out_damaged(save: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damage_found_while_reading_rows(save: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def iterate(self: Any, batch_size: int) -> Any:
         raise OSError("bad block\nat 7")
 
@@ -326,20 +326,20 @@ def test_rows_that_turn_out_damaged(save: Any, tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("missing", ["train", "test"])
-def test_a_split_that_is_missing(save: Any, tmp_path: Path, missing: str) -> None:
+def test_missing_split(save: Any, tmp_path: Path, missing: str) -> None:
     there = "test" if missing == "train" else "train"
     source = save(**{there: [source_row()], "validation": [source_row()]})
     assert refusal(tmp_path / "out", source) == f"--source {source}: has no split {missing!r}, only {there}, validation"
 
 
-def test_a_single_split(tmp_path: Path) -> None:
+def test_single_split(tmp_path: Path) -> None:
     source = tmp_path / "source"
     make_splits(train=[source_row()])["train"].save_to_disk(source)
     assert refusal(tmp_path / "out", source) == f"--source {source}: is a single split; it must have train and test"
 
 
 @pytest.mark.parametrize("column", ["images", "problem", "answer"])
-def test_a_column_that_is_missing(tmp_path: Path, column: str) -> None:
+def test_missing_column(tmp_path: Path, column: str) -> None:
     source = tmp_path / "source"
     make_splits(train=[source_row()], test=[source_row()]).rename_column(column, "other").save_to_disk(source)
     message = refusal(tmp_path / "out", source)
@@ -348,7 +348,7 @@ def test_a_column_that_is_missing(tmp_path: Path, column: str) -> None:
 
 
 @pytest.mark.parametrize(("images", "stored"), [("a.png", "string"), (5, "int64"), (["a.png"], "list<item: string>")])
-def test_a_column_that_holds_no_images(tmp_path: Path, images: Any, stored: str) -> None:
+def test_column_without_images(tmp_path: Path, images: Any, stored: str) -> None:
     rows = datasets.Dataset.from_list([{"images": images, "problem": "<image>", "answer": "5"}])
     source = tmp_path / "source"
     datasets.DatasetDict(train=rows, test=rows).save_to_disk(source)
@@ -357,18 +357,18 @@ def test_a_column_that_holds_no_images(tmp_path: Path, images: Any, stored: str)
     )
 
 
-def test_the_source_is_not_overwritten(source: Path) -> None:
+def test_source_is_not_overwritten(source: Path) -> None:
     assert refusal(source, source) == f"--out {source}: is the source folder; name another folder"
 
 
-def test_a_target_that_is_no_folder(save: Any, tmp_path: Path) -> None:
+def test_target_that_is_no_folder(save: Any, tmp_path: Path) -> None:
     source = save(train=[source_row()], test=[source_row()])
     (tmp_path / "file").write_text("x")
     assert refusal(tmp_path / "file", source) == f"--out {tmp_path}/file: not a folder; name another"
     assert "cannot be written (Not a directory)" in refusal(tmp_path / "file" / "out", source)
 
 
-def test_a_package_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     message = refusal(tmp_path / "out", tmp_path)
     assert message == "Geometry3k's data needs datasets; install it: pip install 'sdpo[geo3k]'"
@@ -377,7 +377,7 @@ def test_a_package_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.Mon
 # --- the commands ----------------------------------------------------------------------------------------------------
 
 
-def test_the_command(source: Path, tmp_path: Path, monkeypatch: Any, capfd: pytest.CaptureFixture[str]) -> None:
+def test_command(source: Path, tmp_path: Path, monkeypatch: Any, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["sdpo", "data", "geo3k", "--out", str(out), "--source", str(source)])
     capfd.readouterr()
@@ -391,7 +391,7 @@ def test_the_command(source: Path, tmp_path: Path, monkeypatch: Any, capfd: pyte
     assert names(out) == ["test.parquet", "train.parquet"]
 
 
-def test_the_command_without_a_connection(tmp_path: Path, monkeypatch: Any, capfd: pytest.CaptureFixture[str]) -> None:
+def test_command_without_a_network(tmp_path: Path, monkeypatch: Any, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["sdpo", "data", "geo3k", "--out", str(tmp_path / "out")])
     capfd.readouterr()
     with pytest.raises(SystemExit) as ended:
@@ -401,7 +401,7 @@ def test_the_command_without_a_connection(tmp_path: Path, monkeypatch: Any, capf
     assert error.startswith("error: --source hiyouga/geometry3k: cannot be loaded (") and error.count("\n") == 1
 
 
-def test_the_example_of_verl_makes_the_same_files(source: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_example_script_writes_the_same_files(source: Path, tmp_path: Path, monkeypatch: Any) -> None:
     prepare(tmp_path / "ours", source)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(sys, "argv", ["geo3k.py", "--source", str(source)])
@@ -411,7 +411,7 @@ def test_the_example_of_verl_makes_the_same_files(source: Path, tmp_path: Path, 
         assert pq.read_table(theirs / name) == pq.read_table(tmp_path / "ours" / name)
 
 
-def test_the_example_ends_with_one_line(tmp_path: Path, monkeypatch: Any) -> None:
+def test_example_script_reports_errors_in_one_line(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(sys, "argv", ["geo3k.py", "--local_save_dir", str(tmp_path / "o"), "--source", "/none"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(EXAMPLE), run_name="__main__")

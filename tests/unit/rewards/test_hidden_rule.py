@@ -45,7 +45,7 @@ def digits(row: Any) -> str:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_rules_are_distinct_permutations_and_never_the_identity(mode: str) -> None:
+def test_rules_are_distinct_and_not_the_identity(mode: str) -> None:
     rules = build_rules(mode)
     length = MODES[mode].length
     assert len(rules) == MODES[mode].num_rules
@@ -74,12 +74,12 @@ def test_rows_are_in_verl_s_schema(tmp_path: Path, mode: str) -> None:
             assert record["extra_info"] == {"split": split, "index": index}
 
 
-def test_no_prompt_is_in_both_files_or_twice_in_one(made: Path) -> None:
+def test_prompts_are_unique_over_both_files(made: Path) -> None:
     rows = load_rows([str(made / "train.parquet"), str(made / "test.parquet")], "x")
     assert len({digits(row) for row in rows}) == 48
 
 
-def test_grades_exact_answers_only(made: Path) -> None:
+def test_only_exact_answers_score(made: Path) -> None:
     task, row = HiddenRule(str(made), **SMALL), load_rows([str(made / "test.parquet")], "x")[0]
     answer = digits(row)[::-1]
     assert task.compute_score(row, answer) == task.compute_score(row, f" {answer}\n") == RewardOutput(1.0, None)
@@ -91,13 +91,13 @@ def test_grades_exact_answers_only(made: Path) -> None:
 # --- tokenizer
 
 
-def test_the_tokenizer_reads_back_what_it_wrote() -> None:
+def test_tokenizer_decodes_its_tokens() -> None:
     tokenizer = build_tokenizer()
     for text in ("0123456789", "Expected: 4711", "Correctly solve the original question.\n", "Grüße, 数学\t!"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_a_digit_is_a_token_and_so_is_every_word_of_the_templates() -> None:
+def test_digits_and_template_words_are_single_tokens() -> None:
     tokenizer, defaults = build_tokenizer(), SelfDistillationConfig()
     assert [tokenizer.decode(t) for t in tokenizer("0123456789")["input_ids"]] == list("0123456789")
     text = defaults.feedback_template.format(feedback_raw=FEEDBACK_TEXT) + defaults.solution_template.format(
@@ -110,7 +110,7 @@ def test_a_digit_is_a_token_and_so_is_every_word_of_the_templates() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_prompts_fit_the_model_s_window(made: Path, mode: str) -> None:
+def test_prompts_fit_the_window(made: Path, mode: str) -> None:
     tokenizer = build_tokenizer()
     text = "0" * MODES[mode].length
     messages = [{"role": "user", "content": text}]
@@ -122,7 +122,7 @@ def test_prompts_fit_the_model_s_window(made: Path, mode: str) -> None:
     assert len(encode_prompt(tokenizer, messages)) <= 32, "data.max_prompt_length of the shipped runs"
 
 
-def test_model_and_tokenizer_load_as_any_other(made: Path) -> None:
+def test_transformers_loads_model_and_tokenizer(made: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(made / "model")
     tokenizer = AutoTokenizer.from_pretrained(made / "model")
     assert len(tokenizer) == model.config.vocab_size == len(build_tokenizer())
@@ -136,20 +136,20 @@ def test_model_and_tokenizer_load_as_any_other(made: Path) -> None:
 # --- making
 
 
-def test_the_same_arguments_make_the_same_bytes(made: Path, tmp_path: Path) -> None:
+def test_equal_arguments_give_equal_files(made: Path, tmp_path: Path) -> None:
     HiddenRule(str(tmp_path / "again"), **SMALL).prepare()
     assert contents(tmp_path / "again") == contents(made)
     assert {"train.parquet", "test.parquet", "model/model.safetensors", "model/config.json"} <= contents(made).keys()
 
 
-def test_another_seed_makes_others(made: Path, tmp_path: Path) -> None:
+def test_another_seed_gives_other_files(made: Path, tmp_path: Path) -> None:
     HiddenRule(str(tmp_path / "other"), seed=1, **SMALL).prepare()
     other, first = contents(tmp_path / "other"), contents(made)
     for name in ("train.parquet", "test.parquet", "model/model.safetensors"):
         assert other[name] != first[name]
 
 
-def test_pretraining_changes_the_model_and_leaves_the_generator_alone(made: Path, tmp_path: Path) -> None:
+def test_pretraining_does_not_change_the_global_generator(made: Path, tmp_path: Path) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -177,7 +177,7 @@ class Watching:
             raise KeyboardInterrupt
 
 
-def test_an_interruption_leaves_nothing(tmp_path: Path) -> None:
+def test_interruption_leaves_no_files(tmp_path: Path) -> None:
     task = HiddenRule(str(tmp_path / "x"), **SMALL)
     with pytest.raises(KeyboardInterrupt):
         task.prepare(Watching(interrupt_at=2))
@@ -188,7 +188,7 @@ def test_an_interruption_leaves_nothing(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
-def test_what_is_there_is_not_made_again(made: Path) -> None:
+def test_existing_files_are_not_created_again(made: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in made.rglob("*")}
     watching = Watching()
     HiddenRule(str(made), **SMALL).prepare(watching)
@@ -197,7 +197,7 @@ def test_what_is_there_is_not_made_again(made: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"mode": "peers"}, {"num_train": 41}, {"pretrain_steps": 4}])
-def test_a_folder_made_with_other_arguments_is_refused(made: Path, change: dict[str, Any]) -> None:
+def test_folder_with_other_arguments_is_refused(made: Path, change: dict[str, Any]) -> None:
     before = contents(made)
     with pytest.raises(SDPOError, match="was created with") as caught:
         HiddenRule(str(made), **{**SMALL, **change}).prepare()
@@ -205,14 +205,14 @@ def test_a_folder_made_with_other_arguments_is_refused(made: Path, change: dict[
     assert contents(made) == before
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_folder_with_other_content_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(SDPOError, match="exists without hidden-rule data"):
         HiddenRule(str(tmp_path), **SMALL).prepare()
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+def test_folder_that_cannot_be_created_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SDPOError, match="cannot be created"):
         HiddenRule(str(tmp_path / "file" / "x"), **SMALL).prepare()
@@ -224,7 +224,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path
 
 
-def test_a_tilde_is_the_home_folder(home: Path) -> None:
+def test_tilde_is_the_home_folder(home: Path) -> None:
     HiddenRule("~/x", **{**SMALL, "pretrain_steps": 0}).prepare()
     assert json.loads((home / "x" / "recipe.json").read_text())["num_train"] == 40
 
@@ -242,7 +242,7 @@ def test_a_tilde_is_the_home_folder(home: Path) -> None:
         ({"dir": 3}, "dir=3: must be the name of a folder"),
     ],
 )
-def test_arguments_that_make_no_sense_are_refused(args: dict[str, Any], complaint: str) -> None:
+def test_invalid_arguments_are_refused(args: dict[str, Any], complaint: str) -> None:
     with pytest.raises(SDPOError, match=r"data\.task_args") as caught:
         HiddenRule(**{"dir": "x", **args})
     assert complaint in str(caught.value)

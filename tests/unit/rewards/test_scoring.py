@@ -77,7 +77,7 @@ def scores(reward_manager: RewardManager, *responses: str) -> list[float | None]
         ("return 1 if response else __import__('json').loads('{{')", None),
     ],
 )
-def test_a_failure_costs_its_response_alone(
+def test_failure_affects_one_response(
     body: str,
     reason: str | None,
     make_manager: Callable[..., RewardManager],
@@ -104,7 +104,7 @@ def test_each_kind_of_failure_is_reported_once(
     ]
 
 
-def test_the_run_is_aborted_above_the_limit(make_manager: Callable[..., RewardManager], tmp_path: Path) -> None:
+def test_run_stops_above_the_failure_limit(make_manager: Callable[..., RewardManager], tmp_path: Path) -> None:
     reward_manager = make_manager("return 1 / len(response)", max_failure_fraction=0.25)
     assert scores(reward_manager, *["", "", *"123456"]) == [None, None, *[1.0] * 6]
     with pytest.raises(SDPOError) as caught:
@@ -118,7 +118,7 @@ def test_the_run_is_aborted_above_the_limit(make_manager: Callable[..., RewardMa
         scores(make_manager("return 1 / 0", max_failure_fraction=0.0), *["1"] * 100)
 
 
-def test_what_the_task_refuses_itself_ends_the_run() -> None:
+def test_user_error_of_the_task_stops_the_run() -> None:
     reward_manager = RewardManager(Geo3k(), RewardConfig(max_failure_fraction=1.0))
     with pytest.raises(SDPOError, match=r"row \? of sums has no reward_model\.ground_truth"):
         reward_manager.compute_score([(Row("sums", [], {}), "2")])
@@ -133,7 +133,7 @@ def test_what_the_task_refuses_itself_ends_the_run() -> None:
         "__import__('re').match('(a+)+$', 'a' * 40 + 'b')",
     ],
 )
-def test_a_hanging_call_times_out(
+def test_hanging_call_times_out(
     hang: str, make_manager: Callable[..., RewardManager], caplog: pytest.LogCaptureFixture
 ) -> None:
     reward_manager = make_manager(f"return {hang} if not response else 1", timeout_s=0.2)
@@ -145,7 +145,7 @@ def test_a_hanging_call_times_out(
     )
 
 
-def test_the_timeout_cannot_be_caught(make_manager: Callable[..., RewardManager]) -> None:
+def test_timeout_cannot_be_caught(make_manager: Callable[..., RewardManager]) -> None:
     swallow_all = "for _ in range(100):\n        try: __import__('time').sleep(0.1)\n        except Exception: pass"
     began = time.monotonic()
     assert scores(make_manager(swallow_all, timeout_s=0.2), "") == [None]
@@ -154,7 +154,7 @@ def test_the_timeout_cannot_be_caught(make_manager: Callable[..., RewardManager]
     assert time.monotonic() - began < 8
 
 
-def test_no_timeout_is_set_where_it_cannot_be_kept_or_is_not_wanted(make_manager: Callable[..., RewardManager]) -> None:
+def test_no_timeout_outside_of_the_main_thread_or_if_disabled(make_manager: Callable[..., RewardManager]) -> None:
     slow = "__import__('time').sleep(0.3) or 1.0"
     assert scores(make_manager(f"return {slow}", timeout_s=None), "") == [1.0]
     results: list[Any] = []
@@ -165,7 +165,7 @@ def test_no_timeout_is_set_where_it_cannot_be_kept_or_is_not_wanted(make_manager
     assert results == [1.0]
 
 
-def test_an_earlier_timer_is_restored(make_manager: Callable[..., RewardManager]) -> None:
+def test_earlier_timer_is_restored(make_manager: Callable[..., RewardManager]) -> None:
     rung: list[int] = []
 
     def ring(number: int, frame: FrameType | None) -> None:
@@ -184,7 +184,7 @@ def test_an_earlier_timer_is_restored(make_manager: Callable[..., RewardManager]
         signal.signal(signal.SIGALRM, before)
 
 
-def test_a_task_that_sets_the_timer_itself() -> None:
+def test_task_that_sets_the_timer() -> None:
     """math-verify in the main thread, as many reward functions call it: it sets and clears the same timer."""
     from math_verify import parse, verify
 
@@ -196,7 +196,7 @@ def test_a_task_that_sets_the_timer_itself() -> None:
     assert scores(reward_manager, "2", "$\\frac{4}{2}$", "3") == [1.0, 1.0, 0.0]
 
 
-def test_geometry_is_scored_within_the_timeout() -> None:
+def test_geo3k_is_scored_within_the_timeout() -> None:
     """Its process has a shorter limit: an endless expression is a wrong answer, not a failure."""
     reward_manager = RewardManager(Geo3k(format_weight=0.0, timeout=1.0), RewardConfig(max_failure_fraction=0.0))
     row = Row("geometry3k", [], {"ground_truth": "3 \\sqrt{2}"})
@@ -206,6 +206,6 @@ def test_geometry_is_scored_within_the_timeout() -> None:
     assert all(isinstance(output, RewardOutput) for output in outputs)
 
 
-def test_ctrl_c_is_no_failure(make_manager: Callable[..., RewardManager]) -> None:
+def test_ctrl_c_is_not_counted_as_a_failure(make_manager: Callable[..., RewardManager]) -> None:
     with pytest.raises(KeyboardInterrupt):
         scores(make_manager("raise KeyboardInterrupt"), "")

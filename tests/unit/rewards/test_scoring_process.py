@@ -39,7 +39,7 @@ def compute_score(row, response):
                 time.sleep(600)
             except BaseException:
                 pass
-    if response == "lock":  # one call of C code that holds the interpreter's lock, for minutes
+    if response == "lock":  # a call of C code that holds the interpreter's lock for minutes
         return sum(range(10**12))
     if response == "refuse":
         raise SDPOError("data.task: no such language")
@@ -66,7 +66,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
         each.close()
 
 
-def test_a_score_is_the_task_s(make: Make) -> None:
+def test_score_equals_that_of_the_task(make: Make) -> None:
     scorer = make()
     assert scorer.compute_score(ROW, "4") == RewardOutput(1.0, "sums 3")
     assert scorer.compute_score(ROW, "5") == RewardOutput(0.0, "sums 3")
@@ -90,11 +90,9 @@ def test_arguments_reach_the_task(make: Make) -> None:
         ("die", r"sums: no score within .*, or its process died"),
     ],
 )
-def test_a_failure_costs_that_response_alone(
-    make: Make, monkeypatch: pytest.MonkeyPatch, response: str, reason: str
-) -> None:
+def test_failure_affects_one_response(make: Make, monkeypatch: pytest.MonkeyPatch, response: str, reason: str) -> None:
     scorer = make()
-    scorer.compute_score(ROW, "4")  # what follows is without the start of the process
+    scorer.compute_score(ROW, "4")  # so that the next call does not include the start of the process
     began = time.monotonic()
     with pytest.raises(RewardFailure, match=reason):
         scorer.compute_score(ROW, response)
@@ -102,27 +100,27 @@ def test_a_failure_costs_that_response_alone(
     assert scorer.compute_score(ROW, "4") == RewardOutput(1.0, "sums 3")
 
 
-def test_a_task_that_refuses_its_data_is_no_failure(make: Make) -> None:
+def test_user_error_of_the_task_is_not_counted_as_a_failure(make: Make) -> None:
     scorer = make()
     with pytest.raises(SDPOError, match=r"^data\.task: no such language$"):
         scorer.compute_score(ROW, "refuse")
 
 
-def test_a_task_that_cannot_be_loaded_is_refused(make: Make) -> None:
+def test_task_that_cannot_be_loaded_is_refused(make: Make) -> None:
     scorer = make("x = 1")
     for _ in range(2):
         with pytest.raises(SDPOError, match="defines neither compute_score"):
             scorer.compute_score(ROW, "4")
 
 
-def test_threads_get_their_own_scores(make: Make) -> None:
+def test_each_thread_gets_its_scores(make: Make) -> None:
     scorer = make()
     with ThreadPoolExecutor(8) as pool:
         outputs = list(pool.map(lambda i: scorer.compute_score(ROW, str(i % 5)).score, range(50)))
     assert outputs == [float(i % 5 == 4) for i in range(50)]
 
 
-def test_a_process_whose_owner_died_ends_by_itself(make: Make) -> None:
+def test_process_ends_with_its_owner(make: Make) -> None:
     """The parent cannot end a hanging call that no timer interrupts after the parent was killed."""
     scorer = make()
     scorer.compute_score(ROW, "4")

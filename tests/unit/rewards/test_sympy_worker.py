@@ -1,4 +1,4 @@
-"""The process that reads expressions: cut off when it hangs, in every thread, and gone when its owner is."""
+"""The worker process that parses expressions: timeouts in every thread, and its end with the owner."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sdpo.rewards.worker_process import WorkerProcess, WorkerTimeout
 
 pytest.importorskip("math_verify")
 
-LONG = 60.0  # on a busy machine; nothing here takes that long
+LONG = 60.0  # more than any test takes on a busy machine
 ENDLESS = "(x+y+z)^{300}"
 
 
@@ -47,7 +47,7 @@ def is_running(pid: int) -> bool:
         return file.read().rpartition(")")[2].split()[0] != "Z"
 
 
-def test_numbers_come_as_values_and_the_rest_is_compared() -> None:
+def test_numbers_are_returned_and_other_expressions_compared() -> None:
     numbers = compare(r"\frac{1}{4}", r"\sqrt{4}", LONG)
     assert (numbers.is_readable, numbers.value, numbers.truth) == (True, Decimal("0.25"), Decimal(2))
     equal = compare("2x + 3", "3 + 2x", LONG)
@@ -57,7 +57,7 @@ def test_numbers_come_as_values_and_the_rest_is_compared() -> None:
     assert not compare("10^{101}", "5", LONG).is_readable
 
 
-def test_an_expression_that_hangs_is_cut_off_in_any_thread_and_the_next_is_read() -> None:
+def test_timeout_in_any_thread_does_not_affect_the_next_expression() -> None:
     compare("1 + x", "x", LONG)
     before = worker()
     caught: list[float] = []
@@ -77,7 +77,7 @@ def test_an_expression_that_hangs_is_cut_off_in_any_thread_and_the_next_is_read(
     assert worker().pid != before.pid
 
 
-def test_threads_get_their_own_answers() -> None:
+def test_each_thread_gets_its_answers() -> None:
     values: dict[int, Decimal | None] = {}
 
     def ask(number: int) -> None:
@@ -91,14 +91,14 @@ def test_threads_get_their_own_answers() -> None:
     assert values == {number: Decimal(number) for number in range(2, 22)}
 
 
-def test_a_worker_that_died_is_replaced() -> None:
+def test_dead_worker_is_replaced() -> None:
     compare("3 + x", "x", LONG)
     worker().kill()
     worker().wait()
     assert compare("4 + x", "x + 4", LONG).is_equal
 
 
-def test_an_interruption_leaves_no_answer_for_the_next_question(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interruption_leaves_no_stale_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     compare("5 + x", "x", LONG)
     wait = worker_process.wait
 
@@ -117,7 +117,7 @@ def _ask_in_child(queue: multiprocessing.Queue[bool]) -> None:
     sympy_worker._worker.close()  # a forked child leaves without atexit
 
 
-def test_a_forked_daemon_has_a_worker_of_its_own() -> None:
+def test_forked_daemon_has_a_separate_worker() -> None:
     compare("9 + x", "x", LONG)
     before = worker()
     context = multiprocessing.get_context("fork")
@@ -144,7 +144,7 @@ elif sys.argv[1] == "idle":
 
 
 @pytest.mark.parametrize("ending", ["exit", "idle", "hang"])
-def test_the_worker_ends_with_its_owner(ending: str) -> None:
+def test_worker_ends_with_its_owner(ending: str) -> None:
     with subprocess.Popen([sys.executable, "-c", OWNER, ending], stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None
         pid = int(owner.stdout.readline())
@@ -155,7 +155,7 @@ def test_the_worker_ends_with_its_owner(ending: str) -> None:
     wait_until(lambda: not is_running(pid))
 
 
-def test_a_worker_that_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_that_cannot_start_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     fresh = WorkerProcess("sdpo.rewards.geo3k.sympy_worker:_serve")
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="did not start"):

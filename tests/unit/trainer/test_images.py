@@ -217,7 +217,7 @@ def test_step_equals_a_step_with_a_tower_run_per_sequence(
     for name, weight in weights.items():
         if name.endswith(
             "k_proj.bias"
-        ):  # shifts all scores of a query alike: its gradient is rounding, which AdamW amplifies
+        ):  # adds a constant to all scores of a query; its gradient is rounding error, which AdamW amplifies
             continue
         torch.testing.assert_close(weight, naive_weights[name], atol=5e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
     tower = {id(p) for p in get_vision_tower_parameters(actor.student)}
