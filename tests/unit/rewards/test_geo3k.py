@@ -309,7 +309,11 @@ def test_row_without_a_ground_truth_is_refused(truth: str | None) -> None:
         ({"tolerance": -1}, "data.task_args.tolerance=-1: must be a number from 0 to 0.1"),
         ({"timeout": 0}, "data.task_args.timeout=0: must be a number from 0.001 to 600"),
         ({"timeout": None}, "data.task_args.timeout=None: must be a number from 0.001 to 600"),
-        ({"colour": 1}, "data.task_args: geo3k: Geo3k.__init__() got an unexpected keyword argument 'colour'"),
+        (
+            {"colour": 1},
+            "data.task_args: geo3k: Geo3k.__init__() got an unexpected keyword argument 'colour'; it accepts "
+            "format_weight, tolerance, timeout",
+        ),
     ],
 )
 def test_arguments_out_of_range(settings: dict[str, Any], message: str) -> None:
