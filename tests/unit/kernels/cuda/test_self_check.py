@@ -21,6 +21,7 @@ from sdpo.kernels.self_check import kernels_agree
 # alpha, full_logit_distillation, whether distillation_topk is set
 KINDS = [(0.0, True, False), (0.5, True, False), (1.0, False, False), (0.5, True, True)]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+OUTPUTS = object.__new__(fused_linear_loss.FusedOutputs)  # the type that calls are checked for
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +78,7 @@ def test_self_check_covers_the_configured_loss(monkeypatch: pytest.MonkeyPatch) 
     kinds = []
     monkeypatch.setattr(dispatch, "has_cuda_kernels", lambda hidden: True)
     monkeypatch.setattr(dispatch, "kernels_agree", lambda device, dtype, *kind: bool(kinds.append(kind)))
-    monkeypatch.setattr(fused_linear_loss, "fused_linear_sdpo_loss", lambda *args, **kwargs: None)
+    monkeypatch.setattr(fused_linear_loss, "fused_linear_sdpo_loss", lambda *args, **kwargs: OUTPUTS)
     config = self_check.SelfDistillationConfig(alpha=0.5, distillation_topk=3)
     student = fused_linear_loss.LinearHead(torch.zeros(2, 3), torch.zeros(5, 3))
     for regularization in (None, Regularization(0.1, "kl", 0.0), Regularization(None, "kl", 0.1)):
@@ -89,8 +90,9 @@ def test_self_check_covers_the_configured_loss(monkeypatch: pytest.MonkeyPatch) 
 def test_portable_loss_replaces_wrong_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
     monkeypatch.setattr(dispatch, "has_cuda_kernels", lambda hidden: True)
-    monkeypatch.setattr(fused_linear_loss, "fused_linear_sdpo_loss", lambda *args, **kwargs: used.append("portable"))
-    monkeypatch.setattr(fused_loss, "fused_linear_sdpo_loss", lambda *args, **kwargs: used.append("kernels"))
+    for module, name in ((fused_linear_loss, "portable"), (fused_loss, "kernels")):
+        compute = lambda *args, name=name, **kwargs: used.append(name) or OUTPUTS  # noqa: E731
+        monkeypatch.setattr(module, "fused_linear_sdpo_loss", compute)
     config = self_check.SelfDistillationConfig()
     student = fused_linear_loss.LinearHead(torch.zeros(2, 3), torch.zeros(5, 3))
     for agree in (True, False):
