@@ -56,8 +56,8 @@ def compute_at_head(
         logits = module(**inputs, use_cache=False).logits
     finally:
         del head.forward
-    known = build_linear_head(module, torch.ones(1, 1))
-    scale = float(known.hidden)
+    known = build_linear_head(module, torch.ones(1, head.in_features))
+    scale = float(known.hidden[0, 0])
     one = scale if known.softcap is None else known.softcap * math.tanh(scale / known.softcap)
     if len(results) != 1 or not math.isclose(float(logits[0, 0, 0].detach()), one, rel_tol=0.01):
         raise ConfigError(
