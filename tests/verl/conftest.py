@@ -1,4 +1,4 @@
-"""Whole runs on verl: Ray, its trainers, FSDP2 and the agent loop, on the CPU. Each takes a minute or more."""
+"""Complete runs on verl on the CPU: Ray, verl's trainers, FSDP2 and the agent loop. Each takes a minute or more."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Running:
             self.process = psutil.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
 
     def wait(self, until: Callable[[], bool] = lambda: False) -> int | None:
-        """The exit code, or None as soon as ``until`` holds."""
+        """Return the exit code, or None as soon as ``until`` holds."""
         end = time.monotonic() + LIMIT
         while time.monotonic() < end:
             code = self.process.poll()
@@ -88,7 +88,7 @@ class Running:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
-    """Starts a command; whatever is left of it when the test ends is killed."""
+    """Return a function that starts a command; its remaining processes are killed when the test ends."""
     started: list[Running] = []
 
     def begin(*command: str) -> Running:
@@ -102,7 +102,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
 
 @pytest.fixture
 def train_on_verl(start: Callable[..., Running], task_dir: Path) -> Callable[..., Running]:
-    """``sdpo verl`` with a small run in this folder."""
+    """Return a function that starts ``sdpo verl`` with a small run in a given folder."""
 
     def train(output_dir: Path, *overrides: str) -> Running:
         settings = [f"output_dir={output_dir}", f"data.task_args.dir={task_dir}", *SETTINGS, *overrides]
@@ -112,7 +112,7 @@ def train_on_verl(start: Callable[..., Running], task_dir: Path) -> Callable[...
 
 
 def read_metrics(output_dir: Path) -> dict[int, dict[str, Any]]:
-    """Metrics by step of all parts of a run."""
+    """Return the metrics of all parts of a run, by step."""
     rows: dict[int, dict[str, Any]] = {}
     for file in sorted(output_dir.glob("metrics*.jsonl")):
         for line in file.read_text().splitlines():

@@ -1,4 +1,4 @@
-"""Graders that raise or hang, on each trainer: a response's loss as long as they are few, the end of the run if not."""
+"""Reward functions that raise or hang, on each trainer: few failures are excluded, many end the run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[2]
 Metrics = Callable[[Path], dict[int, dict[str, Any]]]
 Train = Callable[..., Any]
 
-# In the first batch one of a prompt's two responses raises or hangs; in later batches all raise.
+# In the first batch, scoring raises for a response of row 1 and hangs for a response of row 2.
+# In later batches, scoring raises for every response.
 REWARD_FUNCTION = """
 import time
 from pathlib import Path
@@ -43,7 +44,7 @@ class build_task(HiddenRule):
 
 
 @pytest.mark.parametrize("name", ["sdpo_trainer", "sdpo_sync", "sdpo_separate_async"])
-def test_failed_grades_are_counted_and_too_many_end_the_run(
+def test_failed_rewards_are_counted_and_end_the_run_above_the_limit(
     name: str, start: Train, task_dir: Path, tmp_path: Path, metrics_of: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "calls").mkdir()

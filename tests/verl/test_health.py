@@ -1,4 +1,4 @@
-"""Health checks and the best checkpoint in whole runs on verl."""
+"""Health checks and the best checkpoint in complete runs on verl."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sdpo.verl_backend.smoke.checks import load_weights
 Metrics = Callable[[Path], dict[int, dict[str, Any]]]
 Train = Callable[..., Any]
 
-# Every response is right until a checkpoint of step 4 or later exists, and wrong afterwards.
+# Every response scores 1 until a checkpoint of step 4 or later exists, and 0 afterwards.
 REWARD_FUNCTION = """
 from pathlib import Path
 
@@ -35,10 +35,10 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def test_a_health_check_stops_a_run_and_the_best_checkpoint_stays(
+def test_health_check_stops_the_run_and_the_best_checkpoint_is_kept(
     start: Train, task_dir: Path, tmp_path: Path, metrics_of: Metrics
 ) -> None:
-    """Sampling and learning in turns. Steps 2 and 4 are saved and evaluated; at step 5 the score has fallen."""
+    """Sampling and training in turns. Steps 2 and 4 are saved and evaluated. The score falls at step 5."""
     output_dir = tmp_path / "run"
     (tmp_path / "reward.py").write_text(REWARD_FUNCTION.format(checkpoints=str(output_dir / "checkpoints")))
     (tmp_path / "run.yaml").write_text("output_dir: ???\nmax_steps: 9\n")
@@ -82,10 +82,10 @@ def test_a_health_check_stops_a_run_and_the_best_checkpoint_stays(
     load_weights(output_dir, 2), load_weights(output_dir, 5, teacher=True)
 
 
-def test_a_health_check_freezes_the_teacher_and_a_resumed_run_goes_on_with_it(
+def test_health_check_freezes_the_teacher_and_a_resumed_run_keeps_it_frozen(
     train_on_verl: Train, tmp_path: Path, metrics_of: Metrics
 ) -> None:
-    """One step off policy. Any change of the entropy fails a check, from the second step."""
+    """One step off policy. From step 2, any change of the entropy fails a health check."""
     output_dir = tmp_path / "run"
     settings = [
         "max_staleness=1",
@@ -108,7 +108,7 @@ def test_a_health_check_freezes_the_teacher_and_a_resumed_run_goes_on_with_it(
     state = json.loads((output_dir / "checkpoints/global_step_3" / STATE_FILE).read_text())
     assert state["actor"]["teacher_is_frozen"]
 
-    # The state after a kill behind the second step: later steps are repeated.
+    # The run resumes from step 2, as after a kill before the checkpoint of step 3.
     (output_dir / "checkpoints/latest_checkpointed_iteration.txt").write_text("2")
     running = train_on_verl(output_dir, *settings, "resume_mode=auto", "max_steps=4")
     assert running.wait() == 0, running.tail()

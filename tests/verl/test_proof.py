@@ -1,4 +1,4 @@
-"""The checks of ``prove.sh`` fail where the pipeline is wrong, each where it should and nowhere else."""
+"""A fault of the pipeline fails exactly the checks of ``prove.sh`` that cover it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from sdpo.verl_backend.smoke.checks import Finished
 from sdpo.verl_backend.smoke.suite import checks
 
 ROOT = Path(__file__).parents[2]
-RATE = "actor_rollout_ref.actor.self_distillation.ema_update_rate=0.0505"  # the checks know 0.05
+RATE = "actor_rollout_ref.actor.self_distillation.ema_update_rate=0.0505"  # the checks expect 0.05
 
 Start = Callable[..., Any]
 
 
 @pytest.fixture
 def prove(start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Start:
-    """``prove.sh`` in ``tmp_path / "proof"``."""
+    """Return a function that starts ``prove.sh`` in ``tmp_path / "proof"``."""
     monkeypatch.setenv("PYTHON", sys.executable)
     monkeypatch.setenv("SMOKE_DIR", str(tmp_path / "proof"))
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{ROOT / 'src'}")
@@ -34,7 +34,7 @@ def prove(start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Star
         ("images", "images", [], {"check_sampler"}),
     ],
 )
-def test_a_wrong_pipeline_is_found(
+def test_fault_fails_exactly_the_matching_checks(
     part: str, fault: str, overrides: list[str], failing: set[str],
     prove: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 ) -> None:  # fmt: skip
@@ -46,7 +46,7 @@ def test_a_wrong_pipeline_is_found(
     assert found == {name.replace("_", " ") for name in failing}, text
     if "check_teacher" in failing:
         assert "it moves by 0.05050 of the distance instead of 0.05" in text
-    # The GPU's thresholds, which allow for bfloat16, detect it too.
+    # The GPU's thresholds, which allow for bfloat16, detect the fault too.
     run = Finished(tmp_path / "proof" / part, tmp_path / "proof" / "tasks", (2, 3) if part == "text" else (3,), False)
     with pytest.raises(AssertionError, match="mean difference and correlation"):
         checks.check_sampler(run)

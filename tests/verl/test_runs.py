@@ -1,4 +1,4 @@
-"""Runs on verl from their commands to what they leave behind."""
+"""Complete runs on verl, from the command to the files that they write."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Metrics = Callable[[Path], dict[int, dict[str, Any]]]
 Train = Callable[..., Any]
 
 
-def test_the_smoke_test_of_the_recipe(start: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_smoke_test_of_the_recipe_passes(start: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SMOKE_TEST", "1")
     monkeypatch.setenv("PYTHON", sys.executable)
     monkeypatch.setenv("SMOKE_DIR", str(tmp_path / "smoke"))
@@ -41,7 +41,7 @@ def test_the_smoke_test_of_the_recipe(start: Train, monkeypatch: pytest.MonkeyPa
 
 
 def load_state(output_dir: Path, step: int) -> dict[str, torch.Tensor]:
-    """Student, teacher and optimizer of a checkpoint, by name."""
+    """Return student, teacher and optimizer of a checkpoint, by name."""
     optimizer = torch.load(
         output_dir / f"checkpoints/global_step_{step}/actor/optim_world_size_1_rank_0.pt", weights_only=False
     )
@@ -58,8 +58,11 @@ def read_responses(output_dir: Path, step: int) -> dict[str, str]:
     return {row["input"]: row["output"] for row in map(json.loads, lines)}
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_been(train_on_verl: Train, tmp_path: Path, metrics_of: Metrics) -> None:
-    """One step off policy: student, teacher, optimizer, data position and the batch sampled ahead, bit for bit."""
+def test_killed_run_resumes_to_the_same_result(train_on_verl: Train, tmp_path: Path, metrics_of: Metrics) -> None:
+    """One step off policy. Student, teacher and optimizer are equal, bit for bit.
+
+    The checkpoint contains the data position and the batch sampled ahead.
+    """
     settings = [
         "max_staleness=1",
         "max_steps=6",
@@ -105,7 +108,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(train_on_verl: Train, tmp_p
 
 
 @pytest.mark.parametrize("name", ["sdpo_sync", "sdpo_separate_async"])
-def test_the_v1_trainers(
+def test_v1_trainers_log_metrics_and_update_the_teacher(
     name: str,
     start: Train,
     task_dir: Path,
@@ -154,10 +157,10 @@ def test_the_v1_trainers(
             torch.testing.assert_close(value, 0.95 * before[weight] + 0.05 * student[weight], rtol=0, atol=1e-6)
 
 
-def test_with_lora_the_sampler_has_the_merged_model_of_each_step(
+def test_sampler_receives_merged_lora_weights(
     train_on_verl: Train, task_dir: Path, tmp_path: Path, metrics_of: Metrics
 ) -> None:
-    """One step off policy: what was sampled ahead has the merged weights' log-probabilities, and no other step's."""
+    """One step off policy. The batch sampled ahead has the log-probabilities of the merged weights of step 1."""
     output_dir, scale, rate = tmp_path / "run", 12 / 4, 0.05
     settings = ["max_staleness=1", "max_steps=3", "save_steps=1", "save_total_limit=3", "lora.rank=4", "lora.alpha=12"]
     running = train_on_verl(output_dir, *settings, "optim.lr=3e-2")
@@ -204,10 +207,10 @@ def test_with_lora_the_sampler_has_the_merged_model_of_each_step(
 
 
 @pytest.mark.parametrize("settings", [("max_staleness=0",), ("max_staleness=1",), ("max_staleness=1", "lora.rank=4")])
-def test_kl_to_the_reference_begins_at_0(
+def test_kl_to_the_reference_model_is_zero_only_at_step_1(
     settings: tuple[str, ...], train_on_verl: Train, tmp_path: Path, metrics_of: Metrics
 ) -> None:
-    """Reference worker in the actor's process group, or with LoRA the actor without its adapters."""
+    """Reference model as a worker in the actor's process group or, with LoRA, as the actor without its adapters."""
     terms = ("actor.kl_loss_coef=0.5", "actor.kl_loss_type=mse", "actor.entropy_coeff=0.01")
     output_dir = tmp_path / "run"
     running = train_on_verl(output_dir, "max_steps=3", "optim.lr=1e-2", "optim.warmup_steps=0", *terms, *settings)
@@ -227,7 +230,7 @@ def compute_score(row, response):
 
 
 def write_rows(path: Path, num_rows: int) -> str:
-    """Rows with one, two and no images in turn, as ``datasets`` writes them, the last one broken."""
+    """Write rows with one, two and no images in turn, as ``datasets`` writes them, and a row with a broken image."""
     rows = []
     for i in range(num_rows):
         num_images = (1, 2, 0)[i % 3]
@@ -245,8 +248,8 @@ def write_rows(path: Path, num_rows: int) -> str:
     return str(path)
 
 
-def test_images_and_texts_with_a_frozen_tower_on_one_gpu(start: Train, tmp_path: Path, metrics_of: Metrics) -> None:
-    """Qwen3-VL on the V1 trainer sync; one step off and Qwen2.5-VL are the smoke test's."""
+def test_images_and_texts_train_with_a_frozen_vision_tower(start: Train, tmp_path: Path, metrics_of: Metrics) -> None:
+    """Qwen3-VL on the V1 trainer sync; the smoke test covers Qwen2.5-VL one step off policy."""
     model = build_vision_model("qwen3_vl", tmp_path / "model")
     (tmp_path / "reward.py").write_text(REWARD_FUNCTION)
     (tmp_path / "run.yaml").write_text("output_dir: ???\nmax_steps: 2\n")
@@ -282,7 +285,9 @@ def test_images_and_texts_with_a_frozen_tower_on_one_gpu(start: Train, tmp_path:
         assert torch.equal(last[name], value) == name.startswith("model.visual."), name
 
 
-def test_plain_grpo_runs_on_the_same_trainer(train_on_verl: Train, tmp_path: Path, metrics_of: Metrics) -> None:
+def test_vanilla_loss_mode_trains_without_distillation(
+    train_on_verl: Train, tmp_path: Path, metrics_of: Metrics
+) -> None:
     running = train_on_verl(
         tmp_path / "run", "max_staleness=1", "actor_rollout_ref.actor.policy_loss.loss_mode=vanilla"
     )
@@ -292,10 +297,10 @@ def test_plain_grpo_runs_on_the_same_trainer(train_on_verl: Train, tmp_path: Pat
     assert not (tmp_path / "run" / "checkpoints" / "global_step_2" / "actor" / "teacher").exists()
 
 
-def test_the_hidden_rule_is_learned_on_verl(
+def test_policy_learns_the_hidden_rule(
     start: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metrics_of: Metrics
 ) -> None:
-    """The shipped run, one step off policy, with 5 digits in place of 8, 4 rollouts in place of 8, and fewer steps."""
+    """The shipped config file, one step off policy, with 5 digits and 4 rollouts in place of 8, and fewer steps."""
     arguments = {"pretrain_steps": 200, "num_train": 3000, "num_test": 200}
     shorter = Mode(length=5, num_rules=9, target_is_pretrained=False, pretrain_steps=0)
     monkeypatch.setitem(hidden_rule.MODES, "feedback", shorter)

@@ -1,4 +1,4 @@
-"""The calculator example on verl: turns of the policy with a tool's outputs between them."""
+"""The calculator example on verl: responses of several turns with tool calls."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(
     start: Callable[..., Any], data: Path, tmp_path: Path, metrics_of: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., dict[int, dict[str, Any]]]:
-    """The shipped run with fewer rows, and its metrics by step."""
+    """Return a function that trains with the shipped config file on fewer rows and returns the metrics by step."""
     monkeypatch.chdir(ROOT)
 
     def run(*overrides: str) -> dict[int, dict[str, Any]]:
@@ -48,10 +48,10 @@ def train(
     return run
 
 
-def test_the_policy_learns_to_call_the_tool(train: Callable[..., Any], tmp_path: Path) -> None:
+def test_policy_learns_to_call_the_tool(train: Callable[..., Any], tmp_path: Path) -> None:
     rows = train("tracking.log_completions_steps=1")
     last = max(rows)
-    # At first one response in ten calls the tool. verl counts question and answer, and two turns more for a call.
+    # At first, one response in ten calls the tool. verl counts two turns for prompt and response, and two per call.
     assert 2.05 <= rows[1]["num_turns/mean"] <= 2.3
     assert rows[0][ACCURACY] <= 0.25 and rows[0]["val-aux/num_turns/mean"] <= 2.5
     # The tiny model copies some digits wrongly.
@@ -62,7 +62,7 @@ def test_the_policy_learns_to_call_the_tool(train: Callable[..., Any], tmp_path:
     assert any("</tool_call>" in output and "tool\n" in output for output in outputs)
 
 
-def test_one_step_off_policy(train: Callable[..., Any]) -> None:
+def test_responses_with_tool_calls_train_one_step_off_policy(train: Callable[..., Any]) -> None:
     rows = train("max_staleness=1", "max_steps=2", "eval_steps=0")
     # About 20 of the 256 responses call the tool, and about 10 of the calls are right.
     assert max(rows[step]["num_turns/max"] for step in (1, 2)) == 4

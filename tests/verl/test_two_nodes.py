@@ -1,4 +1,4 @@
-"""``configs/geo3k_2nodes.yaml`` as its page says, on two Ray nodes: two raylets of one machine, with made-up GPUs."""
+"""``configs/geo3k_2nodes.yaml`` on two Ray nodes: two raylets on one machine, with placeholder GPUs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Start = Callable[..., Any]
 
 
 class Nodes:
-    """A Ray head, and nodes that join it; each a raylet in a separate process group, with one placeholder GPU."""
+    """A Ray head and nodes that join it: raylets in separate process groups, each with one placeholder GPU."""
 
     def __init__(self, folder: Path) -> None:
         with socket.socket() as free:
@@ -37,7 +37,7 @@ class Nodes:
             self.address = f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
         self.folder = folder
         self.processes: list[subprocess.Popen[bytes]] = []
-        # A separate folder: in the usual one Ray would record this cluster, and other runs would join it.
+        # A separate folder: Ray records a cluster in its default folder, and other runs would join it.
         self.temporary = tempfile.mkdtemp(prefix="nodes-", dir="/tmp")
         head = ["--head", f"--port={self.address.rpartition(':')[2]}", f"--temp-dir={self.temporary}"]
         self.add(*head, "--include-dashboard=false")
@@ -54,7 +54,10 @@ class Nodes:
         return node
 
     def wait_for(self, count: int, other_than: Collection[str] = ()) -> list[str]:
-        """Wait until this many nodes are alive, not ``other_than``: Ray notices a killed node late."""
+        """Wait until this many nodes are alive, and return their IDs.
+
+        Ray detects a killed node late: these IDs must not be exactly ``other_than``.
+        """
         code = f"import ray; ray.init(address={self.address!r}, log_to_driver=False, logging_level=40); "
         code += "print(*(node['NodeID'] for node in ray.nodes() if node['Alive']))"
         end = time.monotonic() + LIMIT
@@ -79,7 +82,7 @@ class Nodes:
 @pytest.fixture
 def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setenv("RAY_raylet_start_wait_time_s", str(LIMIT))  # Ray's 30 s are too short on a busy machine
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", str(LIMIT))  # Ray's default of 30 s is too short
     cluster = Nodes(tmp_path)
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     yield cluster
@@ -89,10 +92,10 @@ def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
     shutil.rmtree(cluster.temporary, ignore_errors=True)
 
 
-def test_a_run_on_two_nodes_outlives_one(
+def test_run_on_two_nodes_resumes_after_the_loss_of_a_node(
     nodes: Nodes, start: Start, tmp_path: Path, metrics_of: Callable[[Path], dict[int, dict[str, Any]]]
 ) -> None:
-    """What two raylets of one machine cannot show: NCCL, a file system that both nodes mount, two IP addresses."""
+    """Not covered on one machine: NCCL, a file system that both nodes mount, two IP addresses."""
     task, run = tmp_path / "task", tmp_path / "run"
     Figures(str(task), pretrain_steps=0, num_train=64, num_test=4).prepare()
     settings = {

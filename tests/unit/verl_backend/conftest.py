@@ -37,7 +37,7 @@ def free_port() -> int:
 def assert_same_after_adamw() -> Callable[..., None]:
     """Compare the weights of both backends after a few steps.
 
-    AdamW takes steps for gradients of any size; where a gradient is only rounding, the backends take different steps.
+    AdamW normalizes gradients: where a gradient is only rounding error, the backends take different steps.
     So 3% of a tensor's entries may differ, by at most a tenth of the learning rate.
     """
 
@@ -52,7 +52,7 @@ def assert_same_after_adamw() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def train_on_verl(tmp_path_factory: pytest.TempPathFactory) -> TrainOnVerl:
-    """Runs cases (see ``train_cases.py``) on this many ranks; returns the first rank's results by the case's name."""
+    """Run cases (see ``train_cases.py``) on this many ranks; return the first rank's results by the case's name."""
 
     def train(cases: dict[str, dict[str, Any]], world_size: int) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("verl")
@@ -84,7 +84,7 @@ def train_on_verl(tmp_path_factory: pytest.TempPathFactory) -> TrainOnVerl:
 
 @pytest.fixture(scope="session")
 def pad_for_verl() -> Callable[..., dict[str, torch.Tensor]]:
-    """Pads samples as on verl's driver: prompts on the left, responses on the right."""
+    """Pad samples as on verl's driver: prompts on the left, responses on the right."""
 
     def pad(
         samples: Sequence[TrainingSample],

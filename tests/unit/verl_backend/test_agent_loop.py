@@ -37,13 +37,13 @@ def ask(monkeypatch: pytest.MonkeyPatch, processor: Any, response: list[int], ma
     return asked
 
 
-def test_the_sampler_is_asked_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logit_bias_excludes_image_and_video_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     processor = SimpleNamespace(image_token_id=5, video_token_id=6)
     assert ask(monkeypatch, processor, [7, 8]) == {"temperature": 1.0, "logit_bias": {5: -100.0, 6: -100.0}}
     assert ask(monkeypatch, None, [5]) == {"temperature": 1.0}
 
 
-def test_one_that_comes_all_the_same_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_token_in_a_response_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="drew image token 6"):
         ask(monkeypatch, SimpleNamespace(image_token_id=5, video_token_id=6), [7, 6])
     with pytest.raises(SDPOError, match="the text of a tool's output contains image token 6"):
@@ -137,7 +137,7 @@ def take_turns(rollout: DictConfig, texts: list[str]) -> tuple[Any, Turns, Any]:
 CALL = '<tool_call>{"name": "add", "arguments": {"a": 12, "b": 30}}</tool_call>'
 
 
-def test_a_tools_output_is_in_the_response_with_a_mask_of_0(rollout: DictConfig) -> None:
+def test_tool_output_is_in_the_response_with_mask_0(rollout: DictConfig) -> None:
     output, sampler, prompts = take_turns(rollout, [f"{CALL}<|im_end|>", "42<|im_end|>"])
     tokenizer = prompts.tokenizer
     parts = [
@@ -164,7 +164,7 @@ def test_images_from_tools_are_refused(rollout: DictConfig) -> None:
         take_turns(rollout, [call])
 
 
-def test_both_loops_stand_in_verls_places() -> None:
+def test_agent_loops_are_registered_under_sdpo_and_verl_names() -> None:
     for ours, verls, kind in (
         ("sdpo_single_turn", "single_turn_agent", ImageFreeResponses),
         ("sdpo_tools", "tool_agent", TextTools),

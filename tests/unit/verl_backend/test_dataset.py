@@ -80,9 +80,9 @@ def encode_on_verl(rows: Any, number: int) -> list[int]:
     return list(builder.build_initial_tokens(messages, images=images))
 
 
-@pytest.mark.parametrize("decoded", [False, True], ids=["files", "opened by datasets"])
+@pytest.mark.parametrize("decoded", [False, True], ids=["encoded", "decoded by datasets"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_students_tokens_are_those_of_the_native_trainer(
+def test_prompt_tokens_match_the_native_trainer(
     family: str, decoded: bool, load: Callable[..., Any], vision_dir: Callable[[str], Path]
 ) -> None:
     images = [as_file(make_image(i, (56 + 28 * i, 56))) for i in range(3)]
@@ -101,7 +101,7 @@ def test_the_students_tokens_are_those_of_the_native_trainer(
         assert ours.count(reader.tokenizer.convert_tokens_to_ids("<|image_pad|>")) == [4, 0, 4 + 6 + 8][number]
 
 
-def test_images_are_made_smaller_on_request_and_paths_are_read(load: Callable[..., Any], tmp_path: Path) -> None:
+def test_max_pixels_limits_images_from_a_path(load: Callable[..., Any], tmp_path: Path) -> None:
     file = tmp_path / "large.png"
     file.write_bytes(make_image(0, (112, 112)))
     rows = [make_row("<image>", [{"bytes": None, "path": str(file)}])]
@@ -113,15 +113,18 @@ def test_images_are_made_smaller_on_request_and_paths_are_read(load: Callable[..
 
 
 BROKEN = {
-    "no image": (make_row("<image>how long?", [as_file(b"text")]), "not an image file that can be read"),
-    "one image too many": (make_row("<image>?", [as_file(make_image(i)) for i in range(2)]), "1 <image> and the row"),
-    "one tag too many": (make_row("<image><image>", [as_file(make_image(0))]), "2 <image> and the row has 1"),
-    "an image token in the text": (make_row("<image><|image_pad|>?", [as_file(make_image(0))]), "has 2 <|image_pad|>"),
+    "not an image": (make_row("<image>how long?", [as_file(b"text")]), "not an image file that can be read"),
+    "more images than tags": (
+        make_row("<image>?", [as_file(make_image(i)) for i in range(2)]),
+        "1 <image> and the row",
+    ),
+    "more tags than images": (make_row("<image><image>", [as_file(make_image(0))]), "2 <image> and the row has 1"),
+    "image token in the text": (make_row("<image><|image_pad|>?", [as_file(make_image(0))]), "has 2 <|image_pad|>"),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_row_that_cannot_be_read_is_named_or_skipped(name: str, load: Callable[..., Any], capsys: Any) -> None:
+def test_unreadable_row_is_reported_or_skipped(name: str, load: Callable[..., Any], capsys: Any) -> None:
     broken, message = BROKEN[name]
     rows = [make_row("<image>how long?", [as_file(make_image(1))]), broken]
     with pytest.raises(SDPOError) as caught:
@@ -134,14 +137,14 @@ def test_a_row_that_cannot_be_read_is_named_or_skipped(name: str, load: Callable
         load("qwen2_5_vl", [broken], "data.filter_unreadable_images=true")
 
 
-def test_images_for_a_model_that_reads_none(load: Callable[..., Any]) -> None:
+def test_images_for_a_language_model_are_refused(load: Callable[..., Any]) -> None:
     with pytest.raises(SDPOError, match=r"rows.parquet: has images, but .* reads none"):
         load("text", [make_row("how long?", []), make_row("<image>", [as_file(make_image(0))])])
     rows = load("text", [make_row("how <image> long?", [])])
     assert rows[0]["raw_prompt"][1]["content"] == "how <image> long?"
 
 
-def test_an_overlong_prompt_is_measured_with_its_images(load: Callable[..., Any]) -> None:
+def test_prompt_length_includes_image_tokens(load: Callable[..., Any]) -> None:
     rows = [make_row("<image>?", [as_file(make_image(0))]), make_row("<image>?", [as_file(make_image(0, (112, 112)))])]
     lengths = [len(encode_on_verl(load("qwen2_5_vl", rows), number)) for number in range(2)]
     assert lengths[1] == lengths[0] + 12
@@ -151,8 +154,8 @@ def test_an_overlong_prompt_is_measured_with_its_images(load: Callable[..., Any]
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_first_rows_that_can_be_used_are_taken(seed: int, load: Callable[..., Any]) -> None:
-    """As on the native trainer, for every seed; verl draws rows at random and then drops overlong rows."""
+def test_max_samples_keeps_the_first_rows_that_fit(seed: int, load: Callable[..., Any]) -> None:
+    """As on the native trainer, for every seed. verl draws rows at random and then drops overlong rows."""
     rows = [make_row(f"{i}?" + (" and so on" * 99 if i in (1, 3) else ""), []) for i in range(12)]
     for row in rows:
         del row["images"]
@@ -194,7 +197,7 @@ def make_text_row(**columns: Any) -> dict[str, Any]:
     }
 
 
-def test_the_agent_loops_we_have_pass(load: Callable[..., Any], with_tools: list[str]) -> None:
+def test_supported_agent_loops_are_accepted(load: Callable[..., Any], with_tools: list[str]) -> None:
     for names in (["single_turn_agent"], ["sdpo_single_turn", "single_turn_agent"]):
         assert len(load("text", [make_text_row(agent_name=name) for name in names])) == len(names)
     rows = load("text", [make_text_row(agent_name="tool_agent", extra_info={"tool_selection": None})], *with_tools)
@@ -215,7 +218,7 @@ def test_the_agent_loops_we_have_pass(load: Callable[..., Any], with_tools: list
         ({"extra_info": {"tool_selection": ["add"]}}, True, "row 1: extra_info.tool_selection is not supported"),
     ],
 )
-def test_rows_for_another_agent_loop_are_refused(
+def test_rows_with_unsupported_agent_settings_are_refused(
     columns: dict[str, Any], tools: bool, message: str, load: Callable[..., Any], with_tools: list[str]
 ) -> None:
     first = {"agent_name": "tool_agent"} if "agent_name" in columns and tools else {}

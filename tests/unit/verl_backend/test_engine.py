@@ -89,18 +89,18 @@ def results(
         "masked": {**base, "batches": [masked]},
         "garbled": {**base, "batches": [garbled]},
         "offloaded": {**base, "engine": {"param_offload": True, "optimizer_offload": True}},
-        "kept gathered": {**base, "engine": {"reshard_after_forward": False}},
+        "not resharded": {**base, "engine": {"reshard_after_forward": False}},
         "half precision": {**base, "engine": {"model_dtype": "bf16"}},
-        "half precision, little by little": {**base, "lr": 1e-6, "engine": {"model_dtype": "bf16"}},
+        "half precision, small learning rate": {**base, "lr": 1e-6, "engine": {"model_dtype": "bf16"}},
         "bfloat16 products": {**base, "engine": {"mixed_precision": BFLOAT16}},
         "rejected": {**base, "batches": [rejected]},
-        "without them": {**base, "batches": [pad_for_verl(samples[:6], old[:6], 2.0)], "mini_batch_size": 6},
-        "broken": {**base, "batches": [broken]},
-        "broken, padded": {**base, "batches": [broken], "use_remove_padding": False},
+        "without rejected": {**base, "batches": [pad_for_verl(samples[:6], old[:6], 2.0)], "mini_batch_size": 6},
+        "non-finite": {**base, "batches": [broken]},
+        "non-finite, padded": {**base, "batches": [broken], "use_remove_padding": False},
         "without the fourth": {**base, "batches": [without(whole, 3)], "mini_batch_size": 7},
         "without the seventh": {**base, "batches": [without(whole, 6)], "mini_batch_size": 7},
-        "all broken twice": {**base, "batches": [hopeless, hopeless, whole, hopeless]},
-        "all broken thrice": {**base, "batches": [hopeless] * 3, "may_fail": True},
+        "all non-finite, twice": {**base, "batches": [hopeless, hopeless, whole, hopeless]},
+        "all non-finite, three times": {**base, "batches": [hopeless] * 3, "may_fail": True},
         "another teacher": {
             **base,
             "checkpoint": str(folder / "another"),
@@ -114,7 +114,7 @@ def results(
 @pytest.mark.slow
 @pytest.mark.parametrize("teacher", ["ema", "trust-region", "live"])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
-def test_logits_of_all_tokens_are_never_there(
+def test_logits_of_all_tokens_are_never_allocated(
     teacher: str,
     packed: bool,
     base: dict[str, Any],
@@ -148,13 +148,13 @@ def test_logits_of_all_tokens_are_never_there(
 
 
 @pytest.mark.slow
-def test_ids_beyond_the_tokenizer_have_no_probability(
+def test_ids_beyond_the_tokenizer_have_zero_probability(
     base: dict[str, Any],
     make_model: Callable[..., PreTrainedModel],
     train_on_verl: Callable[..., dict[str, Any]],
     tmp_path: Path,
 ) -> None:
-    """Student, teacher and old policy equal those of a model without these rows."""
+    """Student, teacher and old policy equal those of a model without the rows of these IDs."""
     tokenizer = build_tokenizer()
     model = make_model(vocab_size=len(tokenizer) + 24)
     cases = {}
@@ -175,7 +175,7 @@ def test_ids_beyond_the_tokenizer_have_no_probability(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "optim"), [("ema", {}), ("snapshot", {}), ("ema", SMALL)])
-def test_a_checkpoint_goes_on_as_if_it_had_not_stopped(
+def test_checkpoint_resumes_to_the_same_weights(
     kind: str, optim: dict[str, Any], base: dict[str, Any], train_on_verl: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     if optim:
@@ -195,14 +195,14 @@ def test_a_checkpoint_goes_on_as_if_it_had_not_stopped(
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_another_teacher_is_refused(results: dict[str, Any]) -> None:
+def test_checkpoint_of_another_teacher_regularization_is_refused(results: dict[str, Any]) -> None:
     error = results["another teacher"]["error"]
     assert "teacher_regularization=frozen: the checkpoint in" in error and "holds ema teacher" in error
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["offloaded", "kept gathered"])
-def test_where_the_weights_are_kept_changes_nothing(name: str, results: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", ["offloaded", "not resharded"])
+def test_offloading_and_resharding_do_not_change_weights(name: str, results: dict[str, Any]) -> None:
     for part in ("students", "teacher"):
         ours, plain = results[name][part], results["plain"][part]
         ours, plain = (ours[-1], plain[-1]) if part == "students" else (ours, plain)
@@ -211,13 +211,13 @@ def test_where_the_weights_are_kept_changes_nothing(name: str, results: dict[str
 
 
 @pytest.mark.slow
-def test_the_teacher_follows_before_the_weights_leave_the_device(results: dict[str, Any]) -> None:
+def test_teacher_is_updated_before_weights_are_offloaded(results: dict[str, Any]) -> None:
     """Two steps of load, train, update teacher, offload; verl does not wait for its copies to the host."""
     assert results["offloaded"]["moves"] == ["moved", "followed", "moved"] * 2
 
 
 @pytest.mark.slow
-def test_the_average_of_a_student_in_half_precision_is_kept_in_float32(results: dict[str, Any]) -> None:
+def test_ema_teacher_of_a_half_precision_student_is_averaged_in_float32(results: dict[str, Any]) -> None:
     result = results["half precision"]
     for name, teacher in result["teacher_before"].items():
         assert result["students"][0][name].dtype == torch.bfloat16
@@ -228,8 +228,8 @@ def test_the_average_of_a_student_in_half_precision_is_kept_in_float32(results: 
 
 
 @pytest.mark.slow
-def test_what_rounding_takes_is_measured_where_weights_are_rounded(results: dict[str, Any]) -> None:
-    small = [values[UPDATE_ROUNDING] for values in results["half precision, little by little"]["metrics"]]
+def test_update_rounding_is_measured_only_in_half_precision(results: dict[str, Any]) -> None:
+    small = [values[UPDATE_ROUNDING] for values in results["half precision, small learning rate"]["metrics"]]
     large = [values[UPDATE_ROUNDING] for values in results["half precision"]["metrics"]]
     assert min(torch.tensor(small).flatten()) > 0.9
     assert max(torch.tensor(large).flatten()) < 0.5
@@ -237,7 +237,7 @@ def test_what_rounding_takes_is_measured_where_weights_are_rounded(results: dict
 
 
 @pytest.mark.slow
-def test_products_in_bfloat16_are_near_those_in_float32(results: dict[str, Any]) -> None:
+def test_mixed_precision_steps_approximate_float32(results: dict[str, Any]) -> None:
     half, plain = results["bfloat16 products"], results["plain"]
     for step in range(2):
         values, expected = half["metrics"][step], plain["metrics"][step]
@@ -251,7 +251,7 @@ def test_products_in_bfloat16_are_near_those_in_float32(results: dict[str, Any])
 
 
 @pytest.mark.slow
-def test_the_token_budget_counts_the_teachers_tokens(results: dict[str, Any], samples: list[TrainingSample]) -> None:
+def test_token_budget_counts_teacher_tokens(results: dict[str, Any], samples: list[TrainingSample]) -> None:
     student = sum(len(s.prompt.token_ids) + len(s.response.token_ids) for s in samples)
     teacher = sum(len(s.teacher_prompt.token_ids or ()) + len(s.response.token_ids) for s in samples if s.is_distilled)
     least, without_teacher = math.ceil((student + teacher) / BUDGET), math.ceil(student / BUDGET)
@@ -261,15 +261,15 @@ def test_the_token_budget_counts_the_teachers_tokens(results: dict[str, Any], sa
 
 
 @pytest.mark.slow
-def test_a_rejected_sample_is_as_if_it_were_not_there(results: dict[str, Any]) -> None:
-    rejected, without = results["rejected"], results["without them"]
+def test_rejected_samples_do_not_change_the_step(results: dict[str, Any]) -> None:
+    rejected, without = results["rejected"], results["without rejected"]
     assert rejected["metrics"][0]["loss"] == pytest.approx(without["metrics"][0]["loss"], rel=1e-5)
     for name, value in without["students"][0].items():
         torch.testing.assert_close(rejected["students"][0][name], value, rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.slow
-def test_a_masked_token_does_not_count(results: dict[str, Any]) -> None:
+def test_values_at_masked_tokens_do_not_change_the_step(results: dict[str, Any]) -> None:
     masked, garbled, plain = (results[name] for name in ("masked", "garbled", "plain"))
     assert masked["metrics"][0]["loss"] != plain["metrics"][0]["loss"]
     for name, value in masked["students"][0].items():
@@ -277,8 +277,8 @@ def test_a_masked_token_does_not_count(results: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["broken", "broken, padded"])
-def test_a_sample_that_is_not_finite_is_left_out(name: str, results: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", ["non-finite", "non-finite, padded"])
+def test_nonfinite_sample_is_excluded(name: str, results: dict[str, Any]) -> None:
     broken, wanted = results[name], results["without the fourth"]
     assert broken["metrics"][0][metrics.NONFINITE_SAMPLES] == [1.0]
     assert broken["metrics"][0][metrics.SKIPPED_UPDATES] == [0.0]
@@ -291,20 +291,20 @@ def test_a_sample_that_is_not_finite_is_left_out(name: str, results: dict[str, A
 
 
 @pytest.mark.slow
-def test_updates_that_are_not_finite_are_left_out_and_a_row_of_them_is_the_end(results: dict[str, Any]) -> None:
-    result = results["all broken twice"]
+def test_nonfinite_updates_are_skipped_and_three_in_a_row_are_an_error(results: dict[str, Any]) -> None:
+    result = results["all non-finite, twice"]
     for values in result["metrics"][:2]:
         assert not math.isfinite(values["grad_norm"][0])
         assert values[metrics.SKIPPED_UPDATES] == [1.0]
     assert result["metrics"][2][metrics.SKIPPED_UPDATES] == [0.0]
     for name, value in result["teacher_before"].items():
         assert torch.equal(result["students"][1][name], value), name
-    error = results["all broken thrice"]["error"]
+    error = results["all non-finite, three times"]["error"]
     assert error.startswith("ConfigError: 3 updates in a row were skipped because their gradient norm is non-finite")
 
 
 @pytest.mark.slow
-def test_a_sample_of_one_rank_that_is_not_finite_is_left_out_on_all(
+def test_nonfinite_sample_of_one_rank_is_excluded_on_all_ranks(
     base: dict[str, Any], results: dict[str, Any], train_on_verl: Callable[..., dict[str, Any]]
 ) -> None:
     cases = {

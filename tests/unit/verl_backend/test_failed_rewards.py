@@ -82,7 +82,7 @@ def compute_score(worker: OneStepOffWorker, monkeypatch: pytest.MonkeyPatch, res
     return output
 
 
-def test_a_score_has_an_empty_reason(worker: OneStepOffWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scored_response_has_empty_failure_columns(worker: OneStepOffWorker, monkeypatch: pytest.MonkeyPatch) -> None:
     output = compute_score(worker, monkeypatch, {"score": 0.5, "acc": 0.5, "feedback": "almost"})
     assert output.reward_score == 0.5
     assert output.extra_fields[EXTRA] == {"score": 0.5, "acc": 0.5, "feedback": "almost", **SCORED}
@@ -98,7 +98,7 @@ def test_a_score_has_an_empty_reason(worker: OneStepOffWorker, monkeypatch: pyte
         ({"score": math.nan}, "sums: the reward must be a finite number, got nan", ""),
     ],
 )
-def test_an_exception_of_the_reward_function_is_a_failed_reward(
+def test_exception_or_nonfinite_score_is_a_failed_reward(
     worker: OneStepOffWorker, monkeypatch: pytest.MonkeyPatch, error: Any, failure: str, refusal: str
 ) -> None:
     compute_score(worker, monkeypatch, {"score": 1.0, "acc": 1.0, "pred": "3"})
@@ -108,7 +108,7 @@ def test_an_exception_of_the_reward_function_is_a_failed_reward(
     assert output.extra_fields[EXTRA] == {"score": None, "acc": None, "pred": None, FAILURE: failure, REFUSAL: refusal}
 
 
-def test_an_exception_of_the_agent_loop_is_a_failed_reward(
+def test_exception_of_the_agent_loop_is_a_failed_reward(
     worker: OneStepOffWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def run(self: Any, *_: Any, **__: Any) -> None:
@@ -125,7 +125,7 @@ def test_an_exception_of_the_agent_loop_is_a_failed_reward(
     assert output.extra_fields[EXTRA][FAILURE] == "sums: RuntimeError: the tool is broken"
 
 
-def test_all_responses_get_the_same_columns(worker: OneStepOffWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_responses_have_the_same_columns(worker: OneStepOffWorker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent_loop.AgentLoopWorker, "_postprocess", lambda self, inputs: inputs)
     rows = [SimpleNamespace(extra_fields={EXTRA: extra}) for extra in ({"acc": 1.0}, {"pred": "3"})]
     assert [row.extra_fields[EXTRA] for row in worker._postprocess(rows)] == [
@@ -137,7 +137,7 @@ def test_all_responses_get_the_same_columns(worker: OneStepOffWorker, monkeypatc
 # The trainers
 
 
-def test_failures_are_found_and_limited(capsys: pytest.CaptureFixture[str]) -> None:
+def test_failures_are_logged_and_an_error_above_the_limit(capsys: pytest.CaptureFixture[str]) -> None:
     assert check_failures([{}, SCORED, FAILED, SCORED, FAILED], CONFIG, "step 1") == [False, False, True, False, True]
     assert capsys.readouterr().out == (
         "data.task: scoring failed for 2 of 5 responses of step 1, which are left out; the last: sums: "
@@ -149,8 +149,8 @@ def test_failures_are_found_and_limited(capsys: pytest.CaptureFixture[str]) -> N
         check_failures([SCORED] * 9 + [{FAILURE: "no such language", REFUSAL: "no such language"}], CONFIG, "step 1")
 
 
-def test_failed_responses_are_compared_with_nothing() -> None:
-    """In a group with a failure the native trainer's advantages, in the others verl's."""
+def test_failed_responses_are_excluded_from_group_advantages() -> None:
+    """A group with a failure has the native trainer's advantages; other groups keep verl's."""
     rewards = torch.tensor([1.0, 0.0, 0.0, 0.3, 1.0, 0.0, 0.4])
     failed = [False, False, True, False, False, False, False]
     groups = ["a", "a", "a", "a", "b", "b", "c"]
@@ -162,7 +162,7 @@ def test_failed_responses_are_compared_with_nothing() -> None:
     assert own[[0, 1, 3]].sum().abs() < 1e-6
 
 
-def test_means_are_of_scored_responses() -> None:
+def test_score_metrics_exclude_failed_responses() -> None:
     values: dict[str, Any] = {"critic/score/mean": 0.1, "critic/rewards/mean": 0.1, "critic/score/min": 0.0}
     replace_scores(values, [0.5, math.nan, 1.0], CONFIG)
     assert values == {

@@ -63,13 +63,13 @@ def results(
         "live, offloaded": case(
             "live", actions={1: keep, 2: freeze}, engine={"param_offload": True, "optimizer_offload": True}
         ),
-        "live, frozen later": case(
+        "live, frozen after loading": case(
             "live", actions={1: keep}, checkpoint=str(folder / "later"), actions_after_loading=freeze
         ),
-        "live, frozen at once": case("live", actions={0: freeze}),
-        "trust region, frozen at once": case("trust-region", actions={0: freeze}),
+        "live, frozen before step 1": case("live", actions={0: freeze}),
+        "trust region, frozen before step 1": case("trust-region", actions={0: freeze}),
         "frozen": case("frozen"),
-        "LoRA, live, frozen at once": case("live", lora=LORA, actions={0: freeze}),
+        "LoRA, live, frozen before step 1": case("live", lora=LORA, actions={0: freeze}),
         "LoRA, frozen": case("frozen", lora=LORA),
         "LoRA, ema, frozen": case("ema", lora=LORA, actions={1: freeze}, checkpoint=str(folder / "lora_ema")),
         "LoRA, live, frozen": case("live", lora=LORA, actions={1: keep, 2: freeze}, checkpoint=str(folder / "lora")),
@@ -77,7 +77,7 @@ def results(
     return train_on_verl(cases, 2)
 
 
-def test_a_frozen_average_stays_as_it_was(results: dict[str, Any]) -> None:
+def test_frozen_ema_teacher_does_not_change(results: dict[str, Any]) -> None:
     free, frozen = results["ema"], results["ema, frozen"]
     assert same(frozen["teachers"][0], free["teachers"][0]), "frozen after the first step"
     assert not same(free["teachers"][1], free["teachers"][0])
@@ -85,7 +85,7 @@ def test_a_frozen_average_stays_as_it_was(results: dict[str, Any]) -> None:
     assert not same(frozen["students"][2], frozen["students"][1])
 
 
-def test_a_live_teacher_becomes_the_initial_model_and_the_student_goes_back(results: dict[str, Any]) -> None:
+def test_freezing_a_live_teacher_restores_reference_model_and_best_student(results: dict[str, Any]) -> None:
     free, frozen = results["live"], results["live, frozen"]
     assert same(frozen["students"][0], free["students"][0])
     assert same(frozen["students"][1], frozen["students"][0]), "gone back"
@@ -95,7 +95,7 @@ def test_a_live_teacher_becomes_the_initial_model_and_the_student_goes_back(resu
     assert not same(frozen["students"][2], frozen["students"][1])
 
 
-def test_where_the_weights_are_kept_changes_nothing(results: dict[str, Any]) -> None:
+def test_offloading_does_not_change_the_student(results: dict[str, Any]) -> None:
     for ours, plain in zip(results["live, offloaded"]["students"], results["live, frozen"]["students"], strict=True):
         assert same(ours, plain)
 
@@ -103,19 +103,19 @@ def test_where_the_weights_are_kept_changes_nothing(results: dict[str, Any]) -> 
 @pytest.mark.parametrize(
     ("name", "other"),
     [
-        ("live, frozen at once", "frozen"),
-        ("trust region, frozen at once", "frozen"),
-        ("LoRA, live, frozen at once", "LoRA, frozen"),
+        ("live, frozen before step 1", "frozen"),
+        ("trust region, frozen before step 1", "frozen"),
+        ("LoRA, live, frozen before step 1", "LoRA, frozen"),
     ],
 )
-def test_frozen_before_the_first_step_it_is_the_frozen_teacher(name: str, other: str, results: dict[str, Any]) -> None:
-    """Both ways lead to the same run, bit for bit."""
+def test_teacher_frozen_before_step_1_equals_a_frozen_teacher(name: str, other: str, results: dict[str, Any]) -> None:
+    """Students and the last loss are equal, bit for bit."""
     for ours, plain in zip(results[name]["students"], results[other]["students"], strict=True):
         assert same(ours, plain)
     assert results[name]["metrics"][-1]["loss"] == results[other]["metrics"][-1]["loss"]
 
 
-def test_adapters_go_back_and_the_teachers_deltas_stay(results: dict[str, Any]) -> None:
+def test_freezing_restores_best_adapters_and_keeps_teacher_deltas(results: dict[str, Any]) -> None:
     live, ema = results["LoRA, live, frozen"], results["LoRA, ema, frozen"]
     assert same(live["students"][1], live["students"][0]) and not same(live["students"][2], live["students"][1])
     assert same(ema["teachers"][1], ema["teachers"][0]) and same(ema["teachers"][2], ema["teachers"][0])
@@ -125,18 +125,18 @@ def test_adapters_go_back_and_the_teachers_deltas_stay(results: dict[str, Any]) 
     assert same(ema["loaded_teacher"], ema["teacher"])
 
 
-@pytest.mark.parametrize("name", ["ema, frozen", "live, frozen", "live, frozen later"])
-def test_a_checkpoint_remembers_it(name: str, results: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", ["ema, frozen", "live, frozen", "live, frozen after loading"])
+def test_resumed_run_has_the_same_frozen_teacher(name: str, results: dict[str, Any]) -> None:
     went_on, loaded = results[name]["continued"]
     assert same(loaded, went_on)
     teacher = {key.removeprefix("teacher."): value for key, value in went_on.items() if key.startswith("teacher.")}
     expected = results[name]["teacher"] or results["frozen"]["teacher_before"]
     assert same(teacher, expected)
-    if name != "live, frozen later":
+    if name != "live, frozen after loading":
         assert same(results[name]["loaded_teacher"], expected)
 
 
-def test_the_checkpoint_has_the_files_of_every_rank(results: dict[str, Any], tmp_path_factory: Any) -> None:
+def test_checkpoint_has_files_of_every_rank(results: dict[str, Any], tmp_path_factory: Any) -> None:
     folder = Path(tmp_path_factory.getbasetemp())
     (later,) = folder.glob("freezing[0-9]*/later/teacher")
     names = {path.name for path in later.iterdir()}

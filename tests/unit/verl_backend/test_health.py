@@ -1,4 +1,4 @@
-"""Health checks on verl: the native trainer's events from the same metrics, and actions on the driver."""
+"""Health checks on verl: the same events as on the native trainer, and actions on the driver."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def make_rows(seed: int, num_steps: int = 40) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_same_metrics_raise_the_same_events_on_both_backends(
+def test_both_backends_log_the_same_health_events(
     seed: int, model: Any, make_run: Callable[..., SDPOConfig], tmp_path: Path
 ) -> None:
     health = {
@@ -131,8 +131,8 @@ def test_the_same_metrics_raise_the_same_events_on_both_backends(
     assert on_verl.describe_stop() == health_callback.describe_stop() and on_verl.is_stopped
 
 
-def test_a_lowered_weight_travels_with_the_next_batch(tmp_path: Path) -> None:
-    """0.8, then half of it each time, down to a tenth."""
+def test_reduced_distillation_weight_applies_from_the_next_batch(tmp_path: Path) -> None:
+    """Each warning halves the weight, down to ``min_scale`` of the configured weight."""
     settings = {"distillation_coef_start": 0.8, "distillation_coef_end": 0.8}
     batch = build_teacher_batch(**settings)
     config = build_config(tmp_path, health={"score_collapse": "reduce_weight", "min_scale": 0.3}, **settings)
@@ -160,7 +160,7 @@ SCORES: list[list[float | None]] = [
 
 @pytest.mark.parametrize("scores", SCORES)
 @pytest.mark.parametrize(("save_total_limit", "save_best_limit"), [(1, 1), (2, 1), (1, 0), (2, 2)])
-def test_those_checkpoints_stay_that_stay_on_the_native_trainer(
+def test_both_backends_keep_the_same_checkpoints(
     scores: list[float | None], save_total_limit: int, save_best_limit: int, tmp_path: Path
 ) -> None:
     config = build_config(tmp_path, save_total_limit=save_total_limit, save_best_limit=save_best_limit)
@@ -179,7 +179,7 @@ def test_those_checkpoints_stay_that_stay_on_the_native_trainer(
     assert kept == {int(path.name.removeprefix("step_")) for path in native.iterdir()}
 
 
-def test_the_best_stays_by_hand(tmp_path: Path) -> None:
+def test_best_and_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     config = build_config(tmp_path, save_total_limit=2)
     health = RunHealth(config, None, Workers(), None)
     kept = []
@@ -192,14 +192,14 @@ def test_the_best_stays_by_hand(tmp_path: Path) -> None:
     assert kept == [[1], [1, 2], [2, 3], [3, 4], [4, 5], [4, 5, 6]]
 
 
-def test_an_evaluation_by_samples_counts_where_there_is_no_greedy_one() -> None:
+def test_score_uses_samples_if_a_dataset_has_no_greedy_evaluation() -> None:
     both = {metrics.val_name("a", "mean@1"): 0.5, metrics.val_name("a", "mean@4"): 0.9}
     assert metrics.find_score(both) == 0.5
     assert metrics.find_score({metrics.val_name("a", "mean@4"): 0.9, metrics.val_name("b", "mean@1"): 0.4}) == 0.65
     assert metrics.find_score({metrics.SCORE_MEAN: 1.0}) is None
 
 
-def test_without_a_limit_all_checkpoints_stay(tmp_path: Path) -> None:
+def test_all_checkpoints_are_kept_without_a_limit(tmp_path: Path) -> None:
     config = build_config(tmp_path, save_total_limit=None)
     health = RunHealth(config, None, Workers(), None)
     for step in (1, 2, 3):
@@ -213,8 +213,8 @@ def read_events(folder: Path) -> list[Mapping[str, Any]]:
     return [json.loads(line) for line in (folder / "health_events.jsonl").read_text().splitlines()]
 
 
-def test_a_resumed_run_knows_what_it_knew(tmp_path: Path) -> None:
-    """Killed in step 5, resumed from step 3: the event of step 4 is dropped, and recorded again."""
+def test_resumed_run_restores_the_health_state(tmp_path: Path) -> None:
+    """A run resumed from step 4 keeps the events of step 4; a run resumed from step 1 drops and repeats them."""
     settings = {
         "health": {"window": 2, "score_collapse": "reduce_weight", "entropy_explosion": "freeze_teacher"},
         "save_total_limit": 2,
@@ -259,20 +259,22 @@ def test_a_resumed_run_knows_what_it_knew(tmp_path: Path) -> None:
     assert read_events(tmp_path) == events
 
 
-def test_a_run_that_begins_forgets_another_runs_events(tmp_path: Path) -> None:
+def test_new_run_discards_the_events_of_an_earlier_run(tmp_path: Path) -> None:
     (tmp_path / "health_events.jsonl").write_text('{"step": 3}\n{"step": 4, "ru')
     RunHealth(build_config(tmp_path), None, Workers(), None)
     assert read_events(tmp_path) == []
 
 
-def test_a_checkpoint_without_our_state_begins_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoint_without_health_state_starts_without_history(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = build_config(tmp_path)
     folder = make_checkpoint(config, 3)
     RunHealth(config, None, Workers(), folder)
     assert f"{folder}: has no {STATE_FILE}; the health checks start without history" in capsys.readouterr().out
 
 
-def test_the_student_of_a_live_teacher_is_remembered_at_its_best_evaluation(tmp_path: Path) -> None:
+def test_best_student_is_kept_for_a_live_teacher(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"teacher_regularization": "live", "health": {"score_collapse": "freeze_teacher"}}
     config, workers = build_config(tmp_path, save_total_limit=None, **settings), Workers()
     health = RunHealth(config, build_teacher_batch(), workers, None)
@@ -283,7 +285,7 @@ def test_the_student_of_a_live_teacher_is_remembered_at_its_best_evaluation(tmp_
         health.complete_checkpoint(step)
         health.note_evaluation(step, {ACCURACY: accuracy})
     assert workers.calls == ["keep", "keep"]
-    for step, calls in ((2, ["keep"]), (3, [])):  # of step 2 the checkpoint is the best student; of step 3 it has it
+    for step, calls in ((2, ["keep"]), (3, [])):  # the checkpoint of step 3 contains the best student
         workers = Workers()
         health = RunHealth(
             build_config(tmp_path, save_total_limit=None, **settings),
@@ -302,7 +304,7 @@ def test_the_student_of_a_live_teacher_is_remembered_at_its_best_evaluation(tmp_
     [{"teacher_regularization": "ema", "health": {"score_collapse": "freeze_teacher"}}, {}],
     ids=["ema", "warn"],
 )
-def test_the_student_of_another_teacher_is_not_remembered(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_best_student_is_not_kept_without_a_live_teacher_to_freeze(settings: dict[str, Any], tmp_path: Path) -> None:
     workers = Workers()
     RunHealth(build_config(tmp_path, **settings), build_teacher_batch(), workers, None).note_evaluation(
         1, {ACCURACY: 0.5}
@@ -310,7 +312,7 @@ def test_the_student_of_another_teacher_is_not_remembered(settings: dict[str, An
     assert workers.calls == []
 
 
-def test_rollouts_are_summarized_as_on_the_native_trainer(make_samples: Callable[..., list[TrainingSample]]) -> None:
+def test_rollout_metrics_match_the_native_trainer(make_samples: Callable[..., list[TrainingSample]]) -> None:
     samples = make_samples()
     expected = summarize_samples(samples, SelfDistillationConfig())
     scores, lengths = [s.rollout.score for s in samples], [len(s.response.token_ids) for s in samples]

@@ -18,7 +18,7 @@ CHANGED = (
 
 
 @pytest.mark.parametrize("where", [hook.where for hook in HOOKS])
-def test_a_hook_is_as_it_was(where: str) -> None:
+def test_hook_has_its_recorded_fingerprint(where: str) -> None:
     recorded = json.loads(RECORDED.read_text())
     now = fingerprint(where)
     assert now == recorded[where], CHANGED.format(
@@ -26,18 +26,18 @@ def test_a_hook_is_as_it_was(where: str) -> None:
     )
 
 
-def test_a_change_is_found() -> None:
+def test_fingerprint_detects_another_or_a_missing_function() -> None:
     first, second = "verl.utils.config:validate_config", "verl.utils.config:omega_conf_to_dataclass"
     assert fingerprint(first) != fingerprint(second)
     with pytest.raises(AttributeError):
         fingerprint("verl.utils.config:no_such_function")
 
 
-def test_nothing_recorded_is_left_over() -> None:
+def test_fingerprints_are_recorded_for_exactly_the_hooks() -> None:
     assert json.loads(RECORDED.read_text()).keys() == {hook.where for hook in HOOKS}
 
 
-def test_verl_finds_our_plugin() -> None:
+def test_plugin_is_an_entry_point_of_verl() -> None:
     assert {"sdpo": "sdpo.verl_backend.compat.plugin"}.items() <= {
         entry.name: entry.value for entry in entry_points(group="verl.plugins")
     }.items()

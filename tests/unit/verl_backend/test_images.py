@@ -69,7 +69,7 @@ def native(
 ) -> dict[str, Any]:
     """Run a step on the native trainer, with the old log-probabilities that verl's trainer would send."""
     results = {}
-    ways = {"whole": {}, "frozen": {"actor__freeze_vision_tower": True}, "adapted": {"lora__rank": 4}}
+    ways = {"whole": {}, "frozen": {"actor__freeze_vision_tower": True}, "LoRA": {"lora__rank": 4}}
     for name, settings in ways.items():
         loaded = load_vision_model(vision_dir(family))
         run = make_run_in(
@@ -82,7 +82,7 @@ def native(
         )
         if name == "frozen":
             freeze_vision_tower(loaded.model)
-        if name == "adapted":
+        if name == "LoRA":
             add_adapters(loaded.model, run.lora)
             generator = torch.Generator().manual_seed(1)
             for param in get_adapters(loaded.model).values():
@@ -132,24 +132,29 @@ def on_verl(
     cases = {
         "whole": whole,
         "frozen": {**whole, "freeze_vision_tower": True},
-        "adapted": {
+        "LoRA": {
             **whole,
             "lora": {"lora_rank": 4, "lora_alpha": 8, "lora": {"merge": True}},
-            "adapters": native["adapted"]["adapters"],
-            "batches": [pad_for_verl(samples, native["adapted"]["old"], 2.0, loaded.vision)],
+            "adapters": native["LoRA"]["adapters"],
+            "batches": [pad_for_verl(samples, native["LoRA"]["old"], 2.0, loaded.vision)],
         },
-        "by tokens": {**whole, "max_tokens": 200, "record": False},
-        "checkpointed": {**whole, "gradient_checkpointing": True},
+        "token budget": {**whole, "max_tokens": 200, "record": False},
+        "gradient checkpointing": {**whole, "gradient_checkpointing": True},
         "shared": shared,
         "each": {**shared, "share_images": False},
         "packed": {**whole, "use_remove_padding": True},
-        "packed one by one": {**whole, "use_remove_padding": True, "max_tokens": None, "micro_batch_size": 1},
+        "packed, micro-batches of 1": {
+            **whole,
+            "use_remove_padding": True,
+            "max_tokens": None,
+            "micro_batch_size": 1,
+        },
     }
     return {**train_on_verl(cases, request.param), "num_ranks": request.param}
 
 
 @pytest.mark.slow
-def test_log_probs_are_those_of_one_plain_forward_pass_a_sample(
+def test_log_probs_match_a_plain_forward_pass_per_sample(
     family: str, vision_dir: Callable[[str], Path], samples: list[TrainingSample], on_verl: dict[str, Any]
 ) -> None:
     loaded = load_vision_model(vision_dir(family))
@@ -171,9 +176,18 @@ def test_log_probs_are_those_of_one_plain_forward_pass_a_sample(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["whole", "frozen", "adapted", "by tokens", "checkpointed", "packed", "packed one by one"]
+    "name",
+    [
+        "whole",
+        "frozen",
+        "LoRA",
+        "token budget",
+        "gradient checkpointing",
+        "packed",
+        "packed, micro-batches of 1",
+    ],
 )
-def test_a_step_with_images_is_the_same_on_both_backends(
+def test_both_backends_take_the_same_step_with_images(
     name: str, on_verl: dict[str, Any], native: dict[str, Any], assert_same_after_adamw: Callable[..., None]
 ) -> None:
     theirs, ours = on_verl[name], native[name if name in native else "whole"]
@@ -183,7 +197,7 @@ def test_a_step_with_images_is_the_same_on_both_backends(
     for metric in ours["metrics"].keys() & values.keys() - {metrics.LR}:
         assert values[metric][0] == pytest.approx(ours["metrics"][metric], rel=1e-4, abs=1e-6), metric
     actor = ours["actor"]
-    teacher = actor.teacher.weights.values if name == "adapted" else actor.teacher.module.state_dict()
+    teacher = actor.teacher.weights.values if name == "LoRA" else actor.teacher.module.state_dict()
     for weights, expected in ((theirs["students"][0], actor.student.state_dict()), (theirs["teacher"], teacher)):
         assert weights.keys() == expected.keys()
         for weight, value in expected.items():
@@ -191,7 +205,7 @@ def test_a_step_with_images_is_the_same_on_both_backends(
 
 
 @pytest.mark.slow
-def test_a_frozen_tower_stays_and_the_language_model_learns(on_verl: dict[str, Any]) -> None:
+def test_frozen_vision_tower_is_unchanged_and_the_language_model_trains(on_verl: dict[str, Any]) -> None:
     before, after = on_verl["frozen"]["teacher_before"], on_verl["frozen"]["students"][0]
     for name, value in before.items():
         frozen = name.startswith("model.visual.")
@@ -201,7 +215,7 @@ def test_a_frozen_tower_stays_and_the_language_model_learns(on_verl: dict[str, A
 
 
 @pytest.mark.slow
-def test_an_image_goes_through_the_tower_once_a_micro_batch(on_verl: dict[str, Any]) -> None:
+def test_vision_tower_reads_each_image_once_per_micro_batch(on_verl: dict[str, Any]) -> None:
     shared, each = on_verl["shared"], on_verl["each"]
     assert shared["metrics"][0]["loss"] == pytest.approx(each["metrics"][0]["loss"], rel=1e-5)
     assert shared["metrics"][0]["grad_norm"] == pytest.approx(each["metrics"][0]["grad_norm"], rel=1e-5)

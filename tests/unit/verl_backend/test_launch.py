@@ -1,4 +1,4 @@
-"""The folder of a run on verl: ``resume_mode`` does what it does on the native trainer."""
+"""The folder of a run on verl: ``resume_mode`` has the same effect as on the native trainer."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def open_of(config: SDPOConfig, **trainer: str) -> contextlib.AbstractContextMan
 
 
 def compose_trainer(config: SDPOConfig, **trainer: str) -> DictConfig:
-    """The section of verl's configuration that is read."""
+    """Return the section of verl's configuration that ``open_folder`` reads."""
     translated = [override.partition("=") for override in to_verl_overrides(config).overrides]
     plain = {key.removeprefix("trainer."): value.strip('"') for key, _, value in translated if key[:8] == "trainer."}
     return OmegaConf.create({**plain, **trainer})
@@ -58,7 +58,7 @@ def open_once(config: SDPOConfig, **trainer: str) -> None:
         pass
 
 
-def test_a_new_run_moves_the_earlier_one_aside_as_a_whole(
+def test_new_run_moves_the_earlier_run_to_a_numbered_folder(
     make_run: MakeRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = make_run(resume_mode="disable")
@@ -73,8 +73,8 @@ def test_a_new_run_moves_the_earlier_one_aside_as_a_whole(
 
 
 @pytest.mark.parametrize("resume_mode", ["auto", "required"])
-def test_a_run_that_resumes_stays_in_its_folder(resume_mode: str, make_run: MakeRun) -> None:
-    """verl's logger writes its file from the beginning."""
+def test_resumed_run_keeps_its_folder(resume_mode: str, make_run: MakeRun) -> None:
+    """The earlier metrics file is renamed: verl's logger overwrites ``metrics.jsonl``."""
     config = make_run(resume_mode=resume_mode)
     folder = Path(config.output_dir)
     write(folder, EARLIER)
@@ -87,7 +87,7 @@ def test_a_run_that_resumes_stays_in_its_folder(resume_mode: str, make_run: Make
 
 
 @pytest.mark.parametrize("missing", ["latest_checkpointed_iteration.txt", "global_step_3/data.pt"])
-def test_without_a_complete_checkpoint_a_run_is_new_or_refused(missing: str, make_run: MakeRun) -> None:
+def test_run_without_a_complete_checkpoint_is_new_or_refused(missing: str, make_run: MakeRun) -> None:
     config = make_run(resume_mode="auto")
     folder = Path(config.output_dir)
     files = {name: text for name, text in EARLIER.items() if name != f"checkpoints/{missing}"}
@@ -101,7 +101,7 @@ def test_without_a_complete_checkpoint_a_run_is_new_or_refused(missing: str, mak
     assert list(read(folder)) == ["run.yaml"]
 
 
-def test_a_checkpoint_that_verl_is_given_is_not_moved_away(make_run: MakeRun) -> None:
+def test_checkpoint_that_verl_resumes_from_is_not_moved(make_run: MakeRun) -> None:
     config = make_run(resume_mode="disable")
     folder = Path(config.output_dir)
     write(folder, EARLIER)
@@ -111,7 +111,7 @@ def test_a_checkpoint_that_verl_is_given_is_not_moved_away(make_run: MakeRun) ->
     assert (folder / "checkpoints/global_step_3/data.pt").exists()
 
 
-def test_a_folder_with_something_else_is_refused(make_run: MakeRun) -> None:
+def test_folder_of_other_files_is_refused(make_run: MakeRun) -> None:
     config = make_run()
     write(Path(config.output_dir), {"notes.txt": "mine"})
     with pytest.raises(SDPOError, match="exists and is no run folder; name another folder"):
@@ -120,7 +120,7 @@ def test_a_folder_with_something_else_is_refused(make_run: MakeRun) -> None:
 
 
 @pytest.mark.parametrize("resume_mode", ["disable", "auto", "required"])
-def test_two_runs_in_one_folder_are_one_too_many(resume_mode: str, make_run: MakeRun) -> None:
+def test_second_run_in_the_same_folder_is_refused(resume_mode: str, make_run: MakeRun) -> None:
     config = make_run(resume_mode=resume_mode)
     write(Path(config.output_dir), EARLIER)
     first = make_run(resume_mode="auto", output_dir=config.output_dir)
@@ -131,7 +131,7 @@ def test_two_runs_in_one_folder_are_one_too_many(resume_mode: str, make_run: Mak
     open_once(config)
 
 
-def test_a_file_system_without_locks_is_no_hindrance(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_starts_on_a_file_system_without_locks(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(38, "Function not implemented")
 
@@ -141,7 +141,7 @@ def test_a_file_system_without_locks_is_no_hindrance(make_run: MakeRun, monkeypa
     assert list(read(Path(config.output_dir))) == ["run.yaml"]
 
 
-def test_a_mistake_leaves_the_earlier_run_where_it_is(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_setting_does_not_move_the_earlier_run(make_task_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("VERL_FILE_LOGGER_PATH", "VERL_PLATFORM", "OMP_NUM_THREADS", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"):
         monkeypatch.setenv(name, "cpu" if name == "VERL_PLATFORM" else "1")
     config = make_task_run(resume_mode="disable")

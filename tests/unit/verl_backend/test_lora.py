@@ -82,7 +82,7 @@ def plain_logits(model: PreTrainedModel, deltas: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["ema", "snapshot", "frozen", "trust-region", "live"])
-def test_the_teacher_computes_with_its_deltas_in_the_students_module(
+def test_teacher_applies_its_deltas_in_the_student_module(
     kind: str, build: Callable[..., tuple[Any, Teacher]], make_model: Callable[..., PreTrainedModel]
 ) -> None:
     student, teacher = build(kind, teacher_sync_steps=2)
@@ -106,7 +106,7 @@ def test_the_teacher_computes_with_its_deltas_in_the_students_module(
     assert (expected["student"] - expected["teacher"]).abs().max() > 0.1
 
 
-def test_shards_of_deltas_are_computed_one_at_a_time(
+def test_teacher_update_computes_one_delta_at_a_time(
     build: Callable[..., tuple[Any, Teacher]], count_peak: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sdpo.algorithm.ema.ENTRIES_AT_ONCE", 1)
@@ -118,7 +118,7 @@ def test_shards_of_deltas_are_computed_one_at_a_time(
     assert count_peak(lambda: teacher.update(student)) < 3.5 * max(sizes) < sum(sizes) / 2
 
 
-def test_an_error_in_the_teachers_pass_leaves_the_student_as_it_was(build: Callable[..., tuple[Any, Teacher]]) -> None:
+def test_student_is_unchanged_after_an_error_in_the_teacher_pass(build: Callable[..., tuple[Any, Teacher]]) -> None:
     student, teacher = build("ema")
     move(student, 0)
     before = logits_of(student)
@@ -171,8 +171,8 @@ def results(request: pytest.FixtureRequest, base: dict[str, Any], train_on_verl:
     cases = {
         "plain": {**base, "score_base": True},
         "offloaded": {**base, "engine": {"param_offload": True, "optimizer_offload": True}},
-        "kept gathered": {**base, "engine": {"reshard_after_forward": False}},
-        "checkpointed": {**base, "gradient_checkpointing": True},
+        "not resharded": {**base, "engine": {"reshard_after_forward": False}},
+        "gradient checkpointing": {**base, "gradient_checkpointing": True},
         "half precision": {**base, "engine": {"model_dtype": "bf16", "mixed_precision": BFLOAT16}},
         "unknown layer": {**base, "lora": {**base["lora"], "target_modules": ["query"]}, "may_fail": True},
     }
@@ -194,7 +194,7 @@ def merge(student: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-def test_adapters_alone_learn_and_begin_the_same_on_all_ranks(
+def test_only_adapters_train_and_every_row_is_initialized(
     results: dict[str, Any], make_model: Callable[..., PreTrainedModel]
 ) -> None:
     first, last = results["plain"]["students"]
@@ -209,7 +209,7 @@ def test_adapters_alone_learn_and_begin_the_same_on_all_ranks(
 
 
 @pytest.mark.slow
-def test_in_half_precision_adapters_deltas_and_moments_are_float32(results: dict[str, Any]) -> None:
+def test_adapters_and_deltas_are_float32_in_half_precision(results: dict[str, Any]) -> None:
     result = results["half precision"]
     for name, value in result["students"][-1].items():
         assert value.dtype == (torch.float32 if "lora_" in name else torch.bfloat16), name
@@ -222,7 +222,7 @@ def test_in_half_precision_adapters_deltas_and_moments_are_float32(results: dict
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "half precision"])
-def test_the_teacher_has_no_weights_but_its_deltas(
+def test_teacher_stores_only_its_deltas(
     name: str, results: dict[str, Any], make_model: Callable[..., PreTrainedModel]
 ) -> None:
     model, ranks = make_model(), results["num_ranks"]
@@ -239,7 +239,7 @@ def test_the_teacher_has_no_weights_but_its_deltas(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "half precision", "offloaded"])
-def test_the_sampler_gets_merged_weights_and_the_base_stays(name: str, results: dict[str, Any]) -> None:
+def test_weight_sync_sends_merged_weights_and_does_not_change_the_student(name: str, results: dict[str, Any]) -> None:
     result = results[name]
     student = result["students"][-1]
     merged = merge(student)
@@ -255,8 +255,8 @@ def test_the_sampler_gets_merged_weights_and_the_base_stays(name: str, results: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["offloaded", "kept gathered", "checkpointed"])
-def test_where_weights_and_activations_are_kept_changes_nothing(name: str, results: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", ["offloaded", "not resharded", "gradient checkpointing"])
+def test_offloading_resharding_and_recomputation_do_not_change_weights(name: str, results: dict[str, Any]) -> None:
     for step in range(2):
         for part in ("students", "teachers"):
             for weight, value in results["plain"][part][step].items():
@@ -264,20 +264,20 @@ def test_where_weights_and_activations_are_kept_changes_nothing(name: str, resul
 
 
 @pytest.mark.slow
-def test_without_adapters_the_policy_is_the_initial_model(results: dict[str, Any]) -> None:
-    """verl's reference policy of an actor with adapters."""
+def test_training_does_not_change_the_policy_without_adapters(results: dict[str, Any]) -> None:
+    """verl uses this policy as the reference policy of an actor with adapters."""
     first, second = (scores["log_probs"] for scores in results["plain"]["base_scores"])
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
 @pytest.mark.slow
-def test_a_layer_that_does_not_exist_is_named(results: dict[str, Any]) -> None:
+def test_unknown_target_module_is_reported(results: dict[str, Any]) -> None:
     assert "lora.target_modules: 'query' is no linear layer" in results["unknown layer"]["error"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ema", "snapshot", "frozen"])
-def test_a_checkpoint_goes_on_as_if_it_had_not_stopped(
+def test_checkpoint_resumes_to_the_same_weights(
     kind: str, base: dict[str, Any], train_on_verl: TrainOnVerl, tmp_path: Path
 ) -> None:
     settings = {"teacher_regularization": kind, "teacher_sync_steps": 3}
@@ -298,7 +298,7 @@ def test_a_checkpoint_goes_on_as_if_it_had_not_stopped(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("teacher", ["ema", "trust-region", "live"])
-def test_the_output_layer_is_gathered_once_and_never_copied(
+def test_no_tensor_is_larger_than_the_output_layer(
     teacher: str,
     base: dict[str, Any],
     make_model: Callable[..., PreTrainedModel],

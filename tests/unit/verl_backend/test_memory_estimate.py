@@ -1,4 +1,4 @@
-"""Memory of a run on verl against figures computed by hand for Qwen2.5-VL-3B."""
+"""Memory of a run on verl against sizes computed by hand for Qwen2.5-VL-3B."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def estimate(make_run: Callable[..., SDPOConfig]) -> Callable[..., Any]:
     return estimate
 
 
-def test_the_last_number_of_gpus_counts() -> None:
+def test_last_override_of_the_number_of_gpus_applies() -> None:
     assert read_gpus([]) == {
         "trainer.nnodes": 1,
         "trainer.n_gpus_per_node": 1,
@@ -45,7 +45,7 @@ def test_the_last_number_of_gpus_counts() -> None:
     ("dtype", "teacher", "student_size", "teacher_size"),
     [("float32", "ema", 4, 4), ("bfloat16", "ema", 2, 4), ("bfloat16", "frozen", 2, 2), ("float32", "live", 4, 0)],
 )
-def test_what_is_sharded(
+def test_weights_gradients_and_moments_are_sharded(
     estimate: Callable[..., Any], dtype: str, teacher: str, student_size: int, teacher_size: int
 ) -> None:
     cost = estimate(
@@ -62,8 +62,8 @@ def test_what_is_sharded(
 
 
 @pytest.mark.parametrize(("teacher", "size"), [("ema", 4), ("snapshot", 4), ("frozen", 0), ("live", 0)])
-def test_with_lora_the_teacher_is_its_deltas(estimate: Callable[..., Any], teacher: str, size: int) -> None:
-    """By hand: 36 layers of 2048 with two heads of 128 for keys and values, and 11008 in between; rank 8."""
+def test_lora_memory_matches_hand_computed_sizes(estimate: Callable[..., Any], teacher: str, size: int) -> None:
+    """36 layers of hidden size 2048, two key-value heads of size 128, intermediate size 11008, rank 8."""
     adapted = 36 * (2 * 2048 * 2048 + 2 * 2048 * 256 + 3 * 2048 * 11_008)
     adapters = 36 * 8 * (2 * (2048 + 2048) + 2 * (2048 + 256) + 3 * (2048 + 11_008))
     settings = {"model__dtype": "bfloat16", "self_distillation__teacher_regularization": teacher}
@@ -84,45 +84,45 @@ def test_with_lora_the_teacher_is_its_deltas(estimate: Callable[..., Any], teach
     assert saved == head * (4 + 2 + 2 * (teacher != "live"))
 
 
-def test_what_is_gathered_is_as_large_on_every_gpu(estimate: Callable[..., Any]) -> None:
+def test_gathered_weights_do_not_depend_on_the_number_of_gpus(estimate: Callable[..., Any]) -> None:
     one, eight = (
         estimate(f"trainer.n_gpus_per_node={n}", model__dtype="float32", actor__autocast=True) for n in (1, 8)
     )
     name = "gathered weights and gradients"
-    # The largest layer is the language model's, embeddings included; weights are bfloat16, gradients float32 too.
+    # The largest layer is in the language model, embeddings included. Weights are bfloat16; gradients also float32.
     layer = (PARAMS - TOWER) // 36
     assert one.training[name] == (2 * OUTSIDE + 2 * layer) * 2 + (OUTSIDE + 2 * layer) * 6
     assert one.training[name] == eight.training[name]
     assert one.phases["micro-batch"] == eight.phases["micro-batch"]
 
 
-def test_the_update_makes_two_tensors_of_the_largest_parameters_size(estimate: Callable[..., Any]) -> None:
+def test_optimizer_step_allocates_twice_the_largest_parameter(estimate: Callable[..., Any]) -> None:
     embeddings = 151_936 * 2048
     assert estimate().phases["optimizer step"] == {"temporary tensors": 2 * 4 * embeddings}
     shards = estimate("trainer.n_gpus_per_node=8").phases["optimizer step"]
     assert shards == {"temporary tensors": embeddings}
 
 
-def test_weights_on_their_way_take_buckets_on_both_sides(estimate: Callable[..., Any]) -> None:
+def test_weight_sync_buffers_are_counted_on_actor_and_sampler(estimate: Callable[..., Any]) -> None:
     cost = estimate()
     assert BUCKET == 2 * GIB
     assert cost.persistent["weight sync buffers"] == 2 * BUCKET, "cupy's pool keeps them"
     assert cost.sampler["weight sync buffers"] == 3 * BUCKET, "NCCL's two, and one to vLLM's process"
 
 
-def test_a_frozen_tower_has_no_gradients_and_no_moments(estimate: Callable[..., Any]) -> None:
+def test_frozen_vision_tower_has_no_gradients_and_no_moments(estimate: Callable[..., Any]) -> None:
     cost = estimate(actor__freeze_vision_tower=True)
     assert cost.persistent["student"] == cost.persistent["teacher"] == 4 * PARAMS
     assert cost.training["gradients"] == 4 * (PARAMS - TOWER)
     assert cost.persistent["AdamW's moments"] == 8 * (PARAMS - TOWER)
 
 
-def test_moments_of_8_bits_have_a_scale_for_every_256(estimate: Callable[..., Any]) -> None:
+def test_8_bit_moments_have_a_scale_per_256_entries(estimate: Callable[..., Any]) -> None:
     cost = estimate(optim__name="adamw_8bit")
     assert cost.persistent["AdamW's moments"] == 2 * (PARAMS + 4 * (PARAMS // 256))
 
 
-def test_sequences_are_shared_out_and_heads_are_cut(estimate: Callable[..., Any]) -> None:
+def test_gpus_divide_sequences_and_tensor_parallelism_divides_heads(estimate: Callable[..., Any]) -> None:
     settings: dict[str, Any] = {"data__train_batch_size": 32, "rollout__n": 8, "data__max_prompt_length": 24}
     cost = estimate("rollout.n_gpus_per_node=4", **settings)
     assert cost.sampler["weights"] == PARAMS * 2
@@ -135,7 +135,7 @@ def test_sequences_are_shared_out_and_heads_are_cut(estimate: Callable[..., Any]
     assert parallel.sampler["key-value cache"] == 128 * 32 * 36_864 // 2
 
 
-def test_taking_turns_the_gpus_that_train_sample(estimate: Callable[..., Any]) -> None:
+def test_colocated_sampler_uses_the_training_gpus(estimate: Callable[..., Any]) -> None:
     cost = estimate("trainer.n_gpus_per_node=4", max_staleness=0)
     assert cost.colocated and cost.num_sampler_gpus == 4
     assert cost.sampler == {"vLLM's fraction of an 80 GB GPU": int(0.5 * GPU_OF_80_GB), "weight sync buffers": BUCKET}
@@ -147,7 +147,7 @@ def test_taking_turns_the_gpus_that_train_sample(estimate: Callable[..., Any]) -
     ), "vLLM sleeps while it learns, and gradients are gone while it samples"
 
 
-def test_the_last_share_of_vllm_counts() -> None:
+def test_last_override_of_gpu_memory_utilization_applies() -> None:
     key = "actor_rollout_ref.rollout.gpu_memory_utilization"
     assert read_utilization([]) == 0.5
     assert read_utilization([f"{key}=0.7", f"++{key}=0.3", f"x.{key}=0.9", f"{key}=${{oc.env:N}}"]) == 0.3
@@ -161,7 +161,7 @@ def test_the_last_share_of_vllm_counts() -> None:
         ({"alpha": 0.5, "teacher_regularization": "live"}, 0),
     ],
 )
-def test_logits_take_chunks_and_the_output_layer(
+def test_logits_memory_consists_of_chunks_and_output_layers(
     settings: dict[str, Any], heads: int, estimate: Callable[..., Any]
 ) -> None:
     cost = estimate(
@@ -175,7 +175,7 @@ def test_logits_take_chunks_and_the_output_layer(
         self_distillation__max_reprompt_len=2816,
         **{f"self_distillation__{name}": value for name, value in settings.items()},
     )
-    # The gradient of the output layer in float32 and once more in bfloat16, and the teacher's.
+    # The output layer's gradient in float32 and in bfloat16, and the teacher's output layer.
     chunks = 350_000_000 + 10 * 60_000_000 + 151_936 * 2048 * (4 + 2 + 2 * heads)
     # At most 3072 response tokens of the student and 6144 tokens of the teacher.
     assert cost.phases["micro-batch"]["logits"] == chunks + 2048 * (3072 * 4 * 2 + 6144 * 2)
@@ -183,7 +183,7 @@ def test_logits_take_chunks_and_the_output_layer(
     assert cost.phases["old log-probabilities"]["logits"] == 280_000_000 + 10 * 60_000_000 > 2048 * 151_936 * 2
 
 
-def test_any_token_of_the_student_may_be_an_images(estimate: Callable[..., Any]) -> None:
+def test_vision_tower_activations_scale_with_the_token_budget(estimate: Callable[..., Any]) -> None:
     one, two = (
         estimate(data__train_batch_size=64, rollout__n=8, actor__max_tokens_per_micro_batch=n).phases["micro-batch"]
         for n in (16384, 32768)

@@ -59,9 +59,7 @@ def compute_token_losses(logits: LinearHead) -> Tensor:
 
 @pytest.mark.parametrize("family", ["untied", "tied", "soft-cap", "scale"])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
-def test_loss_and_gradients_are_those_of_the_models_own_logits(
-    family: str, packed: bool, make_model: MakeModel
-) -> None:
+def test_loss_and_gradients_match_the_model_s_logits(family: str, packed: bool, make_model: MakeModel) -> None:
     model = build(family, make_model)
     if packed:
         ids = IDS[MASK.bool()][None]
@@ -81,7 +79,9 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(
 
 
 @pytest.mark.parametrize("family", ["untied", "soft-cap", "scale"])
-def test_log_probs_and_entropies_in_chunks(family: str, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_log_probs_and_entropies_match_the_model_s_logits(
+    family: str, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = build(family, make_model)
     inputs = {"input_ids": IDS, "attention_mask": MASK}
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_log_probs_and_entropies_in_chunks(family: str, make_model: MakeModel, m
     torch.testing.assert_close(entropies, -(distribution.exp() * distribution).sum(-1), rtol=0, atol=1e-5)
 
 
-def test_only_the_rows_asked_for_reach_the_computation(make_model: MakeModel) -> None:
+def test_computation_receives_only_the_selected_rows(make_model: MakeModel) -> None:
     model, inputs = make_model(), {"input_ids": IDS, "attention_mask": MASK}
     hidden = model.model(**inputs).last_hidden_state[MASK.bool()]
     rows = torch.tensor([5, 1, 1])
@@ -112,7 +112,7 @@ def scale_twice(model: Any) -> None:
     model.forward = scaled
 
 
-def give_another_head(model: Any) -> None:
+def replace_head(model: Any) -> None:
     model.lm_head = nn.Bilinear(16, 16, 12)
 
 
@@ -120,10 +120,10 @@ def give_another_head(model: Any) -> None:
     ("change", "message"),
     [
         (scale_twice, "Qwen2ForCausalLM transforms its logits .* does not support"),
-        (give_another_head, "is not a plain linear layer"),
+        (replace_head, "is not a plain linear layer"),
     ],
 )
-def test_a_model_that_is_not_understood_is_refused(
+def test_unsupported_output_layer_is_refused(
     change: Callable[[Any], None], message: str, make_model: MakeModel
 ) -> None:
     model = make_model()

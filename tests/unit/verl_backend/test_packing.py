@@ -23,12 +23,13 @@ from sdpo.verl_backend.worker.packing import (
     pack_tokens,
 )
 
-# Two rollouts. The first: two sampled tokens, three of a tool, two sampled; the second: two sampled.
+# Two rollouts. The first has two sampled tokens, three tokens of a tool and two sampled tokens.
+# The second has two sampled tokens.
 PROMPTS = [[3, 4, 5], [6]]
 RESPONSES = [[10, 11, 20, 21, 22, 12, 13], [14, 15]]
 MASKS = [[1, 1, 0, 0, 0, 1, 1], [1, 1]]
 TEACHERS = [[7, 8], [9, 8, 7, 6]]
-WEIGHTS = torch.tensor([0.1, 0.3], dtype=torch.float64)  # of a token of each
+WEIGHTS = torch.tensor([0.1, 0.3], dtype=torch.float64)  # of each token, by rollout
 
 
 def make_batch(responses: list[list[int]], masks: list[list[int]], masked: float = 0.0) -> TensorDict:
@@ -62,8 +63,8 @@ def make_batch(responses: list[list[int]], masks: list[list[int]], masked: float
     return left_right_2_no_padding(TensorDict(fields, batch_size=2))
 
 
-def test_rows_by_hand() -> None:
-    """The student's packed rows are those of prompt and response, sequence by sequence: 3 + 7 and 1 + 2 tokens."""
+def test_packed_rows_match_hand_computed_rows() -> None:
+    """The student's packed row has prompt and response of each sequence: 3 + 7 and 1 + 2 tokens."""
     packed = pack_tokens(make_batch(RESPONSES, MASKS))
     # A row predicts the next token; the tool's tokens are rows 5, 6, 7 of the first sequence.
     assert packed.rows.tolist() == [2, 3, 7, 8, 10, 11]
@@ -107,7 +108,7 @@ def compute(batch: TensorDict, student: PreTrainedModel, teacher: PreTrainedMode
     return outputs, list(torch.autograd.grad(outputs.loss, list(student.parameters())))
 
 
-def test_the_loss_is_that_of_the_sampled_tokens_after_all_that_was_read(
+def test_loss_and_gradients_match_dense_logits_at_sampled_tokens(
     student: PreTrainedModel, teacher: PreTrainedModel
 ) -> None:
     expected = torch.zeros((), dtype=torch.float64)
@@ -126,7 +127,7 @@ def test_the_loss_is_that_of_the_sampled_tokens_after_all_that_was_read(
         torch.testing.assert_close(gradient, wanted, rtol=1e-9, atol=1e-12)
 
 
-def test_what_stands_at_a_tools_tokens_is_not_read_but_the_tokens_are(
+def test_tool_tokens_are_context_and_their_values_are_ignored(
     student: PreTrainedModel, teacher: PreTrainedModel
 ) -> None:
     plain, gradients = compute(make_batch(RESPONSES, MASKS), student, teacher)

@@ -52,15 +52,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "snapshot": {"teacher_regularization": "snapshot", "teacher_sync_steps": 1},
 }
 SNAPSHOT = {"self_distillation__teacher_sync_steps": 1}
-# Settings of actor and rollout, with their names on verl.
+# Settings of actor and rollout.
 WAYS: dict[str, dict[str, Any]] = {
     "two mini-batches": {"actor__mini_batch_size": 2},
     "mean of sequences": {"actor__loss_agg_mode": "seq-mean-token-mean"},
     "norm by horizon": {"actor__loss_agg_mode": "seq-mean-token-sum-norm"},
     "temperature": {"rollout__temperature": 0.7},
     "no rollout weights": {"rollout_correction__rollout_is": "none"},
-    # With GRPO every token has a gradient at the first step; the KL's alone is rounding there, and AdamW's step is not.
-    "KL to the initial model": {"actor__kl_loss_coef": 0.4, "self_distillation__policy_loss_weight": 0.3},
+    # With GRPO, every token has a gradient at the first step. The gradient of the KL alone is rounding error there,
+    # which AdamW turns into full steps.
+    "KL to the reference model": {"actor__kl_loss_coef": 0.4, "self_distillation__policy_loss_weight": 0.3},
     "KL and entropy, mean of sequences": {
         "actor__kl_loss_coef": 0.4,
         "actor__kl_loss_type": "k1+",
@@ -165,7 +166,7 @@ def build_student(model: PreTrainedModel, run: SDPOConfig) -> PreTrainedModel:
 
 
 def describe_lora(lora: LoraConfig) -> dict[str, Any]:
-    """Return verl's settings of the run."""
+    """Return the run's LoRA settings on verl."""
     if not lora.rank:
         return {}
     return {
@@ -224,7 +225,8 @@ def on_verl(
     model_dirs: dict[str, Path],
 ) -> dict[str, Any]:
     cases = {}
-    # verl cuts a batch into ranks first and each rank's share into mini-batches then: sample i of ours goes there.
+    # verl splits a batch by rank first and each rank's part into mini-batches second. This order of the samples gives
+    # both backends the same mini-batches.
     halves = [[0, 1, 4, 5], [2, 3, 6, 7]] if request.param == 2 else [list(range(PROMPTS * N))]
     order = [i for half in halves for i in half]
     for number, (name, result) in enumerate(native.items()):
@@ -246,7 +248,7 @@ def on_verl(
             "mini_batch_size": (run.actor.mini_batch_size or PROMPTS) * N,
             "loss_agg_mode": run.actor.loss_agg_mode,
             "horizon": run.rollout.max_response_length,
-            # Packed and padded rows, and both ways to cut micro-batches, in turn.
+            # Alternate packed and padded rows, and both ways to form micro-batches.
             "use_remove_padding": number % 2 == 0,
             "max_tokens": None if number % 3 == 0 else 60,
             "micro_batch_size": 2,
@@ -263,7 +265,7 @@ def on_verl(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", all_runs())
-def test_a_step_is_the_same_on_both_backends(
+def test_both_backends_take_the_same_steps(
     name: str,
     on_verl: dict[str, Any],
     native: dict[str, dict[str, Any]],
@@ -276,7 +278,7 @@ def test_a_step_is_the_same_on_both_backends(
             assert mean == pytest.approx(values[metric], rel=1e-4, abs=1e-7), (step, metric)
         for metric in values.keys() & verl_values.keys() - {metrics.LR}:
             mean = sum(verl_values[metric]) / len(verl_values[metric])
-            # Differences of log-probabilities, by weights that AdamW has moved apart by rounding after the first step.
+            # After the first step, AdamW's rounding makes weights and log-probabilities differ.
             assert mean == pytest.approx(values[metric], rel=1e-4, abs=1e-5 if step else 1e-6), (step, metric)
     for weights, expected in ((theirs["students"][-1], ours["student"]), (theirs["teacher"], ours["teacher"])):
         assert weights.keys() == expected.keys()
@@ -286,17 +288,17 @@ def test_a_step_is_the_same_on_both_backends(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", all_runs())
-def test_old_log_probs_are_the_same_on_both_backends(
+def test_old_log_probs_are_equal_on_both_backends(
     name: str, on_verl: dict[str, Any], native: dict[str, dict[str, Any]]
 ) -> None:
     for scores, old in zip(on_verl[name]["scores"], native[name]["old"], strict=True):
-        mine = [0, 1, 4, 5] if len(scores["log_probs"]) < len(old) else range(len(old))  # of the first of two ranks
+        mine = [0, 1, 4, 5] if len(scores["log_probs"]) < len(old) else range(len(old))  # of rank 0 of two
         for log_probs, i in zip(scores["log_probs"], mine, strict=True):
             torch.testing.assert_close(log_probs, old[i], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
-def test_the_teacher_moves_by_the_formula_of_the_average(on_verl: dict[str, Any]) -> None:
+def test_teacher_is_the_exponential_moving_average_of_the_student(on_verl: dict[str, Any]) -> None:
     result = on_verl["JSD"]
     for name, teacher in result["teacher_before"].items():
         for student in result["students"]:
@@ -306,8 +308,8 @@ def test_the_teacher_moves_by_the_formula_of_the_average(on_verl: dict[str, Any]
 
 
 @pytest.mark.slow
-def test_with_adapters_it_is_their_product_that_is_averaged(on_verl: dict[str, Any]) -> None:
-    """The deltas follow A and B of each step, in float64; sharded on two ranks."""
+def test_lora_teacher_averages_the_products_of_the_adapters(on_verl: dict[str, Any]) -> None:
+    """Each delta is the moving average of s B A; two ranks shard the deltas."""
     result = on_verl["LoRA"]
     assert len(result["teacher"]) == 14
     for name, before in result["teacher_before"].items():
@@ -317,5 +319,5 @@ def test_with_adapters_it_is_their_product_that_is_averaged(on_verl: dict[str, A
             a, b = (student[f"{name.removesuffix('.weight')}.lora_{part}.default.weight"].double() for part in "AB")
             expected = 0.95 * expected + 0.05 * (6 / 4) * b @ a
             torch.testing.assert_close(teacher[name].double(), expected, rtol=1e-6, atol=1e-8)
-        # A tenth and more of what the student adds: averages of A and of B that begin at zero would come to 0.5%.
+        # More than 9% of the student's product. Separate averages of A and B that start at zero would give 0.5%.
         assert float(expected.abs().max()) > 0.09 * float((6 / 4 * b @ a).abs().max())

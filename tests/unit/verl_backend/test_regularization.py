@@ -11,7 +11,7 @@ from sdpo.config.actor import KL_LOSS_TYPES
 
 
 @pytest.mark.parametrize("kind", KL_LOSS_TYPES)
-def test_the_estimates_are_verls(kind: str) -> None:
+def test_kl_estimates_and_gradients_equal_verl_s(kind: str) -> None:
     generator = torch.Generator().manual_seed(0)
     reference = -torch.rand(200, generator=generator, dtype=torch.float64) * 30
     results = []

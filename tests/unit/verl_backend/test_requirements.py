@@ -27,7 +27,7 @@ EVERYTHING = {"vllm", "cupy", "torch"}
 
 @pytest.fixture
 def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Callable[..., None]:
-    """Checks a run on a machine with this many GPUs and these packages."""
+    """Return a function that checks a run on a machine with this many GPUs and these packages."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(requirements, "read_ray_address", lambda: None)
     for name in ("train", "test"):
@@ -55,7 +55,9 @@ def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Callable[..., None]
         ("sdpo_trainer", 2, (f"{OPTIM}.optimizer_impl=torchao.optim",)),
     ],
 )
-def test_what_can_run(check: Callable[..., None], name: str, num_gpus: int, overrides: tuple[str, ...]) -> None:
+def test_sufficient_machine_is_accepted(
+    check: Callable[..., None], name: str, num_gpus: int, overrides: tuple[str, ...]
+) -> None:
     check(*overrides, name=name, num_gpus=num_gpus)
 
 
@@ -76,14 +78,14 @@ def test_what_can_run(check: Callable[..., None], name: str, num_gpus: int, over
         ),
     ],
 )
-def test_what_is_missing_is_named(check: Callable[..., None], wrong: dict[str, Any], message: str) -> None:
+def test_missing_requirement_is_reported(check: Callable[..., None], wrong: dict[str, Any], message: str) -> None:
     settings = dict(wrong)
     with pytest.raises(SDPOError, match=message):
         check(*settings.pop("overrides", ()), **settings)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_a_missing_optimizer_has_one_message_on_both_backends(
+def test_missing_optimizer_package_has_the_same_message_on_both_backends(
     device: str, check: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
@@ -104,11 +106,11 @@ def test_a_missing_optimizer_has_one_message_on_both_backends(
     )
 
 
-def test_taking_turns_needs_no_cupy(check: Callable[..., None]) -> None:
+def test_sync_trainer_needs_no_cupy(check: Callable[..., None]) -> None:
     check(name="sdpo_sync", num_gpus=1, without="cupy")
 
 
-def test_the_devices_of_a_cluster_are_not_counted_here(
+def test_local_gpus_are_not_counted_with_a_ray_cluster(
     check: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as cluster:
@@ -124,13 +126,13 @@ def test_the_devices_of_a_cluster_are_not_counted_here(
     check("trainer.nnodes=2", num_gpus=0)
 
 
-def test_the_cpu_needs_nothing(check: Callable[..., None]) -> None:
+def test_cpu_run_needs_no_gpu_and_no_vllm(check: Callable[..., None]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VERL_PLATFORM", "cpu")
         check("trainer.device=cpu", num_gpus=0, without="vllm")
 
 
-def test_a_model_whose_heads_vllm_mistakes_is_named() -> None:
+def test_head_size_that_vllm_misreads_is_refused() -> None:
     heads = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32}
     with pytest.raises(SDPOError, match=r"head_dim=32 is not hidden_size / num_attention_heads = 64 / 4"):
         check_head_size(Qwen2Config(**heads), "model")
@@ -139,7 +141,7 @@ def test_a_model_whose_heads_vllm_mistakes_is_named() -> None:
     check_head_size(Qwen3Config(**heads), "model")  # reads head_dim
 
 
-def test_vllm_reads_the_models_of_the_offline_tasks() -> None:
+def test_vllm_supports_the_head_sizes_of_the_toy_models() -> None:
     for model in (
         hidden_rule.build_model(len(hidden_rule.build_tokenizer())),
         figures.build_model(figures.build_tokenizer()),

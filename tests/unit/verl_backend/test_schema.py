@@ -53,7 +53,7 @@ def compose(files: list[str]) -> Callable[..., DictConfig]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_defaults_are_those_of_the_dataclass(name: str, compose: Callable[..., DictConfig]) -> None:
+def test_defaults_equal_the_dataclasses(name: str, compose: Callable[..., DictConfig]) -> None:
     config = compose(name=name)
     assert read_self_distillation(config.actor_rollout_ref.actor) == SelfDistillationConfig()
     assert read_health(config) == HealthConfig()
@@ -65,7 +65,7 @@ def test_the_defaults_are_those_of_the_dataclass(name: str, compose: Callable[..
     assert config.data.filter_unreadable_images == DataConfig(task="x").filter_unreadable_images
 
 
-def test_every_setting_arrives(compose: Callable[..., DictConfig]) -> None:
+def test_overrides_reach_the_self_distillation_settings(compose: Callable[..., DictConfig]) -> None:
     given = {
         "full_logit_distillation": "false",
         "alpha": "1.0",
@@ -88,7 +88,7 @@ def test_every_setting_arrives(compose: Callable[..., DictConfig]) -> None:
     assert not settings.full_logit_distillation and settings.teacher_regularization == "trust-region"
 
 
-def test_another_loss_is_verls_own(compose: Callable[..., DictConfig]) -> None:
+def test_other_loss_modes_have_no_self_distillation_settings(compose: Callable[..., DictConfig]) -> None:
     config = compose(f"{ACTOR}.policy_loss.loss_mode=vanilla", f"{ACTOR}.use_kl_loss=true")
     assert read_self_distillation(config.actor_rollout_ref.actor) is None
 
@@ -162,7 +162,7 @@ def test_another_loss_is_verls_own(compose: Callable[..., DictConfig]) -> None:
         ("trainer.n_gpus_per_node=3", "must be a multiple of the 3 training GPUs"),
     ],
 )
-def test_a_mistake_is_one_line_that_names_it(override: str, message: str, compose: Callable[..., DictConfig]) -> None:
+def test_invalid_setting_is_a_one_line_error(override: str, message: str, compose: Callable[..., DictConfig]) -> None:
     with pytest.raises(SDPOError) as caught:
         compose(*override.split())
     assert message in str(caught.value)
@@ -188,7 +188,7 @@ def add(a: int, b: int) -> str:
 
 @pytest.fixture
 def tool_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A file in the working folder, given by its name alone."""
+    """Return the relative path of a file with tools in the working folder."""
     (tmp_path / "tools.py").write_text(TOOL)
     monkeypatch.chdir(tmp_path)
     FUNCTION_TOOL_REGISTRY.clear()
@@ -196,7 +196,7 @@ def tool_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_tools_choose_the_agent_loop(name: str, compose: Callable[..., DictConfig], tool_file: str) -> None:
+def test_tools_select_the_agent_loop(name: str, compose: Callable[..., DictConfig], tool_file: str) -> None:
     config = compose(f"{TURNS}.enable=true", f"{TURNS}.function_tool_path={tool_file}", name=name)
     rollout = config.actor_rollout_ref.rollout
     assert rollout.agent.default_agent_loop == "sdpo_tools"
@@ -224,7 +224,7 @@ def test_tools_choose_the_agent_loop(name: str, compose: Callable[..., DictConfi
         (f"{TURNS}.enable=true {TURNS}.function_tool_path=empty.py", f"{TURNS}: the files define no tool"),
     ],
 )
-def test_tools_that_cannot_be_used_are_one_line(
+def test_invalid_tool_setting_is_a_one_line_error(
     override: str, message: str, compose: Callable[..., DictConfig], tool_file: str
 ) -> None:
     Path("broken.py").write_text("1 / 0")
@@ -245,7 +245,7 @@ def test_tools_that_cannot_be_used_are_one_line(
         ("text", f"{LORA} {MODEL}.target_modules=[lm_head]", "model.target_modules: 'lm_head' is no linear layer of"),
     ],
 )
-def test_a_model_that_cannot_be_trained_is_refused_before_ray(
+def test_unsupported_model_is_a_one_line_error(
     family: str,
     override: str,
     message: str,
@@ -266,25 +266,25 @@ def test_a_model_that_cannot_be_trained_is_refused_before_ray(
     assert "\n" not in str(caught.value)
 
 
-def test_a_truncated_sampler_has_its_weights_and_an_untruncated_one_may_be_the_old_policy(
+def test_top_p_and_bypass_mode_are_accepted_separately(
     compose: Callable[..., DictConfig],
 ) -> None:
     compose("actor_rollout_ref.rollout.top_p=0.9")
     compose("algorithm.rollout_correction.bypass_mode=true", "algorithm.rollout_correction.rollout_is=null")
 
 
-def test_the_fraction_of_failed_rewards_has_one_default(compose: Callable[..., DictConfig]) -> None:
+def test_max_failure_fraction_has_the_native_default(compose: Callable[..., DictConfig]) -> None:
     assert compose().data.max_failure_fraction == RewardConfig.max_failure_fraction
 
 
-def test_kl_and_entropy_are_verls_own_settings(compose: Callable[..., DictConfig]) -> None:
+def test_kl_and_entropy_terms_are_read_from_verl_s_settings(compose: Callable[..., DictConfig]) -> None:
     plain, terms = compose(), compose(f"{ACTOR}.use_kl_loss=true", f"{ACTOR}.entropy_coeff=0.01")
     assert read_regularization(plain.actor_rollout_ref.actor) == Regularization(None, "low_var_kl", 0.0)
     assert read_regularization(terms.actor_rollout_ref.actor) == Regularization(0.001, "low_var_kl", 0.01)
     assert not need_reference_policy(plain) and need_reference_policy(terms)
 
 
-def test_the_reference_model_computes_as_the_actor_does(compose: Callable[..., DictConfig]) -> None:
+def test_reference_model_has_the_precision_of_the_actor(compose: Callable[..., DictConfig]) -> None:
     names = ("model_dtype", "mixed_precision")
     key = f"++{ACTOR}.fsdp_config.mixed_precision.param_dtype=fp32"
     for overrides in ([], [f"{ACTOR}.fsdp_config.model_dtype=bf16"], [key]):
@@ -293,17 +293,19 @@ def test_the_reference_model_computes_as_the_actor_does(compose: Callable[..., D
             assert workers.ref.fsdp_config.get(name) == workers.actor.fsdp_config.get(name), (overrides, name)
 
 
-def test_the_clips_are_one_value_for_both_losses(compose: Callable[..., DictConfig]) -> None:
+def test_self_distillation_clip_ratio_sets_verl_s_clip_ratio(compose: Callable[..., DictConfig]) -> None:
     config = compose(f"{ACTOR}.self_distillation.clip_ratio_high=0.28")
     assert config.actor_rollout_ref.actor.clip_ratio_high == 0.28
 
 
-def test_every_setting_of_the_section_is_a_key_of_hydra(compose: Callable[..., DictConfig]) -> None:
+def test_hydra_section_has_every_self_distillation_setting(compose: Callable[..., DictConfig]) -> None:
     section = compose().actor_rollout_ref.actor.self_distillation
     assert set(section) == {f.name for f in dataclasses.fields(SelfDistillationConfig)}
 
 
-def test_the_command_line_refuses_and_helps(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_refuses_invalid_arguments_and_prints_help_and_config(
+    files: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SDPOError, match="not of the form key=value"):
         main(["train"])
     main(["--help"])
@@ -312,7 +314,7 @@ def test_the_command_line_refuses_and_helps(files: list[str], capsys: pytest.Cap
     assert "trainer_mode: sync" in capsys.readouterr().out
 
 
-def test_workers_of_a_running_cluster_get_this_process_s_variables(
+def test_environment_variables_are_forwarded_to_ray_workers(
     compose: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VERL_FILE_LOGGER_PATH", "/run/metrics.jsonl")
@@ -329,7 +331,7 @@ def test_workers_of_a_running_cluster_get_this_process_s_variables(
 
 
 @pytest.mark.slow
-def test_a_mistake_ends_with_exit_code_2_and_without_ray(tmp_path: Path) -> None:
+def test_invalid_setting_exits_with_code_2_before_ray_starts(tmp_path: Path) -> None:
     command: list[Any] = [
         sys.executable,
         "-m",
@@ -348,10 +350,10 @@ def test_a_mistake_ends_with_exit_code_2_and_without_ray(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("reason", ["score_collapse: it fell", None])
-def test_a_run_that_a_health_check_stopped_says_so_as_on_the_native_trainer(
+def test_stop_by_a_health_check_is_reported_on_stderr(
     reason: str | None, compose: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """With verl's own ``run_ppo``, which drops what the driver's run returns, and a class in place of Ray's."""
+    """verl's own ``run_ppo``, which discards the driver's result, with a mock of Ray's actor class."""
 
     class Driver:
         def __init__(self) -> None:

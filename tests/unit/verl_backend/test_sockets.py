@@ -21,7 +21,7 @@ sys.stdin.read()
 """
 
 
-def test_the_second_run_of_the_same_job_number_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_run_with_the_same_job_number_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     command = [sys.executable, "-c", OTHER, str(tmp_path), "01000000"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:

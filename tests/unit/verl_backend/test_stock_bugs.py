@@ -60,7 +60,7 @@ def fetch_third(trainer: Any) -> Any:
     return asyncio.run(trainer._async_gen_next_batch(iterator))
 
 
-def test_an_error_while_fetching_is_raised() -> None:
+def test_error_while_fetching_a_batch_is_raised() -> None:
     assert fetch_third(make_trainer(OneStepOffRayTrainer, BrokenLoader())) is None  # verl's behaviour
     with pytest.raises(RuntimeError, match="could not be fetched") as caught:
         fetch_third(make_trainer(SelfDistillationOneStepOffTrainer, BrokenLoader()))
@@ -68,7 +68,7 @@ def test_an_error_while_fetching_is_raised() -> None:
     assert "row 7" in str(caught.value.__cause__)
 
 
-def test_epochs_count_and_do_not_end_before_the_steps() -> None:
+def test_iterator_counts_epochs_beyond_total_epochs() -> None:
     trainer = make_trainer(SelfDistillationOneStepOffTrainer, [{}, {}, {}])
     trainer._first_epoch = 1  # a run resumed in its second epoch
     iterator = trainer._create_continuous_iterator()
@@ -77,8 +77,8 @@ def test_epochs_count_and_do_not_end_before_the_steps() -> None:
     assert len(list(stock._create_continuous_iterator())) == 6
 
 
-@pytest.mark.parametrize("marked", [False, True], ids=["", "marked as right"])
-@pytest.mark.parametrize("lengths", [(4, 4, 4), (2, 4, 3), (3,)], ids=["equal", "ragged", "alone"])
+@pytest.mark.parametrize("marked", [False, True], ids=["unmarked", "marked by verl"])
+@pytest.mark.parametrize("lengths", [(4, 4, 4), (2, 4, 3), (3,)], ids=["equal", "ragged", "single"])
 def test_position_ids_of_images_keep_their_shape(lengths: tuple[int, ...], marked: bool) -> None:
     size, prompt, response = len(lengths), 3, 1
     total = prompt + response
@@ -96,7 +96,7 @@ def test_position_ids_of_images_keep_their_shape(lengths: tuple[int, ...], marke
         )
     )
     if len(set(lengths)) == 1:
-        assert data["position_ids"]._ragged_idx == 1  # verl takes the four kinds of position for the sequence
+        assert data["position_ids"]._ragged_idx == 1  # verl takes axis 1, the kinds of positions, for the sequence
     if marked:
         tu.maybe_fix_3d_position_ids(data)  # as in verl's workers
         if lengths == (4, 4, 4):
@@ -110,7 +110,7 @@ def test_position_ids_of_images_keep_their_shape(lengths: tuple[int, ...], marke
         torch.testing.assert_close(part, row[:, -length:])
 
 
-def test_two_dimensional_position_ids_stay_as_they_are() -> None:
+def test_two_dimensional_position_ids_are_unchanged() -> None:
     parts = [torch.arange(3), torch.arange(3)]
     data = TensorDict({"position_ids": torch.nested.as_nested_tensor(parts, layout=torch.jagged)}, batch_size=2)
     before = data["position_ids"]
@@ -119,7 +119,7 @@ def test_two_dimensional_position_ids_stay_as_they_are() -> None:
     assert tu.get(data, "position_ids") is before
 
 
-def test_the_logger_of_separate_async_takes_flush() -> None:
+def test_logger_of_separate_async_ignores_flush() -> None:
     from verl.trainer.ppo.v1 import trainer_separate_async
 
     stock = trainer_separate_async.logger
@@ -128,7 +128,7 @@ def test_the_logger_of_separate_async_takes_flush() -> None:
     FlushIgnoringLogger(stock, {}).info("the same", flush=True)
 
 
-def test_an_installed_trl_without_the_value_head_does_no_harm(
+def test_monkey_patch_accepts_trl_without_the_value_head(
     monkeypatch: pytest.MonkeyPatch, make_model: Callable[..., PreTrainedModel]
 ) -> None:
     monkeypatch.setitem(sys.modules, "trl", ModuleType("trl"))
@@ -140,10 +140,10 @@ def test_an_installed_trl_without_the_value_head_does_no_harm(
     monkey_patch.apply_monkey_patch(make_model())
 
 
-def test_responses_are_cut_off_at_the_limit_and_not_at_the_longest_of_the_batch(
+def test_response_length_clip_ratio_is_relative_to_the_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Three responses of 2, 3 and 3 tokens, all shorter than the limit of 8; our metrics are computed once per step."""
+    """Responses of 2, 3 and 3 tokens are shorter than the limit of 8. The metrics are computed once per step."""
 
     def nested(values: float) -> torch.Tensor:
         return torch.nested.as_nested_tensor([torch.full((n,), values) for n in (2, 3, 3)], layout=torch.jagged)
@@ -186,8 +186,8 @@ def test_responses_are_cut_off_at_the_limit_and_not_at_the_longest_of_the_batch(
     assert checked == {name: ours[name] for name in checked} and metrics.RESPONSE_LENGTH_CLIP_RATIO in checked
 
 
-def test_a_checkpoint_is_removed_with_its_folder_and_after_a_resume_too(tmp_path: Path) -> None:
-    """Only the newest of three checkpoints stays; the first is from before the run was resumed."""
+def test_earlier_checkpoints_are_removed_completely_even_after_a_resume(tmp_path: Path) -> None:
+    """Only the newest of three checkpoints is kept; the first is from before the resume."""
     stock = object.__new__(BaseCheckpointManager)
     stock.previous_saved_paths = []
     for step in (1, 2, 3):

@@ -29,7 +29,7 @@ def make_rollout(text: str, score: float, *, uid: str = "a", feedback: str | Non
     return Rollout(uid, MESSAGES, token_ids, [1] * len(token_ids), score, feedback, "321")
 
 
-def test_a_peer_of_the_same_prompt_is_shown_and_nothing_where_there_is_none() -> None:
+def test_demonstration_is_a_successful_rollout_of_the_same_group() -> None:
     config = SelfDistillationConfig(demonstration_source="successful_rollout", weight_by_prompt_difficulty=True)
     rollouts = [make_rollout("77", 0.0), make_rollout("88", 1.0), make_rollout("99", 0.0, uid="b")]
     fields, values = TeacherBatchBuilder(config, TOKENIZER, None, seed=0, max_steps=1).build(rollouts, step=1)
@@ -42,7 +42,7 @@ def test_a_peer_of_the_same_prompt_is_shown_and_nothing_where_there_is_none() ->
     assert values[metrics.SUCCESS_GROUP_FRACTION] == 0.5
 
 
-def test_feedback_and_ground_truth_fit_into_the_window() -> None:
+def test_teacher_prompt_with_feedback_and_ground_truth_fits_the_window() -> None:
     config = SelfDistillationConfig(environment_feedback_only_without_solution=False)
     rollouts = [make_rollout("77", 0.0, feedback="Expected: 321"), make_rollout("321", 1.0, feedback="")]
     build = TeacherBatchBuilder(config, TOKENIZER, 60, seed=0, max_steps=1).build
@@ -53,7 +53,7 @@ def test_feedback_and_ground_truth_fit_into_the_window() -> None:
         assert 0 < length <= 60 - len(rollout.response_ids)
 
 
-def test_what_a_tool_said_is_not_demonstrated_but_takes_room() -> None:
+def test_tool_output_is_not_demonstrated_but_counts_towards_the_length() -> None:
     """Two turns of the policy with a tool's output between them."""
     parts = [
         ("7", 1),
@@ -78,7 +78,7 @@ def test_what_a_tool_said_is_not_demonstrated_but_takes_room() -> None:
     assert lengths[0] == len(expected or ()) and lengths[1] == 0
 
 
-def test_the_schedule_and_a_batch_that_distils_nothing() -> None:
+def test_distillation_coef_follows_the_schedule_without_distilled_samples() -> None:
     config = SelfDistillationConfig(
         demonstration_source="successful_rollout", distillation_coef_start=1.0, distillation_coef_end=0.0
     )
@@ -89,7 +89,7 @@ def test_the_schedule_and_a_batch_that_distils_nothing() -> None:
     assert fields[TEACHER_PROMPTS].shape == (2, 1)
 
 
-def test_grpo_alone_shows_nothing() -> None:
+def test_grpo_alone_has_no_teacher_prompts() -> None:
     fields, values = TeacherBatchBuilder(SelfDistillationConfig(policy_loss_weight=1.0), TOKENIZER, None, 0, 1).build(
         [make_rollout("77", 0.0)], step=1
     )
@@ -97,7 +97,7 @@ def test_grpo_alone_shows_nothing() -> None:
     assert metrics.REPROMPT_FRACTION not in values
 
 
-def test_which_peer_is_shown_follows_from_seed_and_step() -> None:
+def test_seed_and_step_determine_the_demonstration() -> None:
     config = SelfDistillationConfig(demonstration_source="successful_rollout")
     rollouts = [make_rollout(str(i), 1.0) for i in range(8)]
 
@@ -109,7 +109,7 @@ def test_which_peer_is_shown_follows_from_seed_and_step() -> None:
 
 
 @pytest.mark.parametrize("source", ["successful_rollout", "ground_truth"])
-def test_padding_and_failed_responses_teach_nothing_and_are_not_counted(source: str) -> None:
+def test_padding_and_failed_responses_are_neither_distilled_nor_counted(source: str) -> None:
     """Padding changes no metric and no other row."""
     config = SelfDistillationConfig(demonstration_source=source, weight_by_prompt_difficulty=True)  # type: ignore[arg-type]
     build = TeacherBatchBuilder(config, TOKENIZER, None, seed=0, max_steps=1).build
@@ -125,13 +125,13 @@ def test_padding_and_failed_responses_teach_nothing_and_are_not_counted(source: 
     assert fields[SAMPLE_WEIGHTS][[0, 2, 5]].tolist() == [0.0, 0.0, 0.0]
 
 
-def test_our_metrics_get_their_own_names_back() -> None:
+def test_prefix_that_verl_adds_to_metrics_is_removed() -> None:
     values = {"actor/self_distillation/loss": 1.0, "actor/grad_norm": 2.0, "actor/actor/entropy": 3.0}
     rename_metrics(values)
     assert values == {metrics.DISTILLATION_LOSS: 1.0, metrics.GRAD_NORM: 2.0, metrics.ENTROPY: 3.0}
 
 
-def test_a_task_of_ours_is_verls_reward_function() -> None:
+def test_verl_s_reward_function_scores_a_task() -> None:
     arguments = {"task": "hidden_rule", "task_args": '{"dir": "unused"}'}
     right = compute_score("hidden_rule", " 321", "321", {"index": 3}, **arguments)
     wrong = compute_score("hidden_rule", "77", "321", None, reward_router_address=None, **arguments)
@@ -140,7 +140,7 @@ def test_a_task_of_ours_is_verls_reward_function() -> None:
     assert math.isfinite(right["score"])
 
 
-def test_the_time_of_a_task_is_limited_in_a_thread_too(tmp_path: Path) -> None:
+def test_time_limit_of_a_task_applies_in_a_thread(tmp_path: Path) -> None:
     (tmp_path / "task.py").write_text(
         "import time\ndef compute_score(row, response):\n    time.sleep(float(response))\n    return 1.0"
     )

@@ -27,7 +27,7 @@ PARSER = OverridesParser.create()
 
 
 @given(st.text(st.characters(exclude_categories=("Cs", "Cc"), include_characters="\n\t")) | st.text('\\"a \n'))
-def test_any_text_survives_hydras_grammar(text: str) -> None:
+def test_hydra_parses_quoted_text_unchanged(text: str) -> None:
     (override,) = PARSER.parse_overrides([f"key={quote(text)}"])
     assert override.value() == text
 
@@ -36,7 +36,7 @@ def test_any_text_survives_hydras_grammar(text: str) -> None:
     "value",
     [None, True, False, 3, 1e-5, -2.5, [1, 0.5], ["a b", "c,d"], 'it\'s "so"', "a\\", "\\\\", 'a\\\\"b\\"', "\\\n", ""],
 )
-def test_values_survive_hydras_grammar(value: Any) -> None:
+def test_hydra_parses_quoted_values_unchanged(value: Any) -> None:
     (override,) = PARSER.parse_overrides([f"key={quote(value)}"])
     assert override.value() == value
 
@@ -50,7 +50,7 @@ def compose_run(hidden_rule_dir: Path) -> Callable[[SDPOConfig], Any]:
     return compose
 
 
-def test_a_run_says_the_same_on_verl(
+def test_translated_config_has_the_same_settings(
     make_task_run: Callable[..., SDPOConfig], compose_run: Callable[[SDPOConfig], Any], hidden_rule_dir: Path
 ) -> None:
     run = make_task_run(
@@ -132,7 +132,7 @@ def test_a_run_says_the_same_on_verl(
         ),
     ],
 )
-def test_the_optimizer_is_the_one_of_the_native_trainer(
+def test_optimizer_settings_are_translated(
     settings: dict[str, Any], expected: tuple[Any, ...], make_task_run: Callable[..., SDPOConfig], compose_run: Any
 ) -> None:
     config = compose_run(make_task_run(optim__lr=2e-5, **{"optim__betas": [0.8, 0.9], **settings}))
@@ -145,7 +145,7 @@ def test_the_optimizer_is_the_one_of_the_native_trainer(
 @pytest.mark.parametrize(
     ("window", "own", "expected"), [(None, None, 72), (64, None, 64), (999, None, 72), (64, 50, 50)]
 )
-def test_the_sampler_makes_room_for_the_longest_sequence_and_no_more(
+def test_max_model_len_is_the_longest_sequence_within_the_window(
     window: int | None,
     own: int | None,
     expected: int,
@@ -166,7 +166,7 @@ def test_the_sampler_makes_room_for_the_longest_sequence_and_no_more(
         LoraConfig(rank=8, alpha=16, target_modules=["q_proj"]),
     ],
 )
-def test_adapters_say_the_same_on_verl(
+def test_lora_settings_are_translated(
     lora: LoraConfig, make_task_run: Callable[..., SDPOConfig], compose_run: Callable[[SDPOConfig], Any]
 ) -> None:
     settings = {f"lora__{f.name}": getattr(lora, f.name) for f in fields(lora)}
@@ -175,14 +175,14 @@ def test_adapters_say_the_same_on_verl(
     assert model.lora.merge == (lora.rank > 0)
 
 
-def test_without_alpha_the_scale_is_two(
+def test_default_lora_scale_is_two(
     make_task_run: Callable[..., SDPOConfig], compose_run: Callable[[SDPOConfig], Any]
 ) -> None:
     model = compose_run(make_task_run(lora__rank=4)).actor_rollout_ref.model
     assert model.lora_alpha / model.lora_rank == 2
 
 
-def test_staleness_chooses_the_trainer(
+def test_max_staleness_0_selects_the_sync_trainer(
     make_task_run: Callable[..., SDPOConfig], compose_run: Callable[[SDPOConfig], Any]
 ) -> None:
     config = compose_run(make_task_run(max_staleness=0))
@@ -192,7 +192,7 @@ def test_staleness_chooses_the_trainer(
     assert config.actor_rollout_ref.rollout.val_kwargs.temperature == 0
 
 
-def test_what_verl_has_not_is_refused_or_named(make_task_run: Callable[..., SDPOConfig]) -> None:
+def test_unsupported_settings_are_refused_or_listed_as_unused(make_task_run: Callable[..., SDPOConfig]) -> None:
     with pytest.raises(SDPOError, match="verl does not have it"):
         to_verl_overrides(make_task_run(optim__lr_scheduler_type="linear"))
     run = make_task_run(actor__num_threads=2, eval__evaluate_teacher=False)
@@ -206,7 +206,7 @@ def test_what_verl_has_not_is_refused_or_named(make_task_run: Callable[..., SDPO
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_shipped_run_can_be_translated(path: Path) -> None:
+def test_every_shipped_config_file_is_translated(path: Path) -> None:
     command = build_command(to_verl_overrides(load_config(path)), "runs/x", ["trainer.nnodes=2"])
     assert command.arguments[-1] == "trainer.nnodes=2"
     assert str(command).startswith("VERL_FILE_LOGGER_PATH=") and "python -m sdpo.verl_backend.entrypoint.main" in str(
@@ -214,7 +214,7 @@ def test_every_shipped_run_can_be_translated(path: Path) -> None:
     )
 
 
-def test_what_verl_alone_has_comes_last_in_either_form(
+def test_verl_section_is_appended_and_takes_precedence(
     make_task_run: Callable[..., SDPOConfig], compose_run: Callable[[SDPOConfig], Any]
 ) -> None:
     alone = {
@@ -242,7 +242,7 @@ def test_what_verl_alone_has_comes_last_in_either_form(
     assert (limits.image, limits.names[0]["a b"], limits.none) == (2, 1.5, {})
 
 
-def test_a_key_that_verl_has_not_is_refused_as_on_the_command_line(
+def test_unknown_key_of_the_verl_section_is_refused(
     make_task_run: Callable[..., SDPOConfig], compose_run: Callable[[SDPOConfig], Any]
 ) -> None:
     with pytest.raises(SDPOError, match=r"nodes_of_gpus") as caught:
@@ -250,7 +250,7 @@ def test_a_key_that_verl_has_not_is_refused_as_on_the_command_line(
     assert "\n" not in str(caught.value)
 
 
-def test_the_command_line_wins_over_the_file(make_task_run: Callable[..., SDPOConfig]) -> None:
+def test_command_line_overrides_are_last(make_task_run: Callable[..., SDPOConfig]) -> None:
     translated = to_verl_overrides(make_task_run(verl={"trainer.nnodes": 2}))
     arguments = build_command(translated, "runs/x", ["trainer.nnodes=3"]).arguments
     assert [a for a in arguments if a.startswith("trainer.nnodes=")] == ["trainer.nnodes=2", "trainer.nnodes=3"]

@@ -66,7 +66,7 @@ class SDPOConfig:
 
 
 @pytest.mark.parametrize("test_freq", [1, 3])
-def test_an_evaluation_is_of_the_weights_after_the_update(test_freq: int) -> None:
+def test_evaluation_uses_the_updated_weights(test_freq: int) -> None:
     run = SDPOConfig(test_freq)
     asyncio.run(run.fit())
     assert sorted(run.rows) == [1, 2, 3, 4]
@@ -76,21 +76,21 @@ def test_an_evaluation_is_of_the_weights_after_the_update(test_freq: int) -> Non
     assert run.trainer.last_val_metrics == {"val": TOTAL}
 
 
-def test_the_batch_ahead_is_sampled_by_the_weights_that_its_step_began_with() -> None:
+def test_batch_ahead_is_sampled_with_the_weights_at_the_start_of_the_step() -> None:
     run = SDPOConfig(test_freq=1)
     asyncio.run(run.fit())
     assert run.batches == [(0, 0), (0, 0), (1, 1), (2, 2)]
 
 
-def test_without_evaluations_nothing_waits_for_the_batch_ahead() -> None:
+def test_last_update_is_not_synced_without_evaluations() -> None:
     run = SDPOConfig(test_freq=-1)
     asyncio.run(run.fit())
     assert not any("val" in row for row in run.rows.values()) and run.sampler == TOTAL - 1
 
 
 @pytest.mark.parametrize("test_freq", [3, -1])
-def test_a_health_check_makes_its_step_the_last_one(test_freq: int) -> None:
-    """The score falls at step 2: this step is validated and saved, its metrics have the warning, and the run ends."""
+def test_run_ends_with_the_step_that_a_health_check_stops(test_freq: int) -> None:
+    """A health check fails at step 2: this step is saved and, if ``test_freq`` is positive, evaluated; the run ends."""
     run = SDPOConfig(test_freq)
     trainer, saved = run.trainer, list[int]()
     trainer.config.data = {"max_response_length": 3}
@@ -127,8 +127,8 @@ def test_a_health_check_makes_its_step_the_last_one(test_freq: int) -> None:
     assert ["val" in row for row in run.rows.values()] == [False, test_freq > 0]
 
 
-def test_of_the_v1_trainers_too() -> None:
-    """verl's loop has marked another step as the last, so this step is saved and validated by frequency."""
+def test_v1_trainer_ends_with_the_current_step() -> None:
+    """verl's loop chooses its last step earlier, so a frequency of 1 saves and validates the current step."""
     trainer = object.__new__(SelfDistillationSyncTrainer)
     trainer.config = OmegaConf.create({"trainer": {"save_freq": 50, "test_freq": 10}})
     trainer.global_steps, trainer.total_training_steps = 7, 100

@@ -14,7 +14,7 @@ from sdpo.errors import SDPOError
 from sdpo.verl_backend.worker.vision_tower import compute_positions, find_distinct, freeze_vision_tower, share_images
 
 
-def test_images_are_the_same_only_if_all_of_them_is() -> None:
+def test_images_are_equal_only_if_all_pixels_and_the_grid_are_equal() -> None:
     first = torch.arange(8.0).reshape(4, 2)
     turned = first.flip(0)  # the same sum
     images = [first, turned, first.clone(), first.clone(), turned.clone()]
@@ -29,7 +29,7 @@ def verls_model(vision_model: Callable[[str], LoadedModel], monkeypatch: pytest.
     return loaded
 
 
-def test_texts_alone_crash_verls_own_forward_pass_and_not_ours(verls_model: LoadedModel) -> None:
+def test_batch_without_images_crashes_only_verl_s_forward_pass(verls_model: LoadedModel) -> None:
     inner = verls_model.model.model
     text = torch.tensor([[7, 8, 9]])
     with pytest.raises(AttributeError):
@@ -39,7 +39,7 @@ def test_texts_alone_crash_verls_own_forward_pass_and_not_ours(verls_model: Load
     torch.testing.assert_close(embeds, inner.get_input_embeddings()(text))
 
 
-def test_gradients_of_equal_images_add_up(verls_model: LoadedModel) -> None:
+def test_gradients_of_equal_images_are_summed(verls_model: LoadedModel) -> None:
     tower: Any = verls_model.model.model.visual
     generator = torch.Generator().manual_seed(0)
     one, other = (torch.randn(16, 1176, generator=generator) for _ in range(2))
@@ -60,19 +60,19 @@ def test_gradients_of_equal_images_add_up(verls_model: LoadedModel) -> None:
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_other_models_are_left_alone(vision_model: Callable[[str], LoadedModel]) -> None:
+def test_other_models_are_unchanged(vision_model: Callable[[str], LoadedModel]) -> None:
     for family in ("qwen2_5_vl", "llava"):  # transformers' own forward pass
         model = vision_model(family).model
         share_images(model)
         assert all("forward" not in vars(module) for module in model.modules())
 
 
-def test_a_language_model_has_nothing_to_freeze(model: Any) -> None:
+def test_freeze_vision_tower_is_refused_for_a_language_model(model: Any) -> None:
     with pytest.raises(SDPOError, match=r"freeze_vision_tower=True: .*Qwen2ForCausalLM"):
         freeze_vision_tower(model)
 
 
-def test_a_response_goes_on_after_the_images_and_has_none(verls_model: LoadedModel) -> None:
+def test_response_positions_continue_after_the_images_as_text(verls_model: LoadedModel) -> None:
     image = [3, 5, 5, 5, 5, 4]  # four tokens: 2 x 2
     token_ids = torch.tensor([7, *image, 8, 9, 5])  # an image token in the response counts as text
     positions = compute_positions(verls_model.model, token_ids, 8, torch.tensor([[1, 4, 4]]))
