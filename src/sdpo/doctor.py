@@ -16,6 +16,7 @@ from importlib import metadata
 
 from packaging.requirements import Requirement
 
+from sdpo.c_compiler import find_missing_compiler
 from sdpo.errors import ConfigError
 
 MIN_SHARED_MEMORY = 10**9  # bytes free in /dev/shm, for Ray
@@ -57,7 +58,7 @@ BACKENDS = (
 
 @dataclass(frozen=True)
 class Devices:
-    """Devices of this machine; sizes in bytes, None if unknown. The last four fields need torch."""
+    """Devices of this machine; sizes in bytes, None if unknown. ``num_torch_threads`` to ``has_mps`` need torch."""
 
     num_cores: int
     memory: int | None = None
@@ -66,6 +67,7 @@ class Devices:
     cuda: tuple[tuple[str, int], ...] = ()  # name and memory of each device
     torch_cuda: str | None = None  # CUDA version of the torch build
     has_mps: bool = False
+    missing_compiler: str | None = None  # what Triton lacks to compile
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,11 @@ def _find_warnings(machine: Machine) -> Iterator[str]:
             "transformers cannot load models with a broken torchvision; only images need torchvision, in the build "
             f"for torch {machine.installed['torch']}"
         )
+    if machine.devices.cuda and machine.devices.missing_compiler:
+        yield (
+            f"{machine.devices.missing_compiler}; without it the loss does not use its CUDA kernels, and "
+            "optim.name=adamw_8bit is refused"
+        )
     free = machine.devices.shared_memory_free
     if free is not None and free < MIN_SHARED_MEMORY:
         yield (
@@ -213,7 +220,9 @@ def inspect_machine() -> Machine:
         versions["vllm"] = on_cpu.partition("+")[0] + "+cpu"
     installed = {name: version for name, version in versions.items() if version}
 
-    devices = Devices(os.cpu_count() or 1, _find_memory(), _find_shared_memory())
+    devices = Devices(
+        os.cpu_count() or 1, _find_memory(), _find_shared_memory(), missing_compiler=find_missing_compiler()
+    )
     broken: dict[str, str] = {}
     if "torch" in installed:
         try:

@@ -49,9 +49,12 @@ def machine(
     num_gpus: int = 0,
     plugins: tuple[str, ...] = ("sdpo",),
     shm: int = 8 * GB,
+    missing_compiler: str | None = None,
     **broken: str,
 ) -> Machine:
-    devices = Devices(16, 128 * GB, shm, num_torch_threads=8, cuda=(H200,) * num_gpus)
+    devices = Devices(
+        16, 128 * GB, shm, num_torch_threads=8, cuda=(H200,) * num_gpus, missing_compiler=missing_compiler
+    )
     return Machine(DECLARED, installed, devices, broken, plugins)
 
 
@@ -172,6 +175,13 @@ def test_number_of_gpus_for_verl_with_vllm(num_gpus: int, problem: str, note: st
 def test_vllm_version_for_the_native_trainer(version: str | None, num_gpus: int, problem: str) -> None:
     installed = {**CORE, "vllm": version} if version else CORE
     assert problems(check_environment(machine(installed, num_gpus=num_gpus)))["native with vLLM"] == problem
+
+
+@pytest.mark.parametrize("num_gpus", [0, 1])
+def test_warning_about_a_missing_compiler_on_gpus(num_gpus: int) -> None:
+    report = check_environment(machine(CORE, num_gpus=num_gpus, missing_compiler="Triton finds no C compiler"))
+    expected = "warning: Triton finds no C compiler; without it the loss does not use its CUDA kernels"
+    assert (expected in render(report)) == (num_gpus > 0)
 
 
 @pytest.mark.parametrize(("free", "has_warning"), [(64 * 10**6, True), (GB, False)])

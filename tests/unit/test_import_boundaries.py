@@ -14,7 +14,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "src" / "sdpo"
 
-BASE = {"config", "errors", "file_lock", "observability", "retention"}
+BASE = {"c_compiler", "config", "errors", "file_lock", "observability", "retention"}
 BELOW_TRAINERS = BASE | {"algorithm", "kernels", "prompting", "models", "rewards"}
 TRAINERS = {"trainer", "verl_backend"}
 ALL_LAYERS = BELOW_TRAINERS | TRAINERS | {"doctor", "report", "cli"}

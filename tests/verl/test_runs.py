@@ -22,6 +22,7 @@ from sdpo.rewards.toy import hidden_rule
 from sdpo.rewards.toy.hidden_rule import HiddenRule, Mode
 from sdpo.verl_backend.config.to_verl import to_verl_overrides
 from sdpo.verl_backend.entrypoint.launch import build_command
+from sdpo.verl_backend.smoke import checks
 from sdpo.verl_backend.smoke.checks import load_weights
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +39,26 @@ def test_smoke_test_of_the_recipe_passes(start: Train, monkeypatch: pytest.Monke
     running = start("bash", str(ROOT / "recipe" / "SDPO" / "train.sh"))
     assert running.wait() == 0, running.tail()
     assert "7 of 7 checks passed" in running.tail()
+    # The checks that need a batch ahead fail on a changed copy, with the GPU's thresholds too.
+    folder = tmp_path / "smoke" / "one-step-off"
+    weights = folder / f"checkpoints/global_step_{checks.STEPS - 2}/actor/model_world_size_1_rank_0.pt"
+    metrics_file = folder / f"metrics.{checks.STEPS}.jsonl"
+    rows = [json.loads(line) for line in metrics_file.read_text().splitlines()]
+    for is_exact in (True, False):
+        run = checks.Finished(folder, tmp_path / "smoke" / "tasks" / "figures", (checks.STEPS,), is_exact)
+        checks.check_batch_ahead(run)
+        checks.check_images(run)
+    later = weights.parents[2] / f"global_step_{checks.STEPS - 1}/actor" / weights.name
+    weights.write_bytes(later.read_bytes())
+    (last,) = [row["data"] for row in rows if row["step"] == checks.STEPS and metrics.LOGPROB_DIFF_MEAN in row["data"]]
+    last[metrics.LOGPROB_DIFF_MEAN] += 0.03
+    metrics_file.write_text("\n".join(map(json.dumps, rows)))
+    for is_exact in (True, False):
+        run = checks.Finished(folder, tmp_path / "smoke" / "tasks" / "figures", (checks.STEPS,), is_exact)
+        with pytest.raises(AssertionError, match="from the next weights' by"):
+            checks.check_batch_ahead(run)
+        with pytest.raises(AssertionError, match="the teacher's log-probabilities differ by"):
+            checks.check_images(run)
 
 
 def load_state(output_dir: Path, step: int) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from sdpo.c_compiler import find_missing_compiler
 from sdpo.config.actor import OptimConfig
 from sdpo.errors import ConfigError
 
@@ -54,16 +55,34 @@ def require_optimizer(module: str, setting: str) -> None:
         raise ConfigError(f"{setting}: {module} cannot be imported ({error}); pip install {name}") from error
 
 
+def require_compiler(setting: str) -> None:
+    """Check that torchao's optimizers can compile their update on a GPU, which they do at the first step.
+
+    Args:
+        setting: that selects the optimizer, for the message.
+
+    Raises:
+        ConfigError: the C compiler or a header file is missing; the message has the command that installs it.
+    """
+    missing = find_missing_compiler()
+    if missing is not None:
+        raise ConfigError(f"{setting}: {missing}")
+
+
 def build_optimizer(params: Sequence[torch.nn.Parameter], config: OptimConfig) -> Optimizer:
     """Build the optimizer; parameters without gradients are never updated.
 
     Raises:
-        ConfigError: the settings require torchao, which is missing.
+        ConfigError: the settings require torchao or a C compiler, which is missing.
     """
     module, name, arguments = choose_optimizer(config)
-    require_optimizer(module, f"optim.name={config.name}" if config.name != "adamw" else "optim.stochastic_rounding")
-    if module == "torch.optim" and all(param.is_cuda for param in params):
+    setting = f"optim.name={config.name}" if config.name != "adamw" else "optim.stochastic_rounding"
+    require_optimizer(module, setting)
+    is_on_gpu = all(param.is_cuda for param in params)
+    if is_on_gpu and module == "torch.optim":
         arguments = {"fused": True}  # torch's default, foreach, copies all moments
+    elif is_on_gpu:
+        require_compiler(setting)
     optimizer: Optimizer = getattr(importlib.import_module(module), name)(
         params, lr=config.lr, betas=tuple(config.betas), weight_decay=config.weight_decay, **arguments
     )

@@ -50,6 +50,7 @@ def test_undefined_interval_has_no_metrics() -> None:
     assert math.isnan(ClusteredMean().mean)
 
 
+@pytest.mark.slow
 def test_coverage_of_the_interval() -> None:
     rng = random.Random(0)
     covered = trusted_too_much = 0

@@ -111,8 +111,14 @@ def log_infos(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize("max_staleness", [0, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("killed_in", [2, 4])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    ("precision", "killed_in"),
+    [
+        pytest.param(name, step, marks=[] if step == 4 or name == "float32" else [pytest.mark.slow])
+        for name in PRECISIONS
+        for step in (2, 4)
+    ],
+)
 def test_killed_run_resumes_to_the_same_result(
     make_task_run: MakeRun,
     monkeypatch: pytest.MonkeyPatch,
@@ -193,7 +199,7 @@ def send_in_step(
 
 @pytest.mark.parametrize("max_staleness", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("where", "saved"), [("before", 2), ("between", 3), ("after", 3)])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_stopped_run_saves_its_last_complete_step_and_resumes_to_the_same_result(
     make_task_run: MakeRun,
     monkeypatch: pytest.MonkeyPatch,

@@ -10,15 +10,23 @@ from typing import Any
 import pytest
 import torch
 from transformers import PreTrainedModel
+from verl.workers.config import FSDPOptimizerConfig
 
 from sdpo.observability import metrics
 from sdpo.observability.metrics import UPDATE_ROUNDING
 from sdpo.rewards.toy.hidden_rule import build_tokenizer
 from sdpo.trainer.data.samples import TrainingSample
+from sdpo.verl_backend.worker import engine as engine_module
+from sdpo.verl_backend.worker.engine import SelfDistillationEngine
 
 BUDGET = 60
 VOCABULARY = 20_000
 SMALL = {"optimizer_impl": "torchao.optim", "optimizer": "AdamW8bit"}
+RANDOM = {
+    "optimizer_impl": "torchao.optim",
+    "optimizer": "_AdamW",
+    "override_optimizer_config": {"bf16_stochastic_round": True},
+}
 BFLOAT16 = {"param_dtype": "bf16", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
 
 
@@ -174,7 +182,7 @@ def test_ids_beyond_the_tokenizer_have_zero_probability(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "optim"), [("ema", {}), ("snapshot", {}), ("ema", SMALL)])
+@pytest.mark.parametrize(("kind", "optim"), [("ema", {}), ("snapshot", {}), ("ema", SMALL), ("ema", RANDOM)])
 def test_checkpoint_resumes_to_the_same_weights(
     kind: str, optim: dict[str, Any], base: dict[str, Any], train_on_verl: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -182,6 +190,8 @@ def test_checkpoint_resumes_to_the_same_weights(
         pytest.importorskip("torchao")
     settings = {"teacher_regularization": kind, "teacher_sync_steps": 3}
     case = {**base, "settings": settings, "optim": optim, "checkpoint": str(tmp_path / "checkpoint")}
+    if optim is RANDOM:
+        case["engine"] = {"model_dtype": "bf16"}
     result = train_on_verl({kind: case}, 2)[kind]
     assert result["loaded_steps"] == 2
     for name, value in result["teacher"].items():
@@ -192,6 +202,36 @@ def test_checkpoint_resumes_to_the_same_weights(
     # The snapshot is at the third step, so a counter that restarts would be visible.
     moved = any(not torch.equal(went_on[f"teacher.{name}"], value) for name, value in result["teacher"].items())
     assert moved
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "fused"),
+    [
+        ("cuda", {}, True),
+        ("cuda", {"override_optimizer_config": {"amsgrad": True}}, True),
+        ("cuda", {"override_optimizer_config": {"foreach": True}}, None),
+        ("cuda", SMALL, None),
+        ("cpu", {}, None),
+    ],
+)
+def test_adamw_is_fused_on_gpus(
+    device: str, given: dict[str, Any], fused: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = object.__new__(SelfDistillationEngine)
+    engine.optimizer_config = FSDPOptimizerConfig(lr=1e-3, total_training_steps=1, **given)
+    monkeypatch.setattr(engine_module, "get_device_name", lambda: device)
+    monkeypatch.setattr(engine_module, "UpdateRounding", lambda *_: None)
+    monkeypatch.setattr(engine_module.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(
+        engine_module.FSDPEngineWithLMHead,
+        "_build_optimizer",
+        lambda self, module: self.optimizer_config.override_optimizer_config or {},
+    )
+    arguments: Any = engine._build_optimizer(torch.nn.Linear(1, 1))
+    assert arguments.get("fused") is fused
+    assert {name: value for name, value in arguments.items() if name != "fused"} == given.get(
+        "override_optimizer_config", {}
+    )
 
 
 @pytest.mark.slow

@@ -143,6 +143,7 @@ def on_verl(
         "shared": shared,
         "each": {**shared, "share_images": False},
         "packed": {**whole, "use_remove_padding": True},
+        "packed, eager attention": {**whole, "use_remove_padding": True, "attn_implementation": "eager"},
         "packed, micro-batches of 1": {
             **whole,
             "use_remove_padding": True,
@@ -150,6 +151,14 @@ def on_verl(
             "micro_batch_size": 1,
         },
     }
+    if request.param == 1:
+        broken = pad_for_verl(samples, old, 2.0, loaded.vision)
+        images = broken["multi_modal_inputs"]
+        images[4] = {**images[4], "pixel_values": torch.full_like(images[4]["pixel_values"], torch.nan)}
+        cases["NaN pixels"] = {**whole, "batches": [broken]}
+        kept = [i for i in range(len(samples)) if i != 4]
+        others = pad_for_verl([samples[i] for i in kept], [old[i] for i in kept], 2.0, loaded.vision)
+        cases["without the fifth"] = {**whole, "batches": [others], "mini_batch_size": 7}
     return {**train_on_verl(cases, request.param), "num_ranks": request.param}
 
 
@@ -184,6 +193,7 @@ def test_log_probs_match_a_plain_forward_pass_per_sample(
         "token budget",
         "gradient checkpointing",
         "packed",
+        "packed, eager attention",
         "packed, micro-batches of 1",
     ],
 )
@@ -202,6 +212,23 @@ def test_both_backends_take_the_same_step_with_images(
         assert weights.keys() == expected.keys()
         for weight, value in expected.items():
             assert_same_after_adamw(weights[weight], value, rtol=1e-4, atol=1e-5, lr=1e-3, msg=weight)
+
+
+@pytest.mark.slow
+def test_sample_with_nonfinite_pixels_is_dropped(
+    on_verl: dict[str, Any], assert_same_after_adamw: Callable[..., None]
+) -> None:
+    """NaN arises in the forward passes of student and teacher, and the other rows of the micro-batch are kept."""
+    if on_verl["num_ranks"] != 1:
+        pytest.skip("runs on one rank")
+    broken, expected = on_verl["NaN pixels"], on_verl["without the fifth"]
+    assert broken["metrics"][0][metrics.NONFINITE_SAMPLES] == [1.0]
+    assert broken["metrics"][0][metrics.SKIPPED_UPDATES] == [0.0]
+    for metric in ("loss", "grad_norm", metrics.DISTILLATION_LOSS):
+        assert broken["metrics"][0][metric][0] == pytest.approx(expected["metrics"][0][metric][0], rel=1e-4), metric
+    for weight, value in expected["students"][0].items():
+        ours = broken["students"][0][weight]
+        assert_same_after_adamw(ours, value, rtol=1e-4, atol=1e-5, lr=1e-3, msg=weight)
 
 
 @pytest.mark.slow

@@ -6,6 +6,8 @@ import importlib.util
 import socket
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +15,11 @@ import torch
 from omegaconf import DictConfig
 from transformers import Qwen2Config, Qwen3Config
 
+from sdpo import c_compiler
 from sdpo.config.actor import OptimConfig
 from sdpo.errors import SDPOError
-from sdpo.models.optimizer import build_optimizer
+from sdpo.models import optimizer
+from sdpo.models.optimizer import build_optimizer, require_compiler
 from sdpo.rewards.toy import figures, hidden_rule
 from sdpo.verl_backend.entrypoint import requirements
 from sdpo.verl_backend.entrypoint.compose import compose_config
@@ -38,6 +42,7 @@ def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Callable[..., None]
         config: DictConfig = compose_config(name, [*files, "trainer.device=cuda", *overrides])
         monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
         monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(optimizer, "find_missing_compiler", lambda: without if without == "a compiler" else None)
         installed = EVERYTHING - {without}
         monkeypatch.setattr(importlib.util, "find_spec", lambda package: package if package in installed else None)
         requirements.check_machine(config)
@@ -104,6 +109,48 @@ def test_missing_optimizer_package_has_the_same_message_on_both_backends(
     assert message.startswith("torchao.optim cannot be imported (") and message.endswith(
         "; pip install 'sdpo[torchao]'"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "gcc", "header", "message"),
+    [
+        ("cc-9", True, True, r"Triton finds no C compiler \(cc-9\); apt install gcc$"),
+        (None, False, True, r"Triton finds no C compiler \(gcc or clang\); apt install gcc$"),
+        (None, True, False, r"Triton finds no Python\.h; apt install python3-dev$"),
+    ],
+)
+def test_optimizer_that_compiles_needs_a_c_compiler_on_a_gpu(
+    name: str | None,
+    gcc: bool,
+    header: bool,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    bin_dir, include = tmp_path / "bin", tmp_path / "include"
+    for folder, file, exists in ((bin_dir, "gcc", gcc), (include, "Python.h", header)):
+        folder.mkdir()
+        if exists:
+            (folder / file).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(bin_dir))
+    monkeypatch.setattr(c_compiler.sysconfig, "get_path", lambda _: str(include))
+    monkeypatch.delenv("CC", raising=False)
+    if name is not None:
+        monkeypatch.setenv("CC", name)
+    with pytest.raises(SDPOError, match=message):
+        require_compiler("optim.name=adamw_8bit")
+
+
+def test_compiler_is_required_by_torchao_on_gpus_alone(
+    check: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(without="a compiler")
+    with pytest.raises(SDPOError, match=rf"^{OPTIM}\.optimizer_impl=torchao\.optim: a compiler$"):
+        check(f"{OPTIM}.optimizer_impl=torchao.optim", without="a compiler")
+    monkeypatch.setattr(optimizer, "find_missing_compiler", lambda: "a compiler")
+    weight = SimpleNamespace(is_cuda=True)
+    with pytest.raises(SDPOError, match=r"^optim\.name=adamw_8bit: a compiler$"):
+        build_optimizer([weight], OptimConfig(name="adamw_8bit"))
 
 
 def test_sync_trainer_needs_no_cupy(check: Callable[..., None]) -> None:

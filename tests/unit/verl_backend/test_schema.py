@@ -15,7 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from omegaconf import DictConfig
-from transformers import AutoProcessor
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import AutoProcessor, PreTrainedTokenizerFast, Qwen2Config
 from verl.tools.function_tool import FUNCTION_TOOL_REGISTRY
 from verl.trainer.ppo.utils import need_reference_policy
 
@@ -30,9 +32,11 @@ from sdpo.verl_backend.config.schema import read_health, read_regularization, re
 from sdpo.verl_backend.driver.tools import load_tool_schemas
 from sdpo.verl_backend.entrypoint.compose import compose_config
 from sdpo.verl_backend.entrypoint.main import forward_environment, main, train
+from sdpo.verl_backend.entrypoint.model_checks import check_model
 
 ACTOR = "actor_rollout_ref.actor"
 MODEL = "actor_rollout_ref.model"
+ROLLOUT = "actor_rollout_ref.rollout"
 LORA = f"{MODEL}.lora_rank=8 {MODEL}.lora.merge=true"
 NAMES = ["sdpo_trainer", "sdpo_separate_async", "sdpo_sync"]
 
@@ -101,7 +105,14 @@ def test_other_loss_modes_have_no_self_distillation_settings(compose: Callable[.
         (f"{ACTOR}.self_distillation.alpha=many", "many"),
         (f"{ACTOR}.self_distillation.teacher_regularization=none", "teacher_regularization=none: must be one of"),
         (f"{ACTOR}.self_distillation.full_logit_distillation=false", "alpha=0.0: must be 1"),
-        (f"{ACTOR}.strategy=fsdp", f"{ACTOR}.strategy must be fsdp2"),
+        (
+            f"{ACTOR}.strategy=fsdp",
+            "strategy=fsdp: not supported with loss_mode=sdpo, whose teacher is sharded",
+        ),
+        (
+            f"{ROLLOUT}.name=sglang",
+            "name=sglang: not supported with loss_mode=sdpo, which gives probability 0",
+        ),
         (f"{ACTOR}.entropy_coeff=-0.01", f"{ACTOR}.entropy_coeff=-0.01: must be in [0, inf)"),
         (
             f"{ACTOR}.use_kl_loss=true {ACTOR}.kl_loss_type=full",
@@ -111,7 +122,7 @@ def test_other_loss_modes_have_no_self_distillation_settings(compose: Callable[.
         (f"{ACTOR}.clip_ratio_high=0.28", f"set {ACTOR}.self_distillation.clip_ratio_high instead"),
         ("algorithm.norm_adv_by_std_in_grpo=false", f"set {ACTOR}.self_distillation.norm_adv_by_std_in_grpo instead"),
         (f"{ACTOR}.loss_agg_mode=token-sum", "use token-mean"),
-        (f"{ACTOR}.ulysses_sequence_parallel_size=2", "ulysses_sequence_parallel_size=2"),
+        (f"{ACTOR}.ulysses_sequence_parallel_size=2", "on the rank that has all tokens of a sequence; set it to 1"),
         ("actor_rollout_ref.model.use_fused_kernels=true", "use_fused_kernels"),
         (f"{ACTOR}.calculate_sum_pi_squared=true", "calculate_sum_pi_squared=True has no effect"),
         ("actor_rollout_ref.model.enable_activation_offload=true", "enable_activation_offload=True is not supported"),
@@ -241,6 +252,11 @@ def test_invalid_tool_setting_is_a_one_line_error(
         # verl has no processor for LLaVA, and without torchvision transformers has none for Qwen.
         ("llava", "", "verl cannot load its image processor (Failed to create processor: Unsupported processor"),
         ("qwen2_5_vl", "", "verl cannot load its image processor (Failed to create processor: "),
+        (
+            "qwen2_5_vl",
+            f"{ACTOR}.policy_loss.loss_mode=vanilla",
+            "model.use_remove_padding=True: verl's own engine packs rows of a qwen2_5_vl with flash-attn only",
+        ),
         ("text", f"{ACTOR}.freeze_vision_tower=true", "actor.freeze_vision_tower=True: "),
         ("text", f"{LORA} {MODEL}.target_modules=[lm_head]", "model.target_modules: 'lm_head' is no linear layer of"),
     ],
@@ -256,7 +272,7 @@ def test_unsupported_model_is_a_one_line_error(
 ) -> None:
     if family == "llava":
         monkeypatch.setattr(AutoProcessor, "from_pretrained", load_without_videos)
-    elif family == "qwen2_5_vl" and importlib.util.find_spec("torchvision"):
+    elif family == "qwen2_5_vl" and not override and importlib.util.find_spec("torchvision"):
         pytest.skip("torchvision is here")
     path = hidden_rule_dir / "model" if family == "text" else vision_dir(family)
     config = compose(f"actor_rollout_ref.model.path={path}", *override.split())
@@ -264,6 +280,21 @@ def test_unsupported_model_is_a_one_line_error(
         train(config)
     assert str(caught.value).startswith("actor_rollout_ref.") and message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_sampler_of_the_run_is_checked_for_its_head_size_and_limited_in_length(
+    compose: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    settings = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 1}
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE())).save_pretrained(tmp_path)
+    Qwen2Config(**settings, head_dim=16, max_position_embeddings=700).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    config = compose(f"{MODEL}.path={tmp_path}", "data.max_prompt_length=400", "data.max_response_length=200")
+    check_model(config)
+    assert config.actor_rollout_ref.rollout.max_model_len == 600
+    Qwen2Config(**settings, head_dim=32).save_pretrained(tmp_path)
+    with pytest.raises(SDPOError, match="vLLM cannot sample from it: its head_dim=32"):
+        check_model(config)
 
 
 def test_top_p_and_bypass_mode_are_accepted_separately(
@@ -347,6 +378,25 @@ def test_invalid_setting_exits_with_code_2_before_ray_starts(tmp_path: Path) -> 
     )
     assert "Started a local Ray instance" not in result.stdout + result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_model_and_machine_are_checked_before_ray_starts(
+    compose: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+
+    def record(name: str) -> Callable[[DictConfig], None]:
+        return lambda config: called.append(name)
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sdpo.verl_backend.entrypoint.main.check_model", record("model"))
+    monkeypatch.setattr("sdpo.verl_backend.entrypoint.requirements.check_machine", record("machine"))
+    monkeypatch.setattr("verl.trainer.main_ppo.run_ppo", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(compose(), record("start"))
+    assert called == ["model", "machine", "start"]
 
 
 @pytest.mark.parametrize("reason", ["score_collapse: it fell", None])

@@ -19,7 +19,7 @@ QUIET = ("start_profile", "stop_profile", "dump_data", "collect_metrics", "exper
 SAME = ("compute_reward", "compute_log_prob", "compute_ref_log_prob", "compute_critic", "compute_advantage")
 
 
-class SDPOConfig:
+class MockTrainer:
     """A trainer whose weights are the number of updates."""
 
     def __init__(self, test_freq: int) -> None:
@@ -67,7 +67,7 @@ class SDPOConfig:
 
 @pytest.mark.parametrize("test_freq", [1, 3])
 def test_evaluation_uses_the_updated_weights(test_freq: int) -> None:
-    run = SDPOConfig(test_freq)
+    run = MockTrainer(test_freq)
     asyncio.run(run.fit())
     assert sorted(run.rows) == [1, 2, 3, 4]
     evaluated = {step: row["val"] for step, row in run.rows.items() if "val" in row}
@@ -77,13 +77,13 @@ def test_evaluation_uses_the_updated_weights(test_freq: int) -> None:
 
 
 def test_batch_ahead_is_sampled_with_the_weights_at_the_start_of_the_step() -> None:
-    run = SDPOConfig(test_freq=1)
+    run = MockTrainer(test_freq=1)
     asyncio.run(run.fit())
     assert run.batches == [(0, 0), (0, 0), (1, 1), (2, 2)]
 
 
 def test_last_update_is_not_synced_without_evaluations() -> None:
-    run = SDPOConfig(test_freq=-1)
+    run = MockTrainer(test_freq=-1)
     asyncio.run(run.fit())
     assert not any("val" in row for row in run.rows.values()) and run.sampler == TOTAL - 1
 
@@ -91,7 +91,7 @@ def test_last_update_is_not_synced_without_evaluations() -> None:
 @pytest.mark.parametrize("test_freq", [3, -1])
 def test_run_ends_with_the_step_that_a_health_check_stops(test_freq: int) -> None:
     """A health check fails at step 2: this step is saved and, if ``test_freq`` is positive, evaluated; the run ends."""
-    run = SDPOConfig(test_freq)
+    run = MockTrainer(test_freq)
     trainer, saved = run.trainer, list[int]()
     trainer.config.data = {"max_response_length": 3}
     trainer._fit_update_actor = type(trainer)._fit_update_actor.__get__(trainer)

@@ -20,6 +20,7 @@ from sdpo.errors import ConfigError, SDPOError
 from sdpo.verl_backend.config.to_verl import ALL_LINEAR, HEALTH_WITHOUT_EFFECT
 
 LOSS_MODE = "sdpo"
+CPU_SAMPLER = "transformers"
 ACTOR = "actor_rollout_ref.actor"
 MODEL = "actor_rollout_ref.model"
 # Keys below model.lora, which are for Megatron: name, verl's default, and the key for FSDP.
@@ -135,7 +136,11 @@ def check_config(config: DictConfig) -> None:
             )
         return
     if actor.strategy != "fsdp2":
-        raise ConfigError(f"{ACTOR}.strategy must be fsdp2 for loss_mode=sdpo, got {actor.strategy!r}")
+        raise ConfigError(
+            f"{ACTOR}.strategy={actor.strategy}: not supported with loss_mode=sdpo, whose teacher is sharded by FSDP2 "
+            "and whose loss needs the complete output layer on each rank; use fsdp2"
+        )
+    _check_sampler(config)
     _check_lora(actor, model)
     read_regularization(actor)
     ignored = {
@@ -150,11 +155,6 @@ def check_config(config: DictConfig) -> None:
         ),
         "actor_rollout_ref.model.use_fused_kernels": (model.get("use_fused_kernels", False), False),
         f"{ACTOR}.fsdp_config.pad_to_length": (actor.fsdp_config.get("pad_to_length", False), False),
-        f"{ACTOR}.ulysses_sequence_parallel_size": (actor.ulysses_sequence_parallel_size, 1),
-        f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size": (
-            actor.fsdp_config.ulysses_sequence_parallel_size,
-            1,
-        ),
         "distillation.enabled": (config.distillation.enabled, False),
     }
     for key, (value, wanted) in ignored.items():
@@ -164,6 +164,13 @@ def check_config(config: DictConfig) -> None:
                 hint = f", or set {ACTOR}.self_distillation.{key.split('.')[-1]} instead"
             raise ConfigError(f"{key}={value} has no effect with loss_mode=sdpo; set it to {wanted}{hint}")
     _check_turns(config.actor_rollout_ref.rollout)
+    for name, section in ((ACTOR, actor), (f"{ACTOR}.fsdp_config", actor.fsdp_config)):
+        if section.ulysses_sequence_parallel_size != 1:
+            raise ConfigError(
+                f"{name}.ulysses_sequence_parallel_size={section.ulysses_sequence_parallel_size} is not supported with "
+                "loss_mode=sdpo, which compares student and teacher on the rank that has all tokens of a sequence; set "
+                f"it to 1, and lower {ACTOR}.ppo_max_token_len_per_gpu if memory runs out"
+            )
     if model.get("enable_activation_offload", False):
         raise ConfigError(
             "actor_rollout_ref.model.enable_activation_offload=True is not supported with loss_mode=sdpo: it runs the "
@@ -190,6 +197,16 @@ def check_config(config: DictConfig) -> None:
         raise ConfigError(
             "algorithm.rollout_correction.rollout_is has no effect with bypass_mode=true, which uses the sampler as "
             "the old policy and truncates the ratio by is_clip; set rollout_is to null or bypass_mode to false"
+        )
+
+
+def _check_sampler(config: DictConfig) -> None:
+    """Refuse other inference engines than vLLM: which tokens they never sample is not known here."""
+    name, allowed = config.actor_rollout_ref.rollout.name, CPU_SAMPLER if config.trainer.device == "cpu" else "vllm"
+    if name != allowed:
+        raise ConfigError(
+            f"{ROLLOUT}.name={name}: not supported with loss_mode=sdpo, which gives probability 0 to the tokens that "
+            f"verl's {allowed} server never samples; use {allowed}"
         )
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sdpo.config.model import LoraConfig
 
 MODEL = "actor_rollout_ref.model"
+FLASH_ATTENTION_ALONE = ("qwen2_vl", "qwen2_5_vl", "glm4v")
 
 
 def check_model(config: DictConfig) -> None:
@@ -33,18 +34,43 @@ def check_model(config: DictConfig) -> None:
     try:
         plain = build_meta_model(ModelConfig(path=path, trust_remote_code=model.trust_remote_code))
         limit_length(config, get_window(plain))
+        if config.actor_rollout_ref.actor.policy_loss.loss_mode == LOSS_MODE:
+            _check_adapters(plain, read_lora(model))
+        else:
+            check_stock_attention(model, plain.config.model_type)
         if reads_images(ModelConfig(path=path, trust_remote_code=model.trust_remote_code)):
             _check_processor(path, trust_remote_code=model.trust_remote_code)
         elif config.actor_rollout_ref.actor.freeze_vision_tower:
             raise ConfigError(
                 f"actor.freeze_vision_tower=True: the model {model.path} has no vision tower; set it to false"
             )
-        if config.actor_rollout_ref.actor.policy_loss.loss_mode == LOSS_MODE:
-            _check_adapters(plain, read_lora(model))
     except SDPOError as error:
         raise ConfigError(f"actor_rollout_ref.{error}") from error
     if config.actor_rollout_ref.rollout.name == "vllm":
         check_head_size(plain.config, model.path)
+
+
+def check_stock_attention(model: DictConfig, model_type: str) -> None:
+    """Refuse packed rows for which verl's own FSDP engine would call flash-attn under another implementation's name.
+
+    verl replaces the attention of these models (models/transformers/monkey_patch.py); without flash-attn the first
+    forward pass raises ``NameError``, and with it a micro-batch of one sequence raises. sdpo's engine keeps
+    transformers' attention (``workarounds.keep_stock_attention``). No upstream issue found (2026-11).
+
+    Args:
+        model: verl's section of the model.
+        model_type: of the model's configuration.
+
+    Raises:
+        ConfigError: names the key and the fix.
+    """
+    attention = model.override_config.get("attn_implementation")
+    if model.use_remove_padding and model_type in FLASH_ATTENTION_ALONE and attention != "flash_attention_2":
+        raise ConfigError(
+            f"model.use_remove_padding=True: verl's own engine packs rows of a {model_type} with flash-attn only, and "
+            f"attn_implementation is {attention}; set use_remove_padding to false, or use loss_mode=sdpo with "
+            "self_distillation.policy_loss_weight=1"
+        )
 
 
 def limit_length(config: DictConfig, window: int | None) -> None:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from ray._private.utils import get_ray_address_file, read_ray_address
 
 from sdpo.errors import ConfigError
-from sdpo.models.optimizer import require_optimizer
+from sdpo.models.optimizer import require_compiler, require_optimizer
 
 ROLLOUT, MODEL, OPTIM = "actor_rollout_ref.rollout", "actor_rollout_ref.model", "actor_rollout_ref.actor.optim"
 
@@ -24,12 +24,15 @@ def check_machine(config: DictConfig) -> None:
     here.
 
     Raises:
-        ConfigError: the first missing device or package, with the command or setting that fixes it.
+        ConfigError: the first missing device, package or compiler, with the command or setting that fixes it.
     """
     module = config.actor_rollout_ref.actor.optim.get("optimizer_impl") or "torch.optim"
-    require_optimizer(module, f"{OPTIM}.optimizer_impl={module}")
+    setting = f"{OPTIM}.optimizer_impl={module}"
+    require_optimizer(module, setting)
     if config.trainer.device != "cuda":
         return
+    if module == "torchao.optim":
+        require_compiler(setting)
     for problem in _find_problems(config):
         raise ConfigError(problem)
 

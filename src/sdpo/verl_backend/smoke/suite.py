@@ -79,7 +79,7 @@ def choose_parts(names: Sequence[str], num_gpus: int) -> list[str]:
     """
     possible = [name for name, part in PARTS.items() if num_gpus != 1 or part.config_name == "sdpo_sync"]
     chosen = []
-    for name in names or (possible[-1],):
+    for name in names or ("one-step-off" if "one-step-off" in possible else "images",):
         if name != "all" and name not in PARTS:
             raise ConfigError(f"{name}: no such part; choose from all, {', '.join(PARTS)}")
         if name != "all" and name not in possible:

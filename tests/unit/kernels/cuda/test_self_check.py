@@ -31,7 +31,7 @@ def clear_cache() -> Iterator[None]:
     kernels_agree.cache_clear()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_kernels_agree_with_the_portable_loss(kind: tuple[float, bool, bool], dtype: torch.dtype) -> None:
     before = torch.get_rng_state()
@@ -59,6 +59,7 @@ def test_wrong_kernels_are_not_used(corrupt: Any, reason: str, monkeypatch: pyte
     assert [w.category for w in caught].count(UserWarning) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS[2:])  # the smallest fraction of the gradient, and the separate path of the top k
 def test_self_check_covers_the_entropy_term(kind: tuple[float, bool, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the entropy part of the kernel, loss and log-probs are correct, and the gradient is wrong."""
