@@ -140,7 +140,7 @@ def check_config(config: DictConfig) -> None:
             f"{ACTOR}.strategy={actor.strategy}: not supported with loss_mode=sdpo, whose teacher is sharded by FSDP2 "
             "and whose loss needs the complete output layer on each rank; use fsdp2"
         )
-    _check_sampler(config)
+    _check_sampler(config.actor_rollout_ref.rollout.name)
     _check_lora(actor, model)
     read_regularization(actor)
     ignored = {
@@ -200,13 +200,12 @@ def check_config(config: DictConfig) -> None:
         )
 
 
-def _check_sampler(config: DictConfig) -> None:
-    """Refuse other inference engines than vLLM: which tokens they never sample is not known here."""
-    name, allowed = config.actor_rollout_ref.rollout.name, CPU_SAMPLER if config.trainer.device == "cpu" else "vllm"
-    if name != allowed:
+def _check_sampler(name: str) -> None:
+    """Refuse inference engines other than vLLM and that of ``cpu/rollout.py``."""
+    if name not in ("vllm", CPU_SAMPLER):
         raise ConfigError(
             f"{ROLLOUT}.name={name}: not supported with loss_mode=sdpo, which gives probability 0 to the tokens that "
-            f"verl's {allowed} server never samples; use {allowed}"
+            "verl's vLLM server never samples; use vllm"
         )
 
 
