@@ -25,6 +25,7 @@ from sdpo.rewards.toy.hidden_rule import HiddenRule
 from sdpo.trainer.data.prompts import Prompt
 from sdpo.trainer.data.samples import TrainingSample
 
+sys.path.insert(0, str(Path(__file__).parent / "kernels"))
 sys.path.insert(0, str(Path(__file__).parent / "models"))
 from vision_language import LoadedModel, build_vision_model, load_vision_model
 

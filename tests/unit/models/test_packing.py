@@ -36,10 +36,12 @@ from transformers import (
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
 )
+from varlen import varlen_attn
 
 from sdpo.models.forward import compute_hidden, compute_positions, pad_sequences
 from sdpo.models.multimodal.processor import TokenPrompt
 from sdpo.models.output_head import measure_logit_scale
+from sdpo.models.packing import attention
 from sdpo.models.packing.attention import NAME
 from sdpo.models.packing.layout import (
     AttentionCostModel,
@@ -135,12 +137,78 @@ def test_packed_row_equals_separate_sequences(
     assert enable_packing(model) is not None
     row, _ = pack(cost)
     assert row.token_ids.shape == (1, num_read)
-    assert len(row.layout.calls) == num_calls
+    assert len(row.layout.attention_calls.calls) == num_calls
     hidden = compute_hidden(model, row)
     torch.testing.assert_close(hidden, expected, atol=1e-12, rtol=1e-10)
     bound = 1e-13 if family == "gpt2" else 1e-6  # the norms of the others compute in float32
     for actual, wanted in zip(differentiate(model, hidden), differentiate(model, expected), strict=True):
         assert float((actual - wanted).norm()) <= bound * float(wanted.norm())
+
+
+@pytest.mark.parametrize("cost", [ALWAYS, AttentionCostModel(0, 0, 1)], ids=["shared", "apart"])
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+def test_one_call_for_all_segments_equals_separate_sequences(
+    family: str, cost: AttentionCostModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The form of attention on GPUs, with a stand-in for the kernel."""
+    torch.manual_seed(0)
+    model = PACKABLE[family]().double().eval()
+    assert enable_packing(model) is not None
+    row, _ = pack(cost)
+    expected = compute_hidden(model, row)
+    assert "segment_bounds" not in vars(row.layout)
+    monkeypatch.setattr(attention, "has_varlen_kernel", lambda *_: True)
+    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(attention, "ENABLE_GQA", True)
+    row, _ = pack(cost)
+    hidden = compute_hidden(model, row)
+    assert "attention_calls" not in vars(row.layout)
+    torch.testing.assert_close(hidden, expected, atol=1e-12, rtol=1e-10)
+    bound = 1e-13 if family == "gpt2" else 1e-6  # the norms of the others compute in float32
+    for actual, wanted in zip(differentiate(model, hidden), differentiate(model, expected), strict=True):
+        assert float((actual - wanted).norm()) <= bound * float(wanted.norm())
+
+
+def test_segments_of_a_row_by_hand() -> None:
+    """A prefix of two tokens with suffixes of 1, 0 and 3, and a single sequence."""
+    prompts = [TokenPrompt([1, 2])] * 3 + [TokenPrompt([7])]
+    positions = [torch.arange(9)] * 4
+    groups = [PrefixGroup(2, (3, 2, 5)), PrefixGroup(0, (4,))]
+    row = pack_sequences(groups, prompts, [[3], [], [4, 5, 6], [8, 9, 10]], positions, ALWAYS, CPU)
+    assert row.token_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]
+    bounds = row.layout.segment_bounds
+    assert bounds.query_bounds.tolist() == [0, 2, 3, 6, 10]
+    assert bounds.key_bounds.tolist() == [0, 2, 5, 10, 14]
+    assert bounds.key_index is not None
+    assert bounds.key_index.tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4, 5, 6, 7, 8, 9]
+    assert (bounds.max_queries, bounds.max_keys) == (4, 5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "size", "capability", "expected"),
+    [
+        ("cuda", torch.bfloat16, 128, (9, 0), True),
+        ("cuda", torch.float16, 64, (8, 0), True),
+        ("cuda", torch.float32, 64, (9, 0), False),
+        ("cuda", torch.bfloat16, 36, (9, 0), False),
+        ("cuda", torch.bfloat16, 512, (9, 0), False),
+        ("cuda", torch.bfloat16, 64, (7, 5), False),
+        ("cpu", torch.bfloat16, 64, (9, 0), False),
+    ],
+)
+def test_kernel_for_segments_is_used_where_it_exists(
+    kind: str,
+    dtype: torch.dtype,
+    size: int,
+    capability: tuple[int, int],
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("torch.nn.attention.varlen")
+    attention.has_varlen_kernel.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert attention.has_varlen_kernel(torch.device(kind), dtype, size) is expected
+    attention.has_varlen_kernel.cache_clear()
 
 
 @pytest.mark.parametrize("family", NOT_PACKABLE)
@@ -252,7 +320,7 @@ def test_padding_is_used_only_if_it_costs_less_than_a_call(flops_per_call: float
     prompts, responses = [TokenPrompt([1] * 20), TokenPrompt([1] * 2)], [[2] * 20, [2] * 3]
     positions = [torch.arange(40), torch.arange(5)]
     row = pack_sequences([PrefixGroup(0, (40,)), PrefixGroup(0, (5,))], prompts, responses, positions, cost, CPU)
-    assert len(row.layout.calls) == num_calls
+    assert len(row.layout.attention_calls.calls) == num_calls
 
 
 @pytest.mark.parametrize("cost", [ALWAYS, NO_PADDING, ONE_CALL, AttentionCostModel(1, 1, 1e3)])
@@ -266,19 +334,20 @@ def test_cost_equals_the_operations_that_torch_counts(family: str, rotary: int, 
     row, groups = pack(cost)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         compute_hidden(model, row)
-    pairs = sum(call.queries.numel() * call.keys.shape[1] for call in row.layout.calls)
+    calls = row.layout.attention_calls.calls
+    num_calls, pairs = len(calls), sum(call.queries.numel() * call.keys.shape[1] for call in calls)
     num_read = row.token_ids.numel()
     assert counter.get_total_flops() == num_read * (measured.flops_per_token + rotary) + pairs * measured.flops_per_pair
     assert count_cost(groups, cost) == pytest.approx(
-        num_read * cost.flops_per_token + pairs * cost.flops_per_pair + len(row.layout.calls) * cost.flops_per_call
+        num_read * cost.flops_per_token + pairs * cost.flops_per_pair + num_calls * cost.flops_per_call
     )
 
 
 def test_every_token_is_one_query() -> None:
     for cost in (ALWAYS, NO_PADDING, ONE_CALL):
         row, _ = pack(cost)
-        queries = torch.cat([call.queries.flatten() for call in row.layout.calls])
-        assert queries[row.layout.output_index].equal(torch.arange(row.token_ids.numel()))
+        queries = torch.cat([call.queries.flatten() for call in row.layout.attention_calls.calls])
+        assert queries[row.layout.attention_calls.output_index].equal(torch.arange(row.token_ids.numel()))
 
 
 @pytest.mark.parametrize("num_rollouts", [2, 8])

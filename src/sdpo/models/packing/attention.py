@@ -1,10 +1,15 @@
 """Attention over packed rows, registered as an attention implementation of transformers.
 
-For rows that are not packed, such as in sampling with a cache, it calls transformers' SDPA.
+On NVIDIA GPUs and in half precision a layer makes one call of torch's kernel for segments of different lengths;
+elsewhere it calls SDPA once for each set of segments with similar lengths. For rows that are not packed, such as in
+sampling with a cache, it calls transformers' SDPA.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,9 +20,17 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from sdpo.models.packing.layout import AttentionCall, PackedLayout
+from sdpo.models.packing.layout import AttentionCall, PackedLayout, SegmentBounds
+
+varlen_attn: Callable[..., Tensor] | None
+try:
+    from torch.nn.attention.varlen import varlen_attn  # since torch 2.10
+except ImportError:
+    varlen_attn = None
 
 NAME = "sdpa_packed"
+# torch 2.11 accepts fewer key than query heads without this argument; later versions require it.
+ENABLE_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
 # Replaces the mask of a packed row: transformers passes a mask of four axes through unchanged.
 NO_MASK = torch.empty(1, 1, 0, 0)
 # Arguments for features beyond causal attention, with the values that disable them.
@@ -57,8 +70,44 @@ def attend(
     if unsupported:
         raise PackingUnsupportedError(f"{type(module).__name__} needs {unsupported[0]}")
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
-    outputs = [_call(call, query, key, value, scaling, dropout) for call in layout.calls]
-    return torch.cat(outputs).index_select(0, layout.output_index)[None], None
+    is_autocast = query.is_cuda and torch.is_autocast_enabled("cuda")
+    dtype = torch.get_autocast_dtype("cuda") if is_autocast else query.dtype
+    if dropout == 0.0 and has_varlen_kernel(query.device, dtype, query.shape[-1]):
+        return _attend_at_once(layout.segment_bounds, query.to(dtype), key.to(dtype), value.to(dtype), scaling)[
+            None
+        ], None
+    calls = layout.attention_calls
+    outputs = [_call(call, query, key, value, scaling, dropout) for call in calls.calls]
+    return torch.cat(outputs).index_select(0, calls.output_index)[None], None
+
+
+@cache
+def has_varlen_kernel(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    """Whether torch's kernel for segments of different lengths (FlashAttention) computes attention of this kind."""
+    if varlen_attn is None or device.type != "cuda" or torch.version.hip is not None:
+        return False
+    is_supported = dtype in (torch.bfloat16, torch.float16) and head_size % 8 == 0 and head_size <= 256
+    return is_supported and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _attend_at_once(bounds: SegmentBounds, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """Output [L, heads, head size] of the row; states are [L, heads, head size]."""
+    if bounds.key_index is not None:
+        key, value = key.index_select(0, bounds.key_index), value.index_select(0, bounds.key_index)
+    assert varlen_attn is not None
+    output: Tensor = varlen_attn(
+        query,
+        key,
+        value,
+        bounds.query_bounds,
+        bounds.key_bounds,
+        bounds.max_queries,
+        bounds.max_keys,
+        scale=scaling,
+        window_size=(-1, 0),  # causal, aligned to the last query and the last key
+        **({"enable_gqa": True} if ENABLE_GQA else {}),
+    )
+    return output
 
 
 def _call(

@@ -5,14 +5,15 @@
 
 Each suffix attends only to its prefix and itself. So the n rollouts of a prompt cost one prompt and n responses, and n
 teacher prompts with different feedback cost one question. Token-wise layers need no change; attention is computed in
-several calls (``AttentionCall``), see ``attention.py``.
+one call (``SegmentBounds``) or several (``AttentionCalls``), see ``attention.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from functools import cached_property
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -73,8 +74,28 @@ class AttentionCall:
 
 
 @dataclass(frozen=True)
-class PackedLayout:
-    """Attention calls of a packed row.
+class SegmentBounds:
+    """The attention of a packed row as one call of a kernel for segments of different lengths.
+
+    The row's queries are in order. The keys of a suffix are those of its prefix and its own, so the keys of a prefix
+    occur once for itself and once for each suffix.
+
+    Attributes:
+        query_bounds, key_bounds: [segments + 1] int32, cumulative numbers of queries and keys.
+        key_index: [K] indices into the packed row; None if the keys are those of the row in order.
+        max_queries, max_keys: of a segment.
+    """
+
+    query_bounds: Tensor
+    key_bounds: Tensor
+    key_index: Tensor | None
+    max_queries: int
+    max_keys: int
+
+
+@dataclass(frozen=True)
+class AttentionCalls:
+    """The attention of a packed row as calls of a kernel for segments of equal lengths.
 
     Attributes:
         calls: attention calls that together contain every token of the row as a query.
@@ -83,6 +104,35 @@ class PackedLayout:
 
     calls: tuple[AttentionCall, ...]
     output_index: Tensor
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Which tokens of a packed row attend to which, in one of two forms; each is built when a layer first needs it.
+
+    Attributes:
+        groups: of the row's sequences.
+        starts: of each group's prefix, and of its suffixes.
+        num_tokens: L, of the row.
+        cost: decides which segments share a call.
+        device: of the tensors.
+    """
+
+    groups: tuple[PrefixGroup, ...]
+    starts: tuple[tuple[int, list[int]], ...]
+    num_tokens: int
+    cost: AttentionCostModel
+    device: torch.device
+
+    @cached_property
+    def attention_calls(self) -> AttentionCalls:
+        """One call for each set of segments with similar lengths."""
+        return _build_calls(self.groups, self.starts, self.num_tokens, self.cost, self.device)
+
+    @cached_property
+    def segment_bounds(self) -> SegmentBounds:
+        """One call for all segments."""
+        return _build_bounds(self.groups, self.starts, self.device)
 
 
 @dataclass(frozen=True)
@@ -194,7 +244,7 @@ def pack_sequences(
         token_ids=torch.tensor([token_ids], device=device),
         position_ids=torch.cat(position_ids, dim=-1).unsqueeze(-2).to(device),
         predictor_index=torch.cat(predictor_index).to(device),
-        layout=_build_layout(groups, starts, len(token_ids), cost, device),
+        layout=PackedLayout(tuple(groups), tuple(starts), len(token_ids), cost, device),
         images=tuple(images),
     )
 
@@ -245,13 +295,36 @@ def _split_into_calls(
     return calls
 
 
-def _build_layout(
+def _build_bounds(
+    groups: Sequence[PrefixGroup], starts: Sequence[tuple[int, list[int]]], device: torch.device
+) -> SegmentBounds:
+    num_queries: list[int] = []
+    keys: list[Tensor] = []
+    for group, (prefix_start, suffix_starts) in zip(groups, starts, strict=True):
+        prefix = torch.arange(prefix_start, prefix_start + group.prefix)
+        if group.prefix:
+            num_queries.append(group.prefix)
+            keys.append(prefix)
+        for start, length in zip(suffix_starts, group.lengths, strict=True):
+            if length > group.prefix:
+                num_queries.append(length - group.prefix)
+                keys.append(torch.cat([prefix, torch.arange(start, start + length - group.prefix)]))
+    num_keys = [len(own) for own in keys]
+    has_prefix = any(group.prefix for group in groups)
+    query_bounds, key_bounds = (
+        torch.tensor([0, *accumulate(numbers)], dtype=torch.int32, device=device) for numbers in (num_queries, num_keys)
+    )
+    key_index = torch.cat(keys).to(device) if has_prefix else None
+    return SegmentBounds(query_bounds, key_bounds, key_index, max(num_queries), max(num_keys))
+
+
+def _build_calls(
     groups: Sequence[PrefixGroup],
     starts: Sequence[tuple[int, list[int]]],
     num_tokens: int,
     cost: AttentionCostModel,
     device: torch.device,
-) -> PackedLayout:
+) -> AttentionCalls:
     calls: list[AttentionCall] = []
     output_index = torch.empty(num_tokens, dtype=torch.long)
     num_outputs = 0
@@ -271,4 +344,4 @@ def _build_layout(
             output_index[start : start + length] = num_outputs + torch.arange(length)
             num_outputs += num_queries
         calls.append(AttentionCall(torch.stack(queries).to(device), torch.stack(keys).to(device)))
-    return PackedLayout(tuple(calls), output_index.to(device))
+    return AttentionCalls(tuple(calls), output_index.to(device))

@@ -11,7 +11,7 @@ from transformers import AttentionInterface
 from sdpo.models.forward import compute_hidden, compute_positions
 from sdpo.models.multimodal.processor import TokenPrompt
 from sdpo.models.multimodal.vision_tower import VisionAdapter, get_vision_tower_parameters
-from sdpo.models.packing.attention import NAME, PackingUnsupportedError, attend
+from sdpo.models.packing.attention import NAME, PackingUnsupportedError, attend, has_varlen_kernel
 from sdpo.models.packing.layout import AttentionCostModel, PrefixGroup, pack_sequences
 
 # Overhead of one attention call in one layer (launch, gather, scatter; forward and backward), expressed in FLOPs of a
@@ -20,7 +20,9 @@ CALL_ON_CPU, CALL_ELSEWHERE = 5e6, 1e10
 PROBE = f"{NAME}_probe"
 
 
-def enable_packing(model: nn.Module, vision: VisionAdapter | None = None) -> AttentionCostModel | None:
+def enable_packing(
+    model: nn.Module, vision: VisionAdapter | None = None, *, autocast: bool = False
+) -> AttentionCostModel | None:
     """Enable packed rows in a transformers model; returns the cost of its forward pass, or None if unsupported.
 
     Supported models use full causal attention in every layer and pass the layout on to it, as most models do. Sliding
@@ -28,12 +30,15 @@ def enable_packing(model: nn.Module, vision: VisionAdapter | None = None) -> Att
     attention kernel than SDPA keep it and read padded rows.
 
     Supported models get the packed attention, which is SDPA for rows that are not packed.
+
+    Args:
+        autocast: whether forward passes run in bfloat16 autocast.
     """
     transformer: Any = model
     config = transformer.config.get_text_config()
     if config._attn_implementation != "sdpa" or (vision is not None and vision.marks_images):
         return None
-    cost = measure_attention_cost(model, vision)
+    cost = measure_attention_cost(model, vision, autocast=autocast)
     device = next(model.parameters()).device
     group, prompts = PrefixGroup(2, (3, 4)), [TokenPrompt([0, 1]), TokenPrompt([0, 1])]
     row = pack_sequences([group], prompts, [[1], [0, 1]], compute_positions(prompts, 2, vision), cost, device)
@@ -58,8 +63,10 @@ def enable_packing(model: nn.Module, vision: VisionAdapter | None = None) -> Att
     return cost if packs else None
 
 
-def measure_attention_cost(model: nn.Module, vision: VisionAdapter | None = None) -> AttentionCostModel:
-    """Estimate the cost of a model's forward pass from its shape and device."""
+def measure_attention_cost(
+    model: nn.Module, vision: VisionAdapter | None = None, *, autocast: bool = False
+) -> AttentionCostModel:
+    """Estimate the cost of a model's forward pass from its shape, device and data type."""
     transformer: Any = model
     config = transformer.config.get_text_config()
     outside = {id(param) for param in get_vision_tower_parameters(model)} if vision is not None else set()
@@ -69,9 +76,12 @@ def measure_attention_cost(model: nn.Module, vision: VisionAdapter | None = None
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     matrices = [param for param in model.parameters() if param.dim() > 1 and id(param) not in outside]
-    on_cpu = matrices[0].device.type == "cpu"
+    device, dtype = matrices[0].device, torch.bfloat16 if autocast else matrices[0].dtype
+    call = CALL_ON_CPU if device.type == "cpu" else CALL_ELSEWHERE
+    if has_varlen_kernel(device, dtype, head_size):
+        call = 0.0  # a row takes one call, however many segments it has
     return AttentionCostModel(
         flops_per_token=2.0 * sum(param.numel() for param in matrices),
         flops_per_pair=4.0 * layers * heads * head_size,
-        flops_per_call=layers * (CALL_ON_CPU if on_cpu else CALL_ELSEWHERE),
+        flops_per_call=layers * call,
     )

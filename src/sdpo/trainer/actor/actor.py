@@ -11,14 +11,12 @@ from transformers import PreTrainedModel
 
 from sdpo.algorithm.aggregation import compute_distillation_coef, compute_token_weights
 from sdpo.algorithm.regularization import Regularization
-from sdpo.algorithm.sums import Sums, add_sums
 from sdpo.algorithm.teacher import Teacher
 from sdpo.config.actor import ActorConfig
 from sdpo.config.rollout import RolloutCorrectionConfig
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.models.multimodal.feature_cache import ImageFeatureCache
 from sdpo.observability import metrics
-from sdpo.observability.confidence import ClusteredMean, name_interval
 from sdpo.trainer.actor.collate import Collator
 from sdpo.trainer.actor.forward import PolicyForward
 from sdpo.trainer.actor.log_probs import LogProbs, compute_log_probs, estimate_reference_kl
@@ -26,7 +24,7 @@ from sdpo.trainer.actor.micro_batch_loss import MicroBatchLoss
 from sdpo.trainer.actor.oom import TokenBudget
 from sdpo.trainer.actor.optimization import Optimization
 from sdpo.trainer.actor.schedule import StepSchedule
-from sdpo.trainer.actor.statistics import add_by_prompt, average_mini_batches
+from sdpo.trainer.actor.statistics import MiniBatchStatistics, average_mini_batches, sum_by_sample
 from sdpo.trainer.data.samples import TrainingSample
 from sdpo.trainer.rollout.weight_sync import copy_parameters
 
@@ -145,9 +143,10 @@ class Actor:
             self.optimizer.zero_grad(set_to_none=True)
             if images is not None:
                 images.clear_gradients()
-            spreads = {metrics.ENTROPY: ClusteredMean(), metrics.LOGPROB_DIFF_MEAN: ClusteredMean()}
+            statistics = MiniBatchStatistics()
             try:
-                sums, nonfinite = self._accumulate_gradients(samples, log_probs, coef, images, spreads)
+                self._accumulate_gradients(samples, log_probs, coef, images, statistics)
+                values, nonfinite = statistics.read()
             except (RuntimeError, MemoryError) as error:
                 self.budget.halve_on_oom(error, samples)
                 continue
@@ -158,9 +157,6 @@ class Actor:
             kept = [i for i in range(len(samples)) if i not in nonfinite]
             samples = [samples[i] for i in kept]
             log_probs = log_probs.select(kept)
-        values = {name: float(total) / max(int(count), 1) for name, (total, count) in sums.items()}
-        for name, spread in spreads.items():
-            values |= name_interval(name, spread.normal_interval())
         values |= {metrics.NONFINITE_SAMPLES: float(num_dropped), metrics.LR: self.optimization.lr}
         before_update()
         values |= self._update()
@@ -174,13 +170,9 @@ class Actor:
         log_probs: LogProbs,
         coef: float,
         images: ImageFeatureCache | None,
-        spreads: dict[str, ClusteredMean],
-    ) -> tuple[Sums, set[int]]:
-        """Accumulate the gradients of a mini-batch.
-
-        Returns:
-            Sums for metrics, and indices of the first micro-batch's non-finite samples, at which accumulation stops.
-        """
+        statistics: MiniBatchStatistics,
+    ) -> None:
+        """Accumulate the gradients of a mini-batch, and the sums of its metrics in ``statistics``."""
         mode, horizon = self.config.loss_agg_mode, self.schedule.horizon
         lengths = torch.tensor([len(s.response.token_ids) for s in samples])
         distilled = torch.tensor([s.is_distilled for s in samples], dtype=torch.bool)
@@ -188,7 +180,6 @@ class Actor:
         distillation_weights = compute_token_weights(lengths * distilled, mode, horizon)
         distillation_weights = distillation_weights * torch.tensor([s.distillation_weight for s in samples])
         teacher = self.teacher.policy(self.student) if self.teacher is not None else ()
-        sums: Sums = {}
         for piece in self.budget.split(samples):
             batch = self.collator.collate([samples[i] for i in piece])
             weights = [w[piece].to(self.device)[batch.sample_index] for w in (policy_weights, distillation_weights)]
@@ -197,18 +188,18 @@ class Actor:
             )
             checked = (outputs.token_losses, outputs.student_log_probs, batch.rollout_log_probs)
             broken = ~torch.stack([torch.isfinite(values) for values in checked]).all(0)
-            if bool(broken.any()):
-                return sums, {piece[i] for i in batch.sample_index[broken].unique().tolist()}
+            statistics.add_nonfinite(sum_by_sample(broken.float(), batch.sample_index, len(piece))[0], piece)
             outputs.loss.backward()
-            add_sums(sums, {**metrics.name_loss_sums(outputs.sums), **more})
+            statistics.add({**metrics.name_loss_sums(outputs.sums), **more})
             prompts = [id(samples[i].prompt) for i in piece]
-            add_by_prompt(spreads[metrics.ENTROPY], outputs.student_entropies, batch.sample_index, prompts)
+            entropies = sum_by_sample(outputs.student_entropies, batch.sample_index, len(piece))
+            statistics.add_by_prompt(metrics.ENTROPY, entropies, prompts)
             if batch.teacher is not None:
-                gap = outputs.teacher_log_probs - outputs.student_log_probs[batch.distilled]
-                add_by_prompt(spreads[metrics.LOGPROB_DIFF_MEAN], gap, batch.sample_index[batch.distilled], prompts)
+                gap = outputs.teacher_log_probs - outputs.student_log_probs.index_select(0, batch.distilled_index)
+                gaps = sum_by_sample(gap, batch.sample_index.index_select(0, batch.distilled_index), len(piece))
+                statistics.add_by_prompt(metrics.LOGPROB_DIFF_MEAN, gaps, prompts)
         if images is not None:
             images.backward()
-        return sums, set()
 
     def _update(self) -> dict[str, float]:
         return self.optimization.step()

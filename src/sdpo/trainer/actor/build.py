@@ -48,7 +48,8 @@ def build_actor(
         gradient_checkpointing=config.actor.gradient_checkpointing,
         trains_vision=config.trains_vision,
     )
-    collator = Collator(pad_token_id, student.device, vision, enable_packing(student, vision))
+    cost = enable_packing(student, vision, autocast=config.actor.autocast)
+    collator = Collator(pad_token_id, student.device, vision, cost)
     if config.actor.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     build = build_lora_teacher if config.lora.rank else build_teacher

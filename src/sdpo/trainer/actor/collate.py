@@ -25,6 +25,7 @@ class MicroBatch:
     rollout_log_probs: Tensor  # [N]
     advantages: Tensor  # [N]
     distilled: Tensor  # [N] bool
+    distilled_index: Tensor  # [M] indices of the distilled tokens; a mask would need their number from the device
     sample_index: Tensor  # [N] index in the micro-batch of the token's sample
 
 
@@ -82,19 +83,21 @@ class Collator:
         distilled = [s for s in samples if s.is_distilled]
 
         def repeat_by_token(values: Sequence[float]) -> Tensor:
-            return torch.tensor(values).repeat_interleave(torch.tensor(lengths)).to(self.device)
+            return torch.tensor(values).repeat_interleave(torch.tensor(lengths))
 
         def flatten(lists: Sequence[Sequence[float]]) -> Tensor:
             return torch.tensor([value for values in lists for value in values], device=self.device)
 
+        is_distilled = repeat_by_token([s.is_distilled for s in samples])
         return MicroBatch(
             student=self._pack_or_pad(samples, [s.prompt.tokens for s in samples]),
             teacher=self._pack_or_pad(distilled, _get_teacher_prompts(distilled)) if distilled else None,
             sampled_ids=flatten([s.response.token_ids for s in samples]),
             rollout_log_probs=flatten([s.response.log_probs for s in samples]),
-            advantages=repeat_by_token([s.advantage for s in samples]),
-            distilled=repeat_by_token([s.is_distilled for s in samples]),
-            sample_index=repeat_by_token(range(len(samples))),
+            advantages=repeat_by_token([s.advantage for s in samples]).to(self.device),
+            distilled=is_distilled.to(self.device),
+            distilled_index=is_distilled.nonzero()[:, 0].to(self.device),
+            sample_index=repeat_by_token(range(len(samples))).to(self.device),
         )
 
     def _pack_or_pad(

@@ -14,6 +14,7 @@ from sdpo.observability.confidence import ClusteredMean, name_interval
 from sdpo.trainer.actor.collate import Collator
 from sdpo.trainer.actor.forward import PolicyForward
 from sdpo.trainer.actor.oom import TokenBudget
+from sdpo.trainer.actor.statistics import read_together
 from sdpo.trainer.data.samples import TrainingSample
 
 
@@ -84,6 +85,7 @@ def estimate_reference_kl(
 ) -> dict[str, float]:
     """Estimate KL(student || reference model) per token from the sampled tokens: unbiased, of either sign."""
     kl = ClusteredMean()
-    for sample, ours, theirs in zip(samples, student, initial, strict=True):
-        kl.add(id(sample.prompt), float((ours - theirs).sum()), len(ours))
+    totals = read_together([(ours - theirs).sum() for ours, theirs in zip(student, initial, strict=True)])
+    for sample, (total,) in zip(samples, totals, strict=True):
+        kl.add(id(sample.prompt), total, len(sample.response.token_ids))
     return {metrics.REF_KL: kl.mean} | name_interval(metrics.REF_KL, kl.normal_interval())

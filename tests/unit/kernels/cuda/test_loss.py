@@ -15,9 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from operation_counter import OperationCounter
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton", reason="has no wheel for this system")
 
@@ -398,57 +397,12 @@ def test_loss_without_gradients() -> None:
 
 # Operations and memory
 
-SYNCHRONIZING = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal.default", "unique")
-
-
-class OperationCounter(TorchDispatchMode):
-    """Counts operations except views; raises on operations that synchronize with the device."""
-
-    VIEWS = ("view", "slice", "select", "t.default", "permute", "transpose", "expand", "unsqueeze", "alias", "detach")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-        self.largest = 0
-        self.is_active = True
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(function).removeprefix("aten.")
-        if self.is_active and any(part in name for part in SYNCHRONIZING):
-            raise AssertionError(f"{name} synchronizes with the device")
-        if "index" in name and any(x.dtype == torch.bool for x in tree_leaves(args[1]) if isinstance(x, Tensor)):
-            raise AssertionError(f"{name} by a mask synchronizes with the device")
-        result = function(*args, **(kwargs or {}))
-        if self.is_active:
-            self.counts[name] += not any(part in name for part in (*self.VIEWS, "empty"))
-            sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-            self.largest = max([self.largest, *sizes])
-        return result
-
 
 @pytest.fixture
 def counter(monkeypatch: pytest.MonkeyPatch) -> OperationCounter:
-    """Count torch's operations outside of the kernels, because the interpreter uses torch too."""
     counter = OperationCounter()
-    for module, names in (
-        (fused_loss, ("compute_row_statistics", "write_logits_gradient")),
-        (chunks, ("mix_logits",)),
-        (importlib.import_module("sdpo.kernels.cuda.top_k"), ("_gather_candidates",)),
-    ):
-        for name in names:
-            monkeypatch.setattr(module, name, _pause_counter(counter, getattr(module, name)))
+    counter.leave_out_kernels(monkeypatch)
     return counter
-
-
-def _pause_counter(counter: OperationCounter, function: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        counter.is_active = False
-        try:
-            return function(*args, **kwargs)
-        finally:
-            counter.is_active = True
-
-    return call
 
 
 @pytest.mark.parametrize(
