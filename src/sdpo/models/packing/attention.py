@@ -8,7 +8,6 @@ sampling with a cache, it calls transformers' SDPA.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -22,11 +21,10 @@ from transformers.masking_utils import sdpa_mask
 
 from sdpo.models.packing.layout import AttentionCall, PackedLayout, SegmentBounds
 
-varlen_attn: Callable[..., Tensor] | None
 try:
     from torch.nn.attention.varlen import varlen_attn  # since torch 2.10
 except ImportError:
-    varlen_attn = None
+    varlen_attn = None  # type: ignore[assignment]
 
 NAME = "sdpa_packed"
 # torch 2.11 accepts fewer key than query heads without this argument; later versions require it.
@@ -94,8 +92,8 @@ def _attend_at_once(bounds: SegmentBounds, query: Tensor, key: Tensor, value: Te
     """Output [L, heads, head size] of the row; states are [L, heads, head size]."""
     if bounds.key_index is not None:
         key, value = key.index_select(0, bounds.key_index), value.index_select(0, bounds.key_index)
-    assert varlen_attn is not None
-    output: Tensor = varlen_attn(
+    attend_to_segments: Any = varlen_attn
+    output: Tensor = attend_to_segments(
         query,
         key,
         value,
