@@ -31,7 +31,8 @@ def measure(model: Any, cost: Any, prompt_length: int, num_rollouts: int, repeat
 
     from sdpo.models.forward import compute_hidden, compute_positions, pad_sequences
     from sdpo.models.multimodal.processor import TokenPrompt
-    from sdpo.models.packing.layout import PrefixGroup, count_cost, pack_sequences
+    from sdpo.models.packing.attention_plan import PrefixGroup, count_cost
+    from sdpo.models.packing.layout import pack_sequences
 
     rng, device = random.Random(0), torch.device("cpu")
     prompt = TokenPrompt(rng.choices(range(4096), k=prompt_length))

@@ -43,15 +43,8 @@ from sdpo.models.multimodal.processor import TokenPrompt
 from sdpo.models.output_head import measure_logit_scale
 from sdpo.models.packing import attention
 from sdpo.models.packing.attention import NAME
-from sdpo.models.packing.layout import (
-    AttentionCostModel,
-    PackedSequences,
-    PrefixGroup,
-    count_cost,
-    count_shared_tokens,
-    group_by_prefix,
-    pack_sequences,
-)
+from sdpo.models.packing.attention_plan import AttentionCostModel, PrefixGroup, count_cost
+from sdpo.models.packing.layout import PackedSequences, count_shared_tokens, group_by_prefix, pack_sequences
 from sdpo.models.packing.support import enable_packing
 
 CPU = torch.device("cpu")

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from sdpo.models.forward import PaddedSequences, compute_hidden
 from sdpo.models.output_head import build_linear_head, compute_dense_logits
-from sdpo.models.packing.layout import AttentionCostModel, PackedSequences
+from sdpo.models.packing.attention_plan import AttentionCostModel
+from sdpo.models.packing.layout import PackedSequences
 from sdpo.models.packing.support import enable_packing
 from sdpo.trainer.actor.collate import Collator
 from sdpo.trainer.data.samples import TrainingSample

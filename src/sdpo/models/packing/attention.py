@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from sdpo.models.packing.layout import AttentionCall, PackedLayout, SegmentBounds
+from sdpo.models.packing.attention_plan import AttentionCall, PackedLayout, SegmentBounds
 
 try:
     from torch.nn.attention.varlen import varlen_attn  # since torch 2.10

@@ -12,7 +12,8 @@ from sdpo.models.forward import compute_hidden, compute_positions
 from sdpo.models.multimodal.processor import TokenPrompt
 from sdpo.models.multimodal.vision_tower import VisionAdapter, get_vision_tower_parameters
 from sdpo.models.packing.attention import NAME, PackingUnsupportedError, attend, has_varlen_kernel
-from sdpo.models.packing.layout import AttentionCostModel, PrefixGroup, pack_sequences
+from sdpo.models.packing.attention_plan import AttentionCostModel, PrefixGroup
+from sdpo.models.packing.layout import pack_sequences
 
 # Overhead of one attention call in one layer (launch, gather, scatter; forward and backward), expressed in FLOPs of a
 # forward pass. CPU: 60 microseconds measured, one thread. Others: estimate, 100 microseconds at 300 TFLOP/s.

@@ -11,7 +11,8 @@ from torch import Tensor
 from sdpo.models.forward import PaddedSequences, compute_positions, pad_sequences
 from sdpo.models.multimodal.processor import TokenPrompt
 from sdpo.models.multimodal.vision_tower import VisionAdapter
-from sdpo.models.packing.layout import AttentionCostModel, PackedSequences, PrefixGroup, group_by_prefix, pack_sequences
+from sdpo.models.packing.attention_plan import AttentionCostModel, PrefixGroup
+from sdpo.models.packing.layout import PackedSequences, group_by_prefix, pack_sequences
 from sdpo.trainer.data.samples import TrainingSample
 
 
