@@ -158,7 +158,7 @@ def on_verl(
         cases["NaN pixels"] = {**whole, "batches": [broken]}
         kept = [i for i in range(len(samples)) if i != 4]
         others = pad_for_verl([samples[i] for i in kept], [old[i] for i in kept], 2.0, loaded.vision)
-        cases["without the fifth"] = {**whole, "batches": [others], "mini_batch_size": 7}
+        cases["without the fifth"] = {**whole, "batches": [others], "mini_batch_size": 7, "micro_batch_size": 7}
     return {**train_on_verl(cases, request.param), "num_ranks": request.param}
 
 
