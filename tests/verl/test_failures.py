@@ -56,7 +56,7 @@ def test_failed_rewards_are_counted_and_end_the_run_above_the_limit(
         "data.task_args.num_test": 4,
         "data.task_args.pretrain_steps": 0,
         "data.shuffle": "false",
-        "reward.timeout_s": 1.0,
+        "reward.timeout_s": 5.0,
         "reward.max_failure_fraction": 0.3,
         "output_dir": tmp_path / "run",
         "max_steps": 3,
