@@ -8,11 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from operation_counter import OperationCounter
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sdpo.algorithm.teacher import LogitMixture
+from sdpo.models.forward import pad_sequences
+from sdpo.models.generation import graphed_decoding
 from sdpo.models.generation import sampling as decoding_module
+from sdpo.models.generation.decoding_state import DecodingState
+from sdpo.models.generation.graphed_decoding import GraphedDecodingState, build_decoding_state
 from sdpo.models.generation.sampling import BLOCK, Completion, SamplingParams, compute_sampling_log_probs, sample_tokens
 from sdpo.models.multimodal.processor import TokenPrompt
 
@@ -26,6 +31,17 @@ def sample_responses(
     policy: LogitMixture, prompts: Sequence[Sequence[int]], decoding: SamplingParams, seed: int
 ) -> list[list[Completion]]:
     return decoding_module.sample_responses(policy, [TokenPrompt(ids) for ids in prompts], decoding, seed)
+
+
+@pytest.fixture(autouse=True, params=["growing cache", "fixed cache"])
+def decoding_state(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[DecodingState]:
+    """Decoding as on a CPU, and with the fixed shapes that are captured on a GPU."""
+    if request.param == "growing cache":
+        return DecodingState
+    monkeypatch.setattr(graphed_decoding, "can_be_captured", lambda _: True)
+    monkeypatch.setattr(graphed_decoding, "MIN_STEPS", 1)
+    monkeypatch.setattr(graphed_decoding, "PLACES_PER_GRAPH", 5)
+    return GraphedDecodingState
 
 
 PlainLogits = Callable[[nn.Module, Sequence[int], Sequence[int]], Tensor]
@@ -59,13 +75,15 @@ def test_autocast_samples_like_a_cast_model(make_model: Any) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 12, 1000])
 def test_log_probs_equal_a_forward_pass(
-    model: Any, plain_logits: PlainLogits, batch_size: int, monkeypatch: pytest.MonkeyPatch
+    model: Any,
+    plain_logits: PlainLogits,
+    batch_size: int,
+    decoding_state: type[DecodingState],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     compactions = []
-    select = decoding_module._DecodingState.select
-    monkeypatch.setattr(
-        decoding_module._DecodingState, "select", lambda self, rows: (compactions.append(rows), select(self, rows))
-    )
+    select = decoding_state.select
+    monkeypatch.setattr(decoding_state, "select", lambda self, rows: (compactions.append(rows), select(self, rows)))
     responses = sample_responses([(model, 1.0)], PROMPTS, replace(DECODING, batch_size=batch_size), seed=1)
 
     assert len(responses) == len(PROMPTS)
@@ -75,6 +93,23 @@ def test_log_probs_equal_a_forward_pass(
     for prompt, one in pairs(responses):
         expected = log_probs_of(plain_logits(model, prompt, one.token_ids), one.token_ids, DECODING.temperature)
         torch.testing.assert_close(torch.tensor(one.log_probs), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_step_of_fixed_shapes_reads_nothing_from_the_device(model: Any, decoding_state: type[DecodingState]) -> None:
+    """Within a number of rows and places, all operations have equal shapes and none depends on a tensor's values."""
+    if decoding_state is DecodingState:
+        pytest.skip("its cache grows")
+    state = build_decoding_state([(model, 1.0)], capacity=30, num_steps=20)
+    batch = pad_sequences([TokenPrompt(ids) for ids in PROMPTS[:3]], [[]] * 3, 0, torch.device("cpu"))
+    state.prefill(batch, None)
+    state.repeat(2)
+    shapes = []
+    for _ in range(4):  # from 7 to 11 tokens: 10 and then 15 places
+        with OperationCounter() as counter:
+            state.decode(torch.tensor([3, 4, 5, 6, 7, 8]))
+        shapes.append((counter.num_operations, counter.largest))
+    assert shapes[0] == shapes[1] == shapes[2] and shapes[3][0] == shapes[0][0]
+    assert len(state._steps) == 2  # type: ignore[attr-defined]
 
 
 def test_responses_are_in_the_order_of_the_prompts(model: Any, plain_logits: PlainLogits) -> None:
