@@ -284,3 +284,34 @@ def test_ten_steps_with_the_shipped_settings_change_the_weights_by_the_same_leng
         squares = [(p.detach() - start[n]).double().square().sum() for n, p in student.named_parameters() if n in start]
         lengths.append(float(torch.stack(squares).sum().sqrt()))
     assert lengths[1] == pytest.approx(lengths[0], rel=0.05)
+
+
+@pytest.mark.slow
+def test_gpu_script_runs_parts_once_and_reports_failures(tmp_path: Path) -> None:
+    def run(*parts: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", str(ROOT / "benchmarks" / "gpu" / "run.sh"), str(tmp_path / "out"), *parts]
+        settings = {
+            **os.environ,
+            "TRIAL": "1",
+            "PYTHON": sys.executable,
+            "PYTHONPATH": str(ROOT / "src"),
+            **environment,
+        }
+        return subprocess.run(command, env=settings, capture_output=True, text=True)
+
+    wrong = run("video")
+    assert wrong.returncode == 2 and "video: no such part; choose from tests, loss, learning" in wrong.stderr
+    (tmp_path / "out" / "sampling.json").mkdir()  # cannot be written as a file
+    assert run("sampling").returncode == 1
+    (tmp_path / "out" / "sampling.json").rmdir()
+    log, status = tmp_path / "out" / "sampling.log", tmp_path / "out" / "sampling.status"
+    assert not status.read_text().startswith("0 ")
+    done = run("sampling")
+    assert done.returncode == 0, log.read_text()
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["sampling"]["result"] == "ok"
+    rates = json.loads((tmp_path / "out" / "sampling.json").read_text())["tokens_per_second"]
+    assert rates.keys() == {"captured", "not captured"} and min(rates.values()) > 0
+    written = log.stat().st_mtime_ns
+    assert run("sampling").returncode == 0
+    assert log.stat().st_mtime_ns == written, "a part that has succeeded is not repeated"
