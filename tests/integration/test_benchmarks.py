@@ -295,7 +295,6 @@ def test_gpu_script_runs_parts_once_and_reports_failures(tmp_path: Path) -> None
             "TRIAL": "1",
             "PYTHON": sys.executable,
             "PYTHONPATH": str(ROOT / "src"),
-            **environment,
         }
         return subprocess.run(command, env=settings, capture_output=True, text=True)
 
