@@ -38,7 +38,7 @@ test: $(INSTALLED_VERL) ## Run the tests that take seconds each, ten minutes on 
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: $(INSTALLED_VERL) ## Run every test, complete runs on verl included; tests for a GPU are skipped without one
-	@$(BIN)/python -m pytest -n 2 --dist worksteal
+	@$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 test-vllm: $(VLLM_INSTALLED) ## Run the tests of rollout.engine=vllm on a CPU, in a separate environment
 	@$(VLLM_BIN)/python -m pytest tests/vllm
