@@ -19,7 +19,7 @@ tiny=${TRIAL:+--tiny}
 export BENCHMARK_RESULTS=$out
 [ -z "${TRIAL:-}" ] || export TRITON_INTERPRET=1
 
-# PART SECONDS COMMAND: run it in the background of a time limit, and note exit code and duration.
+# PART SECONDS COMMAND: run the command within a time limit, and record its exit code and duration.
 part() {
     local name=$1 limit=$2 started=$SECONDS code
     shift 2
@@ -38,8 +38,8 @@ for name in "$@"; do
         loss) part loss 150 "$python" benchmarks/gpu/loss.py "$out/loss.json" accuracy table ;;
         learning) part learning 120 "$python" benchmarks/gpu_step.py --repeats 2 --models 0.5B $tiny ;;
         sampling) part sampling 90 "$python" benchmarks/gpu/sampling.py "$out/sampling.json" ;;
-        smoke) SMOKE_DIR=$out/smoke.$SECONDS part smoke 300 bash recipe/SDPO/prove.sh text images ;;
-        geo3k) part geo3k 270 "$python" benchmarks/gpu/geo3k.py "$out/geo3k.$SECONDS" $tiny ;;
+        smoke) SMOKE_DIR=$out/smoke.$(date +%s) part smoke 300 bash recipe/SDPO/prove.sh text images ;;
+        geo3k) part geo3k 270 "$python" benchmarks/gpu/geo3k.py "$out/geo3k.$(date +%s)" $tiny ;;
         *)
             echo "$name: no such part; choose from tests, loss, learning, sampling, smoke, geo3k" >&2
             exit 2

@@ -31,23 +31,33 @@ class DecodingState:
             self.mask = nn.functional.pad(mask, (0, self.capacity - self.length), value=1)
         self.axes = prompts.position_ids.shape[:-2]  # () or (3,)
         self.last_position = prompts.position_ids.amax(-1).reshape(-1, len(mask)).amax(0)
-        return self._forward(prompts.token_ids, prompts.position_ids, prompts.images, vision)
+        return self._forward(prompts.token_ids, self._get_mask(), prompts.position_ids, prompts.images, vision)
 
     def decode(self, token: Tensor) -> Tensor:
         """Read one token per row [rows]; returns logits [rows, V] after it."""
         self.length += 1
         self.last_position = self.last_position + 1
-        return self._forward(token[:, None], self.last_position[:, None].expand(*self.axes, -1, 1), (), None)
+        positions = self.last_position[:, None].expand(*self.axes, -1, 1)
+        return self._forward(token[:, None], self._get_mask(), positions)
+
+    def _get_mask(self) -> Tensor | None:
+        return None if self.mask is None else self.mask[:, : self.length]
 
     def _forward(
-        self, token_ids: Tensor, position_ids: Tensor, images: Sequence[bytes], vision: VisionAdapter | None
+        self,
+        token_ids: Tensor,
+        mask: Tensor | None,
+        position_ids: Tensor,
+        images: Sequence[bytes] = (),
+        vision: VisionAdapter | None = None,
     ) -> Tensor:
+        """Logits [rows, V] of the policy after the last token, the sum over its modules."""
         total: Tensor | None = None
         for (module, coefficient), cache in zip(self.policy, self.caches, strict=True):
             logits = compute_logits(
                 module,
                 token_ids,
-                None if self.mask is None else self.mask[:, : self.length],
+                mask,
                 position_ids,
                 1,
                 vision=vision,

@@ -18,9 +18,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from sdpo.algorithm.teacher import LogitMixture
-from sdpo.models.forward import compute_logits
 from sdpo.models.generation.decoding_state import DecodingState
-from sdpo.models.generation.kv_cache import PreallocatedCacheLayer, build_cache
+from sdpo.models.generation.kv_cache import PreallocatedCacheLayer, build_cache, fill_buffer
 from sdpo.models.packing.attention import NAME
 
 logger = logging.getLogger(__name__)
@@ -79,9 +78,9 @@ class FixedCacheLayer(DynamicLayer):  # type: ignore[misc]
 
 
 def _allocate(states: Tensor, repeats: int, capacity: int) -> Tensor:
-    rows, heads, length, size = states.shape
+    rows, heads, _, size = states.shape
     buffer = states.new_zeros(rows * repeats, heads, capacity, size)
-    buffer[:, :, :length].unflatten(0, (rows, repeats)).copy_(states[:, None])
+    fill_buffer(buffer, states, repeats)
     return buffer
 
 
@@ -131,7 +130,8 @@ class GraphedDecodingState(DecodingState):
             for cache in self.caches:
                 for layer in cache.layers:
                     layer.limit(num_rows, num_places)
-            return self._add_logits(num_rows, num_places)
+            positions = self._position[:num_rows, None].expand(*self.axes, -1, 1)
+            return self._forward(self._token[:num_rows, None], self._visible[:num_rows, :, :, :num_places], positions)
 
         if self._token.device.type != "cuda":
             return compute
@@ -155,21 +155,3 @@ class GraphedDecodingState(DecodingState):
             return logits
 
         return replay
-
-    def _add_logits(self, num_rows: int, num_places: int) -> Tensor:
-        position = self._position[:num_rows, None].expand(*self.axes, -1, 1)
-        total: Tensor | None = None
-        for (module, coefficient), cache in zip(self.policy, self.caches, strict=True):
-            logits = compute_logits(
-                module,
-                self._token[:num_rows, None],
-                self._visible[:num_rows, :, :, :num_places],
-                position,
-                1,
-                cache=cache,
-            )[:, -1].float()
-            if coefficient != 1.0:
-                logits = logits * coefficient
-            total = logits if total is None else total.add_(logits)
-        assert total is not None
-        return total

@@ -76,9 +76,14 @@ class PreallocatedCacheLayer(DynamicLayer):  # type: ignore[misc]
 def _copy(held: Tensor, repeats: int, room: int) -> Tensor:
     """Copy into a new buffer, each row ``repeats`` times, with room for more tokens; returns the filled view."""
     rows, heads, length, size = held.shape
-    buffer = held.new_empty(rows * repeats, heads, length + room, size)[:, :, :length]
-    buffer.unflatten(0, (rows, repeats)).copy_(held[:, None])
-    return buffer
+    return fill_buffer(held.new_empty(rows * repeats, heads, length + room, size), held, repeats)
+
+
+def fill_buffer(buffer: Tensor, held: Tensor, repeats: int) -> Tensor:
+    """Copy [rows, heads, tokens, size] to the beginning of a buffer, each row ``repeats`` times; returns that view."""
+    filled = buffer[:, :, : held.shape[2]]
+    filled.unflatten(0, (len(held), repeats)).copy_(held[:, None])
+    return filled
 
 
 def _extend(held: Tensor, new: Tensor) -> Tensor:

@@ -71,9 +71,8 @@ def attend(
     is_autocast = query.is_cuda and torch.is_autocast_enabled("cuda")
     dtype = torch.get_autocast_dtype("cuda") if is_autocast else query.dtype
     if dropout == 0.0 and has_varlen_kernel(query.device, dtype, query.shape[-1]):
-        return _attend_at_once(layout.segment_bounds, query.to(dtype), key.to(dtype), value.to(dtype), scaling)[
-            None
-        ], None
+        query, key, value = (states.to(dtype) for states in (query, key, value))
+        return _attend_at_once(layout.segment_bounds, query, key, value, scaling)[None], None
     calls = layout.attention_calls
     outputs = [_call(call, query, key, value, scaling, dropout) for call in calls.calls]
     return torch.cat(outputs).index_select(0, calls.output_index)[None], None

@@ -20,7 +20,7 @@ from sdpo.errors import ConfigError, SDPOError
 from sdpo.verl_backend.config.to_verl import ALL_LINEAR, HEALTH_WITHOUT_EFFECT
 
 LOSS_MODE = "sdpo"
-CPU_SAMPLER = "transformers"
+CPU_SAMPLER = "transformers"  # the name under which cpu/rollout.py registers its engine
 ACTOR = "actor_rollout_ref.actor"
 MODEL = "actor_rollout_ref.model"
 # Keys below model.lora, which are for Megatron: name, verl's default, and the key for FSDP.

@@ -22,8 +22,8 @@ from sdpo.models.generation.sampling import Completion, SamplingParams, sample_r
 from sdpo.models.loading import get_stop_token_ids, load_model, load_tokenizer
 from sdpo.models.multimodal.processor import TokenPrompt, encode_png, load_reader
 from sdpo.models.multimodal.vision_tower import VisionAdapter
+from sdpo.verl_backend.config.schema import CPU_SAMPLER
 
-NAME = "transformers"
 NUMBERED = "det-"  # prefix of verl's request ids with full_determinism
 
 
@@ -151,7 +151,7 @@ class TransformersReplica(RolloutReplica):  # type: ignore[misc]
         await server.idle.remote()  # raises if the model could not be loaded
         self.servers = [server]
         self._server_handle = server
-        self._server_address = f"{NAME}:{self.replica_rank}"
+        self._server_address = f"{CPU_SAMPLER}:{self.replica_rank}"
 
 
 class ServerAdapter(base.BaseRollout):  # type: ignore[misc]
@@ -179,5 +179,5 @@ def _server_name(replica_rank: int) -> str:
     return f"sdpo_transformers_server_{replica_rank}"
 
 
-RolloutReplicaRegistry.register(NAME, lambda: TransformersReplica)
-base._ROLLOUT_REGISTRY[NAME, "async"] = f"{__name__}.{ServerAdapter.__name__}"
+RolloutReplicaRegistry.register(CPU_SAMPLER, lambda: TransformersReplica)
+base._ROLLOUT_REGISTRY[CPU_SAMPLER, "async"] = f"{__name__}.{ServerAdapter.__name__}"
