@@ -82,7 +82,9 @@ class OptimConfig(Section):
         ge=0,
         le=1,
     )
-    warmup_steps: int = setting(10, "Optimizer steps of linear learning rate warm-up.", ge=0)
+    warmup_steps: int = setting(
+        10, "Optimizer steps of linear learning rate warm-up; the first step has 1/warmup_steps of the peak.", ge=0
+    )
     lr_scheduler_type: str = setting(
         "constant",
         "Learning rate schedule after the warm-up, over the whole run.",

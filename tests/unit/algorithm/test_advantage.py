@@ -93,6 +93,26 @@ def test_float32_and_integer_scores() -> None:
             assert result.tolist() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("score", "count"), [(0.7, 7), (66.7, 16), (0.1, 3), (1e-30, 5), (3.3e37, 6)])
+def test_equal_scores_have_exactly_no_advantage(score: float, count: int, dtype: torch.dtype) -> None:
+    """Their deviation in float32 is a rounding error, which the formula makes 0.056 and 0.86 in the first two cases."""
+    for norm_by_std in (True, False):
+        scores, groups = torch.full((count,), score, dtype=dtype), torch.zeros(count, dtype=torch.long)
+        assert compute_group_advantages(scores, groups, norm_by_std=norm_by_std).tolist() == [0.0] * count
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_and_small_scores_do_not_overflow(dtype: torch.dtype) -> None:
+    for largest in (1e20, 1e36, 1e200 if dtype == torch.float64 else 3e38):
+        scores = torch.tensor([largest, 0, 0, 0], dtype=dtype)
+        advantages = compute_group_advantages(scores, torch.zeros(4, dtype=torch.long))
+        assert advantages.tolist() == pytest.approx([1.5, -0.5, -0.5, -0.5], rel=1e-6)
+    # With a deviation far below epsilon, the advantage is the difference to the mean, divided by epsilon.
+    tiny = compute_group_advantages(torch.tensor([1e-20, 0.0], dtype=dtype), torch.zeros(2, dtype=torch.long))
+    assert tiny.tolist() == pytest.approx([5e-15, -5e-15], rel=1e-6)
+
+
 def test_scores_are_not_modified() -> None:
     scores = torch.tensor([1.0, NAN, 3.0])
     compute_group_advantages(scores, torch.tensor([0, 0, 0]))

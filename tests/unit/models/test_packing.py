@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from operation_counter import OperationCounter
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -36,6 +37,7 @@ from transformers import (
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from varlen import varlen_attn
 
 from sdpo.models.forward import compute_hidden, compute_positions, pad_sequences
@@ -232,6 +234,26 @@ def test_padded_rows_and_caches_are_unaffected() -> None:
     assert model.config._attn_implementation == NAME
     torch.testing.assert_close(compute_hidden(model, padded), expected, atol=1e-13, rtol=0)
     assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=9, do_sample=False).equal(generated)
+
+
+def test_decoding_step_does_not_copy_the_cache_for_every_query_head() -> None:
+    """Grouped-query attention to 50 cached places, with padding: equal to transformers', which copies 4 times."""
+    generator = torch.Generator().manual_seed(0)
+    rows, heads, groups, places, size = 3, 8, 2, 50, 16
+    query = torch.randn(rows, heads, 1, size, generator=generator, dtype=torch.float64)
+    key, value = torch.randn(2, rows, groups, places, size, generator=generator, dtype=torch.float64)
+    mask = (torch.arange(places) >= torch.tensor([[0], [7], [20]]))[:, None, None]
+    layer = nn.Module()
+    layer.num_key_value_groups = heads // groups
+    counter = OperationCounter()
+    with counter:
+        output, _ = attention.attend(layer, query, key, value, mask, scaling=0.3)
+    expected, _ = sdpa_attention_forward(layer, query, key, value, mask, scaling=0.3)
+    assert output.shape == (rows, 1, heads, size)
+    torch.testing.assert_close(output, expected, atol=1e-13, rtol=0)
+    scores = 0.3 * query[1, 5, 0] @ key[1, 1, 7:].T
+    torch.testing.assert_close(output[1, 0, 5], scores.softmax(0) @ value[1, 1, 7:], atol=1e-13, rtol=0)
+    assert counter.largest < rows * heads * places * size
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "autocast"])

@@ -114,7 +114,9 @@ def log_infos(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("precision", "killed_in"),
     [
-        pytest.param(name, step, marks=[] if step == 4 or name == "float32" else [pytest.mark.slow])
+        pytest.param(
+            name, step, marks=[] if name == "float32" or (name, step) == ("8-bit random", 4) else [pytest.mark.slow]
+        )
         for name in PRECISIONS
         for step in (2, 4)
     ],

@@ -234,6 +234,32 @@ def test_adamw_is_fused_on_gpus(
     )
 
 
+@pytest.mark.parametrize(
+    ("given", "factors"),
+    [
+        ({"lr_warmup_steps": 4}, [0.25, 0.5, 0.75, 1, 1, 1]),
+        ({"lr_warmup_steps_ratio": 0.2}, [0.5, 1, 1, 1, 1, 1]),
+        ({}, [1] * 6),
+        # After the warm-up 1/2 + cos(pi k / 8) / 2.
+        ({"lr_warmup_steps": 2, "lr_scheduler_type": "cosine"}, [0.5, 1, 1, 0.9619398, 0.8535534, 0.6913417]),
+    ],
+)
+def test_warm_up_begins_above_zero(
+    given: dict[str, Any], factors: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = object.__new__(SelfDistillationEngine)
+    engine.rank = 0
+    engine.optimizer_config = FSDPOptimizerConfig(lr=1e-3, total_training_steps=10, **given)
+    optimizer = torch.optim.AdamW(torch.nn.Linear(1, 1).parameters(), lr=1e-3)
+    scheduler = engine._build_lr_scheduler(optimizer)
+    used = []
+    for _ in factors:
+        used.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert used == pytest.approx([1e-3 * factor for factor in factors])
+
+
 @pytest.mark.slow
 def test_checkpoint_of_another_teacher_regularization_is_refused(results: dict[str, Any]) -> None:
     error = results["another teacher"]["error"]

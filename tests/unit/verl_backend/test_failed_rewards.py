@@ -16,7 +16,6 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopO
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
-from sdpo.algorithm.advantage import compute_group_advantages
 from sdpo.errors import SDPOError
 from sdpo.observability import metrics
 from sdpo.rewards.scoring import RewardFailure
@@ -149,17 +148,27 @@ def test_failures_are_logged_and_an_error_above_the_limit(capsys: pytest.Capture
         check_failures([SCORED] * 9 + [{FAILURE: "no such language", REFUSAL: "no such language"}], CONFIG, "step 1")
 
 
-def test_failed_responses_are_excluded_from_group_advantages() -> None:
-    """A group with a failure has the native trainer's advantages; other groups keep verl's."""
-    rewards = torch.tensor([1.0, 0.0, 0.0, 0.3, 1.0, 0.0, 0.4])
-    failed = [False, False, True, False, False, False, False]
-    groups = ["a", "a", "a", "a", "b", "b", "c"]
-    verl_s = torch.tensor([9.0, 9.0, 9.0, 9.0, 0.7, -0.7, 0.4])
-    own = correct_advantages(verl_s, rewards, failed, groups, CONFIG)
-    wanted = compute_group_advantages(torch.tensor([1.0, 0.0, 0.3]), torch.zeros(3, dtype=torch.long))
-    torch.testing.assert_close(own[[0, 1, 3]], wanted)
-    assert own[2] == 0.0 and own[4:].tolist() == pytest.approx([0.7, -0.7, 0.4])
-    assert own[[0, 1, 3]].sum().abs() < 1e-6
+def test_grpo_advantages_are_those_of_the_native_trainer() -> None:
+    """A failed response is in no group; equal scores, and a response without others, have exactly 0."""
+    rewards = torch.tensor([1.0, 0.0, 0.0, 0.3, 66.7, 66.7, 66.7, 0.4])
+    failed = [False, False, True, False, False, False, False, False]
+    groups = ["a", "a", "a", "a", "b", "b", "b", "c"]
+    masks = [torch.tensor([1, 0, 1][: 2 + i % 2]) for i in range(8)]
+    stock = [9.0 * mask for mask in masks]
+    tokens = correct_advantages(stock, masks, rewards, failed, groups, CONFIG)
+    assert all(torch.equal(values != 0, (mask * values[0]).bool()) for values, mask in zip(tokens, masks, strict=True))
+    own = torch.stack([values[0] for values in tokens])
+    # Mean 13/30, deviations 17/30, -13/30, -4/30: their sample standard deviation is sqrt((289 + 169 + 16) / 1800).
+    wanted = torch.tensor([17 / 30, -13 / 30, -4 / 30]) / ((289 + 169 + 16) / 1800) ** 0.5
+    torch.testing.assert_close(own[[0, 1, 3]], wanted, rtol=1e-5, atol=0)
+    assert own[[2, 4, 5, 6, 7]].tolist() == [0.0] * 5
+
+
+def test_advantages_of_other_estimators_are_verl_s() -> None:
+    config = OmegaConf.merge(CONFIG, {"algorithm": {"adv_estimator": "gae"}})
+    stock = [torch.tensor([0.5, 2.0]), torch.tensor([3.0])]
+    own = correct_advantages(stock, [torch.ones(2), torch.ones(1)], torch.ones(2), [False, True], ["a", "a"], config)
+    assert [values.tolist() for values in own] == [[0.5, 2.0], [0.0]]
 
 
 def test_score_metrics_exclude_failed_responses() -> None:

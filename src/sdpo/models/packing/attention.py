@@ -1,8 +1,8 @@
 """Attention over packed rows, registered as an attention implementation of transformers.
 
 On NVIDIA GPUs and in half precision a layer makes one call of torch's kernel for segments of different lengths;
-elsewhere it calls SDPA once for each set of segments with similar lengths. For rows that are not packed, such as in
-sampling with a cache, it calls transformers' SDPA.
+elsewhere it calls SDPA once for each set of segments with similar lengths. For rows that are not packed it calls
+transformers' SDPA, except for the decoding steps of padded rows, where that would copy the cache.
 """
 
 from __future__ import annotations
@@ -61,6 +61,9 @@ def attend(
             raise PackingUnsupportedError(
                 f"{type(module).__name__} does not pass the arguments of a forward pass to its attention"
             )
+        is_decoding = attention_mask is not None and query.shape[2] == 1
+        if is_decoding and attention_mask.shape[1] == 1 and query.shape[1] != key.shape[1] and dropout == 0.0:
+            return _attend_to_cache(query, key, value, attention_mask, scaling), None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **settings
         )
@@ -76,6 +79,21 @@ def attend(
     calls = layout.attention_calls
     outputs = [_call(call, query, key, value, scaling, dropout) for call in calls.calls]
     return torch.cat(outputs).index_select(0, calls.output_index)[None], None
+
+
+def _attend_to_cache(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+    """Output [rows, 1, heads, head size] of one new token per row, where query heads share keys and values.
+
+    With a mask, transformers copies keys and values once per query head. Here, heads that share a key are the
+    positions of one call.
+
+    Args:
+        query: [rows, heads, 1, head size].
+        key, value: [rows, key heads, places, head size].
+        mask: [rows, 1, 1, places].
+    """
+    grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))
+    return scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling).flatten(1, 2)[:, None]
 
 
 @cache

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
 from sdpo.config.actor import OptimConfig
 from sdpo.models.optimizer import UpdateRounding, build_optimizer, compile_on_gpus_only
+from sdpo.models.warm_up import set_lr, start_warm_up_at_first_update
 from sdpo.observability import metrics
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ class Optimization:
             num_warmup_steps=config.warmup_steps,
             num_training_steps=num_updates,
         )
+        start_warm_up_at_first_update(self.scheduler, config.warmup_steps)
         self._max_grad_norm = config.max_grad_norm
         self._rounding = UpdateRounding(self.optimizer, logger.warning, seed)
 
@@ -69,8 +70,4 @@ class Optimization:
         self.scheduler.load_state_dict(
             {**self.scheduler.state_dict(), "last_epoch": count, "_step_count": count + 1, "_last_lr": lrs}
         )
-        for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)  # torchao requires that the tensor stays the same object
-            else:
-                group["lr"] = lr
+        set_lr(self.optimizer, lrs)

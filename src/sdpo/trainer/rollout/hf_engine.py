@@ -14,6 +14,7 @@ from sdpo.models.generation.sampling import Completion, SamplingParams, sample_r
 from sdpo.models.loading import load_model
 from sdpo.models.multimodal.processor import TokenPrompt, load_reader
 from sdpo.models.multimodal.vision_tower import VisionAdapter
+from sdpo.models.packing.support import enable_packing
 from sdpo.trainer.rollout.weight_sync import WeightChecksum, copy_parameters
 
 
@@ -56,7 +57,9 @@ class TransformersEngine:
         max_pixels: int,
     ) -> TransformersEngine:
         loaded, reader = load_model(model, device), load_reader(model, max_pixels)
-        return cls(loaded, sampling, VisionAdapter(loaded, reader) if reader is not None else None)
+        vision = VisionAdapter(loaded, reader) if reader is not None else None
+        enable_packing(loaded, vision)  # no row is packed here, but decoding steps are those of the student's attention
+        return cls(loaded, sampling, vision)
 
     def sample(self, prompts: Sequence[TokenPrompt], seed: int) -> list[list[Completion]]:
         return sample_responses([(self._model, 1.0)], prompts, self._decoding, seed, self._vision)

@@ -78,28 +78,33 @@ def replace_scores(values: MutableMapping[str, Any], scores: Sequence[float], co
 
 
 def correct_advantages(
-    advantages: Tensor, rewards: Tensor, failed: Sequence[bool], groups: Sequence[Hashable], config: DictConfig
-) -> Tensor:
-    """Return [B] advantages with failed rewards excluded from their groups.
+    advantages: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    rewards: Tensor,
+    failed: Sequence[bool],
+    groups: Sequence[Hashable],
+    config: DictConfig,
+) -> list[Tensor]:
+    """Return advantages [T] of each response: of the GRPO estimator the native trainer's, of others 0 for a failure.
+
+    verl's GRPO estimator counts a failed reward as a score, divides the rounding errors of equal scores by their
+    deviation, and keeps the raw score of a response without others in its group.
 
     Args:
-        advantages: [B], computed by verl with 0 for each failed reward.
+        advantages: [T] of each response, computed by verl with a reward of 0 for each failed one.
+        masks: [T] of each response, 1 at the tokens of the policy.
         rewards: [B].
         failed: [B], whether the reward failed.
         groups: [B], equal for all responses to a prompt.
         config: verl's.
     """
-    mask = torch.tensor(failed, dtype=torch.bool)
-    corrected = advantages.masked_fill(mask, 0.0)
     if config.algorithm.adv_estimator != "grpo":
-        return corrected
+        return [values * (not is_failed) for values, is_failed in zip(advantages, failed, strict=True)]
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     index = torch.tensor([numbers[group] for group in groups], dtype=torch.long)
-    own = compute_group_advantages(
-        rewards.masked_fill(mask, math.nan), index, norm_by_std=config.algorithm.norm_adv_by_std_in_grpo
-    )
-    is_affected = torch.isin(index, index[mask])
-    return torch.where(is_affected, own.to(corrected.dtype), corrected)
+    scores = rewards.masked_fill(torch.tensor(failed, dtype=torch.bool), math.nan)
+    own = compute_group_advantages(scores, index, norm_by_std=config.algorithm.norm_adv_by_std_in_grpo)
+    return [value * mask.float() for value, mask in zip(own, masks, strict=True)]
 
 
 class FailedRewardsMixin:

@@ -136,12 +136,16 @@ class SelfDistillationOneStepOffTrainer(FailedRewardsMixin, HealthChecksMixin, O
 
     def _fit_compute_advantage(self, batch: DataProto) -> DataProto:
         batch = super()._fit_compute_advantage(batch)
-        if any(self.failed):
-            mask, groups = batch.batch["response_mask"], batch.non_tensor_batch["uid"].tolist()
-            rewards = batch.batch["token_level_rewards"].sum(-1)
-            stock = (batch.batch["advantages"] * mask).sum(-1) / mask.sum(-1).clamp(min=1)
-            own = correct_advantages(stock, rewards, self.failed, groups, self.config)
-            batch.batch["advantages"] = batch.batch["returns"] = own[:, None] * mask
+        values = batch.batch
+        advantages = correct_advantages(
+            values["advantages"].unbind(),
+            values["response_mask"].unbind(),
+            values["token_level_rewards"].sum(-1),
+            self.failed,
+            batch.non_tensor_batch["uid"].tolist(),
+            self.config,
+        )
+        values["advantages"] = torch.stack(advantages)
         return batch
 
     def _fit_collect_metrics(self, batch: DataProto) -> None:

@@ -77,30 +77,24 @@ class TeacherBatchMixin(FailedRewardsMixin, HealthChecksMixin):
             )
             metrics.update(values)
         batch = super()._compute_advantage(batch, metrics)  # type: ignore[misc]
-        if any(sample.is_failed for sample in samples):
-            self._correct_advantages(batch, rollouts)
+        self._correct_advantages(batch, rollouts)
         return batch
 
     def _correct_advantages(self, batch: Any, rollouts: Sequence[Rollout | None]) -> None:
+        rewards = "token_level_rewards" if self.config.algorithm.use_kl_in_reward else "rm_scores"
         data = tq.kv_batch_get(
-            keys=batch.keys, partition_id=batch.partition_id, select_fields=["response_mask", "rm_scores", "advantages"]
+            keys=batch.keys, partition_id=batch.partition_id, select_fields=["response_mask", rewards, "advantages"]
         )
-        masks = [mask.float() for mask in data["response_mask"].unbind()]
-        stock = [
-            (values * mask).sum() / mask.sum().clamp(min=1)
-            for values, mask in zip(data["advantages"].unbind(), masks, strict=True)
-        ]
-        own = correct_advantages(
-            torch.stack(stock),
-            torch.stack([scores.sum() for scores in data["rm_scores"].unbind()]),
+        advantages = correct_advantages(
+            data["advantages"].unbind(),
+            data["response_mask"].unbind(),
+            torch.stack([values.sum() for values in data[rewards].unbind()]),
             [rollout is not None and rollout.is_failed for rollout in rollouts],
             [i if rollout is None else rollout.uid for i, rollout in enumerate(rollouts)],
             self.config,
         )
-        per_token = torch.nested.as_nested_tensor(
-            [value * mask for value, mask in zip(own, masks, strict=True)], layout=torch.jagged
-        )
-        fields = TensorDict({"advantages": per_token, "returns": per_token.clone()}, batch_size=len(batch))
+        nested = torch.nested.as_nested_tensor(advantages, layout=torch.jagged)
+        fields = TensorDict({"advantages": nested}, batch_size=len(batch))
         tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
 
     def _read_rollouts(self, batch: Any) -> list[Rollout | None]:

@@ -32,6 +32,7 @@ from sdpo.kernels.chunked_log_probs import LinearHead
 from sdpo.kernels.dispatch import fused_linear_sdpo_loss, score_tokens
 from sdpo.models.optimizer import UpdateRounding, compile_on_gpus_only
 from sdpo.models.output_head import suppress_tokens
+from sdpo.models.warm_up import start_warm_up_at_first_update
 from sdpo.observability import metrics
 from sdpo.observability.metrics import UPDATE_ROUNDING
 from sdpo.verl_backend.compat import workarounds
@@ -160,6 +161,15 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         if config.optimizer in ("AdamW", "AdamW8bit", "_AdamW"):
             self._rounding = UpdateRounding(optimizer, logger.warning if dist.get_rank() == 0 else lambda text: None)
         return optimizer
+
+    def _build_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Build verl's scheduler; its first update would have a learning rate of 0."""
+        scheduler, config = super()._build_lr_scheduler(optimizer), self.optimizer_config
+        num_steps = config.lr_warmup_steps
+        if num_steps <= 0:
+            num_steps = int(config.lr_warmup_steps_ratio * config.total_training_steps)
+        start_warm_up_at_first_update(scheduler, num_steps)
+        return scheduler
 
     def _build_teacher_module(self) -> nn.Module:
         # A moving average is float32 for every data type of the student; FSDP2 casts gathered weights.
