@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from sdpo import SDPOError
 from sdpo.config.model import ModelConfig
-from sdpo.models.generation.sampling import Completion, SamplingParams, compute_sampling_log_probs, sample_responses
+from sdpo.models.generation.sampling import Completion, SamplingParams, sample_responses
 from sdpo.models.multimodal.processor import TokenPrompt
 from sdpo.observability import metrics
 from sdpo.rewards.toy import hidden_rule
@@ -100,7 +100,7 @@ def compute_max_difference(
         for response in responses:
             token_ids = torch.tensor([*prompt.token_ids, *response.token_ids])
             logits = student(input_ids=token_ids[None]).logits[0, len(prompt.token_ids) - 1 : -1]
-            log_probs = compute_sampling_log_probs(logits, sampling_params.temperature, sampling_params.top_p)
+            log_probs = (logits.float() / sampling_params.temperature).log_softmax(-1)
             expected = log_probs.gather(-1, token_ids[len(prompt.token_ids) :, None])[:, 0]
             maximum = max(maximum, (expected - torch.tensor(response.log_probs)).abs().max().item())
     return maximum
@@ -108,7 +108,8 @@ def compute_max_difference(
 
 @pytest.mark.parametrize(("tied", "top_p"), [(False, 1.0), (True, 1.0), (True, 0.8)])
 def test_log_probs_equal_the_students_after_every_weight_sync(start: Start, tied: bool, top_p: float) -> None:
-    sampling_params = replace(SAMPLING_PARAMS, top_p=top_p)
+    temperature = SAMPLING_PARAMS.temperature if top_p == 1 else 1.0
+    sampling_params = replace(SAMPLING_PARAMS, top_p=top_p, temperature=temperature)
     sampler = LocalSampler(start(sampling_params, tied=tied), verify_weights=True)
     student, generator = make_model(seed=0, tied=tied), torch.Generator().manual_seed(0)
     for version in range(4):

@@ -22,7 +22,13 @@ class RolloutConfig(Section):
     temperature: float = setting(
         1.0, "Sampling temperature; the logits of student and teacher are divided by it too.", gt=0
     )
-    top_p: float = setting(1.0, "Nucleus sampling: keep the most likely tokens up to this probability.", gt=0, le=1)
+    top_p: float = setting(
+        1.0,
+        "Nucleus sampling: draw from the most likely tokens up to this probability. Log-probabilities and importance "
+        "weights are those of all tokens: that the others are not drawn is not corrected.",
+        gt=0,
+        le=1,
+    )
     max_response_length: int = setting(1024, "Maximum length of a response, in tokens.", ge=1, le=10_000_000)
     max_num_seqs: int = setting(256, "Maximum number of sequences that are decoded at once.", ge=1)
     kv_cache_memory_gib: float = setting(4.0, "Size of vLLM's key-value cache, in GiB (engine vllm).", gt=0)

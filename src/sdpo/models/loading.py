@@ -125,6 +125,15 @@ def get_stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     return sorted({tokenizer.eos_token_id, *(token for token in more if token is not None)})
 
 
+def find_unknown_ids(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> list[int]:
+    """Ids below ``num_rows`` that the tokenizer does not have: the padding of an output layer to a round size.
+
+    Such ids decode to nothing, so they are never sampled and have no probability in the loss.
+    """
+    known = {*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder}
+    return [token_id for token_id in range(num_rows) if token_id not in known]
+
+
 def require_same_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     """Check that the model has an embedding for each token of the tokenizer.
 

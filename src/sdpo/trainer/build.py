@@ -129,7 +129,7 @@ def build_components(config: SDPOConfig, progress: ProgressCallback) -> TrainerC
 
     sampling_dtype = config.sampling_dtype if config.sampling_dtype != config.model.dtype else None
     sampling = build_sampling_params(config.rollout, student, text_tokenizer, vision, sampling_dtype)
-    actor = build_actor(student, config, sampling.pad_token_id, vision)
+    actor = build_actor(student, config, sampling.pad_token_id, vision, sampling.suppress_tokens)
     data = compute_fingerprint(prompts)
     if resume_state is not None:
         _restore(actor, config.model, resume_state, data, has_adapters=config.lora.rank > 0)

@@ -18,7 +18,14 @@ from sdpo.models.generation import graphed_decoding
 from sdpo.models.generation import sampling as decoding_module
 from sdpo.models.generation.decoding_state import DecodingState
 from sdpo.models.generation.graphed_decoding import GraphedDecodingState, build_decoding_state
-from sdpo.models.generation.sampling import BLOCK, Completion, SamplingParams, compute_sampling_log_probs, sample_tokens
+from sdpo.models.generation.sampling import (
+    BLOCK,
+    Completion,
+    SamplingParams,
+    _TokenSampler,
+    restrict_to_nucleus,
+    sample_tokens,
+)
 from sdpo.models.multimodal.processor import TokenPrompt
 
 PROMPTS = [[5, 6, 7, 8, 9, 3, 4], [4, 4, 5], [9], [3, 8, 3, 8, 5], [10, 3], [7, 7, 7, 6, 3, 3, 9, 10, 4]]
@@ -212,20 +219,23 @@ HAND_MADE = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2]).log()
 )
 def test_nucleus_is_the_smallest_set_that_reaches_top_p(top_p: float, nucleus: list[int]) -> None:
     shifted = HAND_MADE + 3.0
-    log_probs = compute_sampling_log_probs(torch.stack([shifted, shifted.flip(0)]), 1.0, top_p)
+    log_probs = torch.stack([shifted, shifted.flip(0)]).log_softmax(-1)
     expected = torch.zeros(5)
-    expected[nucleus] = HAND_MADE.exp()[nucleus] / HAND_MADE.exp()[nucleus].sum()
-    torch.testing.assert_close(log_probs.exp(), torch.stack([expected, expected.flip(0)]))
+    expected[nucleus] = HAND_MADE.exp()[nucleus]
+    torch.testing.assert_close(restrict_to_nucleus(log_probs, top_p), torch.stack([expected, expected.flip(0)]))
 
 
 def test_temperature_applies_before_the_nucleus() -> None:
-    hot = compute_sampling_log_probs(HAND_MADE, 100.0, 0.5)
-    cold = compute_sampling_log_probs(HAND_MADE, 0.1, 0.5)
-    assert torch.isfinite(hot).sum() == 3
-    assert torch.isfinite(cold).sum() == 1
+    def draw(temperature: float) -> set[int]:
+        params = SamplingParams(1, 1, temperature, 0.5, 1, [], 0)
+        uniform = torch.arange(0.005, 1, 0.01, dtype=torch.float64)
+        return set(_TokenSampler(params, HAND_MADE)(HAND_MADE.repeat(100, 1), uniform)[0].tolist())
+
+    assert draw(100.0) == {1, 3, 4}
+    assert draw(0.1) == {1}
 
 
-def test_nucleus_log_probs_are_renormalised(make_model: Any, plain_logits: PlainLogits) -> None:
+def test_tokens_of_the_nucleus_have_log_probs_among_all_tokens(make_model: Any, plain_logits: PlainLogits) -> None:
     model = make_model(dtype=torch.float64)
     decoding = replace(DECODING, top_p=0.6)
     for prompt, one in pairs(sample_responses([(model, 1.0)], PROMPTS, decoding, seed=1)):
@@ -234,7 +244,7 @@ def test_nucleus_log_probs_are_renormalised(make_model: Any, plain_logits: Plain
             ordered = sorted(range(12), key=lambda t, row=row: -row[t])
             nucleus = next(ordered[:k] for k in range(1, 13) if row[ordered[:k]].sum() >= decoding.top_p)
             assert token in nucleus
-            assert log_prob == pytest.approx(float((row[token] / row[nucleus].sum()).log()), abs=1e-5)
+            assert log_prob == pytest.approx(float(row[token].log()), abs=1e-5)
 
 
 def test_two_modules_sample_from_the_sum_of_logits(make_model: Any, plain_logits: PlainLogits) -> None:

@@ -613,7 +613,8 @@ def test_gradient_checkpointing_recomputes_and_gives_equal_gradients(
 ) -> None:
     results = []
     for checkpointing in (False, True):
-        actor = build_actor(make_model(), make_run(actor__gradient_checkpointing=checkpointing), 0)
+        model = make_model(attention_dropout=0.5)  # of transformers' training mode, which no pass uses
+        actor = build_actor(model, make_run(actor__gradient_checkpointing=checkpointing), 0)
         calls: list[bool] = []
         actor.student.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(True))
         steps = record_steps(actor)

@@ -57,8 +57,9 @@ class Completion:
 
     Attributes:
         token_ids: with the stop token at the end if it was reached.
-        log_probs: of each token under the sampling distribution: after temperature and top-p, without suppressed
-            tokens (0 with greedy decoding).
+        log_probs: of each token among all tokens but the suppressed ones, after temperature (0 with greedy decoding).
+            With top-p they are not those of the nucleus: the policy that is trained has all tokens, so that the
+            importance weight of an unchanged policy is 1.
         finished: whether it ended with a stop token instead of at ``max_new_tokens``.
     """
 
@@ -193,7 +194,9 @@ class _TokenSampler:
         if temperature == 0.0:
             return logits.argmax(dim=-1), torch.zeros(len(logits), device=logits.device)
         if self.buffer is None:
-            return sample_tokens(compute_sampling_log_probs(logits, temperature, top_p).exp_(), uniform)
+            log_probs = torch.log_softmax(logits.div_(temperature), dim=-1)
+            token = sample_tokens(restrict_to_nucleus(log_probs, top_p), uniform)[0]
+            return token, log_probs.gather(-1, token[:, None])[:, 0]
         if temperature != 1.0:
             logits.div_(temperature)
         return sample_tokens(torch.softmax(logits, dim=-1, out=self.buffer[: len(logits)]), uniform)
@@ -234,15 +237,13 @@ def _find(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return index, target - before
 
 
-def compute_sampling_log_probs(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Log-probabilities [..., V] of the sampling distribution: temperature, then the nucleus, renormalized.
+def restrict_to_nucleus(log_probs: Tensor, top_p: float) -> Tensor:
+    """Probabilities [..., V] of the tokens in the nucleus, not renormalized, and 0 for all others.
 
     The nucleus is the smallest set of most probable tokens with a mass of at least ``top_p``; it is never empty.
     """
-    log_probs = torch.log_softmax(logits.float() / temperature, dim=-1)
-    if top_p >= 1.0:
-        return log_probs
-    ordered, order = log_probs.sort(dim=-1, descending=True)
-    mass_before = ordered.exp().cumsum(-1) - ordered.exp()
-    outside = torch.zeros_like(log_probs, dtype=torch.bool).scatter(-1, order, mass_before >= top_p)
-    return torch.log_softmax(log_probs.masked_fill(outside, float("-inf")), dim=-1)
+    probs = log_probs.exp()
+    ordered, order = probs.sort(dim=-1, descending=True)
+    mass_before = ordered.cumsum(-1) - ordered
+    outside = torch.zeros_like(probs, dtype=torch.bool).scatter(-1, order, mass_before >= top_p)
+    return probs.masked_fill_(outside, 0.0)

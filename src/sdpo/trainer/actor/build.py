@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -15,6 +16,7 @@ from sdpo.models.lora.teacher import build_lora_teacher
 from sdpo.models.multimodal.vision_tower import VisionAdapter
 from sdpo.models.output_head import measure_logit_scale
 from sdpo.models.packing.support import enable_packing
+from sdpo.models.training_mode import check_training_mode
 from sdpo.trainer.actor.actor import Actor
 from sdpo.trainer.actor.collate import Collator
 from sdpo.trainer.actor.forward import PolicyForward
@@ -28,20 +30,26 @@ def build_actor(
     config: SDPOConfig,
     pad_token_id: int,
     vision: VisionAdapter | None = None,
+    suppressed_ids: Sequence[int] | None = None,
 ) -> Actor:
     """Build the actor of a student.
 
     Args:
         pad_token_id: fills rows of models that cannot read packed sequences.
         vision: of a vision-language model.
+        suppressed_ids: tokens that are never sampled; by default the placeholders of images.
 
     Raises:
-        ConfigError: ``distillation_topk`` is larger than the vocabulary.
+        ConfigError: ``distillation_topk`` is larger than the vocabulary, or the model draws random numbers with
+            gradient checkpointing.
     """
     _check_topk(student, config.self_distillation.distillation_topk)
+    if suppressed_ids is None:
+        suppressed_ids = vision.placeholder_ids if vision is not None else ()
     forward = PolicyForward(
         student=student,
         vision=vision,
+        suppressed_ids=suppressed_ids,
         logit_scale=measure_logit_scale(student),
         temperature=config.rollout.temperature,
         autocast=config.actor.autocast,
@@ -52,6 +60,7 @@ def build_actor(
     collator = Collator(pad_token_id, student.device, vision, cost)
     if config.actor.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        check_training_mode(student)
     build = build_lora_teacher if config.lora.rank else build_teacher
     teacher = build(student, config.self_distillation) if config.self_distillation.distills else None
     initial = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from sdpo.models.multimodal.feature_cache import ImageFeatureCache
 from sdpo.models.multimodal.vision_tower import VisionAdapter
 from sdpo.models.output_head import build_linear_head, suppress_tokens
 from sdpo.models.packing.layout import PackedSequences
+from sdpo.models.training_mode import set_training_mode
 from sdpo.trainer.actor.collate import MicroBatch
 
 
@@ -25,6 +27,7 @@ class PolicyForward:
     Attributes:
         student: the trained model.
         vision: its vision adapter; None for a language model.
+        suppressed_ids: tokens that the sampler never draws, without probability here too.
         logit_scale: factor between output layer and logits in this architecture.
         temperature: of the sampler, > 0.
         autocast: whether passes run in bfloat16 autocast.
@@ -34,6 +37,7 @@ class PolicyForward:
 
     student: PreTrainedModel
     vision: VisionAdapter | None
+    suppressed_ids: Sequence[int]
     logit_scale: float
     temperature: float
     autocast: bool
@@ -50,8 +54,7 @@ class PolicyForward:
 
     def read_student(self, batch: MicroBatch, images: ImageFeatureCache | None) -> LinearHead:
         """The student's hidden states of the response tokens [N, H], with gradient where it is enabled."""
-        # transformers checkpoints only in training mode; all other passes run without dropout, as sampling does.
-        self.student.train(self.gradient_checkpointing and torch.is_grad_enabled())
+        set_training_mode(self.student, checkpoints=self.gradient_checkpointing and torch.is_grad_enabled())
         return self.read(self.student, batch.student, images)
 
     def read(
@@ -69,8 +72,7 @@ class PolicyForward:
             hidden = hidden.bfloat16()  # as autocast does before the output layer
         if self.logit_scale != 1.0:
             hidden = hidden * self.logit_scale
-        logits = build_linear_head(module, hidden, coefficient)
-        return logits if self.vision is None else suppress_tokens(logits, self.vision.placeholder_ids)
+        return suppress_tokens(build_linear_head(module, hidden, coefficient), self.suppressed_ids)
 
     def score(self, head: LinearHead, batch: MicroBatch) -> Tensor:
         """Log-probabilities [N] of the sampled tokens."""

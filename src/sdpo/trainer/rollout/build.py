@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sdpo.config.model import ModelConfig
 from sdpo.config.rollout import RolloutConfig
 from sdpo.models.generation.sampling import SamplingParams
-from sdpo.models.loading import get_stop_token_ids
+from sdpo.models.loading import find_unknown_ids, get_stop_token_ids
 from sdpo.models.multimodal.vision_tower import VisionAdapter
 from sdpo.trainer.rollout.base import Engine, Sampler
 from sdpo.trainer.rollout.hf_engine import TransformersEngine
@@ -42,7 +42,10 @@ def build_sampling_params(
         batch_size=config.max_num_seqs,
         stop_token_ids=get_stop_token_ids(student, tokenizer),
         pad_token_id=int(tokenizer.pad_token_id),
-        suppress_tokens=vision.placeholder_ids if vision is not None else (),
+        suppress_tokens=(
+            *(vision.placeholder_ids if vision is not None else ()),
+            *find_unknown_ids(tokenizer, len(student.get_output_embeddings().weight)),
+        ),
         dtype=getattr(torch, dtype) if dtype is not None else None,
     )
 

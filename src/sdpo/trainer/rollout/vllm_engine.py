@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sdpo.config.model import ModelConfig
 from sdpo.config.rollout import RolloutConfig
-from sdpo.errors import DataError
+from sdpo.errors import ConfigError, DataError
 from sdpo.models.generation.sampling import Completion, SamplingParams
 from sdpo.models.multimodal.processor import TokenPrompt
 from sdpo.trainer.rollout.weight_sync import WeightChecksum
@@ -27,6 +27,8 @@ from sdpo.trainer.rollout.weight_sync import WeightChecksum
 # Largest mean difference of a checksum's log-probs, in nats, that rounding can explain. Parameters that a weight sync
 # missed exceed it after a few steps, because their distance to the student's grows.
 TOLERANCE = {"float32": 1e-2, "bfloat16": 0.3}
+
+MIN_BIAS = -100.0  # of a token that must not be drawn: the lowest that vLLM accepts
 
 # Environment variables that vLLM reads on import. Its engine must run in this process, where the weights are.
 REQUIRED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -84,6 +86,12 @@ class VllmEngine:
         max_length: int,
         max_pixels: int,
     ) -> VllmEngine:
+        if sampling.top_p < 1 and sampling.temperature != 1:
+            raise ConfigError(
+                f"rollout.top_p={sampling.top_p:g} with rollout.engine=vllm: vLLM returns log-probabilities of all "
+                f"tokens only before the temperature of {sampling.temperature:g}; set rollout.temperature=1 or "
+                "rollout.engine=transformers"
+            )
         return cls(model, sampling, device, max_length, config.kv_cache_memory_gib)
 
     def __init__(
@@ -119,7 +127,8 @@ class VllmEngine:
                     max_num_seqs=decoding.batch_size,
                     kv_cache_memory_bytes=int(kv_cache_memory_gib * 2**30),
                     gpu_memory_utilization=0.01,  # minimum of free memory at start; the actor may use the rest
-                    logprobs_mode="processed_logprobs",
+                    # Of all tokens, also with top-p.
+                    logprobs_mode="processed_logprobs" if decoding.top_p >= 1 else "raw_logprobs",
                     enforce_eager=on_cpu,
                 )
                 self.compute_log_probs([0, 0])  # unsupported kernels may raise only in the first forward pass
@@ -143,6 +152,7 @@ class VllmEngine:
                 top_p=self._decoding.top_p,
                 max_tokens=self._decoding.max_new_tokens,
                 stop_token_ids=stop_token_ids,
+                logit_bias=dict.fromkeys(self._decoding.suppress_tokens, MIN_BIAS) or None,
                 ignore_eos=True,  # stop_token_ids has all stop tokens, the model's EOS included if it is one
                 seed=rng.getrandbits(62),
                 logprobs=0,

@@ -50,6 +50,8 @@ def train(config: DictConfig, before_start: Callable[[DictConfig], object] | Non
     check_machine(config)
     if before_start is not None:
         before_start(config)
+    # Ray gives up after 30 s, in which a node does not start on a machine whose cores are busy.
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
     metrics = os.environ.get(METRICS_PATH)
     if metrics is not None:
         Path(metrics).parent.mkdir(parents=True, exist_ok=True)  # verl's logger does not

@@ -21,7 +21,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig
 from verl.workers.engine import EngineRegistry
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+from verl.workers.engine.fsdp.transformer_impl import EngineTrainModeCtx, FSDPEngineWithLMHead
 
 from sdpo.algorithm.regularization import Regularization
 from sdpo.algorithm.sums import Sums, add_sums
@@ -32,6 +32,7 @@ from sdpo.kernels.chunked_log_probs import LinearHead
 from sdpo.kernels.dispatch import fused_linear_sdpo_loss, score_tokens
 from sdpo.models.optimizer import UpdateRounding, compile_on_gpus_only
 from sdpo.models.output_head import suppress_tokens
+from sdpo.models.training_mode import set_training_mode
 from sdpo.models.warm_up import start_warm_up_at_first_update
 from sdpo.observability import metrics
 from sdpo.observability.metrics import UPDATE_ROUNDING
@@ -84,6 +85,14 @@ class SelfDistillationEngineConfig(FSDPEngineConfig):  # type: ignore[misc]
     def extend(cls, config: FSDPEngineConfig, settings: EngineSettings) -> SelfDistillationEngineConfig:
         """Copy verl's config and add the settings."""
         return cls(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)}, settings=settings)
+
+
+class _UpdateMode(EngineTrainModeCtx):  # type: ignore[misc]
+    """verl's context of an update, without dropout, which would make student and teacher differ."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        set_training_mode(self.engine.module, checkpoints=True)
 
 
 @EngineRegistry.register(model_type=MODEL_TYPE, backend=["fsdp2"], device=["cuda", "cpu"])
@@ -170,6 +179,9 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
             num_steps = int(config.lr_warmup_steps_ratio * config.total_training_steps)
         start_warm_up_at_first_update(scheduler, num_steps)
         return scheduler
+
+    def train_mode(self, **kwargs: Any) -> Any:
+        return _UpdateMode(self, **kwargs)
 
     def _build_teacher_module(self) -> nn.Module:
         # A moving average is float32 for every data type of the student; FSDP2 casts gathered weights.
