@@ -548,6 +548,7 @@ CASES = {
     "data.train_batch_size": Case([2]),
     "data.max_prompt_length": Case([11], {"data.filter_overlong_prompts": True}),
     "data.filter_overlong_prompts": Case([True], {"data.max_prompt_length": 11}),
+    "data.solution_key": Case(["reward_model.style"], {"self_distillation.demonstration_source": "ground_truth"}),
     "data.max_pixels": Case([800], IMAGES),
     "data.filter_unreadable_images": Case([True], {**IMAGES, "data.train_files": ["../broken_images.parquet"]}),
     "reward.timeout_s": Case(

@@ -22,6 +22,12 @@ class DataConfig(Section):
     task_args: dict[str, Any] = setting({}, "Arguments of the task, by name.", fixed=True)
     train_files: list[str] = setting([], "Parquet files of training rows, in verl's schema.", is_path=True, fixed=True)
     val_files: list[str] = setting([], "Parquet files of validation rows, in verl's schema.", is_path=True)
+    solution_key: str = setting(
+        "reward_model.ground_truth",
+        "Field of a row that the teacher is shown as the solution: a path of names in reward_model or extra_info, such "
+        "as extra_info.solution for a worked solution beside the graded answer.",
+        fixed=True,
+    )
     train_batch_size: int = setting(32, "Prompts per step.", ge=1, fixed=True)
     max_prompt_length: int = setting(2048, "Maximum length of a prompt, in tokens.", ge=1)
     filter_overlong_prompts: bool = setting(

@@ -16,6 +16,7 @@ from sdpo.config.rollout import RolloutConfig
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.kernels import chunked_log_probs
 from sdpo.models.model_size import ModelSize
+from sdpo.prompting.demonstrations import shows_ground_truth
 
 BYTES = {"float32": 4, "bfloat16": 2}
 # Blocks [block, V] of the loss that exist together: log-probabilities and probabilities of both sides, and temporaries.
@@ -109,8 +110,7 @@ def bound_lengths(
     if distills:
         reprompt = self_distillation.max_reprompt_len
         teacher_prompt = reprompt if window is None else min(reprompt, room)
-    shows_ground_truth = self_distillation.demonstration_source.endswith("ground_truth")
-    distills_all = distills and shows_ground_truth and not self_distillation.distill_only_failed
+    distills_all = shows_ground_truth(self_distillation) and not self_distillation.distill_only_failed
     num_rollouts = data.train_batch_size * rollout.n
     budget = actor.max_tokens_per_micro_batch
     student = budget // 2 if distills_all else budget

@@ -116,8 +116,13 @@ def _select_peer(
     return rng.choice(candidates) if candidates else None
 
 
+def shows_ground_truth(config: SelfDistillationConfig) -> bool:
+    """Whether a teacher may be shown the solution in the data row."""
+    return config.distills and config.demonstration_source.endswith("ground_truth")
+
+
 def _select_ground_truth(sample: ScoredRollout, config: SelfDistillationConfig) -> str | None:
-    if config.demonstration_source in ("ground_truth", "successful_rollout_then_ground_truth"):
+    if shows_ground_truth(config):
         return _solution_text(sample.ground_truth, config)
     return None
 

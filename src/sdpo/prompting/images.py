@@ -26,7 +26,7 @@ def place_images(prompt: Sequence[Mapping[str, Any]], images: Sequence[bytes]) -
     Raises:
         DataError: the number of tags, or of parts of type image, differs from the number of images.
     """
-    if not images and all(isinstance(message["content"], str) for message in prompt):
+    if not images and all(isinstance(message["content"], str | None) for message in prompt):
         return [dict(message) for message in prompt]
     remaining = list(images)
     num_tags = 0
@@ -34,7 +34,7 @@ def place_images(prompt: Sequence[Mapping[str, Any]], images: Sequence[bytes]) -
     for message in prompt:
         content = message["content"]
         # A text without an image stays a string: some chat templates support only strings in system messages.
-        if not isinstance(content, str) or (images and TAG in content):
+        if content is not None and (not isinstance(content, str) or (images and TAG in content)):
             parts = _split(content) if isinstance(content, str) else content
             content = []
             for part in parts:
@@ -58,7 +58,7 @@ def collect_images(messages: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
     return tuple(
         part["image"]
         for message in messages
-        if not isinstance(message["content"], str)
+        if not isinstance(message["content"], str | None)
         for part in message["content"]
         if part["type"] == "image"
     )
@@ -66,8 +66,8 @@ def collect_images(messages: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
 
 def format_content(content: Any) -> str:
     """Format a message's content as readable text, with a tag for each image."""
-    if isinstance(content, str):
-        return content
+    if isinstance(content, str | None):
+        return content or ""
     return "".join(TAG if part["type"] == "image" else part.get("text", "") for part in content)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.errors import DataError
+from sdpo.prompting.control_tokens import cut_control_tokens, encode_pieces, get_tokenizer
 from sdpo.prompting.demonstrations import PrivilegedContext, is_blank
 from sdpo.prompting.templates import Message, build_teacher_messages
 
@@ -52,17 +53,30 @@ class TeacherPrompt:
 def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     """Encode messages with the tokenizer's chat template, with the header that starts the model's answer.
 
+    A last message of the assistant is the beginning of the answer, which the model continues. Control tokens that a
+    content spells are ordinary text.
+
     Raises:
-        DataError: the tokenizer has no chat template.
+        DataError: the tokenizer has no chat template, or the last message is a tool call.
     """
     if not tokenizer.chat_template:
         raise DataError(
             "model.path: its tokenizer has no chat template; use an instruction-tuned model, or put a "
             "chat_template.jinja into its folder"
         )
-    return _token_ids(
-        tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=False)
-    )
+    messages = list(messages)
+    settings: dict[str, Any] = {"add_generation_prompt": True}
+    if messages and messages[-1]["role"] == "assistant":
+        if messages[-1].get("tool_calls") or not isinstance(messages[-1]["content"], str):
+            raise DataError("prompt: a last message of the assistant must be text; after a tool call, add its answer")
+        if is_blank(messages[-1]["content"]):
+            messages.pop()
+        else:
+            settings = {"add_generation_prompt": False, "continue_final_message": True}
+    cut = cut_control_tokens(messages, tokenizer)
+    if cut == messages or getattr(tokenizer, "encodes_pieces", False):
+        return _token_ids(tokenizer.apply_chat_template(cut, tokenize=True, return_dict=False, **settings))
+    return encode_pieces(get_tokenizer(tokenizer), tokenizer.apply_chat_template(cut, tokenize=False, **settings))
 
 
 def encode_teacher_prompt(

@@ -7,6 +7,7 @@ object with the method ``compute_score``.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import inspect
@@ -29,6 +30,10 @@ BUILT_IN = {
 }
 
 
+MAX_SCORE = 1e30  # squares of differences stay far below the largest float64
+KNOWN_KEYS = ("score", "feedback")  # of a reward function's answer
+
+
 @dataclass(frozen=True)
 class Row:
     """A prompt and the data that scoring its responses needs, as in verl's parquet files."""
@@ -43,6 +48,7 @@ class Row:
 
     @property
     def ground_truth(self) -> str | None:
+        """The answer as text; a task whose answers are lists or mappings reads ``reward_model`` instead."""
         value = self.reward_model.get("ground_truth")
         return None if value is None else str(value)
 
@@ -52,10 +58,14 @@ class RewardOutput:
     """Score of a response, with optional feedback in words.
 
     A score of NaN means that the reward function failed; a reward function must not return NaN.
+
+    Attributes:
+        unknown_keys: names in the reward function's answer that have no meaning.
     """
 
     score: float
     feedback: str | None = None
+    unknown_keys: tuple[str, ...] = field(default=(), compare=False)
 
 
 class Task(Protocol):
@@ -153,9 +163,12 @@ def parse_reward(value: Any) -> RewardOutput:
     """Convert the return value of a reward function.
 
     Raises:
-        InvalidRewardError: the score is not a finite number, or the feedback is not text.
+        InvalidRewardError: the score is not a number up to ``MAX_SCORE``, or the feedback is not text that can be
+            written as UTF-8.
     """
+    unknown_keys: tuple[str, ...] = ()
     if isinstance(value, Mapping):
+        unknown_keys = tuple(str(key) for key in value if key not in KNOWN_KEYS)
         value = RewardOutput(value.get("score"), value.get("feedback"))  # type: ignore[arg-type]
     if not isinstance(value, RewardOutput):
         value = RewardOutput(value)
@@ -165,6 +178,17 @@ def parse_reward(value: Any) -> RewardOutput:
         score = math.nan
     if not math.isfinite(score):
         raise InvalidRewardError(f"the score must be a finite number, got {value.score!r:.80}")
+    if abs(score) > MAX_SCORE:
+        raise InvalidRewardError(f"the score must be between -{MAX_SCORE:g} and {MAX_SCORE:g}, got {score:g}")
     if value.feedback is not None and not isinstance(value.feedback, str):
         raise InvalidRewardError(f"the feedback must be text, got {value.feedback!r:.80}")
-    return RewardOutput(score, value.feedback)
+    if value.feedback is not None and any("\ud800" <= character <= "\udfff" for character in value.feedback):
+        raise InvalidRewardError(f"the feedback has half a surrogate pair, got {value.feedback!a:.80}")
+    return RewardOutput(score, value.feedback, unknown_keys)
+
+
+def describe_unknown_key(key: str) -> str:
+    """Message about a name in the answer of a reward function that has no meaning."""
+    near = difflib.get_close_matches(key, KNOWN_KEYS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"only {' and '.join(KNOWN_KEYS)} are read"
+    return f"data.task: the reward function returns {key!r}, which is ignored; {hint}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import math
@@ -10,7 +11,7 @@ from collections.abc import Callable, Sequence
 from sdpo.config.data import RewardConfig
 from sdpo.errors import DataError
 from sdpo.rewards.async_scoring import AsyncScorer, is_asynchronous
-from sdpo.rewards.base import RewardOutput, Row, Task
+from sdpo.rewards.base import RewardOutput, Row, Task, describe_unknown_key
 from sdpo.rewards.scoring import RewardFailure, score_once
 
 logger = logging.getLogger(__name__)
@@ -49,9 +50,11 @@ class RewardManager:
         """
         outputs = []
         num_failed = 0
-        for finish in [self._begin(row, response) for row, response in responses]:
+        # Copies, because a reward function may write to its row.
+        for finish in [self._begin(copy.deepcopy(row), response) for row, response in responses]:
             try:
                 outputs.append(finish())
+                self._report_unknown_keys(outputs[-1])
             except RewardFailure as failure:
                 outputs.append(FAILED)
                 num_failed += 1
@@ -66,6 +69,12 @@ class RewardManager:
                     self._reported.add(failure.kind)
                     logger.warning(f"data.task: scoring failed, response not used: {failure}")
         return outputs
+
+    def _report_unknown_keys(self, output: RewardOutput) -> None:
+        for key in output.unknown_keys:
+            if key not in self._reported:
+                self._reported.add(key)
+                logger.warning(describe_unknown_key(key))
 
 
 def _choose_begin(task: Task, timeout: float | None) -> Callable[[Row, str], Callable[[], RewardOutput]]:

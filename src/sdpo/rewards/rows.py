@@ -45,7 +45,48 @@ def load_rows(files: Sequence[str], setting: str) -> list[Row]:
     return rows
 
 
+def drop_nulls(value: Any) -> Any:
+    """Remove keys without a value from nested mappings.
+
+    A parquet column has one type, so every mapping in it has the keys of all rows, most of them null. Templates read
+    such keys: with ``"image": null`` beside a text, Qwen-VL's shows an image. A message's ``content`` may be null.
+    """
+    if isinstance(value, Mapping):
+        return {
+            key: drop_nulls(inner)
+            for key, inner in value.items()
+            if inner is not None or (key == "content" and "role" in value)
+        }
+    return [drop_nulls(each) for each in value] if isinstance(value, list) else value
+
+
+def read_solution(row: Mapping[str, Any], key: str, where: str) -> str | None:
+    """Read the text that the teacher is shown as the solution; None if the row has none.
+
+    Args:
+        row: ``reward_model`` and ``extra_info`` of a row.
+        key: ``data.solution_key``.
+        where: the row, for the message.
+
+    Raises:
+        DataError: it is a list or a mapping.
+    """
+    value: Any = row
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, (int, float)):
+        return str(value)
+    kind = "a mapping" if isinstance(value, Mapping) else "a list"
+    raise DataError(
+        f"{where}: {key} is {kind} ({value!r:.80}), which cannot be shown to the teacher; set data.solution_key to a "
+        "field with text, such as extra_info.solution, or self_distillation.demonstration_source=successful_rollout"
+    )
+
+
 def _parse_row(record: Mapping[str, Any], where: str) -> Row:
+    record = {column: drop_nulls(value) if column != "images" else value for column, value in record.items()}
     prompt = record["prompt"]
     if not isinstance(prompt, list) or not prompt:
         raise DataError(f"{where}: prompt must be a list of messages with role and content, got {prompt!r:.80}")
@@ -73,7 +114,12 @@ def _parse_row(record: Mapping[str, Any], where: str) -> Row:
 
 
 def _check_message(message: Any, where: str) -> None:
-    if not isinstance(message, dict) or not message.get("role") or message.get("content") is None:
+    if not isinstance(message, dict) or not message.get("role"):
+        raise DataError(f"{where}: a message of the prompt needs role and content, got {message!r:.80}")
+    if message["role"] == "assistant" and message.get("tool_calls") and message.get("content") is None:
+        message["content"] = None  # as in OpenAI's format
+        return
+    if message.get("content") is None:
         raise DataError(f"{where}: a message of the prompt needs role and content, got {message!r:.80}")
     role, content = message["role"], message["content"]
     if not isinstance(role, str):

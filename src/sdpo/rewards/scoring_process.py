@@ -51,7 +51,7 @@ class ScoringProcess:
             raise DataError(reply["refusal"])
         if "failure" in reply:
             raise RewardFailure(reply["failure"], reply["kind"])
-        return RewardOutput(reply["score"], reply["feedback"])
+        return RewardOutput(reply["score"], reply["feedback"], tuple(reply["unknown_keys"]))
 
     def close(self) -> None:
         """End the process; the next response starts a new one."""
@@ -76,7 +76,7 @@ def _serve(task: str, args: str, timeout: str) -> None:
         faulthandler.dump_traceback_later(seconds + GRACE_SECONDS, exit=True)
         try:
             output = score_once(scored_task, row, response, seconds)
-            reply = {"score": output.score, "feedback": output.feedback}
+            reply = {"score": output.score, "feedback": output.feedback, "unknown_keys": output.unknown_keys}
         except SDPOError as error:
             reply = {"refusal": str(error)}
         except RewardFailure as failure:

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from sdpo.config.data import DataConfig
 from sdpo.config.loader import flatten_keys, to_yaml
 from sdpo.config.model import ModelConfig
 from sdpo.config.monitoring import HealthConfig
@@ -31,6 +30,7 @@ from sdpo.observability.health import HealthMonitor
 from sdpo.observability.health_callback import HealthCallback
 from sdpo.observability.progress import ProgressCallback
 from sdpo.observability.run_folder import require_idle
+from sdpo.prompting.demonstrations import shows_ground_truth
 from sdpo.prompting.tokenization import Tokenizer
 from sdpo.rewards.base import load_task, prepare_task
 from sdpo.rewards.manager import RewardManager
@@ -124,7 +124,7 @@ def build_components(config: SDPOConfig, progress: ProgressCallback) -> TrainerC
     if config.actor.freeze_vision_tower:
         _freeze_vision_tower(student, vision)
     window = get_window(student)
-    prompts, validation = _load_prompts(config.data, tokenizer, window, config.rollout.max_response_length, progress)
+    prompts, validation = _load_prompts(config, tokenizer, window, progress)
     _require_known_tokens([*prompts, *validation], count_embeddings(student))
 
     sampling_dtype = config.sampling_dtype if config.sampling_dtype != config.model.dtype else None
@@ -184,18 +184,27 @@ def _freeze_vision_tower(student: PreTrainedModel, vision: VisionAdapter | None)
 
 
 def _load_prompts(
-    config: DataConfig, tokenizer: Tokenizer, window: int | None, max_response_length: int, progress: ProgressCallback
+    config: SDPOConfig, tokenizer: Tokenizer, window: int | None, progress: ProgressCallback
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Load the prompts of training and of validation."""
     load = partial(
         load_prompts,
-        config=config,
+        config=config.data,
         tokenizer=tokenizer,
         progress=progress,
         window=window,
-        max_response_length=max_response_length,
+        max_response_length=config.rollout.max_response_length,
+        shows_solution=shows_ground_truth(config.self_distillation),
     )
-    return load(config.train_files, "data.train_files"), load(config.val_files, "data.val_files")
+    train = load(config.data.train_files, "data.train_files")
+    validation = load(config.data.val_files, "data.val_files")
+    if len(train) < config.data.train_batch_size:
+        logger.warning(
+            "data.train_files: %d rows for data.train_batch_size=%d, so rows repeat within a step",
+            len(train),
+            config.data.train_batch_size,
+        )
+    return train, validation
 
 
 def _build_health(

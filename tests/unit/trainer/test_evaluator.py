@@ -39,7 +39,7 @@ class Reversal:
 def prompt(text: str, source: str = "near") -> Prompt:
     messages = [{"role": "user", "content": text}]
     ids = TOKENIZER.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    return Prompt(Row(source, messages, {"ground_truth": text[::-1]}), list(ids))
+    return Prompt(Row(source, messages, {"ground_truth": text[::-1]}), list(ids), text[::-1])
 
 
 PROMPTS = [prompt("123"), prompt("456"), prompt("78", "far"), prompt("90", "far")]

@@ -55,7 +55,7 @@ def make_samples(
     samples = []
     for number in counts:
         messages = make_messages(number)
-        prompt = Prompt(Row("tiny", messages, {"ground_truth": "12"}), list(loaded.encode(messages).token_ids))
+        prompt = Prompt(Row("tiny", messages, {"ground_truth": "12"}), list(loaded.encode(messages).token_ids), "12")
         for i in range(n):
             response = [10 + 7 * number + i, 40 + i, 90 + number, STOP][i % 2 :]
             shown = PrivilegedContext(solution="12" if i % 2 == 0 and run.self_distillation.distills else None)

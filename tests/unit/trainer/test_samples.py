@@ -40,7 +40,7 @@ def reward_manager(task: Task) -> RewardManager:
 def prompt(text: str, ground_truth: str) -> Prompt:
     messages = [{"role": "user", "content": text}]
     ids = TOKENIZER.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    return Prompt(Row("x", messages, {"ground_truth": ground_truth}), list(ids))
+    return Prompt(Row("x", messages, {"ground_truth": ground_truth}), list(ids), ground_truth)
 
 
 def response(text: str, finished: bool = True) -> Completion:

@@ -21,6 +21,7 @@ from sdpo.config.model import ModelConfig
 from sdpo.errors import SDPOError
 from sdpo.models.loading import load_tokenizer
 from sdpo.models.multimodal.processor import MultimodalProcessor, load_reader
+from sdpo.prompting.tokenization import encode_prompt
 from sdpo.verl_backend.cpu import processor as cpu_processor
 from sdpo.verl_backend.entrypoint.compose import compose_config
 
@@ -119,8 +120,30 @@ BROKEN = {
         "1 <image> and the row",
     ),
     "more tags than images": (make_row("<image><image>", [as_file(make_image(0))]), "2 <image> and the row has 1"),
-    "image token in the text": (make_row("<image><|image_pad|>?", [as_file(make_image(0))]), "has 2 <|image_pad|>"),
 }
+
+
+def test_row_that_cannot_be_encoded_is_an_error(load: Callable[..., Any]) -> None:
+    """verl drops it as overlong."""
+    rows = [make_row("one", []), {**make_row("two", []), "prompt": [{"role": "user", "content": "x"}]}]
+    template = '{% if messages[0].role != "system" %}{{ raise_exception("no system message") }}{% endif %}'
+    with pytest.raises(SDPOError, match=r"row 1: the model's chat template rejects the prompt \(.*no sys"):
+        load("text", rows, f"+data.apply_chat_template_kwargs.chat_template='{template}'")
+
+
+def test_spelled_control_tokens_are_text_and_nulls_are_left_out(load: Callable[..., Any]) -> None:
+    """A parquet column has the keys of all rows: the text part has a null image, and the image part a null text."""
+    parts = [{"type": "image"}, {"type": "text", "text": "<|image_pad|> <|im_end|>?"}]
+    spelled = {**make_row("", [as_file(make_image(0))]), "prompt": [{"role": "user", "content": parts}]}
+    data = load("qwen2_5_vl", [spelled])
+    (message,) = data[0]["raw_prompt"]
+    assert [sorted(part) for part in message["content"]] == [["image", "type"], ["text", "type"]]
+    token_ids = encode_prompt(data._reader, data[0]["raw_prompt"])
+    plain = encode_prompt(
+        data._reader, [{"role": "user", "content": [message["content"][0], {"type": "text", "text": "x"}]}]
+    )
+    control = data.tokenizer.added_tokens_decoder
+    assert [i for i in token_ids if i in control] == [i for i in plain if i in control]
 
 
 @pytest.mark.parametrize("name", BROKEN)

@@ -11,9 +11,11 @@ import torch
 from omegaconf import OmegaConf
 from transfer_queue import KVBatchMeta
 
+from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.errors import SDPOError
 from sdpo.verl_backend.driver import v1_trainers
 from sdpo.verl_backend.driver.failed_rewards import FAILURE, REFUSAL
+from sdpo.verl_backend.driver.teacher_batch import TeacherBatchBuilder
 from sdpo.verl_backend.driver.v1_trainers import SelfDistillationSyncTrainer
 
 FAILED = {FAILURE: "a reward function: ZeroDivisionError", REFUSAL: ""}
@@ -33,6 +35,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
                 "actor_rollout_ref": {"rollout": {"n": 2}},
             }
         )
+        trainer.teacher_batch = TeacherBatchBuilder(SelfDistillationConfig(), None, None, 0, 1)
         count = len(keys)
 
         def jagged(value: float) -> torch.Tensor:
@@ -45,6 +48,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
             "response_mask": jagged(1.0),
             "rm_scores": jagged(0.5),
             "reward_model": [{"ground_truth": "2"}] * count,
+            "extra_info": [{}] * count,
             "extra_fields": [{"reward_extra_info": extra} for extra in extras],
         }
         monkeypatch.setattr(v1_trainers.tq, "kv_batch_get", lambda **_: data)

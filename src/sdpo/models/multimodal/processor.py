@@ -15,8 +15,10 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from sdpo.config.model import ModelConfig
 from sdpo.errors import DataError, SDPOError
 from sdpo.models.loading import reads_images
+from sdpo.prompting.control_tokens import CUT, encode_pieces
 from sdpo.prompting.images import collect_images, open_image
 
+INVISIBLE = "\u2060"  # a word joiner
 CACHED_IMAGES = 64  # about one step's images; an image of a million pixels takes 15 MB
 
 
@@ -73,6 +75,8 @@ class MultimodalProcessor:
         max_pixels: larger images are downscaled first.
     """
 
+    encodes_pieces = True  # between cuts, see prompting/control_tokens.py
+
     def __init__(self, processor: ProcessorMixin, max_pixels: int) -> None:
         self.processor = processor
         self.tokenizer: PreTrainedTokenizerBase = processor.tokenizer
@@ -122,9 +126,11 @@ class MultimodalProcessor:
         text = self._render(conversation, add_generation_prompt, **settings)
         images = collect_images(conversation)
         if images and not self._has_fixed_tokens:
+            text = text.replace(CUT, INVISIBLE)  # this processor reads complete texts only
             return self._process(text, [self._open(image) for image in images])["input_ids"][0].tolist()
-        token_ids = self.tokenizer(text, add_special_tokens=self._lacks_bos(text))["input_ids"]
-        placeholder = self.tokenizer.convert_tokens_to_ids(self.image_token) if self.image_token is not None else None
+        token_ids = encode_pieces(self.tokenizer, text, add_special_tokens=self._lacks_bos(text))
+        # -1 is no token.
+        placeholder: Any = -1 if self.image_token is None else self.tokenizer.convert_tokens_to_ids(self.image_token)
         if token_ids.count(placeholder) != len(images):
             raise DataError(
                 f"a prompt with {len(images)} images has {token_ids.count(placeholder)} {self.image_token}: its text "
@@ -194,6 +200,8 @@ _ALONGSIDE_TOKENS = ("attention_mask", "mm_token_type_ids", "token_type_ids")
 
 def _without_payload(message: Mapping[str, Any]) -> dict[str, Any]:
     content = message["content"]
+    if content is None:
+        return dict(message)
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     return {**message, "content": [{"type": "image"} if part["type"] == "image" else part for part in content]}

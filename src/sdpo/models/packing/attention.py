@@ -61,8 +61,8 @@ def attend(
             raise PackingUnsupportedError(
                 f"{type(module).__name__} does not pass the arguments of a forward pass to its attention"
             )
-        is_decoding = attention_mask is not None and query.shape[2] == 1
-        if is_decoding and attention_mask.shape[1] == 1 and query.shape[1] != key.shape[1] and dropout == 0.0:
+        shares_keys = query.shape[2] == 1 and query.shape[1] != key.shape[1]
+        if shares_keys and attention_mask is not None and attention_mask.shape[1] == 1 and dropout == 0.0:
             return _attend_to_cache(query, key, value, attention_mask, scaling), None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **settings

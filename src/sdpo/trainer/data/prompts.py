@@ -15,17 +15,22 @@ from sdpo.observability.progress import ProgressCallback
 from sdpo.prompting.images import collect_images, place_images
 from sdpo.prompting.tokenization import Tokenizer, encode_prompt
 from sdpo.rewards.base import Row
-from sdpo.rewards.rows import load_rows
+from sdpo.rewards.rows import load_rows, read_solution
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A row and the token ids of its prompt, including the generation header."""
+    """A row and the token ids of its prompt, including the generation header.
+
+    Attributes:
+        solution: what the teacher is shown (``data.solution_key``), if anything.
+    """
 
     row: Row
     token_ids: list[int]
+    solution: str | None = None
 
     @property
     def images(self) -> tuple[bytes, ...]:
@@ -45,6 +50,7 @@ def load_prompts(
     *,
     window: int | None,
     max_response_length: int,
+    shows_solution: bool = False,
 ) -> list[Prompt]:
     """Read and encode the rows of ``files``.
 
@@ -53,6 +59,7 @@ def load_prompts(
         progress: receives the progress of reading images.
         window: maximum number of tokens of the model; None: unlimited.
         max_response_length: tokens of the window that are reserved for the response.
+        shows_solution: whether the teacher is shown the row's solution.
 
     Raises:
         DataError: a file is invalid (see ``load_rows``), an image is unreadable or does not fit the prompt, a prompt is
@@ -70,6 +77,8 @@ def load_prompts(
         )
     rows = load_rows(files, setting)
     prompts = _encode_rows(rows, setting, config, tokenizer, progress)
+    if shows_solution:
+        prompts = [replace(prompt, solution=_read_solution(prompt.row, config.solution_key)) for prompt in prompts]
     kept = [prompt for prompt in prompts if len(prompt.token_ids) <= limit]
     if len(kept) < len(prompts):
         longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
@@ -80,6 +89,10 @@ def load_prompts(
         if not kept:
             raise DataError(f"{setting}: no row is left: {found}")
     return kept
+
+
+def _read_solution(row: Row, key: str) -> str | None:
+    return read_solution({"reward_model": row.reward_model, "extra_info": row.extra_info}, key, row.origin)
 
 
 def _encode_rows(

@@ -67,7 +67,7 @@ def score_responses(
     rows = [prompt.row for prompt in prompts]
     outputs = reward_manager.compute_score([(rows[group], text) for group, text in texts])
     return [
-        ScoredRollout(group, text, output.score, output.feedback, rows[group].ground_truth)
+        ScoredRollout(group, text, output.score, output.feedback, prompts[group].solution)
         for (group, text), output in zip(texts, outputs, strict=True)
     ]
 
@@ -92,7 +92,7 @@ def build_samples(
         config,
         rng,
     )
-    scores = torch.tensor([rollout.score for rollout in scored])
+    scores = torch.tensor([rollout.score for rollout in scored], dtype=torch.float64)
     groups = torch.tensor([rollout.group_id for rollout in scored], dtype=torch.long)
     advantages = compute_group_advantages(scores, groups, norm_by_std=config.norm_adv_by_std_in_grpo).tolist()
     weights = [1.0] * len(scored)

@@ -157,15 +157,18 @@ def _describe(sample: TrainingSample) -> str:
     def conversation(messages: Sequence[Mapping[str, Any]]) -> str:
         return "\n".join(f"[{message['role']}] {format_content(message['content'])}" for message in messages)
 
+    row, solution = sample.prompt.row, sample.prompt.solution
+    shown = ["--- solution", solution] if solution and solution != row.ground_truth else []
     verdict = f"score {sample.rollout.score:g}" if sample.is_scored else "not scored"
     parts = [
         f"=== {verdict}, advantage {sample.advantage:g}, {len(sample.response.token_ids)} tokens",
         "--- prompt",
-        conversation(sample.prompt.row.prompt),
+        conversation(row.prompt),
         "--- response" + ("" if sample.response.finished else " (truncated)"),
         sample.rollout.response,
         "--- ground truth",
-        sample.prompt.row.ground_truth or "(none)",
+        row.ground_truth or "(none)",
+        *shown,
         "--- feedback",
         sample.rollout.feedback or "(none)",
         "--- teacher's prompt" + (" (truncated)" if sample.teacher_prompt.truncated else ""),

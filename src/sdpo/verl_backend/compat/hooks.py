@@ -51,6 +51,7 @@ _SEPARATE = "verl.experimental.separation.ray_trainer"
 _PPO = "verl.trainer.ppo.ray_trainer"
 _V1 = "verl.trainer.ppo.v1"
 _LOOP = "verl.experimental.agent_loop.agent_loop"
+_BUILDER = "verl.utils.tokenizer.continuous_token:ContinuousTokenBuilder"
 _TOOLS = "verl.experimental.agent_loop.tool_agent_loop"
 
 HOOKS: tuple[Hook, ...] = (
@@ -107,6 +108,9 @@ HOOKS: tuple[Hook, ...] = (
     Hook("verl.utils.dataset.rl_dataset:RLHFDataset._build_messages", "replaced", "image files in content parts"),
     Hook("verl.utils.dataset.rl_dataset:RLHFDataset._process_multi_modal_info", "replaced", "sdpo's pixels"),
     # rollout/agent_loop.py
+    Hook(f"{_LOOP}:AgentLoopBase.ct_build_initial_tokens", "relied on", "encodes prompts by the builder"),
+    Hook(f"{_BUILDER}.build_initial_tokens", "replaced", "encodes prompts"),
+    Hook(f"{_BUILDER}._render_tokens", "replaced", "encodes tools' outputs"),
     Hook(
         "verl.experimental.agent_loop.single_turn_agent_loop:SingleTurnAgentLoop",
         "subclassed",

@@ -139,6 +139,7 @@ def _data(
         "data.max_response_length": max_response_length,
         "data.filter_overlong_prompts": data.filter_overlong_prompts,
         "data.max_pixels": data.max_pixels,
+        "data.solution_key": data.solution_key,
         "data.filter_unreadable_images": data.filter_unreadable_images,
         "data.shuffle": data.shuffle,
         "data.seed": seed,

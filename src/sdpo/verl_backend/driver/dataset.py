@@ -14,8 +14,9 @@ from sdpo.errors import DataError, SDPOError
 from sdpo.models.multimodal.processor import MultimodalProcessor
 from sdpo.prompting.images import collect_images, open_image, place_images
 from sdpo.prompting.tokenization import encode_prompt
-from sdpo.rewards.rows import read_image
+from sdpo.rewards.rows import drop_nulls, read_image
 from sdpo.verl_backend.config.schema import AGENT_LOOPS, MULTI_TURN, SINGLE_TURN, TOOL_TURNS
+from sdpo.verl_backend.driver.tools import PromptTokenizer
 from sdpo.verl_backend.rollout import agent_loop  # noqa: F401  registers the agent loops in every process that imports the dataset
 
 AGENT_NAME = "agent_name"
@@ -30,6 +31,7 @@ class ImageDataset(RLHFDataset):  # type: ignore[misc]
       is the limit.
     - verl drops a row with an unreadable image as overlong. Here it is an error with the row's number, or skipped with
       ``data.filter_unreadable_images=true``.
+    - verl drops a row that cannot be encoded as overlong. Here it is an error with the row's number.
     - verl draws ``max_samples`` rows at random before it drops overlong rows
       (https://github.com/verl-project/verl/pull/3812). Here they are the first usable rows, as on the native trainer.
 
@@ -58,7 +60,36 @@ class ImageDataset(RLHFDataset):  # type: ignore[misc]
                     f"{self._files}: has images, but the model at actor_rollout_ref.model.path reads none; use a "
                     "vision-language model"
                 )
-        return super().maybe_filter_out_long_prompts(dataframe)
+        return self._keep_short_prompts(dataframe) if self.filter_overlong_prompts else dataframe
+
+    def _keep_short_prompts(self, rows: datasets.Dataset) -> datasets.Dataset:
+        """Drop prompts longer than ``data.max_prompt_length``; verl also drops rows that cannot be encoded."""
+        measured = rows.map(
+            self._measure, num_proc=self.num_workers, remove_columns=rows.column_names, desc="Encoding prompts"
+        )
+        for number, error in enumerate(measured["error"]):
+            if error:
+                raise DataError(f"{self._files}: row {number}: {error}")
+        kept = [number for number, length in enumerate(measured["length"]) if length <= self.max_prompt_length]
+        if not kept:
+            raise DataError(
+                f"{self._files}: all prompts are longer than data.max_prompt_length={self.max_prompt_length}"
+            )
+        if len(kept) < len(rows):
+            print(f"skipped {len(rows) - len(kept)} of {len(rows)} rows with overlong prompts")
+        return rows.select(kept)
+
+    def _measure(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return the length of a row's prompt in tokens, or why it cannot be encoded."""
+        reader = self._reader if self.processor is not None else self.tokenizer
+        tokenizer = PromptTokenizer(reader, self.tool_schemas or (), self.apply_chat_template_kwargs)
+        try:
+            return {"error": "", "length": len(encode_prompt(tokenizer, self._build_messages(row, self.prompt_key)))}
+        except SDPOError as error:
+            return {"error": str(error), "length": 0}
+        except Exception as error:  # a chat template is code and may raise anything
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            return {"error": f"the model's chat template rejects the prompt ({reason})", "length": 0}
 
     def _check_turns(self, rows: datasets.Dataset) -> None:
         """Check that all rows have the run's agent loop and tools: the teacher's prompt lists one set of tools."""
@@ -114,7 +145,16 @@ class ImageDataset(RLHFDataset):  # type: ignore[misc]
                 return str(error)
         return ""
 
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        row: dict[str, Any] = super().__getitem__(item)
+        for name in ("reward_model", "extra_info", "tools_kwargs"):
+            if isinstance(row.get(name), dict):
+                row[name] = drop_nulls(row[name])
+        row["tools_kwargs"] = row["tools_kwargs"] or {}
+        return row
+
     def _build_messages(self, example: dict[str, Any], key: str) -> list[dict[str, Any]]:
+        example = {**example, key: drop_nulls(example[key])}
         images = [read_image(image, self.image_key) for image in example.get(self.image_key) or ()]
         return place_images(example[key], images)
 

@@ -34,7 +34,7 @@ from sdpo.verl_backend.driver.failed_rewards import (
     replace_scores,
 )
 from sdpo.verl_backend.driver.health import HealthChecksMixin, RunHealth, summarize_rollouts
-from sdpo.verl_backend.driver.teacher_batch import Rollout, TeacherBatchBuilder, read_ground_truth
+from sdpo.verl_backend.driver.teacher_batch import Rollout, TeacherBatchBuilder
 from sdpo.verl_backend.driver.tools import PromptTokenizer, load_tool_schemas, read_chat_settings
 from sdpo.verl_backend.worker.packing import count_response_tokens
 
@@ -55,7 +55,9 @@ def build_teacher_batch(
     reader = PromptTokenizer(
         reader, load_tool_schemas(config.actor_rollout_ref.rollout), read_chat_settings(config.data)
     )
-    return TeacherBatchBuilder(settings, reader, window, seed=config.data.seed or 0, max_steps=max_steps)
+    return TeacherBatchBuilder(
+        settings, reader, window, config.data.seed or 0, max_steps, solution_key=config.data.solution_key
+    )
 
 
 def rename_metrics(values: dict[str, Any]) -> None:
@@ -107,7 +109,8 @@ class SelfDistillationOneStepOffTrainer(FailedRewardsMixin, HealthChecksMixin, O
         scores = self.reward_tensor.sum(-1).tolist()
         self.scores = [math.nan if failed else score for failed, score in zip(self.failed, scores, strict=True)]
         if self.teacher_batch is not None:
-            fields, values = self.teacher_batch.build(self._read_rollouts(batch), self.global_steps)
+            rollouts = self._read_rollouts(batch, self.teacher_batch)
+            fields, values = self.teacher_batch.build(rollouts, self.global_steps)
             for name, tensor in fields.items():
                 batch.batch[name] = tensor
             self.metrics.update(values)
@@ -117,9 +120,10 @@ class SelfDistillationOneStepOffTrainer(FailedRewardsMixin, HealthChecksMixin, O
             self.metrics[metrics.STALENESS] = self.global_steps - max(min(versions), 1)
         return batch
 
-    def _read_rollouts(self, batch: DataProto) -> list[Rollout]:
+    def _read_rollouts(self, batch: DataProto, teacher_batch: TeacherBatchBuilder) -> list[Rollout]:
         lengths = count_response_tokens(batch.batch).tolist()
         fields = batch.non_tensor_batch
+        extra_info = fields.get("extra_info", [None] * len(lengths))
         feedback = self.reward_extra_infos_dict.get("feedback", [None] * len(lengths))
         return [
             Rollout(
@@ -129,7 +133,7 @@ class SelfDistillationOneStepOffTrainer(FailedRewardsMixin, HealthChecksMixin, O
                 response_mask=batch.batch["response_mask"][i, : lengths[i]].tolist(),
                 score=score,
                 feedback=feedback[i],
-                ground_truth=read_ground_truth(fields["reward_model"][i]),
+                ground_truth=teacher_batch.read_solution(fields["reward_model"][i], extra_info[i]),
             )
             for i, score in enumerate(self.scores)
         ]

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from sdpo.algorithm.aggregation import compute_distillation_coef, compute_prompt_weights
+from sdpo.config.data import DataConfig
 from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.observability import metrics
-from sdpo.prompting.demonstrations import ScoredRollout, compute_success_rates
+from sdpo.prompting.demonstrations import ScoredRollout, compute_success_rates, shows_ground_truth
 from sdpo.prompting.teacher_context import build_teacher_contexts, compute_reprompt_metrics
 from sdpo.prompting.templates import Message
-from sdpo.rewards.base import Row
+from sdpo.rewards.rows import read_solution
 from sdpo.verl_backend.worker.packing import DISTILLATION_COEF, SAMPLE_WEIGHTS, TEACHER_PROMPT_LENGTHS, TEACHER_PROMPTS
 
 
@@ -37,11 +38,6 @@ class Rollout:
     @property
     def is_failed(self) -> bool:
         return math.isnan(self.score)
-
-
-def read_ground_truth(reward_model: Mapping[str, Any]) -> str | None:
-    """Return the solution in a row's ``reward_model``; None if there is none."""
-    return Row("", [], reward_model).ground_truth
 
 
 def decode_turns(tokenizer: Any, response_ids: Sequence[int], response_mask: Sequence[int]) -> str:
@@ -63,20 +59,39 @@ class TeacherBatchBuilder:
         window: at most this many tokens fit the model; None if its configuration has no limit.
         seed: with the step, selects the demonstrations.
         max_steps: of the run, for the schedule of the distillation coefficient.
+        solution_key: field of a row with its solution.
 
     Attributes:
         factor: multiplies the scheduled distillation coefficient; health actions reduce it.
     """
 
     def __init__(
-        self, config: SelfDistillationConfig, tokenizer: Any, window: int | None, seed: int, max_steps: int
+        self,
+        config: SelfDistillationConfig,
+        tokenizer: Any,
+        window: int | None,
+        seed: int,
+        max_steps: int,
+        solution_key: str = DataConfig.solution_key,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.window = window
         self.seed = seed
         self.max_steps = max_steps
+        self.solution_key = solution_key
         self.factor = 1.0
+
+    def read_solution(self, reward_model: Mapping[str, Any], extra_info: Mapping[str, Any] | None) -> str | None:
+        """Return the text of a row that its teacher is shown as the solution, if it is shown any.
+
+        Raises:
+            DataError: the field is a list or a mapping.
+        """
+        if not shows_ground_truth(self.config):
+            return None
+        row = {"reward_model": reward_model, "extra_info": extra_info}
+        return read_solution(row, self.solution_key, "data.train_files")
 
     def build(self, rows: Sequence[Rollout | None], step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Return fields by name, [B, ...] in the rows' order, and the step's metrics.

@@ -53,6 +53,7 @@ class PromptTokenizer:
     ) -> None:
         self.tokenizer = tokenizer
         self.chat_template: Any = tokenizer.chat_template
+        self.encodes_pieces = getattr(tokenizer, "encodes_pieces", False)
         self._settings: dict[str, Any] = {**(settings or {}), **({"tools": list(tools)} if tools else {})}
 
     def __call__(self, text: Any, **kwargs: Any) -> Any:

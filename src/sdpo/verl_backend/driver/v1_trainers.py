@@ -25,10 +25,10 @@ from sdpo.verl_backend.driver.failed_rewards import (
 )
 from sdpo.verl_backend.driver.health import HealthChecksMixin, RunHealth, summarize_rollouts
 from sdpo.verl_backend.driver.one_step_off_trainer import build_teacher_batch, find_resumed, rename_metrics
-from sdpo.verl_backend.driver.teacher_batch import Rollout, read_ground_truth
+from sdpo.verl_backend.driver.teacher_batch import Rollout
 from sdpo.verl_backend.worker.worker import SelfDistillationActorWorker
 
-FIELDS = ["uid", "raw_prompt", "responses", "response_mask", "rm_scores", "reward_model", "extra_fields"]
+FIELDS = ["uid", "raw_prompt", "responses", "response_mask", "rm_scores", "reward_model", "extra_info", "extra_fields"]
 
 
 class TeacherBatchMixin(FailedRewardsMixin, HealthChecksMixin):
@@ -107,10 +107,11 @@ class TeacherBatchMixin(FailedRewardsMixin, HealthChecksMixin):
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=FIELDS)
         responses, masks, scores = (data[name].unbind() for name in ("responses", "response_mask", "rm_scores"))
         # The queue returns stacks of objects or plain lists.
-        uids, prompts, truths, extras = (
+        uids, prompts, truths, infos_of_rows, extras = (
             values.tolist() if hasattr(values := data[name], "tolist") else list(values)
-            for name in ("uid", "raw_prompt", "reward_model", "extra_fields")
+            for name in ("uid", "raw_prompt", "reward_model", "extra_info", "extra_fields")
         )
+        read_solution = self.teacher_batch.read_solution if self.teacher_batch is not None else lambda *_: None
         present = [i for i, tag in enumerate(batch.tags) if not tag.get("is_padding", False)]
         self._check_complete([batch.keys[i] for i in present])
         infos = {i: (extras[i] or {}).get("reward_extra_info") or {} for i in present}
@@ -124,7 +125,7 @@ class TeacherBatchMixin(FailedRewardsMixin, HealthChecksMixin):
                 response_mask=masks[i].tolist(),
                 score=math.nan if is_failed else float(scores[i].sum()),
                 feedback=infos[i].get("feedback"),
-                ground_truth=read_ground_truth(truths[i]),
+                ground_truth=read_solution(truths[i], infos_of_rows[i]),
             )
         return rollouts
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
+import torch
 from verl.experimental.agent_loop.agent_loop import (
     AgentLoopManager,
     AgentLoopMetrics,
@@ -44,6 +45,12 @@ class FailedRewardsWorkerMixin:
             return await self._agent_loop_postprocess(  # type: ignore[attr-defined]
                 output, trajectory["validate"], **kwargs
             )
+
+    def _compute_multi_modal_inputs(self, output: AgentLoopOutput, input_ids: Any) -> Any:
+        """Read the images of a sequence; verl reads its text too, in which a spelled image token becomes an image."""
+        control = torch.tensor(sorted(self.tokenizer.added_tokens_decoder), device=input_ids.device)
+        kept = input_ids[torch.isin(input_ids, control)][None]
+        return super()._compute_multi_modal_inputs(output, kept)  # type: ignore[misc]
 
     async def _compute_score(self, outputs: list[AgentLoopOutput], kwargs: dict[str, Any]) -> None:
         final = outputs[-1]

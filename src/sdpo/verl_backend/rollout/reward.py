@@ -10,7 +10,7 @@ from typing import Any
 
 from sdpo.config.data import RewardConfig
 from sdpo.rewards.async_scoring import AsyncScorer, is_asynchronous
-from sdpo.rewards.base import RewardOutput, Row, load_task
+from sdpo.rewards.base import RewardOutput, Row, describe_unknown_key, load_task
 from sdpo.rewards.scoring import score_once
 from sdpo.rewards.scoring_process import ScoringProcess
 
@@ -25,6 +25,11 @@ def _load(task: str, args: str, timeout: float | None) -> Callable[[Row, str], R
     if timeout is not None:
         return ScoringProcess(task, args, timeout).compute_score
     return functools.partial(score_once, loaded, timeout=None)
+
+
+@functools.cache  # once per process
+def _report(key: str) -> None:
+    print(describe_unknown_key(key), flush=True)
 
 
 def compute_score(
@@ -62,4 +67,6 @@ def compute_score(
     with _loading:
         score_row = _load(task, task_args, timeout_s)
     output = score_row(row, solution_str)
+    for key in output.unknown_keys:
+        _report(key)
     return {"score": output.score, "acc": output.score, "feedback": output.feedback or ""}

@@ -27,7 +27,7 @@ from sdpo.models.multimodal.vision_tower import VisionAdapter
 from sdpo.observability import metrics
 from sdpo.prompting.images import collect_images
 from sdpo.rewards.toy.figures import PICTURE_SIZE
-from sdpo.verl_backend.driver.teacher_batch import Rollout, TeacherBatchBuilder, read_ground_truth
+from sdpo.verl_backend.driver.teacher_batch import Rollout, TeacherBatchBuilder
 from sdpo.verl_backend.worker.packing import TEACHER_PROMPT_LENGTHS, TEACHER_PROMPTS
 
 STEPS = 3
@@ -243,7 +243,7 @@ def _build_teacher_prompts(vision: VisionAdapter, batch: Any) -> list[TokenPromp
             response_mask=[1] * len(response),
             score=float(batch.batch["rm_scores"][i].sum()),
             feedback=str(fields["feedback"][i]),
-            ground_truth=read_ground_truth(fields["reward_model"][i]),
+            ground_truth=str(fields["reward_model"][i]["ground_truth"]),
         )
         for i, response in enumerate(_read_responses(batch))
     ]
