@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,14 +108,13 @@ def compute_hidden(
         sequences: packed sequences need a model that ``enable_packing`` supports.
         features: of the sequences' images, in their order.
     """
-    transformer: Any = model
     inputs: dict[str, Any] = vision.image_token_mask(sequences.token_ids) if vision is not None else {}
     if isinstance(sequences, PackedSequences):
         inputs |= {"layout": sequences.layout, "attention_mask": NO_MASK.to(sequences.token_ids.device)}
     else:
         inputs["attention_mask"] = sequences.attention_mask
     with inject_image_features(model, features) as shown:
-        hidden: Tensor = transformer.base_model(
+        hidden: Tensor = get_transformer(model)(
             input_ids=sequences.token_ids,
             position_ids=sequences.position_ids,
             use_cache=False,
@@ -123,6 +124,13 @@ def compute_hidden(
     if isinstance(sequences, PackedSequences):
         return hidden[0].index_select(0, sequences.predictor_index)
     return hidden[:, -sequences.response_mask.shape[1] - 1 : -1][sequences.response_mask]
+
+
+def get_transformer(model: nn.Module) -> Any:
+    """The part of a transformers model before its output layer."""
+    transformer: Any = model
+    # Classes such as Llama4ForCausalLM name a base model that they do not have.
+    return transformer.model if transformer.base_model is model else transformer.base_model
 
 
 def compute_logits(
@@ -145,12 +153,16 @@ def compute_logits(
         features: of the images in ``token_ids``, row by row.
     """
     marks = vision.image_token_mask(token_ids) if vision is not None else {}
+    kind: Any = type(model)
+    cache_argument = _find_cache_argument(kind)
+    if cache_argument == "cache_params" and attention_mask is not None and attention_mask.shape != token_ids.shape:
+        attention_mask = None  # a state contains no padding
     with inject_image_features(model, features) as shown:
         output = model(
             input_ids=token_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache,
+            **{cache_argument: cache},
             use_cache=cache is not None,
             logits_to_keep=keep,
             **marks,
@@ -158,3 +170,10 @@ def compute_logits(
         )
     logits: Tensor = output.logits[:, -keep:]  # a model that ignores logits_to_keep returns all positions
     return logits
+
+
+@functools.cache
+def _find_cache_argument(kind: Any) -> str:
+    """Name of the argument for the cache: state-space models have another one."""
+    names = inspect.signature(kind.forward).parameters
+    return "cache_params" if "cache_params" in names and "past_key_values" not in names else "past_key_values"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sdpo.errors import ConfigError
 from sdpo.kernels.chunked_log_probs import LinearHead
+from sdpo.models.forward import get_transformer
 
 PROBE_LENGTH = 4
 # Added to the logit of a suppressed token: probability 0 in float32, but finite, because a divergence with -inf on both
@@ -76,7 +77,7 @@ def measure_logit_scale(model: nn.Module) -> float:
     token_ids = torch.arange(PROBE_LENGTH, device=device)[None]
     was_training = model.training
     model.eval()
-    hidden = transformer.base_model(input_ids=token_ids, use_cache=False).last_hidden_state[0]
+    hidden = get_transformer(model)(input_ids=token_ids, use_cache=False).last_hidden_state[0]
     logits = transformer(input_ids=token_ids, use_cache=False).logits[0].float()
     model.train(was_training)
     plain = compute_dense_logits(build_linear_head(model, hidden)).float()

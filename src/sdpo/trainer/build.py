@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from sdpo.config.loader import flatten_keys, to_yaml
-from sdpo.config.model import ModelConfig
 from sdpo.config.monitoring import HealthConfig
 from sdpo.config.root import SDPOConfig
 from sdpo.errors import ConfigError
@@ -26,6 +26,8 @@ from sdpo.models.loading import (
 from sdpo.models.lora.adapters import require_peft
 from sdpo.models.multimodal.processor import load_reader
 from sdpo.models.multimodal.vision_tower import VisionAdapter, freeze_vision_tower
+from sdpo.models.saving import rehearse_save
+from sdpo.models.self_check import check_exactness
 from sdpo.observability.health import HealthMonitor
 from sdpo.observability.health_callback import HealthCallback
 from sdpo.observability.progress import ProgressCallback
@@ -39,7 +41,7 @@ from sdpo.trainer.actor.build import build_actor
 from sdpo.trainer.actor.health_actions import ActorHealthActions
 from sdpo.trainer.checkpoint.resume import ResumeState, find_resume_state
 from sdpo.trainer.checkpoint.state import (
-    compute_fingerprint,
+    compute_fingerprints,
     load_student,
     load_teacher_module,
     set_random_states,
@@ -62,7 +64,7 @@ class TrainerComponents:
         tokenizer: applies the chat template, with images.
         processing: the tokenizer or processor that a checkpoint includes.
         window: maximum sequence length of the model; None if its config does not say.
-        data: fingerprint of the training prompts.
+        data: fingerprints of what the run is trained on.
         num_devices: devices that train or sample.
     """
 
@@ -79,7 +81,7 @@ class TrainerComponents:
     health_callback: HealthCallback
     window: int | None
     resume_state: ResumeState | None
-    data: str
+    data: dict[str, str]
     num_devices: int
 
     def prompts_of(self, step: int) -> list[Prompt]:
@@ -129,10 +131,17 @@ def build_components(config: SDPOConfig, progress: ProgressCallback) -> TrainerC
 
     sampling_dtype = config.sampling_dtype if config.sampling_dtype != config.model.dtype else None
     sampling = build_sampling_params(config.rollout, student, text_tokenizer, vision, sampling_dtype)
+    check_exactness(student, int(text_tokenizer.pad_token_id))
     actor = build_actor(student, config, sampling.pad_token_id, vision, sampling.suppress_tokens)
-    data = compute_fingerprint(prompts)
+    if resume_state is not None and actor.initial is not None and not config.lora.rank:
+        # build_actor copied it from the resumed student
+        copy_parameters(dict(load_model(config.model, actor.device).named_parameters()), actor.initial)
+    data = compute_fingerprints(prompts, config.data.task, student if config.lora.rank else actor.initial)
     if resume_state is not None:
-        _restore(actor, config.model, resume_state, data, has_adapters=config.lora.rank > 0)
+        _restore(actor, config, resume_state, data)
+    processing = reader.processor if reader is not None else text_tokenizer
+    with tempfile.TemporaryDirectory(prefix="sdpo-save-") as scratch:
+        rehearse_save(student, processing, Path(scratch))
     folder = RunDir(Path(config.output_dir), config.tracking, progress, resume_state.step if resume_state else None)
     folder.write_config(to_yaml(config), asdict(config))
     health_actions, health_callback = _build_health(config.health, actor, folder, resume_state)
@@ -161,7 +170,7 @@ def build_components(config: SDPOConfig, progress: ProgressCallback) -> TrainerC
     return TrainerComponents(
         reward_manager=reward_manager,
         tokenizer=tokenizer,
-        processing=reader.processor if reader is not None else text_tokenizer,
+        processing=processing,
         prompts=prompts,
         order=RandomSampler(len(prompts), config.data.train_batch_size, shuffle=config.data.shuffle, seed=config.seed),
         actor=actor,
@@ -218,16 +227,16 @@ def _build_health(
     return actions, callback
 
 
-def _restore(actor: Actor, config: ModelConfig, resume_state: ResumeState, data: str, *, has_adapters: bool) -> None:
+def _restore(actor: Actor, config: SDPOConfig, resume_state: ResumeState, data: dict[str, str]) -> None:
     state = resume_state.state
-    if state.data != data:
+    changed = [name for name, value in data.items() if state.data.get(name) != value]
+    if changed:
         raise ConfigError(
-            "data.train_files: the rows differ from those of the checkpoint; restore them or use another output_dir"
+            f"resume_mode={config.resume_mode}: not as in the checkpoint: {', '.join(changed)}; restore it or use "
+            "another output_dir"
         )
-    if actor.initial is not None and not has_adapters:  # build_actor copied it from the resumed student
-        copy_parameters(dict(load_model(config, actor.device).named_parameters()), actor.initial)
     is_saved = (resume_state.checkpoint / "teacher").is_dir()
-    teacher = load_teacher_module(config, resume_state.checkpoint, actor.device) if is_saved else None
+    teacher = load_teacher_module(config.model, resume_state.checkpoint, actor.device) if is_saved else None
     actor.load_state_dict(state.actor, teacher)
     set_random_states(state.random)
 

@@ -352,9 +352,14 @@ def test_change_of_another_setting_is_logged_and_takes_effect(
     assert (Path(config.output_dir) / "rollouts" / "step_5.txt").exists()
 
 
-def test_change_of_the_training_rows_is_refused(stopped: SDPOConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "compute_fingerprint", lambda prompts: "others")
-    with pytest.raises(SDPOError, match=r"^data\.train_files: the rows differ from those of the checkpoint"):
+def test_change_of_what_the_run_is_made_of_is_refused(stopped: SDPOConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    compute = build.compute_fingerprints
+    changed = {"the rows of data.train_files": "others"}
+    monkeypatch.setattr(build, "compute_fingerprints", lambda *arguments: compute(*arguments) | changed)
+    message = (
+        r"^resume_mode=required: not as in the checkpoint: the rows of data\.train_files; restore it or use another"
+    )
+    with pytest.raises(SDPOError, match=message):
         SDPOTrainer(replace(stopped, resume_mode="required")).train()
 
 

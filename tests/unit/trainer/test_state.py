@@ -21,7 +21,7 @@ from sdpo.trainer.actor.build import build_actor
 from sdpo.trainer.checkpoint.state import (
     FILE,
     TrainingState,
-    compute_fingerprint,
+    compute_fingerprints,
     get_random_states,
     save_models,
     set_random_states,
@@ -109,14 +109,66 @@ def test_state_of_another_version_is_refused(tmp_path: Path) -> None:
         TrainingState.load(tmp_path)
 
 
-def test_different_rows_have_different_fingerprints() -> None:
-    def prompts(*token_ids: list[int], answer: str = "1") -> list[Prompt]:
-        return [Prompt(Row("", [], {"ground_truth": answer}), ids) for ids in token_ids]
+ROWS = "the rows of data.train_files"
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "token ids": ({"token_ids": [1, 3]}, ROWS),
+    "answer": ({"reward_model": {"ground_truth": "2"}}, ROWS),
+    "another field of the answer": (
+        {"reward_model": {"ground_truth": "1", "style": "x"}},
+        "the rows of data.train_files",
+    ),
+    "test cases": ({"extra_info": {"tests": [1, 2]}}, ROWS),
+    "source": ({"data_source": "y"}, ROWS),
+    "ability": ({"ability": "math"}, ROWS),
+    "solution": ({"solution": "worked"}, ROWS),
+    "image": ({"image": b"another"}, "the images of data.train_files"),
+    "reward function": ({"code": "def compute_score(row, response): return 1"}, "the reward function in data.task"),
+    "base weights": ({"weight": 1.0 + 2**-20}, "the weights in model.path"),
+}
 
-    same = prompts([1, 2], [3])
-    assert compute_fingerprint(same) == compute_fingerprint(prompts([1, 2], [3]))
-    others = [prompts([1], [2, 3]), prompts([3], [1, 2]), prompts([1, 2]), prompts([1, 2], [3], answer="2")]
-    assert len({compute_fingerprint(p) for p in [same, *others]}) == 5
+
+def test_each_change_has_another_fingerprint_under_its_name(tmp_path: Path) -> None:
+    def compute(**changes: Any) -> dict[str, str]:
+        values: dict[str, Any] = {
+            "token_ids": [1, 2],
+            "reward_model": {"ground_truth": "1"},
+            "extra_info": {"tests": [1]},
+            "data_source": "x",
+            "ability": "",
+            "solution": "1",
+            "image": b"image",
+            "code": "",
+            "weight": 1.0,
+            **changes,
+        }
+        messages = [{"role": "user", "content": [{"type": "image", "image": values["image"]}]}]
+        row = Row(
+            values["data_source"],
+            messages,
+            values["reward_model"],
+            ability=values["ability"],
+            extra_info=values["extra_info"],
+        )
+        (tmp_path / "task.py").write_text(values["code"])
+        base = torch.nn.Linear(3, 2).requires_grad_(False)
+        torch.nn.init.constant_(base.weight, 0.5)[1, 2] = values["weight"]
+        torch.nn.init.zeros_(base.bias)
+        prompts = [Prompt(row, values["token_ids"], values["solution"]), Prompt(Row("x", [], {}), [3])]
+        return compute_fingerprints(prompts, str(tmp_path / "task.py"), base)
+
+    expected = compute()
+    assert compute() == expected and len(expected) == 4
+    for name, (changes, cause) in CHANGES.items():
+        found = compute(**changes)
+        assert [key for key in expected if found[key] != expected[key]] == [cause], name
+
+
+def test_order_and_borders_of_prompts_are_in_the_fingerprint() -> None:
+    def compute(*token_ids: list[int]) -> dict[str, str]:
+        return compute_fingerprints([Prompt(Row("", [], {}), ids) for ids in token_ids], "geo3k", None)
+
+    found = [compute([1, 2], [3]), compute([1], [2, 3]), compute([3], [1, 2]), compute([1, 2])]
+    assert len({each[ROWS] for each in found}) == 4
 
 
 def test_restored_generators_repeat_their_numbers() -> None:

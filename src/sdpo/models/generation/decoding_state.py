@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers import cache_utils
 
 from sdpo.algorithm.teacher import LogitMixture
 from sdpo.models.forward import PaddedSequences, compute_logits
 from sdpo.models.generation.kv_cache import build_cache
 from sdpo.models.multimodal.feature_cache import ImageFeatureCache
 from sdpo.models.multimodal.vision_tower import VisionAdapter
+
+# Layers with a recurrent state, alone (Mamba) or beside keys and values (Falcon-H1). They can only be reordered.
+RECURRENT: Any = getattr(cache_utils, "LinearAttentionCacheLayerMixin", ())
 
 
 class DecodingState:
@@ -78,11 +83,20 @@ class DecodingState:
             self.mask = self.mask.repeat_interleave(n, dim=0)
         self.last_position = self.last_position.repeat_interleave(n, dim=0)
         for cache in self.caches:
-            cache.batch_repeat_interleave(n)
+            for layer in cache.layers:
+                if isinstance(layer, RECURRENT):
+                    rows = torch.arange(len(self.last_position) // n, device=self.last_position.device)
+                    layer.reorder_cache(rows.repeat_interleave(n))
+                else:
+                    layer.batch_repeat_interleave(n)
 
     def select(self, rows: Tensor) -> None:
         if self.mask is not None:
             self.mask = self.mask[rows]
         self.last_position = self.last_position[rows]
         for cache in self.caches:
-            cache.batch_select_indices(rows)
+            for layer in cache.layers:
+                if isinstance(layer, RECURRENT):
+                    layer.reorder_cache(rows)
+                else:
+                    layer.batch_select_indices(rows)

@@ -11,7 +11,7 @@ from transformers import AttentionInterface
 from sdpo.models.forward import compute_hidden, compute_positions
 from sdpo.models.multimodal.processor import TokenPrompt
 from sdpo.models.multimodal.vision_tower import VisionAdapter, get_vision_tower_parameters
-from sdpo.models.packing.attention import NAME, PackingUnsupportedError, attend, has_varlen_kernel
+from sdpo.models.packing.attention import NAME, attend, has_varlen_kernel
 from sdpo.models.packing.attention_plan import AttentionCostModel, PrefixGroup
 from sdpo.models.packing.layout import pack_sequences
 
@@ -39,10 +39,9 @@ def enable_packing(
     config = transformer.config.get_text_config()
     if config._attn_implementation != "sdpa" or (vision is not None and vision.marks_images):
         return None
-    cost = measure_attention_cost(model, vision, autocast=autocast)
     device = next(model.parameters()).device
+    cost: AttentionCostModel | None = None
     group, prompts = PrefixGroup(2, (3, 4)), [TokenPrompt([0, 1]), TokenPrompt([0, 1])]
-    row = pack_sequences([group], prompts, [[1], [0, 1]], compute_positions(prompts, 2, vision), cost, device)
     layers: list[nn.Module] = []
 
     def probe(module: nn.Module, *states: Any, **settings: Any) -> Any:
@@ -52,15 +51,20 @@ def enable_packing(
     AttentionInterface.register(PROBE, probe)
     config._attn_implementation = PROBE
     was_training = model.training
+    packs = False
     try:
+        cost = measure_attention_cost(model, vision, autocast=autocast)
+        row = pack_sequences([group], prompts, [[1], [0, 1]], compute_positions(prompts, 2, vision), cost, device)
         with torch.no_grad():
             compute_hidden(model.eval(), row)
         packs = len(layers) == config.num_hidden_layers
-    except (PackingUnsupportedError, TypeError):  # TypeError: the model does not accept a layout
-        packs = False
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # a model that does not expect a packed row may raise anything
+        pass
     finally:
         model.train(was_training)
-    config._attn_implementation = NAME if packs else "sdpa"
+        config._attn_implementation = NAME if packs else "sdpa"
     return cost if packs else None
 
 

@@ -16,6 +16,7 @@ from sdpo.errors import CheckpointError
 from sdpo.models.loading import load_model, load_tokenizer
 from sdpo.models.lora.adapters import merge_adapters
 from sdpo.models.multimodal.processor import load_reader
+from sdpo.models.saving import save_model
 from sdpo.observability.run_folder import CONFIG_FILE
 from sdpo.trainer.checkpoint.manager import verify_checkpoint
 from sdpo.trainer.checkpoint.state import TrainingState, load_student, load_teacher_module
@@ -55,7 +56,7 @@ def export_model(checkpoint: Path, out: Path, *, teacher: bool = False) -> None:
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        model.save_pretrained(partial)
+        save_model(model, partial)
         (reader.processor if reader is not None else load_tokenizer(saved)).save_pretrained(partial)
         partial.rename(out)
     except OSError as error:

@@ -8,6 +8,7 @@ step_K/training_state.pt    ``TrainingState``
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from sdpo.config.model import LoraConfig, ModelConfig
@@ -23,6 +25,7 @@ from sdpo.errors import CheckpointError
 from sdpo.models.generation.sampling import Completion
 from sdpo.models.loading import load_model
 from sdpo.models.lora.adapters import add_adapters, get_adapted_layers, load_adapter, save_adapter
+from sdpo.models.saving import save_model
 from sdpo.trainer.actor.actor import Actor
 from sdpo.trainer.data.prompts import Prompt
 from sdpo.trainer.rollout.base import RolloutBatch
@@ -40,7 +43,7 @@ class TrainingState:
         row: metrics of the step so far.
         health_checked: whether the validation, if due, and the health checks of the step are done.
         rollouts: of the next step, if they are sampled before this step's update; else None.
-        data: fingerprint of the training rows (``compute_fingerprint``).
+        data: fingerprints of what the run was trained on (``compute_fingerprints``).
         best_weights: see ``ActorHealthActions.best_weights``.
         random: states of the generators of torch, numpy and Python; tasks may use them.
     """
@@ -50,7 +53,7 @@ class TrainingState:
     row: dict[str, float]
     health_checked: bool
     rollouts: RolloutBatch | None
-    data: str
+    data: dict[str, str]
     best_weights: dict[str, torch.Tensor] | None = None
     random: dict[str, Any] = field(default_factory=lambda: get_random_states())
 
@@ -79,9 +82,9 @@ def save_models(folder: Path, actor: Actor, processing: PreTrainedTokenizerBase 
     if get_adapted_layers(actor.student):
         save_adapter(actor.student, folder)
         return
-    actor.student.save_pretrained(folder)
+    save_model(actor.student, folder)
     if actor.teacher is not None and actor.teacher.module is not None:
-        actor.teacher.module.save_pretrained(folder / "teacher")  # type: ignore[operator]
+        save_model(actor.teacher.module, folder / "teacher")
 
 
 def load_student(
@@ -102,11 +105,40 @@ def load_teacher_module(config: ModelConfig, checkpoint: Path, device: torch.dev
     return load_model(replace(config, path=str(checkpoint / "teacher")), device)
 
 
-def compute_fingerprint(prompts: Sequence[Prompt]) -> str:
-    """Hash the token ids and ground truths of the prompts, in their order."""
-    digest = hashlib.sha256()
+def compute_fingerprints(prompts: Sequence[Prompt], task: str, base: nn.Module | None) -> dict[str, str]:
+    """Hash what prompts, scores and the model are made of, by what to name if it changes.
+
+    Args:
+        prompts: of training, in their order.
+        task: name, module or file of the reward function.
+        base: a module that is loaded from ``model.path`` on resume; None if there is none.
+    """
+    rows, images = hashlib.sha256(), hashlib.sha256()
     for prompt in prompts:
-        digest.update(repr((prompt.token_ids, prompt.row.ground_truth)).encode())
+        row = prompt.row
+        fields = (prompt.token_ids, prompt.solution, row.data_source, row.ability, row.reward_model, row.extra_info)
+        rows.update(json.dumps(fields, sort_keys=True, default=repr).encode("utf-8", "backslashreplace"))
+        for image in prompt.images:
+            images.update(hashlib.sha256(image).digest())
+    code = Path(task).read_bytes() if task.endswith(".py") else task.encode()
+    found = {
+        "the rows of data.train_files": rows.hexdigest(),
+        "the images of data.train_files": images.hexdigest(),
+        "the reward function in data.task": hashlib.sha256(code).hexdigest(),
+    }
+    if base is not None:
+        found["the weights in model.path"] = _hash_weights(base)
+    return found
+
+
+def _hash_weights(model: nn.Module) -> str:
+    """Hash names, shapes and sums of a model's frozen weights, as integers, and some of their values."""
+    digest = hashlib.sha256()
+    for name, param in model.named_parameters():
+        if not param.requires_grad:
+            bits = param.detach().contiguous().view(torch.int32 if param.element_size() == 4 else torch.int16)
+            some = bits.flatten()[:: max(bits.numel() // 1024, 1)].tolist()
+            digest.update(repr((name, tuple(param.shape), str(param.dtype), int(bits.sum()), some)).encode())
     return digest.hexdigest()
 
 
