@@ -32,3 +32,15 @@ def lock_file(path: Path, owner: str) -> IO[str]:
     file.write(f"{owner}\n")
     file.flush()
     return file
+
+
+def is_locked(path: Path) -> bool:
+    """Whether another process has the lock; false for a missing file, and where locks do not exist."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False

@@ -501,6 +501,7 @@ THREE_STEPS = {"max_steps": 3}
 GRPO = {"self_distillation.policy_loss_weight": 1.0}
 MINI_BATCHES = {"actor.mini_batch_size": 1}
 NUCLEUS = {"rollout.top_p": 0.5}
+STALE = {"max_staleness": 1, "max_steps": 3}  # samples of the policy before the last update
 SUCCESSFUL_ROLLOUTS = {"self_distillation.demonstration_source": "successful_rollout"}
 WITH_FEEDBACK = {"self_distillation.include_environment_feedback": True}
 IMAGES = {
@@ -583,8 +584,8 @@ CASES = {
         ["kl", "abs", "mse", "kl+", "abs+", "low_var_kl+"], {**THREE_STEPS, "actor.kl_loss_coef": 1.0}
     ),
     "actor.entropy_coeff": Case([0.1, 0.5]),
-    "rollout_correction.rollout_is": Case(["none", "sequence"], NUCLEUS),
-    "rollout_correction.rollout_is_threshold": Case([0.4], NUCLEUS),
+    "rollout_correction.rollout_is": Case(["none", "sequence"], STALE),
+    "rollout_correction.rollout_is_threshold": Case([0.4], STALE),
     "actor.autocast": Case([True]),
     "actor.freeze_vision_tower": Case([True], IMAGES),
     "actor.gradient_checkpointing": Case(
@@ -819,14 +820,22 @@ def test_actor_divides_logits_by_the_sampling_temperature(runner: Runner) -> Non
     assert cold.series(metrics.ENTROPY)[0] < hot.series(metrics.ENTROPY)[0] - 0.1
 
 
-def test_rollout_weights_correct_for_nucleus_sampling(runner: Runner) -> None:
+def test_rollout_weights_are_1_without_staleness_with_a_nucleus_too(runner: Runner) -> None:
     exact, none = runner(), runner({"rollout_correction.rollout_is": "none"})
     assert are_close(none.series(metrics.LOSS), exact.series(metrics.LOSS))  # the sampler uses the old policy
-    nucleus, truncated = runner(NUCLEUS), runner({**NUCLEUS, "rollout_correction.rollout_is_threshold": 0.4})
-    assert all(0.4 < mean < 1 for mean in nucleus.series(metrics.ROLLOUT_IS_MEAN))  # about the nucleus probability
+    assert none.series(metrics.ROLLOUT_IS_MEAN) == []
+    nucleus = runner(NUCLEUS)
+    assert nucleus.series(metrics.ROLLOUT_IS_MEAN) == pytest.approx([1.0] * 2, abs=1e-4)
+    assert nucleus.responses("step_1") != exact.responses("step_1")
+
+
+@pytest.mark.slow
+def test_rollout_weights_correct_for_staleness(runner: Runner) -> None:
+    stale, truncated = runner(STALE), runner({**STALE, "rollout_correction.rollout_is_threshold": 0.4})
+    first, *rest = stale.series(metrics.ROLLOUT_IS_MEAN)
+    assert first == pytest.approx(1.0, abs=1e-4) and all(abs(mean - 1) > 1e-3 for mean in rest)
     assert all(mean <= 0.4 + ROUNDING for mean in truncated.series(metrics.ROLLOUT_IS_MEAN))
     assert all(fraction > 0 for fraction in truncated.series(metrics.ROLLOUT_IS_CLIP_FRACTION))
-    assert none.series(metrics.ROLLOUT_IS_MEAN) == []
 
 
 def test_mini_batches_are_optimizer_steps(runner: Runner) -> None:

@@ -21,6 +21,12 @@ MAX_ROLLOUTS = 1_000_000
 MAX_BETA2_IN_BFLOAT16 = 1 - 2**-8
 
 
+UNWEIGHTED_SAMPLES = (
+    "rollout_correction.rollout_is=none with max_staleness=1: samples of the policy before the last update are trained "
+    "on without importance weights; set it to token or sequence"
+)
+
+
 @dataclass(frozen=True)
 class SDPOConfig(Section):
     """All settings of a run: the content of one YAML file.

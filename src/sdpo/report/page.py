@@ -98,8 +98,9 @@ def _differences(records: Sequence[RunRecord]) -> str:
 
 def _run_section(index: int, record: RunRecord) -> str:
     last_row = record.rows[-1]
+    stop = f" Stopped at step {record.stop}." if record.stop else ""
     parts = [
-        f"<section><h2>{_run_name(index, record)}</h2><p>{_code(str(record.path))}</p>",
+        f"<section><h2>{_run_name(index, record)}</h2><p>{_code(str(record.path))}{stop}</p>",
         _details(
             f"Metrics of the last step, {record.last_step}",
             _definitions((name, f"{value:.6g}", DESCRIPTIONS.get(name, "")) for name, value in last_row.items()),

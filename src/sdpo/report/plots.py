@@ -210,7 +210,8 @@ def _label_ends(axes: Axes, panel: Panel, records: Sequence[RunRecord], theme: T
     for record, colour in _coloured(records, theme):
         steps, values = record.series(panel.student)
         if values and math.isfinite(values[-1]):
-            ends.append((values[-1], steps[-1], f"{_shorten(record.name)}  {values[-1]:.2f}", colour))
+            stop = f", stopped at {record.stop}" if record.stop else ""
+            ends.append((values[-1], steps[-1], f"{_shorten(record.name)}  {values[-1]:.2f}{stop}", colour))
     low, high = axes.get_ylim()
     heights = _spread([end[0] for end in ends], gap=(high - low) * 0.075, ceiling=high)
     right = axes.get_xlim()[1]

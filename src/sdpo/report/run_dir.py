@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from sdpo.errors import ConfigError
+from sdpo.file_lock import is_locked
 from sdpo.observability.health_callback import HEALTH_EVENTS_FILE
 from sdpo.observability.json_lines import read_json_lines
 from sdpo.observability.metrics import STEP, find_accuracies, replace_old_names
+from sdpo.observability.run_folder import LOCK_FILE
 
 METRICS_FILE = "metrics.jsonl"
 RUN_FILE = "run.yaml"
@@ -29,10 +31,24 @@ class RunRecord:
     rows: Sequence[Mapping[str, float]]
     settings: Mapping[str, Any] = field(default_factory=dict)
     health_events: Sequence[Mapping[str, Any]] = ()
+    is_running: bool = False
 
     @property
     def last_step(self) -> int:
         return int(self.rows[-1][STEP])
+
+    @property
+    def max_steps(self) -> int | None:
+        """Steps of the complete run; None if its settings are not there."""
+        number = self.settings.get("max_steps")
+        return number if isinstance(number, int) else None
+
+    @property
+    def stop(self) -> str | None:
+        """Where the run ended, if it is neither complete nor running, such as ``11 of 30``."""
+        if self.max_steps is None or self.last_step >= self.max_steps or self.is_running:
+            return None
+        return f"{self.last_step} of {self.max_steps}"
 
     def series(self, metric: str) -> tuple[list[int], list[float]]:
         """Steps and values of the rows that have the metric; NaN and infinities are kept."""
@@ -70,7 +86,8 @@ def read_run(path: str | Path) -> RunRecord:
     settings = _read_settings(path / RUN_FILE)
     events_file = next(filter(Path.is_file, (path / HEALTH_EVENTS_FILE, path / OLD_HEALTH_EVENTS_FILE)), None)
     events = _read_events(events_file, last_step=int(rows[-1][STEP])) if events_file else ()
-    return RunRecord(str(settings.get("tracking.name") or path.resolve().name), path, rows, settings, events)
+    name = str(settings.get("tracking.name") or path.resolve().name)
+    return RunRecord(name, path, rows, settings, events, is_locked(path / LOCK_FILE))
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[RunRecord]:

@@ -10,9 +10,9 @@ from sdpo.observability.metrics import RESPONSE_LENGTH_MEAN, TIME_EVAL, TIME_SAV
 from sdpo.report.run_dir import RunRecord
 
 HEADINGS = {
-    "steps": "Completed training steps.",
+    "steps": "Completed training steps, of all steps if the run is not complete.",
     "before": "Validation accuracy before training.",
-    "final": "Validation accuracy of the last validation.",
+    "final": "Validation accuracy of the last validation, with its step if later steps have none.",
     "best": "Highest validation accuracy.",
     "teacher": "Validation accuracy of the teacher, with the context that it has in training, of the last validation.",
     "length": "Mean response length of the last step, in tokens.",
@@ -31,6 +31,7 @@ class Summary:
     steps: int
     before: float | None
     final: float | None
+    final_step: int | None
     best: float | None
     teacher: float | None
     response_length: float | None
@@ -39,9 +40,14 @@ class Summary:
 
     def cells(self) -> tuple[str, ...]:
         """Format the numbers in the order of ``HEADINGS``."""
+        final = format_number(self.final, ".3f")
+        if self.final_step is not None and self.final_step < self.steps:
+            final += f" (step {self.final_step})"
         return (
-            str(self.steps),
-            *(format_number(value, ".3f") for value in (self.before, self.final, self.best, self.teacher)),
+            self.run.stop or str(self.steps),
+            format_number(self.before, ".3f"),
+            final,
+            *(format_number(value, ".3f") for value in (self.best, self.teacher)),
             format_number(self.response_length, ".1f"),
             format_number(self.seconds_per_step, ".2f"),
             format_number(self.minutes, ".1f"),
@@ -69,6 +75,7 @@ def _summaries(record: RunRecord) -> Iterator[Summary]:
             steps=record.last_step,
             before=_before_training(record, student),
             final=record.final(student),
+            final_step=next(reversed(record.series(student)[0]), None),
             best=record.best(student),
             teacher=record.final(teacher),
             response_length=record.final(RESPONSE_LENGTH_MEAN),

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from sdpo.config.loader import flatten_keys, to_yaml
 from sdpo.config.monitoring import HealthConfig
-from sdpo.config.root import SDPOConfig
+from sdpo.config.root import UNWEIGHTED_SAMPLES, SDPOConfig
 from sdpo.errors import ConfigError
 from sdpo.models.loading import (
     count_embeddings,
@@ -97,6 +97,8 @@ def build_components(config: SDPOConfig, progress: ProgressCallback) -> TrainerC
     """
     if config.verl:
         logger.warning("ignored by the native trainer: verl.%s", ", verl.".join(flatten_keys(config.verl)))
+    if config.max_staleness and config.rollout_correction.rollout_is == "none":
+        logger.warning(UNWEIGHTED_SAMPLES)
     if config.actor.num_threads is not None:
         torch.set_num_threads(config.actor.num_threads)
     torch.manual_seed(config.seed)

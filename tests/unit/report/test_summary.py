@@ -1,3 +1,4 @@
+from sdpo.file_lock import lock_file
 from sdpo.report.run_dir import read_run
 from sdpo.report.summary import HEADINGS, summarize
 
@@ -41,3 +42,15 @@ def test_row_per_data_source_and_row_for_a_run_without_evaluation(write_run):
     ]
     assert summaries[0].before is None  # its first validation was after the first step
     assert summaries[2].cells() == ("1", *["-"] * 7)
+
+
+def test_run_that_was_stopped_says_where_and_the_step_of_its_last_evaluation(write_run):
+    rows = {0: {"val-core/t/acc/mean@1": 0.0}, 10: {"val-core/t/acc/mean@1": 1.0}, 11: {"critic/score/mean": 0.5}}
+    record = read_run(write_run("a", rows, max_steps=30))
+    (summary,) = summarize([record])
+    cells = dict(zip(HEADINGS, summary.cells(), strict=True))
+    assert (cells["steps"], cells["final"], record.stop) == ("11 of 30", "1.000 (step 10)", "11 of 30")
+    (complete,) = summarize([read_run(write_run("b", rows, max_steps=11))])
+    assert complete.cells()[:3] == ("11", "0.000", "1.000 (step 10)")
+    with lock_file(record.path / ".lock", "a process"):
+        assert read_run(record.path).stop is None, "it is running"

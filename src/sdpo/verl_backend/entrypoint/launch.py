@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig
 
 from sdpo.config.loader import to_yaml
-from sdpo.config.root import SDPOConfig
+from sdpo.config.root import UNWEIGHTED_SAMPLES, SDPOConfig
 from sdpo.errors import CheckpointError, ConfigError
 from sdpo.observability.progress import NullCallback, ProgressCallback
 from sdpo.observability.run_folder import CONFIG_FILE, lock_folder, move_earlier_run, require_idle
@@ -59,6 +59,8 @@ def launch(config: SDPOConfig, command: Command, progress: ProgressCallback | No
         ConfigError: a setting or file is wrong, or another run is writing to the folder; Ray has not been started.
         CheckpointError: ``resume_mode=required`` and there is no checkpoint; Ray has not been started.
     """
+    if config.max_staleness and config.rollout_correction.rollout_is == "none":
+        print(UNWEIGHTED_SAMPLES, flush=True)
     prepare_task(load_task(config.data.task, config.data.task_args), progress or NullCallback())
     os.environ.update(command.environment)
     folder, resume_mode, text = Path(config.output_dir), config.resume_mode, to_yaml(config)
