@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from sdpo.config.field import Section
 from sdpo.config.root import SDPOConfig
 from sdpo.models.generation.sampling import Completion
 from sdpo.prompting.demonstrations import PrivilegedContext, ScoredRollout
+from sdpo.prompting.run_date import RUN_DATE
 from sdpo.prompting.teacher_context import TeacherContext
 from sdpo.prompting.tokenization import TeacherPrompt
 from sdpo.rewards.base import Row
@@ -41,6 +43,13 @@ MakeSample = Callable[..., TrainingSample]
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_run_date() -> Iterator[None]:
+    """A run sets its date in the environment."""
+    yield
+    os.environ.pop(RUN_DATE, None)
 
 
 @pytest.fixture(scope="session")

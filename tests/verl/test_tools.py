@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from sdpo.observability import metrics
 from sdpo.observability.progress import NullCallback
@@ -24,8 +26,13 @@ Metrics = Callable[[Path], dict[int, dict[str, Any]]]
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("calculator") / "data"
-    prepare_task(load_task(str(EXAMPLE / "task.py"), {"dir": str(folder), **ARGUMENTS}), NullCallback())
+    """Rows and pretrained model, made once for all test processes."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = shared / "calculator"
+    with FileLock(f"{folder}.lock"):
+        prepare_task(load_task(str(EXAMPLE / "task.py"), {"dir": str(folder), **ARGUMENTS}), NullCallback())
     return folder
 
 

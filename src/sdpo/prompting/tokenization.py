@@ -10,6 +10,7 @@ from sdpo.config.self_distillation import SelfDistillationConfig
 from sdpo.errors import DataError
 from sdpo.prompting.control_tokens import cut_control_tokens, encode_pieces, get_tokenizer
 from sdpo.prompting.demonstrations import PrivilegedContext, is_blank
+from sdpo.prompting.run_date import template_settings
 from sdpo.prompting.templates import Message, build_teacher_messages
 
 
@@ -65,14 +66,14 @@ def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
             "chat_template.jinja into its folder"
         )
     messages = list(messages)
-    settings: dict[str, Any] = {"add_generation_prompt": True}
+    settings: dict[str, Any] = {"add_generation_prompt": True, **template_settings(tokenizer.chat_template)}
     if messages and messages[-1]["role"] == "assistant":
         if messages[-1].get("tool_calls") or not isinstance(messages[-1]["content"], str):
             raise DataError("prompt: a last message of the assistant must be text; after a tool call, add its answer")
         if is_blank(messages[-1]["content"]):
             messages.pop()
         else:
-            settings = {"add_generation_prompt": False, "continue_final_message": True}
+            settings |= {"add_generation_prompt": False, "continue_final_message": True}
     cut = cut_control_tokens(messages, tokenizer)
     if cut == messages or getattr(tokenizer, "encodes_pieces", False):
         return _token_ids(tokenizer.apply_chat_template(cut, tokenize=True, return_dict=False, **settings))

@@ -33,6 +33,7 @@ from sdpo.observability.health_callback import HealthCallback
 from sdpo.observability.progress import ProgressCallback
 from sdpo.observability.run_folder import require_idle
 from sdpo.prompting.demonstrations import shows_ground_truth
+from sdpo.prompting.run_date import begin_run
 from sdpo.prompting.tokenization import Tokenizer
 from sdpo.rewards.base import load_task, prepare_task
 from sdpo.rewards.manager import RewardManager
@@ -105,6 +106,7 @@ def build_components(config: SDPOConfig, progress: ProgressCallback) -> TrainerC
     require_idle(Path(config.output_dir))
     resume_state = find_resume_state(config)
     checkpoint = resume_state.checkpoint if resume_state else None
+    begin_run(resume_state.state.date if resume_state else None)
     actor_device = resolve_device(config.actor.device, "actor.device")
     sampler_device = resolve_device(config.rollout.device, "rollout.device")
     engine = ENGINES[config.rollout.engine]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,6 +27,7 @@ from sdpo.models.generation.sampling import Completion
 from sdpo.models.loading import load_model
 from sdpo.models.lora.adapters import add_adapters, get_adapted_layers, load_adapter, save_adapter
 from sdpo.models.saving import save_model
+from sdpo.prompting.run_date import RUN_DATE
 from sdpo.trainer.actor.actor import Actor
 from sdpo.trainer.data.prompts import Prompt
 from sdpo.trainer.rollout.base import RolloutBatch
@@ -46,6 +48,7 @@ class TrainingState:
         data: fingerprints of what the run was trained on (``compute_fingerprints``).
         best_weights: see ``ActorHealthActions.best_weights``.
         random: states of the generators of torch, numpy and Python; tasks may use them.
+        date: at which the run began, for chat templates that write it; empty in older checkpoints.
     """
 
     actor: dict[str, Any]
@@ -56,11 +59,12 @@ class TrainingState:
     data: dict[str, str]
     best_weights: dict[str, torch.Tensor] | None = None
     random: dict[str, Any] = field(default_factory=lambda: get_random_states())
+    date: str = field(default_factory=lambda: os.environ.get(RUN_DATE, ""))
 
     def save(self, folder: Path) -> None:
         content = {
             name: getattr(self, name)
-            for name in ("actor", "health_callback", "row", "health_checked", "data", "best_weights", "random")
+            for name in ("actor", "health_callback", "row", "health_checked", "data", "best_weights", "random", "date")
         }
         torch.save({**content, "rollouts": asdict(self.rollouts) if self.rollouts else None}, folder / FILE)
 
@@ -68,7 +72,7 @@ class TrainingState:
     def load(cls, folder: Path) -> TrainingState:
         try:
             content: dict[str, Any] = torch.load(folder / FILE, map_location="cpu", weights_only=True)
-            return cls(**{**content, "rollouts": _to_rollouts(content["rollouts"])})
+            return cls(**{"date": "", **content, "rollouts": _to_rollouts(content["rollouts"])})
         except Exception as error:  # unpickling may raise anything
             raise CheckpointError(
                 f"{folder / FILE}: cannot be read by this version ({type(error).__name__}); "

@@ -17,11 +17,13 @@ from sdpo.config.root import UNWEIGHTED_SAMPLES, SDPOConfig
 from sdpo.errors import CheckpointError, ConfigError
 from sdpo.observability.progress import NullCallback, ProgressCallback
 from sdpo.observability.run_folder import CONFIG_FILE, lock_folder, move_earlier_run, require_idle
+from sdpo.prompting.run_date import RUN_DATE, begin_run
 from sdpo.rewards.base import load_task, prepare_task
 from sdpo.verl_backend.config.to_verl import VerlOverrides
 from sdpo.verl_backend.entrypoint.main import CPU, METRICS_PATH, main
 
 METRICS = "metrics.jsonl"
+DATE = "date.txt"  # at which the run began
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ def launch(config: SDPOConfig, command: Command, progress: ProgressCallback | No
         print(UNWEIGHTED_SAMPLES, flush=True)
     prepare_task(load_task(config.data.task, config.data.task_args), progress or NullCallback())
     os.environ.update(command.environment)
+    date = Path(config.output_dir) / DATE
+    begin_run(date.read_text(encoding="utf-8").strip() if config.resume_mode != "disable" and date.is_file() else None)
     folder, resume_mode, text = Path(config.output_dir), config.resume_mode, to_yaml(config)
     with contextlib.ExitStack() as locks:
         main(
@@ -96,6 +100,8 @@ def open_folder(
         moved = None if resumes else move_earlier_run(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_FILE).write_text(config_text, encoding="utf-8")
+        if RUN_DATE in os.environ:
+            (folder / DATE).write_text(os.environ[RUN_DATE], encoding="utf-8")
         _move_aside(folder / METRICS)
     except OSError as error:
         raise ConfigError(f"output_dir={folder}: cannot be written ({error.strerror}); name another folder") from error

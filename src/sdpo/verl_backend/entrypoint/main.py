@@ -14,6 +14,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from sdpo.errors import ConfigError, SDPOError
+from sdpo.prompting.run_date import RUN_DATE, begin_run
 from sdpo.verl_backend.entrypoint import runners
 from sdpo.verl_backend.entrypoint.compose import compose_config
 from sdpo.verl_backend.entrypoint.model_checks import check_model
@@ -45,6 +46,8 @@ def train(config: DictConfig, before_start: Callable[[DictConfig], object] | Non
     if config.trainer.device == "cpu" and joins_cluster(config):
         for name in PLACEHOLDER_RESOURCES:  # ray.init refuses resources for a cluster that already runs
             config.ray_kwargs.ray_init[name] = None
+    if RUN_DATE not in os.environ:
+        begin_run()
     forward_environment(config)
     check_model(config)
     check_machine(config)
@@ -79,7 +82,7 @@ def forward_environment(config: DictConfig) -> None:
 
     Without it, verl would write the metrics of such a run into the folder in which the cluster was started.
     """
-    found = {name: os.environ[name] for name in (METRICS_PATH, *CPU_ENVIRONMENT) if name in os.environ}
+    found = {name: os.environ[name] for name in (METRICS_PATH, RUN_DATE, *CPU_ENVIRONMENT) if name in os.environ}
     given = config.ray_kwargs.ray_init.runtime_env.get("env_vars") or {}
     OmegaConf.update(config, "ray_kwargs.ray_init.runtime_env.env_vars", {**found, **given}, force_add=True)
 

@@ -43,6 +43,7 @@ from sdpo.verl_backend.worker.lora import wrap_with_adapters
 from sdpo.verl_backend.worker.mini_batch import add_token_weights, reduce_sums, reserve_budget_for_teacher
 from sdpo.verl_backend.worker.nonfinite import find_finite_tokens, find_nonfinite_samples
 from sdpo.verl_backend.worker.output_head import compute_at_head
+from sdpo.verl_backend.worker.packed_rows import check_packed_rows
 from sdpo.verl_backend.worker.packing import SAMPLE_NUMBERS, PackedTokens, drop_samples, pack_tokens
 from sdpo.verl_backend.worker.teacher_engine import TeacherEngine, TeacherHead
 from sdpo.verl_backend.worker.teacher_inputs import build_teacher_inputs
@@ -130,6 +131,8 @@ class SelfDistillationEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
     def _build_module(self) -> nn.Module:
         with workarounds.keep_stock_attention(self):
             module: nn.Module = super()._build_module()
+        if self.use_remove_padding:
+            check_packed_rows(module)
         share_images(module)
         if self.settings.freeze_vision_tower:
             freeze_vision_tower(module)
