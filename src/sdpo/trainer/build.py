@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from sdpo.config.data import DataConfig
 from sdpo.config.loader import flatten_keys, to_yaml
+from sdpo.config.model import ModelConfig
 from sdpo.config.monitoring import HealthConfig
 from sdpo.config.root import UNWEIGHTED_SAMPLES, SDPOConfig
 from sdpo.errors import ConfigError
@@ -130,7 +133,16 @@ def build_components(config: SDPOConfig, progress: ProgressCallback) -> TrainerC
     if config.actor.freeze_vision_tower:
         _freeze_vision_tower(student, vision)
     window = get_window(student)
-    prompts, validation = _load_prompts(config, tokenizer, window, progress)
+    load = partial(
+        load_prompts,
+        config=config.data,
+        tokenizer=tokenizer,
+        progress=progress,
+        window=window,
+        max_response_length=config.rollout.max_response_length,
+        shows_solution=shows_ground_truth(config.self_distillation),
+    )
+    prompts, validation = _load_prompts(config.data, load)
     _require_known_tokens([*prompts, *validation], count_embeddings(student))
 
     sampling_dtype = config.sampling_dtype if config.sampling_dtype != config.model.dtype else None
@@ -142,10 +154,9 @@ def build_components(config: SDPOConfig, progress: ProgressCallback) -> TrainerC
         copy_parameters(dict(load_model(config.model, actor.device).named_parameters()), actor.initial)
     data = compute_fingerprints(prompts, config.data.task, student if config.lora.rank else actor.initial)
     if resume_state is not None:
-        _restore(actor, config, resume_state, data)
+        _restore(actor, config.model, resume_state, data)
     processing = reader.processor if reader is not None else text_tokenizer
-    with tempfile.TemporaryDirectory(prefix="sdpo-save-") as scratch:
-        rehearse_save(student, processing, Path(scratch))
+    _rehearse_save(student, processing)
     folder = RunDir(Path(config.output_dir), config.tracking, progress, resume_state.step if resume_state else None)
     folder.write_config(to_yaml(config), asdict(config))
     health_actions, health_callback = _build_health(config.health, actor, folder, resume_state)
@@ -196,28 +207,21 @@ def _freeze_vision_tower(student: PreTrainedModel, vision: VisionAdapter | None)
     freeze_vision_tower(student)
 
 
-def _load_prompts(
-    config: SDPOConfig, tokenizer: Tokenizer, window: int | None, progress: ProgressCallback
-) -> tuple[list[Prompt], list[Prompt]]:
+def _load_prompts(config: DataConfig, load: Callable[..., list[Prompt]]) -> tuple[list[Prompt], list[Prompt]]:
     """Load the prompts of training and of validation."""
-    load = partial(
-        load_prompts,
-        config=config.data,
-        tokenizer=tokenizer,
-        progress=progress,
-        window=window,
-        max_response_length=config.rollout.max_response_length,
-        shows_solution=shows_ground_truth(config.self_distillation),
-    )
-    train = load(config.data.train_files, "data.train_files")
-    validation = load(config.data.val_files, "data.val_files")
-    if len(train) < config.data.train_batch_size:
+    train, validation = load(config.train_files, "data.train_files"), load(config.val_files, "data.val_files")
+    if len(train) < config.train_batch_size:
         logger.warning(
             "data.train_files: %d rows for data.train_batch_size=%d, so rows repeat within a step",
             len(train),
-            config.data.train_batch_size,
+            config.train_batch_size,
         )
     return train, validation
+
+
+def _rehearse_save(student: PreTrainedModel, processing: PreTrainedTokenizerBase | ProcessorMixin) -> None:
+    with tempfile.TemporaryDirectory(prefix="sdpo-save-") as scratch:
+        rehearse_save(student, processing, Path(scratch))
 
 
 def _build_health(
@@ -231,16 +235,16 @@ def _build_health(
     return actions, callback
 
 
-def _restore(actor: Actor, config: SDPOConfig, resume_state: ResumeState, data: dict[str, str]) -> None:
+def _restore(actor: Actor, config: ModelConfig, resume_state: ResumeState, data: dict[str, str]) -> None:
     state = resume_state.state
     changed = [name for name, value in data.items() if state.data.get(name) != value]
     if changed:
         raise ConfigError(
-            f"resume_mode={config.resume_mode}: not as in the checkpoint: {', '.join(changed)}; restore it or use "
-            "another output_dir"
+            f"output_dir: {resume_state.checkpoint} was trained with another state of {', '.join(changed)}; restore "
+            "it, or use another output_dir"
         )
     is_saved = (resume_state.checkpoint / "teacher").is_dir()
-    teacher = load_teacher_module(config.model, resume_state.checkpoint, actor.device) if is_saved else None
+    teacher = load_teacher_module(config, resume_state.checkpoint, actor.device) if is_saved else None
     actor.load_state_dict(state.actor, teacher)
     set_random_states(state.random)
 

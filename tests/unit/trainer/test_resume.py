@@ -356,9 +356,7 @@ def test_change_of_what_the_run_is_made_of_is_refused(stopped: SDPOConfig, monke
     compute = build.compute_fingerprints
     changed = {"the rows of data.train_files": "others"}
     monkeypatch.setattr(build, "compute_fingerprints", lambda *arguments: compute(*arguments) | changed)
-    message = (
-        r"^resume_mode=required: not as in the checkpoint: the rows of data\.train_files; restore it or use another"
-    )
+    message = r"^output_dir: .*step_\d was trained with another state of the rows of data\.train_files; restore it"
     with pytest.raises(SDPOError, match=message):
         SDPOTrainer(replace(stopped, resume_mode="required")).train()
 
