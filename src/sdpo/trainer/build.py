@@ -237,7 +237,8 @@ def _build_health(
 
 def _restore(actor: Actor, config: ModelConfig, resume_state: ResumeState, data: dict[str, str]) -> None:
     state = resume_state.state
-    changed = [name for name, value in data.items() if state.data.get(name) != value]
+    saved = state.data if isinstance(state.data, dict) else {}  # a text in checkpoints of earlier versions
+    changed = [name for name, value in data.items() if saved.get(name) != value]
     if changed:
         raise ConfigError(
             f"output_dir: {resume_state.checkpoint} was trained with another state of {', '.join(changed)}; restore "

@@ -297,10 +297,21 @@ def test_sampler_of_the_run_is_checked_for_its_head_size_and_limited_in_length(
         check_model(config)
 
 
+@pytest.mark.parametrize("key", ["top_p=0.9", "top_k=20"])
+def test_truncated_sampling_of_vllm_needs_log_probs_of_all_tokens(key: str, compose: Callable[..., DictConfig]) -> None:
+    rollout = "actor_rollout_ref.rollout"
+    vllm = [f"{rollout}.name=vllm", f"{rollout}.{key}", "algorithm.rollout_correction.rollout_is=token"]
+    for more in ([], [f"{rollout}.logprobs_mode=raw_logprobs", f"{rollout}.temperature=0.7"]):
+        with pytest.raises(SDPOError, match=rf"^actor_rollout_ref\.rollout\.{key} with algorithm\.rollout_correction"):
+            compose(*vllm, *more)
+    compose(*vllm, f"{rollout}.logprobs_mode=raw_logprobs")
+    compose(*vllm[:2], "algorithm.rollout_correction.rollout_is=null")
+
+
 def test_top_p_and_bypass_mode_are_accepted_separately(
     compose: Callable[..., DictConfig],
 ) -> None:
-    compose("actor_rollout_ref.rollout.top_p=0.9")
+    compose("actor_rollout_ref.rollout.top_p=0.9", "actor_rollout_ref.rollout.logprobs_mode=raw_logprobs")
     compose("algorithm.rollout_correction.bypass_mode=true", "algorithm.rollout_correction.rollout_is=null")
 
 

@@ -62,7 +62,7 @@ def test_translated_config_has_the_same_settings(
         data__filter_unreadable_images=True,
         actor__freeze_vision_tower=True,
         rollout__n=3,
-        rollout__temperature=0.8,
+        rollout__temperature=1.0,
         rollout__top_p=0.9,
         rollout__max_num_seqs=17,
         actor__mini_batch_size=2,
@@ -104,7 +104,7 @@ def test_translated_config_has_the_same_settings(
         True,
     )
     assert (config.data.max_prompt_length, config.data.max_response_length) == (2048, 8)
-    assert (rollout.n, rollout.temperature, rollout.top_p, rollout.max_num_seqs) == (3, 0.8, 0.9, 17)
+    assert (rollout.n, rollout.temperature, rollout.top_p, rollout.max_num_seqs) == (3, 1.0, 0.9, 17)
     assert (rollout.prompt_length, rollout.response_length, rollout.seed) == (2048, 8, 5)
     assert (rollout.val_kwargs.n, rollout.val_kwargs.do_sample, rollout.val_kwargs.temperature) == (4, True, 1.0)
     assert (actor.ppo_mini_batch_size, actor.ppo_max_token_len_per_gpu) == (2, 777)

@@ -185,18 +185,32 @@ def check_config(config: DictConfig) -> None:
     if actor.loss_agg_mode == "token-sum":
         raise ConfigError(f"{ACTOR}.loss_agg_mode=token-sum is not supported with loss_mode=sdpo; use token-mean")
     correction = config.algorithm.rollout_correction
-    rollout = config.actor_rollout_ref.rollout
-    if correction.get("bypass_mode") and (rollout.top_p < 1 or rollout.top_k > 0):
-        key = f"top_p={rollout.top_p}" if rollout.top_p < 1 else f"top_k={rollout.top_k}"
-        raise ConfigError(
-            f"actor_rollout_ref.rollout.{key} cannot be used with algorithm.rollout_correction.bypass_mode=true: the "
-            "sampler's log-probabilities of the truncated distribution would replace the old policy's; set bypass_mode "
-            "to false, or top_p to 1 and top_k to -1"
-        )
+    _check_truncated_sampling(config.actor_rollout_ref.rollout, correction)
     if correction.get("rollout_is") is not None and correction.get("bypass_mode"):
         raise ConfigError(
             "algorithm.rollout_correction.rollout_is has no effect with bypass_mode=true, which uses the sampler as "
             "the old policy and truncates the ratio by is_clip; set rollout_is to null or bypass_mode to false"
+        )
+
+
+def _check_truncated_sampling(rollout: DictConfig, correction: DictConfig) -> None:
+    """Refuse top-p and top-k where log-probabilities of the truncated distribution would enter the loss."""
+    if rollout.top_p >= 1 and rollout.top_k <= 0:
+        return
+    name, value = ("top_p", rollout.top_p) if rollout.top_p < 1 else ("top_k", rollout.top_k)
+    key = f"actor_rollout_ref.rollout.{name}={value}"
+    if correction.get("bypass_mode"):
+        raise ConfigError(
+            f"{key} cannot be used with algorithm.rollout_correction.bypass_mode=true: the sampler's log-probabilities "
+            "of the truncated distribution would replace the old policy's; set bypass_mode to false, or top_p to 1 and "
+            "top_k to -1"
+        )
+    has_all_tokens = rollout.logprobs_mode == "raw_logprobs" and rollout.temperature == 1
+    if rollout.name == "vllm" and correction.get("rollout_is") is not None and not has_all_tokens:
+        raise ConfigError(
+            f"{key} with algorithm.rollout_correction.rollout_is={correction.rollout_is}: vLLM's log-probabilities are "
+            "those of the tokens that are left, so that an unchanged policy has importance weights below 1; set "
+            "actor_rollout_ref.rollout.logprobs_mode=raw_logprobs and temperature=1, or rollout_is to null"
         )
 
 

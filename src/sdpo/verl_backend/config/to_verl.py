@@ -223,6 +223,8 @@ def _rollout(rollout: RolloutConfig, seed: int) -> dict[str, Any]:
         f"{ROLLOUT}.n": rollout.n,
         f"{ROLLOUT}.temperature": rollout.temperature,
         f"{ROLLOUT}.top_p": rollout.top_p,
+        # Of all tokens, also with top-p; vLLM has them only before the temperature.
+        f"{ROLLOUT}.logprobs_mode": "processed_logprobs" if rollout.top_p >= 1 else "raw_logprobs",
         f"{ROLLOUT}.max_num_seqs": rollout.max_num_seqs,
         f"{ROLLOUT}.seed": seed,
     }
