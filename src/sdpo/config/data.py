@@ -51,7 +51,7 @@ class RewardConfig(Section):
     section: ClassVar[str] = "reward"
 
     timeout_s: float | None = setting(
-        30.0, "Seconds after which scoring one response counts as failed; null: no limit.", gt=0, le=86_400
+        30.0, "Seconds after which scoring one response counts as failed; null: no limit.", ge=0.01, le=86_400
     )
     max_failure_fraction: float = setting(
         0.1,

@@ -23,7 +23,7 @@ class EvalConfig(Section):
         ge=0,
         le=10_000,
     )
-    temperature: float = setting(1.0, "Temperature of the n sampled responses.", gt=0)
+    temperature: float = setting(1.0, "Temperature of the n sampled responses.", ge=1e-3)
     top_p: float = setting(1.0, "Nucleus of the n sampled responses.", gt=0, le=1)
     evaluate_teacher: bool = setting(True, "Also evaluate the teacher, with the context it has in training.")
 

@@ -20,7 +20,7 @@ class RolloutConfig(Section):
     device: str = setting("auto", "Device that samples: auto, cpu, cuda, cuda:0, mps, ...")
     n: int = setting(8, "Rollouts per prompt.", ge=1, fixed=True)
     temperature: float = setting(
-        1.0, "Sampling temperature; the logits of student and teacher are divided by it too.", gt=0
+        1.0, "Sampling temperature; the logits of student and teacher are divided by it too.", ge=1e-3
     )
     top_p: float = setting(
         1.0,
