@@ -123,6 +123,11 @@ class SDPOConfig(Section):
         return "bfloat16" if self.actor.autocast else self.model.dtype
 
     @property
+    def trains_without_weights(self) -> bool:
+        """Whether samples of an earlier policy have no importance weights; see ``UNWEIGHTED_SAMPLES``."""
+        return self.max_staleness > 0 and self.rollout_correction.rollout_is == "none"
+
+    @property
     def trains_vision(self) -> bool:
         """Whether a vision tower would be trained."""
         return not self.actor.freeze_vision_tower and self.lora.rank == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -46,9 +47,17 @@ def suppress_tokens(head: LinearHead, token_ids: Sequence[int]) -> LinearHead:
     """
     if not token_ids:
         return head
-    bias = torch.zeros(len(head.weight), device=head.hidden.device)
-    bias[list(token_ids)] = SUPPRESSED
+    bias = _build_bias(tuple(token_ids), len(head.weight), head.hidden.device)
     return replace(head, bias=bias if head.bias is None else head.bias + bias)
+
+
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)
+def _build_bias(token_ids: tuple[int, ...], size: int, device: torch.device) -> Tensor:
+    """Bias [size] of suppressed tokens; kept, because every micro-batch needs the same and the ids are on the host."""
+    bias = torch.zeros(size)
+    bias[list(token_ids)] = SUPPRESSED
+    return bias.to(device)
 
 
 def compute_dense_logits(head: LinearHead) -> Tensor:

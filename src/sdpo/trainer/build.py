@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -101,7 +100,7 @@ def build_components(config: SDPOConfig, progress: ProgressCallback) -> TrainerC
     """
     if config.verl:
         logger.warning("ignored by the native trainer: verl.%s", ", verl.".join(flatten_keys(config.verl)))
-    if config.max_staleness and config.rollout_correction.rollout_is == "none":
+    if config.trains_without_weights:
         logger.warning(UNWEIGHTED_SAMPLES)
     if config.actor.num_threads is not None:
         torch.set_num_threads(config.actor.num_threads)
@@ -133,16 +132,10 @@ def build_components(config: SDPOConfig, progress: ProgressCallback) -> TrainerC
     if config.actor.freeze_vision_tower:
         _freeze_vision_tower(student, vision)
     window = get_window(student)
-    load = partial(
-        load_prompts,
-        config=config.data,
-        tokenizer=tokenizer,
-        progress=progress,
-        window=window,
-        max_response_length=config.rollout.max_response_length,
-        shows_solution=shows_ground_truth(config.self_distillation),
+    shows_solution = shows_ground_truth(config.self_distillation)
+    prompts, validation = _load_prompts(
+        config.data, tokenizer, progress, window, config.rollout.max_response_length, shows_solution=shows_solution
     )
-    prompts, validation = _load_prompts(config.data, load)
     _require_known_tokens([*prompts, *validation], count_embeddings(student))
 
     sampling_dtype = config.sampling_dtype if config.sampling_dtype != config.model.dtype else None
@@ -207,8 +200,25 @@ def _freeze_vision_tower(student: PreTrainedModel, vision: VisionAdapter | None)
     freeze_vision_tower(student)
 
 
-def _load_prompts(config: DataConfig, load: Callable[..., list[Prompt]]) -> tuple[list[Prompt], list[Prompt]]:
+def _load_prompts(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    progress: ProgressCallback,
+    window: int | None,
+    max_response_length: int,
+    *,
+    shows_solution: bool,
+) -> tuple[list[Prompt], list[Prompt]]:
     """Load the prompts of training and of validation."""
+    load = partial(
+        load_prompts,
+        config=config,
+        tokenizer=tokenizer,
+        progress=progress,
+        window=window,
+        max_response_length=max_response_length,
+        shows_solution=shows_solution,
+    )
     train, validation = load(config.train_files, "data.train_files"), load(config.val_files, "data.val_files")
     if len(train) < config.train_batch_size:
         logger.warning(

@@ -24,6 +24,9 @@ CHECK_EVERY_ELSE = 8
 COMPACT_BELOW = 0.9
 
 
+MIN_BIAS = -100.0  # of a token that vLLM must not draw: the lowest that it accepts
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """Sampling settings.

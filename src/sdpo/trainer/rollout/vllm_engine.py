@@ -20,15 +20,13 @@ from torch import Tensor
 from sdpo.config.model import ModelConfig
 from sdpo.config.rollout import RolloutConfig
 from sdpo.errors import ConfigError, DataError
-from sdpo.models.generation.sampling import Completion, SamplingParams
+from sdpo.models.generation.sampling import MIN_BIAS, Completion, SamplingParams
 from sdpo.models.multimodal.processor import TokenPrompt
 from sdpo.trainer.rollout.weight_sync import WeightChecksum
 
 # Largest mean difference of a checksum's log-probs, in nats, that rounding can explain. Parameters that a weight sync
 # missed exceed it after a few steps, because their distance to the student's grows.
 TOLERANCE = {"float32": 1e-2, "bfloat16": 0.3}
-
-MIN_BIAS = -100.0  # of a token that must not be drawn: the lowest that vLLM accepts
 
 # Environment variables that vLLM reads on import. Its engine must run in this process, where the weights are.
 REQUIRED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}

@@ -51,45 +51,67 @@ class ImageDataset(RLHFDataset):  # type: ignore[misc]
             self.dataframe = self.dataframe.select(range(limit))
 
     def maybe_filter_out_long_prompts(self, dataframe: datasets.Dataset) -> datasets.Dataset:
+        """Drop prompts longer than ``data.max_prompt_length`` and, on request, rows with unreadable images."""
         self._check_turns(dataframe)
-        if self.image_key in dataframe.column_names:
-            if self.processor is not None:
-                dataframe = self._check_images(_undecoded(dataframe, self.image_key))
-            elif pc.max(pc.list_value_length(dataframe.data.column(self.image_key))).as_py():
+        has_images = self.image_key in dataframe.column_names
+        if has_images and self.processor is None:
+            if pc.max(pc.list_value_length(dataframe.data.column(self.image_key))).as_py():
                 raise DataError(
                     f"{self._files}: has images, but the model at actor_rollout_ref.model.path reads none; use a "
                     "vision-language model"
                 )
-        return self._keep_short_prompts(dataframe) if self.filter_overlong_prompts else dataframe
-
-    def _keep_short_prompts(self, rows: datasets.Dataset) -> datasets.Dataset:
-        """Drop prompts longer than ``data.max_prompt_length``; verl also drops rows that cannot be encoded."""
-        measured = rows.map(
-            self._measure, num_proc=self.num_workers, remove_columns=rows.column_names, desc="Encoding prompts"
+            has_images = False
+        if has_images:
+            dataframe = _undecoded(dataframe, self.image_key)
+        elif not self.filter_overlong_prompts:
+            return dataframe
+        measured = dataframe.map(
+            self._measure, num_proc=self.num_workers, remove_columns=dataframe.column_names, desc="Encoding prompts"
         )
-        for number, error in enumerate(measured["error"]):
-            if error:
-                raise DataError(f"{self._files}: row {number}: {error}")
-        kept = [number for number, length in enumerate(measured["length"]) if length <= self.max_prompt_length]
-        if not kept:
-            raise DataError(
-                f"{self._files}: all prompts are longer than data.max_prompt_length={self.max_prompt_length}"
-            )
-        if len(kept) < len(rows):
-            print(f"skipped {len(rows) - len(kept)} of {len(rows)} rows with overlong prompts")
-        return rows.select(kept)
+        readable = self._find_readable(measured["unreadable"])
+        if not self.filter_overlong_prompts:
+            return dataframe.select(readable)
+        return dataframe.select(self._find_short(readable, measured["error"], measured["length"]))
 
     def _measure(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return the length of a row's prompt in tokens, or why it cannot be encoded."""
+        """Return the length of a row's prompt in tokens, or why its images or its prompt cannot be encoded."""
+        result = {"unreadable": "", "error": "", "length": 0}
+        if not self.filter_overlong_prompts and not row.get(self.image_key):
+            return result
         reader = self._reader if self.processor is not None else self.tokenizer
         tokenizer = PromptTokenizer(reader, self.tool_schemas or (), self.apply_chat_template_kwargs)
         try:
-            return {"error": "", "length": len(encode_prompt(tokenizer, self._build_messages(row, self.prompt_key)))}
+            return result | {"length": len(encode_prompt(tokenizer, self._build_messages(row, self.prompt_key)))}
         except SDPOError as error:
-            return {"error": str(error), "length": 0}
+            return result | {"unreadable" if row.get(self.image_key) else "error": str(error)}
         except Exception as error:  # a chat template is code and may raise anything
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            return {"error": f"the model's chat template rejects the prompt ({reason})", "length": 0}
+            return result | {"error": f"the model's chat template rejects the prompt ({reason})"}
+
+    def _find_readable(self, errors: list[str]) -> list[int]:
+        """Return the numbers of the rows without an error of their images."""
+        broken = [number for number, error in enumerate(errors) if error]
+        if broken:
+            where = f"{self._files}: row {broken[0]}: {errors[broken[0]]}"
+            if not self.config.filter_unreadable_images:
+                raise DataError(f"{where}; set data.filter_unreadable_images=true to skip such rows")
+            if len(broken) == len(errors):
+                raise DataError(f"{where}; all other rows are unreadable too, so no row is left")
+            print(f"skipped {len(broken)} of {len(errors)} rows with unreadable images; the first: {where}")
+        return [number for number, error in enumerate(errors) if not error]
+
+    def _find_short(self, numbers: list[int], errors: list[str], lengths: list[int]) -> list[int]:
+        """Return the numbers of the rows that are short enough, out of these."""
+        for number in numbers:
+            if errors[number]:
+                raise DataError(f"{self._files}: row {number}: {errors[number]}")
+        short = [number for number in numbers if lengths[number] <= self.max_prompt_length]
+        if not short:
+            limit = f"data.max_prompt_length={self.max_prompt_length}"
+            raise DataError(f"{self._files}: all prompts are longer than {limit}")
+        if len(short) < len(numbers):
+            print(f"skipped {len(numbers) - len(short)} of {len(numbers)} rows with overlong prompts")
+        return short
 
     def _check_turns(self, rows: datasets.Dataset) -> None:
         """Check that all rows have the run's agent loop and tools: the teacher's prompt lists one set of tools."""
@@ -117,33 +139,6 @@ class ImageDataset(RLHFDataset):  # type: ignore[misc]
     @cached_property
     def _reader(self) -> MultimodalProcessor:
         return MultimodalProcessor(self.processor, self.config.max_pixels)
-
-    def _check_images(self, rows: datasets.Dataset) -> datasets.Dataset:
-        errors = rows.map(
-            lambda row: {"error": self._find_error(row)},
-            num_proc=self.num_workers,
-            remove_columns=rows.column_names,
-            desc="Reading images",
-        )["error"]
-        broken = [number for number, error in enumerate(errors) if error]
-        if not broken:
-            return rows
-        where = f"{self._files}: row {broken[0]}: {errors[broken[0]]}"
-        if not self.config.filter_unreadable_images:
-            raise DataError(f"{where}; set data.filter_unreadable_images=true to skip such rows")
-        if len(broken) == len(rows):
-            raise DataError(f"{where}; all other rows are unreadable too, so no row is left")
-        print(f"skipped {len(broken)} of {len(rows)} rows with unreadable images; the first: {where}")
-        return rows.select([number for number, error in enumerate(errors) if not error])
-
-    def _find_error(self, row: dict[str, Any]) -> str:
-        """Return why the row's prompt cannot be encoded; empty if it can, or if it has no images."""
-        if row.get(self.image_key):
-            try:
-                encode_prompt(self._reader, self._build_messages(row, key=self.prompt_key))
-            except SDPOError as error:
-                return str(error)
-        return ""
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         row: dict[str, Any] = super().__getitem__(item)

@@ -61,7 +61,7 @@ def launch(config: SDPOConfig, command: Command, progress: ProgressCallback | No
         ConfigError: a setting or file is wrong, or another run is writing to the folder; Ray has not been started.
         CheckpointError: ``resume_mode=required`` and there is no checkpoint; Ray has not been started.
     """
-    if config.max_staleness and config.rollout_correction.rollout_is == "none":
+    if config.trains_without_weights:
         print(UNWEIGHTED_SAMPLES, flush=True)
     prepare_task(load_task(config.data.task, config.data.task_args), progress or NullCallback())
     os.environ.update(command.environment)

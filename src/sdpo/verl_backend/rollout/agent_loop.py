@@ -13,14 +13,13 @@ from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentL
 from verl.experimental.agent_loop.tool_agent_loop import ToolAgentLoop
 
 from sdpo.errors import DataError
+from sdpo.models.generation.sampling import MIN_BIAS
 from sdpo.models.multimodal.processor import MultimodalProcessor
 from sdpo.prompting.control_tokens import cut_control_tokens, encode_pieces
 from sdpo.prompting.tokenization import encode_prompt
 from sdpo.verl_backend.config.schema import AGENT_LOOPS, SINGLE_TURN, TOOL_TURNS
 from sdpo.verl_backend.driver.tools import PromptTokenizer
 from sdpo.verl_backend.driver.vocabulary import find_placeholders
-
-MIN_BIAS = -100.0  # the lowest bias that vLLM accepts
 
 
 class _SharedEncoding:
